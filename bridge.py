@@ -1,0 +1,627 @@
+"""The HTTP face of the bridge: settings, the connection loop, routes, access control, the command line.
+
+Embedding: `async with serve(Config()) as bridge: ...` runs the server inside another asyncio program.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import hmac
+import importlib.util
+import ipaddress
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import h11
+import orjson
+
+import translate
+from sessions import Pool, PoolConfig, Turn
+from translate import ApiError, Json
+
+log = logging.getLogger("claude_cli_bridge")
+
+MAX_HEADERS = 64 << 10  # bytes of request line and headers; h11's default is 16 KiB, Node's 16, nginx's 32
+MAX_BODY = 32 << 20  # bytes of a body: the API's own limit for a Messages request
+MAX_PIPELINED = 64 << 10  # bytes read ahead of the answer that is being given
+READ_SIZE = 64 << 10
+SEND_SECS = 60.0  # for a client to send one request, as in nginx's client_body_timeout
+IDLE_SECS = 75.0  # of an unused connection, as in nginx's keepalive_timeout; SDK clients drop theirs after 5
+LINGER_SECS = 5.0  # that a refused body is still read, so that the client sees the answer and no reset
+PING_SECS = 10.0  # of silence before a stream shows that it lives; proxies cut after 30 to 60
+SESSION_HEADER = b"x-arch-claude-cli-session"
+HINT = "the Messages API is at POST /v1/messages; give SDKs the base URL without /v1"
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names it."""
+
+
+def setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(kw_only=True)
+class Config(PoolConfig):
+    """All settings: the environment variable CLAUDE_CLI_NAME, the flag --name and the field name are the same."""
+
+    listen_addr: str = setting("127.0.0.1:14001", "host:port or unix:/path")
+    bin: str = setting("", "the CLI (default: claude on PATH, else the one in the claude-agent-sdk wheel)")
+    model: str = setting("sonnet", "the model that is asked at start who is logged in")
+    session_ttl_secs: float = setting(600.0, "idle seconds before a process is retired; 0: never")
+    watchdog_secs: float = setting(120.0, "seconds of silence inside a turn before it fails with 504")
+    max_sessions: int = setting(64, "processes at most, about 200 MB each")
+    max_idle: int = setting(8, "processes kept warm after their answer")
+    queue_secs: float = setting(30.0, "seconds that a request waits for room before it gets 529")
+    retries: int = setting(2, "how often the CLI itself retries a failed API call")
+    drain_secs: float = setting(10.0, "seconds that running answers get on shutdown")
+    keep_env: tuple[str, ...] = setting((), "names that survive the scrub of ANTHROPIC_*, CLAUDE_CODE_*, OTEL_*")
+    setting_sources: str = setting("", "`user` if your login is an apiKeyHelper or env block of your settings file")
+    api_key: str = setting("", "demanded from clients; only as environment variable, as others can see flags")
+    allowed_hosts: tuple[str, ...] = setting((), "names besides the loopback ones that Host may have")
+    allowed_origins: tuple[str, ...] = setting((), "origins of web pages that may use the bridge")
+    log_format: str = setting("text", "text, or json: one object a request")
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str], flags: Mapping[str, str | None]) -> "Config":
+        """Settings from the environment and, before it, from flags.  Raises ConfigError, which names the setting."""
+        values: dict[str, Any] = {}
+        for item in dataclasses.fields(cls):
+            name = "CLAUDE_CLI_" + item.name.upper()
+            text = flags.get(item.name)
+            text = environ.get(name, "") if text is None else text
+            if text == "":
+                continue
+            kind: Any = type(item.default)
+            try:
+                values[item.name] = tuple(filter(None, text.replace(",", " ").split())) if kind is tuple else kind(text)
+            except ValueError:
+                raise ConfigError(f"{name}: {text!r} is not a number") from None
+        config = cls(**values)
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Raise ConfigError for what cannot work, and find the CLI."""
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            least = 1 if item.name == "max_sessions" else 0
+            if isinstance(value, int | float) and not least <= value < float("inf"):
+                raise ConfigError(f"CLAUDE_CLI_{item.name.upper()}: {value} is not a number from {least} up")
+        if not translate.MODEL_NAME.fullmatch(self.model):
+            raise ConfigError(f"CLAUDE_CLI_MODEL: {self.model!r} is not a model name")
+        if self.log_format not in ("text", "json"):
+            raise ConfigError(f"CLAUDE_CLI_LOG_FORMAT: {self.log_format!r} is neither text nor json")
+        if not self.api_key and not self.unix_path and not is_loopback(self.address[0]):
+            raise ConfigError(
+                f"CLAUDE_CLI_LISTEN_ADDR: {self.listen_addr} can be reached from other machines: set CLAUDE_CLI_API_KEY"
+            )
+        self.bin = find_cli(self.bin)
+
+    @property
+    def unix_path(self) -> str:
+        return self.listen_addr[5:] if self.listen_addr.startswith("unix:") else ""
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.listen_addr.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > 65535:
+            raise ConfigError(f"CLAUDE_CLI_LISTEN_ADDR: {self.listen_addr!r} is neither host:port nor unix:/path")
+        return host.strip("[]"), int(port)
+
+
+def find_cli(given: str) -> str:
+    """The path of the CLI: `given`, or claude on PATH, or the one in the claude-agent-sdk wheel."""
+    if given:
+        path = shutil.which(given)
+        if not path:
+            raise ConfigError(f"CLAUDE_CLI_BIN: {given!r} is not a program")
+        return path
+    wheel = importlib.util.find_spec("claude_agent_sdk")
+    bundled = Path(wheel.origin).parent / "_bundled" / "claude" if wheel and wheel.origin else None
+    path = shutil.which("claude") or (str(bundled) if bundled and bundled.exists() else None)
+    if not path:
+        raise ConfigError("CLAUDE_CLI_BIN: no claude on PATH and no claude-agent-sdk installed; name the program here")
+    return path
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+@dataclass
+class Exchange:
+    """One request and what was answered, for routes and for the log."""
+
+    request: h11.Request | None  # None: what came was not a request
+    body: bytes = b""
+    id: str = field(default_factory=lambda: "req_" + uuid.uuid4().hex)
+    began: float = field(default_factory=time.monotonic)
+    status: int = 0  # 0: nothing was answered
+    first_byte: float | None = None  # monotonic time at which the first event of an answer went out
+    turn: Turn | None = None
+    failure: str = ""  # error.type of a failure
+
+    @property
+    def method(self) -> str:
+        return self.request.method.decode() if self.request else ""
+
+    @property
+    def path(self) -> str:
+        """The path without its query (clients add ?beta=true)."""
+        return self.request.target.decode("ascii").partition("?")[0] if self.request else ""
+
+    def header(self, name: bytes) -> str | None:
+        """The value of a header, the first one if there are several; `name` in lower case."""
+        headers = self.request.headers if self.request else ()
+        return next((value.decode("latin-1") for key, value in headers if key == name), None)
+
+
+class Disconnected(Exception):
+    """The client closed its side of the connection."""
+
+
+class Connection:
+    """One client: socket and h11 state, and the four verbs next_request, send, respond, close."""
+
+    def __init__(self, bridge: "Bridge", reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.bridge = bridge
+        self.reader = reader
+        self.writer = writer
+        self.h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADERS)
+
+    async def serve(self) -> None:
+        """Requests in order until either side ends the connection."""
+        try:
+            while exchange := await self.next_request():
+                await self.bridge.handle(self, exchange)
+                if self.h11.our_state is not h11.DONE or self.h11.their_state is not h11.DONE or self.bridge.closing:
+                    break
+                self.h11.start_next_cycle()
+        except (Disconnected, ConnectionError, TimeoutError):
+            pass  # the client is gone, or sent nothing in time
+        finally:
+            await self.close()
+
+    async def next_request(self) -> Exchange | None:
+        """The next request with its whole body; None at the end of the connection.
+
+        What is not HTTP, or is too large, is answered here and ends the connection.
+        """
+        try:
+            async with asyncio.timeout(IDLE_SECS):
+                await self.wait_for_bytes()
+            async with asyncio.timeout(SEND_SECS):
+                return await self.read_request()
+        except h11.RemoteProtocolError as error:
+            words, status = f"The request is not valid HTTP: {error}", error.error_status_hint
+            await self.refuse(ApiError(431 if status == 431 else 400, words))
+        except ApiError as error:
+            await self.refuse(error)
+        return None
+
+    async def wait_for_bytes(self) -> None:
+        if not self.h11.trailing_data[0]:
+            self.h11.receive_data(await self.reader.read(READ_SIZE))
+
+    async def read_request(self) -> Exchange | None:
+        body: list[bytes] = []
+        size = 0
+        request: h11.Request | None = None
+        while True:
+            event = self.h11.next_event()
+            if event is h11.NEED_DATA:
+                if self.h11.they_are_waiting_for_100_continue:
+                    await self.send(h11.InformationalResponse(status_code=100, headers=[]))
+                data = await self.reader.read(READ_SIZE)
+                if not data and request:
+                    raise Disconnected
+                self.h11.receive_data(data)
+            elif isinstance(event, h11.Request):
+                request = event
+                length = next((int(value) for name, value in event.headers if name == b"content-length"), 0)
+                if length > MAX_BODY:
+                    raise too_large()
+            elif isinstance(event, h11.Data):
+                size += len(event.data)
+                if size > MAX_BODY:
+                    raise too_large()
+                body.append(bytes(event.data))
+            elif isinstance(event, h11.EndOfMessage) and request:
+                return Exchange(request, b"".join(body))
+            else:
+                return None
+
+    async def send(self, event: h11.Event) -> None:
+        """Write an h11 event; waits while the client is slow to read."""
+        data = self.h11.send(event)
+        if data:
+            self.writer.write(data)
+            await self.writer.drain()
+
+    async def respond(self, exchange: Exchange, status: int, kind: str, body: bytes, **headers: str) -> None:
+        """A whole answer; keyword names become header names with dashes."""
+        exchange.status = status
+        head = self.bridge.headers(exchange, kind, headers)
+        head.append(("content-length", str(len(body))))
+        if exchange.request is None:
+            head.append(("connection", "close"))
+        await self.send(h11.Response(status_code=status, headers=head))
+        if exchange.method != "HEAD":
+            await self.send(h11.Data(data=body))
+        await self.send(h11.EndOfMessage())
+
+    async def fail(self, exchange: Exchange, error: ApiError) -> None:
+        """An error as a whole answer, or as the last event of a stream that has begun."""
+        exchange.failure = error.kind
+        body = error.body(exchange.id)
+        if self.h11.our_state is h11.SEND_BODY:
+            await self.send(h11.Data(data=translate.frame(body)))
+            await self.send(h11.EndOfMessage())
+            return
+        headers = {}
+        after = error.retry_after
+        if error.resets_at is not None:
+            after = max(1, round(error.resets_at - time.time()))
+        if after is not None:
+            headers["retry_after"] = str(after)
+        # SDKs sleep through any retry-after: a limit that resets in an hour is the user's to see.
+        if not error.retry or (after or 0) > 60:
+            headers["x_should_retry"] = "false"
+        await self.respond(exchange, error.status, "application/json", orjson.dumps(body), **headers)
+
+    async def refuse(self, error: ApiError) -> None:
+        """Answer what never became a request, then read on for a moment: closing on unread bytes is a reset, which can
+        overtake the answer."""
+        if self.h11.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            return
+        nothing = Exchange(None)
+        await self.fail(nothing, error)
+        self.bridge.report(nothing)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECS):
+                if self.writer.can_write_eof():
+                    self.writer.write_eof()
+                while await self.reader.read(READ_SIZE):
+                    pass
+
+    async def gone(self) -> None:
+        """Return when the client closes its side; meanwhile keep what it sends ahead for the next request."""
+        while len(self.h11.trailing_data[0]) < MAX_PIPELINED:
+            data = await self.reader.read(READ_SIZE)
+            self.h11.receive_data(data)
+            if not data:
+                return
+        await asyncio.Event().wait()  # a write will fail when it leaves
+
+    async def close(self) -> None:
+        self.writer.close()
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            await self.writer.wait_closed()
+
+
+def too_large() -> ApiError:
+    return ApiError(413, f"Request exceeds the maximum size of {MAX_BODY >> 20} MiB")
+
+
+class Stream:
+    """The server-sent events of one answer: the status line is held back for the first of them, and pings fill the
+    silence between them."""
+
+    def __init__(self, connection: Connection, exchange: Exchange) -> None:
+        self.connection = connection
+        self.exchange = exchange
+        self._wrote_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> "Stream":
+        self._arm(PING_SECS)
+        self._wrote_at = asyncio.get_running_loop().time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer:
+            self._timer.cancel()
+
+    def _arm(self, seconds: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._tick)
+
+    def _tick(self) -> None:
+        silent = asyncio.get_running_loop().time() - self._wrote_at
+        if silent >= PING_SECS - 0.01:
+            self._write(translate.PING)
+            silent = 0
+        self._arm(PING_SECS - silent)
+
+    def _write(self, data: bytes) -> None:
+        connection = self.connection
+        if connection.h11.our_state is h11.SEND_RESPONSE:
+            self.exchange.status = 200
+            head = connection.bridge.headers(self.exchange, "text/event-stream", {"cache_control": "no-cache"})
+            data_out = connection.h11.send(h11.Response(status_code=200, headers=head)) or b""
+        else:
+            data_out = b""
+        connection.writer.write(data_out + (connection.h11.send(h11.Data(data=data)) or b""))
+        self._wrote_at = asyncio.get_running_loop().time()
+
+    async def send(self, events: list[Json]) -> None:
+        """One write for all events of a batch; waits while the client is slow to read."""
+        self._write(b"".join(map(translate.frame, events)))
+        await self.connection.writer.drain()
+
+
+class Bridge:
+    """A running server; made by `serve`."""
+
+    def __init__(self, config: Config, pool: Pool) -> None:
+        self.config = config
+        self.pool = pool
+        self.closing = False
+        self.addresses: list[str] = []  # as clients reach it: host:port or unix:/path
+        self._connections: set[asyncio.Task[None]] = set()
+        self._answers: set[asyncio.Task[None]] = set()  # requests that are being answered
+        key = config.api_key.encode()
+        self._keys = (key, b"Bearer " + key) if key else ()
+
+    # connections
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        try:
+            await Connection(self, reader, writer).serve()
+        finally:
+            self._connections.discard(task)
+
+    async def close(self) -> None:
+        """End all connections: idle ones now, running answers when they are done or after `drain_secs`."""
+        self.closing = True
+        if self._answers:
+            await asyncio.wait(self._answers, timeout=self.config.drain_secs)
+        for task in list(self._answers):
+            task.cancel()
+        if self._answers:
+            await asyncio.wait(self._answers)
+        for task in list(self._connections):
+            task.cancel()
+        if self._connections:
+            await asyncio.wait(self._connections)
+
+    async def handle(self, connection: Connection, exchange: Exchange) -> None:
+        """Answer one request.  Raises Disconnected when the client leaves before the answer is complete."""
+        answer = asyncio.create_task(self.answer(connection, exchange))
+        gone = asyncio.create_task(connection.gone())
+        self._answers.add(answer)
+        try:
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            left = not answer.done()
+        finally:
+            gone.cancel()
+            answer.cancel()
+            await asyncio.wait({answer, gone})
+            self._answers.discard(answer)
+            self.report(exchange)
+        if left or answer.cancelled():
+            raise Disconnected
+        answer.result()
+
+    async def answer(self, connection: Connection, exchange: Exchange) -> None:
+        """Route a request, and turn every failure into an answer."""
+        try:
+            try:
+                await self.route(connection, exchange)
+            except asyncio.CancelledError:
+                if not self.closing:
+                    raise
+                raise ApiError(503, "the bridge is shutting down; send the request again") from None
+        except ApiError as error:
+            await connection.fail(exchange, error)
+        except ConnectionError:
+            raise
+        except Exception as error:
+            log.error("bug in request %s: %r", exchange.id, type(error), exc_info=not isinstance(error, ValueError))
+            await connection.fail(exchange, ApiError(500, "internal error of the bridge"))
+
+    def headers(self, exchange: Exchange, kind: str, more: Mapping[str, str]) -> list[tuple[str, str]]:
+        head = [("content-type", kind), ("request-id", exchange.id)]
+        if exchange.turn:
+            turn = exchange.turn
+            head.append((SESSION_HEADER.decode(), turn.session.id))
+            head.append(("x-bridge-session", turn.how + (f"; reason={turn.reason}" if turn.reason else "")))
+        origin = exchange.header(b"origin")
+        if origin in self.config.allowed_origins:
+            head += [("access-control-allow-origin", origin), ("vary", "origin")]
+        if self.closing:
+            head.append(("connection", "close"))
+        return head + [(name.replace("_", "-"), value) for name, value in more.items()]
+
+    # routes
+
+    async def route(self, connection: Connection, exchange: Exchange) -> None:
+        methods = ROUTES.get(exchange.path)
+        if exchange.path != "/healthz":
+            self.check_access(exchange)
+        if methods is None:
+            raise ApiError(404, f"Not found: {HINT}")
+        handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
+        if handler is None:
+            raise ApiError(405, f"Method Not Allowed; {HINT}")
+        await handler(self, connection, exchange)
+
+    def check_access(self, exchange: Exchange) -> None:
+        """No web page may talk to this port unless its origin is allowed, and no name but a loopback one may lead to it
+        (DNS rebinding).  Raises ApiError 401 or 403."""
+        config = self.config
+        host = exchange.header(b"host")
+        name = urlsplit(f"//{host}").hostname if host else None
+        own = "" if config.unix_path else config.address[0]
+        if host is not None and not (name and (is_loopback(name) or name == own or name in config.allowed_hosts)):
+            raise ApiError(403, "this Host is not allowed; add it to CLAUDE_CLI_ALLOWED_HOSTS")
+        origin = exchange.header(b"origin")
+        if origin is not None and origin not in config.allowed_origins:
+            raise ApiError(403, "this Origin is not allowed; add it to CLAUDE_CLI_ALLOWED_ORIGINS")
+        given = (exchange.header(b"x-api-key"), exchange.header(b"authorization"))
+        if self._keys and not any(
+            text is not None and hmac.compare_digest(text.encode(), key)
+            for text, key in zip(given, self._keys, strict=True)
+        ):
+            missing = not any(given)
+            raise ApiError(401, "x-api-key header is required" if missing else "invalid x-api-key")
+
+    async def health(self, connection: Connection, exchange: Exchange) -> None:
+        await connection.respond(exchange, 200, "text/plain", b"ok\n")
+
+    async def root(self, connection: Connection, exchange: Exchange) -> None:
+        if exchange.method != "HEAD":  # Claude Code as a client asks HEAD / first
+            raise ApiError(404, f"Not found: {HINT}")
+        await connection.respond(exchange, 200, "text/plain", b"")
+
+    async def messages(self, connection: Connection, exchange: Exchange) -> None:
+        if exchange.header(b"content-encoding") not in (None, "identity"):
+            raise ApiError(415, "content-encoding: request bodies are taken without compression")
+        request = translate.parse_request(exchange.body)
+        exchange.body = b""
+        async with self.pool.turn(request, exchange.header(SESSION_HEADER)) as turn:
+            exchange.turn = turn
+            if request.stream:
+                with Stream(connection, exchange) as stream:
+                    async with contextlib.aclosing(turn.events()) as batches:
+                        async for events in batches:
+                            exchange.first_byte = exchange.first_byte or time.monotonic()
+                            await stream.send(events)
+            else:
+                async with contextlib.aclosing(turn.events()) as batches:
+                    async for _ in batches:
+                        exchange.first_byte = exchange.first_byte or time.monotonic()
+        if request.stream:
+            await connection.send(h11.EndOfMessage())
+        else:
+            await connection.respond(exchange, 200, "application/json", orjson.dumps(turn.translator.message))
+
+    # the log
+
+    def report(self, exchange: Exchange) -> None:
+        """One line for one request; nothing that a client or the model wrote."""
+        now = time.monotonic()
+        row: Json = {"request_id": exchange.id, "path": exchange.path if exchange.path in ROUTES else "(unknown)"}
+        turn = exchange.turn
+        if turn:
+            row |= {"session": turn.session.id, "conversation": turn.how, "reason": turn.reason or None}
+            row["model"] = turn.request.model
+        row["status"] = exchange.status or 499  # nginx's number for a client that left
+        row["error"] = exchange.failure or None
+        if exchange.first_byte:
+            row["first_byte_secs"] = round(exchange.first_byte - exchange.began, 3)
+        row["secs"] = round(now - exchange.began, 3)
+        if turn and turn.translator.message:
+            row |= turn.translator.message["usage"]
+        row = {name: value for name, value in row.items() if value is not None and not isinstance(value, dict)}
+        if self.config.log_format == "json":
+            log.info("%s", orjson.dumps(row).decode())
+        else:
+            log.info("%s", " ".join(f"{name}={value}" for name, value in row.items()))
+
+
+Handler = Callable[[Bridge, Connection, Exchange], Any]
+ROUTES: dict[str, dict[str, Handler]] = {
+    "/": {"GET": Bridge.root},
+    "/healthz": {"GET": Bridge.health},
+    "/v1/messages": {"POST": Bridge.messages},
+    # The two common wrong base URLs: with /v1 for SDKs that add it, without it for those that do not.
+    "/v1/v1/messages": {"POST": Bridge.messages},
+    "/messages": {"POST": Bridge.messages},
+}
+
+
+@contextlib.asynccontextmanager
+async def serve(config: Config) -> AsyncIterator[Bridge]:
+    """Run the bridge inside an asyncio program until the block ends.
+
+    Raises ConfigError for settings that cannot work, OSError when the address cannot be listened on.  At the end no
+    new request is taken, running answers get `config.drain_secs`, and no child is left.
+    """
+    config.check()
+    async with Pool(config) as pool:
+        bridge = Bridge(config, pool)
+        if config.unix_path:
+            server = await asyncio.start_unix_server(bridge.accept, config.unix_path)
+            bridge.addresses = [config.listen_addr]
+        else:
+            server = await asyncio.start_server(bridge.accept, *config.address)
+            names = [item.getsockname() for item in server.sockets]
+            bridge.addresses = [f"[{n[0]}]:{n[1]}" if ":" in n[0] else f"{n[0]}:{n[1]}" for n in names]
+        try:
+            yield bridge
+        finally:
+            server.close()
+            await bridge.close()
+
+
+async def announce(bridge: Bridge) -> None:
+    """Say who is logged in.  Asks the CLI, which makes no model call for it."""
+    try:
+        account = await bridge.pool.account()
+    except ApiError as error:
+        log.warning("the claude CLI does not work: %s", error.message)
+        return
+    source = account.get("apiKeySource") or account.get("tokenSource")
+    if source in (None, "none"):
+        log.warning("nobody is logged in: %s", translate.LOGIN_CURE)
+    else:
+        log.info("the claude CLI is logged in (%s)", source)
+
+
+async def run(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with serve(config) as bridge:
+        log.info("listening on %s", ", ".join(bridge.addresses))
+        login = asyncio.create_task(announce(bridge))
+        await stop.wait()
+        log.info("shutting down")
+        login.cancel()
+        await asyncio.wait({login})
+
+
+def main() -> None:
+    """The command line.  Exit status 2 and one line on stderr for settings that cannot work."""
+    parser = argparse.ArgumentParser("claude-cli-bridge", description="Answer the Messages API with the claude CLI.")
+    for item in dataclasses.fields(Config):
+        if item.name != "api_key":
+            parser.add_argument("--" + item.name.replace("_", "-"), help=item.metadata.get("help"), metavar="VALUE")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        config = Config.read(os.environ, vars(parser.parse_args()))
+        asyncio.run(run(config))
+    except ConfigError as error:
+        sys.exit(explain(str(error)))
+    except OSError as error:
+        sys.exit(explain(f"CLAUDE_CLI_LISTEN_ADDR: cannot listen: {error.strerror or error}"))
+
+
+def explain(message: str) -> int:
+    print(f"claude-cli-bridge: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

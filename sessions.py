@@ -1,0 +1,633 @@
+"""The processes of the CLI: spawn, speak, rebuild, keep warm, retire.
+
+A process is a cache entry.  Each request brings its whole conversation; a process that already holds all of it but the
+new user message is only faster than a fresh one.  So after an answer a session is filed under the fingerprint of the
+conversation including that answer, and a request takes the session whose fingerprint is its own history, if there is
+one.  A session in use is not on file, so two requests never share one; whatever goes wrong in it retires it alone.
+
+    STARTING ──lines of the conversation──> BUSY ──answer complete──> IDLE ──hot turn──> BUSY
+    any of them ──fault, disconnect, TTL, LRU, shutdown──> RETIRED, which ends in a reaped process group
+
+`Pool._move` is the only place that changes a state, and TRANSITIONS is what it allows.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import enum
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import uuid
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from dataclasses import dataclass, field
+
+import translate
+from translate import ApiError, Json, Request, Translator, cli_error
+
+log = logging.getLogger("claude_cli_bridge")
+
+# A line of the CLI can hold a whole tool result or screenshot; 1 MB was too small for the official SDK.
+MAX_LINE = 64 << 20
+# Bytes of unread events at which the child's pipe is no longer read, so that a slow client holds up its own child.
+MAX_UNREAD = 1 << 20
+# Bytes of stderr kept to say why a process died.
+STDERR_TAIL = 2048
+# How a process is ended, step by step: what is done, and the seconds it then gets.  The CLI leaves 0.1 s after its
+# stdin closes when it is idle, and ends a running API call on SIGTERM.
+ENDING = ((None, 0.5), (signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0))
+# Seconds that the `result` may come later than the answer it belongs to; 10 to 20 ms were measured.
+SETTLE_SECS = 5.0
+# Fingerprints of lost sessions that are remembered, to say why a conversation was rebuilt.
+MAX_PAST = 4096
+# Only these show that a turn is alive; status lines and keep-alives come from a half-open stream as well.
+SIGNS_OF_LIFE = {"stream_event", "assistant", "user", "result", "control_request", "control_response"}
+# Names of the bridge's environment that change the CLI's behaviour or account: a child gets them only when kept.
+SCRUBBED = ("ANTHROPIC_", "CLAUDE_CODE_", "CLAUDECODE", "CLAUDE_CLI_", "OTEL_")
+
+
+class State(enum.Enum):
+    STARTING = "starting"  # spawned for a request, has not got its conversation
+    BUSY = "busy"  # answers a request
+    IDLE = "idle"  # on file, waits for the next message of its conversation
+    RETIRED = "retired"  # is being ended; counts until its process is reaped
+
+
+TRANSITIONS = {
+    State.STARTING: {State.BUSY, State.RETIRED},
+    State.BUSY: {State.IDLE, State.RETIRED},
+    State.IDLE: {State.BUSY, State.RETIRED},
+    State.RETIRED: set(),
+}
+
+
+@dataclass(kw_only=True)
+class PoolConfig:
+    """Settings of the processes; bridge.Config documents each."""
+
+    bin: str = ""
+    model: str = "sonnet"
+    session_ttl_secs: float = 600
+    watchdog_secs: float = 120
+    max_sessions: int = 64
+    max_idle: int = 8
+    queue_secs: float = 30
+    retries: int = 2
+    keep_env: tuple[str, ...] = ()
+    setting_sources: str = ""
+
+
+def arguments(config: PoolConfig, model: str) -> list[str]:
+    """The command line of a process in model mode: no tools, no settings, nothing on disk."""
+    return [
+        *(config.bin, "-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose"),
+        *("--include-partial-messages", "--no-session-persistence", "--setting-sources", config.setting_sources),
+        *("--strict-mcp-config", "--disable-slash-commands", "--tools", "", "--permission-mode", "default"),
+        # The API's own default: without it 2.1.330 asks for less effort than a client that names none expects.
+        *("--effort", "high", "--model", model),
+    ]
+
+
+def child_environment(config: PoolConfig, environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process: `environ` without the names that would change what it does, and what it needs."""
+    kept = {name: value for name, value in environ.items() if name in config.keep_env or not name.startswith(SCRUBBED)}
+    defaults = {
+        "CLAUDE_CODE_MAX_RETRIES": str(config.retries),
+        "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",  # no @file of a user text is read
+        "CLAUDE_CODE_DISABLE_THINKING": "1",  # thinking is what a request asks for
+        "CLAUDE_CODE_NO_MODEL_FALLBACK": "1",  # the model asked for, or an error
+        "DISABLE_AUTO_COMPACT": "1",  # the conversation is the client's
+        "DISABLE_AUTOUPDATER": "1",
+        "ENABLE_CLAUDEAI_MCP_SERVERS": "0",
+        "ENABLE_TOOL_SEARCH": "false",
+    }
+    return defaults | kept
+
+
+def session_id(token: str) -> str:
+    """The id of a session header: a UUID as it is, any other token hashed to one (UUIDv5, OID namespace)."""
+    try:
+        return str(uuid.UUID(token))
+    except ValueError:
+        return str(uuid.uuid5(uuid.NAMESPACE_OID, token))
+
+
+def die_with_parent() -> None:
+    """In a new child: be killed when the bridge dies, even by SIGKILL (prctl(2), PR_SET_PDEATHSIG).  A CLI that only
+    sees its stdin close finishes a running turn first, and 2.1.330 calls the API once more for a parked tool call."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+class Process(asyncio.SubprocessProtocol):
+    """One child: its lines in and out, its silence, its end.
+
+    Lines are read whether or not a turn is running: the CLI's control requests are answered at once, a turn's events
+    wait for `receive`, and the rest is dropped.
+    """
+
+    def __init__(self, watchdog_secs: float) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.exited: asyncio.Future[int] = self.loop.create_future()
+        self.listening = False  # a turn is running: events are kept for it
+        self.hello: Json = {}  # the CLI's answer to `initialize`: models, account
+        self.settled: asyncio.Future[bool] | None = None  # set at the `result` of an answer that was complete before it
+        self._watchdog_secs = watchdog_secs
+        self._alive_at = self.loop.time()  # when the last sign of life came, or is due after an announced retry
+        self._events: list[Json] = []
+        self._unread = 0  # bytes of the lines in _events
+        self._partial: list[bytes] = []  # pieces of a line whose end has not come
+        self._partial_size = 0
+        self._stderr = b""
+        self._eof = False
+        self._paused = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._failure: ApiError | None = None
+
+    @classmethod
+    async def spawn(cls, argv: list[str], environment: dict[str, str], cwd: str, watchdog_secs: float) -> "Process":
+        """Start a child in a process group of its own.  Raises ApiError 502 when it cannot be started."""
+        try:
+            _, process = await asyncio.get_running_loop().subprocess_exec(
+                lambda: cls(watchdog_secs),
+                *argv,
+                env=environment,
+                cwd=cwd,
+                start_new_session=True,
+                preexec_fn=die_with_parent if sys.platform == "linux" else None,
+            )
+        except OSError as error:
+            raise cli_error(f"the claude CLI cannot be started: {error.strerror}") from error
+        return process
+
+    @property
+    def gone(self) -> bool:
+        return self._eof or self.exited.done()
+
+    def listen(self) -> None:
+        """Begin a turn: the watchdog runs, events are kept."""
+        self.listening = True
+        self._alive_at = self.loop.time()
+
+    def settle(self, seen: bool) -> None:
+        """End a turn.  Unless its `result` was `seen`, the next turn waits for it."""
+        self.listening = False
+        self._events.clear()
+        self._resume()
+        self.settled = None if seen else self.loop.create_future()
+
+    def write(self, *lines: bytes) -> None:
+        stdin = self._transport.get_pipe_transport(0)
+        if stdin and not stdin.is_closing():
+            stdin.write(b"".join(lines))  # type: ignore[attr-defined]
+
+    async def receive(self) -> list[Json]:
+        """The events since the last call, at least one.
+
+        Raises ApiError: 504 after the watchdog's time without a sign of life, 502 when the process is gone.
+        """
+        while not self._events:
+            if self._failure:
+                raise self._failure
+            if self._eof:
+                raise await self._died()
+            silent_at = self._alive_at + self._watchdog_secs
+            if self.loop.time() >= silent_at:
+                raise ApiError(504, f"the claude CLI was silent for {self._watchdog_secs:g} seconds")
+            self._waiter = self.loop.create_future()
+            timer = self.loop.call_at(silent_at, self._wake)
+            try:
+                await self._waiter
+            finally:
+                timer.cancel()
+                self._waiter = None
+        events, self._events = self._events, []
+        self._resume()
+        return events
+
+    async def _died(self) -> ApiError:
+        await asyncio.wait({self.exited}, timeout=1)  # its status follows the end of its output
+        status = f"exited with status {self.exited.result()}" if self.exited.done() else "closed its output"
+        said = self._stderr.decode(errors="replace").strip().rpartition("\n")[2][:300]
+        return cli_error(f"the claude CLI {status}" + (f": {said}" if said else ""))
+
+    def _wake(self) -> None:
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _resume(self) -> None:
+        self._unread = 0
+        stdout = self._transport.get_pipe_transport(1)
+        if self._paused and stdout and not self._eof:
+            stdout.resume_reading()  # type: ignore[attr-defined]
+        self._paused = False
+
+    # asyncio's callbacks
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.SubprocessTransport)
+        self._transport = transport
+        self.pid = transport.get_pid()
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        if fd == 2:
+            self._stderr = (self._stderr + data)[-STDERR_TAIL:]
+            return
+        *lines, rest = data.split(b"\n")
+        if lines:
+            lines[0] = b"".join([*self._partial, lines[0]])
+            self._partial, self._partial_size = [], 0
+        if rest:
+            self._partial.append(rest)
+            self._partial_size += len(rest)
+        if self._partial_size > MAX_LINE:
+            self._failure = cli_error(f"the claude CLI wrote a line of more than {MAX_LINE >> 20} MiB")
+            self._partial, self._partial_size = [], 0
+        for line in lines:
+            self._read(line)
+        if self._unread > MAX_UNREAD and not self._paused:
+            self._paused = True
+            self._transport.get_pipe_transport(1).pause_reading()  # type: ignore[union-attr]
+        self._wake()
+
+    def _read(self, line: bytes) -> None:
+        for event in translate.decode(line):
+            kind = event.get("type")
+            if kind in SIGNS_OF_LIFE:
+                self._alive_at = self.loop.time()
+            elif event.get("subtype") == "api_retry":
+                delay = event.get("retry_delay_ms")
+                self._alive_at = self.loop.time() + (delay / 1000 if isinstance(delay, int | float) else 0)
+            if kind == "control_request":
+                self.write(translate.refusal_line(event))
+            elif self.listening:
+                self._events.append(event)
+                self._unread += len(line)
+            elif kind == "result" and self.settled and not self.settled.done():
+                self.settled.set_result(not event.get("is_error"))
+            if kind == "control_response":
+                self.hello = translate.hello(event) or self.hello
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if fd == 1:
+            self._eof = True
+            if self.settled and not self.settled.done():
+                self.settled.set_result(False)
+            self._wake()
+
+    def process_exited(self) -> None:
+        self._kill(signal.SIGKILL)  # what it left behind in its group
+        if not self.exited.done():
+            self.exited.set_result(self._transport.get_returncode() or 0)
+
+    def _kill(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM for a group of zombies
+            os.killpg(self.pid, number)
+
+    async def end(self) -> None:
+        """End the process and its group, and wait until it is reaped."""
+        stdin = self._transport.get_pipe_transport(0)
+        if stdin:
+            stdin.close()
+        for number, seconds in ENDING:
+            if number:
+                self._kill(number)
+            await asyncio.wait({self.exited}, timeout=seconds)
+            if self.exited.done():
+                break
+        self._transport.close()
+
+
+@dataclass(eq=False)
+class Session:
+    """A process and the conversation in it."""
+
+    id: str
+    state: State = State.STARTING
+    pinned: bool = False  # the client names it by header
+    process: Process | None = None  # set once it is spawned
+    parts: dict[str, bytes] = field(default_factory=dict)  # digests of model and system
+    chain: bytes = b""  # digest of the messages in it, its own answers included
+    settings: dict[str, str] = field(default_factory=dict)  # what apply_flag_settings set last
+    idle_since: float = 0.0
+
+
+@dataclass
+class Turn:
+    """One request in one session; `events` is what a client gets."""
+
+    request: Request
+    session: Session
+    process: Process
+    how: str  # hot, new or rebuilt
+    reason: str  # why it was rebuilt; empty otherwise
+    messages: list[Json]  # what the process has not seen
+    translator: Translator = field(default_factory=Translator)
+
+    async def events(self) -> AsyncGenerator[list[Json], None]:
+        """Bring the conversation into the process, then yield the events of its answer, in the batches they come in.
+
+        Raises ApiError when the turn fails; what was yielded before stays a correct beginning.
+        """
+        await self._tell()
+        while not self.translator.done:
+            batch: list[Json] = []
+            failure = None
+            try:
+                for event in await self.process.receive():
+                    batch += self.translator.feed(event)
+            except ApiError as error:
+                failure = error
+            if batch:
+                yield batch
+            if failure:
+                raise failure
+
+    async def _tell(self) -> None:
+        """Write what is new.  A history line is answered by a `result`, and the next one must wait for it: lines sent
+        in a burst are merged and reordered by the CLI."""
+        lines = []
+        if self.how != "hot":
+            lines.append(translate.initialize_line("initialize", self.request.system))
+        changed = {
+            key: value for key, value in self.request.settings.items() if self.session.settings.get(key, "") != value
+        }
+        if changed:
+            lines.append(translate.control_line("settings", "apply_flag_settings", settings={"env": changed}))
+            self.session.settings |= changed
+        *history, last = self.messages
+        for number, message in enumerate(history):
+            if message["role"] == "assistant":
+                lines.append(translate.assistant_line(message["content"], number, self.request.model))
+                continue
+            self.process.write(*lines, translate.user_line(message["content"], query=False))
+            lines = []
+            await self._until_result()
+        self.process.write(*lines, translate.user_line(last["content"]))
+
+    async def _until_result(self) -> None:
+        while True:
+            events = await self.process.receive()
+            for event in events:
+                self.translator.feed(event)
+            if any(event.get("type") == "result" for event in events):
+                return
+
+    @property
+    def chain(self) -> bytes:
+        """The fingerprint of the conversation once the answer is part of it."""
+        start = self.session.chain if self.how == "hot" else b""
+        assert self.translator.message is not None
+        return translate.extend(start, [*self.messages, self.translator.message])
+
+
+class Pin:
+    """What requests of one session header share: they run one after another."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.users = 0
+
+
+class Pool:
+    """All sessions, at most `max_sessions` processes at any time."""
+
+    def __init__(self, config: PoolConfig) -> None:
+        self.config = config
+        self.sessions: set[Session] = set()  # every process that is not reaped
+        self.idle: OrderedDict[str, Session] = OrderedDict()  # by id, the least recently used first
+        self._slots = asyncio.Semaphore(config.max_sessions)
+        self._waiting = 0  # requests that wait for a slot
+        self._ending: set[asyncio.Task[None]] = set()
+        self._pins: dict[str, Pin] = {}
+        # Where a lost conversation was last seen: by fingerprint and by id, its parts and why it cannot go on.
+        self._past: OrderedDict[bytes | str, tuple[dict[str, bytes], str]] = OrderedDict()
+
+    async def __aenter__(self) -> "Pool":
+        self._cwd = tempfile.mkdtemp(prefix="claude-cli-bridge-")
+        self._environment = child_environment(self.config, os.environ)
+        self._sweeper = asyncio.create_task(self._sweep())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._sweeper.cancel()
+        await asyncio.wait({self._sweeper})
+        for session in list(self.sessions):
+            self.retire(session, "shutdown")
+        while self._ending:
+            await asyncio.wait(self._ending)
+        shutil.rmtree(self._cwd, ignore_errors=True)
+
+    @contextlib.asynccontextmanager
+    async def turn(self, request: Request, token: str | None) -> AsyncIterator[Turn]:
+        """A session for the request: a warm one, or room for a fresh process.  `token` is the session header.
+
+        Raises ApiError: 529 when there is no room in time, 502 when the CLI cannot be started.
+        On exit the session is filed if the answer is complete, and retired otherwise.
+        """
+        async with self._pin(token) as pinned_id:
+            turn = await self._find(request, pinned_id) or await self._fresh(request, pinned_id)
+            try:
+                turn.process.listen()
+                yield turn
+            finally:
+                self._finish(turn)
+
+    async def account(self) -> Json:
+        """Start a process, ask it who is logged in, end it.  No model call.  Raises ApiError when it does not work."""
+        session = await self._spawn(self.config.model, str(uuid.uuid4()))
+        try:
+            assert session.process is not None
+            session.process.listen()
+            session.process.write(translate.initialize_line("initialize", []))
+            translator = Translator()
+            while not session.process.hello:
+                for event in await session.process.receive():
+                    translator.feed(event)
+            account = session.process.hello.get("account")
+            return account if isinstance(account, dict) else {}
+        finally:
+            self.retire(session, "probe")
+
+    # finding a session
+
+    @contextlib.asynccontextmanager
+    async def _pin(self, token: str | None) -> AsyncIterator[str]:
+        if not token:
+            yield ""
+            return
+        name = session_id(token)
+        pin = self._pins.setdefault(name, Pin())
+        pin.users += 1
+        try:
+            await self._queue(pin.lock.acquire(), "the session's other requests did not end")
+            try:
+                yield name
+            finally:
+                pin.lock.release()
+        finally:
+            pin.users -= 1
+            if not pin.users:
+                del self._pins[name]
+
+    async def _queue(self, room: Coroutine[None, None, object], what: str) -> None:
+        try:
+            async with asyncio.timeout(self.config.queue_secs):
+                await room
+        except TimeoutError:
+            words = f"{what} within {self.config.queue_secs:g} seconds; try again later"
+            raise ApiError(529, words, retry_after=max(1, round(self.config.queue_secs))) from None
+
+    async def _find(self, request: Request, pinned_id: str) -> Turn | None:
+        """The warm session that holds the request's history, taken off the file."""
+        history = request.messages[:-1]
+        chain = translate.extend(b"", history)
+        session, new = None, request.messages[-1:]
+        if pinned_id:
+            session = self.idle.get(pinned_id)
+            if session and not history and session.parts.items() >= request.sent_parts.items():
+                pass  # only what is new was sent
+            elif session and (session.chain, session.parts) != (chain, request.parts):
+                self.retire(session, "changed")
+                session = None
+        elif history:
+            fits = (s for s in self.idle.values() if not s.pinned and (s.chain, s.parts) == (chain, request.parts))
+            session = next(fits, None)
+        if not session:
+            return None
+        self._move(session, State.BUSY)
+        assert session.process is not None
+        try:
+            alive = session.process.settled is None or await asyncio.wait_for(session.process.settled, SETTLE_SECS)
+        except TimeoutError:
+            alive = False
+        except BaseException:
+            self.retire(session, "died")
+            raise
+        if not alive or session.process.gone:
+            self.retire(session, "died")
+            return None
+        self._remember(session, "busy")
+        session.pinned = bool(pinned_id)
+        return Turn(request, session, session.process, "hot", "", new)
+
+    async def _fresh(self, request: Request, pinned_id: str) -> Turn:
+        how, reason = self._why(request, pinned_id)
+        session = await self._spawn(request.model, pinned_id or str(uuid.uuid4()))
+        assert session.process is not None
+        session.pinned = bool(pinned_id)
+        session.parts = request.parts
+        self._move(session, State.BUSY)
+        return Turn(request, session, session.process, how, reason, request.messages)
+
+    def _why(self, request: Request, pinned_id: str) -> tuple[str, str]:
+        """hot's alternative: `new`, or `rebuilt` and the reason that its user can act on."""
+        history = request.messages[:-1]
+        past = self._past.get(translate.extend(b"", history)) if history else None
+        past = past or self._past.get(pinned_id)
+        if not past:
+            return ("rebuilt", "unknown-history") if history else ("new", "")
+        parts, reason = past
+        changed = [name for name, value in request.parts.items() if parts.get(name) != value]
+        if reason == "changed" and not changed:
+            reason = "unknown-history"
+        return "rebuilt", f"{changed[0]}-changed" if changed else reason
+
+    async def _spawn(self, model: str, name: str) -> Session:
+        if self._slots.locked():
+            self._evict()
+        self._waiting += 1
+        try:
+            await self._queue(
+                self._slots.acquire(), f"all {self.config.max_sessions} processes were busy, none got free"
+            )
+        finally:
+            self._waiting -= 1
+        session = Session(name)
+        self.sessions.add(session)
+        try:
+            argv = arguments(self.config, model)
+            session.process = await Process.spawn(argv, self._environment, self._cwd, self.config.watchdog_secs)
+        except BaseException:
+            self.sessions.remove(session)
+            self._slots.release()
+            raise
+        return session
+
+    # what becomes of a session
+
+    def _move(self, session: Session, state: State) -> None:
+        """Change a session's state.  Only IDLE sessions are on file."""
+        assert state in TRANSITIONS[session.state], f"{session.state} -> {state}"
+        session.state = state
+        if state is State.IDLE:
+            self.idle[session.id] = session
+        elif self.idle.get(session.id) is session:
+            del self.idle[session.id]
+
+    def _finish(self, turn: Turn) -> None:
+        session, translator = turn.session, turn.translator
+        if session.state is not State.BUSY:
+            return
+        if not translator.done:
+            turn.process.write(translate.control_line("interrupt", "interrupt"))
+            self.retire(session, "interrupted")
+            return
+        self._remember(session, "continued")
+        session.chain = turn.chain
+        if not translator.rests:
+            # The CLI goes on by itself here; nothing more may be billed.
+            turn.process.write(translate.control_line("interrupt", "interrupt"))
+            self.retire(session, translator.stop_reason or "empty")
+            return
+        turn.process.settle(translator.result is not None)
+        if session.id in self.idle:
+            self.retire(self.idle[session.id], "changed")
+        session.idle_since = asyncio.get_running_loop().time()
+        self._move(session, State.IDLE)
+        self._remember(session, "pinned")  # the only reason not to find it while it is on file
+        if self._waiting > len(self._ending) or len(self.idle) > self.config.max_idle:
+            self._evict()
+
+    def _evict(self) -> None:
+        if self.idle:
+            self.retire(next(iter(self.idle.values())), "evicted")
+
+    def retire(self, session: Session, reason: str) -> None:
+        """End a session's process in the background; its slot is free once the process is reaped."""
+        if session.state is State.RETIRED:
+            return
+        self._move(session, State.RETIRED)
+        self._remember(session, reason)
+        task = asyncio.create_task(self._end(session))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def _end(self, session: Session) -> None:
+        if session.process:
+            await session.process.end()
+        self.sessions.remove(session)
+        self._slots.release()
+
+    def _remember(self, session: Session, reason: str) -> None:
+        for key in (session.chain, session.id if session.pinned else b""):
+            if key:
+                self._past[key] = (session.parts, reason)
+                self._past.move_to_end(key)
+        while len(self._past) > MAX_PAST:
+            self._past.popitem(last=False)
+
+    async def _sweep(self) -> None:
+        """Retire the idle sessions that died or whose time is up."""
+        ttl = self.config.session_ttl_secs
+        while True:
+            await asyncio.sleep(max(0.05, min(ttl / 4, 5)) if ttl else 5)
+            now = asyncio.get_running_loop().time()
+            for session in list(self.idle.values()):
+                if session.process is None or session.process.gone:
+                    self.retire(session, "died")
+                elif ttl and now - session.idle_since >= ttl:
+                    self.retire(session, "expired")

@@ -1,0 +1,394 @@
+"""What the tests share: a network of their own, the real CLIs, the stub API, a bridge, and the check that nothing leaks.
+
+The whole test run moves into a network namespace with loopback alone where the machine allows it, so that no CLI can
+reach anything but the stub.  A second version of the CLI is fetched with npm before that, where npm is installed.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import fcntl
+import http.client
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+sys.path.insert(0, str(ROOT))
+
+import bridge  # noqa: E402
+
+Json = dict[str, Any]
+NPM_VERSION = "2.1.197"
+STANDIN = TESTS / "standin.py"
+CLONE_NEWNET, CLONE_NEWUSER = 0x40000000, 0x10000000
+
+
+def npm_cli() -> Path | None:
+    """The older CLI from the npm registry, kept between runs in the user's cache."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "claude-cli-bridge-tests" / NPM_VERSION
+    binary = folder / "node_modules/@anthropic-ai/claude-code-linux-x64/claude"
+    if not binary.exists() and shutil.which("npm"):
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["npm", "install", "--no-audit", "--no-fund", f"@anthropic-ai/claude-code@{NPM_VERSION}"]
+        subprocess.run(command, cwd=folder, capture_output=True, timeout=300, check=False)
+    return binary if binary.exists() else None
+
+
+def bundled_cli() -> Path | None:
+    wheel = importlib.util.find_spec("claude_agent_sdk")
+    binary = Path(wheel.origin).parent / "_bundled/claude" if wheel and wheel.origin else None
+    return binary if binary and binary.exists() else None
+
+
+def isolate() -> str:
+    """Move this process into a network namespace with loopback alone; say how it went."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    uid, gid = os.getuid(), os.getgid()
+    if libc.unshare(CLONE_NEWNET if uid == 0 else CLONE_NEWNET | CLONE_NEWUSER):
+        return f"not isolated: unshare: {os.strerror(ctypes.get_errno())}"
+    if uid:
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+    with socket.socket() as probe:  # ip link set lo up
+        fcntl.ioctl(probe, 0x8914, struct.pack("16sh", b"lo", 0x1 | 0x40))
+    return "in a network namespace with loopback alone"
+
+
+CLIS: dict[str, Path] = {}
+ISOLATION = ""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global ISOLATION
+    for path in (bundled_cli(), npm_cli()):
+        if path:
+            version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout.split()[0]
+            CLIS[version] = path
+    ISOLATION = isolate() if sys.platform == "linux" else "not isolated"
+
+
+def pytest_report_header() -> str:
+    return f"real CLIs: {', '.join(CLIS) or 'none'}; {ISOLATION}"
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 15) -> None:
+    """Poll for something that another process does; the time is a limit for failure, not a measure."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"never came: {what}"
+        time.sleep(0.01)
+
+
+def children(pid: int | None = None) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [p for p in psutil.Process(pid).children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    return []
+
+
+def open_files() -> dict[str, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found[name] = os.readlink(f"/proc/self/fd/{name}")
+    return {name: target for name, target in found.items() if not target.startswith("/proc/")}
+
+
+@pytest.fixture(scope="session")
+def stub() -> Iterator["Stub"]:
+    with Stub() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(stub: "Stub") -> Iterator[None]:
+    """Every test ends with the children and the file descriptors it began with."""
+    processes, files = {p.pid for p in children()}, set(open_files().items())
+    yield
+    wait_until(lambda: {p.pid for p in children()} <= processes, "the end of all children")
+    wait_until(lambda: set(open_files().items()) <= files, f"closed files: {set(open_files().items()) - files}")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stub: "Stub") -> Path:
+    """An empty HOME, nobody's account, and the stub as the API.  Returns HOME."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in list(os.environ):
+        if name.startswith(("ANTHROPIC_", "CLAUDE", "OTEL_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("DISABLE_TELEMETRY", "1")
+    monkeypatch.setenv("DISABLE_AUTOUPDATER", "1")
+    monkeypatch.setenv("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1")
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", stub.url)
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-stub")
+    return home
+
+
+KEEP = ("ANTHROPIC_BASE_URL", "ANTHROPIC_API_KEY", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC")
+
+
+@pytest.fixture(params=["bundled", "npm"])
+def cli(request: pytest.FixtureRequest) -> Path:
+    """The real CLI, once for each version that is there."""
+    versions = list(CLIS.values())
+    number = 0 if request.param == "bundled" else 1
+    if number >= len(versions):
+        pytest.skip("this version of the CLI is not installed")
+    return versions[number]
+
+
+class Stub:
+    """The stub of the Messages API, as a process of its own."""
+
+    def __enter__(self) -> "Stub":
+        self.process = subprocess.Popen([sys.executable, TESTS / "stub_api.py"], stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout
+        self.port = int(self.process.stdout.readline())
+        self.url = f"http://127.0.0.1:{self.port}"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait()
+        assert self.process.stdout
+        self.process.stdout.close()
+
+    def log(self, since: int = 0) -> list[Json]:
+        """The requests to /v1/messages, from number `since` on: path, headers, body, end, seconds."""
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port)) as connection:
+            connection.request("GET", "/_log")
+            rows = json.loads(connection.getresponse().read())
+        return [row for row in rows if row["path"].startswith("/v1/messages")][since:]
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Json:
+        value: Json = json.loads(self.body)
+        return value
+
+    @property
+    def events(self) -> list[Json]:
+        """The events of a stream; asserts that each event's name is its type."""
+        events = []
+        for block in self.body.decode().split("\n\n")[:-1]:
+            name, data = block.split("\n")
+            event = json.loads(data.removeprefix("data: "))
+            assert name == "event: " + event["type"]
+            events.append(event)
+        return events
+
+    @property
+    def message(self) -> Json:
+        """The message, assembled by the SDK's own accumulator if it was streamed."""
+        if self.headers["content-type"] == "application/json":
+            return self.json
+        return assemble(self.events)
+
+    @property
+    def text(self) -> str:
+        return "".join(block.get("text", "") for block in self.message["content"])
+
+    @property
+    def session(self) -> str:
+        return self.headers["x-bridge-session"]
+
+
+def assemble(events: list[Json]) -> Json:
+    """What a client makes of a stream, by the accumulator of the `anthropic` SDK."""
+    from anthropic.lib.streaming._messages import accumulate_event
+    from anthropic.types import RawMessageStreamEvent
+    from pydantic import TypeAdapter
+
+    adapter: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
+    snapshot: Any = None
+    for event in events:
+        if event["type"] not in ("ping", "error"):
+            snapshot = accumulate_event(event=adapter.validate_python(event), current_snapshot=snapshot)
+    value: Json = snapshot.model_dump(mode="json", exclude_unset=True)
+    return value
+
+
+@dataclass
+class Client:
+    """A plain HTTP client of one bridge."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def call(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+        with contextlib.closing(http.client.HTTPConnection(self.host, self.port, timeout=60)) as connection:
+            data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+            connection.request(method, path, data, {"content-type": "application/json", **(headers or {})})
+            response = connection.getresponse()
+            found = {name.lower(): value for name, value in response.getheaders()}
+            return Answer(response.status, found, response.read())
+
+    def post(self, messages: Any = "hello", *, session: str | None = None, **fields: Any) -> Answer:
+        """POST /v1/messages; a string is one user message, a list of strings is user and assistant in turn."""
+        headers = {"x-arch-claude-cli-session": session} if session else {}
+        return self.call("POST", "/v1/messages", request_body(messages, **fields), headers)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection((self.host, self.port), timeout=30)
+
+
+def request_body(messages: Any = "hello", **fields: Any) -> Json:
+    if isinstance(messages, str):
+        messages = [messages]
+    messages = [
+        {"role": ("user", "assistant")[number % 2], "content": message} if isinstance(message, str) else message
+        for number, message in enumerate(messages)
+    ]
+    body = {"model": "sonnet", "max_tokens": 1024, "messages": messages, **fields}
+    return {name: value for name, value in body.items() if value is not ...}
+
+
+@dataclass
+class Server(Client):
+    """A bridge in a thread of this process, with an event loop of its own."""
+
+    host: str = ""
+    port: int = 0
+    config: bridge.Config = field(default_factory=bridge.Config)
+    bridge: bridge.Bridge | None = None
+    loop: asyncio.AbstractEventLoop | None = None
+
+    def __enter__(self) -> "Server":
+        self._ready = threading.Event()
+        self._stop: asyncio.Event | None = None
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self._thread.start()
+        self._ready.wait()
+        if self._failure:
+            self._thread.join()
+            raise self._failure
+        return self
+
+    async def _run(self) -> None:
+        try:
+            self.loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+            async with bridge.serve(self.config) as self.bridge:
+                self.host, _, port = self.bridge.addresses[0].rpartition(":")
+                self.port = int(port) if port.isdecimal() else 0
+                self._ready.set()
+                await self._stop.wait()
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            assert not left, f"tasks left: {left}"
+        except BaseException as error:  # noqa: BLE001 - handed to the test
+            self._failure = error
+            self._ready.set()
+
+    def close(self) -> None:
+        """Ask the bridge to shut down, and wait for it."""
+        assert self.loop and self._stop
+        with contextlib.suppress(RuntimeError):  # the loop is closed already
+            self.loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+        if self._failure:
+            raise self._failure
+
+    def processes(self) -> list[psutil.Process]:
+        """The bridge's children: those of this process that run its CLI."""
+        found = []
+        for child in children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if self.config.bin in child.cmdline():
+                    found.append(child)
+        return found
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    """Start bridges in this process: serve(bin=..., max_sessions=..., ...) with the fields of Config."""
+    with contextlib.ExitStack() as stack:
+
+        def start(**settings: Any) -> Server:
+            settings = {"listen_addr": "127.0.0.1:0", "keep_env": KEEP, "bin": str(STANDIN), **settings}
+            settings["bin"] = str(settings["bin"])
+            return stack.enter_context(Server(config=bridge.Config(**settings)))
+
+        yield start
+
+
+@pytest.fixture
+def real(serve: Callable[..., Server], cli: Path) -> Server:
+    """A bridge with the real CLI in front of the stub."""
+    return serve(bin=cli)
+
+
+@dataclass
+class Program(Client):
+    """The bridge as a user starts it: a process with arguments and an environment."""
+
+    process: subprocess.Popen[str] = field(kw_only=True)
+    lines: list[str] = field(default_factory=list)  # what it printed on stderr
+
+    def wait(self) -> int:
+        return self.process.wait(30)
+
+    def children(self) -> list[psutil.Process]:
+        return children(self.process.pid)
+
+
+@pytest.fixture
+def launch() -> Iterator[Callable[..., Program]]:
+    """Start the bridge as a program: launch("--max-idle", "2", CLAUDE_CLI_BIN=...).  It listens on a free port."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments: str, wait: bool = True, **variables: str) -> Program:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = free.getsockname()[1]
+            settings = {"CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{port}"}
+            environ = {**os.environ, "CLAUDE_CLI_KEEP_ENV": ",".join(KEEP), **settings, **variables}
+            command = [sys.executable, str(ROOT / "bridge.py"), *arguments]
+            process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
+            program = Program("127.0.0.1", port, process=process)
+            assert process.stderr
+            errors = process.stderr
+            reader = threading.Thread(target=lambda: program.lines.extend(iter(errors.readline, "")))
+            reader.start()
+
+            def end() -> None:
+                process.kill()
+                process.wait()
+                reader.join()
+                errors.close()
+
+            stack.callback(end)
+            if wait:
+                wait_until(lambda: any("listening on" in line for line in program.lines), f"start: {program.lines}")
+            return program
+
+        yield start

@@ -1,0 +1,262 @@
+"""A stub of the Messages API on loopback, for driving the real CLI: `python stub_api.py --port 0`.
+
+It prints the port it listens on, answers what the last text of the user asks for, and keeps every request it gets:
+`GET /_log?since=N` gives those from index N on, each with its path, headers, body, and how it ended
+(`done`, or `left` when the client went away first, with the seconds since the request came in).
+
+Words a user text may hold: THINK, MAXTOK, REFUSE, MIDFAIL, SLOW (a word every 50 ms, `SLOW n` of them), HANG (no answer
+for a minute), FAIL400/401/403/404/429/500/529, RETRYONCE, EMPTY, NOSTREAM (streaming is refused, the plain call works),
+`USE_TOOL name INPUT={...}END COUNT=n`, `SAY text`, `BIG n` (n characters).
+Parameters it obeys: stop_sequences, max_tokens (one token is four characters), tool_choice, output_config.format.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import re
+import time
+from typing import Any
+
+from aiohttp import web
+
+Json = dict[str, Any]
+ERRORS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "api_error",
+    529: "overloaded_error",
+}
+ERROR_TEXTS = {
+    400: "prompt is too long: 250000 tokens > 200000 maximum",
+    401: "invalid x-api-key",
+    429: "slow down",
+    529: "Overloaded",
+}
+LOG: list[Json] = []
+IDS = itertools.count(1)
+RETRIED: set[str] = set()
+
+
+def error(status: int, text: str = "") -> web.Response:
+    body = {"type": "error", "error": {"type": ERRORS[status], "message": text or ERROR_TEXTS.get(status, "no")}}
+    return web.json_response(body, status=status, headers={"request-id": f"req_{next(IDS)}"})
+
+
+def last_text(body: Json) -> str:
+    """The last text of the last user message that the CLI did not put there itself."""
+    for message in reversed(body["messages"]):
+        if message["role"] == "user":
+            content = message["content"]
+            blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            texts = [block["text"] for block in blocks if block["type"] == "text"]
+            texts = [text for text in texts if not text.lstrip().startswith("<system-reminder>")]
+            return texts[-1] if texts else ""
+    return ""
+
+
+def tool_results(body: Json) -> list[Any]:
+    content = next((m["content"] for m in reversed(body["messages"]) if m["role"] == "user"), "")
+    return [] if isinstance(content, str) else [b.get("content") for b in content if b["type"] == "tool_result"]
+
+
+def sample(schema: Json) -> Any:
+    """A small value that meets a JSON schema of the everyday kind."""
+    if "const" in schema:
+        return schema["const"]
+    if "enum" in schema:
+        return schema["enum"][0]
+    kind = schema.get("type", "object")
+    if kind == "object":
+        return {key: sample(value) for key, value in schema.get("properties", {}).items()}
+    return {"string": "Paris", "integer": 1, "number": 1.5, "boolean": True, "array": [], "null": None}[kind]
+
+
+def tool_call(body: Json, name: str, value: Json, count: int) -> tuple[list[Json], str]:
+    blocks: list[Json] = [{"type": "text", "text": "Let me use it."}]
+    blocks += [{"type": "tool_use", "id": f"toolu_{next(IDS)}", "name": name, "input": value} for _ in range(count)]
+    return blocks, "tool_use"
+
+
+def answer(body: Json, text: str) -> tuple[list[Json], str]:
+    """The content blocks and the stop_reason for a request."""
+    names = [tool["name"] for tool in body.get("tools", [])]
+    choice = body.get("tool_choice") or {"type": "auto"}
+    results = tool_results(body)
+    if results:
+        return [{"type": "text", "text": "Tool said: " + json.dumps(results)[:400]}], "end_turn"
+    if wanted := re.search(r"USE_TOOL (\S+) INPUT=(.*?)END(?: COUNT=(\d+))?", text, re.S):
+        name = next((n for n in names if n == wanted[1] or n.endswith("__" + wanted[1])), wanted[1])
+        return tool_call(body, name, json.loads(wanted[2]), int(wanted[3] or 1))
+    if names and choice["type"] != "none" and (choice["type"] in ("any", "tool") or "Use the tool" in text):
+        tool = next((t for t in body["tools"] if t["name"] == choice.get("name")), body["tools"][0])
+        return tool_call(body, tool["name"], sample(tool.get("input_schema", {})), 1)
+    output = (body.get("output_config") or {}).get("format")
+    if output:
+        return [{"type": "text", "text": json.dumps(sample(output["schema"]))}], "end_turn"
+    if "THINK" in text:
+        thought = {"type": "thinking", "thinking": "hmm...", "signature": "c2ln"}
+        return [thought, {"type": "redacted_thinking", "data": "eHh4"}, {"type": "text", "text": "thought"}], "end_turn"
+    if "EMPTY" in text:
+        return [], "end_turn"
+    if "MAXTOK" in text:
+        return [{"type": "text", "text": "cut sho"}], "max_tokens"
+    if "REFUSE" in text:
+        return [{"type": "text", "text": ""}], "refusal"
+    if big := re.search(r"BIG (\d+)", text):
+        return [{"type": "text", "text": "0123456789abcdef" * (int(big[1]) // 16)}], "end_turn"
+    if slow := re.search(r"SLOW ?(\d*)|300 word story", text):
+        return [{"type": "text", "text": "".join(f"tick{n} " for n in range(int(slow[1] or 200)))}], "end_turn"
+    if said := re.search(r"SAY (.*)", text, re.S):
+        return [{"type": "text", "text": said[1]}], "end_turn"
+    return [
+        {"type": "text", "text": f"You said: {text[:400]!r}. History has {len(body['messages'])} messages."}
+    ], "end_turn"
+
+
+def limited(body: Json, blocks: list[Json], stop_reason: str) -> tuple[list[Json], str, str | None]:
+    """Apply stop_sequences and max_tokens as the API does."""
+    for number, block in enumerate(blocks):
+        if block["type"] != "text":
+            continue
+        cuts = [(block["text"].find(stop), stop) for stop in body.get("stop_sequences") or [] if stop in block["text"]]
+        if cuts:
+            at, stop = min(cuts)
+            return [*blocks[:number], {"type": "text", "text": block["text"][:at]}], "stop_sequence", stop
+        if len(block["text"]) > 4 * body["max_tokens"]:
+            return (
+                [*blocks[:number], {"type": "text", "text": block["text"][: 4 * body["max_tokens"]]}],
+                "max_tokens",
+                None,
+            )
+    return blocks, stop_reason, None
+
+
+def deltas(block: Json, slow: bool) -> list[Json]:
+    if block["type"] == "thinking":
+        return [
+            {"type": "thinking_delta", "thinking": block["thinking"]},
+            {"type": "signature_delta", "signature": block["signature"]},
+        ]
+    if block["type"] == "redacted_thinking":
+        return []
+    if block["type"] == "tool_use":
+        text = json.dumps(block["input"])
+        return [{"type": "input_json_delta", "partial_json": text[at : at + 10]} for at in range(0, len(text), 10)]
+    size = 6 if slow else 4096 if len(block["text"]) > 20000 else 12
+    return [{"type": "text_delta", "text": block["text"][at : at + size]} for at in range(0, len(block["text"]), size)]
+
+
+EMPTY_BLOCKS: dict[str, Json] = {
+    "text": {"text": ""},
+    "thinking": {"thinking": "", "signature": ""},
+    "tool_use": {"input": {}},
+    "redacted_thinking": {},
+}
+
+
+async def stream(request: web.Request, message: Json, text: str) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"content-type": "text/event-stream", "request-id": "req_" + message["id"]})
+    await response.prepare(request)
+
+    async def send(kind: str, **data: Any) -> None:
+        await response.write(f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n".encode())
+
+    slow = "SLOW" in text or "300 word story" in text
+    started = {**message, "content": [], "stop_reason": None, "stop_sequence": None}
+    await send("message_start", message={**started, "usage": {**message["usage"], "output_tokens": 1}})
+    for index, block in enumerate(message["content"]):
+        await send("content_block_start", index=index, content_block={**block, **EMPTY_BLOCKS[block["type"]]})
+        for delta in deltas(block, slow):
+            await send("content_block_delta", index=index, delta=delta)
+            await asyncio.sleep(0.05 if slow else 0)
+        if "MIDFAIL" in text:
+            await send("error", error={"type": "overloaded_error", "message": "Overloaded"})
+            return response
+        await send("content_block_stop", index=index)
+    ends = {"stop_reason": message["stop_reason"], "stop_sequence": message["stop_sequence"]}
+    await send("message_delta", delta=ends, usage={"output_tokens": message["usage"]["output_tokens"]})
+    await send("message_stop")
+    return response
+
+
+async def messages(request: web.Request) -> web.StreamResponse:
+    body = await request.json()
+    row: Json = {"path": request.path, "headers": dict(request.headers), "body": body, "end": None}
+    LOG.append(row)
+    began = time.monotonic()
+    try:
+        response = await reply(request, body)
+        row["end"] = "done"
+        return response
+    finally:
+        row["end"] = row["end"] or "left"
+        row["seconds"] = time.monotonic() - began
+
+
+async def reply(request: web.Request, body: Json) -> web.StreamResponse:
+    text = last_text(body)
+    if not body["model"].startswith("claude-") or "no-such" in body["model"]:
+        return error(404, f"model: {body['model']}")
+    if failing := re.search(r"FAIL(\d{3})", text):
+        return error(int(failing[1]))
+    if "RETRYONCE" in text and text not in RETRIED:
+        RETRIED.add(text)
+        return error(529)
+    if "HANG" in text:
+        await asyncio.sleep(60)
+    if "NOSTREAM" in text and body.get("stream"):
+        return error(404, "streaming is not supported")
+    blocks, stop_reason, stop_sequence = limited(body, *answer(body, text))
+    usage = {"input_tokens": 10, "cache_creation_input_tokens": 3, "cache_read_input_tokens": 5, "output_tokens": 17}
+    message = {
+        "id": f"msg_{next(IDS):04}",
+        "type": "message",
+        "role": "assistant",
+        "model": body["model"],
+        "content": blocks,
+        "stop_reason": stop_reason,
+        "stop_sequence": stop_sequence,
+        "usage": usage,
+    }
+    if body.get("stream"):
+        return await stream(request, message, text)
+    return web.json_response(message, headers={"request-id": "req_" + message["id"]})
+
+
+async def count_tokens(request: web.Request) -> web.Response:
+    body = await request.json()
+    LOG.append({"path": request.path, "headers": dict(request.headers), "body": body, "end": "done"})
+    return web.json_response({"input_tokens": max(1, len(json.dumps(body)) // 4)})
+
+
+async def log(request: web.Request) -> web.Response:
+    return web.json_response(LOG[int(request.query.get("since", 0)) :])
+
+
+async def other(request: web.Request) -> web.Response:
+    LOG.append({"path": request.path, "headers": dict(request.headers), "body": None, "end": "done"})
+    return error(404)
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--port", type=int, default=0)
+    arguments = parser.parse_args()
+    app = web.Application(client_max_size=1 << 28)
+    app.router.add_post("/v1/messages", messages)
+    app.router.add_post("/v1/messages/count_tokens", count_tokens)
+    app.router.add_get("/_log", log)
+    app.router.add_route("*", "/{path:.*}", other)
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", arguments.port).start()
+    print(runner.addresses[0][1], flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

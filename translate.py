@@ -1,0 +1,828 @@
+"""Pure rules between the Messages API and the claude CLI: no I/O, no clock.
+
+The file follows the order of a turn: errors, validation of a request, fingerprints of a conversation, the lines that
+go to the CLI, and the translation of the CLI's events into the events of a Messages stream.  "API" names a rule of
+the Messages API; a name such as `max_tokens` after "recording" names a file in tests/fixtures that shows the rule.
+"""
+
+import binascii
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+Json = dict[str, Any]  # a JSON object whose keys are checked where they are used
+
+# ---------------------------------------------------------------- errors
+
+# HTTP status -> error.type, as the SDKs map it (API: "Errors").
+ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    409: "conflict_error",
+    413: "request_too_large",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    431: "invalid_request_error",
+    500: "api_error",
+    502: "claude_cli_error",
+    503: "api_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+# A status that a second try cannot mend: the SDKs retry 5xx twice unless told not to.
+FINAL_STATUSES = {400, 401, 402, 403, 404, 405, 413, 415, 431}
+LOGIN_CURE = "run `claude` in a terminal on the bridge's machine and log in with /login, then send the request again"
+
+
+class ApiError(Exception):
+    """A failure as a Messages client sees it: an HTTP status and an error object.
+
+    `kind` is error.type (default: by status).  `details` becomes error.details.  `resets_at` is the epoch second from
+    which a rate limit allows requests again; whoever has a clock makes `retry-after` of it.  `retry` False adds
+    `x-should-retry: false`; `retry_after` is in seconds.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "",
+        details: Json | None = None,
+        retry: bool = True,
+        retry_after: int | None = None,
+        resets_at: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind or ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+        self.message = message
+        self.details = details
+        self.retry = retry and status not in FINAL_STATUSES
+        self.retry_after = retry_after
+        self.resets_at = resets_at
+
+    def body(self, request_id: str) -> Json:
+        """The API's error envelope; as a stream event it is the `error` event."""
+        error: Json = {"type": self.kind, "message": self.message}
+        if self.details:
+            error["details"] = self.details
+        return {"type": "error", "error": error, "request_id": request_id}
+
+
+def cli_error(message: str) -> ApiError:
+    """A failure of the CLI itself, not of the API behind it."""
+    return ApiError(502, message)
+
+
+def result_error(result: Json, resets_at: float | None = None) -> ApiError:
+    """The error that a `result` event with `is_error` stands for.
+
+    The CLI writes `subtype: success` on failures as well, so only `is_error`, `api_error_status` and the text count
+    (recordings error_401, error_429, error_529, not_logged_in).  The text is passed on as it is.
+    """
+    errors = result.get("errors")
+    text = result.get("result") or ("; ".join(map(str, errors)) if isinstance(errors, list) else "")
+    text = str(text) or "the claude CLI ended the turn with an error"
+    status = result.get("api_error_status")
+    if not isinstance(status, int) or not 400 <= status <= 599:
+        # The CLI's own verdicts carry no status (recordings not_logged_in, mid_stream_error of 2.1.197).
+        verdicts = (("Not logged in", 401), ("Prompt is too long", 400), ("API Error: Overloaded", 529))
+        status = next((code for words, code in verdicts if text.startswith(words)), 502)
+    if status == 401:
+        return ApiError(401, f"{text} (the claude CLI is not logged in: {LOGIN_CURE})")
+    return ApiError(status, text, resets_at=resets_at if status == 429 else None)
+
+
+# ---------------------------------------------------------------- validation of a request
+
+# A model name ends up in the CLI's argv: what begins with a dash would be a flag.  Brackets, slashes, colons and @
+# occur in real names (sonnet[1m], Bedrock ARNs, Vertex versions).
+MODEL_NAME = re.compile(r"(?:claude-cli/)?([A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,255})")
+# Body fields that reach the API as sent, per request, merged over the CLI's own body (recording turn_settings).
+BODY_FIELDS = ("temperature", "top_p", "top_k", "stop_sequences", "thinking", "output_config", "service_tier")
+TOOL_PREFIX = "mcp__client__"
+BILLING_LINE = "x-anthropic-billing-header:"  # Claude Code's first system block: a hash that changes with every request
+
+
+class Tagged(dict[str, Any]):
+    """A shape chosen by the value's `type`."""
+
+
+# Shapes: a type, a tuple of allowed values, [shape of the items], {key: shape} with `?` after optional keys, Tagged, or
+# `bytes` for base64 text.  Keys that are not named may hold anything (API: clients send betas and new fields).
+STRING_OR_BLOCKS = object()
+TEXT = {"text": str}
+IMAGE = {
+    "source": Tagged(base64={"media_type": ("image/jpeg", "image/png", "image/gif", "image/webp"), "data": bytes}),
+}
+DOCUMENT = {
+    "source": Tagged(
+        base64={"media_type": ("application/pdf",), "data": bytes},
+        text={"data": str},
+        content={"content": STRING_OR_BLOCKS},
+    ),
+    "title?": str,
+    "context?": str,
+}
+SEARCH_RESULT = {"source": str, "title": str, "content": [Tagged(text=TEXT)]}
+BLOCKS = {
+    "user": Tagged(
+        text=TEXT,
+        image=IMAGE,
+        document=DOCUMENT,
+        search_result=SEARCH_RESULT,
+        tool_result={"tool_use_id": str, "content?": STRING_OR_BLOCKS, "is_error?": bool},
+    ),
+    "assistant": Tagged(
+        text=TEXT,
+        thinking={"thinking": str, "signature": str},
+        redacted_thinking={"data": str},
+        tool_use={"id": str, "name": str, "input": dict},
+    ),
+    "system": Tagged(text=TEXT),
+}
+INNER_BLOCKS = Tagged(text=TEXT, image=IMAGE, document=DOCUMENT, search_result=SEARCH_RESULT)
+REQUEST = {
+    "model": str,
+    "max_tokens": int,
+    "messages": list,
+    "stream?": bool,
+    "temperature?": float,
+    "top_p?": float,
+    "top_k?": int,
+    "stop_sequences?": [str],
+    "metadata?": dict,
+    "service_tier?": ("auto", "standard_only"),
+    "thinking?": Tagged(enabled={"budget_tokens": int}, adaptive={}, disabled={}, between_tools={}),
+    "output_config?": {
+        "effort?": ("low", "medium", "high", "xhigh", "max"),
+        "format?": Tagged(json_schema={"schema": dict}),
+    },
+    "tools?": [dict],
+    "tool_choice?": dict,
+}
+TYPE_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "list", dict: "object"}
+# Fields whose loss would change the answer and that the CLI cannot be made to honour.
+DECLINED = {
+    "mcp_servers": "MCP servers are not connected for a request by this bridge",
+    "container": "containers and skills are not available through this bridge",
+    "tools": "client tools are not supported by this version of the bridge",
+}
+
+
+def bad(place: str, message: str) -> ApiError:
+    return ApiError(400, f"{place}: {message}")
+
+
+def check(value: Any, shape: Any, place: str) -> None:
+    """Raise ApiError 400, in the API's wording and with the place, unless `value` has the shape."""
+    if isinstance(shape, Tagged):
+        check(value, dict, place)
+        tag = value.get("type")
+        if tag in ("url", "file") and place.endswith(".source"):
+            raise bad(place, f"{tag} sources are not fetched by this bridge: send the data itself")
+        if not isinstance(tag, str) or tag not in shape:
+            tags = ", ".join(repr(name) for name in shape)
+            wrong = f"Input tag {tag!r} found using 'type' does not match any of the expected tags: {tags}"
+            raise bad(*((f"{place}.type", "Field required") if tag is None else (place, wrong)))
+        check(value, shape[tag], f"{place}.{tag}")
+    elif isinstance(shape, dict):
+        check(value, dict, place)
+        for name, inner in shape.items():
+            key = name.removesuffix("?")
+            where = f"{place}.{key}".lstrip(".")
+            if value.get(key) is not None:
+                check(value[key], inner, where)
+            elif key == name:
+                raise bad(where, "Field required")
+    elif isinstance(shape, list):
+        check(value, list, place)
+        for number, item in enumerate(value):
+            check(item, shape[0], f"{place}.{number}")
+    elif isinstance(shape, tuple):
+        if value not in shape:
+            raise bad(place, f"Input should be {' or '.join(map(repr, shape))}")
+    elif shape is STRING_OR_BLOCKS:
+        if not isinstance(value, str):
+            check(value, [INNER_BLOCKS], place)
+    elif shape is bytes:
+        check(value, str, place)
+        try:
+            valid = bool(binascii.a2b_base64(value, strict_mode=True))
+        except ValueError:
+            valid = False
+        if not valid:
+            raise bad(place, "Input should be valid base64")
+    elif type(value) not in ((int, float) if shape is float else (shape,)):
+        raise bad(place, f"Input should be a valid {TYPE_NAMES[shape]}")
+
+
+@dataclass(slots=True)
+class Request:
+    """A valid Messages request, in the form that the rest of the bridge works with."""
+
+    model: str  # as the CLI gets it: without a leading claude-cli/
+    system: list[str]  # the texts of the system prompt; empty: none
+    messages: list[Json]  # {"role", "content": [blocks]}; roles alternate, the last one is the user's
+    stream: bool
+    settings: dict[str, str]  # environment settings of the CLI for this turn
+    parts: dict[str, bytes]  # digests of model and system: what cannot change without a new process
+    sent_parts: dict[str, bytes]  # those of them that the client sent
+
+
+def parse_request(body: bytes) -> Request:
+    """Check the body of POST /v1/messages and bring it into one form.
+
+    Raises ApiError 400 in the API's wording for whatever the API would refuse, or what the CLI cannot be made to do.
+    """
+    try:
+        data = orjson.loads(body)
+        orjson.dumps(data)  # what came in must go out again, and orjson writes fewer levels (254) than it reads
+    except orjson.JSONDecodeError as error:
+        raise ApiError(400, f"The request body is not valid JSON: {error}") from None
+    except TypeError:
+        raise ApiError(400, "The request body is not valid JSON: it is nested too deeply") from None
+    if not isinstance(data, dict):
+        raise ApiError(400, "The request body is not a JSON object.")
+    if data.get("thread") is not None:
+        # SDKs fall back to the full history only on this error_code (anthropic lib/threads/_thread_state.py).
+        details = {"error_code": "thread_unsupported_request"}
+        raise ApiError(400, "thread: message threads are not supported by this bridge", details=details)
+    check(data, REQUEST, "")
+    for name, reason in DECLINED.items():
+        if data.get(name):
+            raise bad(name, reason)
+    check_ranges(data)
+    model = MODEL_NAME.fullmatch(data["model"])
+    if not model:
+        raise bad("model", "String should be a model name: letters, digits and . _ : / @ [ ] -, not beginning with -")
+    system = system_texts(data.get("system"))
+    parts = {"model": digest(model[1]), "system": digest(system)}
+    sent = {name: parts[name] for name in parts if data.get(name) is not None}
+    messages = normal_messages(data["messages"])
+    return Request(model[1], system, messages, bool(data.get("stream")), turn_settings(data), parts, sent)
+
+
+def check_ranges(data: Json) -> None:
+    for name, least in (("max_tokens", 1), ("top_k", 0)):
+        if (data.get(name) or 0) < least:
+            raise bad(name, f"Input should be greater than or equal to {least}")
+    for name in ("temperature", "top_p"):
+        if not 0 <= (data.get(name) or 0) <= 1:
+            raise bad(name, "range: 0..1")
+    if "" in (data.get("stop_sequences") or []):
+        raise bad("stop_sequences", "each stop sequence must be non-empty")
+    thinking = data.get("thinking")
+    if thinking and thinking["type"] == "enabled":
+        budget = thinking["budget_tokens"]
+        if budget < 1024:
+            raise bad("thinking.enabled.budget_tokens", "Input should be greater than or equal to 1024")
+        if budget >= data["max_tokens"]:
+            raise ApiError(400, "`max_tokens` must be greater than `thinking.budget_tokens`.")
+
+
+def system_texts(system: Any) -> list[str]:
+    """The texts of `system`: a string or text blocks (API)."""
+    blocks = [{"type": "text", "text": system}] if isinstance(system, str) else system or []
+    check(blocks, [BLOCKS["system"]], "system")
+    return [block["text"] for block in blocks if block["text"] and not block["text"].startswith(BILLING_LINE)]
+
+
+def normal_messages(messages: list[Any]) -> list[Json]:
+    """The messages as block lists of alternating roles, without keys that carry nothing (null; `cache_control`: the CLI
+    sets its own cache breakpoints and the API allows four).
+
+    Raises ApiError 400 in the API's wording, with the index of the message as the client numbered it.
+    """
+    if not messages:
+        raise bad("messages", "at least one message is required")
+    merged: list[Json] = []
+    places: list[str] = []
+    for number, message in enumerate(messages):
+        place = f"messages.{number}"
+        blocks = message_blocks(message, place)
+        role = message["role"]
+        if role == "system":
+            check_system_place(messages, number)
+            # Claude Code ends its requests with one; the CLI's input knows the user's and the assistant's only.
+            text = "\n".join(block["text"] for block in blocks)
+            role, blocks = "user", [{"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}]
+        if merged and merged[-1]["role"] == role:  # API: consecutive turns of one role are one turn
+            merged[-1]["content"] += blocks
+        else:
+            merged.append({"role": role, "content": blocks})
+            places.append(place)
+    check_pairs(merged, places)
+    if merged[-1]["role"] == "assistant":
+        words = "This model does not support assistant message prefill. The conversation must end with a user message."
+        raise ApiError(400, words)
+    return merged
+
+
+def message_blocks(message: Any, place: str) -> list[Json]:
+    check(message, {"role": str}, place)
+    role, content = message["role"], message.get("content")
+    if role not in BLOCKS:
+        raise bad(f"{place}.role", "Input should be 'user' or 'assistant'")
+    if content is None:
+        raise bad(f"{place}.content", "Field required")
+    if content in ("", []):
+        words = "all messages must have non-empty content except for the optional final assistant message"
+        raise bad(place, words)
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    check(blocks, [BLOCKS[role]], f"{place}.content")
+    for block in blocks:
+        if block["type"] == "text" and not block["text"].strip():
+            words = "contain non-whitespace text" if block["text"] else "be non-empty"
+            raise bad("messages", f"text content blocks must {words} ({place})")
+    return [bare(block) for block in blocks]
+
+
+def bare(block: Json) -> Json:
+    """A content block, and those in its content, without null keys and `cache_control`."""
+    kept = {key: value for key, value in block.items() if value is not None and key != "cache_control"}
+    if isinstance(kept.get("content"), list):
+        kept["content"] = [bare(inner) for inner in kept["content"]]
+    return kept
+
+
+def check_system_place(messages: list[Any], number: int) -> None:
+    """API: a system message follows a user turn, and precedes an assistant turn or ends the array."""
+    if number == 0:
+        words = 'The Messages API accepts a top-level `system` parameter, not "system" as an input message role.'
+        raise bad("messages", f'Unexpected role "system". {words}')
+    after = messages[number + 1] if number + 1 < len(messages) else {"role": "assistant"}
+    if messages[number - 1]["role"] != "user" or not isinstance(after, dict) or after.get("role") != "assistant":
+        words = "role 'system' must follow a user turn, and precede an 'assistant' message or end the array"
+        raise bad(f"messages.{number}", words)
+
+
+def check_pairs(messages: list[Json], places: list[str]) -> None:
+    """API: each tool_use is answered in the next message, each tool_result answers a tool_use of the previous one."""
+    called: list[str] = []
+    for message, place in zip(messages, places, strict=True):
+        results = {n: block["tool_use_id"] for n, block in enumerate(message["content"]) if "tool_use_id" in block}
+        for number, tool_id in results.items():
+            if tool_id not in called:
+                words = f"unexpected `tool_use_id` found in `tool_result` blocks: {tool_id}. Each `tool_result` block "
+                words += "must have a corresponding `tool_use` block in the previous message."
+                raise bad(f"{place}.content.{number}", words)
+        missing = [tool_id for tool_id in called if tool_id not in results.values()]
+        if missing:
+            words = f"`tool_use` ids were found without `tool_result` blocks immediately after: {', '.join(missing)}. "
+            words += "Each `tool_use` block must have a corresponding `tool_result` block in the next message."
+            raise bad(place, words)
+        called = [block["id"] for block in message["content"] if block["type"] == "tool_use"]
+
+
+def turn_settings(data: Json) -> dict[str, str]:
+    """The request's parameters as the CLI's environment settings (recording turn_settings).
+
+    Every name is always there, so that a parameter of one turn cannot live on in the next: "" takes one back.
+    """
+    body = {name: data[name] for name in BODY_FIELDS if data.get(name) is not None and data[name] != []}
+    return {
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(data["max_tokens"]),
+        "CLAUDE_CODE_EXTRA_BODY": orjson.dumps(body).decode() if body else "",
+    }
+
+
+# ---------------------------------------------------------------- fingerprints
+
+# Block type -> the keys that say something.  Clients add, drop and reorder the others when they echo a block.
+MEANING = {
+    "text": ("text",),
+    "image": ("source",),
+    "document": ("source", "title", "context"),
+    "search_result": ("source", "title", "content"),
+    "tool_use": ("id", "name", "input"),
+    "tool_result": ("tool_use_id", "content", "is_error"),
+}
+
+
+def digest(value: Any) -> bytes:
+    """A 16-byte digest of a JSON value that does not depend on the order of keys."""
+    return hashlib.blake2b(orjson.dumps(value, option=orjson.OPT_SORT_KEYS), digest_size=16).digest()
+
+
+def extend(chain: bytes, messages: Iterable[Json]) -> bytes:
+    """The digest of a conversation that goes on from `chain` (b"": its start) with `messages`."""
+    for message in messages:
+        canonical = [message["role"], canonical_blocks(message["role"], message["content"])]
+        chain = hashlib.blake2b(chain + digest(canonical), digest_size=16).digest()
+    return chain
+
+
+def canonical_blocks(role: str, blocks: list[Json]) -> list[list[Any]]:
+    """Blocks without what clients change when they echo them: thinking is dropped, unknown and null keys vanish, and an
+    assistant's neighbouring texts are one text without white space at its ends."""
+    canonical: list[list[Any]] = []
+    for block in blocks:
+        kind = block["type"]
+        if kind not in MEANING:  # thinking, redacted_thinking
+            continue
+        if role == "assistant" and kind == "text":
+            if canonical and canonical[-1][0] == "text":
+                canonical[-1][1] += block["text"]
+            else:
+                canonical.append(["text", block["text"]])
+            continue
+        canonical.append([kind, *(canonical_value(key, block.get(key)) for key in MEANING[kind])])
+    if role == "assistant":
+        stripped = [[part[0], part[1].strip()] if part[0] == "text" else part for part in canonical]
+        canonical = [part for part in stripped if part != ["text", ""]]
+    return canonical
+
+
+def canonical_value(key: str, value: Any) -> Any:
+    if key == "content" and isinstance(value, str):
+        return [["text", value]]
+    if key == "content" and isinstance(value, list):
+        return canonical_blocks("user", value)
+    return value or None if key in ("is_error", "content") else value
+
+
+# ---------------------------------------------------------------- lines to the CLI
+
+# Ends every user content: a text that ends it would otherwise be searched for /commands and @files (recording
+# slash_command_unescaped).  The CLI drops it before the API call.
+GUARD: Json = {"type": "text", "text": "\n"}
+
+
+def line(value: Json) -> bytes:
+    return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def user_line(content: list[Json], *, query: bool = True) -> bytes:
+    """A user message; without `query` it is added to the conversation and answered by a `result` of no turns."""
+    value: Json = {
+        "type": "user",
+        "message": {"role": "user", "content": [*content, GUARD]},
+        "session_id": "",
+        "parent_tool_use_id": None,
+    }
+    if not query:
+        value["shouldQuery"] = False
+    return line(value)
+
+
+def assistant_line(content: list[Json], number: int, model: str) -> bytes:
+    """An assistant message of the past.  Messages that share an id are merged by the CLI, so `number` must differ."""
+    message = {
+        "id": f"msg_history_{number}",
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "content": [prefixed(block) for block in content],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": {"input_tokens": 0, "output_tokens": 0},
+    }
+    return line({"type": "assistant", "message": message, "session_id": "", "parent_tool_use_id": None})
+
+
+def prefixed(block: Json) -> Json:
+    return {**block, "name": TOOL_PREFIX + block["name"]} if block["type"] == "tool_use" else block
+
+
+def control_line(request_id: str, subtype: str, **fields: Any) -> bytes:
+    return line({"type": "control_request", "request_id": request_id, "request": {"subtype": subtype, **fields}})
+
+
+def initialize_line(request_id: str, system: list[str]) -> bytes:
+    """Gives a process its system prompt.  Never through argv: 128 KiB is the most that a single argument may hold."""
+    return control_line(request_id, "initialize", hooks=None, systemPrompt=system or [""])
+
+
+def refusal_line(request: Json) -> bytes:
+    """The answer to a control request of the CLI that the bridge has no use for."""
+    response = {"subtype": "error", "request_id": request.get("request_id"), "error": "not supported"}
+    return line({"type": "control_response", "response": response})
+
+
+def decode(text: bytes) -> list[Json]:
+    """The events of one line of the CLI's output: one as a rule, several when it glued them, none when it is noise."""
+    try:
+        values = [orjson.loads(text)]
+    except orjson.JSONDecodeError:
+        values = glued(text.decode(errors="replace").strip())
+    return [value for value in values if isinstance(value, dict)]
+
+
+def glued(text: str) -> list[Any]:
+    values, at, decoder = [], 0, json.JSONDecoder()
+    while text.startswith("{", at):
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except ValueError:
+            break
+        values.append(value)
+    return values
+
+
+def hello(event: Json) -> Json | None:
+    """What the CLI answered to `initialize`, if the event is that answer."""
+    response = event.get("response")
+    if isinstance(response, dict) and response.get("request_id") == "initialize":
+        inner = response.get("response")
+        return inner if isinstance(inner, dict) else None
+    return None
+
+
+# ---------------------------------------------------------------- translation of events
+
+USAGE_KEYS = (
+    "input_tokens",
+    "output_tokens",
+    "cache_creation_input_tokens",
+    "cache_read_input_tokens",
+    "cache_creation",
+    "service_tier",
+)
+# Block type -> delta types.  Other blocks and deltas break strict clients, so they are left out.
+DELTAS = {
+    "text": ("text_delta", "citations_delta"),
+    "thinking": ("thinking_delta", "signature_delta"),
+    "redacted_thinking": (),
+    "tool_use": ("input_json_delta",),
+}
+# After these the CLI waits for the next user message; after any other it would go on by itself (recordings max_tokens,
+# refusal), as it does after an answer without a visible text (recording empty).
+RESTING = ("end_turn", "stop_sequence")
+
+
+class Translator:
+    """The events of one turn of the CLI in, the events of one Messages stream out.
+
+    `feed` raises ApiError when the turn failed.  What it returned until then obeys the grammar of the API's stream
+    (message_start, blocks one after another, message_delta, message_stop), whatever the CLI printed.
+    """
+
+    def __init__(self) -> None:
+        self.message: Json | None = None  # what a client has assembled so far; set by message_start
+        self.stop_reason: str | None = None  # set by the message_delta that ends the answer
+        self.done = False  # message_stop was returned
+        self.result: Json | None = None  # the turn's `result`, once it came
+        self.retry_delay = 0.0  # seconds that the CLI last said it waits before it calls the API again
+        self._resets_at: float | None = None
+        self._open: int | None = None  # the CLI's index of the open block; None: no block is open
+        self._relayed = False  # the open block is one that clients know
+        self._plain_id: str | None = None  # id of a message that came without stream events
+        self._parts: list[str] = []  # pieces of the open block's text, thinking or input
+
+    def feed(self, event: Json) -> list[Json]:
+        """Translate one line of the CLI's output; the list may be empty."""
+        kind = event.get("type")
+        if kind == "stream_event":
+            inner = event.get("event")
+            if event.get("parent_tool_use_id") is None and isinstance(inner, dict) and not self.done:
+                return self._stream(inner)
+        elif kind == "assistant":
+            if event.get("parent_tool_use_id") is None and isinstance(event.get("message"), dict) and not self.done:
+                return self._plain(event["message"])
+        elif kind == "result":
+            return self._end(event)
+        elif kind == "system" and event.get("subtype") == "api_retry":
+            delay = event.get("retry_delay_ms")
+            self.retry_delay = delay / 1000 if isinstance(delay, int | float) else 0.0
+        elif kind == "rate_limit_event":
+            self._limit(event.get("rate_limit_info"))
+        elif kind == "control_response":
+            response = event.get("response")
+            if isinstance(response, dict) and response.get("subtype") == "error":
+                raise cli_error(f"the claude CLI refused a control request: {response.get('error')}")
+        return []
+
+    def _limit(self, info: Any) -> None:
+        if (
+            isinstance(info, dict)
+            and info.get("status") == "rejected"
+            and isinstance(info.get("resetsAt"), int | float)
+        ):
+            self._resets_at = info["resetsAt"]
+
+    def _stream(self, event: Json) -> list[Json]:
+        kind = event.get("type")
+        if kind == "message_start":
+            return self._start(event.get("message"))
+        if kind == "error":
+            error = event.get("error")
+            error = error if isinstance(error, dict) else {}
+            raise ApiError(502, str(error.get("message")), kind=str(error.get("type") or "api_error"))
+        if self.message is None or self._plain_id is not None:
+            return []
+        if kind == "content_block_start":
+            return self._block_start(event.get("index"), event.get("content_block"))
+        if kind == "content_block_delta":
+            return self._block_delta(event.get("index"), event.get("delta"))
+        if kind == "content_block_stop":
+            return self._block_stop(event.get("index"))
+        if kind == "message_delta":
+            return self._delta(event.get("delta"), event.get("usage"))
+        if kind == "message_stop":
+            if self.stop_reason is None:
+                # The API broke off in mid-stream and the CLI closed the message itself (recording mid_stream_error).
+                raise ApiError(502, "The API ended the answer before it was complete.", kind="api_error")
+            return self._stop()
+        return []
+
+    def _start(self, message: Any) -> list[Json]:
+        if self.message is not None:
+            raise cli_error("the claude CLI began a second answer before the first was complete")
+        if not isinstance(message, dict) or not isinstance(message.get("id"), str):
+            raise cli_error("the claude CLI sent a message_start without a message")
+        started = {key: value for key, value in message.items() if value is not None}
+        started |= {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage(message.get("usage"))}
+        started.setdefault("type", "message")
+        started.setdefault("role", "assistant")
+        started.setdefault("model", "")
+        self.message = {**started, "content": [], "usage": dict(started["usage"])}
+        return [{"type": "message_start", "message": started}]
+
+    def _block_start(self, index: Any, block: Any) -> list[Json]:
+        if self._open is not None or self.stop_reason is not None or not isinstance(index, int):
+            raise cli_error("the claude CLI opened a content block inside another")
+        self._open = index
+        self._relayed = isinstance(block, dict) and block.get("type") in DELTAS
+        if not self._relayed or self.message is None:
+            return []
+        block = {key: value for key, value in block.items() if value is not None}
+        block |= {key: block.get(key, "") for key in EMPTY[block["type"]]}
+        if block["type"] == "tool_use":
+            block |= {"name": str(block.get("name")).removeprefix(TOOL_PREFIX), "input": {}}
+        self.message["content"].append(dict(block))
+        self._parts = []
+        return [{"type": "content_block_start", "index": len(self.message["content"]) - 1, "content_block": block}]
+
+    def _block_delta(self, index: Any, delta: Any) -> list[Json]:
+        if index != self._open:
+            raise cli_error("the claude CLI sent a piece of a content block that is not open")
+        if not self._relayed or self.message is None or not isinstance(delta, dict):
+            return []
+        block = self.message["content"][-1]
+        kind = delta.get("type")
+        if kind not in DELTAS[block["type"]]:
+            return []
+        if kind == "citations_delta":
+            block.setdefault("citations", []).append(delta.get("citation"))
+        else:
+            piece = delta.get(DELTA_KEY[kind])
+            if not isinstance(piece, str):
+                raise cli_error(f"the claude CLI sent a {kind} without its text")
+            if kind == "signature_delta":
+                block["signature"] = piece
+            else:
+                self._parts.append(piece)
+        return [{"type": "content_block_delta", "index": len(self.message["content"]) - 1, "delta": delta}]
+
+    def _block_stop(self, index: Any) -> list[Json]:
+        if self._open is None or index != self._open or self.message is None:
+            raise cli_error("the claude CLI closed a content block that is not open")
+        self._open = None
+        if not self._relayed:
+            return []
+        block = self.message["content"][-1]
+        text = "".join(self._parts)
+        if block["type"] == "text":
+            block["text"] += text
+        elif block["type"] == "thinking":
+            block["thinking"] += text
+        elif block["type"] == "tool_use" and text:
+            try:
+                block["input"] = orjson.loads(text)
+            except orjson.JSONDecodeError:
+                raise cli_error("the model's tool input is not JSON") from None
+        return [{"type": "content_block_stop", "index": len(self.message["content"]) - 1}]
+
+    def _delta(self, delta: Any, used: Any) -> list[Json]:
+        delta = delta if isinstance(delta, dict) else {}
+        reason = delta.get("stop_reason")
+        if not isinstance(reason, str):  # an interrupted answer ends so (recording interrupt of 2.1.330)
+            return []
+        if self._open is not None or self.stop_reason is not None or self.message is None:
+            raise cli_error("the claude CLI ended the answer inside a content block")
+        self.stop_reason = reason
+        sequence = delta.get("stop_sequence") if reason == "stop_sequence" else None
+        ends = {"stop_reason": reason, "stop_sequence": sequence}
+        counts = usage(used)
+        counts["output_tokens"] = max(counts["output_tokens"], self.message["usage"]["output_tokens"])
+        if not (isinstance(used, dict) and isinstance(used.get("input_tokens"), int)):
+            del counts["input_tokens"]
+        self.message |= ends
+        self.message["usage"] |= counts
+        event: Json = {"type": "message_delta", "delta": ends, "usage": counts}
+        details = delta.get("stop_details")
+        if isinstance(details, dict) and details.get("type"):
+            event["delta"] = {**ends, "stop_details": details}
+            self.message["stop_details"] = details
+        # Where the CLI goes on by itself nothing more is waited for: the answer is complete.
+        return [event] if self.rests else [event, *self._stop()]
+
+    @property
+    def rests(self) -> bool:
+        """Whether the process now waits for the next user message, with the client's own conversation in it."""
+        content = self.message["content"] if self.message else []
+        return self.stop_reason in RESTING and any(block.get("text") for block in content)
+
+    def _stop(self) -> list[Json]:
+        self.done = True
+        return [{"type": "message_stop"}]
+
+    def _plain(self, message: Json) -> list[Json]:
+        """An `assistant` event: the same content once more, except when the API refused to stream and the CLI asked
+        again without; then it is all there is."""
+        identity, content = message.get("id"), message.get("content")
+        if message.get("model") == "<synthetic>" or not isinstance(identity, str) or not isinstance(content, list):
+            return []
+        if self.message is not None and identity != self._plain_id:
+            return []
+        events: list[Json] = []
+        if self.message is None:
+            events += self._start(message)
+            self._plain_id = identity
+        for block in content:
+            if isinstance(block, dict) and block.get("type") in DELTAS:
+                events += self._whole_block(block)
+        return events
+
+    def _whole_block(self, block: Json) -> Iterator[Json]:
+        index = len(self.message["content"]) if self.message else 0
+        kind = block["type"]
+        empty = {**block, **dict.fromkeys(EMPTY[kind], "")}
+        yield from self._block_start(index, empty)
+        if kind == "tool_use":
+            text = orjson.dumps(block.get("input")).decode()
+            yield from self._block_delta(index, {"type": "input_json_delta", "partial_json": text})
+        for key in EMPTY[kind]:
+            value = block.get(key)
+            if isinstance(value, str) and value:
+                yield from self._block_delta(index, {"type": f"{key}_delta", key: value})
+        yield from self._block_stop(index)
+
+    def _end(self, result: Json) -> list[Json]:
+        if self.done:
+            self.result = self.result or result
+            return []
+        if self.stop_reason is not None:  # the answer is complete, only its message_stop got lost
+            self.result = result
+            return self._stop()
+        if result.get("is_error"):
+            self.result = result
+            raise result_error(result, self._resets_at)
+        if self.message is None:
+            return []  # not this turn's: of a background task, or of a line that asked nothing
+        self.result = result
+        if self._plain_id is None:
+            raise cli_error("the claude CLI ended the turn before the answer was complete")
+        reason = result.get("stop_reason")
+        ends = {"stop_reason": reason if isinstance(reason, str) else "end_turn", "stop_sequence": None}
+        events = self._delta(ends, result.get("usage"))
+        return events if self.done else [*events, *self._stop()]
+
+
+# Block type -> keys that a content_block_start carries as empty strings, filled by deltas of the same name.
+EMPTY: dict[str, tuple[str, ...]] = {
+    "text": ("text",),
+    "thinking": ("thinking", "signature"),
+    "redacted_thinking": (),
+    "tool_use": (),
+}
+DELTA_KEY = {
+    "text_delta": "text",
+    "thinking_delta": "thinking",
+    "signature_delta": "signature",
+    "input_json_delta": "partial_json",
+}
+
+
+def usage(value: Any) -> Json:
+    """The counts that clients know, never null; both required ones are always there."""
+    known = value if isinstance(value, dict) else {}
+    counts = {key: known[key] for key in USAGE_KEYS if known.get(key) is not None}
+    for key in ("input_tokens", "output_tokens"):
+        if not isinstance(counts.get(key), int):
+            counts[key] = 0
+    return counts
+
+
+def frame(event: Json) -> bytes:
+    """One server-sent event.  U+2028, U+2029 and U+0085 are escaped: some clients split lines at them."""
+    data = orjson.dumps(event)
+    if not data.isascii():
+        data = data.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029")
+        data = data.replace(b"\xc2\x85", b"\\u0085")
+    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), data)
+
+
+PING = frame({"type": "ping"})
