@@ -12,16 +12,18 @@ import importlib.util
 import ipaddress
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, unquote
 
 import h11
 import orjson
@@ -38,9 +40,13 @@ MAX_PIPELINED = 64 << 10  # bytes read ahead of the answer that is being given
 READ_SIZE = 64 << 10
 SEND_SECS = 60.0  # for a client to send one request, as in nginx's client_body_timeout
 IDLE_SECS = 75.0  # of an unused connection, as in nginx's keepalive_timeout; SDK clients drop theirs after 5
-LINGER_SECS = 5.0  # that a refused body is still read, so that the client sees the answer and no reset
+LINGER_SECS = 5.0  # that a refused body is still read, and a closed connection flushed, so that clients see the answer
+GRACE_SECS = 1.0  # for the last words of answers that shutdown cuts short
 PING_SECS = 10.0  # of silence before a stream shows that it lives; proxies cut after 30 to 60
 SESSION_HEADER = b"x-arch-claude-cli-session"
+MODELS = "/v1/models"
+ABSOLUTE = re.compile("https?://([^/?]*)")  # of a target in absolute form (RFC 9112, 3.2.2)
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*)\.?(?::([0-9]{1,5}))?", re.I)  # RFC 9110, 7.2
 HINT = "the Messages API is at POST /v1/messages; give SDKs the base URL without /v1"
 
 
@@ -103,7 +109,7 @@ class Config(PoolConfig):
             raise ConfigError(f"CLAUDE_CLI_MODEL: {self.model!r} is not a model name")
         if self.log_format not in ("text", "json"):
             raise ConfigError(f"CLAUDE_CLI_LOG_FORMAT: {self.log_format!r} is neither text nor json")
-        if not self.api_key and not self.unix_path and not is_loopback(self.address[0]):
+        if not self.unix_path and not is_loopback(self.address[0]) and not self.api_key:
             raise ConfigError(
                 f"CLAUDE_CLI_LISTEN_ADDR: {self.listen_addr} can be reached from other machines: set CLAUDE_CLI_API_KEY"
             )
@@ -149,12 +155,15 @@ def is_loopback(host: str) -> bool:
 class Exchange:
     """One request and what was answered, for routes and for the log."""
 
-    request: h11.Request | None  # None: what came was not a request
+    request: h11.Request | None = None  # None: what came was not a request
     body: bytes = b""
+    last: bool = False  # the connection ends with this answer
     id: str = field(default_factory=lambda: "req_" + uuid.uuid4().hex)
     began: float = field(default_factory=time.monotonic)
     status: int = 0  # 0: nothing was answered
     first_byte: float | None = None  # monotonic time at which the first event of an answer went out
+    streaming: bool = False  # the status line of a stream went out
+    allow: str = ""  # the methods of the route, for 405
     turn: Turn | None = None
     failure: str = ""  # error.type of a failure
 
@@ -163,14 +172,25 @@ class Exchange:
         return self.request.method.decode() if self.request else ""
 
     @property
+    def target(self) -> str:
+        return self.request.target.decode("ascii") if self.request else ""
+
+    @property
     def path(self) -> str:
         """The path without its query (clients add ?beta=true)."""
-        return self.request.target.decode("ascii").partition("?")[0] if self.request else ""
+        return ABSOLUTE.sub("", self.target, 1).partition("?")[0]
+
+    @property
+    def route(self) -> str:
+        """The known route of the path; empty: there is none."""
+        path = MODELS if self.path.startswith(MODELS + "/") else self.path
+        return path if path in ROUTES else ""
 
     def header(self, name: bytes) -> str | None:
-        """The value of a header, the first one if there are several; `name` in lower case."""
+        """The value of a header, several joined by commas (RFC 9110, 5.3); `name` in lower case."""
         headers = self.request.headers if self.request else ()
-        return next((value.decode("latin-1") for key, value in headers if key == name), None)
+        values = [value.decode("latin-1") for key, value in headers if key == name]
+        return ", ".join(values) if values else None
 
 
 class Disconnected(Exception):
@@ -185,68 +205,74 @@ class Connection:
         self.reader = reader
         self.writer = writer
         self.h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADERS)
+        self.answering = False  # a request is being answered
 
     async def serve(self) -> None:
         """Requests in order until either side ends the connection."""
         try:
-            while exchange := await self.next_request():
-                await self.bridge.handle(self, exchange)
+            while await self.next_request():
                 if self.h11.our_state is not h11.DONE or self.h11.their_state is not h11.DONE or self.bridge.closing:
                     break
                 self.h11.start_next_cycle()
-        except (Disconnected, ConnectionError, TimeoutError):
+        except (Disconnected, OSError):
             pass  # the client is gone, or sent nothing in time
         finally:
             await self.close()
 
-    async def next_request(self) -> Exchange | None:
-        """The next request with its whole body; None at the end of the connection.
+    async def next_request(self) -> bool:
+        """Read a request and answer it; False at the end of the connection.
 
-        What is not HTTP, or is too large, is answered here and ends the connection.
+        What is not HTTP, too large or not allowed is answered without reading on, and ends the connection.
         """
+        exchange = Exchange()
+        async with asyncio.timeout(IDLE_SECS):
+            if not self.h11.trailing_data[0]:
+                self.h11.receive_data(await self.reader.read(READ_SIZE))
         try:
-            async with asyncio.timeout(IDLE_SECS):
-                await self.wait_for_bytes()
             async with asyncio.timeout(SEND_SECS):
-                return await self.read_request()
+                whole = await self.read_request(exchange)
         except h11.RemoteProtocolError as error:
-            words, status = f"The request is not valid HTTP: {error}", error.error_status_hint
-            await self.refuse(ApiError(431 if status == 431 else 400, words))
+            status = 431 if error.error_status_hint == 431 else 400
+            await self.refuse(exchange, ApiError(status, f"The request is not valid HTTP: {error}"))
         except ApiError as error:
-            await self.refuse(error)
-        return None
+            await self.refuse(exchange, error)
+        else:
+            if whole:
+                await self.bridge.handle(self, exchange)
+                return True
+        return False
 
-    async def wait_for_bytes(self) -> None:
-        if not self.h11.trailing_data[0]:
-            self.h11.receive_data(await self.reader.read(READ_SIZE))
-
-    async def read_request(self) -> Exchange | None:
+    async def read_request(self, exchange: Exchange) -> bool:
+        """Fill the exchange; False when the client closed instead."""
         body: list[bytes] = []
         size = 0
-        request: h11.Request | None = None
         while True:
             event = self.h11.next_event()
             if event is h11.NEED_DATA:
                 if self.h11.they_are_waiting_for_100_continue:
                     await self.send(h11.InformationalResponse(status_code=100, headers=[]))
                 data = await self.reader.read(READ_SIZE)
-                if not data and request:
+                if not data and exchange.request:
                     raise Disconnected
                 self.h11.receive_data(data)
             elif isinstance(event, h11.Request):
-                request = event
-                length = next((int(value) for name, value in event.headers if name == b"content-length"), 0)
-                if length > MAX_BODY:
+                exchange.request = event
+                length = exchange.header(b"content-length")
+                if length and exchange.header(b"transfer-encoding"):  # RFC 9112, 6.1: could be a smuggled request
+                    raise h11.RemoteProtocolError("both Content-Length and Transfer-Encoding")
+                self.bridge.check_access(exchange)
+                if length and int(length) > MAX_BODY:
                     raise too_large()
             elif isinstance(event, h11.Data):
                 size += len(event.data)
                 if size > MAX_BODY:
                     raise too_large()
                 body.append(bytes(event.data))
-            elif isinstance(event, h11.EndOfMessage) and request:
-                return Exchange(request, b"".join(body))
+            elif isinstance(event, h11.EndOfMessage):
+                exchange.body = b"".join(body)
+                return True
             else:
-                return None
+                return False
 
     async def send(self, event: h11.Event) -> None:
         """Write an h11 event; waits while the client is slow to read."""
@@ -259,9 +285,8 @@ class Connection:
         """A whole answer; keyword names become header names with dashes."""
         exchange.status = status
         head = self.bridge.headers(exchange, kind, headers)
-        head.append(("content-length", str(len(body))))
-        if exchange.request is None:
-            head.append(("connection", "close"))
+        if status != 204:
+            head.append(("content-length", str(len(body))))
         await self.send(h11.Response(status_code=status, headers=head))
         if exchange.method != "HEAD":
             await self.send(h11.Data(data=body))
@@ -272,6 +297,8 @@ class Connection:
         exchange.failure = error.kind
         body = error.body(exchange.id)
         if self.h11.our_state is h11.SEND_BODY:
+            if not exchange.streaming:
+                return  # in the middle of a whole answer: closing is all that can be said
             await self.send(h11.Data(data=translate.frame(body)))
             await self.send(h11.EndOfMessage())
             return
@@ -286,20 +313,21 @@ class Connection:
             headers["x_should_retry"] = "false"
         await self.respond(exchange, error.status, "application/json", orjson.dumps(body), **headers)
 
-    async def refuse(self, error: ApiError) -> None:
-        """Answer what never became a request, then read on for a moment: closing on unread bytes is a reset, which can
-        overtake the answer."""
+    async def refuse(self, exchange: Exchange, error: ApiError) -> None:
+        """Answer a request that is not read to its end, then read on for a moment: closing on unread bytes is a reset,
+        which can overtake the answer."""
         if self.h11.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return
-        nothing = Exchange(None)
-        await self.fail(nothing, error)
-        self.bridge.report(nothing)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_SECS):
-                if self.writer.can_write_eof():
-                    self.writer.write_eof()
-                while await self.reader.read(READ_SIZE):
-                    pass
+        exchange.last = True
+        try:
+            await self.fail(exchange, error)
+        finally:
+            self.bridge.report(exchange)
+        async with asyncio.timeout(LINGER_SECS):
+            if self.writer.can_write_eof():
+                self.writer.write_eof()
+            while await self.reader.read(READ_SIZE):
+                pass
 
     async def gone(self) -> None:
         """Return when the client closes its side; meanwhile keep what it sends ahead for the next request."""
@@ -312,8 +340,13 @@ class Connection:
 
     async def close(self) -> None:
         self.writer.close()
-        with contextlib.suppress(ConnectionError, TimeoutError):
-            await self.writer.wait_closed()
+        try:
+            async with asyncio.timeout(LINGER_SECS):
+                await self.writer.wait_closed()
+        except OSError:
+            pass  # the client is gone, or does not read
+        finally:
+            self.writer.transport.abort()
 
 
 def too_large() -> ApiError:
@@ -352,7 +385,7 @@ class Stream:
     def _write(self, data: bytes) -> None:
         connection = self.connection
         if connection.h11.our_state is h11.SEND_RESPONSE:
-            self.exchange.status = 200
+            self.exchange.status, self.exchange.streaming = 200, True
             head = connection.bridge.headers(self.exchange, "text/event-stream", {"cache_control": "no-cache"})
             data_out = connection.h11.send(h11.Response(status_code=200, headers=head)) or b""
         else:
@@ -374,33 +407,33 @@ class Bridge:
         self.pool = pool
         self.closing = False
         self.addresses: list[str] = []  # as clients reach it: host:port or unix:/path
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.Task[None], Connection] = {}
         self._answers: set[asyncio.Task[None]] = set()  # requests that are being answered
-        key = config.api_key.encode()
-        self._keys = (key, b"Bearer " + key) if key else ()
 
     # connections
 
-    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._connections.add(task)
-        try:
-            await Connection(self, reader, writer).serve()
-        finally:
-            self._connections.discard(task)
+    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = Connection(self, reader, writer)
+        if self.closing:
+            writer.transport.abort()
+            return
+        task = asyncio.get_running_loop().create_task(connection.serve())
+        self._connections[task] = connection
+        task.add_done_callback(self._connections.pop)
 
     async def close(self) -> None:
         """End all connections: idle ones now, running answers when they are done or after `drain_secs`."""
         self.closing = True
-        if self._answers:
-            await asyncio.wait(self._answers, timeout=self.config.drain_secs)
-        for task in list(self._answers):
-            task.cancel()
-        if self._answers:
-            await asyncio.wait(self._answers)
-        for task in list(self._connections):
-            task.cancel()
+        for task, connection in list(self._connections.items()):
+            if not connection.answering:
+                task.cancel()
+        for seconds in (self.config.drain_secs, GRACE_SECS):
+            if self._answers:
+                await asyncio.wait(self._answers, timeout=seconds)
+            for answer in self._answers:
+                answer.cancel()
+        for connection in self._connections.values():
+            connection.writer.transport.abort()  # whoever has not read his answer by now
         if self._connections:
             await asyncio.wait(self._connections)
 
@@ -409,6 +442,7 @@ class Bridge:
         answer = asyncio.create_task(self.answer(connection, exchange))
         gone = asyncio.create_task(connection.gone())
         self._answers.add(answer)
+        connection.answering = True
         try:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
             left = not answer.done()
@@ -417,6 +451,7 @@ class Bridge:
             answer.cancel()
             await asyncio.wait({answer, gone})
             self._answers.discard(answer)
+            connection.answering = False
             self.report(exchange)
         if left or answer.cancelled():
             raise Disconnected
@@ -433,10 +468,11 @@ class Bridge:
                 raise ApiError(503, "the bridge is shutting down; send the request again") from None
         except ApiError as error:
             await connection.fail(exchange, error)
-        except ConnectionError:
-            raise
-        except Exception as error:
-            log.error("bug in request %s: %r", exchange.id, type(error), exc_info=not isinstance(error, ValueError))
+        except OSError:
+            raise Disconnected from None
+        except Exception as error:  # noqa: BLE001 - a bug must end as a 500 of this request alone
+            where = "".join(traceback.format_tb(error.__traceback__))  # without the message, which can hold a prompt
+            log.error("bug in request %s: %s\n%s", exchange.id, type(error).__name__, where)
             await connection.fail(exchange, ApiError(500, "internal error of the bridge"))
 
     def headers(self, exchange: Exchange, kind: str, more: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -448,42 +484,55 @@ class Bridge:
         origin = exchange.header(b"origin")
         if origin in self.config.allowed_origins:
             head += [("access-control-allow-origin", origin), ("vary", "origin")]
-        if self.closing:
+        if exchange.allow:
+            head.append(("allow", exchange.allow))
+        if self.closing or exchange.last:
             head.append(("connection", "close"))
         return head + [(name.replace("_", "-"), value) for name, value in more.items()]
 
     # routes
 
     async def route(self, connection: Connection, exchange: Exchange) -> None:
-        methods = ROUTES.get(exchange.path)
-        if exchange.path != "/healthz":
-            self.check_access(exchange)
+        methods = ROUTES.get(exchange.route)
         if methods is None:
             raise ApiError(404, f"Not found: {HINT}")
+        if exchange.method == "OPTIONS" and exchange.header(b"origin"):
+            asked = exchange.header(b"access-control-request-headers") or ""
+            allowed = {"access_control_allow_methods": ", ".join(methods), "access_control_allow_headers": asked}
+            await connection.respond(exchange, 204, "text/plain", b"", **allowed)
+            return
         handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
         if handler is None:
+            exchange.allow = ", ".join(methods)
             raise ApiError(405, f"Method Not Allowed; {HINT}")
         await handler(self, connection, exchange)
 
     def check_access(self, exchange: Exchange) -> None:
         """No web page may talk to this port unless its origin is allowed, and no name but a loopback one may lead to it
         (DNS rebinding).  Raises ApiError 401 or 403."""
+        if exchange.path == "/healthz":
+            return
         config = self.config
-        host = exchange.header(b"host")
-        name = urlsplit(f"//{host}").hostname if host else None
-        own = "" if config.unix_path else config.address[0]
-        if host is not None and not (name and (is_loopback(name) or name == own or name in config.allowed_hosts)):
+        absolute, origin = ABSOLUTE.match(exchange.target), exchange.header(b"origin")
+        host = absolute[1] if absolute else exchange.header(b"host")
+        match = HOST.fullmatch(host or "")
+        name = match[1].lower() if match and int(match[2] or 0) < 65536 else ""
+        known = {item.lower() for item in config.allowed_hosts}
+        if not config.unix_path:
+            known.add(config.address[0])
+        if host is not None and not is_loopback(name) and name.strip("[]") not in known:
             raise ApiError(403, "this Host is not allowed; add it to CLAUDE_CLI_ALLOWED_HOSTS")
-        origin = exchange.header(b"origin")
         if origin is not None and origin not in config.allowed_origins:
             raise ApiError(403, "this Origin is not allowed; add it to CLAUDE_CLI_ALLOWED_ORIGINS")
-        given = (exchange.header(b"x-api-key"), exchange.header(b"authorization"))
-        if self._keys and not any(
-            text is not None and hmac.compare_digest(text.encode(), key)
-            for text, key in zip(given, self._keys, strict=True)
-        ):
-            missing = not any(given)
-            raise ApiError(401, "x-api-key header is required" if missing else "invalid x-api-key")
+        preflight = exchange.method == "OPTIONS" and origin is not None  # browsers send it without the key
+        if config.api_key and not preflight:
+            header, authorization = exchange.header(b"x-api-key"), exchange.header(b"authorization")
+            scheme, _, token = (authorization or "").partition(" ")
+            if not header and not authorization:
+                raise ApiError(401, "x-api-key header is required")
+            given = [(header or "").encode("latin-1"), token.encode("latin-1") if scheme.lower() == "bearer" else b""]
+            if not any(hmac.compare_digest(text, config.api_key.encode()) for text in given):
+                raise ApiError(401, "invalid x-api-key")
 
     async def health(self, connection: Connection, exchange: Exchange) -> None:
         await connection.respond(exchange, 200, "text/plain", b"ok\n")
@@ -515,12 +564,19 @@ class Bridge:
         else:
             await connection.respond(exchange, 200, "application/json", orjson.dumps(turn.translator.message))
 
+    async def models(self, connection: Connection, exchange: Exchange) -> None:
+        models = translate.model_list(await self.pool.hello())
+        name = unquote(exchange.path.removeprefix(MODELS).removeprefix("/"))
+        query = dict(parse_qsl(exchange.target.partition("?")[2]))
+        answer = translate.find_model(models, name) if name else translate.model_page(models, query)
+        await connection.respond(exchange, 200, "application/json", orjson.dumps(answer))
+
     # the log
 
     def report(self, exchange: Exchange) -> None:
         """One line for one request; nothing that a client or the model wrote."""
         now = time.monotonic()
-        row: Json = {"request_id": exchange.id, "path": exchange.path if exchange.path in ROUTES else "(unknown)"}
+        row: Json = {"request_id": exchange.id, "route": exchange.route or None}
         turn = exchange.turn
         if turn:
             row |= {"session": turn.session.id, "conversation": turn.how, "reason": turn.reason or None}
@@ -533,16 +589,14 @@ class Bridge:
         if turn and turn.translator.message:
             row |= turn.translator.message["usage"]
         row = {name: value for name, value in row.items() if value is not None and not isinstance(value, dict)}
-        if self.config.log_format == "json":
-            log.info("%s", orjson.dumps(row).decode())
-        else:
-            log.info("%s", " ".join(f"{name}={value}" for name, value in row.items()))
+        log.info("%s", " ".join(f"{name}={value}" for name, value in row.items()), extra={"row": row})
 
 
 Handler = Callable[[Bridge, Connection, Exchange], Any]
 ROUTES: dict[str, dict[str, Handler]] = {
     "/": {"GET": Bridge.root},
     "/healthz": {"GET": Bridge.health},
+    MODELS: {"GET": Bridge.models},
     "/v1/messages": {"POST": Bridge.messages},
     # The two common wrong base URLs: with /v1 for SDKs that add it, without it for those that do not.
     "/v1/v1/messages": {"POST": Bridge.messages},
@@ -577,10 +631,11 @@ async def serve(config: Config) -> AsyncIterator[Bridge]:
 async def announce(bridge: Bridge) -> None:
     """Say who is logged in.  Asks the CLI, which makes no model call for it."""
     try:
-        account = await bridge.pool.account()
+        hello = await bridge.pool.hello()
     except ApiError as error:
         log.warning("the claude CLI does not work: %s", error.message)
         return
+    account = hello.get("account") or {}
     source = account.get("apiKeySource") or account.get("tokenSource")
     if source in (None, "none"):
         log.warning("nobody is logged in: %s", translate.LOGIN_CURE)
@@ -602,6 +657,15 @@ async def run(config: Config) -> None:
         await asyncio.wait({login})
 
 
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; a request's fields are its keys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        row = getattr(record, "row", None) or {"message": record.getMessage()}
+        head = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)), "level": record.levelname}
+        return orjson.dumps(head | row).decode()
+
+
 def main() -> None:
     """The command line.  Exit status 2 and one line on stderr for settings that cannot work."""
     parser = argparse.ArgumentParser("claude-cli-bridge", description="Answer the Messages API with the claude CLI.")
@@ -611,6 +675,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         config = Config.read(os.environ, vars(parser.parse_args()))
+        if config.log_format == "json":
+            logging.getLogger().handlers[0].setFormatter(JsonFormatter())
         asyncio.run(run(config))
     except ConfigError as error:
         sys.exit(explain(str(error)))

@@ -94,7 +94,8 @@ def arguments(config: PoolConfig, model: str) -> list[str]:
 
 def child_environment(config: PoolConfig, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of a process: `environ` without the names that would change what it does, and what it needs."""
-    kept = {name: value for name, value in environ.items() if name in config.keep_env or not name.startswith(SCRUBBED)}
+    names = {name for name in environ if not name.startswith(SCRUBBED)} | set(config.keep_env)
+    kept = {name: environ[name] for name in names if name in environ and not name.startswith("CLAUDE_CLI_")}
     defaults = {
         "CLAUDE_CODE_MAX_RETRIES": str(config.retries),
         "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",  # no @file of a user text is read
@@ -120,6 +121,17 @@ def die_with_parent() -> None:
     """In a new child: be killed when the bridge dies, even by SIGKILL (prctl(2), PR_SET_PDEATHSIG).  A CLI that only
     sees its stdin close finishes a running turn first, and 2.1.330 calls the API once more for a parked tool call."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def exiting(pid: int) -> bool:
+    """Whether the kernel is ending a process.  A killed CLI frees its memory first and closes its pipes 10 ms later: a
+    request that comes in between must not be given to it.  proc(5): the state, and PF_EXITING in the flags."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()
+    except OSError:  # no /proc: the end of its output will tell
+        return False
+    return fields[0] in b"ZX" or bool(int(fields[6]) & 4)
 
 
 class Process(asyncio.SubprocessProtocol):
@@ -165,7 +177,7 @@ class Process(asyncio.SubprocessProtocol):
 
     @property
     def gone(self) -> bool:
-        return self._eof or self.exited.done()
+        return self._eof or self.exited.done() or exiting(self.pid)
 
     def listen(self) -> None:
         """Begin a turn: the watchdog runs, events are kept."""
@@ -402,6 +414,8 @@ class Pool:
         self._slots = asyncio.Semaphore(config.max_sessions)
         self._waiting = 0  # requests that wait for a slot
         self._ending: set[asyncio.Task[None]] = set()
+        self._asking = asyncio.Lock()  # one process at a time is started for `hello`
+        self._hello: Json = {}
         self._pins: dict[str, Pin] = {}
         # Where a lost conversation was last seen: by fingerprint and by id, its parts and why it cannot go on.
         self._past: OrderedDict[bytes | str, tuple[dict[str, bytes], str]] = OrderedDict()
@@ -436,21 +450,25 @@ class Pool:
             finally:
                 self._finish(turn)
 
-    async def account(self) -> Json:
-        """Start a process, ask it who is logged in, end it.  No model call.  Raises ApiError when it does not work."""
-        session = await self._spawn(self.config.model, str(uuid.uuid4()))
-        try:
-            assert session.process is not None
-            session.process.listen()
-            session.process.write(translate.initialize_line("initialize", []))
-            translator = Translator()
-            while not session.process.hello:
-                for event in await session.process.receive():
-                    translator.feed(event)
-            account = session.process.hello.get("account")
-            return account if isinstance(account, dict) else {}
-        finally:
-            self.retire(session, "probe")
+    async def hello(self) -> Json:
+        """What the CLI says of itself, without a model call: `models`, `account`.  The last answer of any process is
+        good; with none yet one process is started for it.  Raises ApiError when the CLI does not work."""
+        async with self._asking:
+            if self._hello:
+                return self._hello
+            session = await self._spawn(self.config.model, str(uuid.uuid4()))
+            try:
+                assert session.process is not None
+                session.process.listen()
+                session.process.write(translate.initialize_line("initialize", []))
+                translator = Translator()
+                while not session.process.hello:
+                    for event in await session.process.receive():
+                        translator.feed(event)
+                self._hello = session.process.hello
+                return self._hello
+            finally:
+                self.retire(session, "probe")
 
     # finding a session
 
@@ -570,11 +588,12 @@ class Pool:
 
     def _finish(self, turn: Turn) -> None:
         session, translator = turn.session, turn.translator
+        self._hello = turn.process.hello or self._hello
         if session.state is not State.BUSY:
             return
         if not translator.done:
             turn.process.write(translate.control_line("interrupt", "interrupt"))
-            self.retire(session, "interrupted")
+            self.retire(session, "died" if turn.process.gone else "interrupted")
             return
         self._remember(session, "continued")
         session.chain = turn.chain
@@ -583,7 +602,7 @@ class Pool:
             turn.process.write(translate.control_line("interrupt", "interrupt"))
             self.retire(session, translator.stop_reason or "empty")
             return
-        turn.process.settle(translator.result is not None)
+        turn.process.settle(bool(translator.result))
         if session.id in self.idle:
             self.retire(self.idle[session.id], "changed")
         session.idle_since = asyncio.get_running_loop().time()

@@ -108,7 +108,8 @@ def result_error(result: Json, resets_at: float | None = None) -> ApiError:
 
 # A model name ends up in the CLI's argv: what begins with a dash would be a flag.  Brackets, slashes, colons and @
 # occur in real names (sonnet[1m], Bedrock ARNs, Vertex versions).
-MODEL_NAME = re.compile(r"(?:claude-cli/)?([A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,255})")
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,255}")
+MODEL_PREFIX = "claude-cli/"
 # Body fields that reach the API as sent, per request, merged over the CLI's own body (recording turn_settings).
 BODY_FIELDS = ("temperature", "top_p", "top_k", "stop_sequences", "thinking", "output_config", "service_tier")
 TOOL_PREFIX = "mcp__client__"
@@ -123,9 +124,7 @@ class Tagged(dict[str, Any]):
 # `bytes` for base64 text.  Keys that are not named may hold anything (API: clients send betas and new fields).
 STRING_OR_BLOCKS = object()
 TEXT = {"text": str}
-IMAGE = {
-    "source": Tagged(base64={"media_type": ("image/jpeg", "image/png", "image/gif", "image/webp"), "data": bytes}),
-}
+IMAGE = {"source": Tagged(base64={"media_type": ("image/jpeg", "image/png", "image/gif", "image/webp"), "data": bytes})}
 DOCUMENT = {
     "source": Tagged(
         base64={"media_type": ("application/pdf",), "data": bytes},
@@ -264,14 +263,14 @@ def parse_request(body: bytes) -> Request:
         if data.get(name):
             raise bad(name, reason)
     check_ranges(data)
-    model = MODEL_NAME.fullmatch(data["model"])
-    if not model:
+    model = data["model"].removeprefix(MODEL_PREFIX)
+    if not MODEL_NAME.fullmatch(model):
         raise bad("model", "String should be a model name: letters, digits and . _ : / @ [ ] -, not beginning with -")
     system = system_texts(data.get("system"))
-    parts = {"model": digest(model[1]), "system": digest(system)}
+    parts = {"model": digest(model), "system": digest(system)}
     sent = {name: parts[name] for name in parts if data.get(name) is not None}
     messages = normal_messages(data["messages"])
-    return Request(model[1], system, messages, bool(data.get("stream")), turn_settings(data), parts, sent)
+    return Request(model, system, messages, bool(data.get("stream")), turn_settings(data), parts, sent)
 
 
 def check_ranges(data: Json) -> None:
@@ -294,7 +293,7 @@ def check_ranges(data: Json) -> None:
 
 def system_texts(system: Any) -> list[str]:
     """The texts of `system`: a string or text blocks (API)."""
-    blocks = [{"type": "text", "text": system}] if isinstance(system, str) else system or []
+    blocks = [{"type": "text", "text": system}] if isinstance(system, str) else [] if system is None else system
     check(blocks, [BLOCKS["system"]], "system")
     return [block["text"] for block in blocks if block["text"] and not block["text"].startswith(BILLING_LINE)]
 
@@ -352,8 +351,14 @@ def message_blocks(message: Any, place: str) -> list[Json]:
 def bare(block: Json) -> Json:
     """A content block, and those in its content, without null keys and `cache_control`."""
     kept = {key: value for key, value in block.items() if value is not None and key != "cache_control"}
-    if isinstance(kept.get("content"), list):
+    if kept["type"] == "tool_result" and isinstance(kept.get("content"), list):
         kept["content"] = [bare(inner) for inner in kept["content"]]
+    if (
+        kept["type"] == "document"
+        and kept["source"]["type"] == "content"
+        and isinstance(kept["source"]["content"], list)
+    ):
+        kept["source"] = {**kept["source"], "content": [bare(inner) for inner in kept["source"]["content"]]}
     return kept
 
 
@@ -372,7 +377,8 @@ def check_pairs(messages: list[Json], places: list[str]) -> None:
     """API: each tool_use is answered in the next message, each tool_result answers a tool_use of the previous one."""
     called: list[str] = []
     for message, place in zip(messages, places, strict=True):
-        results = {n: block["tool_use_id"] for n, block in enumerate(message["content"]) if "tool_use_id" in block}
+        blocks = enumerate(message["content"])
+        results = {n: block["tool_use_id"] for n, block in blocks if block["type"] == "tool_result"}
         for number, tool_id in results.items():
             if tool_id not in called:
                 words = f"unexpected `tool_use_id` found in `tool_result` blocks: {tool_id}. Each `tool_result` block "
@@ -446,9 +452,9 @@ def canonical_blocks(role: str, blocks: list[Json]) -> list[list[Any]]:
 
 
 def canonical_value(key: str, value: Any) -> Any:
-    if key == "content" and isinstance(value, str):
+    if key == "content" and isinstance(value, str) and value:
         return [["text", value]]
-    if key == "content" and isinstance(value, list):
+    if key == "content" and isinstance(value, list) and value:
         return canonical_blocks("user", value)
     return value or None if key in ("is_error", "content") else value
 
@@ -521,13 +527,14 @@ def decode(text: bytes) -> list[Json]:
 
 
 def glued(text: str) -> list[Any]:
-    values, at, decoder = [], 0, json.JSONDecoder()
-    while text.startswith("{", at):
+    values: list[Any] = []
+    while text.startswith("{"):
         try:
-            value, at = decoder.raw_decode(text, at)
-        except ValueError:
+            end = json.JSONDecoder().raw_decode(text)[1]
+            values.append(orjson.loads(text[:end]))  # json takes what orjson cannot write: lone surrogates, NaN
+        except (ValueError, RecursionError):
             break
-        values.append(value)
+        text = text[end:].lstrip()
     return values
 
 
@@ -540,25 +547,66 @@ def hello(event: Json) -> Json | None:
     return None
 
 
+def model_list(hello: Json) -> list[Json]:
+    """The CLI's own models in the API's shape: each under its full id (all that Claude Code's discovery keeps) and as
+    claude-cli/<alias>."""
+    found: dict[str, Json] = {}
+    for model in hello.get("models") or []:
+        for name in (model.get("resolvedModel"), f"claude-cli/{model['value']}" if model.get("value") else None):
+            if name and name not in found:
+                found[name] = {
+                    "type": "model",
+                    "id": name,
+                    "display_name": model.get("displayName") or name,
+                    "created_at": "1970-01-01T00:00:00Z",  # API: the epoch when the release date is not known
+                    "lifecycle": "active",
+                }
+    return list(found.values())
+
+
+def find_model(models: list[Json], name: str) -> Json:
+    """The model of an id or alias, with or without claude-cli/.  Raises ApiError 404."""
+    wanted = {name, "claude-cli/" + name, name.removeprefix("claude-cli/")}
+    model = next((model for model in models if model["id"] in wanted), None)
+    if not model:
+        raise ApiError(404, f"model: {name}")
+    return model
+
+
+def model_page(models: list[Json], query: dict[str, str]) -> Json:
+    """A page of models: `limit` (1 to 1000, default 20), `after_id`, `before_id` (API: "List models")."""
+    limit = query.get("limit", "20")
+    if not limit.isdecimal() or not 1 <= int(limit) <= 1000:
+        raise bad("limit", "Input should be a valid integer from 1 to 1000")
+    ids = [model["id"] for model in models]
+    for name in ("after_id", "before_id"):
+        if query.get(name, ids[0] if ids else "") not in ids:
+            raise bad(name, f"no such model: {query.get(name)}")
+    start = ids.index(query["after_id"]) + 1 if "after_id" in query else 0
+    end = ids.index(query["before_id"]) if "before_id" in query else len(ids)
+    if "before_id" in query and "after_id" not in query:
+        data, more = models[max(0, end - int(limit)) : end], end > int(limit)
+    else:
+        data, more = models[start:end][: int(limit)], end - start > int(limit)
+    edge = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    return {"data": data, "has_more": more, "first_id": edge[0], "last_id": edge[1]}
+
+
 # ---------------------------------------------------------------- translation of events
 
-USAGE_KEYS = (
-    "input_tokens",
-    "output_tokens",
-    "cache_creation_input_tokens",
-    "cache_read_input_tokens",
-    "cache_creation",
-    "service_tier",
-)
-# Block type -> delta types.  Other blocks and deltas break strict clients, so they are left out.
+TOKENS = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+# Block type -> delta type -> key of its piece.  Other blocks and deltas break strict clients, so they are left out.
 DELTAS = {
-    "text": ("text_delta", "citations_delta"),
-    "thinking": ("thinking_delta", "signature_delta"),
-    "redacted_thinking": (),
-    "tool_use": ("input_json_delta",),
+    "text": {"text_delta": "text", "citations_delta": "citation"},
+    "thinking": {"thinking_delta": "thinking", "signature_delta": "signature"},
+    "redacted_thinking": {},
+    "tool_use": {"input_json_delta": "partial_json"},
 }
+# Block type -> keys that are empty strings in its content_block_start, the one that deltas add to first.
+EMPTY = {"text": ("text",), "thinking": ("thinking", "signature"), "redacted_thinking": (), "tool_use": ()}
+STREAM_TYPES = ("message_start", "content_block_start", "content_block_delta", "content_block_stop", "message_delta")
 # After these the CLI waits for the next user message; after any other it would go on by itself (recordings max_tokens,
-# refusal), as it does after an answer without a visible text (recording empty).
+# refusal), as it does after an answer without a visible text.
 RESTING = ("end_turn", "stop_sequence")
 
 
@@ -570,249 +618,213 @@ class Translator:
     """
 
     def __init__(self) -> None:
-        self.message: Json | None = None  # what a client has assembled so far; set by message_start
-        self.stop_reason: str | None = None  # set by the message_delta that ends the answer
+        self.message: Json = {}  # what a client has assembled so far; filled by message_start
+        self.stop_reason = ""  # set by the message_delta that ends the answer
         self.done = False  # message_stop was returned
-        self.result: Json | None = None  # the turn's `result`, once it came
-        self.retry_delay = 0.0  # seconds that the CLI last said it waits before it calls the API again
-        self._resets_at: float | None = None
-        self._open: int | None = None  # the CLI's index of the open block; None: no block is open
+        self.result: Json = {}  # the turn's `result`, once it came
+        self._resets_at: float | None = None  # of a rejected rate limit
+        self._open: int | None = None  # the CLI's index of the open block
         self._relayed = False  # the open block is one that clients know
-        self._plain_id: str | None = None  # id of a message that came without stream events
-        self._parts: list[str] = []  # pieces of the open block's text, thinking or input
+        self._plain: Json = {}  # a message that came without stream events, in its last form
+        self._pieces: list[str] = []  # of the open block's text, thinking or input
 
     def feed(self, event: Json) -> list[Json]:
-        """Translate one line of the CLI's output; the list may be empty."""
-        kind = event.get("type")
-        if kind == "stream_event":
-            inner = event.get("event")
-            if event.get("parent_tool_use_id") is None and isinstance(inner, dict) and not self.done:
+        """Translate one event of the CLI; the list may be empty."""
+        mine = event.get("parent_tool_use_id") is None and not self.done  # not a subagent's
+        match event:
+            case {"type": "stream_event", "event": dict(inner)} if mine:
                 return self._stream(inner)
-        elif kind == "assistant":
-            if event.get("parent_tool_use_id") is None and isinstance(event.get("message"), dict) and not self.done:
-                return self._plain(event["message"])
-        elif kind == "result":
-            return self._end(event)
-        elif kind == "system" and event.get("subtype") == "api_retry":
-            delay = event.get("retry_delay_ms")
-            self.retry_delay = delay / 1000 if isinstance(delay, int | float) else 0.0
-        elif kind == "rate_limit_event":
-            self._limit(event.get("rate_limit_info"))
-        elif kind == "control_response":
-            response = event.get("response")
-            if isinstance(response, dict) and response.get("subtype") == "error":
-                raise cli_error(f"the claude CLI refused a control request: {response.get('error')}")
+            case {"type": "assistant", "message": {"id": str(), "content": list()} as message} if mine:
+                return list(self._whole(message))
+            case {"type": "result"}:
+                return self._end(event)
+            case {
+                "type": "rate_limit_event",
+                "rate_limit_info": {"status": "rejected", "resetsAt": int() | float() as t},
+            }:
+                self._resets_at = t
+            case {"type": "control_response", "response": {"subtype": "error", "error": error}} if not self.done:
+                raise cli_error(f"the claude CLI refused a control request: {error}")
         return []
-
-    def _limit(self, info: Any) -> None:
-        if (
-            isinstance(info, dict)
-            and info.get("status") == "rejected"
-            and isinstance(info.get("resetsAt"), int | float)
-        ):
-            self._resets_at = info["resetsAt"]
 
     def _stream(self, event: Json) -> list[Json]:
-        kind = event.get("type")
-        if kind == "message_start":
-            return self._start(event.get("message"))
-        if kind == "error":
-            error = event.get("error")
-            error = error if isinstance(error, dict) else {}
-            raise ApiError(502, str(error.get("message")), kind=str(error.get("type") or "api_error"))
-        if self.message is None or self._plain_id is not None:
-            return []
-        if kind == "content_block_start":
-            return self._block_start(event.get("index"), event.get("content_block"))
-        if kind == "content_block_delta":
-            return self._block_delta(event.get("index"), event.get("delta"))
-        if kind == "content_block_stop":
-            return self._block_stop(event.get("index"))
-        if kind == "message_delta":
-            return self._delta(event.get("delta"), event.get("usage"))
-        if kind == "message_stop":
-            if self.stop_reason is None:
-                # The API broke off in mid-stream and the CLI closed the message itself (recording mid_stream_error).
+        match event:
+            case {"type": "message_start", "message": {"id": str(identity)} as message} if (
+                identity and not self.message
+            ):
+                return [self._start(message)]
+            case {"type": "error", "error": {"type": str(kind), "message": str(text)}}:
+                raise ApiError(502, text, kind=kind)
+            case _ if (not self.message and event.get("type") != "message_start") or self._plain:
+                return []
+            case {
+                "type": "content_block_start",
+                "index": int(index),
+                "content_block": {"type": str(kind)} as block,
+            } if self._open is None and not self.stop_reason:
+                self._open, self._relayed = index, kind in DELTAS
+                return [self._block_start(block)] if self._relayed else []
+            case {"type": "content_block_delta", "index": int(index), "delta": {"type": str(kind)} as delta} if (
+                index == self._open
+            ):
+                return self._block_delta(kind, delta) if self._relayed else []
+            case {"type": "content_block_stop", "index": int(index)} if index == self._open:
+                self._open = None
+                return [self._block_stop()] if self._relayed else []
+            case {"type": "message_delta", "delta": {"stop_reason": None}}:
+                return []  # an interrupted answer ends so (recording interrupt of 2.1.330)
+            case {"type": "message_delta", "delta": {"stop_reason": str(reason)} as delta} if (
+                reason and self._open is None and not self.stop_reason
+            ):
+                return self._delta(reason, delta, event.get("usage"))
+            case {"type": "message_stop"} if self.stop_reason:
+                return self._stop()
+            case {"type": "message_stop"}:
+                # The API broke off in mid-stream and the CLI closed the message (recording mid_stream_error).
                 raise ApiError(502, "The API ended the answer before it was complete.", kind="api_error")
-            return self._stop()
+            case {"type": str(kind)} if kind in STREAM_TYPES:
+                raise cli_error(f"the claude CLI sent a {kind} out of place")
         return []
 
-    def _start(self, message: Any) -> list[Json]:
-        if self.message is not None:
-            raise cli_error("the claude CLI began a second answer before the first was complete")
-        if not isinstance(message, dict) or not isinstance(message.get("id"), str):
-            raise cli_error("the claude CLI sent a message_start without a message")
-        started = {key: value for key, value in message.items() if value is not None}
+    def _start(self, message: Json) -> Json:
+        started = {**without_nulls(message), "type": "message", "role": "assistant", "model": str(message.get("model"))}
         started |= {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage(message.get("usage"))}
-        started.setdefault("type", "message")
-        started.setdefault("role", "assistant")
-        started.setdefault("model", "")
         self.message = {**started, "content": [], "usage": dict(started["usage"])}
-        return [{"type": "message_start", "message": started}]
+        return {"type": "message_start", "message": started}
 
-    def _block_start(self, index: Any, block: Any) -> list[Json]:
-        if self._open is not None or self.stop_reason is not None or not isinstance(index, int):
-            raise cli_error("the claude CLI opened a content block inside another")
-        self._open = index
-        self._relayed = isinstance(block, dict) and block.get("type") in DELTAS
-        if not self._relayed or self.message is None:
-            return []
-        block = {key: value for key, value in block.items() if value is not None}
-        block |= {key: block.get(key, "") for key in EMPTY[block["type"]]}
+    def _block(self, kind: str, **fields: Any) -> Json:
+        """An event about the newest block of the message."""
+        return {"type": "content_block_" + kind, "index": len(self.message["content"]) - 1, **fields}
+
+    def _block_start(self, block: Json) -> Json:
+        block = {**dict.fromkeys(EMPTY[block["type"]], ""), **without_nulls(block)}
+        block.pop("citations", None)  # they come as deltas
         if block["type"] == "tool_use":
-            block |= {"name": str(block.get("name")).removeprefix(TOOL_PREFIX), "input": {}}
+            block |= {"name": str(block.get("name") or "").removeprefix(TOOL_PREFIX), "input": {}}
+        try:
+            check(block, BLOCKS["assistant"], "block")
+        except ApiError as error:
+            raise cli_error(f"the claude CLI opened a malformed content block: {error.message}") from None
         self.message["content"].append(dict(block))
-        self._parts = []
-        return [{"type": "content_block_start", "index": len(self.message["content"]) - 1, "content_block": block}]
+        self._pieces = []
+        return self._block("start", content_block=block)
 
-    def _block_delta(self, index: Any, delta: Any) -> list[Json]:
-        if index != self._open:
-            raise cli_error("the claude CLI sent a piece of a content block that is not open")
-        if not self._relayed or self.message is None or not isinstance(delta, dict):
-            return []
+    def _block_delta(self, kind: str, delta: Json) -> list[Json]:
         block = self.message["content"][-1]
-        kind = delta.get("type")
         if kind not in DELTAS[block["type"]]:
             return []
+        piece = delta.get(DELTAS[block["type"]][kind])
+        if not isinstance(piece, dict if kind == "citations_delta" else str):
+            raise cli_error(f"the claude CLI sent a {kind} without its content")
         if kind == "citations_delta":
-            block.setdefault("citations", []).append(delta.get("citation"))
+            block.setdefault("citations", []).append(piece)
+        elif kind == "signature_delta":
+            block["signature"] = piece
         else:
-            piece = delta.get(DELTA_KEY[kind])
-            if not isinstance(piece, str):
-                raise cli_error(f"the claude CLI sent a {kind} without its text")
-            if kind == "signature_delta":
-                block["signature"] = piece
-            else:
-                self._parts.append(piece)
-        return [{"type": "content_block_delta", "index": len(self.message["content"]) - 1, "delta": delta}]
+            self._pieces.append(str(piece))
+        return [self._block("delta", delta=delta)]
 
-    def _block_stop(self, index: Any) -> list[Json]:
-        if self._open is None or index != self._open or self.message is None:
-            raise cli_error("the claude CLI closed a content block that is not open")
-        self._open = None
-        if not self._relayed:
-            return []
+    def _block_stop(self) -> Json:
         block = self.message["content"][-1]
-        text = "".join(self._parts)
-        if block["type"] == "text":
-            block["text"] += text
-        elif block["type"] == "thinking":
-            block["thinking"] += text
-        elif block["type"] == "tool_use" and text:
+        text = "".join(self._pieces)
+        if block["type"] == "tool_use":
             try:
-                block["input"] = orjson.loads(text)
-            except orjson.JSONDecodeError:
-                raise cli_error("the model's tool input is not JSON") from None
-        return [{"type": "content_block_stop", "index": len(self.message["content"]) - 1}]
+                block["input"] = orjson.loads(text or "{}")
+                check(block["input"], dict, "input")
+                orjson.dumps(block["input"])  # it will be written again
+            except (orjson.JSONDecodeError, ApiError, TypeError):
+                raise cli_error("the model's tool input is not a JSON object") from None
+        for key in EMPTY[block["type"]][:1]:
+            block[key] += text
+        return self._block("stop")
 
-    def _delta(self, delta: Any, used: Any) -> list[Json]:
-        delta = delta if isinstance(delta, dict) else {}
-        reason = delta.get("stop_reason")
-        if not isinstance(reason, str):  # an interrupted answer ends so (recording interrupt of 2.1.330)
-            return []
-        if self._open is not None or self.stop_reason is not None or self.message is None:
-            raise cli_error("the claude CLI ended the answer inside a content block")
+    def _delta(self, reason: str, delta: Json, used: Any) -> list[Json]:
         self.stop_reason = reason
         sequence = delta.get("stop_sequence") if reason == "stop_sequence" else None
-        ends = {"stop_reason": reason, "stop_sequence": sequence}
-        counts = usage(used)
+        ends: Json = {"stop_reason": reason, "stop_sequence": sequence if isinstance(sequence, str) else None}
+        if isinstance(delta.get("stop_details"), dict) and delta["stop_details"].get("type"):
+            ends["stop_details"] = delta["stop_details"]
+        counts = {"output_tokens": 0, **token_counts(used)}
         counts["output_tokens"] = max(counts["output_tokens"], self.message["usage"]["output_tokens"])
-        if not (isinstance(used, dict) and isinstance(used.get("input_tokens"), int)):
-            del counts["input_tokens"]
         self.message |= ends
         self.message["usage"] |= counts
         event: Json = {"type": "message_delta", "delta": ends, "usage": counts}
-        details = delta.get("stop_details")
-        if isinstance(details, dict) and details.get("type"):
-            event["delta"] = {**ends, "stop_details": details}
-            self.message["stop_details"] = details
         # Where the CLI goes on by itself nothing more is waited for: the answer is complete.
         return [event] if self.rests else [event, *self._stop()]
 
     @property
     def rests(self) -> bool:
         """Whether the process now waits for the next user message, with the client's own conversation in it."""
-        content = self.message["content"] if self.message else []
-        return self.stop_reason in RESTING and any(block.get("text") for block in content)
+        return self.stop_reason in RESTING and any(block.get("text") for block in self.message["content"])
 
     def _stop(self) -> list[Json]:
         self.done = True
         return [{"type": "message_stop"}]
 
-    def _plain(self, message: Json) -> list[Json]:
+    def _whole(self, message: Json) -> Iterator[Json]:
         """An `assistant` event: the same content once more, except when the API refused to stream and the CLI asked
-        again without; then it is all there is."""
-        identity, content = message.get("id"), message.get("content")
-        if message.get("model") == "<synthetic>" or not isinstance(identity, str) or not isinstance(content, list):
-            return []
-        if self.message is not None and identity != self._plain_id:
-            return []
-        events: list[Json] = []
-        if self.message is None:
-            events += self._start(message)
-            self._plain_id = identity
-        for block in content:
-            if isinstance(block, dict) and block.get("type") in DELTAS:
-                events += self._whole_block(block)
-        return events
+        again without (recording not_streamed); then it is all there is.  Texts that the CLI made up are not answers."""
+        if message.get("model") == "<synthetic>" or (self.message and not self._plain):
+            return
+        if not self.message:
+            yield self._start(message)
+        elif message["id"] != self._plain["id"]:  # the CLI went on by itself
+            yield from self._plain_end({})
+            return
+        self._plain = message
+        for block in message["content"]:
+            kind = block.get("type") if isinstance(block, dict) else None
+            if not isinstance(kind, str) or kind not in DELTAS:
+                continue
+            yield self._block_start({**block, **dict.fromkeys(EMPTY[kind], "")})
+            pieces = {f"{key}_delta": block.get(key) for key in EMPTY[kind]}
+            if kind == "tool_use":
+                pieces = {"input_json_delta": json.dumps(block.get("input"))}
+            for name, piece in pieces.items():
+                if piece:
+                    yield from self._block_delta(name, {"type": name, DELTAS[kind][name]: piece})
+            yield self._block_stop()
 
-    def _whole_block(self, block: Json) -> Iterator[Json]:
-        index = len(self.message["content"]) if self.message else 0
-        kind = block["type"]
-        empty = {**block, **dict.fromkeys(EMPTY[kind], "")}
-        yield from self._block_start(index, empty)
-        if kind == "tool_use":
-            text = orjson.dumps(block.get("input")).decode()
-            yield from self._block_delta(index, {"type": "input_json_delta", "partial_json": text})
-        for key in EMPTY[kind]:
-            value = block.get(key)
-            if isinstance(value, str) and value:
-                yield from self._block_delta(index, {"type": f"{key}_delta", key: value})
-        yield from self._block_stop(index)
+    def _plain_end(self, result: Json) -> Iterator[Json]:
+        reason = self._plain.get("stop_reason") or result.get("stop_reason")
+        yield from self._delta(
+            reason if isinstance(reason, str) and reason else "end_turn", self._plain, self._plain.get("usage")
+        )
+        if not self.done:
+            yield from self._stop()
 
     def _end(self, result: Json) -> list[Json]:
-        if self.done:
+        if self.done or self.stop_reason:
             self.result = self.result or result
-            return []
-        if self.stop_reason is not None:  # the answer is complete, only its message_stop got lost
-            self.result = result
-            return self._stop()
+            return [] if self.done else self._stop()  # the answer is complete, only its message_stop got lost
         if result.get("is_error"):
-            self.result = result
             raise result_error(result, self._resets_at)
-        if self.message is None:
+        if not self.message:
             return []  # not this turn's: of a background task, or of a line that asked nothing
-        self.result = result
-        if self._plain_id is None:
+        if not self._plain:
             raise cli_error("the claude CLI ended the turn before the answer was complete")
-        reason = result.get("stop_reason")
-        ends = {"stop_reason": reason if isinstance(reason, str) else "end_turn", "stop_sequence": None}
-        events = self._delta(ends, result.get("usage"))
-        return events if self.done else [*events, *self._stop()]
+        self.result = result
+        return list(self._plain_end(result))
 
 
-# Block type -> keys that a content_block_start carries as empty strings, filled by deltas of the same name.
-EMPTY: dict[str, tuple[str, ...]] = {
-    "text": ("text",),
-    "thinking": ("thinking", "signature"),
-    "redacted_thinking": (),
-    "tool_use": (),
-}
-DELTA_KEY = {
-    "text_delta": "text",
-    "thinking_delta": "thinking",
-    "signature_delta": "signature",
-    "input_json_delta": "partial_json",
-}
+def without_nulls(value: Json) -> Json:
+    return {key: inner for key, inner in value.items() if inner is not None}
+
+
+def token_counts(value: Any) -> Json:
+    known = value if isinstance(value, dict) else {}
+    return {key: known[key] for key in TOKENS if type(known.get(key)) is int and known[key] >= 0}
 
 
 def usage(value: Any) -> Json:
     """The counts that clients know, never null; both required ones are always there."""
-    known = value if isinstance(value, dict) else {}
-    counts = {key: known[key] for key in USAGE_KEYS if known.get(key) is not None}
-    for key in ("input_tokens", "output_tokens"):
-        if not isinstance(counts.get(key), int):
-            counts[key] = 0
+    counts = {"input_tokens": 0, "output_tokens": 0, **token_counts(value)}
+    match value:
+        case {"cache_creation": {"ephemeral_5m_input_tokens": int(), "ephemeral_1h_input_tokens": int()} as creation}:
+            counts["cache_creation"] = creation
+    match value:
+        case {"service_tier": "standard" | "priority" | "batch" as tier}:
+            counts["service_tier"] = tier
     return counts
 
 

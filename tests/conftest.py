@@ -1,4 +1,4 @@
-"""What the tests share: a network of their own, the real CLIs, the stub API, a bridge, and the check that nothing leaks.
+"""What the tests share: a network of their own, the real CLIs, the stub API, bridges, the check that nothing leaks.
 
 The whole test run moves into a network namespace with loopback alone where the machine allows it, so that no CLI can
 reach anything but the stub.  A second version of the CLI is fetched with npm before that, where npm is installed.
@@ -31,7 +31,8 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 sys.path.insert(0, str(ROOT))
 
-import bridge  # noqa: E402
+from bridge import Bridge, Config  # noqa: E402
+from bridge import serve as serve_bridge  # noqa: E402
 
 Json = dict[str, Any]
 NPM_VERSION = "2.1.197"
@@ -134,6 +135,8 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stub: "Stub") -
         if name.startswith(("ANTHROPIC_", "CLAUDE", "OTEL_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(home))
+    # The stand-in runs on the Python under test, and not behind a version manager's slow shim.
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("DISABLE_TELEMETRY", "1")
     monkeypatch.setenv("DISABLE_AUTOUPDATER", "1")
     monkeypatch.setenv("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1")
@@ -220,16 +223,15 @@ class Answer:
 def assemble(events: list[Json]) -> Json:
     """What a client makes of a stream, by the accumulator of the `anthropic` SDK."""
     from anthropic.lib.streaming._messages import accumulate_event
-    from anthropic.types import RawMessageStreamEvent
-    from pydantic import TypeAdapter
 
-    adapter: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
     snapshot: Any = None
+    buffers: dict[int, bytes] = {}
     for event in events:
         if event["type"] not in ("ping", "error"):
-            snapshot = accumulate_event(event=adapter.validate_python(event), current_snapshot=snapshot)
-    value: Json = snapshot.model_dump(mode="json", exclude_unset=True)
-    return value
+            raw: Any = event
+            snapshot = accumulate_event(event=raw, current_snapshot=snapshot, json_bufs=buffers)
+    value: Json = snapshot.model_dump(mode="json", exclude_none=True)
+    return {"stop_reason": None, "stop_sequence": None, **value}
 
 
 @dataclass
@@ -277,8 +279,8 @@ class Server(Client):
 
     host: str = ""
     port: int = 0
-    config: bridge.Config = field(default_factory=bridge.Config)
-    bridge: bridge.Bridge | None = None
+    config: Config = field(default_factory=Config)
+    bridge: Bridge | None = None
     loop: asyncio.AbstractEventLoop | None = None
 
     def __enter__(self) -> "Server":
@@ -296,7 +298,7 @@ class Server(Client):
     async def _run(self) -> None:
         try:
             self.loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-            async with bridge.serve(self.config) as self.bridge:
+            async with serve_bridge(self.config) as self.bridge:
                 self.host, _, port = self.bridge.addresses[0].rpartition(":")
                 self.port = int(port) if port.isdecimal() else 0
                 self._ready.set()
@@ -309,7 +311,8 @@ class Server(Client):
 
     def close(self) -> None:
         """Ask the bridge to shut down, and wait for it."""
-        assert self.loop and self._stop
+        assert self.loop
+        assert self._stop
         with contextlib.suppress(RuntimeError):  # the loop is closed already
             self.loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
@@ -337,7 +340,7 @@ def serve() -> Iterator[Callable[..., Server]]:
         def start(**settings: Any) -> Server:
             settings = {"listen_addr": "127.0.0.1:0", "keep_env": KEEP, "bin": str(STANDIN), **settings}
             settings["bin"] = str(settings["bin"])
-            return stack.enter_context(Server(config=bridge.Config(**settings)))
+            return stack.enter_context(Server(config=Config(**settings)))
 
         yield start
 

@@ -1,0 +1,398 @@
+#!/usr/bin/env python3
+"""A stand-in for the claude CLI, for what the real one cannot be made to do, and for a first try without an account.
+
+It speaks stream-json as the recordings in tests/fixtures do, keeps the conversation it is given, and answers
+"echo: <last user text>; N messages".  It takes any flags; `--model` and `--version` matter.
+
+Words in the last text of the user, alone or together:
+
+    SLOW n, FLOOD n       n small deltas, one every 20 ms or as fast as they are read
+    PAUSE, PAUSE-START    wait in mid answer, or before it, for the file $STANDIN_GATE; signs of life come meanwhile
+    LATE, NORESULT        the `result` waits for that file, or never comes
+    TWORESULTS            a result of something else before the answer, and the turn's own twice
+    HANG, HANG-START      no more than status lines in mid answer, or no event at all
+    DIE n, DIE-START      exit with status n in mid answer, or before any event, with a line on stderr
+    HALF                  exit in the middle of a line
+    NOISE, GLUED, SPLIT   lines that are no events; two events a line; writes that end inside lines and UTF-8 sequences
+    BIGLINE n, STDERR n   a line of n bytes and a text of n bytes; n bytes on stderr in mid answer
+    NOSTDIN               nothing more is read from stdin after the answer, its end included
+    ORPHAN                leaves a process behind, whose id ends the answer
+    PAUSE-PAST, HANG-PAST, DIE-PAST   in a message of the past: when it is put in
+    RETRY ms              the API is asked again after that announced delay
+    RATELIMIT epoch       the account's limit is used up until then
+    REPLAY version/name   the last turn of that recording, ten times as fast
+
+Models: exit-at-start, hang-at-start (answers nothing), ignore-sigterm (and the end of stdin), not-logged-in.
+With $STANDIN_LOG=dir every line of stdin goes to dir/<pid>.ndjson, and argv, environment and working directory to
+dir/<pid>.json; `Log` reads them.
+"""
+
+import itertools
+import json
+import os
+import re
+import select
+import signal
+import sys
+import time
+from typing import Any
+
+Json = dict[str, Any]
+FIXTURES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fixtures")
+NOISE = (
+    b"Warning: not an event",
+    b"",
+    b"[1, 2]",
+    b"null",
+    b'{"type": "stream_event", "ev',
+    b"\xff\xfe",
+    b"{}{",
+    b"7 {}",
+)
+STRANGE: tuple[Json, ...] = (
+    {"type": "brand_new"},
+    {"no": "type"},
+    {"type": "stream_event", "event": None},
+    {"type": "stream_event", "event": {"type": "ping"}, "parent_tool_use_id": None},
+    {
+        "type": "stream_event",
+        "event": {"type": "message_start", "message": {"id": "sub"}},
+        "parent_tool_use_id": "toolu",
+    },
+    {"type": "assistant", "message": None, "parent_tool_use_id": None},
+)
+USAGE = {"input_tokens": 10, "cache_creation_input_tokens": 3, "cache_read_input_tokens": 5, "output_tokens": 1}
+MODELS = [
+    {"value": name, "resolvedModel": f"claude-{name}-5-5", "displayName": name.title(), "description": name.title()}
+    for name in ("opus", "sonnet", "haiku")
+]
+
+
+class Interrupted(Exception):
+    """The bridge ended the running turn."""
+
+
+class Standin:
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.out = sys.stdout.buffer
+        self.log: int | None = None  # a file descriptor
+        self.numbers = itertools.count(1)
+        self.messages: list[Json] = []  # the conversation
+        self.waiting: list[Json] = []  # user and assistant lines that were not taken up yet
+        self.partial = b""  # of a line of stdin
+        self.reading = True
+        self.turning = False  # an interrupt ends something
+        self.mode = ""  # NOISE, GLUED or SPLIT
+        self.glued = False  # the last line lacks its end
+        self.said: list[str] = []  # deltas of the running answer
+
+    # stdin
+
+    def pump(self, seconds: float | None = 0) -> None:
+        """Take in what comes on stdin within this time, at most one read; answer control requests at once."""
+        if not self.reading:
+            time.sleep(60 if seconds is None else seconds)
+            return
+        if not select.select([0], [], [], seconds)[0]:
+            return
+        data = os.read(0, 1 << 16)
+        self.reading = bool(data)
+        *lines, self.partial = (self.partial + data).split(b"\n")
+        for line in lines:
+            if self.log is not None:
+                os.write(self.log, line + b"\n")
+            event = json.loads(line)
+            if event["type"] == "control_request":
+                self.control(event["request_id"], event["request"])
+            elif event["type"] in ("user", "assistant"):
+                self.waiting.append(event)
+
+    def control(self, request_id: str, request: Json) -> None:
+        subtype = request["subtype"]
+        response: Json = {"subtype": "success", "request_id": request_id}
+        if subtype == "initialize":
+            account = {
+                "tokenSource": "none" if self.model == "not-logged-in" else "stand-in",
+                "apiProvider": "firstParty",
+            }
+            response["response"] = {"commands": [], "models": MODELS, "account": account, "pid": os.getpid()}
+        elif subtype not in ("interrupt", "apply_flag_settings"):
+            response |= {"subtype": "error", "error": f"the stand-in knows no {subtype}"}
+        if self.model != "hang-at-start":
+            self.emit({"type": "control_response", "response": response})
+        if subtype == "interrupt" and self.turning:
+            raise Interrupted
+
+    def gate(self) -> None:
+        """Wait for the gate's file, with a sign of life that is no part of an answer."""
+        while not os.path.exists(os.environ["STANDIN_GATE"]):
+            self.emit({"type": "user", "message": {"role": "user", "content": []}, "isSynthetic": True})
+            self.pump(0.02)
+
+    def hang(self) -> None:
+        while True:
+            self.emit({"type": "system", "subtype": "status", "status": "requesting"})
+            self.pump(0.1)
+
+    # stdout
+
+    def emit(self, event: Json) -> None:
+        event |= {"session_id": f"standin-{os.getpid()}", "uuid": f"00000000-0000-4000-8000-{next(self.numbers):012x}"}
+        self.put(json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode())
+
+    def put(self, line: bytes) -> None:
+        if self.mode == "GLUED":
+            self.glued = not self.glued
+        if not self.glued:
+            line += b"\n"
+        # SPLIT: pieces that end inside UTF-8 sequences, and before the line's end.
+        for piece in re.split(rb"(?<=[\xc0-\xff])|(?=\n)|(?<=,)", line) if self.mode == "SPLIT" else [line]:
+            self.out.write(piece)
+            self.out.flush()
+            if self.mode == "SPLIT":
+                time.sleep(0.0005)  # so that they are read one by one
+
+    def stream(self, kind: str, **fields: Any) -> None:
+        self.emit({"type": "stream_event", "event": {"type": kind, **fields}, "parent_tool_use_id": None})
+
+    def result(self, **fields: Any) -> None:
+        # "type" is not the first key, as with 2.1.330.
+        usual = {"is_error": False, "num_turns": 1, "subtype": "success", "stop_reason": None, "usage": USAGE}
+        self.emit({**usual, "permission_denials": [], **fields, "type": "result"})
+
+    # turns
+
+    def run(self) -> None:
+        if self.model == "exit-at-start":
+            sys.exit("stand-in: told to exit at the start")
+        while self.reading or self.waiting:
+            if not self.waiting:
+                self.pump(None)
+            elif self.model == "hang-at-start":
+                self.waiting.clear()
+            else:
+                self.take(self.waiting.pop(0))
+
+    def take(self, line: Json) -> None:
+        message = line["message"]
+        if line["type"] == "user" and line.get("shouldQuery") is False:
+            if self.waiting:
+                sys.exit("stand-in: lines came before the result of the one before them")
+            self.messages.append(message)
+            past = str(message["content"])
+            if "DIE-PAST" in past:
+                sys.exit("stand-in: told to die while the past is put in")
+            if "HANG-PAST" in past:
+                self.hang()
+            if "PAUSE-PAST" in past:
+                self.gate()
+            self.emit({"type": "system", "subtype": "init", "model": self.model})
+            self.result(num_turns=0, result="")
+        elif line["type"] == "user":
+            self.messages.append(message)
+            self.turn(message["content"])
+        elif any(past.get("id") == message["id"] for past in self.messages):
+            sys.exit("stand-in: two assistant messages have one id")
+        else:
+            self.messages.append(message)
+
+    def turn(self, content: list[Json]) -> None:
+        texts = [block["text"] for block in content if block["type"] == "text" and block["text"].strip()]
+        texts = [text for text in texts if not text.startswith("<system-reminder>")]
+        text = texts[-1] if texts else ""
+        self.said, self.turning = [], True
+        try:
+            self.answer(text, text.split())
+        except Interrupted:
+            self.interrupted()
+        self.turning, self.mode = False, ""
+        if self.glued:
+            self.glued = False
+            self.put(b"")
+        self.messages.append({"role": "assistant", "id": self.id, "content": "".join(self.said)})
+
+    def answer(self, text: str, words: list[str]) -> None:
+        def number(word: str, otherwise: int = 0) -> int:
+            after = words[words.index(word) + 1 : words.index(word) + 2]
+            return int(after[0]) if after and after[0].isdecimal() else otherwise
+
+        self.id = f"msg_standin_{os.getpid()}_{next(self.numbers)}"
+        if "DIE-START" in words:
+            sys.exit("stand-in: told to die before any event")
+        if "PAUSE-START" in words:
+            self.gate()
+        while "HANG-START" in words:
+            self.pump(1)
+        if "REPLAY" in words:
+            return self.replay(words[words.index("REPLAY") + 1])
+        self.mode = next((mode for mode in ("NOISE", "GLUED", "SPLIT") if mode in words), "")
+        self.emit({"type": "system", "subtype": "init", "model": self.model, "tools": [], "apiKeySource": "none"})
+        self.emit({"type": "system", "subtype": "status", "status": "requesting"})
+        if self.model == "not-logged-in":
+            return self.failed("Not logged in · Please run /login", None)
+        if "RATELIMIT" in words:
+            info = {"status": "rejected", "resetsAt": number("RATELIMIT"), "rateLimitType": "five_hour"}
+            self.emit({"type": "rate_limit_event", "rate_limit_info": info})
+            return self.failed("You've hit your limit", 429)
+        if "RETRY" in words:
+            delay = number("RETRY")
+            self.emit(
+                {"type": "system", "subtype": "api_retry", "attempt": 1, "retry_delay_ms": delay, "error_status": 529}
+            )
+            self.pump(delay / 1000)
+        if "TWORESULTS" in words:
+            self.result(result="of a background task")
+        if "BIGLINE" in words:
+            self.emit({"type": "system", "subtype": "brand_new", "data": "x" * number("BIGLINE")})
+
+        message = {"id": self.id, "type": "message", "role": "assistant", "model": self.model, "content": []}
+        self.stream("message_start", message={**message, "stop_reason": None, "stop_sequence": None, "usage": USAGE})
+        self.stream("content_block_start", index=0, content_block={"type": "text", "text": ""})
+        paced = next((word for word in ("SLOW", "FLOOD") if word in words), None)
+        deltas = re.findall(r"\S+\s*", f"echo: {text}; {len(self.messages)} messages")
+        if paced:
+            deltas = [f"{n} " for n in range(number(paced))]
+        elif "BIGLINE" in words:
+            deltas.append("x" * number("BIGLINE"))
+        elif "ORPHAN" in words:
+            deltas.append(f" {self.orphan()}")
+        for n, delta in enumerate(deltas):
+            self.pump(0.02 if n and paced == "SLOW" else 0)
+            self.stream("content_block_delta", index=0, delta={"type": "text_delta", "text": delta})
+            self.said.append(delta)
+            if n == 0:
+                self.middle(words, number)
+            if self.mode == "NOISE":
+                for line in NOISE:
+                    self.put(line)
+                for event in STRANGE:
+                    self.emit(dict(event))
+
+        self.emit({"type": "assistant", "message": {**message, "content": self.blocks()}, "parent_tool_use_id": None})
+        self.stream("content_block_stop", index=0)
+        ends = {"stop_reason": "end_turn", "stop_sequence": None}
+        self.stream("message_delta", delta=ends, usage={"output_tokens": len(deltas)})
+        self.stream("message_stop")
+        if "LATE" in words:
+            self.gate()
+            if self.waiting:
+                sys.exit("stand-in: a line came before the result of the turn before it")
+        if "NORESULT" not in words:
+            self.result(result="".join(self.said), stop_reason="end_turn")
+        if "TWORESULTS" in words:
+            self.result(result="".join(self.said), stop_reason="end_turn")
+        if "NOSTDIN" in words:
+            signal.pause()
+
+    def middle(self, words: list[str], number: Any) -> None:
+        if "STDERR" in words:
+            sys.stderr.write("e" * number("STDERR") + "\n")
+        if "PAUSE" in words:
+            self.gate()
+        if "DIE" in words:
+            sys.stderr.write("stand-in: told to die\n")
+            sys.exit(number("DIE", 1))
+        if "HALF" in words:
+            self.out.write(b'{"type":"stream_event","event":{"type":"content_bl')
+            self.out.flush()
+            sys.exit(0)
+        if "HANG" in words:
+            self.hang()
+
+    def orphan(self) -> int:
+        child = os.fork()
+        while not child:
+            signal.pause()
+        return child
+
+    def blocks(self) -> list[Json]:
+        return [{"type": "text", "text": "".join(self.said)}]
+
+    def failed(self, text: str, status: int | None) -> None:
+        message = {"id": self.id, "type": "message", "role": "assistant", "model": "<synthetic>", "usage": USAGE}
+        message |= {"content": [{"type": "text", "text": text}], "stop_reason": "stop_sequence", "stop_sequence": ""}
+        self.emit({"type": "assistant", "message": message, "parent_tool_use_id": None})
+        self.result(is_error=True, api_error_status=status, result=text, stop_reason="stop_sequence")
+
+    def interrupted(self) -> None:
+        """The end of a turn as in the recording interrupt of 2.1.330."""
+        if self.said:
+            message = {"id": self.id, "type": "message", "role": "assistant", "model": self.model, "usage": USAGE}
+            message |= {"content": self.blocks(), "stop_reason": None, "stop_sequence": None}
+            self.emit({"type": "assistant", "message": message, "parent_tool_use_id": None})
+        note = [{"type": "text", "text": "[Request interrupted by user]"}]
+        self.emit({"type": "user", "message": {"role": "user", "content": note}, "parent_tool_use_id": None})
+        if self.said:
+            self.stream("content_block_stop", index=0)
+            self.stream("message_delta", delta={"stop_reason": None, "stop_sequence": None}, usage=USAGE)
+            self.stream("message_stop")
+        self.result(subtype="error_during_execution", is_error=True, num_turns=2, errors=["interrupted"])
+
+    def replay(self, name: str) -> None:
+        with open(os.path.join(FIXTURES, name + ".ndjson"), encoding="utf-8") as file:
+            rows = [row for row in map(json.loads, file) if row["dir"] == "out"]
+        rows = [row for row in rows if row["line"]["type"] in ("stream_event", "assistant", "user", "system", "result")]
+        ends = [n for n, row in enumerate(rows) if row["line"]["type"] == "result"]
+        rows = rows[ends[-2] + 1 if len(ends) > 1 else 0 :]
+        at = rows[0]["t"]
+        for row in rows:
+            self.pump((row["t"] - at) / 10)
+            at = row["t"]
+            self.put(json.dumps(row["line"], ensure_ascii=False).encode())
+
+
+class Log:
+    """What the stand-ins wrote to $STANDIN_LOG, for tests."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def started(self) -> dict[int, Json]:
+        """By process id, in the order of their starts: argv, env, cwd, at."""
+        found = {}
+        for name in os.listdir(self.folder):
+            if name.endswith(".json"):
+                with open(os.path.join(self.folder, name), encoding="utf-8") as file:
+                    found[int(name.removesuffix(".json"))] = json.load(file)
+        return dict(sorted(found.items(), key=lambda item: item[1]["at"]))
+
+    def lines(self, pid: int) -> list[Json]:
+        with open(os.path.join(self.folder, f"{pid}.ndjson"), encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    def requests(self, pid: int) -> list[str]:
+        """The subtypes of the control requests that it got."""
+        return [line["request"]["subtype"] for line in self.lines(pid) if line["type"] == "control_request"]
+
+    def got(self, text: str) -> int:
+        """The process that was given a user message with this text; 0: none yet."""
+        message = {"type": "text", "text": text}
+        users = ((pid, line) for pid in self.started() for line in self.lines(pid) if line["type"] == "user")
+        return next((pid for pid, line in users if message in line["message"]["content"]), 0)
+
+
+def main() -> None:
+    if "--version" in sys.argv:
+        print("0.0.0 (stand-in for Claude Code)")
+        return
+    model = next((after for flag, after in itertools.pairwise(sys.argv) if flag == "--model"), "sonnet")
+    if model == "ignore-sigterm":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    standin = Standin(model)
+    if folder := os.environ.get("STANDIN_LOG"):
+        path = os.path.join(folder, str(os.getpid()))
+        standin.log = os.open(path + ".ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with open(path + ".new", "w", encoding="utf-8") as file:
+            json.dump({"argv": sys.argv, "env": dict(os.environ), "cwd": os.getcwd(), "at": time.monotonic_ns()}, file)
+        os.rename(path + ".new", path + ".json")
+    try:
+        standin.run()
+    except BrokenPipeError:
+        os._exit(1)
+    while model == "ignore-sigterm":
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,963 @@
+"""The HTTP layer over raw sockets: connect, send bytes, look at the bytes that come back."""
+
+import asyncio
+import contextlib
+import gc
+import itertools
+import json
+import logging
+import re
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import STANDIN, Answer, Json, Server, open_files, request_body, wait_until
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import bridge
+
+HOST = b"Host: localhost\r\n"
+GET = b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n"
+# A body that shows by its error whether it arrived whole: cut short, it is not JSON.
+PROBE = b'{"model": "m", "max_tokens": 1, "messages": "not a list"}'
+
+
+class Wire:
+    """One connection, and a strict reader of the answers on it."""
+
+    def __init__(self, server: Server) -> None:
+        self.socket = server.connect()
+        self.socket.settimeout(10)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.file = self.socket.makefile("rb")
+
+    def send(self, *segments: bytes) -> None:
+        for segment in segments:
+            self.socket.sendall(segment)
+
+    def head(self) -> Answer:
+        """A status line and headers; nothing after them is read."""
+        version, status, _ = self.file.readline().split(b" ", 2)
+        assert version == b"HTTP/1.1"
+        headers: dict[str, str] = {}
+        while (line := self.file.readline()) != b"\r\n":
+            name, _, value = line.decode("ascii").removesuffix("\r\n").partition(": ")
+            assert name.lower() not in headers
+            headers[name.lower()] = value
+        return Answer(int(status), headers, b"")
+
+    def chunk(self) -> bytes:
+        """The next chunk of a chunked body; empty at its end."""
+        size = int(self.file.readline(), 16)
+        data = self.file.read(size)
+        assert len(data) == size
+        assert self.file.readline() == b"\r\n"
+        return data
+
+    def answer(self, method: str = "GET") -> Answer:
+        answer = self.head()
+        assert re.fullmatch(r"req_[0-9a-f]{32}", answer.headers["request-id"])
+        chunked, length = answer.headers.get("transfer-encoding"), answer.headers.get("content-length")
+        assert not (chunked and length)
+        if method == "HEAD":
+            pass
+        elif chunked:
+            answer.body = b"".join(iter(self.chunk, b""))
+        elif length:
+            answer.body = self.file.read(int(length))
+            assert len(answer.body) == int(length)
+        else:
+            answer.body = self.file.read()
+        return answer
+
+    def ended(self) -> bool:
+        """Whether the server closed the connection after what was read so far."""
+        return self.file.read() == b""
+
+    def finish(self) -> None:
+        self.socket.shutdown(socket.SHUT_WR)
+
+    def reset(self) -> None:
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
+    def close(self) -> None:
+        self.file.close()
+        self.socket.close()
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """No test makes the bridge or asyncio log an error: a bug, an exception nobody looked at."""
+    errors: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: errors.append(f"{record.name}: {record.getMessage()} {record.exc_info}")  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    yield
+    gc.collect(1)  # exceptions of tasks that nobody awaited are reported when the task is collected
+    logging.getLogger().removeHandler(handler)
+    assert errors == []
+
+
+@pytest.fixture
+def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that lets a paused stand-in go on."""
+    monkeypatch.setenv("STANDIN_GATE", str(tmp_path / "gate"))
+    return tmp_path / "gate"
+
+
+@pytest.fixture
+def server(quiet: None, gate: Path, serve: Callable[..., Server]) -> Server:
+    return serve()
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[[Server], Wire]]:
+    with contextlib.ExitStack() as stack:
+        yield lambda server: stack.enter_context(contextlib.closing(Wire(server)))
+
+
+@pytest.fixture
+def wire(server: Server, connect: Callable[[Server], Wire]) -> Wire:
+    return connect(server)
+
+
+def post(body: bytes | str = PROBE, *lines: bytes, path: str = "/v1/messages", stream: bool = False) -> bytes:
+    """A POST with its body; a text is what the user says."""
+    if isinstance(body, str):
+        body = json.dumps(request_body(body, stream=stream)).encode()
+    head = [f"POST {path} HTTP/1.1".encode(), b"Host: localhost", b"Content-Length: %d" % len(body), *lines]
+    return b"\r\n".join([*head, b"", body])
+
+
+def chunked(*chunks: bytes, extension: bytes = b"", trailers: bytes = b"", lines: bytes = b"") -> bytes:
+    head = b"POST /v1/messages HTTP/1.1\r\n" + HOST + lines + b"Transfer-Encoding: chunked\r\n\r\n"
+    data = b"".join(b"%x%b\r\n%b\r\n" % (len(chunk), extension, chunk) for chunk in chunks)
+    return head + data + b"0" + extension + b"\r\n" + trailers + b"\r\n"
+
+
+def pieces(data: bytes, size: int) -> Iterator[bytes]:
+    return (data[at : at + size] for at in range(0, len(data), size))
+
+
+def said(answer: Answer) -> str:
+    """The error message, after a look at its envelope."""
+    error: Json = answer.json
+    message = error["error"]["message"]
+    assert error == {
+        "type": "error",
+        "error": {"type": error["error"]["type"], "message": message},
+        "request_id": answer.headers["request-id"],
+    }
+    assert isinstance(message, str)
+    assert message
+    assert answer.headers["content-type"] == "application/json"
+    return message
+
+
+def assert_error(answer: Answer, status: int, kind: str) -> None:
+    assert said(answer)
+    assert (answer.status, answer.json["error"]["type"]) == (status, kind)
+    assert answer.headers.get("x-should-retry") == ("false" if status < 500 and status != 429 else None)
+
+
+def assert_whole(answer: Answer) -> None:
+    """PROBE arrived as it was sent."""
+    assert_error(answer, 400, "invalid_request_error")
+    assert said(answer).startswith("messages: ")
+
+
+# ---------------------------------------------------------------- connections
+
+
+def test_a_connection_serves_one_request_after_another(wire: Wire) -> None:
+    for text in ("one", "two"):
+        wire.send(GET)
+        assert wire.answer().body == b"ok\n"
+        wire.send(post())
+        assert_whole(wire.answer())
+        wire.send(post(text))
+        assert f"echo: {text};" in wire.answer().text
+        wire.send(post(text, stream=True))
+        assert f"echo: {text};" in wire.answer().text
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+def test_pipelined_requests_are_answered_in_order_however_they_are_cut(wire: Wire, size: int) -> None:
+    requests = [GET, post("first"), post(b"{", path="/nope"), post("second", stream=True), post(b"no JSON"), GET]
+    wire.send(*pieces(b"".join(requests), size))
+    assert wire.answer().body == b"ok\n"
+    assert "echo: first;" in wire.answer().text
+    assert_error(wire.answer(), 404, "not_found_error")
+    assert "echo: second;" in wire.answer().text
+    assert_error(wire.answer(), 400, "invalid_request_error")
+    assert wire.answer().body == b"ok\n"
+
+
+def test_many_pipelined_requests_in_one_segment_are_all_answered(wire: Wire) -> None:
+    sender = threading.Thread(target=wire.send, args=(GET * 1000,))
+    sender.start()
+    assert len({wire.answer().headers["request-id"] for _ in range(1000)}) == 1000
+    sender.join()
+
+
+def test_requests_sent_while_a_stream_runs_are_answered_after_it(wire: Wire, gate: Path) -> None:
+    wire.send(post("PAUSE", stream=True))
+    stream = wire.head()
+    stream.body = wire.chunk()
+    wire.send(GET, post("next")[:-5])
+    gate.touch()
+    stream.body += b"".join(iter(wire.chunk, b""))
+    assert stream.text.startswith("echo: PAUSE;")
+    assert wire.answer().body == b"ok\n"
+    wire.send(post("next")[-5:])
+    assert "echo: next;" in wire.answer().text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_the_connection_ends_after_an_answer_when_the_client_asks_for_it(
+    wire: Wire, version: bytes, stream: bool
+) -> None:
+    request = post("hello", b"Connection: close", stream=stream)
+    wire.send(request.replace(b"HTTP/1.1", b"HTTP/" + version))
+    answer = wire.answer()
+    assert answer.text.startswith("echo: hello;")
+    assert answer.headers["connection"] == "close"
+    assert ("transfer-encoding" in answer.headers) == (stream and version == b"1.1")
+    assert wire.ended()
+
+
+@pytest.mark.parametrize("lines", [b"", HOST, b"Connection: keep-alive\r\n"])
+def test_http_1_0_gets_one_answer(wire: Wire, lines: bytes) -> None:
+    wire.send(b"GET /healthz HTTP/1.0\r\n" + lines + b"\r\n")
+    assert wire.answer().body == b"ok\n"
+    assert wire.ended()
+
+
+def test_a_request_may_come_byte_by_byte(wire: Wire) -> None:
+    wire.send(*pieces(post() + chunked(PROBE) + GET, 1))
+    assert_whole(wire.answer())
+    assert_whole(wire.answer())
+    assert wire.answer().body == b"ok\n"
+
+
+def test_a_client_that_ends_its_side_after_a_request_still_gets_the_answer(wire: Wire) -> None:
+    wire.send(GET)
+    wire.finish()
+    assert wire.answer().body == b"ok\n"
+    assert wire.ended()
+
+
+@pytest.mark.parametrize("name", ["SEND_SECS", "IDLE_SECS"])
+def test_a_client_that_is_too_slow_is_let_go(
+    server: Server, connect: Callable[[Server], Wire], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(bridge, name, 0.05)
+    wire = connect(server)
+    wire.send(GET + b"GET /hea" if name == "SEND_SECS" else GET)
+    assert wire.answer().status == 200
+    assert wire.ended() or name == "SEND_SECS"
+
+
+# ---------------------------------------------------------------- bodies
+
+
+def test_a_chunked_body_may_be_cut_anywhere(wire: Wire) -> None:
+    request = chunked(PROBE[:9], PROBE[9:], extension=b";a=1", trailers=b"X-Sum: 1\r\n")
+    for at in range(1, len(request)):
+        wire.send(request[:at], request[at:])
+        assert_whole(wire.answer())
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        chunked(*pieces(PROBE, 1)),
+        chunked(PROBE, extension=b';name="value;\\"x";flag'),
+        chunked(PROBE, trailers=b"X-One: 1\r\nX-Two: 2\r\n"),
+        chunked(PROBE).replace(b"\r\n39\r\n", b"\r\n00039\r\n"),
+        chunked(PROBE).replace(b"chunked", b"CHUNKED"),
+    ],
+    ids=["one byte each", "extensions", "trailers", "leading zeros", "upper case"],
+)
+def test_every_form_of_chunked_bodies_is_read(wire: Wire, request_: bytes) -> None:
+    wire.send(request_ + GET)
+    assert_whole(wire.answer())
+    assert wire.answer().body == b"ok\n"
+
+
+def test_a_message_may_come_in_a_chunked_body(wire: Wire) -> None:
+    wire.send(chunked(*pieces(json.dumps(request_body("in chunks")).encode(), 10)))
+    assert wire.answer().text.startswith("echo: in chunks;")
+
+
+@pytest.mark.parametrize(
+    "request_", [post(PROBE, b"Expect: 100-continue"), chunked(PROBE, lines=b"Expect: 100-continue\r\n")]
+)
+def test_a_client_that_expects_100_gets_it_before_its_body_is_sent(wire: Wire, request_: bytes) -> None:
+    head, _, body = request_.partition(b"\r\n\r\n")
+    for _ in range(2):
+        wire.send(head + b"\r\n\r\n")
+        interim = wire.head()
+        assert (interim.status, interim.headers) == (100, {})
+        wire.send(body)
+        assert_whole(wire.answer())
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        post(b"", b"Expect: 100-continue").replace(b"Length: 0", b"Length: %d" % (bridge.MAX_BODY + 1)),
+        post(b"", b"Expect: 100-continue").replace(b"Length: 0", b"Length: -1"),
+    ],
+)
+def test_no_100_is_sent_for_a_body_that_is_refused(wire: Wire, request_: bytes) -> None:
+    wire.send(request_)
+    assert wire.answer().status in (400, 413)
+    wire.finish()
+    assert wire.ended()
+
+
+def test_http_1_0_gets_no_100(wire: Wire) -> None:
+    head, _, body = post(PROBE, b"Expect: 100-continue").replace(b"HTTP/1.1", b"HTTP/1.0").partition(b"\r\n\r\n")
+    wire.send(head + b"\r\n\r\n", body)
+    assert_whole(wire.answer())
+
+
+# ---------------------------------------------------------------- not HTTP
+
+
+def lines(*given: bytes) -> bytes:
+    return b"\r\n".join([b"POST /v1/messages HTTP/1.1", b"Host: localhost", *given, b"", b""])
+
+
+NOT_HTTP = {
+    "no request line": b"hello\r\n\r\n",
+    "HTTP/0.9": b"GET /healthz\r\n\r\n",
+    "a TLS hello": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(32),
+    "two spaces": GET.replace(b" /", b"  /"),
+    "a tab for a space": GET.replace(b" /", b"\t/"),
+    "a space in the target": GET.replace(b"/healthz", b"/health z"),
+    "a control character in the target": GET.replace(b"/healthz", b"/\x01"),
+    "bytes beyond ASCII in the target": GET.replace(b"/healthz", b"/\xc3\xa4"),
+    "no method": GET.removeprefix(b"GET"),
+    "a bad method": b"G{T" + GET[3:],
+    "a bad version": GET.replace(b"HTTP/1.1", b"HTTP/1.x"),
+    "a version in lower case": GET.replace(b"HTTP/1.1", b"http/1.1"),
+    "no Host": b"GET /healthz HTTP/1.1\r\n\r\n",
+    "two Hosts": b"GET /healthz HTTP/1.1\r\n" + HOST * 2 + b"\r\n",
+    "no colon": lines(b"X-Header"),
+    "a space before the colon": lines(b"Content-Length : 0"),
+    "no name": lines(b": value"),
+    "a bad name": lines(b"X(: value"),
+    "a zero byte": lines(b"X: a\0b"),
+    "a bare CR": lines(b"X: a\rY: b"),
+    "a fold of no header": GET.replace(HOST, b" folded: 1\r\n" + HOST),
+    "a negative length": lines(b"Content-Length: -1"),
+    "a length with a sign": lines(b"Content-Length: +1"),
+    "a hexadecimal length": lines(b"Content-Length: 0x1"),
+    "a length with an underscore": lines(b"Content-Length: 1_0"),
+    "an empty length": lines(b"Content-Length:"),
+    "a length of 100 digits": lines(b"Content-Length: " + b"9" * 100),
+    "two lengths": lines(b"Content-Length: 1", b"Content-Length: 2"),
+    "a list of lengths": lines(b"Content-Length: 1, 2"),
+    "another coding": lines(b"Transfer-Encoding: gzip"),
+    "a coding after chunked": lines(b"Transfer-Encoding: chunked, gzip"),
+    "a coding before chunked": lines(b"Transfer-Encoding: gzip, chunked"),
+    "chunked twice": lines(b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"),
+    "almost chunked": lines(b"Transfer-Encoding: xchunked"),
+    "identity": lines(b"Transfer-Encoding: identity"),
+    "a size that is no number": lines(b"Transfer-Encoding: chunked") + b"zz\r\n",
+    "a negative size": lines(b"Transfer-Encoding: chunked") + b"-1\r\n",
+    "a size with a prefix": lines(b"Transfer-Encoding: chunked") + b"0x1\r\nx\r\n",
+    "a size of 100 digits": lines(b"Transfer-Encoding: chunked") + b"f" * 100 + b"\r\n",
+    "a chunk longer than its size": lines(b"Transfer-Encoding: chunked") + b"1\r\nxyz\r\n",
+    "a bad trailer": lines(b"Transfer-Encoding: chunked") + b"0\r\nno colon\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("data", NOT_HTTP.values(), ids=NOT_HTTP)
+def test_what_is_not_http_gets_400_and_nothing_behind_it_is_served(wire: Wire, data: bytes) -> None:
+    wire.send(GET + data + GET)
+    assert wire.answer().body == b"ok\n"
+    answer = wire.answer()
+    assert_error(answer, 400, "invalid_request_error")
+    assert answer.headers["connection"] == "close"
+    assert wire.ended()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        chunked(PROBE, lines=b"Content-Length: 5\r\n"),
+        chunked(PROBE, lines=b"Content-Length: 5\r\n").replace(b"HTTP/1.1", b"HTTP/1.0"),
+        chunked(PROBE).replace(b"HTTP/1.1", b"HTTP/1.0"),
+    ],
+    ids=["beside a length", "beside a length, 1.0", "1.0"],
+)
+def test_doubtful_framing_ends_the_connection(wire: Wire, request_: bytes) -> None:
+    """RFC 9112, 6.1: such a request may be smuggled; the server MUST close the connection after its answer."""
+    wire.send(request_)
+    assert_error(wire.answer(), 400, "invalid_request_error")
+    wire.send(GET)
+    assert wire.ended()
+
+
+def test_equal_lengths_are_one_length(wire: Wire) -> None:
+    wire.send(post(PROBE, b"Content-Length: %d" % len(PROBE)))
+    assert_whole(wire.answer())
+
+
+def test_a_folded_header_is_one_header(wire: Wire) -> None:
+    """RFC 9112, 5.2: each fold is a space, so nothing after it can pass for a header."""
+    wire.send(GET.replace(HOST, HOST + b"X: a\r\n Content-Length: 9\r\n\tTransfer-Encoding: chunked\r\n") + GET)
+    assert [wire.answer().body, wire.answer().body] == [b"ok\n", b"ok\n"]
+
+
+@pytest.mark.parametrize("data", [b"GET /healthz HT", GET[:-2], b"POST / HTTP/1.1\r\nHost"])
+def test_a_client_that_ends_its_side_inside_the_headers_gets_400(wire: Wire, data: bytes) -> None:
+    wire.send(data)
+    wire.finish()
+    assert_error(wire.answer(), 400, "invalid_request_error")
+    assert wire.ended()
+
+
+# ---------------------------------------------------------------- limits
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET /healthz HTTP/1.1\r\n" + HOST + b"X: " + b"x" * MIB + b"\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\n" + HOST + b"X: 1\r\n" * (MIB // 6) + b"\r\n",
+        b"GET /" + b"x" * MIB + b" HTTP/1.1\r\n" + HOST + b"\r\n",
+        b"X" * MIB,
+        chunked(PROBE, trailers=b"X: " + b"x" * MIB + b"\r\n"),
+        chunked(PROBE, extension=b";" + b"x" * MIB),
+    ],
+    ids=["a header", "many headers", "a target", "no line end", "a trailer", "a chunk extension"],
+)
+def test_headers_beyond_the_limit_get_431_and_no_reset(wire: Wire, data: bytes) -> None:
+    wire.send(data)
+    answer = wire.answer()
+    assert_error(answer, 431, "invalid_request_error")
+    assert answer.headers["connection"] == "close"
+    assert wire.ended()
+
+
+def test_headers_up_to_the_limit_are_taken(wire: Wire) -> None:
+    size = bridge.MAX_HEADERS - 200
+    wire.send(GET.replace(HOST, HOST + b"X: " + b"x" * size + b"\r\n") + GET)
+    assert [wire.answer().body, wire.answer().body] == [b"ok\n", b"ok\n"]
+
+
+def test_a_length_beyond_the_limit_gets_413_before_the_body_is_read(wire: Wire) -> None:
+    wire.send(lines(b"Content-Length: %d" % (bridge.MAX_BODY + 1)))
+    answer = wire.answer()
+    assert_error(answer, 413, "request_too_large")
+    assert answer.headers["connection"] == "close"
+    wire.send(b"x" * MIB + GET)
+    assert wire.ended()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [post(b" " * (bridge.MAX_BODY + 1)), chunked(*pieces(b" " * (bridge.MAX_BODY + 1), 1 << 18))],
+    ids=["by length", "by counting"],
+)
+def test_a_body_beyond_the_limit_gets_413_and_no_reset(wire: Wire, request_: bytes) -> None:
+    wire.send(request_)
+    assert_error(wire.answer(), 413, "request_too_large")
+    assert wire.ended()
+
+
+def test_a_body_up_to_the_limit_is_read(wire: Wire) -> None:
+    wire.send(post(PROBE + b" " * (bridge.MAX_BODY - len(PROBE))))
+    assert_whole(wire.answer())
+
+
+# ---------------------------------------------------------------- routes
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "kind"),
+    [
+        ("GET", "/", 404, "not_found_error"),
+        ("GET", "/nope", 404, "not_found_error"),
+        ("POST", "/nope", 404, "not_found_error"),
+        ("GET", "*", 404, "not_found_error"),
+        ("POST", "/v1/messages/", 404, "not_found_error"),
+        ("POST", "/V1/messages", 404, "not_found_error"),
+        ("POST", "/v1/../v1/messages", 404, "not_found_error"),
+        ("CONNECT", "localhost:1", 404, "not_found_error"),
+        ("GET", "/v1/messages", 405, "invalid_request_error"),
+        ("PUT", "/v1/messages", 405, "invalid_request_error"),
+        ("OPTIONS", "/v1/messages", 405, "invalid_request_error"),
+        ("post", "/v1/messages", 405, "invalid_request_error"),
+        ("DELETE", "/messages", 405, "invalid_request_error"),
+        ("POST", "/healthz", 405, "invalid_request_error"),
+        ("POST", "/", 405, "invalid_request_error"),
+        ("BREW", "/healthz", 405, "invalid_request_error"),
+    ],
+)
+def test_unknown_paths_and_methods_are_refused_and_their_bodies_are_no_requests(
+    wire: Wire, method: str, path: str, status: int, kind: str
+) -> None:
+    wire.send(post(GET, path=path).replace(b"POST", method.encode(), 1), GET)
+    assert_error(wire.answer(), status, kind)
+    assert wire.answer().body == b"ok\n"
+
+
+def test_a_405_says_what_is_allowed(wire: Wire) -> None:
+    """RFC 9110, 15.5.6: the server MUST generate an Allow header."""
+    wire.send(GET.replace(b"/healthz", b"/v1/messages"), post(path="/healthz"))
+    assert wire.answer().headers["allow"] == "POST"
+    assert "GET" in wire.answer().headers["allow"]
+
+
+@pytest.mark.parametrize("path", ["/messages", "/v1/messages", "/v1/v1/messages"])
+@pytest.mark.parametrize("query", ["", "?", "?beta=true", "?a=1&b=%2F?/nope"])
+def test_wrong_base_urls_work_and_queries_are_ignored(wire: Wire, path: str, query: str) -> None:
+    wire.send(post(path=path + query) + GET.replace(b"/healthz", b"/healthz" + query.encode()))
+    assert_whole(wire.answer())
+    assert wire.answer().body == b"ok\n"
+
+
+@pytest.mark.parametrize(("path", "status"), [("/", 200), ("/healthz", 200), ("/nope", 404), ("/v1/messages", 405)])
+def test_an_answer_to_head_has_no_body(wire: Wire, path: str, status: int) -> None:
+    wire.send(f"HEAD {path} HTTP/1.1\r\n".encode() + HOST + b"\r\n" + GET)
+    assert wire.answer("HEAD").status == status
+    assert wire.answer().body == b"ok\n"
+
+
+def test_head_says_what_get_would(wire: Wire) -> None:
+    wire.send(GET.replace(b"GET", b"HEAD") + GET)
+    head, answer = wire.answer("HEAD"), wire.answer()
+    del head.headers["request-id"], answer.headers["request-id"]
+    assert head.headers == answer.headers == {"content-type": "text/plain", "content-length": "3"}
+
+
+def test_every_answer_has_a_request_id_of_its_own(wire: Wire) -> None:
+    wire.send(GET, post(), post("one"), post("two", stream=True), post(path="/nope"), GET, b"bad\r\n\r\n")
+    answers = [wire.answer() for _ in range(7)]
+    assert [answer.status for answer in answers] == [200, 400, 200, 200, 404, 200, 400]
+    assert len({answer.headers["request-id"] for answer in answers}) == 7
+
+
+def test_a_message_is_json(wire: Wire) -> None:
+    wire.send(post("hello"))
+    answer = wire.answer()
+    assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
+    assert answer.json["type"] == "message"
+
+
+# ---------------------------------------------------------------- request bodies
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"hello",
+        b"{} {}",
+        b"null",
+        b"[]",
+        b"true",
+        b'"text"',
+        b"7",
+        b"NaN",
+        b'{"temperature": NaN}',
+        b'{"max_tokens": Infinity}',
+        b"{'model': 1}",
+        b'{"a": 1,}',
+        b'{"model": "\xff"}',
+        b'{"model": "\\ud800"}',
+        b"\xef\xbb\xbf{}",
+        '{"model": "m"}'.encode("utf-16"),
+        b"\0",
+        b"[" * 200_000 + b"]" * 200_000,
+        b'{"a":' * 200_000 + b"1" + b"}" * 200_000,
+        PROBE[:-1] + b', "metadata": ' + b"[" * 500 + b"]" * 500 + b"}",
+        b"1" * 100_000,
+    ],
+    ids=lambda body: repr(body[:20]),
+)
+def test_a_body_that_is_no_json_object_gets_400_and_the_connection_stays(wire: Wire, body: bytes) -> None:
+    wire.send(post(body) + GET)
+    assert_error(wire.answer(), 400, "invalid_request_error")
+    assert wire.answer().body == b"ok\n"
+
+
+@pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br", b"zstd", b"gzip, identity"])
+def test_a_compressed_body_is_refused(wire: Wire, coding: bytes) -> None:
+    wire.send(post(PROBE, b"Content-Encoding: " + coding) + GET)
+    answer = wire.answer()
+    assert answer.status in (400, 415)
+    assert_error(answer, answer.status, "invalid_request_error")
+    assert "encoding" in said(answer)
+    assert wire.answer().body == b"ok\n"
+
+
+def test_a_body_in_identity_coding_is_taken(wire: Wire) -> None:
+    wire.send(post(PROBE, b"Content-Encoding: identity"))
+    assert_whole(wire.answer())
+
+
+@pytest.mark.parametrize("value", ["", "application/x-www-form-urlencoded", "text/plain; charset=utf-8"])
+def test_any_content_type_is_taken(wire: Wire, value: str) -> None:
+    wire.send(post(PROBE, f"Content-Type: {value}".encode()))
+    assert_whole(wire.answer())
+
+
+@pytest.mark.parametrize("stream", [False, None, ...])
+def test_stream_false_null_or_missing_is_no_stream(wire: Wire, stream: object) -> None:
+    wire.send(post(json.dumps(request_body("hello", stream=stream)).encode()))
+    answer = wire.answer()
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.text.startswith("echo: hello;")
+
+
+@pytest.mark.parametrize("stream", [0, 1, "true", [], {}])
+def test_stream_is_a_boolean(wire: Wire, stream: object) -> None:
+    wire.send(post(json.dumps(request_body("hello", stream=stream)).encode()))
+    answer = wire.answer()
+    assert_error(answer, 400, "invalid_request_error")
+    assert said(answer).startswith("stream: ")
+
+
+# ---------------------------------------------------------------- streams
+
+
+def test_a_stream_is_chunked_server_sent_events(wire: Wire) -> None:
+    wire.send(post("hello", stream=True))
+    answer = wire.answer()
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "text/event-stream"
+    assert answer.headers["cache-control"] == "no-cache"
+    assert answer.headers["transfer-encoding"] == "chunked"
+    assert "content-length" not in answer.headers
+    assert "content-encoding" not in answer.headers
+    assert re.fullmatch(rb"(event: [a-z_]+\ndata: \{[^\n\r]*\}\n\n)+", answer.body)
+    assert [answer.events[0]["type"], answer.events[-1]["type"]] == ["message_start", "message_stop"]
+
+
+def test_line_ends_of_unicode_are_escaped_in_a_stream(wire: Wire) -> None:
+    strange = "a\u2028b\u2029c\u0085d\U0001f600\x7f\v\f\x1ce"
+    wire.send(post(strange, stream=True))
+    answer = wire.answer()
+    assert not set(answer.body.decode()) & set("\u2028\u2029\u0085\v\f\x1c")
+    assert "\\u2028" in answer.body.decode()
+    assert answer.text.startswith(f"echo: {strange};")
+
+
+def test_a_failure_before_the_first_event_is_a_status(wire: Wire) -> None:
+    wire.send(post("DIE-START", stream=True) + GET)
+    assert_error(wire.answer(), 502, "claude_cli_error")
+    assert wire.answer().body == b"ok\n"
+
+
+def test_a_failure_in_mid_stream_is_an_error_event_and_the_connection_stays(wire: Wire) -> None:
+    wire.send(post("DIE 3", stream=True) + GET)
+    answer = wire.answer()
+    assert answer.status == 200
+    last = answer.events[-1]
+    assert (last["type"], last["request_id"]) == ("error", answer.headers["request-id"])
+    assert b"message_stop" not in answer.body
+    assert wire.answer().body == b"ok\n"
+
+
+def test_silence_in_a_stream_is_filled_with_pings(wire: Wire, gate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "PING_SECS", 0.02)
+    wire.send(post("PAUSE-START", stream=True))
+    answer = wire.head()
+    assert answer.status == 200
+    assert [wire.chunk(), wire.chunk()] == [b'event: ping\ndata: {"type":"ping"}\n\n'] * 2
+    gate.touch()
+    answer.body = b"".join(iter(wire.chunk, b""))
+    assert answer.text.startswith("echo: PAUSE-START;")
+
+
+def test_a_retry_is_not_forbidden_where_it_may_help(
+    serve: Callable[..., Server], connect: Callable[[Server], Wire], gate: Path
+) -> None:
+    server = serve(max_sessions=1, queue_secs=0)
+    busy, other = connect(server), connect(server)
+    busy.send(post("PAUSE", stream=True))
+    busy.head()
+    other.send(post("no room"))
+    answer = other.answer()
+    assert_error(answer, 529, "overloaded_error")
+    assert answer.headers["retry-after"] == "1"
+    gate.touch()
+    assert b"".join(iter(busy.chunk, b"")).endswith(b'data: {"type":"message_stop"}\n\n')
+
+
+# ---------------------------------------------------------------- shutdown
+
+
+def test_idle_and_half_sent_connections_are_closed_at_shutdown(
+    server: Server, connect: Callable[[Server], Wire]
+) -> None:
+    wires = [connect(server) for _ in range(4)]
+    for wire, data in zip(wires, [b"", GET, GET + b"GET /he", b"bad\r\n\r\n"], strict=True):
+        wire.send(data)
+    assert [wire.answer().status for wire in wires[1:]] == [200, 200, 400]
+    server.close()
+    assert all(wire.ended() for wire in wires)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_at_shutdown_idle_connections_end_at_once_and_running_answers_are_completed(
+    server: Server, connect: Callable[[Server], Wire], gate: Path, stream: bool
+) -> None:
+    idle, busy = connect(server), connect(server)
+    idle.send(GET)
+    assert idle.answer().status == 200
+    busy.send(post("PAUSE", stream=stream))
+    wait_until(server.processes, "the start of the answer")
+    if stream:
+        answer = busy.head()
+    closing = threading.Thread(target=server.close)
+    closing.start()
+    assert idle.ended()
+    gate.touch()
+    if stream:
+        answer.body = b"".join(iter(busy.chunk, b""))
+    else:
+        answer = busy.answer()
+    closing.join()
+    assert answer.status == 200
+    assert answer.text.startswith("echo: PAUSE;")
+    assert busy.ended()
+
+
+def test_no_request_is_taken_during_shutdown(server: Server, connect: Callable[[Server], Wire], gate: Path) -> None:
+    busy = connect(server)
+    busy.send(post("PAUSE", stream=True))
+    answer = busy.head()
+    closing = threading.Thread(target=server.close)
+    closing.start()
+    wait_until(lambda: server.bridge and server.bridge.closing, "the start of the shutdown")
+    busy.send(post("one more"))
+    gate.touch()
+    answer.body = b"".join(iter(busy.chunk, b""))
+    assert answer.text.startswith("echo: PAUSE;")
+    closing.join()
+    with contextlib.suppress(ConnectionResetError):
+        assert busy.ended()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_outlasts_the_shutdown_ends_in_an_error(
+    serve: Callable[..., Server], connect: Callable[[Server], Wire], gate: Path, stream: bool
+) -> None:
+    server = serve(drain_secs=0)
+    wire = connect(server)
+    wire.send(post("PAUSE", stream=stream))
+    wait_until(server.processes, "the start of the answer")
+    if stream:
+        answer = wire.head()
+    server.close()
+    if stream:
+        answer.body = b"".join(iter(wire.chunk, b""))
+        assert answer.events[-1]["error"]["type"] == "api_error"
+    else:
+        assert_error(wire.answer(), 503, "api_error")
+    assert wire.ended()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [post("FLOOD 200000", stream=True), GET.replace(b"/healthz", b"/nope") * 99_999],
+    ids=["stream", "pipeline"],
+)
+def test_a_client_that_does_not_read_cannot_hold_up_the_shutdown(
+    serve: Callable[..., Server], connect: Callable[[Server], Wire], gate: Path, request_: bytes
+) -> None:
+    server = serve(drain_secs=0.1)
+    wire = connect(server)
+    wire.socket.settimeout(0.5)
+    wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    with contextlib.suppress(TimeoutError):  # the pipeline is full
+        wire.send(request_)
+    wait_until(lambda: stuck(server), "a writer that waits for its client")
+    closing = threading.Thread(target=server.close)
+    closing.start()
+    closing.join(5)
+    hangs = closing.is_alive()
+    wire.close()
+    closing.join()
+    assert not hangs
+
+
+def stuck(server: Server) -> bool:
+    """Whether an answer of this server waits in StreamWriter.drain."""
+    assert server.loop
+    frames = [frame for task in asyncio.all_tasks(server.loop) for frame in coroutine_names(task.get_coro())]
+    return "_drain_helper" in frames
+
+
+def coroutine_names(coroutine: object) -> Iterator[str]:
+    """The names of a coroutine and of those it waits for."""
+    while coroutine is not None:
+        yield getattr(coroutine, "__name__", "")
+        coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "ag_await", None)
+
+
+@pytest.mark.parametrize("steps", range(8))
+def test_a_connection_that_comes_with_the_shutdown_is_closed_by_it(steps: int) -> None:
+    async def scenario() -> bytes:
+        config = bridge.Config(listen_addr="127.0.0.1:0", bin=str(STANDIN))
+        async with bridge.serve(config) as running:
+            host, _, port = running.addresses[0].rpartition(":")
+            client = socket.create_connection((host, int(port)))
+            client.setblocking(False)
+            for _ in range(steps):
+                await asyncio.sleep(0)
+        for _ in range(8):
+            await asyncio.sleep(0)
+        gc.collect()  # asyncio loses a connection whose listener closes while it accepts it
+        got = b""
+        with client, contextlib.suppress(ConnectionResetError):
+            got = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(client, 1), 5)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return got
+
+    assert asyncio.run(scenario()) == b""
+
+
+# ---------------------------------------------------------------- clients that leave
+
+PHASES = {
+    "connected": b"",
+    "in the request line": b"GET /hea",
+    "in the headers": post()[:40],
+    "in the body": post()[:-9],
+    "in a chunk": chunked(PROBE)[:-20],
+    "asked to continue": post(PROBE, b"Expect: 100-continue")[: -len(PROBE)],
+    "after an answer": GET,
+    "after a refusal": b"bad\r\n\r\n",
+    "in a refused body": lines(b"Content-Length: 99999999") + b"x" * 9999,
+    "answer awaited": post("PAUSE"),
+    "answer not begun": post("PAUSE-START", stream=True),
+    "in a stream": post("PAUSE", stream=True),
+    "in a stream, the next request sent": post("PAUSE", stream=True) + post("next"),
+    "in a stream nobody reads": post("FLOOD 100000", stream=True),
+}
+
+
+@pytest.mark.parametrize("way", ["close", "reset", "finish"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_client_that_leaves_at_any_point_leaves_nothing_behind(server: Server, phase: str, way: str) -> None:
+    assert server.loop
+    tasks, files = asyncio.all_tasks(server.loop), open_files()
+    wire = Wire(server)
+    with contextlib.closing(wire):
+        wire.send(PHASES[phase])
+        if phase.startswith("ans"):
+            wait_until(server.processes, "the start of the answer")
+        elif phase == "asked to continue" or phase.startswith(("in a stream", "after", "in a refused")):
+            wire.head()
+        getattr(wire, way)()
+        if way == "finish":
+            wire.file.read()  # the server closes as well
+    wait_until(lambda: asyncio.all_tasks(server.loop) <= tasks, "the end of all tasks")
+    wait_until(lambda: not server.processes(), "the end of all processes")
+    wait_until(lambda: open_files() == files, "closed descriptors")
+    assert server.call("GET", "/healthz").status == 200
+
+
+@pytest.mark.parametrize(
+    "data", [b"bad\r\n\r\n", lines(b"Content-Length: 99999999"), GET], ids=["bad", "large", "good"]
+)
+def test_a_reset_that_crosses_an_answer_is_no_bug(server: Server, data: bytes) -> None:
+    for _ in range(300):
+        wire = Wire(server)
+        wire.send(data)
+        wire.socket.recv(1)
+        wire.reset()
+    assert server.call("GET", "/healthz").status == 200
+
+
+# ---------------------------------------------------------------- anything
+
+FRAGMENTS = [
+    *(b"GET ", b"POST ", b"PUT ", b"OPTIONS ", b"CONNECT ", b"/healthz", b"/v1/messages", b"/nope", b"*", b"?a=b"),
+    *(b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", b" HTTP/2.0\r\n", HOST, b"Host: [\r\n", b"Host: \r\n", b"\r\n", b"\n", b"\r"),
+    *(b"Content-Length: ", b"0", b"5", b"\r\n\r\n", b"Transfer-Encoding: chunked\r\n", b"0\r\n\r\n", b"5\r\nhello\r\n"),
+    *(b"Expect: 100-continue\r\n", b"Connection: close\r\n", b"Connection: upgrade\r\nUpgrade: h2c\r\n"),
+    *(
+        b"x-api-key: \xff\r\n",
+        b"Origin: null\r\n",
+        b"X-Arch-Claude-Cli-Session: \xe9\r\n",
+        b"Content-Encoding: \xa0\r\n",
+    ),
+    *(b"{}", b"null", b"[[", PROBE, b"\0", b"\xff", b" ", b"\t", b":", GET, post(), chunked(PROBE), post(b"")),
+]
+
+
+def statuses(data: bytes) -> Iterator[int]:
+    """The statuses of answers that follow one another, each of them whole."""
+    while data:
+        head, end, data = data.partition(b"\r\n\r\n")
+        match = re.fullmatch(rb"HTTP/1\.1 (\d{3}) [A-Za-z -]*((?:\r\n[a-z-]+: [^\r\n]+)*)", head)
+        assert match, head
+        assert end
+        length = re.search(rb"content-length: (\d+)", match[2])
+        assert length or match[1] == b"100"
+        size = int(length[1]) if length else 0
+        assert len(data) >= size
+        data = data[size:]
+        yield int(match[1])
+
+
+def test_any_bytes_are_answered_in_http_or_the_connection_is_closed(server: Server) -> None:
+    assert server.loop
+    tasks = asyncio.all_tasks(server.loop)
+    strange = st.lists(st.sampled_from(FRAGMENTS) | st.binary(max_size=9), max_size=25).map(b"".join)
+
+    @settings(
+        max_examples=1500, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    @given(data=strange | st.binary(max_size=99), at=st.integers(0, 99))
+    @example(data=b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", at=9)
+    @example(data=b"GET / HTTP/1.1\r\nHost: [\r\n\r\n", at=0)
+    @example(data=b"GET http://localhost/ HTTP/1.1\r\nHost: localhost\r\n\r\n", at=0)
+    @example(data=GET.replace(HOST, HOST + b"Connection: upgrade\r\nUpgrade: websocket\r\n") * 2, at=50)
+    def check(data: bytes, at: int) -> None:
+        got, whole = b"", False
+        with server.connect() as client, contextlib.suppress(ConnectionError):
+            client.sendall(data[:at])
+            client.sendall(data[at:])
+            client.shutdown(socket.SHUT_WR)
+            while piece := client.recv(1 << 16):
+                got += piece
+            whole = True
+        if whole:
+            assert set(statuses(got)) <= {100, 200, 400, 401, 403, 404, 405, 413, 415, 431}
+        assert b"HTTP/1.1 500" not in got
+
+    check()
+    wait_until(lambda: asyncio.all_tasks(server.loop) <= tasks, "the end of all tasks")
+    assert server.call("GET", "/healthz").status == 200
+
+
+def test_a_request_cut_at_any_two_places_is_the_same_request(server: Server) -> None:
+    request = post(PROBE, b"Expect: 100-continue") + chunked(PROBE, extension=b";x") + GET
+    with contextlib.closing(Wire(server)) as wire:
+        for first, second in itertools.combinations(range(0, len(request), 23), 2):
+            wire.send(request[:first], request[first:second], request[second:])
+            answer = wire.head()
+            while answer.status == 100:
+                answer = wire.head()
+            assert wire.file.read(int(answer.headers["content-length"])).startswith(b'{"type":"error"')
+            assert_whole(wire.answer())
+            assert wire.answer().body == b"ok\n"

@@ -1,0 +1,636 @@
+"""Conversations through the real CLI, both versions where both are installed: what arrives at the stub API counts."""
+
+import base64
+import copy
+import http.client
+import json
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import psutil
+import pytest
+from conftest import KEEP, TESTS, Answer, Client, Program, Server, Stub, request_body, wait_until
+
+Json = dict[str, Any]
+
+
+def png() -> str:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress((b"\0" + b"\xff\0\0" * 8) * 8))
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")).decode()
+
+
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": png()}}
+DOCUMENT = {
+    "type": "document",
+    "source": {"type": "text", "media_type": "text/plain", "data": "an apple"},
+    "title": "t",
+}
+
+
+def text(value: str) -> Json:
+    return {"type": "text", "text": value}
+
+
+def sent(messages: list[Any]) -> list[Json]:
+    """A client's messages in the form that `arrived` gives."""
+    plain = request_body(messages)["messages"]
+    return [{**m, "content": [text(m["content"])] if isinstance(m["content"], str) else m["content"]} for m in plain]
+
+
+def arrived(body: Json) -> list[Json]:
+    """The conversation of an API request without what the CLI adds: its date and environment lines (a system-reminder
+    of 2.1.197, system messages of 2.1.330) and its cache breakpoints."""
+    messages = []
+    for message in body["messages"]:
+        blocks = [text(message["content"])] if isinstance(message["content"], str) else message["content"]
+        blocks = [{key: value for key, value in block.items() if key != "cache_control"} for block in blocks]
+        blocks = [b for b in blocks if not b.get("text", "").startswith("<system-reminder>\nAs you answer the user's")]
+        if blocks and message["role"] != "system":
+            messages.append({"role": message["role"], "content": blocks})
+    return messages
+
+
+def last_arrived(stub: Stub) -> list[Json]:
+    return arrived(stub.log()[-1]["body"])
+
+
+@pytest.fixture
+def since(stub: Stub) -> Callable[[], list[Json]]:
+    """The API requests that reached the stub during this test."""
+    start = len(stub.log())
+    return lambda: stub.log(start)
+
+
+# answers
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_answer_has_the_apis_ids_usage_and_stop_reason(real: Server, stream: bool) -> None:
+    answers = [real.post("SAY it is so", stream=stream) for _ in range(2)]
+    for answer in answers:
+        message = answer.message
+        assert answer.status == 200
+        assert answer.headers["request-id"].startswith("req_")
+        assert message["content"] == [text("it is so")]
+        assert message["stop_reason"] == "end_turn"
+        assert message["stop_sequence"] is None
+        assert message["model"].startswith("claude-sonnet")
+        # message_start says 1, message_delta 17, `result` the sum of the turn: the middle one is the message's
+        assert message["usage"]["output_tokens"] == 17
+        assert message["usage"]["input_tokens"] == 10
+        assert message["usage"]["cache_read_input_tokens"] == 5
+    assert answers[0].message["id"] != answers[1].message["id"]
+
+
+def test_streamed_and_not_are_the_same_message(real: Server) -> None:
+    plain, streamed = (real.post("THINK", stream=stream).message for stream in (False, True))
+    for message in (plain, streamed):
+        del message["id"]
+    assert plain == streamed
+    assert [block["type"] for block in plain["content"]] == ["thinking", "redacted_thinking", "text"]
+    assert plain["content"][0] == {"type": "thinking", "thinking": "hmm...", "signature": "c2ln"}
+
+
+def test_sdk_with_both_key_styles(real: Server) -> None:
+    for key in ({"api_key": "k"}, {"auth_token": "k"}):
+        with anthropic.Anthropic(base_url=real.url, max_retries=0, **key) as client:
+            asked = {"model": "sonnet", "max_tokens": 99, "messages": [{"role": "user", "content": "SAY hi"}]}
+            assert client.messages.create(**asked).content[0].text == "hi"
+            with client.messages.stream(**asked) as stream:
+                assert "".join(stream.text_stream) == "hi"
+                assert stream.get_final_message().stop_reason == "end_turn"
+
+
+@pytest.mark.parametrize(("word", "reason"), [("MAXTOK", "max_tokens"), ("REFUSE", "refusal"), ("EMPTY", "end_turn")])
+@pytest.mark.parametrize("stream", [False, True])
+def test_answer_ends_with_the_first_stop_reason_whatever_the_cli_does_next(
+    real: Server, word: str, reason: str, stream: bool
+) -> None:
+    answer = real.post(word, stream=stream)
+    assert answer.message["stop_reason"] == reason
+    assert answer.text == {"MAXTOK": "cut sho"}.get(word, "")
+    wait_until(lambda: not real.processes(), "the end of a process that would go on by itself")
+
+
+def test_answer_that_the_api_will_not_stream_comes_whole(real: Server) -> None:
+    for stream in (False, True):
+        answer = real.post("NOSTREAM", stream=stream)
+        assert answer.text.startswith("You said: 'NOSTREAM'")
+        assert answer.message["usage"]["output_tokens"] == 17
+
+
+@pytest.mark.parametrize(
+    "value", ["\u00e9\u4e2d\U0001f600\u2028\u0085\u202e end", 'a\x00b\x1b[31m -- --help $(x) `y` "q"']
+)
+def test_any_text_survives_both_ways(real: Server, stub: Stub, value: str) -> None:
+    answer = real.post("SAY " + value, stream=True)
+    assert answer.text == value
+    assert last_arrived(stub) == sent(["SAY " + value])
+
+
+# conversations
+
+
+def converse(client: Client, turns: int, first: str = "SAY one", **fields: Any) -> tuple[list[str], list[Answer]]:
+    """A conversation of some turns; its history and the answers."""
+    history, answers = [first], []
+    for number in range(turns):
+        answers.append(client.post(history, **fields))
+        history.append(answers[-1].text)
+        if number < turns - 1:
+            history.append(f"SAY answer {number}")
+    return history, answers
+
+
+def test_later_turns_stay_in_one_process_and_the_api_sees_the_whole_history(
+    real: Server, since: Callable[[], list[Json]]
+) -> None:
+    history, answers = converse(real, 4, system="Be terse.")
+    assert [answer.session for answer in answers] == ["new", "hot", "hot", "hot"]
+    assert len(real.processes()) == 1
+    assert [arrived(row["body"]) for row in since()] == [sent(history[: 2 * n + 1]) for n in range(4)]
+
+
+def test_a_hot_turn_writes_only_the_new_message(serve: Callable[..., Server], cli: Path, tmp_path: Path) -> None:
+    log, wrapper = tmp_path / "stdin", tmp_path / "claude"
+    wrapper.write_text(f'#!/bin/sh\ntee -a {log} | {cli} "$@"\n')
+    wrapper.chmod(0o755)
+    server = serve(bin=wrapper)
+    first = server.post("SAY first words")
+    before = log.read_bytes()
+    assert server.post(["SAY first words", first.text, "SAY second"]).session == "hot"
+    new = [json.loads(line) for line in log.read_bytes()[len(before) :].splitlines()]
+    assert [line["message"]["content"] for line in new if line["type"] == "user"] == [[text("SAY second"), text("\n")]]
+    assert len(new) == 1
+
+
+HISTORY: list[Any] = [
+    {"role": "user", "content": [text("look"), IMAGE, DOCUMENT, text("well?")]},
+    {
+        "role": "assistant",
+        "content": [text("I see. "), {"type": "tool_use", "id": "toolu_1", "name": "w", "input": {"a": [1]}}],
+    },
+    {
+        "role": "user",
+        "content": [
+            {"type": "tool_result", "tool_use_id": "toolu_1", "content": [text("18C"), IMAGE]},
+            text("and so?"),
+        ],
+    },
+    "It is mild.",
+    "SAY good",
+]
+
+
+def test_history_that_no_process_holds_arrives_as_it_was_sent(real: Server, stub: Stub) -> None:
+    answer = real.post(HISTORY)
+    assert answer.session == "rebuilt; reason=unknown-history"
+    wanted = copy.deepcopy(sent(HISTORY))
+    wanted[1]["content"][1]["name"] = "mcp__client__w"
+    assert last_arrived(stub) == wanted
+    again = real.post([*HISTORY, answer.text, "SAY more"])
+    assert again.session == "hot"
+    assert last_arrived(stub)[:5] == wanted
+
+
+def test_tool_results_of_a_history_keep_is_error_and_emptiness(real: Server, stub: Stub) -> None:
+    calls = [{"type": "tool_use", "id": f"toolu_{n}", "name": "w", "input": {}} for n in range(3)]
+    results = [
+        {"type": "tool_result", "tool_use_id": "toolu_2", "content": "boom", "is_error": True},
+        {"type": "tool_result", "tool_use_id": "toolu_0", "content": "fine"},
+        {"type": "tool_result", "tool_use_id": "toolu_1"},
+    ]
+    messages = ["go", {"role": "assistant", "content": calls}, {"role": "user", "content": results}]
+    assert real.post(messages).status == 200
+    blocks = last_arrived(stub)[-1]["content"]
+    assert [(b["tool_use_id"], b.get("content"), b.get("is_error", False)) for b in blocks] == [
+        ("toolu_2", "boom", True),
+        ("toolu_0", "fine", False),
+        ("toolu_1", None, False),
+    ]
+
+
+def test_long_history_arrives_in_order(real: Server, stub: Stub) -> None:
+    history = [f"message {number}" for number in range(101)]
+    assert real.post(history).status == 200
+    assert last_arrived(stub) == sent(history)
+
+
+def test_history_may_begin_with_the_assistant_and_repeat_a_role(real: Server, stub: Stub) -> None:
+    roles = [("assistant", "I begin"), ("user", "one"), ("user", "two"), ("assistant", "three"), ("user", "SAY x")]
+    assert real.post([{"role": role, "content": value} for role, value in roles]).status == 200
+    assert last_arrived(stub) == [
+        {"role": "assistant", "content": [text("I begin")]},
+        {"role": "user", "content": [text("one"), text("two")]},
+        {"role": "assistant", "content": [text("three")]},
+        {"role": "user", "content": [text("SAY x")]},
+    ]
+
+
+def test_system_message_inside_the_conversation_reaches_the_model(real: Server, stub: Stub) -> None:
+    assert real.post([{"role": "user", "content": "hi"}, {"role": "system", "content": "Be terse."}]).status == 200
+    reminder = text("<system-reminder>\nBe terse.\n</system-reminder>")
+    assert last_arrived(stub) == [{"role": "user", "content": [text("hi"), reminder]}]
+
+
+def rewritten(history: list[str]) -> dict[str, list[Any]]:
+    """What clients do to a conversation of two answered turns, and what they then ask."""
+    return {
+        "goes on": [*history, "SAY next"],
+        "edits the first message": ["SAY edited", *history[1:], "SAY next"],
+        "edits the last message": [*history[:2], "SAY edited"],
+        "undoes a turn": [*history[:2], "SAY other"],
+        "retries": history[:3],
+        "retries the first": history[:1],
+        "edits an answer": [history[0], "something else", *history[2:], "SAY next"],
+        "compacts": ["Summary: we said one.", "Understood.", "SAY next"],
+    }
+
+
+@pytest.mark.parametrize("change", rewritten([""] * 4))
+def test_the_api_sees_the_clients_conversation_whatever_the_client_rewrote(
+    real: Server, stub: Stub, change: str
+) -> None:
+    history, _ = converse(real, 2)
+    asked = rewritten(history)[change]
+    answer = real.post(asked)
+    assert last_arrived(stub) == sent(asked)
+    assert (answer.session == "hot") == (change == "goes on")
+
+
+def test_fork_gives_each_branch_its_own_history(real: Server, stub: Stub) -> None:
+    history, _ = converse(real, 2)
+    for word in ("left", "right"):
+        branch = [*history, "SAY " + word]
+        branch.append(real.post(branch).text)
+        assert branch[-1] == word
+        assert last_arrived(stub) == sent(branch[:-1])
+
+
+def test_equal_first_messages_are_two_conversations(real: Server, stub: Stub) -> None:
+    a, b = ([text.text for text in [real.post("SAY hello")]] for _ in range(2))
+    for mine, other in ((a, "apples"), (b, "pears")):
+        asked = ["SAY hello", mine[0], "SAY " + other]
+        asked += [real.post(asked).text, "SAY again"]
+        assert real.post(asked).session == "hot"
+        assert last_arrived(stub) == sent(asked)
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        lambda answer: answer,
+        lambda answer: [text(answer)],
+        lambda answer: [
+            {"text": answer + "\n", "type": "text", "citations": None, "cache_control": {"type": "ephemeral"}}
+        ],
+        lambda answer: [{"type": "text", "text": answer, "parsed_output": {"x": 1}}],
+    ],
+)
+def test_an_answer_that_the_client_rewrote_without_meaning_it_is_still_hot(
+    real: Server, echo: Callable[[str], Any]
+) -> None:
+    answer = real.post([{"role": "user", "content": [{**text("SAY well"), "cache_control": {"type": "ephemeral"}}]}])
+    messages = ["SAY well", {"role": "assistant", "content": echo(answer.text)}, "SAY next"]
+    assert real.post(messages).session == "hot"
+
+
+def test_thinking_that_the_client_drops_or_keeps_is_still_hot(real: Server) -> None:
+    for keep in (True, False):
+        content = real.post(f"THINK {keep}").message["content"]
+        kept = content if keep else content[2:]
+        assert real.post([f"THINK {keep}", {"role": "assistant", "content": kept}, "SAY next"]).session == "hot"
+
+
+def test_conversation_survives_the_death_of_its_process(real: Server, stub: Stub) -> None:
+    history, _ = converse(real, 2)
+    for process in real.processes():
+        process.kill()
+    wait_until(lambda: not real.processes(), "the death")
+    answer = real.post([*history, "SAY on"])
+    assert answer.session == "rebuilt; reason=died"
+    assert last_arrived(stub) == sent([*history, "SAY on"])
+
+
+def test_conversation_survives_a_restart_of_the_bridge(serve: Callable[..., Server], cli: Path, stub: Stub) -> None:
+    first = serve(bin=cli)
+    history, _ = converse(first, 2)
+    first.close()
+    answer = serve(bin=cli).post([*history, "SAY on"])
+    assert answer.session == "rebuilt; reason=unknown-history"
+    assert last_arrived(stub) == sent([*history, "SAY on"])
+
+
+def test_pinned_session_continues_with_only_what_is_new(real: Server, stub: Stub) -> None:
+    first = real.post("SAY one", session="my-chat", system="Be terse.")
+    second = real.post("SAY two", session="my-chat")
+    assert (first.session, second.session) == ("new", "hot")
+    assert second.headers["x-arch-claude-cli-session"] == first.headers["x-arch-claude-cli-session"]
+    assert last_arrived(stub) == sent(["SAY one", "one", "SAY two"])
+    third = real.post(["SAY one", "one", "SAY two", "two", "SAY three"], session="my-chat", system="Be terse.")
+    assert third.session == "hot"
+    edited = real.post(["SAY one", "ONE", "SAY three"], session="my-chat", system="Be terse.")
+    assert edited.session.startswith("rebuilt")
+    assert last_arrived(stub) == sent(["SAY one", "ONE", "SAY three"])
+
+
+# input that the CLI would take for its own
+
+
+@pytest.mark.parametrize(
+    "value", ["/compact", "/x", "/help me", "see @/etc/hostname", "@/etc/hostname", "--version", "#note", "!ls"]
+)
+def test_commands_and_file_mentions_are_plain_text(real: Server, since: Callable[[], list[Json]], value: str) -> None:
+    for asked in (
+        [value],
+        [value, "well", value],
+        ["one", "two", {"role": "user", "content": [text("a"), text(value)]}],
+    ):
+        assert real.post(asked).status == 200
+        assert arrived(since()[-1]["body"]) == sent(asked)
+    assert len(since()) == 3
+    assert Path("/etc/hostname").read_text().strip() not in json.dumps(since()[-1]["body"]["messages"])
+
+
+@pytest.mark.parametrize(
+    "system", ["Be a pirate.", [text("Be a"), {**text("pirate."), "cache_control": {"type": "ephemeral"}}]]
+)
+def test_system_prompt_is_the_requests_alone(real: Server, since: Callable[[], list[Json]], system: Any) -> None:
+    assert real.post("SAY x", system=system).status == 200
+    body = since()[-1]["body"]
+    # The CLI says who it is in two short lines of its own; they stay true.
+    *own, ours = [block["text"] for block in body["system"]]
+    assert ours == ("Be a pirate." if isinstance(system, str) else "Be a\n\npirate.")
+    assert len(own) == 2
+    assert sum(map(len, own)) < 200
+    assert body["tools"] == []
+
+
+def test_without_system_prompt_there_is_none(real: Server, since: Callable[[], list[Json]]) -> None:
+    assert real.post("SAY x").status == 200
+    assert sum(len(block["text"]) for block in since()[-1]["body"]["system"]) < 200
+
+
+def test_system_prompt_of_300_kb_arrives_whole(real: Server, since: Callable[[], list[Json]]) -> None:
+    system = "lorem ipsum dolor " * 17000
+    assert real.post("SAY x", system=system).status == 200
+    assert since()[-1]["body"]["system"][-1]["text"] == system
+
+
+def test_nothing_of_the_users_own_settings_arrives(
+    serve: Callable[..., Server],
+    cli: Path,
+    environment: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    since: Callable[[], list[Json]],
+) -> None:
+    project = tmp_path / "project"
+    for folder in (environment / ".claude", project / ".claude", project):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "CLAUDE.md").write_text("CANARY memory")
+        (folder / "settings.json").write_text(
+            json.dumps({"env": {"ANTHROPIC_BASE_URL": "http://127.0.0.1:9"}, "model": "opus"})
+        )
+    servers = {"mcpServers": {"canary": {"command": "touch", "args": [str(tmp_path / "started")]}}}
+    (environment / ".claude.json").write_text(json.dumps(servers))
+    (project / ".mcp.json").write_text(json.dumps(servers))
+    monkeypatch.chdir(project)
+    assert serve(bin=cli).post("SAY x").text == "x"
+    row = since()[-1]
+    assert "CANARY" not in json.dumps(row["body"])
+    assert str(project) not in json.dumps(row["body"])
+    assert row["body"]["tools"] == []
+    assert row["body"]["model"].startswith("claude-sonnet")
+    assert not (tmp_path / "started").exists()
+
+
+def test_parameters_are_the_requests_alone(real: Server, since: Callable[[], list[Json]]) -> None:
+    asked = {
+        "temperature": 0.25,
+        "top_k": 7,
+        "stop_sequences": ["@@"],
+        "max_tokens": 3000,
+        "output_config": {"effort": "low"},
+    }
+    asked |= {"thinking": {"type": "enabled", "budget_tokens": 2000}, "service_tier": "standard_only"}
+    first = real.post("SAY x", **asked)
+    assert real.post(["SAY x", first.text, "SAY y"], max_tokens=50).session == "hot"
+    with_them, without = (row["body"] for row in since())
+    assert {name: with_them[name] for name in asked} == asked
+    assert without["max_tokens"] == 50
+    assert without["output_config"] == {"effort": "high"}  # the API's default
+    assert not {"temperature", "top_k", "stop_sequences", "thinking", "service_tier"} & set(without)
+
+
+def test_stop_sequence_ends_the_answer_and_leaves_the_session_warm(real: Server) -> None:
+    answer = real.post("SAY alpha STOP beta", stop_sequences=["STOP"])
+    assert (answer.text, answer.message["stop_reason"]) == ("alpha ", "stop_sequence")
+    assert answer.message["stop_sequence"] == "STOP"
+    assert real.post(["SAY alpha STOP beta", "alpha", "SAY on"]).session == "hot"
+
+
+# errors
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("word", "status", "kind"),
+    [
+        ("FAIL400", 400, "invalid_request_error"),
+        ("FAIL401", 401, "authentication_error"),
+        ("FAIL403", 403, "permission_error"),
+        ("FAIL429", 429, "rate_limit_error"),
+        ("FAIL500", 500, "api_error"),
+        ("FAIL529", 529, "overloaded_error"),
+    ],
+)
+def test_api_failure_keeps_its_status_and_type(
+    serve: Callable[..., Server], cli: Path, word: str, status: int, kind: str, stream: bool
+) -> None:
+    server = serve(bin=cli, retries=0)
+    answer = server.post(word, stream=stream)
+    assert (answer.status, answer.json["error"]["type"]) == (status, kind)
+    assert answer.json["request_id"] == answer.headers["request-id"]
+    assert server.post("SAY fine").text == "fine"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_unknown_model_is_404(real: Server, stream: bool) -> None:
+    answer = real.post("hi", model="no-such-model-xyz", stream=stream)
+    assert (answer.status, answer.json["error"]["type"]) == (404, "not_found_error")
+    assert "no-such-model-xyz" in answer.json["error"]["message"]
+
+
+def test_error_in_mid_stream_is_an_error_event_and_the_end(real: Server) -> None:
+    events = real.post("MIDFAIL please, and say so", stream=True).events
+    assert events[0]["type"] == "message_start"
+    assert events[-1]["type"] == "error"
+    assert not {"message_stop", "message_delta"} & {event["type"] for event in events}
+    assert real.post("MIDFAIL please, and say so").status in (502, 529)
+    assert real.post("SAY fine").text == "fine"
+
+
+def test_retried_api_failure_is_an_answer(real: Server) -> None:
+    assert real.post(f"RETRYONCE {time.time()}").text.startswith("You said: 'RETRYONCE")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nobody_logged_in_is_401_with_the_cure(serve: Callable[..., Server], cli: Path, stream: bool) -> None:
+    server = serve(bin=cli, keep_env=("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "ANTHROPIC_BASE_URL"))
+    answer = server.post("hi", stream=stream)
+    assert (answer.status, answer.json["error"]["type"]) == (401, "authentication_error")
+    assert "/login" in answer.json["error"]["message"]
+    assert answer.headers["x-should-retry"] == "false"
+
+
+# the client leaves
+
+
+def ask_and_leave(client: Client, seen: Callable[[], object], **fields: Any) -> None:
+    connection = http.client.HTTPConnection(client.host, client.port)
+    connection.request("POST", "/v1/messages", json.dumps(request_body(**fields)), {"content-type": "application/json"})
+    wait_until(seen, "the API call")
+    assert connection.sock
+    connection.sock.close()
+    connection.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_api_call_of_a_client_that_left_ends_at_once(
+    real: Server, since: Callable[[], list[Json]], stream: bool
+) -> None:
+    ask_and_leave(real, since, messages="SLOW 200", stream=stream)
+    began = time.monotonic()
+    wait_until(lambda: since()[0]["end"], "the end of the API call", 2)
+    assert since()[0]["end"] == "left"
+    assert since()[0]["seconds"] < 9  # the whole answer takes ten
+    wait_until(lambda: not real.processes(), "the end of the process", began + 10 - time.monotonic())
+    assert real.post("SAY fine").text == "fine"
+    assert len(since()) == 2  # nothing more was billed
+
+
+# the end of the bridge
+
+
+def start_slow_answer(
+    program: Program, seen: Callable[[], object], words: str, stream: bool = True
+) -> http.client.HTTPConnection:
+    connection = http.client.HTTPConnection(program.host, program.port, timeout=60)
+    body = json.dumps(request_body(words, stream=stream))
+    connection.request("POST", "/v1/messages", body, {"content-type": "application/json"})
+    wait_until(seen, "the API call")
+    return connection
+
+
+def test_running_answer_is_finished_on_sigterm(
+    launch: Callable[..., Program], cli: Path, since: Callable[[], list[Json]]
+) -> None:
+    program = launch(CLAUDE_CLI_BIN=str(cli))
+    connection = start_slow_answer(program, since, "SLOW 40")
+    program.process.send_signal(signal.SIGTERM)
+    data = connection.getresponse().read()
+    connection.close()
+    assert data.endswith(b'data: {"type":"message_stop"}\n\n')
+    assert program.wait() == 0
+    assert not program.children()
+
+
+def test_answer_longer_than_the_drain_time_ends_in_an_error(
+    launch: Callable[..., Program], cli: Path, since: Callable[[], list[Json]]
+) -> None:
+    program = launch(CLAUDE_CLI_BIN=str(cli), CLAUDE_CLI_DRAIN_SECS="0.5")
+    streamed = start_slow_answer(program, since, "SLOW 400")
+    plain = start_slow_answer(program, lambda: len(since()) == 2, "SLOW 400 b", stream=False)
+    program.process.send_signal(signal.SIGINT)
+    assert b"event: error\n" in streamed.getresponse().read()
+    response = plain.getresponse()
+    assert (response.status, json.loads(response.read())["error"]["type"]) == (503, "api_error")
+    assert program.wait() == 0
+    wait_until(lambda: all(row["end"] == "left" for row in since()), "the end of the API calls")
+    for connection in (streamed, plain):
+        connection.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
+def test_sigkill_of_the_bridge_leaves_no_child_and_no_api_call(
+    launch: Callable[..., Program], cli: Path, since: Callable[[], list[Json]]
+) -> None:
+    program = launch(CLAUDE_CLI_BIN=str(cli))
+    connection = start_slow_answer(program, since, "SLOW 200")
+    assert Client(program.host, program.port).post("SAY idle").text == "idle"
+    orphans = program.children()
+    assert len(orphans) >= 2
+    program.process.kill()
+    program.wait()
+    connection.close()
+    wait_until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in orphans), "their end")
+    wait_until(lambda: since()[0]["end"] == "left", "the end of the API call")
+
+
+def test_start_makes_no_model_call(launch: Callable[..., Program], cli: Path, since: Callable[[], list[Json]]) -> None:
+    program = launch(CLAUDE_CLI_BIN=str(cli))
+    wait_until(lambda: any("logged in (ANTHROPIC_API_KEY)" in line for line in program.lines), "the login state")
+    assert since() == []
+
+
+def test_start_says_that_nobody_is_logged_in(launch: Callable[..., Program], cli: Path) -> None:
+    program = launch(CLAUDE_CLI_BIN=str(cli), CLAUDE_CLI_KEEP_ENV="CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC")
+    wait_until(lambda: any("nobody is logged in" in line for line in program.lines), "the login state")
+
+
+# the process
+
+
+SCRUBBED = {
+    "CLAUDECODE": "1",
+    "CLAUDE_CODE_ENTRYPOINT": "cli",
+    "CLAUDE_CODE_USE_BEDROCK": "1",
+    "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "5",
+    "ANTHROPIC_MODEL": "opus",
+    "ANTHROPIC_AUTH_TOKEN": "secret",
+    "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",
+    "CLAUDE_CLI_API_KEY": "secret",
+}
+
+
+def test_child_gets_no_name_of_the_scrub_list_unless_kept(
+    serve: Callable[..., Server], cli: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SCRUBBED.items():
+        monkeypatch.setenv(name, value)
+    server = serve(bin=cli, keep_env=(*KEEP, "OTEL_EXPORTER_OTLP_ENDPOINT"))
+    assert server.post("SAY x").text == "x"
+    (process,) = server.processes()
+    environ = process.environ()
+    assert not (set(SCRUBBED) - {"OTEL_EXPORTER_OTLP_ENDPOINT"}) & set(environ)
+    assert environ["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://127.0.0.1:9"
+    folder = Path(process.cwd())
+    assert list(folder.iterdir()) == []
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert "SAY" not in " ".join(process.cmdline())
+
+
+# the conformance driver of the shared tools
+
+
+def test_conformance(serve: Callable[..., Server], cli: Path) -> None:
+    server = serve(bin=cli, allowed_hosts=("x",))  # the driver's raw sockets send `host: x`
+    later = "C14,C19,C20,C21,C22,C23"
+    command = [sys.executable, str(TESTS / "drivers/conformance.py"), server.url, "--model", "sonnet", "--skip", later]
+    required = "images,documents,thinking,sampling,system_role,json,stop_sequences,max_tokens"
+    done = subprocess.run([*command, "--require", required], capture_output=True, text=True, timeout=110, check=False)
+    assert "34 passed, 0 failed" in done.stdout, done.stdout + done.stderr
