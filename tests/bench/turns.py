@@ -25,6 +25,7 @@ import sessions  # noqa: E402
 import translate  # noqa: E402
 
 DELTA = b'"content_block_delta"'
+REST_SECS = 0.1  # before a hot turn: the CLI's `result` comes 20 ms after its answer, and a client takes a moment
 
 
 class BareCli:
@@ -91,6 +92,7 @@ def one_round(server: conftest.Server, config: sessions.PoolConfig, cwd: str) ->
     bare.ask("SAY hello")
     yield "bare CLI, spawn to first delta", time.perf_counter() - began
     bare.read_until(b'"type":"result"')
+    time.sleep(REST_SECS)
     began = time.perf_counter()
     bare.ask("SAY more")
     yield "bare CLI, hot turn", time.perf_counter() - began
@@ -99,7 +101,7 @@ def one_round(server: conftest.Server, config: sessions.PoolConfig, cwd: str) ->
     took, text, session = first_delta(server, [first])
     assert session == "new"
     yield "bridge, new conversation", took
-    time.sleep(0.1)  # a client takes a moment; the bare CLI's clock starts after its `result`, 20 ms behind the answer
+    time.sleep(REST_SECS)
     took, _, session = first_delta(server, [first, text, "SAY more"])
     assert session == "hot"
     yield "bridge, hot turn", took
