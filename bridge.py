@@ -565,10 +565,10 @@ class Bridge:
             await connection.respond(exchange, 200, "application/json", orjson.dumps(turn.translator.message))
 
     async def models(self, connection: Connection, exchange: Exchange) -> None:
-        models = translate.model_list(await self.pool.hello())
+        models = model_list(await self.pool.hello())
         name = unquote(exchange.path.removeprefix(MODELS).removeprefix("/"))
         query = dict(parse_qsl(exchange.target.partition("?")[2]))
-        answer = translate.find_model(models, name) if name else translate.model_page(models, query)
+        answer = find_model(models, name) if name else model_page(models, query)
         await connection.respond(exchange, 200, "application/json", orjson.dumps(answer))
 
     # the log
@@ -602,6 +602,51 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/v1/v1/messages": {"POST": Bridge.messages},
     "/messages": {"POST": Bridge.messages},
 }
+
+
+def model_list(hello: Json) -> list[Json]:
+    """The CLI's own models in the API's shape: each under its full id (all that Claude Code's discovery keeps) and as
+    claude-cli/<alias>."""
+    found: dict[str, Json] = {}
+    for model in hello.get("models") or []:
+        for name in (model.get("resolvedModel"), f"claude-cli/{model['value']}" if model.get("value") else None):
+            if name and name not in found:
+                found[name] = {
+                    "type": "model",
+                    "id": name,
+                    "display_name": model.get("displayName") or name,
+                    "created_at": "1970-01-01T00:00:00Z",  # API: the epoch when the release date is not known
+                    "lifecycle": "active",
+                }
+    return list(found.values())
+
+
+def find_model(models: list[Json], name: str) -> Json:
+    """The model of an id or alias, with or without claude-cli/.  Raises ApiError 404."""
+    wanted = {name, "claude-cli/" + name, name.removeprefix("claude-cli/")}
+    model = next((model for model in models if model["id"] in wanted), None)
+    if not model:
+        raise ApiError(404, f"model: {name}")
+    return model
+
+
+def model_page(models: list[Json], query: dict[str, str]) -> Json:
+    """A page of models: `limit` (1 to 1000, default 20), `after_id`, `before_id` (API: "List models")."""
+    limit = query.get("limit", "20")
+    if not limit.isdecimal() or not 1 <= int(limit) <= 1000:
+        raise translate.bad("limit", "Input should be a valid integer from 1 to 1000")
+    ids = [model["id"] for model in models]
+    for name in ("after_id", "before_id"):
+        if query.get(name, ids[0] if ids else "") not in ids:
+            raise translate.bad(name, f"no such model: {query.get(name)}")
+    start = ids.index(query["after_id"]) + 1 if "after_id" in query else 0
+    end = ids.index(query["before_id"]) if "before_id" in query else len(ids)
+    if "before_id" in query and "after_id" not in query:
+        data, more = models[max(0, end - int(limit)) : end], end > int(limit)
+    else:
+        data, more = models[start:end][: int(limit)], end - start > int(limit)
+    edge = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    return {"data": data, "has_more": more, "first_id": edge[0], "last_id": edge[1]}
 
 
 @contextlib.asynccontextmanager

@@ -6,6 +6,7 @@ conversation including that answer, and a request takes the session whose finger
 one.  A session in use is not on file, so two requests never share one; whatever goes wrong in it retires it alone.
 
     STARTING ──lines of the conversation──> BUSY ──answer complete──> IDLE ──hot turn──> BUSY
+                                            BUSY ──client tools called──> PARKED ──their results──> BUSY
     any of them ──fault, disconnect, TTL, LRU, shutdown──> RETIRED, which ends in a reaped process group
 
 `Pool._move` is the only place that changes a state, and TRANSITIONS is what it allows.
@@ -54,13 +55,15 @@ class State(enum.Enum):
     STARTING = "starting"  # spawned for a request, has not got its conversation
     BUSY = "busy"  # answers a request
     IDLE = "idle"  # on file, waits for the next message of its conversation
+    PARKED = "parked"  # on file, waits for the results of client tools inside the CLI's tools/call
     RETIRED = "retired"  # is being ended; counts until its process is reaped
 
 
 TRANSITIONS = {
     State.STARTING: {State.BUSY, State.RETIRED},
-    State.BUSY: {State.IDLE, State.RETIRED},
+    State.BUSY: {State.IDLE, State.PARKED, State.RETIRED},
     State.IDLE: {State.BUSY, State.RETIRED},
+    State.PARKED: {State.BUSY, State.RETIRED},
     State.RETIRED: set(),
 }
 
@@ -87,6 +90,7 @@ def arguments(config: PoolConfig, model: str) -> list[str]:
         *(config.bin, "-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose"),
         *("--include-partial-messages", "--no-session-persistence", "--setting-sources", config.setting_sources),
         *("--strict-mcp-config", "--disable-slash-commands", "--tools", "", "--permission-mode", "default"),
+        *("--allowedTools", f"{translate.TOOL_PREFIX}*"),
         # The API's own default: without it 2.1.330 asks for less effort than a client that names none expects.
         *("--effort", "high", "--model", model),
     ]
@@ -146,6 +150,10 @@ class Process(asyncio.SubprocessProtocol):
         self.exited: asyncio.Future[int] = self.loop.create_future()
         self.listening = False  # a turn is running: events are kept for it
         self.hello: Json = {}  # the CLI's answer to `initialize`: models, account
+        self.tools: list[Json] = []  # the client's tools, for the CLI to list
+        self.working = False  # the CLI runs a tool of its own: silence is no fault
+        self._calls: dict[str, Json] = {}  # by id, the tool calls that wait for a result
+        self._results: dict[str, Json] = {}  # by id, the results that wait for their call: the CLI may ask one by one
         self.settled: asyncio.Future[bool] | None = None  # set at the `result` of an answer that was complete before it
         self._watchdog_secs = watchdog_secs
         self._alive_at = self.loop.time()  # when the last sign of life came, or is due after an announced retry
@@ -196,6 +204,18 @@ class Process(asyncio.SubprocessProtocol):
         if stdin and not stdin.is_closing():
             stdin.write(b"".join(lines))  # type: ignore[attr-defined]
 
+    def hand_over(self, results: dict[str, Json]) -> None:
+        """Give the results of tool calls, by id, to those that wait and those that are yet to come."""
+        self._results |= results
+        for call in results.keys() & self._calls.keys():
+            self._call(self._calls.pop(call), call)
+
+    def _call(self, event: Json, call: str) -> None:
+        if call in self._results:
+            self.write(translate.control_answer(event, self.tools, self._results.pop(call)))
+        else:
+            self._calls[call] = event
+
     async def receive(self) -> list[Json]:
         """The events since the last call, at least one.
 
@@ -206,7 +226,7 @@ class Process(asyncio.SubprocessProtocol):
                 raise self._failure
             if self._eof:
                 raise await self._died()
-            silent_at = self._alive_at + self._watchdog_secs
+            silent_at = (self.loop.time() if self.working else self._alive_at) + self._watchdog_secs
             if self.loop.time() >= silent_at:
                 raise ApiError(504, f"the claude CLI was silent for {self._watchdog_secs:g} seconds")
             self._waiter = self.loop.create_future()
@@ -274,8 +294,12 @@ class Process(asyncio.SubprocessProtocol):
                 delay = event.get("retry_delay_ms")
                 self._alive_at = self.loop.time() + (delay / 1000 if isinstance(delay, int | float) else 0)
             if kind == "control_request":
-                self.write(translate.refusal_line(event))
-            elif self.listening:
+                call = translate.tool_call_id(event)
+                if call:
+                    self._call(event, call)
+                else:
+                    self.write(translate.control_answer(event, self.tools))
+            if self.listening:
                 self._events.append(event)
                 self._unread += len(line)
             elif kind == "result" and self.settled and not self.settled.done():
@@ -300,11 +324,14 @@ class Process(asyncio.SubprocessProtocol):
             os.killpg(self.pid, number)
 
     async def end(self) -> None:
-        """End the process and its group, and wait until it is reaped."""
+        """End the process and its group, and wait until it is reaped.
+
+        One that waits for a tool result is killed: 2.1.330 calls the API once more when its stdin closes.
+        """
         stdin = self._transport.get_pipe_transport(0)
-        if stdin:
+        if stdin and not self._calls:
             stdin.close()
-        for number, seconds in ENDING:
+        for number, seconds in ENDING[-1:] if self._calls else ENDING:
             if number:
                 self._kill(number)
             await asyncio.wait({self.exited}, timeout=seconds)
@@ -324,6 +351,7 @@ class Session:
     parts: dict[str, bytes] = field(default_factory=dict)  # digests of model and system
     chain: bytes = b""  # digest of the messages in it, its own answers included
     settings: dict[str, str] = field(default_factory=dict)  # what apply_flag_settings set last
+    calls: list[str] = field(default_factory=list)  # ids of the client tools that its last answer called
     idle_since: float = 0.0
 
 
@@ -337,7 +365,8 @@ class Turn:
     how: str  # hot, new or rebuilt
     reason: str  # why it was rebuilt; empty otherwise
     messages: list[Json]  # what the process has not seen
-    translator: Translator = field(default_factory=Translator)
+    translator: Translator
+    results: dict[str, Json] | None = None  # of tool calls, when they are all that is new
 
     async def events(self) -> AsyncGenerator[list[Json], None]:
         """Bring the conversation into the process, then yield the events of its answer, in the batches they come in.
@@ -351,6 +380,7 @@ class Turn:
             try:
                 for event in await self.process.receive():
                     batch += self.translator.feed(event)
+                self.process.working = self.translator.working
             except ApiError as error:
                 failure = error
             if batch:
@@ -363,13 +393,18 @@ class Turn:
         in a burst are merged and reordered by the CLI."""
         lines = []
         if self.how != "hot":
-            lines.append(translate.initialize_line("initialize", self.request.system))
+            self.process.tools = self.request.tools
+            lines.append(translate.initialize_line(self.request.system, self.request.tools))
         changed = {
             key: value for key, value in self.request.settings.items() if self.session.settings.get(key, "") != value
         }
         if changed:
             lines.append(translate.control_line("settings", "apply_flag_settings", settings={"env": changed}))
             self.session.settings |= changed
+        if self.results is not None:
+            self.process.write(*lines)
+            self.process.hand_over(self.results)
+            return
         *history, last = self.messages
         for number, message in enumerate(history):
             if message["role"] == "assistant":
@@ -394,6 +429,10 @@ class Turn:
         start = self.session.chain if self.how == "hot" else b""
         assert self.translator.message is not None
         return translate.extend(start, [*self.messages, self.translator.message])
+
+
+def translator(request: Request) -> Translator:
+    return Translator(tool["name"] for tool in request.tools)
 
 
 class Pin:
@@ -460,7 +499,7 @@ class Pool:
             try:
                 assert session.process is not None
                 session.process.listen()
-                session.process.write(translate.initialize_line("initialize", []))
+                session.process.write(translate.initialize_line([], []))
                 translator = Translator()
                 while not session.process.hello:
                     for event in await session.process.receive():
@@ -516,6 +555,10 @@ class Pool:
             session = next(fits, None)
         if not session:
             return None
+        results = translate.tool_results(new[0]["content"], session.calls) if session.state is State.PARKED else None
+        if session.state is State.PARKED and results is None:
+            self.retire(session, "tool-results")
+            return None
         self._move(session, State.BUSY)
         assert session.process is not None
         try:
@@ -530,7 +573,7 @@ class Pool:
             return None
         self._remember(session, "busy")
         session.pinned = bool(pinned_id)
-        return Turn(request, session, session.process, "hot", "", new)
+        return Turn(request, session, session.process, "hot", "", new, translator(request), results)
 
     async def _fresh(self, request: Request, pinned_id: str) -> Turn:
         how, reason = self._why(request, pinned_id)
@@ -539,7 +582,7 @@ class Pool:
         session.pinned = bool(pinned_id)
         session.parts = request.parts
         self._move(session, State.BUSY)
-        return Turn(request, session, session.process, how, reason, request.messages)
+        return Turn(request, session, session.process, how, reason, request.messages, translator(request))
 
     def _why(self, request: Request, pinned_id: str) -> tuple[str, str]:
         """hot's alternative: `new`, or `rebuilt` and the reason that its user can act on."""
@@ -578,10 +621,10 @@ class Pool:
     # what becomes of a session
 
     def _move(self, session: Session, state: State) -> None:
-        """Change a session's state.  Only IDLE sessions are on file."""
+        """Change a session's state.  IDLE and PARKED sessions are on file."""
         assert state in TRANSITIONS[session.state], f"{session.state} -> {state}"
         session.state = state
-        if state is State.IDLE:
+        if state in (State.IDLE, State.PARKED):
             self.idle[session.id] = session
         elif self.idle.get(session.id) is session:
             del self.idle[session.id]
@@ -602,18 +645,23 @@ class Pool:
             turn.process.write(translate.control_line("interrupt", "interrupt"))
             self.retire(session, translator.stop_reason or "empty")
             return
-        turn.process.settle(bool(translator.result))
+        content = translator.message["content"]
+        session.calls = [block["id"] for block in content if block["type"] == "tool_use"]
+        turn.process.settle(bool(translator.result or session.calls))
         if session.id in self.idle:
             self.retire(self.idle[session.id], "changed")
         session.idle_since = asyncio.get_running_loop().time()
-        self._move(session, State.IDLE)
+        self._move(session, State.PARKED if session.calls else State.IDLE)
         self._remember(session, "pinned")  # the only reason not to find it while it is on file
-        if self._waiting > len(self._ending) or len(self.idle) > self.config.max_idle:
+        idle = sum(session.state is State.IDLE for session in self.idle.values())
+        if self._waiting > len(self._ending) or idle > self.config.max_idle:
             self._evict()
 
     def _evict(self) -> None:
-        if self.idle:
-            self.retire(next(iter(self.idle.values())), "evicted")
+        """Retire the least recently used IDLE session, or else PARKED one."""
+        order = sorted(self.idle.values(), key=lambda session: session.state is State.PARKED)
+        if order:
+            self.retire(order[0], "evicted")
 
     def retire(self, session: Session, reason: str) -> None:
         """End a session's process in the background; its slot is free once the process is reaped."""

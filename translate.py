@@ -19,26 +19,10 @@ Json = dict[str, Any]  # a JSON object whose keys are checked where they are use
 
 # ---------------------------------------------------------------- errors
 
-# HTTP status -> error.type, as the SDKs map it (API: "Errors").
-ERROR_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    402: "billing_error",
-    403: "permission_error",
-    404: "not_found_error",
-    405: "invalid_request_error",
-    408: "timeout_error",
-    409: "conflict_error",
-    413: "request_too_large",
-    415: "invalid_request_error",
-    429: "rate_limit_error",
-    431: "invalid_request_error",
-    500: "api_error",
-    502: "claude_cli_error",
-    503: "api_error",
-    504: "timeout_error",
-    529: "overloaded_error",
-}
+# HTTP status -> error.type, as the SDKs map it (API: "Errors"); others are by their hundred.
+ERROR_TYPES = {401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error"}
+ERROR_TYPES |= {408: "timeout_error", 409: "conflict_error", 413: "request_too_large", 429: "rate_limit_error"}
+ERROR_TYPES |= {502: "claude_cli_error", 504: "timeout_error", 529: "overloaded_error"}
 # A status that a second try cannot mend: the SDKs retry 5xx twice unless told not to.
 FINAL_STATUSES = {400, 401, 402, 403, 404, 405, 413, 415, 431}
 LOGIN_CURE = "run `claude` in a terminal on the bridge's machine and log in with /login, then send the request again"
@@ -111,7 +95,10 @@ def result_error(result: Json, resets_at: float | None = None) -> ApiError:
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,255}")
 MODEL_PREFIX = "claude-cli/"
 # Body fields that reach the API as sent, per request, merged over the CLI's own body (recording turn_settings).
-BODY_FIELDS = ("temperature", "top_p", "top_k", "stop_sequences", "thinking", "output_config", "service_tier")
+BODY_FIELDS = {
+    *("max_tokens", "temperature", "top_p", "top_k", "stop_sequences", "thinking"),
+    *("output_config", "service_tier"),
+}
 TOOL_PREFIX = "mcp__client__"
 BILLING_LINE = "x-anthropic-billing-header:"  # Claude Code's first system block: a hash that changes with every request
 
@@ -125,58 +112,34 @@ class Tagged(dict[str, Any]):
 STRING_OR_BLOCKS = object()
 TEXT = {"text": str}
 IMAGE = {"source": Tagged(base64={"media_type": ("image/jpeg", "image/png", "image/gif", "image/webp"), "data": bytes})}
-DOCUMENT = {
-    "source": Tagged(
-        base64={"media_type": ("application/pdf",), "data": bytes},
-        text={"data": str},
-        content={"content": STRING_OR_BLOCKS},
-    ),
-    "title?": str,
-    "context?": str,
-}
+PDF = {"media_type": ("application/pdf",), "data": bytes}
+DOCUMENT = {"source": Tagged(base64=PDF, text={"data": str}, content={"content": STRING_OR_BLOCKS}), "title?": str}
 SEARCH_RESULT = {"source": str, "title": str, "content": [Tagged(text=TEXT)]}
+INNER_BLOCKS = Tagged(text=TEXT, image=IMAGE, document=DOCUMENT, search_result=SEARCH_RESULT)
+THINKING = {"thinking": str, "signature": str}
+TOOL_USE = {"id": str, "name": str, "input": dict}
+TOOL_RESULT = {"tool_use_id": str, "content?": STRING_OR_BLOCKS, "is_error?": bool}
 BLOCKS = {
-    "user": Tagged(
-        text=TEXT,
-        image=IMAGE,
-        document=DOCUMENT,
-        search_result=SEARCH_RESULT,
-        tool_result={"tool_use_id": str, "content?": STRING_OR_BLOCKS, "is_error?": bool},
-    ),
-    "assistant": Tagged(
-        text=TEXT,
-        thinking={"thinking": str, "signature": str},
-        redacted_thinking={"data": str},
-        tool_use={"id": str, "name": str, "input": dict},
-    ),
+    "user": Tagged(INNER_BLOCKS, tool_result=TOOL_RESULT),
+    "assistant": Tagged(text=TEXT, thinking=THINKING, redacted_thinking={"data": str}, tool_use=TOOL_USE),
     "system": Tagged(text=TEXT),
 }
-INNER_BLOCKS = Tagged(text=TEXT, image=IMAGE, document=DOCUMENT, search_result=SEARCH_RESULT)
+EFFORTS = ("low", "medium", "high", "xhigh", "max")
 REQUEST = {
-    "model": str,
-    "max_tokens": int,
-    "messages": list,
-    "stream?": bool,
-    "temperature?": float,
-    "top_p?": float,
-    "top_k?": int,
-    "stop_sequences?": [str],
-    "metadata?": dict,
+    **{"model": str, "max_tokens": int, "messages": list, "stream?": bool, "metadata?": dict, "tools?": [dict]},
+    **{"temperature?": float, "top_p?": float, "top_k?": int, "stop_sequences?": [str]},
     "service_tier?": ("auto", "standard_only"),
     "thinking?": Tagged(enabled={"budget_tokens": int}, adaptive={}, disabled={}, between_tools={}),
-    "output_config?": {
-        "effort?": ("low", "medium", "high", "xhigh", "max"),
-        "format?": Tagged(json_schema={"schema": dict}),
-    },
-    "tools?": [dict],
-    "tool_choice?": dict,
+    "output_config?": {"effort?": EFFORTS, "format?": Tagged(json_schema={"schema": dict})},
+    "tool_choice?": Tagged(auto={}, any={}, none={}, tool={"name": str}),
 }
 TYPE_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "list", dict: "object"}
+TOOL = {"name": str, "description?": str, "input_schema": dict}
+TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 # Fields whose loss would change the answer and that the CLI cannot be made to honour.
 DECLINED = {
     "mcp_servers": "MCP servers are not connected for a request by this bridge",
     "container": "containers and skills are not available through this bridge",
-    "tools": "client tools are not supported by this version of the bridge",
 }
 
 
@@ -235,8 +198,9 @@ class Request:
     system: list[str]  # the texts of the system prompt; empty: none
     messages: list[Json]  # {"role", "content": [blocks]}; roles alternate, the last one is the user's
     stream: bool
+    tools: list[Json]  # as the CLI lists them (MCP)
     settings: dict[str, str]  # environment settings of the CLI for this turn
-    parts: dict[str, bytes]  # digests of model and system: what cannot change without a new process
+    parts: dict[str, bytes]  # digests of model, system and tools: what cannot change without a new process
     sent_parts: dict[str, bytes]  # those of them that the client sent
 
 
@@ -267,10 +231,11 @@ def parse_request(body: bytes) -> Request:
     if not MODEL_NAME.fullmatch(model):
         raise bad("model", "String should be a model name: letters, digits and . _ : / @ [ ] -, not beginning with -")
     system = system_texts(data.get("system"))
-    parts = {"model": digest(model), "system": digest(system)}
+    tools = listed_tools(data.get("tools") or [])
+    parts = {"model": digest(model), "system": digest(system), "tools": digest(tools)}
     sent = {name: parts[name] for name in parts if data.get(name) is not None}
     messages = normal_messages(data["messages"])
-    return Request(model, system, messages, bool(data.get("stream")), turn_settings(data), parts, sent)
+    return Request(model, system, messages, bool(data.get("stream")), tools, turn_settings(data), parts, sent)
 
 
 def check_ranges(data: Json) -> None:
@@ -289,6 +254,29 @@ def check_ranges(data: Json) -> None:
             raise bad("thinking.enabled.budget_tokens", "Input should be greater than or equal to 1024")
         if budget >= data["max_tokens"]:
             raise ApiError(400, "`max_tokens` must be greater than `thinking.budget_tokens`.")
+
+
+def listed_tools(tools: list[Json]) -> list[Json]:
+    """The request's client tools as an MCP server lists them: schemas verbatim, in their order (API: "tools").
+
+    `_meta` lifts the CLI's limit on results from 50,000 to 500,000 characters, and keeps the tool from being deferred.
+    """
+    listed: dict[str, Json] = {}
+    for number, tool in enumerate(tools):
+        if tool.get("type") not in (None, "custom"):
+            raise bad(f"tools.{number}", f"{tool['type']!r} tools are not available through this bridge")
+        check(tool, TOOL, f"tools.{number}")
+        if not TOOL_NAME.fullmatch(tool["name"]):
+            raise bad(f"tools.{number}.name", f"String should match pattern '^{TOOL_NAME.pattern}$'")
+        if tool["name"] in listed:
+            raise bad("tools", "Tool names must be unique.")
+        listed[tool["name"]] = {
+            "name": tool["name"],
+            "description": tool.get("description") or "",
+            "inputSchema": tool["input_schema"],
+            "_meta": {"anthropic/maxResultSizeChars": 1_000_000_000, "anthropic/alwaysLoad": True},
+        }
+    return list(listed.values())
 
 
 def system_texts(system: Any) -> list[str]:
@@ -393,15 +381,13 @@ def check_pairs(messages: list[Json], places: list[str]) -> None:
 
 
 def turn_settings(data: Json) -> dict[str, str]:
-    """The request's parameters as the CLI's environment settings (recording turn_settings).
-
-    Every name is always there, so that a parameter of one turn cannot live on in the next: "" takes one back.
-    """
-    body = {name: data[name] for name in BODY_FIELDS if data.get(name) is not None and data[name] != []}
-    return {
-        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(data["max_tokens"]),
-        "CLAUDE_CODE_EXTRA_BODY": orjson.dumps(body).decode() if body else "",
-    }
+    """The request's parameters as an environment setting of the CLI, which merges them over the body of its API calls
+    (recording turn_settings): from the next call on, and gone with the next value."""
+    body = {name: data[name] for name in data if name in BODY_FIELDS and data[name] not in (None, [])}
+    choice = data.get("tool_choice")
+    if choice and data.get("tools"):
+        body["tool_choice"] = {**choice, "name": TOOL_PREFIX + choice["name"]} if "name" in choice else choice
+    return {"CLAUDE_CODE_EXTRA_BODY": orjson.dumps(body).decode()}
 
 
 # ---------------------------------------------------------------- fingerprints
@@ -452,11 +438,9 @@ def canonical_blocks(role: str, blocks: list[Json]) -> list[list[Any]]:
 
 
 def canonical_value(key: str, value: Any) -> Any:
-    if key == "content" and isinstance(value, str) and value:
-        return [["text", value]]
-    if key == "content" and isinstance(value, list) and value:
-        return canonical_blocks("user", value)
-    return value or None if key in ("is_error", "content") else value
+    if key == "content":
+        return canonical_blocks("user", as_blocks(value)) or None
+    return value or None if key == "is_error" else value
 
 
 # ---------------------------------------------------------------- lines to the CLI
@@ -472,30 +456,19 @@ def line(value: Json) -> bytes:
 
 def user_line(content: list[Json], *, query: bool = True) -> bytes:
     """A user message; without `query` it is added to the conversation and answered by a `result` of no turns."""
-    value: Json = {
-        "type": "user",
-        "message": {"role": "user", "content": [*content, GUARD]},
-        "session_id": "",
-        "parent_tool_use_id": None,
-    }
-    if not query:
-        value["shouldQuery"] = False
-    return line(value)
+    more = {} if query else {"shouldQuery": False}
+    return message_line("user", {"role": "user", "content": [*content, GUARD]}, **more)
+
+
+def message_line(kind: str, message: Json, **more: Any) -> bytes:
+    return line({"type": kind, "message": message, "session_id": "", "parent_tool_use_id": None, **more})
 
 
 def assistant_line(content: list[Json], number: int, model: str) -> bytes:
     """An assistant message of the past.  Messages that share an id are merged by the CLI, so `number` must differ."""
-    message = {
-        "id": f"msg_history_{number}",
-        "type": "message",
-        "role": "assistant",
-        "model": model,
-        "content": [prefixed(block) for block in content],
-        "stop_reason": None,
-        "stop_sequence": None,
-        "usage": {"input_tokens": 0, "output_tokens": 0},
-    }
-    return line({"type": "assistant", "message": message, "session_id": "", "parent_tool_use_id": None})
+    message: Json = {"id": f"msg_history_{number}", "type": "message", "role": "assistant", "model": model}
+    message |= {"content": [prefixed(block) for block in content], "stop_reason": None, "stop_sequence": None}
+    return message_line("assistant", message | {"usage": {"input_tokens": 0, "output_tokens": 0}})
 
 
 def prefixed(block: Json) -> Json:
@@ -506,15 +479,68 @@ def control_line(request_id: str, subtype: str, **fields: Any) -> bytes:
     return line({"type": "control_request", "request_id": request_id, "request": {"subtype": subtype, **fields}})
 
 
-def initialize_line(request_id: str, system: list[str]) -> bytes:
-    """Gives a process its system prompt.  Never through argv: 128 KiB is the most that a single argument may hold."""
-    return control_line(request_id, "initialize", hooks=None, systemPrompt=system or [""])
+def initialize_line(system: list[str], tools: list[Json]) -> bytes:
+    """Gives a process its system prompt and, if there are tools, the name of the MCP server that the bridge plays on
+    its pipes.  Never through argv: 128 KiB is the most that a single argument may hold."""
+    servers = {"sdkMcpServers": ["client"]} if tools else {}
+    return control_line("initialize", "initialize", hooks=None, systemPrompt=system or [""], **servers)
 
 
-def refusal_line(request: Json) -> bytes:
-    """The answer to a control request of the CLI that the bridge has no use for."""
-    response = {"subtype": "error", "request_id": request.get("request_id"), "error": "not supported"}
+def tool_call_id(event: Json) -> str:
+    """The tool_use id of a control request that calls a client tool; empty: the event is something else."""
+    match event.get("request"):
+        case {"message": {"method": "tools/call", "params": {"_meta": {"claudecode/toolUseId": str(call)}}}}:
+            return call
+    return ""
+
+
+def control_answer(event: Json, tools: list[Json], result: Json | None = None) -> bytes:
+    """The answer to a control request of the CLI: a tool's `result`, or what an MCP server of `tools` says of itself
+    (recordings client_tool); refused is what the bridge has no use for."""
+    request = event.get("request")
+    message = request.get("message") if isinstance(request, dict) else None
+    if not isinstance(message, dict):
+        response = {"subtype": "error", "request_id": event.get("request_id"), "error": "not supported"}
+        return line({"type": "control_response", "response": response})
+    match message:
+        case {"method": "initialize", "params": {"protocolVersion": version}}:
+            server = {"name": "client", "version": "1"}
+            result = {"protocolVersion": version, "capabilities": {"tools": {}}, "serverInfo": server}
+        case {"method": "tools/list"}:
+            result = {"tools": tools}
+    answer = {"jsonrpc": "2.0", "id": message.get("id", 0), "result": result or {}}
+    response = {"subtype": "success", "request_id": event.get("request_id"), "response": {"mcp_response": answer}}
     return line({"type": "control_response", "response": response})
+
+
+# Characters of a tool result that the CLI passes on whole with room to spare: its limit is 500,000.
+MAX_RESULT = 400_000
+
+
+def tool_results(content: list[Json], calls: list[str]) -> dict[str, Json] | None:
+    """The results that answer `calls` in their process, by id, as MCP gives them; None: only a rebuild can carry what
+    the user message holds (text beside the results, a document, a result that is too long)."""
+    results = {}
+    for block in content:
+        if block["type"] != "tool_result":
+            return None
+        parts = [mcp_part(part) for part in as_blocks(block.get("content"))]
+        if None in parts or sum(len(part.get("text", "")) for part in parts if part) > MAX_RESULT:
+            return None
+        results[block["tool_use_id"]] = {"content": parts, "isError": bool(block.get("is_error"))}
+    return results if len(content) == len(results) and results.keys() == set(calls) else None
+
+
+def as_blocks(content: Any) -> list[Json]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) and content else content or []
+
+
+def mcp_part(block: Json) -> Json | None:
+    if block["type"] == "text":
+        return {"type": "text", "text": block["text"]}
+    if block["type"] == "image":
+        return {"type": "image", "data": block["source"]["data"], "mimeType": block["source"]["media_type"]}
+    return None
 
 
 def decode(text: bytes) -> list[Json]:
@@ -547,51 +573,6 @@ def hello(event: Json) -> Json | None:
     return None
 
 
-def model_list(hello: Json) -> list[Json]:
-    """The CLI's own models in the API's shape: each under its full id (all that Claude Code's discovery keeps) and as
-    claude-cli/<alias>."""
-    found: dict[str, Json] = {}
-    for model in hello.get("models") or []:
-        for name in (model.get("resolvedModel"), f"claude-cli/{model['value']}" if model.get("value") else None):
-            if name and name not in found:
-                found[name] = {
-                    "type": "model",
-                    "id": name,
-                    "display_name": model.get("displayName") or name,
-                    "created_at": "1970-01-01T00:00:00Z",  # API: the epoch when the release date is not known
-                    "lifecycle": "active",
-                }
-    return list(found.values())
-
-
-def find_model(models: list[Json], name: str) -> Json:
-    """The model of an id or alias, with or without claude-cli/.  Raises ApiError 404."""
-    wanted = {name, "claude-cli/" + name, name.removeprefix("claude-cli/")}
-    model = next((model for model in models if model["id"] in wanted), None)
-    if not model:
-        raise ApiError(404, f"model: {name}")
-    return model
-
-
-def model_page(models: list[Json], query: dict[str, str]) -> Json:
-    """A page of models: `limit` (1 to 1000, default 20), `after_id`, `before_id` (API: "List models")."""
-    limit = query.get("limit", "20")
-    if not limit.isdecimal() or not 1 <= int(limit) <= 1000:
-        raise bad("limit", "Input should be a valid integer from 1 to 1000")
-    ids = [model["id"] for model in models]
-    for name in ("after_id", "before_id"):
-        if query.get(name, ids[0] if ids else "") not in ids:
-            raise bad(name, f"no such model: {query.get(name)}")
-    start = ids.index(query["after_id"]) + 1 if "after_id" in query else 0
-    end = ids.index(query["before_id"]) if "before_id" in query else len(ids)
-    if "before_id" in query and "after_id" not in query:
-        data, more = models[max(0, end - int(limit)) : end], end > int(limit)
-    else:
-        data, more = models[start:end][: int(limit)], end - start > int(limit)
-    edge = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-    return {"data": data, "has_more": more, "first_id": edge[0], "last_id": edge[1]}
-
-
 # ---------------------------------------------------------------- translation of events
 
 TOKENS = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
@@ -617,11 +598,16 @@ class Translator:
     (message_start, blocks one after another, message_delta, message_stop), whatever the CLI printed.
     """
 
-    def __init__(self) -> None:
-        self.message: Json = {}  # what a client has assembled so far; filled by message_start
+    def __init__(self, served: Iterable[str] = ()) -> None:
+        self.message: Json = {}  # what a client has assembled so far; filled by the first message_start
         self.stop_reason = ""  # set by the message_delta that ends the answer
         self.done = False  # message_stop was returned
+        self.working = False  # the CLI answers a tool call that is none of the client's, and will go on by itself
         self.result: Json = {}  # the turn's `result`, once it came
+        self._served = {TOOL_PREFIX + name for name in served}  # the client's tools
+        self._calls = False  # the API message that is being received calls one of them
+        self._usage: Json = {}  # of that API message
+        self._spent: Json = {}  # tokens of the API messages before it
         self._resets_at: float | None = None  # of a rejected rate limit
         self._open: int | None = None  # the CLI's index of the open block
         self._relayed = False  # the open block is one that clients know
@@ -638,32 +624,29 @@ class Translator:
                 return list(self._whole(message))
             case {"type": "result"}:
                 return self._end(event)
-            case {
-                "type": "rate_limit_event",
-                "rate_limit_info": {"status": "rejected", "resetsAt": int() | float() as t},
-            }:
-                self._resets_at = t
+            case {"type": "control_request"} if self._plain and not self.done and tool_call_id(event):
+                return self._plain_end({})
+            case {"rate_limit_info": {"status": "rejected", "resetsAt": int() | float() as resets_at}}:
+                self._resets_at = resets_at
             case {"type": "control_response", "response": {"subtype": "error", "error": error}} if not self.done:
                 raise cli_error(f"the claude CLI refused a control request: {error}")
         return []
 
     def _stream(self, event: Json) -> list[Json]:
         match event:
-            case {"type": "message_start", "message": {"id": str(identity)} as message} if (
-                identity and not self.message
+            case {"type": "message_start", "message": {"id": str(identity)} as message} if identity and (
+                not self.message or self.working
             ):
-                return [self._start(message)]
+                return self._start(message)
             case {"type": "error", "error": {"type": str(kind), "message": str(text)}}:
                 raise ApiError(502, text, kind=kind)
             case _ if (not self.message and event.get("type") != "message_start") or self._plain:
                 return []
-            case {
-                "type": "content_block_start",
-                "index": int(index),
-                "content_block": {"type": str(kind)} as block,
-            } if self._open is None and not self.stop_reason:
-                self._open, self._relayed = index, kind in DELTAS
-                return [self._block_start(block)] if self._relayed else []
+            case {"type": "content_block_start", "index": int(index), "content_block": {"type": str()} as new} if (
+                self._open is None and not self.stop_reason and not self.working
+            ):
+                self._open, self._relayed = index, self._is_relayed(new)
+                return [self._block_start(new)] if self._relayed else []
             case {"type": "content_block_delta", "index": int(index), "delta": {"type": str(kind)} as delta} if (
                 index == self._open
             ):
@@ -677,6 +660,8 @@ class Translator:
                 reason and self._open is None and not self.stop_reason
             ):
                 return self._delta(reason, delta, event.get("usage"))
+            case {"type": "message_stop"} if self.working:
+                return []
             case {"type": "message_stop"} if self.stop_reason:
                 return self._stop()
             case {"type": "message_stop"}:
@@ -686,11 +671,25 @@ class Translator:
                 raise cli_error(f"the claude CLI sent a {kind} out of place")
         return []
 
-    def _start(self, message: Json) -> Json:
-        started = {**without_nulls(message), "type": "message", "role": "assistant", "model": str(message.get("model"))}
+    def _start(self, message: Json) -> list[Json]:
+        self._usage, self._calls = usage(message.get("usage")), False
+        if self.working:  # the answer goes on in another API message
+            self.working = False
+            return []
+        model = message.get("model")
+        started = {**without_nulls(message), "type": "message", "role": "assistant"}
+        started["model"] = model if isinstance(model, str) and model else "unknown"
         started |= {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage(message.get("usage"))}
         self.message = {**started, "content": [], "usage": dict(started["usage"])}
-        return {"type": "message_start", "message": started}
+        return [{"type": "message_start", "message": started}]
+
+    def _is_relayed(self, block: Json) -> bool:
+        """Whether clients may see a block: of a kind they know, and no tool call but to one of their own tools."""
+        name = block.get("name")
+        if block.get("type") != "tool_use":
+            return block.get("type") in DELTAS
+        self._calls = self._calls or name in self._served
+        return name in self._served
 
     def _block(self, kind: str, **fields: Any) -> Json:
         """An event about the newest block of the message."""
@@ -739,13 +738,20 @@ class Translator:
         return self._block("stop")
 
     def _delta(self, reason: str, delta: Json, used: Any) -> list[Json]:
-        self.stop_reason = reason
+        self.working = reason == "tool_use" and not self._calls
         sequence = delta.get("stop_sequence") if reason == "stop_sequence" else None
         ends: Json = {"stop_reason": reason, "stop_sequence": sequence if isinstance(sequence, str) else None}
         if isinstance(delta.get("stop_details"), dict) and delta["stop_details"].get("type"):
             ends["stop_details"] = delta["stop_details"]
         counts = {"output_tokens": 0, **token_counts(used)}
-        counts["output_tokens"] = max(counts["output_tokens"], self.message["usage"]["output_tokens"])
+        counts["output_tokens"] = max(counts["output_tokens"], self._usage["output_tokens"])
+        if self._spent or self.working:
+            counts = {**token_counts(self._usage), **counts}
+            counts = {key: counts.get(key, 0) + self._spent.get(key, 0) for key in counts | self._spent}
+        if self.working:
+            self._spent = counts
+            return []
+        self.stop_reason = reason
         self.message |= ends
         self.message["usage"] |= counts
         event: Json = {"type": "message_delta", "delta": ends, "usage": counts}
@@ -754,7 +760,10 @@ class Translator:
 
     @property
     def rests(self) -> bool:
-        """Whether the process now waits for the next user message, with the client's own conversation in it."""
+        """Whether the process now waits for tool results or the next user message, and holds the client's own
+        conversation."""
+        if self.stop_reason == "tool_use":
+            return self._calls
         return self.stop_reason in RESTING and any(block.get("text") for block in self.message["content"])
 
     def _stop(self) -> list[Json]:
@@ -766,15 +775,16 @@ class Translator:
         again without (recording not_streamed); then it is all there is.  Texts that the CLI made up are not answers."""
         if message.get("model") == "<synthetic>" or (self.message and not self._plain):
             return
-        if not self.message:
-            yield self._start(message)
-        elif message["id"] != self._plain["id"]:  # the CLI went on by itself
+        if self._plain and message["id"] != self._plain["id"]:  # the CLI went on by itself
             yield from self._plain_end({})
-            return
+            if not self.working:
+                return
+        if not self.message or self.working:
+            yield from self._start(message)
         self._plain = message
         for block in message["content"]:
             kind = block.get("type") if isinstance(block, dict) else None
-            if not isinstance(kind, str) or kind not in DELTAS:
+            if not isinstance(kind, str) or not self._is_relayed(block):
                 continue
             yield self._block_start({**block, **dict.fromkeys(EMPTY[kind], "")})
             pieces = {f"{key}_delta": block.get(key) for key in EMPTY[kind]}
@@ -785,13 +795,11 @@ class Translator:
                     yield from self._block_delta(name, {"type": name, DELTAS[kind][name]: piece})
             yield self._block_stop()
 
-    def _plain_end(self, result: Json) -> Iterator[Json]:
+    def _plain_end(self, result: Json) -> list[Json]:
         reason = self._plain.get("stop_reason") or result.get("stop_reason")
-        yield from self._delta(
-            reason if isinstance(reason, str) and reason else "end_turn", self._plain, self._plain.get("usage")
-        )
-        if not self.done:
-            yield from self._stop()
+        reason = reason if isinstance(reason, str) and reason else "end_turn"
+        events = self._delta(reason, self._plain, self._plain.get("usage"))
+        return events if self.done or self.working else [*events, *self._stop()]
 
     def _end(self, result: Json) -> list[Json]:
         if self.done or self.stop_reason:
@@ -801,10 +809,11 @@ class Translator:
             raise result_error(result, self._resets_at)
         if not self.message:
             return []  # not this turn's: of a background task, or of a line that asked nothing
-        if not self._plain:
+        events = self._plain_end(result) if self._plain else []
+        if not events:
             raise cli_error("the claude CLI ended the turn before the answer was complete")
         self.result = result
-        return list(self._plain_end(result))
+        return events
 
 
 def without_nulls(value: Json) -> Json:

@@ -5,6 +5,7 @@ reach anything but the stub.  A second version of the CLI is fetched with npm be
 """
 
 import asyncio
+import base64
 import contextlib
 import ctypes
 import fcntl
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -271,6 +273,48 @@ def request_body(messages: Any = "hello", **fields: Any) -> Json:
     ]
     body = {"model": "sonnet", "max_tokens": 1024, "messages": messages, **fields}
     return {name: value for name, value in body.items() if value is not ...}
+
+
+def text(value: str) -> Json:
+    return {"type": "text", "text": value}
+
+
+def sent(messages: list[Any]) -> list[Json]:
+    """A client's messages in the form that `arrived` gives."""
+    plain = request_body(messages)["messages"]
+    return [{**m, "content": [text(m["content"])] if isinstance(m["content"], str) else m["content"]} for m in plain]
+
+
+def arrived(body: Json) -> list[Json]:
+    """The conversation of an API request without what the CLI adds: its date and environment lines (a system-reminder
+    of 2.1.197, system messages of 2.1.330) and its cache breakpoints."""
+    messages = []
+    for message in body["messages"]:
+        blocks = [text(message["content"])] if isinstance(message["content"], str) else message["content"]
+        blocks = [{key: value for key, value in block.items() if key != "cache_control"} for block in blocks]
+        blocks = [b for b in blocks if not b.get("text", "").startswith("<system-reminder>\nAs you answer the user's")]
+        if blocks and message["role"] != "system":
+            messages.append({"role": message["role"], "content": blocks})
+    return messages
+
+
+def png() -> str:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress((b"\0" + b"\xff\0\0" * 8) * 8))
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")).decode()
+
+
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": png()}}
+
+
+@pytest.fixture
+def since(stub: Stub) -> Callable[[], list[Json]]:
+    """The API requests that reached the stub during this test."""
+    start = len(stub.log())
+    return lambda: stub.log(start)
 
 
 @dataclass

@@ -63,6 +63,13 @@ def tool_results(body: Json) -> list[Any]:
     return [] if isinstance(content, str) else [b.get("content") for b in content if b["type"] == "tool_result"]
 
 
+def as_block(content: Any) -> Json:
+    """A tool result's content as one text."""
+    return {
+        "text": content if isinstance(content, str) else json.dumps(content, ensure_ascii=False).replace('\\"', '"')
+    }
+
+
 def sample(schema: Json) -> Any:
     """A small value that meets a JSON schema of the everyday kind."""
     if "const" in schema:
@@ -86,9 +93,10 @@ def answer(body: Json, text: str) -> tuple[list[Json], str]:
     names = [tool["name"] for tool in body.get("tools", [])]
     choice = body.get("tool_choice") or {"type": "auto"}
     results = tool_results(body)
-    if results:
+    again = next((block["text"] for block in map(as_block, results) if "USE_TOOL" in block["text"]), "")
+    if results and not again:
         return [{"type": "text", "text": "Tool said: " + json.dumps(results)[:400]}], "end_turn"
-    if wanted := re.search(r"USE_TOOL (\S+) INPUT=(.*?)END(?: COUNT=(\d+))?", text, re.S):
+    if wanted := re.search(r"USE_TOOL (\S+) INPUT=(.*?)END(?: COUNT=(\d+))?", again or text, re.S):
         name = next((n for n in names if n == wanted[1] or n.endswith("__" + wanted[1])), wanted[1])
         return tool_call(body, name, json.loads(wanted[2]), int(wanted[3] or 1))
     if names and choice["type"] != "none" and (choice["type"] in ("any", "tool") or "Use the tool" in text):

@@ -1,0 +1,281 @@
+"""Client tools through the real CLI: what arrives at the stub API counts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import IMAGE, Json, Server, arrived, text, wait_until
+
+SCHEMA = {
+    "type": "object",
+    "$defs": {"city": {"type": "string", "enum": ["Paris", "Rome"]}},
+    "properties": {
+        "city": {"$ref": "#/$defs/city"},
+        "when": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "unit": {"const": "C"},
+    },
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOL = {"name": "get_weather", "description": "The weather.", "input_schema": SCHEMA}
+CALL = 'USE_TOOL get_weather INPUT={"city":"Paris"}END'
+
+
+def user(*blocks: Json) -> Json:
+    return {"role": "user", "content": list(blocks)}
+
+
+def result(call: Json, content: Any = "18C", **fields: Any) -> Json:
+    return {"type": "tool_result", "tool_use_id": call["id"], "content": content, **fields}
+
+
+def calls(message: Json) -> list[Json]:
+    return [block for block in message["content"] if block["type"] == "tool_use"]
+
+
+def start(server: Server, words: str = CALL, **fields: Any) -> tuple[list[Any], list[Json]]:
+    """A conversation whose last answer calls the tool; the conversation and the calls."""
+    messages: list[Any] = [user(text(words))]
+    answer = server.post(messages, tools=[TOOL], **fields).message
+    assert answer["stop_reason"] == "tool_use"
+    messages.append({"role": "assistant", "content": answer["content"]})
+    return messages, calls(answer)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_five_rounds_of_a_tool_loop_stay_in_one_process(
+    real: Server, since: Callable[[], list[Json]], stream: bool
+) -> None:
+    messages: list[Any] = [user(text(CALL))]
+    for number in range(5):
+        answer = real.post(messages, tools=[TOOL], stream=stream)
+        assert answer.session == ("hot" if number else "new")
+        (call,) = calls(answer.message)
+        assert (call["name"], call["input"]) == ("get_weather", {"city": "Paris"})
+        messages += [{"role": "assistant", "content": answer.message["content"]}, user(result(call, f"go on: {CALL}"))]
+    assert len(real.processes()) == 1
+    assert len(since()) == 5
+
+
+def answered(stub_rows: list[Json]) -> list[Json]:
+    """The tool results of the last API request, by call."""
+    return [block for block in arrived(stub_rows[-1]["body"])[-1]["content"] if block["type"] == "tool_result"]
+
+
+def test_parallel_calls_take_results_in_any_order_by_id(real: Server, since: Callable[[], list[Json]]) -> None:
+    messages, asked = start(real, CALL + " COUNT=3")
+    assert len({call["id"] for call in asked}) == 3
+    results = [result(call, f"result {number}", is_error=number == 1) for number, call in enumerate(asked)]
+    answer = real.post([*messages, user(*reversed(results))], tools=[TOOL])
+    assert answer.session == "hot"
+    found = {block["tool_use_id"]: block for block in answered(since())}
+    for number, call in enumerate(asked):
+        assert found[call["id"]]["content"] in (f"result {number}", [text(f"result {number}")])
+        assert found[call["id"]].get("is_error", False) == (number == 1)
+    assert len(since()) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("plain", [text("plain")]),
+        ([text("one"), text("two")], [text("one"), text("two")]),
+        ([text("see"), IMAGE], [text("see"), IMAGE]),
+    ],
+)
+def test_a_result_arrives_as_it_was_sent(
+    real: Server, since: Callable[[], list[Json]], content: Any, wanted: list[Json]
+) -> None:
+    messages, (call,) = start(real)
+    assert real.post([*messages, user(result(call, content))], tools=[TOOL]).session == "hot"
+    (block,) = answered(since())
+    assert block["content"] == wanted
+
+
+@pytest.mark.parametrize("content", ["", [], ...])
+def test_an_empty_result_is_an_answer(real: Server, since: Callable[[], list[Json]], content: Any) -> None:
+    messages, (call,) = start(real)
+    empty = {key: value for key, value in result(call, content).items() if value is not ...}
+    assert real.post([*messages, user(empty)], tools=[TOOL]).session == "hot"
+    (block,) = answered(since())
+    assert block["tool_use_id"] == call["id"]
+
+
+@pytest.mark.parametrize("size", [100_000, 390_000, 450_000, 700_000])
+def test_a_long_result_arrives_whole(real: Server, since: Callable[[], list[Json]], size: int) -> None:
+    messages, (call,) = start(real)
+    long = "x" * (size - 3) + "end"
+    answer = real.post([*messages, user(result(call, long))], tools=[TOOL])
+    if size > 500_000 and answer.status == 400 and "too long" in answer.json["error"]["message"]:
+        pytest.skip("this CLI gives the model a window that is smaller than the result")
+    assert answer.session == ("hot" if size < 400_000 else "rebuilt; reason=tool-results")
+    (block,) = answered(since())
+    assert block["content"] in (long, [text(long)])
+
+
+DOCUMENT = {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "an apple"}}
+
+
+def test_what_cannot_be_handed_over_is_rebuilt_whole(real: Server, since: Callable[[], list[Json]]) -> None:
+    for content in ([result], [text("wait, do this")]):
+        messages, (call,) = start(real)
+        blocks = [result(call, [DOCUMENT])] if content == [result] else [result(call), *content]
+        answer = real.post([*messages, user(*blocks)], tools=[TOOL])
+        assert answer.session == "rebuilt; reason=tool-results"
+        assert arrived(since()[-1]["body"])[-1]["content"] == blocks
+    wait_until(lambda: len(real.processes()) == 2, "the end of the parked processes")
+
+
+def test_results_for_a_conversation_that_no_process_holds(real: Server, since: Callable[[], list[Json]]) -> None:
+    call = {"type": "tool_use", "id": "toolu_old", "name": "get_weather", "input": {"city": "Rome"}}
+    history = [user(text("hi")), {"role": "assistant", "content": [call]}, user(result(call, "rain"))]
+    answer = real.post(history, tools=[TOOL])
+    assert answer.session == "rebuilt; reason=unknown-history"
+    assert answer.text.startswith("Tool said: ")
+    assert [block["content"] for block in answered(since())] == ["rain"]
+
+
+def test_results_that_do_not_fit_are_refused_and_the_call_stays_answerable(real: Server) -> None:
+    messages, (call,) = start(real)
+    for wrong in (user(result({"id": "toolu_other"})), user(text("never mind"))):
+        refused = real.post([*messages, wrong], tools=[TOOL])
+        assert refused.status == 400
+        assert "`tool_use" in refused.json["error"]["message"]
+    assert real.post([*messages, user(result(call))], tools=[TOOL]).session == "hot"
+
+
+def test_a_call_that_is_never_answered_costs_no_further_api_call(
+    serve: Callable[..., Server], cli: Any, since: Callable[[], list[Json]]
+) -> None:
+    server = serve(bin=cli, session_ttl_secs=0.5)
+    start(server)
+    wait_until(lambda: not server.processes(), "the end of the parked process")
+    assert len(since()) == 1
+
+
+def test_the_time_of_a_tool_is_not_the_watchdogs(serve: Callable[..., Server], cli: Any) -> None:
+    server = serve(bin=cli, watchdog_secs=2)
+    messages, (call,) = start(server)
+    parked = server.bridge and next(iter(server.bridge.pool.sessions)).process
+    assert parked
+    wait_until(lambda: parked.loop.time() > parked._alive_at + 2.1, "more than the watchdog's time")
+    assert server.post([*messages, user(result(call))], tools=[TOOL]).session == "hot"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_that_is_not_served_is_answered_by_the_cli_itself(
+    real: Server, since: Callable[[], list[Json]], stream: bool
+) -> None:
+    answer = real.post("USE_TOOL Nope INPUT={}END", tools=[TOOL], stream=stream)
+    assert [block["type"] for block in answer.message["content"]] == ["text", "text"]
+    assert answer.message["stop_reason"] == "end_turn"
+    assert "No such tool available" in answer.text
+    # two API messages became one: the usage is their sum
+    assert len(since()) == 2
+    assert (answer.message["usage"]["input_tokens"], answer.message["usage"]["output_tokens"]) == (20, 34)
+
+
+def test_tools_arrive_with_their_schemas_untouched(real: Server, since: Callable[[], list[Json]]) -> None:
+    plain = {"type": "object", "properties": {}}
+    others = [{"name": "a" * 100, "input_schema": plain}, {"name": "x__y", "description": "z", "input_schema": plain}]
+    assert real.post("SAY x", tools=[TOOL, *others]).text == "x"
+    tools = {tool["name"]: tool for tool in since()[0]["body"]["tools"]}
+    assert tools.keys() == {"mcp__client__get_weather", "mcp__client__" + "a" * 100, "mcp__client__x__y"}
+    assert tools["mcp__client__get_weather"]["input_schema"] == SCHEMA
+    assert tools["mcp__client__get_weather"]["description"] == "The weather."
+
+
+@pytest.mark.parametrize("name", ["a" * 100, "x__y", "mcp__client__z"])
+def test_any_legal_tool_name_survives(real: Server, name: str) -> None:
+    tool = {"name": name, "input_schema": {"type": "object", "properties": {}}}
+    messages: list[Any] = [user(text(f"USE_TOOL {name} INPUT={{}}END"))]
+    answer = real.post(messages, tools=[tool]).message
+    (call,) = calls(answer)
+    assert call["name"] == name
+    messages += [{"role": "assistant", "content": answer["content"]}, user(result(call))]
+    assert real.post(messages, tools=[tool]).session == "hot"
+
+
+@pytest.mark.parametrize(
+    ("choice", "wanted"),
+    [
+        ({"type": "auto"}, {"type": "auto"}),
+        ({"type": "any", "disable_parallel_tool_use": True}, {"type": "any", "disable_parallel_tool_use": True}),
+        ({"type": "tool", "name": "get_weather"}, {"type": "tool", "name": "mcp__client__get_weather"}),
+        ({"type": "none"}, {"type": "none"}),
+    ],
+)
+def test_tool_choice_reaches_the_api(real: Server, since: Callable[[], list[Json]], choice: Json, wanted: Json) -> None:
+    answer = real.post("SAY x", tools=[TOOL], tool_choice=choice)
+    assert since()[0]["body"]["tool_choice"] == wanted
+    assert answer.message["stop_reason"] == ("end_turn" if choice["type"] in ("auto", "none") else "tool_use")
+
+
+def test_parameters_of_the_round_with_the_results_reach_the_api(real: Server, since: Callable[[], list[Json]]) -> None:
+    messages, (call,) = start(real, max_tokens=500, temperature=0.3)
+    assert real.post([*messages, user(result(call))], tools=[TOOL], max_tokens=600, top_k=3).session == "hot"
+    first, second = (row["body"] for row in since())
+    assert (first["max_tokens"], first.get("temperature"), first.get("top_k")) == (500, 0.3, None)
+    assert (second["max_tokens"], second.get("temperature"), second.get("top_k")) == (600, None, 3)
+
+
+def test_other_tools_are_another_conversation(real: Server) -> None:
+    answer = real.post("SAY x", tools=[TOOL])
+    changed = {**TOOL, "description": "Another."}
+    assert real.post(["SAY x", answer.text, "SAY y"], tools=[changed]).session == "rebuilt; reason=tools-changed"
+
+
+def test_no_tools_are_no_tools(real: Server, since: Callable[[], list[Json]]) -> None:
+    assert real.post("SAY x", tools=[], tool_choice={"type": "auto"}).text == "x"
+    assert since()[0]["body"]["tools"] == []
+    assert "tool_choice" not in since()[0]["body"]
+
+
+@pytest.mark.parametrize(
+    ("tools", "words"),
+    [
+        ([{"type": "bash_20250124", "name": "bash"}], "bash_20250124"),
+        ([{"type": "text_editor_20250728", "name": "str_replace_based_edit_tool"}], "text_editor_20250728"),
+        ([TOOL, {"type": "web_search_20250305", "name": "web_search"}], "tools.1: 'web_search_20250305'"),
+        ([{"name": "x"}], "tools.0.input_schema: Field required"),
+        ([{"name": "a b", "input_schema": SCHEMA}], "tools.0.name: String should match pattern"),
+        ([TOOL, TOOL], "tools: Tool names must be unique."),
+    ],
+)
+def test_tools_that_cannot_be_served_are_refused_by_name(
+    serve: Callable[..., Server], tools: list[Json], words: str
+) -> None:
+    server = serve()
+    answer = server.post("hi", tools=tools)
+    assert (answer.status, answer.json["error"]["type"]) == (400, "invalid_request_error")
+    assert words in answer.json["error"]["message"]
+    assert server.processes() == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_sdks_tool_runner_works_in_one_process(real: Server, stream: bool) -> None:
+    import anthropic
+
+    asked: list[str] = []
+
+    def get_weather(city: str) -> str:
+        """The weather of a city.
+
+        Args:
+            city: its name
+        """
+        asked.append(city)
+        return f"go on: {CALL}" if len(asked) < 5 else "done"
+
+    with anthropic.Anthropic(base_url=real.url, api_key="k", max_retries=0) as client:
+        runner = client.beta.messages.tool_runner(
+            model="sonnet",
+            max_tokens=500,
+            tools=[anthropic.beta_tool(get_weather)],
+            messages=[{"role": "user", "content": CALL}],
+            stream=stream,
+        )
+        reasons = [(item.get_final_message() if stream else item).stop_reason for item in runner]
+    assert reasons == ["tool_use"] * 5 + ["end_turn"]
+    assert asked == ["Paris"] * 5
+    assert len(real.processes()) == 1
