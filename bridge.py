@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import hmac
 import importlib.util
 import ipaddress
@@ -15,6 +16,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -102,7 +104,7 @@ class Config(PoolConfig):
         """Raise ConfigError for what cannot work, and find the CLI."""
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            least = 1 if item.name == "max_sessions" else 0
+            least = {"max_sessions": 1, "watchdog_secs": 0.1}.get(item.name, 0)
             if isinstance(value, int | float) and not least <= value < float("inf"):
                 raise ConfigError(f"CLAUDE_CLI_{item.name.upper()}: {value} is not a number from {least} up")
         if not translate.MODEL_NAME.fullmatch(self.model):
@@ -133,13 +135,13 @@ def find_cli(given: str) -> str:
         path = shutil.which(given)
         if not path:
             raise ConfigError(f"CLAUDE_CLI_BIN: {given!r} is not a program")
-        return path
+        return os.path.abspath(path)  # children have another working directory
     wheel = importlib.util.find_spec("claude_agent_sdk")
     bundled = Path(wheel.origin).parent / "_bundled" / "claude" if wheel and wheel.origin else None
     path = shutil.which("claude") or (str(bundled) if bundled and bundled.exists() else None)
     if not path:
         raise ConfigError("CLAUDE_CLI_BIN: no claude on PATH and no claude-agent-sdk installed; name the program here")
-    return path
+    return os.path.abspath(path)
 
 
 def is_loopback(host: str) -> bool:
@@ -412,6 +414,23 @@ class Bridge:
 
     # connections
 
+    async def listen(self) -> asyncio.Server:
+        """Raises OSError when the address is taken, or cannot be had."""
+        if not self.config.unix_path:
+            server = await asyncio.start_server(self.accept, *self.config.address)
+            names = [item.getsockname() for item in server.sockets]
+            self.addresses = [f"[{n[0]}]:{n[1]}" if ":" in n[0] else f"{n[0]}:{n[1]}" for n in names]
+            return server
+        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError), socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(self.config.unix_path)  # what does not answer is a stale file, and is replaced
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        before = os.umask(0o177)
+        try:
+            self.addresses = [self.config.listen_addr]
+            return await asyncio.start_unix_server(self.accept, self.config.unix_path)
+        finally:
+            os.umask(before)
+
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = Connection(self, reader, writer)
         if self.closing:
@@ -653,24 +672,24 @@ def model_page(models: list[Json], query: dict[str, str]) -> Json:
 async def serve(config: Config) -> AsyncIterator[Bridge]:
     """Run the bridge inside an asyncio program until the block ends.
 
-    Raises ConfigError for settings that cannot work, OSError when the address cannot be listened on.  At the end no
-    new request is taken, running answers get `config.drain_secs`, and no child is left.
+    Raises ConfigError, which names the setting, for settings that cannot work and an address that cannot be had.
+    At the end no new request is taken, running answers get `config.drain_secs`, and no child is left.
     """
     config.check()
     async with Pool(config) as pool:
         bridge = Bridge(config, pool)
-        if config.unix_path:
-            server = await asyncio.start_unix_server(bridge.accept, config.unix_path)
-            bridge.addresses = [config.listen_addr]
-        else:
-            server = await asyncio.start_server(bridge.accept, *config.address)
-            names = [item.getsockname() for item in server.sockets]
-            bridge.addresses = [f"[{n[0]}]:{n[1]}" if ":" in n[0] else f"{n[0]}:{n[1]}" for n in names]
+        try:
+            server = await bridge.listen()
+        except OSError as error:
+            where = f"cannot listen on {config.listen_addr}: {error.strerror or error}"
+            raise ConfigError(f"CLAUDE_CLI_LISTEN_ADDR: {where}") from error
         try:
             yield bridge
         finally:
             server.close()
             await bridge.close()
+            if config.unix_path:
+                os.unlink(config.unix_path)
 
 
 async def announce(bridge: Bridge) -> None:
@@ -694,7 +713,7 @@ async def run(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with serve(config) as bridge:
-        log.info("listening on %s", ", ".join(bridge.addresses))
+        log.info("listening on %s, the claude CLI is %s", ", ".join(bridge.addresses), config.bin)
         login = asyncio.create_task(announce(bridge))
         await stop.wait()
         log.info("shutting down")
@@ -724,14 +743,8 @@ def main() -> None:
             logging.getLogger().handlers[0].setFormatter(JsonFormatter())
         asyncio.run(run(config))
     except ConfigError as error:
-        sys.exit(explain(str(error)))
-    except OSError as error:
-        sys.exit(explain(f"CLAUDE_CLI_LISTEN_ADDR: cannot listen: {error.strerror or error}"))
-
-
-def explain(message: str) -> int:
-    print(f"claude-cli-bridge: {message}", file=sys.stderr)
-    return 2
+        print(f"claude-cli-bridge: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

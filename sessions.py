@@ -23,6 +23,7 @@ import signal
 import sys
 import tempfile
 import uuid
+import weakref
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -98,19 +99,20 @@ def arguments(config: PoolConfig, model: str) -> list[str]:
 
 def child_environment(config: PoolConfig, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of a process: `environ` without the names that would change what it does, and what it needs."""
-    names = {name for name in environ if not name.startswith(SCRUBBED)} | set(config.keep_env)
-    kept = {name: environ[name] for name in names if name in environ and not name.startswith("CLAUDE_CLI_")}
+    inherited = {name: value for name, value in environ.items() if not name.startswith(SCRUBBED)}
+    kept = {name: environ[name] for name in config.keep_env if name in environ and not name.startswith("CLAUDE_CLI_")}
     defaults = {
         "CLAUDE_CODE_MAX_RETRIES": str(config.retries),
         "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",  # no @file of a user text is read
         "CLAUDE_CODE_DISABLE_THINKING": "1",  # thinking is what a request asks for
         "CLAUDE_CODE_NO_MODEL_FALLBACK": "1",  # the model asked for, or an error
+        "CLAUDE_CODE_DISABLE_LEGACY_MODEL_REMAP": "1",  # and no newer one in place of an old one
         "DISABLE_AUTO_COMPACT": "1",  # the conversation is the client's
         "DISABLE_AUTOUPDATER": "1",
         "ENABLE_CLAUDEAI_MCP_SERVERS": "0",
         "ENABLE_TOOL_SEARCH": "false",
     }
-    return defaults | kept
+    return inherited | defaults | kept
 
 
 def session_id(token: str) -> str:
@@ -193,8 +195,9 @@ class Process(asyncio.SubprocessProtocol):
         self._alive_at = self.loop.time()
 
     def settle(self, seen: bool) -> None:
-        """End a turn.  Unless its `result` was `seen`, the next turn waits for it."""
+        """End a turn.  Unless its `result` was `seen`, or came behind the answer, the next turn waits for it."""
         self.listening = False
+        seen = seen or any(event.get("type") == "result" for event in self._events)
         self._events.clear()
         self._resume()
         self.settled = None if seen else self.loop.create_future()
@@ -255,6 +258,7 @@ class Process(asyncio.SubprocessProtocol):
         stdout = self._transport.get_pipe_transport(1)
         if self._paused and stdout and not self._eof:
             stdout.resume_reading()  # type: ignore[attr-defined]
+            self._alive_at = self.loop.time()  # the silence was the client's
         self._paused = False
 
     # asyncio's callbacks
@@ -345,9 +349,9 @@ class Session:
     """A process and the conversation in it."""
 
     id: str
+    process: Process
     state: State = State.STARTING
     pinned: bool = False  # the client names it by header
-    process: Process | None = None  # set once it is spawned
     parts: dict[str, bytes] = field(default_factory=dict)  # digests of model and system
     chain: bytes = b""  # digest of the messages in it, its own answers included
     settings: dict[str, str] = field(default_factory=dict)  # what apply_flag_settings set last
@@ -383,10 +387,15 @@ class Turn:
                 self.process.working = self.translator.working
             except ApiError as error:
                 failure = error
+            if self.translator.done and not self.translator.rests:
+                self.interrupt()  # the CLI goes on by itself here; nothing more may be billed
             if batch:
                 yield batch
             if failure:
                 raise failure
+
+    def interrupt(self) -> None:
+        self.process.write(translate.control_line("interrupt", "interrupt"))
 
     async def _tell(self) -> None:
         """Write what is new.  A history line is answered by a `result`, and the next one must wait for it: lines sent
@@ -407,20 +416,25 @@ class Turn:
             return
         *history, last = self.messages
         for number, message in enumerate(history):
-            if message["role"] == "assistant":
-                lines.append(translate.assistant_line(message["content"], number, self.request.model))
+            if message["role"] == "user":
+                self.process.write(*lines, translate.user_line(message["content"], query=False))
+                lines = []
+                await self._until("result")
                 continue
-            self.process.write(*lines, translate.user_line(message["content"], query=False))
-            lines = []
-            await self._until_result()
+            if not self.process.hello:
+                self.process.write(*lines)
+                lines = []
+                await self._until("control_response")
+            model = translate.resolved_model(self.process.hello, self.request.model)
+            lines.append(translate.assistant_line(message["content"], number, model))
         self.process.write(*lines, translate.user_line(last["content"]))
 
-    async def _until_result(self) -> None:
+    async def _until(self, kind: str) -> None:
         while True:
             events = await self.process.receive()
             for event in events:
                 self.translator.feed(event)
-            if any(event.get("type") == "result" for event in events):
+            if any(event.get("type") == kind for event in events):
                 return
 
     @property
@@ -435,14 +449,6 @@ def translator(request: Request) -> Translator:
     return Translator(tool["name"] for tool in request.tools)
 
 
-class Pin:
-    """What requests of one session header share: they run one after another."""
-
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.users = 0
-
-
 class Pool:
     """All sessions, at most `max_sessions` processes at any time."""
 
@@ -455,7 +461,8 @@ class Pool:
         self._ending: set[asyncio.Task[None]] = set()
         self._asking = asyncio.Lock()  # one process at a time is started for `hello`
         self._hello: Json = {}
-        self._pins: dict[str, Pin] = {}
+        # By id, while a request of that session header runs or waits: they run one after another.
+        self._pins: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         # Where a lost conversation was last seen: by fingerprint and by id, its parts and why it cannot go on.
         self._past: OrderedDict[bytes | str, tuple[dict[str, bytes], str]] = OrderedDict()
 
@@ -497,7 +504,6 @@ class Pool:
                 return self._hello
             session = await self._spawn(self.config.model, str(uuid.uuid4()))
             try:
-                assert session.process is not None
                 session.process.listen()
                 session.process.write(translate.initialize_line([], []))
                 translator = Translator()
@@ -517,18 +523,12 @@ class Pool:
             yield ""
             return
         name = session_id(token)
-        pin = self._pins.setdefault(name, Pin())
-        pin.users += 1
+        pin = self._pins.setdefault(name, asyncio.Lock())
+        await self._queue(pin.acquire(), "the session's other requests did not end")
         try:
-            await self._queue(pin.lock.acquire(), "the session's other requests did not end")
-            try:
-                yield name
-            finally:
-                pin.lock.release()
+            yield name
         finally:
-            pin.users -= 1
-            if not pin.users:
-                del self._pins[name]
+            pin.release()
 
     async def _queue(self, room: Coroutine[None, None, object], what: str) -> None:
         try:
@@ -560,13 +560,12 @@ class Pool:
             self.retire(session, "tool-results")
             return None
         self._move(session, State.BUSY)
-        assert session.process is not None
         try:
             alive = session.process.settled is None or await asyncio.wait_for(session.process.settled, SETTLE_SECS)
         except TimeoutError:
             alive = False
         except BaseException:
-            self.retire(session, "died")
+            self.retire(session, "interrupted")
             raise
         if not alive or session.process.gone:
             self.retire(session, "died")
@@ -578,7 +577,6 @@ class Pool:
     async def _fresh(self, request: Request, pinned_id: str) -> Turn:
         how, reason = self._why(request, pinned_id)
         session = await self._spawn(request.model, pinned_id or str(uuid.uuid4()))
-        assert session.process is not None
         session.pinned = bool(pinned_id)
         session.parts = request.parts
         self._move(session, State.BUSY)
@@ -607,15 +605,14 @@ class Pool:
             )
         finally:
             self._waiting -= 1
-        session = Session(name)
-        self.sessions.add(session)
         try:
             argv = arguments(self.config, model)
-            session.process = await Process.spawn(argv, self._environment, self._cwd, self.config.watchdog_secs)
+            process = await Process.spawn(argv, self._environment, self._cwd, self.config.watchdog_secs)
         except BaseException:
-            self.sessions.remove(session)
             self._slots.release()
             raise
+        session = Session(name, process)
+        self.sessions.add(session)
         return session
 
     # what becomes of a session
@@ -635,14 +632,12 @@ class Pool:
         if session.state is not State.BUSY:
             return
         if not translator.done:
-            turn.process.write(translate.control_line("interrupt", "interrupt"))
+            turn.interrupt()
             self.retire(session, "died" if turn.process.gone else "interrupted")
             return
         self._remember(session, "continued")
         session.chain = turn.chain
         if not translator.rests:
-            # The CLI goes on by itself here; nothing more may be billed.
-            turn.process.write(translate.control_line("interrupt", "interrupt"))
             self.retire(session, translator.stop_reason or "empty")
             return
         content = translator.message["content"]
@@ -674,8 +669,7 @@ class Pool:
         task.add_done_callback(self._ending.discard)
 
     async def _end(self, session: Session) -> None:
-        if session.process:
-            await session.process.end()
+        await session.process.end()
         self.sessions.remove(session)
         self._slots.release()
 
@@ -694,7 +688,7 @@ class Pool:
             await asyncio.sleep(max(0.05, min(ttl / 4, 5)) if ttl else 5)
             now = asyncio.get_running_loop().time()
             for session in list(self.idle.values()):
-                if session.process is None or session.process.gone:
+                if session.process.gone:
                     self.retire(session, "died")
                 elif ttl and now - session.idle_since >= ttl:
                     self.retire(session, "expired")

@@ -25,36 +25,25 @@ ERROR_TYPES |= {408: "timeout_error", 409: "conflict_error", 413: "request_too_l
 ERROR_TYPES |= {502: "claude_cli_error", 504: "timeout_error", 529: "overloaded_error"}
 # A status that a second try cannot mend: the SDKs retry 5xx twice unless told not to.
 FINAL_STATUSES = {400, 401, 402, 403, 404, 405, 413, 415, 431}
-LOGIN_CURE = "run `claude` in a terminal on the bridge's machine and log in with /login, then send the request again"
+LOGIN_CURE = "run the CLI that the bridge named at its start in a terminal, and log in with /login"
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
-    """A failure as a Messages client sees it: an HTTP status and an error object.
+    """A failure as a Messages client sees it: an HTTP status and an error object."""
 
-    `kind` is error.type (default: by status).  `details` becomes error.details.  `resets_at` is the epoch second from
-    which a rate limit allows requests again; whoever has a clock makes `retry-after` of it.  `retry` False adds
-    `x-should-retry: false`; `retry_after` is in seconds.
-    """
+    status: int
+    message: str
+    kind: str = ""  # error.type; by default the status's
+    details: Json | None = None  # error.details
+    retry_after: int | None = None  # seconds
+    resets_at: float | None = None  # epoch second from which a rate limit allows requests again
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        kind: str = "",
-        details: Json | None = None,
-        retry: bool = True,
-        retry_after: int | None = None,
-        resets_at: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.kind = kind or ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
-        self.message = message
-        self.details = details
-        self.retry = retry and status not in FINAL_STATUSES
-        self.retry_after = retry_after
-        self.resets_at = resets_at
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
+        general = "api_error" if self.status >= 500 else "invalid_request_error"
+        self.kind = self.kind or ERROR_TYPES.get(self.status, general)
+        self.retry = self.status not in FINAL_STATUSES
 
     def body(self, request_id: str) -> Json:
         """The API's error envelope; as a stream event it is the `error` event."""
@@ -364,6 +353,7 @@ def check_system_place(messages: list[Any], number: int) -> None:
 def check_pairs(messages: list[Json], places: list[str]) -> None:
     """API: each tool_use is answered in the next message, each tool_result answers a tool_use of the previous one."""
     called: list[str] = []
+    seen: list[str] = []
     for message, place in zip(messages, places, strict=True):
         blocks = enumerate(message["content"])
         results = {n: block["tool_use_id"] for n, block in blocks if block["type"] == "tool_result"}
@@ -378,6 +368,9 @@ def check_pairs(messages: list[Json], places: list[str]) -> None:
             words += "Each `tool_use` block must have a corresponding `tool_result` block in the next message."
             raise bad(place, words)
         called = [block["id"] for block in message["content"] if block["type"] == "tool_use"]
+        seen += called
+    if len(seen) > len(set(seen)):
+        raise bad("messages", "`tool_use` ids must be unique")
 
 
 def turn_settings(data: Json) -> dict[str, str]:
@@ -499,17 +492,16 @@ def control_answer(event: Json, tools: list[Json], result: Json | None = None) -
     (recordings client_tool); refused is what the bridge has no use for."""
     request = event.get("request")
     message = request.get("message") if isinstance(request, dict) else None
-    if not isinstance(message, dict):
-        response = {"subtype": "error", "request_id": event.get("request_id"), "error": "not supported"}
-        return line({"type": "control_response", "response": response})
-    match message:
-        case {"method": "initialize", "params": {"protocolVersion": version}}:
-            server = {"name": "client", "version": "1"}
-            result = {"protocolVersion": version, "capabilities": {"tools": {}}, "serverInfo": server}
-        case {"method": "tools/list"}:
-            result = {"tools": tools}
-    answer = {"jsonrpc": "2.0", "id": message.get("id", 0), "result": result or {}}
-    response = {"subtype": "success", "request_id": event.get("request_id"), "response": {"mcp_response": answer}}
+    response: Json = {"subtype": "error", "request_id": event.get("request_id"), "error": "not supported"}
+    if isinstance(message, dict):
+        match message:
+            case {"method": "initialize", "params": {"protocolVersion": version}}:
+                server = {"name": "client", "version": "1"}
+                result = {"protocolVersion": version, "capabilities": {"tools": {}}, "serverInfo": server}
+            case {"method": "tools/list"}:
+                result = {"tools": tools}
+        answer = {"jsonrpc": "2.0", "id": message.get("id", 0), "result": result or {}}
+        response = {**response, "subtype": "success", "response": {"mcp_response": answer}}
     return line({"type": "control_response", "response": response})
 
 
@@ -566,11 +558,16 @@ def glued(text: str) -> list[Any]:
 
 def hello(event: Json) -> Json | None:
     """What the CLI answered to `initialize`, if the event is that answer."""
-    response = event.get("response")
-    if isinstance(response, dict) and response.get("request_id") == "initialize":
-        inner = response.get("response")
-        return inner if isinstance(inner, dict) else None
+    match event:
+        case {"response": {"request_id": "initialize", "response": dict(answer)}}:
+            return answer
     return None
+
+
+def resolved_model(hello: Json, name: str) -> str:
+    """The full id of a model.  The CLI drops the thinking of a history line that names another model than its own."""
+    known = {model.get("value"): model.get("resolvedModel") for model in hello.get("models") or []}
+    return str(known.get(name) or name)
 
 
 # ---------------------------------------------------------------- translation of events
@@ -585,7 +582,6 @@ DELTAS = {
 }
 # Block type -> keys that are empty strings in its content_block_start, the one that deltas add to first.
 EMPTY = {"text": ("text",), "thinking": ("thinking", "signature"), "redacted_thinking": (), "tool_use": ()}
-STREAM_TYPES = ("message_start", "content_block_start", "content_block_delta", "content_block_stop", "message_delta")
 # After these the CLI waits for the next user message; after any other it would go on by itself (recordings max_tokens,
 # refusal), as it does after an answer without a visible text.
 RESTING = ("end_turn", "stop_sequence")
@@ -667,7 +663,7 @@ class Translator:
             case {"type": "message_stop"}:
                 # The API broke off in mid-stream and the CLI closed the message (recording mid_stream_error).
                 raise ApiError(502, "The API ended the answer before it was complete.", kind="api_error")
-            case {"type": str(kind)} if kind in STREAM_TYPES:
+            case {"type": str(kind)} if kind.startswith(("message_", "content_block_")):
                 raise cli_error(f"the claude CLI sent a {kind} out of place")
         return []
 

@@ -291,6 +291,17 @@ def test_when_the_client_leaves_the_turn_is_interrupted_and_its_process_ends(
     assert server.post("next").text == "echo: next; 1 messages"
 
 
+def test_the_silence_of_a_slow_client_is_not_the_clis(serve: Serve, log: Log) -> None:
+    server = serve(watchdog_secs=0.5)
+    assert server.bridge
+    with send(server, FLOOD, stream=True) as slow:
+        wait_until(lambda: is_held_up(log, FLOOD), "a process that can write no more")
+        (session,) = server.bridge.pool.sessions
+        wait_until(lambda: time.monotonic() > session.process._alive_at + 0.6, "more than the watchdog's time")
+        answer = read_all(slow)
+    assert answer.events[-1] == {"type": "message_stop"}
+
+
 def test_a_client_that_leaves_without_reading_frees_its_process(serve: Serve, log: Log) -> None:
     server = serve(max_sessions=1)
     with send(server, FLOOD, stream=True):

@@ -105,6 +105,19 @@ def test_a_result_that_comes_late_is_waited_for_by_the_next_turn(
     assert (second.result().session, pid(second.result())) == ("hot", pid(first))
 
 
+def test_a_result_that_came_behind_the_answer_in_the_same_read_is_the_end_of_the_turn(serve: Serve) -> None:
+    server = serve()
+    assert server.bridge
+    conversation, _ = talk(server, "hello")
+    (session,) = server.bridge.pool.sessions
+    process = session.process
+    process.listen()
+    process._events.append({"type": "result"})
+    process.settle(False)
+    assert process.settled is None
+    assert server.post(conversation).session == "hot"
+
+
 def test_equal_conversations_never_share_a_process(
     serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
 ) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import signal
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -115,10 +116,10 @@ def test_the_start_asks_who_is_logged_in_and_sends_nothing_to_the_model(launch: 
 
 def test_without_a_login_the_bridge_starts_and_says_how_to_log_in(launch: Launch) -> None:
     program = launch(CLAUDE_CLI_MODEL="not-logged-in")
-    printed(program, "nobody is logged in: run `claude`")
+    printed(program, "nobody is logged in: run the CLI")
     answer = program.post(model="not-logged-in")
     assert (answer.status, answer.json["error"]["type"]) == (401, "authentication_error")
-    assert "run `claude` in a terminal" in answer.json["error"]["message"]
+    assert "log in with /login" in answer.json["error"]["message"]
     assert answer.headers["x-should-retry"] == "false"
 
 
@@ -301,3 +302,26 @@ def test_no_prompt_answer_or_key_is_in_the_log_not_on_faults_either(launch: Laun
     wait_until(lambda: sum("request_id" in line for line in program.lines) == len(statuses), "the lines")
     assert {200, 400, 401, 403, 404, 429, 502, 504} <= set(statuses)
     assert not [line for line in program.lines if "sesame" in line or "echo" in line]
+
+
+def test_a_relative_path_of_the_cli_is_found(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(STANDIN.parent.parent)
+    program = launch(CLAUDE_CLI_BIN="tests/standin.py")
+    assert program.post("hello").text == "echo: hello; 1 messages"
+
+
+def test_a_unix_socket_in_use_is_refused_and_a_stale_one_is_replaced(launch: Launch, tmp_path: Path) -> None:
+    path = tmp_path / "bridge.sock"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    first = launch(CLAUDE_CLI_LISTEN_ADDR=f"unix:{path}")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    second = launch(CLAUDE_CLI_LISTEN_ADDR=f"unix:{path}", wait=False)
+    assert second.wait() == 2
+    wait_until(lambda: second.lines, "a line that says why")
+    assert "CLAUDE_CLI_LISTEN_ADDR: cannot listen" in second.lines[-1]
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+    first.process.terminate()
+    assert first.wait() == 0
+    assert not path.exists()

@@ -192,6 +192,35 @@ def test_tool_results_of_a_history_keep_is_error_and_emptiness(real: Server, stu
     ]
 
 
+THOUGHT = {"type": "thinking", "thinking": "hm", "signature": "c2ln"}
+
+
+@pytest.mark.parametrize("first", [["hi"], []])
+def test_thinking_of_a_history_arrives_as_it_was_sent(real: Server, stub: Stub, first: list[str]) -> None:
+    thought = {"role": "assistant", "content": [THOUGHT, {"type": "redacted_thinking", "data": "eHh4"}, text("a")]}
+    asked = [*first, thought, {"role": "user", "content": "SAY x"}]
+    assert real.post(asked, thinking={"type": "adaptive"}).text == "x"
+    assert last_arrived(stub) == sent(asked)
+
+
+@pytest.mark.parametrize("model", ["claude-opus-4-1", "claude-cli/claude-sonnet-4-5", "haiku"])
+def test_the_model_asked_for_is_the_model_that_answers(
+    real: Server, since: Callable[[], list[Json]], model: str
+) -> None:
+    answer = real.post("SAY x", model=model)
+    assert answer.message["model"] == since()[0]["body"]["model"]
+    assert model.removeprefix("claude-cli/") in answer.message["model"]
+
+
+def test_an_answer_cut_by_max_tokens_is_billed_once_as_a_rule(real: Server, since: Callable[[], list[Json]]) -> None:
+    # The CLI calls the API again within 4 ms of the end: against a stub as fast as this one the interrupt may lose.
+    for number in range(5):
+        assert real.post(f"MAXTOK {number}").message["stop_reason"] == "max_tokens"
+    wait_until(lambda: not real.processes(), "the end of the processes")
+    assert all(row["end"] for row in since())
+    assert len(since()) <= 10
+
+
 def test_long_history_arrives_in_order(real: Server, stub: Stub) -> None:
     history = [f"message {number}" for number in range(101)]
     assert real.post(history).status == 200
