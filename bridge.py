@@ -46,6 +46,7 @@ LINGER_SECS = 5.0  # that a refused body is still read, and a closed connection 
 GRACE_SECS = 1.0  # for the last words of answers that shutdown cuts short
 PING_SECS = 10.0  # of silence before a stream shows that it lives; proxies cut after 30 to 60
 SESSION_HEADER = b"x-arch-claude-cli-session"
+PERMISSION_MODES = ("default", "acceptEdits", "auto", "bypassPermissions", "dontAsk", "plan")
 MODELS = "/v1/models"
 ABSOLUTE = re.compile("https?://([^/?]*)")  # of a target in absolute form (RFC 9112, 3.2.2)
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*)\.?(?::([0-9]{1,5}))?", re.I)  # RFC 9110, 7.2
@@ -74,6 +75,9 @@ class Config(PoolConfig):
     queue_secs: float = setting(30.0, "seconds that a request waits for room before it gets 529")
     retries: int = setting(2, "how often the CLI itself retries a failed API call")
     drain_secs: float = setting(10.0, "seconds that running answers get on shutdown")
+    tools: str = setting("", "agent mode: `default` or a list of the CLI's built-in tools; empty: model mode")
+    permission_mode: str = setting("default", "of agent mode")
+    cwd: str = setting("", "working directory of agent mode")
     keep_env: tuple[str, ...] = setting((), "names that survive the scrub of ANTHROPIC_*, CLAUDE_CODE_*, OTEL_*")
     setting_sources: str = setting("", "`user` if your login is an apiKeyHelper or env block of your settings file")
     api_key: str = setting("", "demanded from clients; only as environment variable, as others can see flags")
@@ -111,6 +115,12 @@ class Config(PoolConfig):
             raise ConfigError(f"CLAUDE_CLI_MODEL: {self.model!r} is not a model name")
         if self.log_format not in ("text", "json"):
             raise ConfigError(f"CLAUDE_CLI_LOG_FORMAT: {self.log_format!r} is neither text nor json")
+        if self.permission_mode not in PERMISSION_MODES:
+            raise ConfigError(f"CLAUDE_CLI_PERMISSION_MODE: {self.permission_mode!r} is none of {PERMISSION_MODES}")
+        if self.tools and self.permission_mode == "bypassPermissions" and os.geteuid() == 0:
+            raise ConfigError("CLAUDE_CLI_PERMISSION_MODE: the CLI refuses bypassPermissions when it runs as root")
+        if self.tools and not os.path.isdir(self.cwd or "."):
+            raise ConfigError(f"CLAUDE_CLI_CWD: {self.cwd!r} is not a directory")
         if not self.unix_path and not is_loopback(self.address[0]) and not self.api_key:
             raise ConfigError(
                 f"CLAUDE_CLI_LISTEN_ADDR: {self.listen_addr} can be reached from other machines: set CLAUDE_CLI_API_KEY"
@@ -524,6 +534,8 @@ class Bridge:
         if handler is None:
             exchange.allow = ", ".join(methods)
             raise ApiError(405, f"Method Not Allowed; {HINT}")
+        if exchange.header(b"content-encoding") not in (None, "identity"):
+            raise ApiError(415, "content-encoding: request bodies are taken without compression")
         await handler(self, connection, exchange)
 
     def check_access(self, exchange: Exchange) -> None:
@@ -562,8 +574,6 @@ class Bridge:
         await connection.respond(exchange, 200, "text/plain", b"")
 
     async def messages(self, connection: Connection, exchange: Exchange) -> None:
-        if exchange.header(b"content-encoding") not in (None, "identity"):
-            raise ApiError(415, "content-encoding: request bodies are taken without compression")
         request = translate.parse_request(exchange.body)
         exchange.body = b""
         async with self.pool.turn(request, exchange.header(SESSION_HEADER)) as turn:
@@ -582,6 +592,11 @@ class Bridge:
             await connection.send(h11.EndOfMessage())
         else:
             await connection.respond(exchange, 200, "application/json", orjson.dumps(turn.translator.message))
+
+    async def count_tokens(self, connection: Connection, exchange: Exchange) -> None:
+        request = translate.parse_request(exchange.body, max_tokens=1 << 30)
+        answer = {"input_tokens": await self.pool.count(request)}
+        await connection.respond(exchange, 200, "application/json", orjson.dumps(answer))
 
     async def models(self, connection: Connection, exchange: Exchange) -> None:
         models = model_list(await self.pool.hello())
@@ -620,6 +635,9 @@ ROUTES: dict[str, dict[str, Handler]] = {
     # The two common wrong base URLs: with /v1 for SDKs that add it, without it for those that do not.
     "/v1/v1/messages": {"POST": Bridge.messages},
     "/messages": {"POST": Bridge.messages},
+    "/v1/messages/count_tokens": {"POST": Bridge.count_tokens},
+    "/v1/v1/messages/count_tokens": {"POST": Bridge.count_tokens},
+    "/messages/count_tokens": {"POST": Bridge.count_tokens},
 }
 
 

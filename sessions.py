@@ -46,6 +46,8 @@ ENDING = ((None, 0.5), (signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0))
 SETTLE_SECS = 5.0
 # Fingerprints of lost sessions that are remembered, to say why a conversation was rebuilt.
 MAX_PAST = 4096
+# Answers of count_tokens that are remembered: Claude Code's /context asks 15 questions, some of them again.
+MAX_COUNTS = 256
 # Only these show that a turn is alive; status lines and keep-alives come from a half-open stream as well.
 SIGNS_OF_LIFE = {"stream_event", "assistant", "user", "result", "control_request", "control_response"}
 # Names of the bridge's environment that change the CLI's behaviour or account: a child gets them only when kept.
@@ -81,17 +83,22 @@ class PoolConfig:
     max_idle: int = 8
     queue_secs: float = 30
     retries: int = 2
+    tools: str = ""
+    permission_mode: str = "default"
+    cwd: str = ""
     keep_env: tuple[str, ...] = ()
     setting_sources: str = ""
 
 
-def arguments(config: PoolConfig, model: str) -> list[str]:
-    """The command line of a process in model mode: no tools, no settings, nothing on disk."""
+def arguments(config: PoolConfig, model: str, *, agent: bool = False) -> list[str]:
+    """The command line of a process: no settings, nothing on disk; in model mode no tools but the client's."""
+    mode = ("--tools", config.tools, "--permission-mode", config.permission_mode)
+    if not agent:
+        mode = ("--tools", "", "--permission-mode", "default")
     return [
         *(config.bin, "-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose"),
         *("--include-partial-messages", "--no-session-persistence", "--setting-sources", config.setting_sources),
-        *("--strict-mcp-config", "--disable-slash-commands", "--tools", "", "--permission-mode", "default"),
-        *("--allowedTools", f"{translate.TOOL_PREFIX}*"),
+        *("--strict-mcp-config", "--disable-slash-commands", "--allowedTools", f"{translate.TOOL_PREFIX}*", *mode),
         # The API's own default: without it 2.1.330 asks for less effort than a client that names none expects.
         *("--effort", "high", "--model", model),
     ]
@@ -350,6 +357,7 @@ class Session:
 
     id: str
     process: Process
+    agent: bool  # it has tools of its own
     state: State = State.STARTING
     pinned: bool = False  # the client names it by header
     parts: dict[str, bytes] = field(default_factory=dict)  # digests of model and system
@@ -403,7 +411,8 @@ class Turn:
         lines = []
         if self.how != "hot":
             self.process.tools = self.request.tools
-            lines.append(translate.initialize_line(self.request.system, self.request.tools))
+            agent = self.session.agent
+            lines.append(translate.initialize_line(self.request.system, self.request.tools, agent=agent))
         changed = {
             key: value for key, value in self.request.settings.items() if self.session.settings.get(key, "") != value
         }
@@ -414,8 +423,24 @@ class Turn:
             self.process.write(*lines)
             self.process.hand_over(self.results)
             return
-        *history, last = self.messages
-        for number, message in enumerate(history):
+        lines = await self._put(lines, self.messages[:-1])
+        self.process.write(*lines, translate.user_line(self.messages[-1]["content"]))
+
+    async def count(self) -> int:
+        """The tokens of the conversation, without a model turn."""
+        line = translate.initialize_line(self.request.system, self.request.tools, agent=self.session.agent)
+        self.process.tools = self.request.tools
+        lines = await self._put([line], self.messages)
+        self.process.write(*lines, translate.control_line("usage", "get_context_usage"))
+        while True:
+            for event in await self.process.receive():
+                self.translator.feed(event)
+                if (tokens := translate.context_tokens(event)) is not None:
+                    return tokens
+
+    async def _put(self, lines: list[bytes], messages: list[Json]) -> list[bytes]:
+        """Write messages of the past, after `lines`; returns the lines that are still to be written."""
+        for number, message in enumerate(messages):
             if message["role"] == "user":
                 self.process.write(*lines, translate.user_line(message["content"], query=False))
                 lines = []
@@ -427,7 +452,7 @@ class Turn:
                 await self._until("control_response")
             model = translate.resolved_model(self.process.hello, self.request.model)
             lines.append(translate.assistant_line(message["content"], number, model))
-        self.process.write(*lines, translate.user_line(last["content"]))
+        return lines
 
     async def _until(self, kind: str) -> None:
         while True:
@@ -457,10 +482,13 @@ class Pool:
         self.sessions: set[Session] = set()  # every process that is not reaped
         self.idle: OrderedDict[str, Session] = OrderedDict()  # by id, the least recently used first
         self._slots = asyncio.Semaphore(config.max_sessions)
+        self._agent_cwd = os.path.abspath(config.cwd)
         self._waiting = 0  # requests that wait for a slot
         self._ending: set[asyncio.Task[None]] = set()
         self._asking = asyncio.Lock()  # one process at a time is started for `hello`
         self._hello: Json = {}
+        self._counting = asyncio.Lock()  # one process at a time counts
+        self._counts: OrderedDict[bytes, int] = OrderedDict()  # answers of `count`
         # By id, while a request of that session header runs or waits: they run one after another.
         self._pins: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         # Where a lost conversation was last seen: by fingerprint and by id, its parts and why it cannot go on.
@@ -502,7 +530,7 @@ class Pool:
         async with self._asking:
             if self._hello:
                 return self._hello
-            session = await self._spawn(self.config.model, str(uuid.uuid4()))
+            session = await self._spawn(None, "")
             try:
                 session.process.listen()
                 session.process.write(translate.initialize_line([], []))
@@ -514,6 +542,24 @@ class Pool:
                 return self._hello
             finally:
                 self.retire(session, "probe")
+
+    async def count(self, request: Request) -> int:
+        """The tokens of a request's conversation.  One process at a time is started for it, and equal questions are
+        answered from memory.  Raises ApiError as `turn` does."""
+        key = translate.extend(b"".join(request.parts.values()), request.messages)
+        async with self._counting:
+            if key not in self._counts:
+                session = await self._spawn(request, "")
+                try:
+                    session.process.listen()
+                    how, translator = "new", Translator()
+                    turn = Turn(request, session, session.process, how, "", request.messages, translator)
+                    self._counts[key] = await turn.count()
+                finally:
+                    self.retire(session, "counted")
+                while len(self._counts) > MAX_COUNTS:
+                    self._counts.popitem(last=False)
+            return self._counts[key]
 
     # finding a session
 
@@ -576,7 +622,7 @@ class Pool:
 
     async def _fresh(self, request: Request, pinned_id: str) -> Turn:
         how, reason = self._why(request, pinned_id)
-        session = await self._spawn(request.model, pinned_id or str(uuid.uuid4()))
+        session = await self._spawn(request, pinned_id)
         session.pinned = bool(pinned_id)
         session.parts = request.parts
         self._move(session, State.BUSY)
@@ -595,7 +641,7 @@ class Pool:
             reason = "unknown-history"
         return "rebuilt", f"{changed[0]}-changed" if changed else reason
 
-    async def _spawn(self, model: str, name: str) -> Session:
+    async def _spawn(self, request: Request | None, name: str) -> Session:
         if self._slots.locked():
             self._evict()
         self._waiting += 1
@@ -605,13 +651,16 @@ class Pool:
             )
         finally:
             self._waiting -= 1
+        # A client that brings tools runs them itself.
+        agent = bool(self.config.tools and request and not request.tools)
         try:
-            argv = arguments(self.config, model)
-            process = await Process.spawn(argv, self._environment, self._cwd, self.config.watchdog_secs)
+            argv = arguments(self.config, request.model if request else self.config.model, agent=agent)
+            cwd = self._agent_cwd if agent else self._cwd
+            process = await Process.spawn(argv, self._environment, cwd, self.config.watchdog_secs)
         except BaseException:
             self._slots.release()
             raise
-        session = Session(name, process)
+        session = Session(name or str(uuid.uuid4()), process, agent)
         self.sessions.add(session)
         return session
 

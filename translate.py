@@ -53,8 +53,7 @@ class ApiError(Exception):
         return {"type": "error", "error": error, "request_id": request_id}
 
 
-def cli_error(message: str) -> ApiError:
-    """A failure of the CLI itself, not of the API behind it."""
+def cli_error(message: str) -> ApiError:  # a failure of the CLI itself, not of the API behind it
     return ApiError(502, message)
 
 
@@ -84,11 +83,10 @@ def result_error(result: Json, resets_at: float | None = None) -> ApiError:
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,255}")
 MODEL_PREFIX = "claude-cli/"
 # Body fields that reach the API as sent, per request, merged over the CLI's own body (recording turn_settings).
-BODY_FIELDS = {
-    *("max_tokens", "temperature", "top_p", "top_k", "stop_sequences", "thinking"),
-    *("output_config", "service_tier"),
-}
+BODY_FIELDS = {"max_tokens", "temperature", "top_p", "top_k", "stop_sequences", "thinking"}
+BODY_FIELDS = {*BODY_FIELDS, "output_config", "service_tier"}
 TOOL_PREFIX = "mcp__client__"
+THREAD_UNSUPPORTED = "thread_unsupported_request"
 BILLING_LINE = "x-anthropic-billing-header:"  # Claude Code's first system block: a hash that changes with every request
 
 
@@ -126,10 +124,7 @@ TYPE_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", l
 TOOL = {"name": str, "description?": str, "input_schema": dict}
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 # Fields whose loss would change the answer and that the CLI cannot be made to honour.
-DECLINED = {
-    "mcp_servers": "MCP servers are not connected for a request by this bridge",
-    "container": "containers and skills are not available through this bridge",
-}
+DECLINED = {"mcp_servers": "not connected by this bridge", "container": "not available through this bridge"}
 
 
 def bad(place: str, message: str) -> ApiError:
@@ -193,8 +188,8 @@ class Request:
     sent_parts: dict[str, bytes]  # those of them that the client sent
 
 
-def parse_request(body: bytes) -> Request:
-    """Check the body of POST /v1/messages and bring it into one form.
+def parse_request(body: bytes, **defaults: int) -> Request:
+    """Check the body of POST /v1/messages and bring it into one form; `defaults` fill fields that are missing.
 
     Raises ApiError 400 in the API's wording for whatever the API would refuse, or what the CLI cannot be made to do.
     """
@@ -209,8 +204,8 @@ def parse_request(body: bytes) -> Request:
         raise ApiError(400, "The request body is not a JSON object.")
     if data.get("thread") is not None:
         # SDKs fall back to the full history only on this error_code (anthropic lib/threads/_thread_state.py).
-        details = {"error_code": "thread_unsupported_request"}
-        raise ApiError(400, "thread: message threads are not supported by this bridge", details=details)
+        raise ApiError(400, "thread: not supported by this bridge", details={"error_code": THREAD_UNSUPPORTED})
+    data = {**defaults, **data}
     check(data, REQUEST, "")
     for name, reason in DECLINED.items():
         if data.get(name):
@@ -472,11 +467,12 @@ def control_line(request_id: str, subtype: str, **fields: Any) -> bytes:
     return line({"type": "control_request", "request_id": request_id, "request": {"subtype": subtype, **fields}})
 
 
-def initialize_line(system: list[str], tools: list[Json]) -> bytes:
-    """Gives a process its system prompt and, if there are tools, the name of the MCP server that the bridge plays on
-    its pipes.  Never through argv: 128 KiB is the most that a single argument may hold."""
-    servers = {"sdkMcpServers": ["client"]} if tools else {}
-    return control_line("initialize", "initialize", hooks=None, systemPrompt=system or [""], **servers)
+def initialize_line(system: list[str], tools: list[Json], *, agent: bool = False) -> bytes:
+    """Gives a process its system prompt (an agent keeps its own before it) and, if there are tools, the name of the MCP
+    server that the bridge plays on its pipes.  Never through argv: a single argument may hold 128 KiB at most."""
+    fields: Json = {"appendSystemPrompt": "\n\n".join(system)} if agent else {"systemPrompt": system or [""]}
+    fields |= {"sdkMcpServers": ["client"]} if tools else {}
+    return control_line("initialize", "initialize", hooks=None, **fields)
 
 
 def tool_call_id(event: Json) -> str:
@@ -561,6 +557,14 @@ def hello(event: Json) -> Json | None:
     match event:
         case {"response": {"request_id": "initialize", "response": dict(answer)}}:
             return answer
+    return None
+
+
+def context_tokens(event: Json) -> int | None:
+    """The tokens in a process, if the event answers `get_context_usage` (recording context_usage)."""
+    match event:
+        case {"response": {"request_id": "usage", "response": {"totalTokens": int(total)}}}:
+            return total
     return None
 
 
@@ -692,7 +696,7 @@ class Translator:
         return {"type": "content_block_" + kind, "index": len(self.message["content"]) - 1, **fields}
 
     def _block_start(self, block: Json) -> Json:
-        block = {**dict.fromkeys(EMPTY[block["type"]], ""), **without_nulls(block)}
+        block = {"type": block["type"], **dict.fromkeys(EMPTY[block["type"]], ""), **without_nulls(block)}
         block.pop("citations", None)  # they come as deltas
         if block["type"] == "tool_use":
             block |= {"name": str(block.get("name") or "").removeprefix(TOOL_PREFIX), "input": {}}

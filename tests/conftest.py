@@ -42,15 +42,28 @@ STANDIN = TESTS / "standin.py"
 CLONE_NEWNET, CLONE_NEWUSER = 0x40000000, 0x10000000
 
 
-def npm_cli() -> Path | None:
-    """The older CLI from the npm registry, kept between runs in the user's cache."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "claude-cli-bridge-tests" / NPM_VERSION
-    binary = folder / "node_modules/@anthropic-ai/claude-code-linux-x64/claude"
-    if not binary.exists() and shutil.which("npm"):
+def from_npm(name: str, wanted: str, *packages: str) -> Path | None:
+    """What npm installs, kept between runs in a folder of the user's cache: the path `wanted` in it, if it is there."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = cache / "claude-cli-bridge-tests" / name
+    if not (folder / wanted).exists() and shutil.which("npm"):
         folder.mkdir(parents=True, exist_ok=True)
-        command = ["npm", "install", "--no-audit", "--no-fund", f"@anthropic-ai/claude-code@{NPM_VERSION}"]
+        command = ["npm", "install", "--no-audit", "--no-fund", *packages]
         subprocess.run(command, cwd=folder, capture_output=True, timeout=300, check=False)
-    return binary if binary.exists() else None
+    return folder / wanted if (folder / wanted).exists() else None
+
+
+def npm_cli() -> Path | None:
+    """The older CLI from the npm registry."""
+    wanted = "node_modules/@anthropic-ai/claude-code-linux-x64/claude"
+    return from_npm(NPM_VERSION, wanted, f"@anthropic-ai/claude-code@{NPM_VERSION}")
+
+
+def js_clients() -> Path | None:
+    """The folder with the TypeScript clients that tests/drivers/ts_check.mjs drives, under `js`."""
+    packages = ("@anthropic-ai/sdk@1.12.0", "ai@6.0.326", "@ai-sdk/anthropic@3.0.138", "zod@4")
+    found = from_npm("ts/js", "node_modules/zod", *packages)
+    return found and found.parents[2]
 
 
 def bundled_cli() -> Path | None:
@@ -75,11 +88,13 @@ def isolate() -> str:
 
 
 CLIS: dict[str, Path] = {}
+JS_CLIENTS: list[Path] = []
 ISOLATION = ""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     global ISOLATION
+    JS_CLIENTS[:] = filter(None, [js_clients()])
     for path in (bundled_cli(), npm_cli()):
         if path:
             version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout.split()[0]

@@ -3,6 +3,7 @@
 import copy
 import http.client
 import json
+import shutil
 import signal
 import stat
 import subprocess
@@ -17,6 +18,7 @@ import psutil
 import pytest
 from conftest import (
     IMAGE,
+    JS_CLIENTS,
     KEEP,
     TESTS,
     Answer,
@@ -416,22 +418,26 @@ def test_nothing_of_the_users_own_settings_arrives(
     assert not (tmp_path / "started").exists()
 
 
-def test_parameters_are_the_requests_alone(real: Server, since: Callable[[], list[Json]]) -> None:
-    asked = {
-        "temperature": 0.25,
-        "top_k": 7,
-        "stop_sequences": ["@@"],
-        "max_tokens": 3000,
-        "output_config": {"effort": "low"},
-    }
-    asked |= {"thinking": {"type": "enabled", "budget_tokens": 2000}, "service_tier": "standard_only"}
+SCHEMA = {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}
+PARAMETERS: list[Json] = [
+    {"temperature": 0.25, "max_tokens": 200_000},
+    {"top_p": 0.5, "top_k": 7},
+    {"stop_sequences": ["@@", "##"], "service_tier": "standard_only"},
+    {"thinking": {"type": "enabled", "budget_tokens": 2000}, "max_tokens": 3000},
+    {"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}},
+    {"output_config": {"effort": "max", "format": {"type": "json_schema", "schema": SCHEMA}}},
+]
+
+
+@pytest.mark.parametrize("asked", PARAMETERS, ids=[", ".join(asked) for asked in PARAMETERS])
+def test_parameters_are_the_requests_alone(real: Server, since: Callable[[], list[Json]], asked: Json) -> None:
     first = real.post("SAY x", **asked)
     assert real.post(["SAY x", first.text, "SAY y"], max_tokens=50).session == "hot"
     with_them, without = (row["body"] for row in since())
     assert {name: with_them[name] for name in asked} == asked
     assert without["max_tokens"] == 50
     assert without["output_config"] == {"effort": "high"}  # the API's default
-    assert not {"temperature", "top_k", "stop_sequences", "thinking", "service_tier"} & set(without)
+    assert not {"temperature", "top_p", "top_k", "stop_sequences", "thinking", "service_tier"} & set(without)
 
 
 def test_stop_sequence_ends_the_answer_and_leaves_the_session_warm(real: Server) -> None:
@@ -627,8 +633,18 @@ def test_child_gets_no_name_of_the_scrub_list_unless_kept(
 
 def test_conformance(serve: Callable[..., Server], cli: Path) -> None:
     server = serve(bin=cli, allowed_hosts=("x",))  # the driver's raw sockets send `host: x`
-    later = "C14,C19,C20,C21,C22,C23"
-    command = [sys.executable, str(TESTS / "drivers/conformance.py"), server.url, "--model", "sonnet", "--skip", later]
-    required = "images,documents,thinking,sampling,system_role,json,stop_sequences,max_tokens"
+    command = [sys.executable, str(TESTS / "drivers/conformance.py"), server.url]
+    required = "tools,images,documents,thinking,sampling,system_role,json,stop_sequences,max_tokens"
     done = subprocess.run([*command, "--require", required], capture_output=True, text=True, timeout=110, check=False)
-    assert "34 passed, 0 failed" in done.stdout, done.stdout + done.stderr
+    assert "40 passed, 0 failed" in done.stdout, done.stdout + done.stderr
+
+
+def test_typescript_clients(serve: Callable[..., Server], cli: Path) -> None:
+    if not JS_CLIENTS:
+        pytest.skip("node and npm are not installed")
+    (folder,) = JS_CLIENTS
+    shutil.copy(TESTS / "drivers/ts_check.mjs", folder)
+    command = ["node", str(folder / "ts_check.mjs"), serve(bin=cli).url, "--timeout", "30"]
+    required = "tools,images,json,sampling,thinking"
+    done = subprocess.run([*command, "--require", required], capture_output=True, text=True, timeout=110, check=False)
+    assert "31 passed, 0 failed" in done.stdout, done.stdout + done.stderr

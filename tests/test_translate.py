@@ -342,6 +342,43 @@ def test_the_answer_ends_at_its_stop_reason_unless_the_cli_rests_there(reason: s
     assert (translator.rests, translator.done) == (REST[reason], not REST[reason])
 
 
+def block(kind: str, *deltas: Json, **fields: Any) -> list[Json]:
+    events: list[Json] = [{"type": "content_block_start", "index": 0, "content_block": {"type": kind, **fields}}]
+    events += [{"type": "content_block_delta", "index": 0, "delta": delta} for delta in deltas]
+    return [*events, closed()]
+
+
+WEATHER = {"id": "toolu_1", "name": "mcp__client__weather", "input": {}}
+INPUT = [{"type": "input_json_delta", "partial_json": part} for part in ("", '{"city": "Pa', 'ris"}')]
+TEXTS = [{"type": "text_delta", "text": part} for part in ("Hi", "", " there")]
+CITED = {"type": "citations_delta", "citation": {"type": "char_location", "cited_text": "x"}}
+THOUGHTS = [{"type": "thinking_delta", "thinking": "hm"}, {"type": "signature_delta", "signature": "c2ln"}]
+TABLE: dict[str, list[Json]] = {
+    "text": block("text", *TEXTS, text=""),
+    "text with citations": block("text", *TEXTS, CITED, text=""),
+    "thinking": block("thinking", *THOUGHTS, thinking="", signature=""),
+    "empty thinking": block("thinking", thinking="", signature=""),
+    "redacted_thinking": block("redacted_thinking", data="eHh4"),
+    "tool_use": block("tool_use", *INPUT, **WEATHER),
+    "tool_use without input": block("tool_use", **WEATHER),
+    "nothing": [],
+}
+STOPS = ("end_turn", "max_tokens", "stop_sequence", "tool_use", "pause_turn", "refusal", "new")
+
+
+@pytest.mark.parametrize("reason", STOPS)
+@pytest.mark.parametrize("blocks", TABLE.values(), ids=TABLE.keys())
+def test_streamed_and_not_are_the_same_for_every_block_and_stop_reason(blocks: list[Json], reason: str) -> None:
+    calls = any(event.get("content_block", {}).get("type") == "tool_use" for event in blocks)
+    if reason == "tool_use" and not calls:
+        return  # no client tool was called: the answer goes on
+    played = play(stream(start(), *blocks, finish(reason), {"type": "message_stop"}))
+    message = check_stream(played.sent)["message"]
+    assert message["stop_reason"] == reason
+    assert len(message["content"]) == bool(blocks)
+    assert bare(played.translator.message) == bare(assemble(played.sent)) == bare(message)
+
+
 @pytest.mark.parametrize("events", [(), (opened(), closed()), (opened(type="thinking"), closed())])
 def test_an_answer_without_a_visible_text_is_complete_and_does_not_rest(events: tuple[Json, ...]) -> None:
     played = play(stream(start(), *events, finish()))

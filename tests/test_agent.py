@@ -1,0 +1,130 @@
+"""Agent mode: the CLI's own tools run, and a turn of several API messages is one answer.  With the real CLI."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Json, Program, Server, arrived, sent, wait_until
+from grammar import check_stream
+
+SUBAGENT = '{"description":"d","prompt":"SAY from below","subagent_type":"general-purpose","run_in_background":false}'
+
+
+@pytest.fixture
+def agent(serve: Callable[..., Server], cli: Path, tmp_path: Path) -> Callable[..., Server]:
+    """Start an agent: its working directory holds note.txt."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "note.txt").write_text("the note says heron")
+
+    def start(**settings: object) -> Server:
+        return serve(bin=cli, **{"tools": "default", "cwd": str(folder), **settings})
+
+    return start
+
+
+def read_note(server: Server) -> str:
+    return f'USE_TOOL Read INPUT={{"file_path":"{server.config.cwd}/note.txt"}}END'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_built_in_tool_runs_and_the_turn_is_one_message(
+    agent: Callable[..., Server], since: Callable[[], list[Json]], stream: bool
+) -> None:
+    server = agent()
+    answer = server.post(read_note(server), stream=stream)
+    assert [block["type"] for block in answer.message["content"]] == ["text", "text"]
+    assert "the note says heron" in answer.text
+    assert answer.message["stop_reason"] == "end_turn"
+    assert (answer.message["usage"]["input_tokens"], answer.message["usage"]["output_tokens"]) == (20, 34)
+    assert len(since()) == 2
+    if stream:
+        assert check_stream(answer.events)["message"]["id"] == answer.message["id"]
+
+
+def test_a_subagent_is_left_out(agent: Callable[..., Server], since: Callable[[], list[Json]]) -> None:
+    answer = agent().post(f"USE_TOOL Agent INPUT={SUBAGENT}END", stream=True)
+    message = check_stream(answer.events)["message"]
+    assert [block["type"] for block in message["content"]] == ["text", "text"]
+    assert message["content"][1]["text"].startswith("Tool said: ")
+    assert len(since()) == 3
+    assert message["usage"]["output_tokens"] == 34  # the subagent's call is its own
+
+
+def test_the_requests_system_prompt_is_appended_to_claude_codes(
+    agent: Callable[..., Server], since: Callable[[], list[Json]]
+) -> None:
+    assert agent().post("SAY x", system=[{"type": "text", "text": "Be brief."}]).text == "x"
+    system = [block["text"] for block in since()[0]["body"]["system"]]
+    assert system[-1].endswith("Be brief.") or any("Be brief." in text for text in system)
+    assert sum(map(len, system)) > 5000
+    assert len(since()[0]["body"]["tools"]) > 5
+
+
+def test_a_list_of_tools_is_all_there_is(agent: Callable[..., Server], since: Callable[[], list[Json]]) -> None:
+    assert agent(tools="Read,Grep").post("SAY x").text == "x"
+    assert {tool["name"] for tool in since()[0]["body"]["tools"]} == {"Read", "Grep"}
+
+
+@pytest.mark.parametrize(("mode", "written"), [("default", False), ("acceptEdits", True)])
+def test_the_permission_mode_decides_what_runs(agent: Callable[..., Server], mode: str, written: bool) -> None:
+    server = agent(permission_mode=mode)
+    path = Path(server.config.cwd) / "new.txt"
+    answer = server.post(f'USE_TOOL Write INPUT={{"file_path":"{path}","content":"hello"}}END')
+    assert answer.message["stop_reason"] == "end_turn"
+    assert path.exists() == written
+
+
+def test_a_conversation_with_an_agent_goes_on_in_its_process(
+    agent: Callable[..., Server], since: Callable[[], list[Json]]
+) -> None:
+    server = agent()
+    first = server.post(read_note(server))
+    content = first.message["content"]
+    asked = [read_note(server), {"role": "assistant", "content": content}, "SAY on"]
+    assert server.post(asked).session == "hot"
+    assert "heron" in str(since()[-1]["body"]["messages"])
+    server.close()
+
+
+def test_a_request_with_tools_is_served_in_model_mode(
+    agent: Callable[..., Server], since: Callable[[], list[Json]]
+) -> None:
+    tool = {"name": "mine", "input_schema": {"type": "object", "properties": {}}}
+    answer = agent().post("USE_TOOL mine INPUT={}END", tools=[tool])
+    assert answer.message["stop_reason"] == "tool_use"
+    assert [tool["name"] for tool in since()[0]["body"]["tools"]] == ["mcp__client__mine"]
+    assert arrived(since()[0]["body"]) == sent(["USE_TOOL mine INPUT={}END"])
+
+
+def test_pings_fill_the_time_of_a_tool_and_the_watchdog_lets_it_run(
+    agent: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridge.PING_SECS", 0.2)
+    server = agent(tools="Bash", watchdog_secs=1.5)
+    answer = server.post('USE_TOOL Bash INPUT={"command":"sleep 3; echo slept"}END', stream=True)
+    assert check_stream(answer.events)["message"]["stop_reason"] == "end_turn"
+    assert "slept" in answer.text
+    kinds = [event["type"] for event in answer.events]
+    first_block = kinds.index("content_block_stop")
+    assert kinds[first_block : kinds.index("content_block_start", first_block)].count("ping") >= 3
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root is refused")
+def test_bypass_permissions_as_root_is_refused_at_start(launch: Callable[..., Program]) -> None:
+    program = launch("--tools", "default", "--permission-mode", "bypassPermissions", wait=False)
+    assert program.wait() == 2
+    wait_until(lambda: program.lines, "the reason")
+    assert program.lines[-1].startswith("claude-cli-bridge: CLAUDE_CLI_PERMISSION_MODE: ")
+
+
+def test_the_processes_of_an_agent_end_with_it(agent: Callable[..., Server]) -> None:
+    server = agent(permission_mode="acceptEdits", tools="Bash")
+    with server.connect() as client:
+        body = b'{"model":"sonnet","max_tokens":99,"stream":true,"messages":[{"role":"user","content":"SLOW 40"}]}'
+        client.sendall(
+            b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        assert client.recv(65536)
+    wait_until(lambda: not server.processes(), "the end of the agent")

@@ -1,0 +1,130 @@
+"""Counting, the model list, and parameters that never mix.  With the real CLI; what arrives at the stub API counts."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from conftest import Answer, Json, Server, Stub, request_body
+
+TOOL = {"name": "get_weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
+
+
+def count(server: Server, messages: Any = "hello", **fields: Any) -> Answer:
+    body = request_body(messages, **{"max_tokens": ..., **fields})
+    return server.call("POST", "/v1/messages/count_tokens?beta=true", body)
+
+
+def test_counting_asks_the_api_once_and_no_model(real: Server, since: Callable[[], list[Json]]) -> None:
+    first = count(real, system="Be terse.")
+    assert first.status == 200
+    upstream = len(since())
+    assert upstream
+    assert {row["path"] for row in since()} == {"/v1/messages/count_tokens"}
+    again = count(real, system="Be terse.")
+    assert again.json == first.json
+    assert len(since()) == upstream
+    assert set(first.json) == {"input_tokens"}
+
+
+def test_a_count_grows_with_all_that_is_counted(real: Server) -> None:
+    history = ["hello", "world", "and on"]
+    questions: list[dict[str, Any]] = [{}, {"system": "Be terse. " * 50}, {"tools": [TOOL]}, {"messages": history}]
+    base, *larger = [count(real, **question).json["input_tokens"] for question in questions]
+    assert all(0 < base < more for more in larger)
+
+
+def test_a_count_is_validated_as_a_message_is(serve: Callable[..., Server]) -> None:
+    server = serve()
+    for body, words in (
+        (b"{", "not valid JSON"),
+        (request_body(model=...), "model: Field required"),
+        ({"model": "sonnet", "messages": []}, "messages: at least one message is required"),
+    ):
+        answer = server.call("POST", "/v1/messages/count_tokens", body)
+        assert (answer.status, answer.json["error"]["type"]) == (400, "invalid_request_error")
+        assert words in answer.json["error"]["message"]
+    assert server.processes() == []
+
+
+def test_many_counts_at_once_take_one_process_at_a_time_and_wait_for_no_turn(real: Server, stub: Stub) -> None:
+    assert real.bridge
+    pool = real.bridge.pool
+    with ThreadPoolExecutor() as threads:
+        turn = threads.submit(real.post, "SLOW 170")
+        counts = [threads.submit(count, real, f"question {number}") for number in range(4)]
+        most = 0
+        while not all(done.done() for done in counts):
+            states = [session.state.value for session in list(pool.sessions)]
+            most = max(most, sum(state != "retired" for state in states))
+        assert not turn.done()
+        assert most <= 2  # the turn's, and one that counts
+        assert [done.result().status for done in counts] == [200] * 4
+        assert turn.result().status == 200
+
+
+def test_the_model_list_is_the_clis_own(real: Server) -> None:
+    page = real.call("GET", "/v1/models?limit=1000&beta=true").json
+    ids = [model["id"] for model in page["data"]]
+    assert "claude-cli/sonnet" in ids
+    assert any(name.startswith("claude-sonnet-") for name in ids)
+    assert len(set(ids)) == len(ids)
+    assert (page["has_more"], page["first_id"], page["last_id"]) == (False, ids[0], ids[-1])
+    for model in page["data"]:
+        assert model["type"] == "model"
+        assert model["lifecycle"] == "active"
+        assert model["display_name"]
+        assert model["created_at"]
+
+
+def test_the_model_list_is_paged_in_both_directions(real: Server) -> None:
+    def page(query: str) -> Json:
+        return real.call("GET", f"/v1/models?{query}").json
+
+    ids = [model["id"] for model in page("limit=1000")["data"]]
+    walked, after = [], ""
+    while True:
+        found = page("limit=2" + after)
+        walked += [model["id"] for model in found["data"]]
+        if not found["has_more"]:
+            break
+        after = "&after_id=" + found["last_id"]
+    assert walked == ids
+    before = page(f"limit=2&before_id={ids[3]}")
+    assert [model["id"] for model in before["data"]] == ids[1:3]
+    assert before["has_more"]
+    assert real.call("GET", "/v1/models?after_id=" + ids[-1]).json["data"] == []
+    for query in ("limit=0", "limit=1001", "limit=x", "after_id=nope"):
+        assert real.call("GET", "/v1/models?" + query).status == 400
+
+
+@pytest.mark.parametrize("name", ["sonnet", "claude-cli/sonnet", "claude-cli%2Fsonnet"])
+def test_a_model_is_found_by_id_and_alias(real: Server, name: str) -> None:
+    assert real.call("GET", "/v1/models/" + name).json["id"] == "claude-cli/sonnet"
+
+
+def test_an_unknown_model_is_404(real: Server) -> None:
+    answer = real.call("GET", "/v1/models/no-such%2Fmodel")
+    assert (answer.status, answer.json["error"]["type"]) == (404, "not_found_error")
+    assert real.call("DELETE", "/v1/models").status == 405
+
+
+def test_parameters_of_parallel_conversations_never_mix(real: Server, since: Callable[[], list[Json]]) -> None:
+    def converse(number: int) -> None:
+        history = [f"SAY conversation {number}"]
+        for turn in range(25):
+            fields: Json = {"temperature": number / 4} if turn % 2 else {"top_k": number + 1}
+            answer = real.post(history, max_tokens=1000 + number, **fields)
+            assert answer.session == ("hot" if turn else "new")
+            history += [answer.text, f"SAY turn {turn} of {number}"]
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(converse, (1, 2)))
+    assert len(since()) == 50
+    for row in since():
+        body = row["body"]
+        number = body["max_tokens"] - 1000
+        turn = sum(message["role"] == "assistant" for message in body["messages"])
+        assert f"conversation {number}" in str(body["messages"][0])
+        assert body.get("temperature") == (number / 4 if turn % 2 else None)
+        assert body.get("top_k") == (None if turn % 2 else number + 1)
