@@ -22,6 +22,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ import pytest
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(TESTS), str(ROOT)]
+
+from standin import Log  # noqa: E402
 
 from bridge import Bridge, Config  # noqa: E402
 from bridge import serve as serve_bridge  # noqa: E402
@@ -454,3 +457,25 @@ def launch() -> Iterator[Callable[..., Program]]:
             return program
 
         yield start
+
+
+@pytest.fixture
+def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that PAUSE waits for."""
+    monkeypatch.setenv("STANDIN_GATE", str(tmp_path / "gate"))
+    return tmp_path / "gate"
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Log:
+    """What the stand-ins were given."""
+    monkeypatch.setenv("STANDIN_LOG", str(tmp_path / "log"))
+    (tmp_path / "log").mkdir()
+    return Log(str(tmp_path / "log"))
+
+
+@pytest.fixture
+def background(gate: Path) -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(32) as executor:
+        yield executor
+        gate.touch()  # a test that failed does not wait for its other requests

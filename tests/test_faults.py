@@ -6,7 +6,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,28 +19,6 @@ import sessions
 
 Serve = Callable[..., Server]
 both = pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
-
-
-@pytest.fixture
-def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file that PAUSE waits for."""
-    monkeypatch.setenv("STANDIN_GATE", str(tmp_path / "gate"))
-    return tmp_path / "gate"
-
-
-@pytest.fixture
-def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Log:
-    """What the stand-ins were given."""
-    monkeypatch.setenv("STANDIN_LOG", str(tmp_path / "log"))
-    (tmp_path / "log").mkdir()
-    return Log(str(tmp_path / "log"))
-
-
-@pytest.fixture
-def background(gate: Path) -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(32) as executor:
-        yield executor
-        gate.touch()  # a test that failed does not wait for its other requests
 
 
 def reaped(pid: int) -> bool:

@@ -6,7 +6,7 @@ import os
 import stat
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,28 +17,6 @@ from standin import Log
 
 Serve = Callable[..., Server]
 HEADER = "x-arch-claude-cli-session"
-
-
-@pytest.fixture
-def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file that PAUSE waits for."""
-    monkeypatch.setenv("STANDIN_GATE", str(tmp_path / "gate"))
-    return tmp_path / "gate"
-
-
-@pytest.fixture
-def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Log:
-    """What the stand-ins were given."""
-    monkeypatch.setenv("STANDIN_LOG", str(tmp_path / "log"))
-    (tmp_path / "log").mkdir()
-    return Log(str(tmp_path / "log"))
-
-
-@pytest.fixture
-def background(gate: Path) -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(32) as executor:
-        yield executor
-        gate.touch()  # a test that failed does not wait for its other requests
 
 
 def pid(answer: Answer) -> int:
@@ -239,7 +217,7 @@ def max_tokens(server: Server) -> Answer:
     ],
 )
 def test_a_lost_session_is_rebuilt_and_the_reason_is_said(
-    serve: Serve, reason: str, lose: Callable[[Server], Answer], settings: dict[str, float]
+    serve: Serve, reason: str, lose: Callable[[Server], Answer], settings: dict[str, float], gate: Path
 ) -> None:
     answer = lose(serve(**settings))
     assert answer.session == f"rebuilt; reason={reason}"

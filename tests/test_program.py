@@ -19,28 +19,6 @@ HEADER = "x-arch-claude-cli-session"
 formats = pytest.mark.parametrize("log_format", ["text", "json"])
 
 
-@pytest.fixture
-def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file that PAUSE waits for."""
-    monkeypatch.setenv("STANDIN_GATE", str(tmp_path / "gate"))
-    return tmp_path / "gate"
-
-
-@pytest.fixture
-def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Log:
-    """What the stand-ins were given."""
-    monkeypatch.setenv("STANDIN_LOG", str(tmp_path / "log"))
-    (tmp_path / "log").mkdir()
-    return Log(str(tmp_path / "log"))
-
-
-@pytest.fixture
-def background(gate: Path) -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as executor:
-        yield executor
-        gate.touch()  # a test that failed does not wait for its other requests
-
-
 def alive(number: int) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
