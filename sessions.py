@@ -410,9 +410,7 @@ class Turn:
         in a burst are merged and reordered by the CLI."""
         lines = []
         if self.how != "hot":
-            self.process.tools = self.request.tools
-            agent = self.session.agent
-            lines.append(translate.initialize_line(self.request.system, self.request.tools, agent=agent))
+            lines.append(self._initialize())
         changed = {
             key: value for key, value in self.request.settings.items() if self.session.settings.get(key, "") != value
         }
@@ -428,15 +426,17 @@ class Turn:
 
     async def count(self) -> int:
         """The tokens of the conversation, without a model turn."""
-        line = translate.initialize_line(self.request.system, self.request.tools, agent=self.session.agent)
-        self.process.tools = self.request.tools
-        lines = await self._put([line], self.messages)
+        lines = await self._put([self._initialize()], self.messages)
         self.process.write(*lines, translate.control_line("usage", "get_context_usage"))
         while True:
             for event in await self.process.receive():
                 self.translator.feed(event)
                 if (tokens := translate.context_tokens(event)) is not None:
                     return tokens
+
+    def _initialize(self) -> bytes:
+        self.process.tools = self.request.tools
+        return translate.initialize_line(self.request.system, self.request.tools, agent=self.session.agent)
 
     async def _put(self, lines: list[bytes], messages: list[Json]) -> list[bytes]:
         """Write messages of the past, after `lines`; returns the lines that are still to be written."""
@@ -552,8 +552,7 @@ class Pool:
                 session = await self._spawn(request, "")
                 try:
                     session.process.listen()
-                    how, translator = "new", Translator()
-                    turn = Turn(request, session, session.process, how, "", request.messages, translator)
+                    turn = Turn(request, session, session.process, "new", "", request.messages, Translator())
                     self._counts[key] = await turn.count()
                 finally:
                     self.retire(session, "counted")
