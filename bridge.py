@@ -67,11 +67,12 @@ class Config(PoolConfig):
 
     listen_addr: str = setting("127.0.0.1:14001", "host:port or unix:/path")
     bin: str = setting("", "the CLI (default: claude on PATH, else the one in the claude-agent-sdk wheel)")
-    model: str = setting("sonnet", "the model that is asked at start who is logged in")
+    model: str = setting("sonnet", "the model of the first spare")
     session_ttl_secs: float = setting(600.0, "idle seconds before a process is retired; 0: never")
     watchdog_secs: float = setting(120.0, "seconds of silence inside a turn before it fails with 504")
     max_sessions: int = setting(64, "processes at most, about 200 MB each")
     max_idle: int = setting(8, "processes kept warm after their answer")
+    spares: int = setting(1, "processes started ahead of need")
     queue_secs: float = setting(30.0, "seconds that a request waits for room before it gets 529")
     retries: int = setting(2, "how often the CLI itself retries a failed API call")
     drain_secs: float = setting(10.0, "seconds that running answers get on shutdown")
@@ -366,49 +367,48 @@ def too_large() -> ApiError:
 
 
 class Stream:
-    """The server-sent events of one answer: the status line is held back for the first of them, and pings fill the
+    """The events of one answer on their way out: the status line is held back for the first of them, and pings fill the
     silence between them."""
 
     def __init__(self, connection: Connection, exchange: Exchange) -> None:
         self.connection = connection
         self.exchange = exchange
-        self._wrote_at = 0.0
+        self._loop = asyncio.get_running_loop()
+        self._wrote_at = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> "Stream":
-        self._arm(PING_SECS)
-        self._wrote_at = asyncio.get_running_loop().time()
+        if self.exchange.turn and self.exchange.turn.request.stream:
+            self._timer = self._loop.call_later(PING_SECS, self._tick)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._timer:
             self._timer.cancel()
 
-    def _arm(self, seconds: float) -> None:
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._tick)
-
     def _tick(self) -> None:
-        silent = asyncio.get_running_loop().time() - self._wrote_at
+        silent = self._loop.time() - self._wrote_at
         if silent >= PING_SECS - 0.01:
             self._write(translate.PING)
             silent = 0
-        self._arm(PING_SECS - silent)
+        self._timer = self._loop.call_later(PING_SECS - silent, self._tick)
 
     def _write(self, data: bytes) -> None:
-        connection = self.connection
+        connection, head = self.connection, b""
         if connection.h11.our_state is h11.SEND_RESPONSE:
             self.exchange.status, self.exchange.streaming = 200, True
-            head = connection.bridge.headers(self.exchange, "text/event-stream", {"cache_control": "no-cache"})
-            data_out = connection.h11.send(h11.Response(status_code=200, headers=head)) or b""
-        else:
-            data_out = b""
-        connection.writer.write(data_out + (connection.h11.send(h11.Data(data=data)) or b""))
-        self._wrote_at = asyncio.get_running_loop().time()
+            headers = connection.bridge.headers(self.exchange, "text/event-stream", {"cache_control": "no-cache"})
+            head = connection.h11.send(h11.Response(status_code=200, headers=headers)) or b""
+        connection.writer.write(head + (connection.h11.send(h11.Data(data=data)) or b""))
+        self._wrote_at = self._loop.time()
 
-    async def send(self, events: list[Json]) -> None:
-        """One write for all events of a batch; waits while the client is slow to read."""
-        self._write(b"".join(map(translate.frame, events)))
-        await self.connection.writer.drain()
+    def send(self, frames: bytes) -> bool:
+        """Write frames in one write; False when the client is too slow to read them."""
+        self.exchange.first_byte = self.exchange.first_byte or time.monotonic()
+        if frames:
+            self._write(frames)
+        transport = self.connection.writer.transport
+        return transport.get_write_buffer_size() <= transport.get_write_buffer_limits()[1]
 
 
 class Bridge:
@@ -578,16 +578,8 @@ class Bridge:
         exchange.body = b""
         async with self.pool.turn(request, exchange.header(SESSION_HEADER)) as turn:
             exchange.turn = turn
-            if request.stream:
-                with Stream(connection, exchange) as stream:
-                    async with contextlib.aclosing(turn.events()) as batches:
-                        async for events in batches:
-                            exchange.first_byte = exchange.first_byte or time.monotonic()
-                            await stream.send(events)
-            else:
-                async with contextlib.aclosing(turn.events()) as batches:
-                    async for _ in batches:
-                        exchange.first_byte = exchange.first_byte or time.monotonic()
+            with Stream(connection, exchange) as stream:
+                await turn.relay(stream.send, connection.writer.drain)
         if request.stream:
             await connection.send(h11.EndOfMessage())
         else:

@@ -5,8 +5,8 @@ new user message is only faster than a fresh one.  So after an answer a session 
 conversation including that answer, and a request takes the session whose fingerprint is its own history, if there is
 one.  A session in use is not on file, so two requests never share one; whatever goes wrong in it retires it alone.
 
-    STARTING ──lines of the conversation──> BUSY ──answer complete──> IDLE ──hot turn──> BUSY
-                                            BUSY ──client tools called──> PARKED ──their results──> BUSY
+    SPARE ──lines of the conversation──> BUSY ──answer complete──> IDLE ──hot turn──> BUSY
+                                         BUSY ──client tools called──> PARKED ──their results──> BUSY
     any of them ──fault, disconnect, TTL, LRU, shutdown──> RETIRED, which ends in a reaped process group
 
 `Pool._move` is the only place that changes a state, and TRANSITIONS is what it allows.
@@ -20,18 +20,22 @@ import logging
 import os
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import uuid
 import weakref
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import translate
 from translate import ApiError, Json, Request, Translator, cli_error
 
 log = logging.getLogger("claude_cli_bridge")
+
+Event = Json | bytes  # of a process: bytes are a line with a delta, not decoded
 
 # A line of the CLI can hold a whole tool result or screenshot; 1 MB was too small for the official SDK.
 MAX_LINE = 64 << 20
@@ -42,6 +46,8 @@ STDERR_TAIL = 2048
 # How a process is ended, step by step: what is done, and the seconds it then gets.  The CLI leaves 0.1 s after its
 # stdin closes when it is idle, and ends a running API call on SIGTERM.
 ENDING = ((None, 0.5), (signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0))
+# Seconds after which a process that has said nothing no longer holds up the start of others; 0.5 were measured.
+START_SECS = 5.0
 # Seconds that the `result` may come later than the answer it belongs to; 10 to 20 ms were measured.
 SETTLE_SECS = 5.0
 # Fingerprints of lost sessions that are remembered, to say why a conversation was rebuilt.
@@ -50,12 +56,13 @@ MAX_PAST = 4096
 MAX_COUNTS = 256
 # Only these show that a turn is alive; status lines and keep-alives come from a half-open stream as well.
 SIGNS_OF_LIFE = {"stream_event", "assistant", "user", "result", "control_request", "control_response"}
+PRCTL: Any = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 # Names of the bridge's environment that change the CLI's behaviour or account: a child gets them only when kept.
 SCRUBBED = ("ANTHROPIC_", "CLAUDE_CODE_", "CLAUDECODE", "CLAUDE_CLI_", "OTEL_")
 
 
 class State(enum.Enum):
-    STARTING = "starting"  # spawned for a request, has not got its conversation
+    SPARE = "spare"  # started, has got no conversation
     BUSY = "busy"  # answers a request
     IDLE = "idle"  # on file, waits for the next message of its conversation
     PARKED = "parked"  # on file, waits for the results of client tools inside the CLI's tools/call
@@ -63,7 +70,7 @@ class State(enum.Enum):
 
 
 TRANSITIONS = {
-    State.STARTING: {State.BUSY, State.RETIRED},
+    State.SPARE: {State.BUSY, State.RETIRED},
     State.BUSY: {State.IDLE, State.PARKED, State.RETIRED},
     State.IDLE: {State.BUSY, State.RETIRED},
     State.PARKED: {State.BUSY, State.RETIRED},
@@ -81,6 +88,7 @@ class PoolConfig:
     watchdog_secs: float = 120
     max_sessions: int = 64
     max_idle: int = 8
+    spares: int = 1
     queue_secs: float = 30
     retries: int = 2
     tools: str = ""
@@ -122,6 +130,21 @@ def child_environment(config: PoolConfig, environ: Mapping[str, str]) -> dict[st
     return inherited | defaults | kept
 
 
+def empty_folder(last: str = "") -> str:
+    """The working directory of model mode, the `last` one as long as it is there.  2.1.330 states it to the API, whose
+    prompt cache compares bytes: it is the same for all bridges of a user, unless others can or did write to it."""
+    if os.path.isdir(last):
+        return last
+    path = os.path.join(tempfile.gettempdir(), f"claude-cli-bridge-{os.getuid()}")
+    with contextlib.suppress(OSError):
+        os.mkdir(path, 0o700)
+    with contextlib.suppress(OSError):
+        found = os.lstat(path)
+        if (found.st_uid, found.st_mode) == (os.getuid(), stat.S_IFDIR | 0o700) and not os.listdir(path):
+            return path
+    return tempfile.mkdtemp(prefix="claude-cli-bridge-private-")
+
+
 def session_id(token: str) -> str:
     """The id of a session header: a UUID as it is, any other token hashed to one (UUIDv5, OID namespace)."""
     try:
@@ -133,7 +156,7 @@ def session_id(token: str) -> str:
 def die_with_parent() -> None:
     """In a new child: be killed when the bridge dies, even by SIGKILL (prctl(2), PR_SET_PDEATHSIG).  A CLI that only
     sees its stdin close finishes a running turn first, and 2.1.330 calls the API once more for a parked tool call."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    PRCTL(1, signal.SIGKILL)
 
 
 def exiting(pid: int) -> bool:
@@ -157,6 +180,8 @@ class Process(asyncio.SubprocessProtocol):
     def __init__(self, watchdog_secs: float) -> None:
         self.loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self.loop.create_future()
+        self.started: asyncio.Future[None] = self.loop.create_future()  # it has said something, or never will
+        self.loop.call_later(START_SECS, self._start)
         self.listening = False  # a turn is running: events are kept for it
         self.hello: Json = {}  # the CLI's answer to `initialize`: models, account
         self.tools: list[Json] = []  # the client's tools, for the CLI to list
@@ -166,15 +191,16 @@ class Process(asyncio.SubprocessProtocol):
         self.settled: asyncio.Future[bool] | None = None  # set at the `result` of an answer that was complete before it
         self._watchdog_secs = watchdog_secs
         self._alive_at = self.loop.time()  # when the last sign of life came, or is due after an announced retry
-        self._events: list[Json] = []
-        self._unread = 0  # bytes of the lines in _events
+        self._events: list[Event] = []
+        self._unread = 0  # bytes of what was read since _events was empty
+        self._sink: Callable[[list[Event]], bool] | None = None  # takes the events instead
         self._partial: list[bytes] = []  # pieces of a line whose end has not come
         self._partial_size = 0
         self._stderr = b""
         self._eof = False
         self._paused = False
         self._waiter: asyncio.Future[None] | None = None
-        self._failure: ApiError | None = None
+        self._failure: Exception | None = None
 
     @classmethod
     async def spawn(cls, argv: list[str], environment: dict[str, str], cwd: str, watchdog_secs: float) -> "Process":
@@ -186,7 +212,7 @@ class Process(asyncio.SubprocessProtocol):
                 env=environment,
                 cwd=cwd,
                 start_new_session=True,
-                preexec_fn=die_with_parent if sys.platform == "linux" else None,
+                preexec_fn=die_with_parent if PRCTL else None,
             )
         except OSError as error:
             raise cli_error(f"the claude CLI cannot be started: {error.strerror}") from error
@@ -204,7 +230,7 @@ class Process(asyncio.SubprocessProtocol):
     def settle(self, seen: bool) -> None:
         """End a turn.  Unless its `result` was `seen`, or came behind the answer, the next turn waits for it."""
         self.listening = False
-        seen = seen or any(event.get("type") == "result" for event in self._events)
+        seen = seen or any(isinstance(event, dict) and event.get("type") == "result" for event in self._events)
         self._events.clear()
         self._resume()
         self.settled = None if seen else self.loop.create_future()
@@ -227,34 +253,71 @@ class Process(asyncio.SubprocessProtocol):
             self._calls[call] = event
 
     async def receive(self) -> list[Json]:
-        """The events since the last call, at least one.
+        """The events since the last call, at least one; without deltas.
 
         Raises ApiError: 504 after the watchdog's time without a sign of life, 502 when the process is gone.
         """
-        while not self._events:
-            if self._failure:
-                raise self._failure
-            if self._eof:
-                raise await self._died()
-            silent_at = (self.loop.time() if self.working else self._alive_at) + self._watchdog_secs
-            if self.loop.time() >= silent_at:
-                raise ApiError(504, f"the claude CLI was silent for {self._watchdog_secs:g} seconds")
-            self._waiter = self.loop.create_future()
-            timer = self.loop.call_at(silent_at, self._wake)
-            try:
-                await self._waiter
-            finally:
-                timer.cancel()
-                self._waiter = None
+        while True:
+            events = [event for event in self._taken() if isinstance(event, dict)]
+            if events:
+                return events
+            await self._read_more()
+
+    async def relay(self, sink: Callable[[list[Event]], bool]) -> None:
+        """Hand the events of each read to `sink`, within that read, until it returns False.  Raises as `receive`, and
+        what `sink` raises."""
+        self._sink = sink
+        try:
+            self._pour(self._taken())
+            while self._sink is not None:
+                await self._read_more()
+        finally:
+            self._sink = None
+        if self._failure:
+            raise self._failure
+
+    def _pour(self, events: list[Event]) -> None:
+        try:
+            if events and self._sink is not None and not self._sink(events):
+                self._sink = None
+                self._wake()
+        except Exception as error:  # noqa: BLE001 - raised again in the task of the turn
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._failure, self._sink = error, None
+        self._wake()
+
+    def _taken(self) -> list[Event]:
         events, self._events = self._events, []
         self._resume()
         return events
+
+    async def _read_more(self) -> None:
+        if self._failure:
+            raise self._failure
+        if self._eof:
+            raise await self._died()
+        silent_at = (self.loop.time() if self.working else self._alive_at) + self._watchdog_secs
+        if self.loop.time() >= silent_at:
+            raise ApiError(504, f"the claude CLI was silent for {self._watchdog_secs:g} seconds")
+        self._waiter = self.loop.create_future()
+        timer = self.loop.call_at(silent_at, self._wake)
+        try:
+            await self._waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
 
     async def _died(self) -> ApiError:
         await asyncio.wait({self.exited}, timeout=1)  # its status follows the end of its output
         status = f"exited with status {self.exited.result()}" if self.exited.done() else "closed its output"
         said = self._stderr.decode(errors="replace").strip().rpartition("\n")[2][:300]
         return cli_error(f"the claude CLI {status}" + (f": {said}" if said else ""))
+
+    def _start(self) -> None:
+        if not self.started.done():
+            self.started.set_result(None)
 
     def _wake(self) -> None:
         if self._waiter and not self._waiter.done():
@@ -279,6 +342,7 @@ class Process(asyncio.SubprocessProtocol):
         if fd == 2:
             self._stderr = (self._stderr + data)[-STDERR_TAIL:]
             return
+        self._start()
         *lines, rest = data.split(b"\n")
         if lines:
             lines[0] = b"".join([*self._partial, lines[0]])
@@ -287,17 +351,32 @@ class Process(asyncio.SubprocessProtocol):
             self._partial.append(rest)
             self._partial_size += len(rest)
         if self._partial_size > MAX_LINE:
-            self._failure = cli_error(f"the claude CLI wrote a line of more than {MAX_LINE >> 20} MiB")
+            self._fail(cli_error(f"the claude CLI wrote a line of more than {MAX_LINE >> 20} MiB"))
             self._partial, self._partial_size = [], 0
+        events: list[Event] = []
         for line in lines:
-            self._read(line)
+            if line.startswith(translate.DELTA_START):
+                events.append(line)
+            else:
+                events += self._read(line)
+        if any(isinstance(event, bytes) for event in events[-1:]):
+            self._alive_at = self.loop.time()
+        if not self.listening:
+            return
+        if self._sink is not None:
+            self._pour(events)
+            return
+        self._events += events
+        self._unread += len(data)
         if self._unread > MAX_UNREAD and not self._paused:
             self._paused = True
             self._transport.get_pipe_transport(1).pause_reading()  # type: ignore[union-attr]
         self._wake()
 
-    def _read(self, line: bytes) -> None:
-        for event in translate.decode(line):
+    def _read(self, line: bytes) -> list[Json]:
+        """The events of a line, after what is to be done at once: control requests are answered."""
+        events = translate.decode(line)
+        for event in events:
             kind = event.get("type")
             if kind in SIGNS_OF_LIFE:
                 self._alive_at = self.loop.time()
@@ -310,17 +389,16 @@ class Process(asyncio.SubprocessProtocol):
                     self._call(event, call)
                 else:
                     self.write(translate.control_answer(event, self.tools))
-            if self.listening:
-                self._events.append(event)
-                self._unread += len(line)
-            elif kind == "result" and self.settled and not self.settled.done():
+            elif kind == "control_response":
+                self.hello = translate.answered(event, "initialize") or self.hello
+            elif kind == "result" and not self.listening and self.settled and not self.settled.done():
                 self.settled.set_result(not event.get("is_error"))
-            if kind == "control_response":
-                self.hello = translate.hello(event) or self.hello
+        return events
 
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
         if fd == 1:
             self._eof = True
+            self._start()
             if self.settled and not self.settled.done():
                 self.settled.set_result(False)
             self._wake()
@@ -357,14 +435,15 @@ class Session:
 
     id: str
     process: Process
+    model: str
     agent: bool  # it has tools of its own
-    state: State = State.STARTING
+    state: State = State.SPARE
     pinned: bool = False  # the client names it by header
     parts: dict[str, bytes] = field(default_factory=dict)  # digests of model and system
     chain: bytes = b""  # digest of the messages in it, its own answers included
     settings: dict[str, str] = field(default_factory=dict)  # what apply_flag_settings set last
     calls: list[str] = field(default_factory=list)  # ids of the client tools that its last answer called
-    idle_since: float = 0.0
+    idle_since: float = 0.0  # in the loop's time; of a spare: when it was started
 
 
 @dataclass
@@ -379,28 +458,45 @@ class Turn:
     messages: list[Json]  # what the process has not seen
     translator: Translator
     results: dict[str, Json] | None = None  # of tool calls, when they are all that is new
+    begun: Callable[[], None] | None = None  # called when the answer has begun
 
-    async def events(self) -> AsyncGenerator[list[Json], None]:
-        """Bring the conversation into the process, then yield the events of its answer, in the batches they come in.
+    async def relay(self, send: Callable[[bytes], bool], drain: Callable[[], Awaitable[None]]) -> None:
+        """Bring the conversation into the process, and its answer to `send`: the frames of each read, within that read;
+        empty unless the request streams.  While `send` returns False, `drain` is awaited and the child held up.
 
-        Raises ApiError when the turn fails; what was yielded before stays a correct beginning.
+        Raises ApiError when the turn fails; what was sent before stays a correct beginning.
         """
         await self._tell()
-        while not self.translator.done:
-            batch: list[Json] = []
-            failure = None
+        translator, stream = self.translator, self.request.stream
+        ready = True
+
+        def take(events: list[Event]) -> bool:
+            nonlocal ready
+            frames: list[bytes] = []
             try:
-                for event in await self.process.receive():
-                    batch += self.translator.feed(event)
-                self.process.working = self.translator.working
-            except ApiError as error:
-                failure = error
-            if self.translator.done and not self.translator.rests:
-                self.interrupt()  # the CLI goes on by itself here; nothing more may be billed
-            if batch:
-                yield batch
-            if failure:
-                raise failure
+                raw: list[bytes] = []
+                for event in events:
+                    if isinstance(event, bytes):
+                        raw.append(event)
+                        continue
+                    frames += [translator.relay(raw), *map(translate.frame, translator.feed(event))]
+                    raw = []
+                frames.append(translator.relay(raw))
+            finally:
+                if translator.message:
+                    ready = send(b"".join(frames) if stream else b"")
+                    if self.begun:
+                        self.begun()
+                        self.begun = None
+            self.process.working = translator.working
+            return ready and not translator.done
+
+        while not translator.done:
+            if not ready:
+                await drain()
+            await self.process.relay(take)
+        if not translator.rests:
+            self.interrupt()  # the CLI goes on by itself here; nothing more may be billed
 
     def interrupt(self) -> None:
         self.process.write(translate.control_line("interrupt", "interrupt"))
@@ -431,7 +527,7 @@ class Turn:
         while True:
             for event in await self.process.receive():
                 self.translator.feed(event)
-                if (tokens := translate.context_tokens(event)) is not None:
+                if isinstance(tokens := translate.answered(event, "usage").get("totalTokens"), int):
                     return tokens
 
     def _initialize(self) -> bytes:
@@ -481,6 +577,11 @@ class Pool:
         self.config = config
         self.sessions: set[Session] = set()  # every process that is not reaped
         self.idle: OrderedDict[str, Session] = OrderedDict()  # by id, the least recently used first
+        self.spares: list[Session] = []  # the oldest first
+        # Model, mode and settings of the last new conversations: what spares are for.
+        self._asked: deque[tuple[str, bool, dict[str, str]]] = deque(maxlen=2 * config.spares)
+        self._preparing: dict[asyncio.Task[None], tuple[str, bool]] = {}  # spares that are being started
+        self._starting = asyncio.Semaphore(2 * (os.cpu_count() or 1))  # more at once start later, each of them
         self._slots = asyncio.Semaphore(config.max_sessions)
         self._agent_cwd = os.path.abspath(config.cwd)
         self._waiting = 0  # requests that wait for a slot
@@ -495,19 +596,25 @@ class Pool:
         self._past: OrderedDict[bytes | str, tuple[dict[str, bytes], str]] = OrderedDict()
 
     async def __aenter__(self) -> "Pool":
-        self._cwd = tempfile.mkdtemp(prefix="claude-cli-bridge-")
+        self._cwd = empty_folder()
         self._environment = child_environment(self.config, os.environ)
         self._sweeper = asyncio.create_task(self._sweep())
+        self._asked.append((self.config.model, False, translate.turn_settings({})))
+        self._refill()
+        self._asked.clear()  # from here on it is what clients ask for
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._sweeper.cancel()
-        await asyncio.wait({self._sweeper})
+        self._asked.clear()
+        for task in (self._sweeper, *self._preparing):
+            task.cancel()
+        await asyncio.wait({self._sweeper, *self._preparing})
         for session in list(self.sessions):
             self.retire(session, "shutdown")
         while self._ending:
             await asyncio.wait(self._ending)
-        shutil.rmtree(self._cwd, ignore_errors=True)
+        if "-private-" in self._cwd:
+            shutil.rmtree(self._cwd, ignore_errors=True)
 
     @contextlib.asynccontextmanager
     async def turn(self, request: Request, token: str | None) -> AsyncIterator[Turn]:
@@ -530,7 +637,7 @@ class Pool:
         async with self._asking:
             if self._hello:
                 return self._hello
-            session = await self._spawn(None, "")
+            session = await self._spawn(self.config.model, False)
             try:
                 session.process.listen()
                 session.process.write(translate.initialize_line([], []))
@@ -549,13 +656,14 @@ class Pool:
         key = translate.extend(b"".join(request.parts.values()), request.messages)
         async with self._counting:
             if key not in self._counts:
-                session = await self._spawn(request, "")
+                session = await self._take(request)
                 try:
                     session.process.listen()
                     turn = Turn(request, session, session.process, "new", "", request.messages, Translator())
                     self._counts[key] = await turn.count()
                 finally:
                     self.retire(session, "counted")
+                    self._refill()
                 while len(self._counts) > MAX_COUNTS:
                     self._counts.popitem(last=False)
             return self._counts[key]
@@ -621,11 +729,12 @@ class Pool:
 
     async def _fresh(self, request: Request, pinned_id: str) -> Turn:
         how, reason = self._why(request, pinned_id)
-        session = await self._spawn(request, pinned_id)
-        session.pinned = bool(pinned_id)
-        session.parts = request.parts
+        session = await self._take(request)
+        session.id, session.pinned, session.parts = pinned_id or session.id, bool(pinned_id), request.parts
+        session.process.hello = session.process.hello or self._hello  # every process knows the same models
         self._move(session, State.BUSY)
-        return Turn(request, session, session.process, how, reason, request.messages, translator(request))
+        new = translator(request)
+        return Turn(request, session, session.process, how, reason, request.messages, new, begun=self._refill)
 
     def _why(self, request: Request, pinned_id: str) -> tuple[str, str]:
         """hot's alternative: `new`, or `rebuilt` and the reason that its user can act on."""
@@ -640,28 +749,81 @@ class Pool:
             reason = "unknown-history"
         return "rebuilt", f"{changed[0]}-changed" if changed else reason
 
-    async def _spawn(self, request: Request | None, name: str) -> Session:
+    async def _take(self, request: Request) -> Session:
+        """A process without a conversation: a spare, even one that is still starting, or else a fresh one."""
+        agent = bool(self.config.tools and not request.tools)  # a client that brings tools runs them itself
+        self._asked.append((request.model, agent, request.settings))
+        for spare in list(self.spares):
+            if spare.process.gone:
+                self.retire(spare, "died")
+            elif (spare.model, spare.agent) == (request.model, agent):
+                self.spares.remove(spare)
+                return spare
+        return await self._spawn(request.model, agent)
+
+    async def _spawn(self, model: str, agent: bool) -> Session:
         if self._slots.locked():
-            self._evict()
-        self._waiting += 1
+            self._evict([*self.spares, *self.idle.values()])
+        await self._queue(self._room(), f"all {self.config.max_sessions} processes were busy, none got free")
         try:
-            await self._queue(
-                self._slots.acquire(), f"all {self.config.max_sessions} processes were busy, none got free"
-            )
-        finally:
-            self._waiting -= 1
-        # A client that brings tools runs them itself.
-        agent = bool(self.config.tools and request and not request.tools)
-        try:
-            argv = arguments(self.config, request.model if request else self.config.model, agent=agent)
+            argv = arguments(self.config, model, agent=agent)
+            self._cwd = empty_folder(self._cwd)
             cwd = self._agent_cwd if agent else self._cwd
             process = await Process.spawn(argv, self._environment, cwd, self.config.watchdog_secs)
         except BaseException:
+            self._starting.release()
             self._slots.release()
             raise
-        session = Session(name or str(uuid.uuid4()), process, agent)
+        process.started.add_done_callback(lambda _: self._starting.release())
+        session = Session(str(uuid.uuid4()), process, model, agent)
         self.sessions.add(session)
         return session
+
+    async def _room(self) -> None:
+        self._waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            await self._starting.acquire()
+        except BaseException:
+            self._slots.release()
+            raise
+
+    # spares
+
+    def _refill(self) -> None:
+        """Start the spares that are missing: of what was asked for lately, that which has the fewest."""
+        if not self._asked:
+            return
+        kinds = {(model, agent): settings for model, agent, settings in self._asked}  # the latest settings of each
+        have = [(spare.model, spare.agent) for spare in self.spares]
+        for spare, kind in zip(list(self.spares), have, strict=True):
+            if kind not in kinds:
+                self.retire(spare, "unwanted")
+        have = [*filter(kinds.__contains__, have), *self._preparing.values()]
+        latest = [(model, agent) for model, agent, _ in reversed(self._asked)]
+        for _ in range(self.config.spares - len(have)):
+            if latest:
+                kind = min(latest, key=have.count)
+                task = asyncio.create_task(self._prepare(*kind, kinds[kind]))
+                self._preparing[task] = kind
+                task.add_done_callback(self._preparing.pop)
+                have.append(kind)
+
+    async def _prepare(self, model: str, agent: bool, settings: dict[str, str]) -> None:
+        if self._slots.locked():
+            return  # nobody makes room for a spare
+        try:
+            session = await self._spawn(model, agent)
+        except ApiError:
+            return  # the next request will say it
+        # A process that has answered one of these starts its turn 20 ms sooner, also when the next one differs.
+        session.process.write(translate.control_line("settings", "apply_flag_settings", settings={"env": settings}))
+        session.settings = dict(settings)
+        session.idle_since = asyncio.get_running_loop().time()
+        self.spares.append(session)
 
     # what becomes of a session
 
@@ -673,10 +835,14 @@ class Pool:
             self.idle[session.id] = session
         elif self.idle.get(session.id) is session:
             del self.idle[session.id]
+        elif session in self.spares:
+            self.spares.remove(session)
 
     def _finish(self, turn: Turn) -> None:
         session, translator = turn.session, turn.translator
         self._hello = turn.process.hello or self._hello
+        if turn.begun:
+            self._refill()
         if session.state is not State.BUSY:
             return
         if not translator.done:
@@ -696,15 +862,14 @@ class Pool:
         session.idle_since = asyncio.get_running_loop().time()
         self._move(session, State.PARKED if session.calls else State.IDLE)
         self._remember(session, "pinned")  # the only reason not to find it while it is on file
-        idle = sum(session.state is State.IDLE for session in self.idle.values())
-        if self._waiting > len(self._ending) or idle > self.config.max_idle:
-            self._evict()
+        crowd = len(self.idle) > self.config.max_idle and sum(s.state is State.IDLE for s in self.idle.values())
+        if self._waiting > len(self._ending) or crowd > self.config.max_idle:
+            self._evict([*self.idle.values()])
 
-    def _evict(self) -> None:
-        """Retire the least recently used IDLE session, or else PARKED one."""
-        order = sorted(self.idle.values(), key=lambda session: session.state is State.PARKED)
-        if order:
-            self.retire(order[0], "evicted")
+    def _evict(self, sessions: list[Session]) -> None:
+        """Retire the first of the sessions that is not PARKED, or else the first."""
+        for session in sorted(sessions, key=lambda session: session.state is State.PARKED)[:1]:
+            self.retire(session, "evicted")
 
     def retire(self, session: Session, reason: str) -> None:
         """End a session's process in the background; its slot is free once the process is reaped."""
@@ -735,8 +900,10 @@ class Pool:
         while True:
             await asyncio.sleep(max(0.05, min(ttl / 4, 5)) if ttl else 5)
             now = asyncio.get_running_loop().time()
-            for session in list(self.idle.values()):
+            for session in [*self.spares, *self.idle.values()]:
                 if session.process.gone:
                     self.retire(session, "died")
                 elif ttl and now - session.idle_since >= ttl:
+                    if session.state is State.SPARE:
+                        self._asked.clear()  # the next comes when it is needed
                     self.retire(session, "expired")

@@ -455,12 +455,9 @@ def message_line(kind: str, message: Json, **more: Any) -> bytes:
 def assistant_line(content: list[Json], number: int, model: str) -> bytes:
     """An assistant message of the past.  Messages that share an id are merged by the CLI, so `number` must differ."""
     message: Json = {"id": f"msg_history_{number}", "type": "message", "role": "assistant", "model": model}
-    message |= {"content": [prefixed(block) for block in content], "stop_reason": None, "stop_sequence": None}
+    prefixed = [{**b, "name": TOOL_PREFIX + b["name"]} if b["type"] == "tool_use" else b for b in content]
+    message |= {"content": prefixed, "stop_reason": None, "stop_sequence": None}
     return message_line("assistant", message | {"usage": {"input_tokens": 0, "output_tokens": 0}})
-
-
-def prefixed(block: Json) -> Json:
-    return {**block, "name": TOOL_PREFIX + block["name"]} if block["type"] == "tool_use" else block
 
 
 def control_line(request_id: str, subtype: str, **fields: Any) -> bytes:
@@ -552,20 +549,12 @@ def glued(text: str) -> list[Any]:
     return values
 
 
-def hello(event: Json) -> Json | None:
-    """What the CLI answered to `initialize`, if the event is that answer."""
-    match event:
-        case {"response": {"request_id": "initialize", "response": dict(answer)}}:
+def answered(event: Json, request_id: str) -> Json:
+    """What the CLI answered to a control request, if the event is that answer; else empty."""
+    match event.get("response"):
+        case {"request_id": str(given), "response": dict(answer)} if given == request_id:
             return answer
-    return None
-
-
-def context_tokens(event: Json) -> int | None:
-    """The tokens in a process, if the event answers `get_context_usage` (recording context_usage)."""
-    match event:
-        case {"response": {"request_id": "usage", "response": {"totalTokens": int(total)}}}:
-            return total
-    return None
+    return {}
 
 
 def resolved_model(hello: Json, name: str) -> str:
@@ -586,6 +575,10 @@ DELTAS = {
 }
 # Block type -> keys that are empty strings in its content_block_start, the one that deltas add to first.
 EMPTY = {"text": ("text",), "thinking": ("thinking", "signature"), "redacted_thinking": (), "tool_use": ()}
+# How the lines with deltas begin, and what they say when they are not a subagent's.
+STREAM_EVENT = b'{"type":"stream_event","event":'
+DELTA_START = STREAM_EVENT + b'{"type":"content_block_delta","index":'
+MAIN = b'"parent_tool_use_id":null'
 # After these the CLI waits for the next user message; after any other it would go on by itself (recordings max_tokens,
 # refusal), as it does after an answer without a visible text.
 RESTING = ("end_turn", "stop_sequence")
@@ -611,6 +604,7 @@ class Translator:
         self._resets_at: float | None = None  # of a rejected rate limit
         self._open: int | None = None  # the CLI's index of the open block
         self._relayed = False  # the open block is one that clients know
+        self._raw = b""  # how a line begins that holds a delta of the open block and may keep its bytes
         self._plain: Json = {}  # a message that came without stream events, in its last form
         self._pieces: list[str] = []  # of the open block's text, thinking or input
 
@@ -631,6 +625,29 @@ class Translator:
             case {"type": "control_response", "response": {"subtype": "error", "error": error}} if not self.done:
                 raise cli_error(f"the claude CLI refused a control request: {error}")
         return []
+
+    def relay(self, lines: list[bytes]) -> bytes:
+        """Translate lines of the CLI that begin with DELTA_START, into frames.  Deltas of the open block keep their
+        bytes: decoding them took ten times as long."""
+        start, texts, rests = self._raw, [], []
+        for text in lines:
+            inner, _, rest = text.partition(b'"}},')
+            if not start or not inner.startswith(start):
+                break
+            texts.append(inner[len(start) :])
+            rests.append(rest)
+        # One event a line, and not a subagent's: strings hold no bare quotes, so these bytes mean what they say.
+        rest = b"\n".join([*rests, b""])
+        if 0 < len(lines) == rest.count(MAIN) == rest.count(b"}\n") and b"{" not in rest:
+            try:
+                orjson.loads(b'"%b"' % b" ".join(texts))  # no text may end inside an escape
+            except orjson.JSONDecodeError:
+                pass
+            else:
+                self._pieces.append(orjson.loads(b'"%b"' % b"".join(texts)))
+                head = b"event: content_block_delta\ndata: " + start.removeprefix(STREAM_EVENT)
+                return ascii_lines(head + (b'"}}\n\n' + head).join(texts) + b'"}}\n\n')
+        return b"".join(frame(out) for text in lines for event in decode(text) for out in self.feed(event))
 
     def _stream(self, event: Json) -> list[Json]:
         match event:
@@ -706,7 +723,11 @@ class Translator:
             raise cli_error(f"the claude CLI opened a malformed content block: {error.message}") from None
         self.message["content"].append(dict(block))
         self._pieces = []
-        return self._block("start", content_block=block)
+        start = self._block("start", content_block=block)
+        if self._open == start["index"]:
+            kind, key = next(iter(DELTAS[block["type"]].items()), ("", ""))
+            self._raw = DELTA_START + f'{self._open},"delta":{{"type":"{kind}","{key}":"'.encode()
+        return start
 
     def _block_delta(self, kind: str, delta: Json) -> list[Json]:
         block = self.message["content"][-1]
@@ -725,7 +746,7 @@ class Translator:
 
     def _block_stop(self) -> Json:
         block = self.message["content"][-1]
-        text = "".join(self._pieces)
+        text, self._raw = "".join(self._pieces), b""
         if block["type"] == "tool_use":
             try:
                 block["input"] = orjson.loads(text or "{}")
@@ -838,12 +859,16 @@ def usage(value: Any) -> Json:
 
 
 def frame(event: Json) -> bytes:
-    """One server-sent event.  U+2028, U+2029 and U+0085 are escaped: some clients split lines at them."""
-    data = orjson.dumps(event)
-    if not data.isascii():
-        data = data.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029")
-        data = data.replace(b"\xc2\x85", b"\\u0085")
-    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), data)
+    """One server-sent event."""
+    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), ascii_lines(orjson.dumps(event)))
+
+
+def ascii_lines(data: bytes) -> bytes:
+    """U+2028, U+2029 and U+0085 escaped: some clients split lines at them."""
+    if data.isascii():
+        return data
+    data = data.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029")
+    return data.replace(b"\xc2\x85", b"\\u0085")
 
 
 PING = frame({"type": "ping"})

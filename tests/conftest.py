@@ -396,11 +396,11 @@ class Server(Client):
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Server]]:
-    """Start bridges in this process: serve(bin=..., max_sessions=..., ...) with the fields of Config."""
+    """Start bridges in this process: serve(bin=..., max_sessions=..., ...) with the fields of Config; no spares."""
     with contextlib.ExitStack() as stack:
 
         def start(**settings: Any) -> Server:
-            settings = {"listen_addr": "127.0.0.1:0", "keep_env": KEEP, "bin": str(STANDIN), **settings}
+            settings = {"listen_addr": "127.0.0.1:0", "keep_env": KEEP, "bin": str(STANDIN), "spares": 0, **settings}
             settings["bin"] = str(settings["bin"])
             return stack.enter_context(Server(config=Config(**settings)))
 
@@ -429,13 +429,15 @@ class Program(Client):
 
 @pytest.fixture
 def launch() -> Iterator[Callable[..., Program]]:
-    """Start the bridge as a program: launch("--max-idle", "2", CLAUDE_CLI_BIN=...).  It listens on a free port."""
+    """Start the bridge as a program: launch("--max-idle", "2", CLAUDE_CLI_BIN=...).  It listens on a free port, and has
+    no spares."""
     with contextlib.ExitStack() as stack:
 
         def start(*arguments: str, wait: bool = True, **variables: str) -> Program:
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = free.getsockname()[1]
             settings = {"CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{port}"}
+            settings["CLAUDE_CLI_SPARES"] = "0"
             environ = {**os.environ, "CLAUDE_CLI_KEEP_ENV": ",".join(KEEP), **settings, **variables}
             command = [sys.executable, str(ROOT / "bridge.py"), *arguments]
             process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)

@@ -22,7 +22,8 @@ Words in the last text of the user, alone or together:
     RATELIMIT epoch       the account's limit is used up until then
     REPLAY version/name   the last turn of that recording, ten times as fast
 
-Models: exit-at-start, hang-at-start (answers nothing), ignore-sigterm (and the end of stdin), not-logged-in.
+Models: exit-at-start, hang-at-start (answers nothing), slow-start (not before $STANDIN_GATE), ignore-sigterm (and the
+end of stdin), not-logged-in.
 With $STANDIN_LOG=dir every line of stdin goes to dir/<pid>.ndjson, and argv, environment and working directory to
 dir/<pid>.json; `Log` reads them.
 """
@@ -164,6 +165,8 @@ class Standin:
     # turns
 
     def run(self) -> None:
+        while self.model == "slow-start" and not os.path.exists(os.environ["STANDIN_GATE"]):
+            time.sleep(0.01)
         if self.model == "exit-at-start":
             sys.exit("stand-in: told to exit at the start")
         while self.reading or self.waiting:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import stat
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable
@@ -445,15 +446,50 @@ def test_retries_reach_the_child_in_its_environment(serve: Serve, log: Log) -> N
     assert log.started()[pid(answer)]["env"]["CLAUDE_CODE_MAX_RETRIES"] == "7"
 
 
-def test_the_working_directory_is_private_empty_and_removed_at_the_end(serve: Serve, log: Log) -> None:
+def test_the_working_directory_is_private_empty_and_the_same_for_all_bridges_of_a_user(serve: Serve, log: Log) -> None:
+    folders = []
+    for server in (serve(), serve()):
+        number = pid(server.post())
+        folders.append(Path(log.started()[number]["cwd"]))
+    assert folders[0] == folders[1]
+    assert stat.S_IMODE(folders[0].stat().st_mode) == 0o700
+    assert list(folders[0].iterdir()) == []
+
+
+@pytest.mark.parametrize("spoil", ["file", "full", "open", "link"])
+def test_a_working_directory_that_others_can_change_is_not_used(
+    serve: Serve, log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: str
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    usual = tmp_path / f"claude-cli-bridge-{os.getuid()}"
+    if spoil == "file":
+        usual.write_text("")
+    elif spoil == "link":
+        (tmp_path / "target").mkdir(mode=0o700)
+        usual.symlink_to(tmp_path / "target")
+    else:
+        usual.mkdir(mode=0o700)
+        if spoil == "full":
+            (usual / "CLAUDE.md").write_text("obey")
+        else:
+            usual.chmod(0o777)
     server = serve()
-    answer = server.post()
-    folder = Path(log.started()[pid(answer)]["cwd"])
+    number = pid(server.post())
+    folder = Path(log.started()[number]["cwd"])
+    assert folder != usual.resolve()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert list(folder.iterdir()) == []
-    (folder / "left").write_text("by a child")
     server.close()
     assert not folder.exists()
+
+
+def test_a_working_directory_that_was_cleaned_up_is_made_again(
+    serve: Serve, log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    server = serve()
+    number = pid(server.post())
+    Path(log.started()[number]["cwd"]).rmdir()
+    assert server.post("another").status == 200
 
 
 def test_a_system_prompt_is_not_in_argv(serve: Serve, log: Log) -> None:

@@ -1687,8 +1687,9 @@ def test_the_system_prompt_goes_through_initialize() -> None:
         assert request["request"] == {"subtype": "initialize", "hooks": None, "systemPrompt": sent}
 
 
-def test_hello_is_the_answer_to_initialize_alone() -> None:
+def test_an_answer_belongs_to_its_control_request_alone() -> None:
     answer = {"type": "control_response", "response": {"request_id": "initialize", "response": {"models": []}}}
-    assert translate.hello(answer) == {"models": []}
-    others: list[Json] = [{}, {"response": None}, {"response": {"request_id": "settings", "response": {}}}]
-    assert [translate.hello(event) for event in [*others, {"response": {"request_id": "initialize"}}]] == [None] * 4
+    assert translate.answered(answer, "initialize") == {"models": []}
+    others: list[Json] = [{}, {"response": None}, {"response": {"request_id": "settings", "response": {"a": 1}}}]
+    for event in [*others, {"response": {"request_id": "initialize"}}]:
+        assert translate.answered(event, "initialize") == {}
