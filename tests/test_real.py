@@ -177,6 +177,37 @@ def test_history_that_no_process_holds_arrives_as_it_was_sent(real: Server, stub
     assert last_arrived(stub)[:5] == wanted
 
 
+def test_a_rebuilt_conversation_has_the_bytes_of_the_continued_one(
+    serve: Callable[..., Server], cli: Path, stub: Stub
+) -> None:
+    """For the API's prompt cache.  What 2.1.330 does to its date line is in the README."""
+    tools = [{"name": name, "input_schema": {"type": "object", "properties": {"z": {}, "a": {}}}} for name in "ba"]
+    more = {"system": "Be terse.", "tools": tools}
+    talk, bodies = ["SAY one", "one", "SAY two", "two", "SAY three"], []
+    first, second = serve(bin=cli), serve(bin=cli)
+    for length in (1, 3, 5):
+        assert first.post(talk[:length], **more).session == ("new" if length == 1 else "hot")
+    bodies.append(stub.log()[-1]["body"])
+    assert second.post(talk, **more).session.startswith("rebuilt")
+    bodies.append(stub.log()[-1]["body"])
+    told = []
+    for body in bodies:
+        del body["metadata"]
+        blocks = [
+            (message["role"], {**block, "cache_control": None})
+            for message in body.pop("messages")
+            for block in ([text(message["content"])] if isinstance(message["content"], str) else message["content"])
+        ]
+        date = "Today's date is "
+        moved = [block["text"] for role, block in blocks if role == "system" and block["text"].startswith(date)]
+        blocks = [(role, block) for role, block in blocks if role != "system" or block["text"] not in moved]
+        rest = [block["text"].partition(f"\n\n{date}")[0] if role == "system" else block for role, block in blocks]
+        told.append((json.dumps(rest), json.dumps(body)))
+    assert told[0] == told[1]
+    assert "Be terse." in told[0][1]
+    assert "SAY three" in told[0][0]
+
+
 def test_tool_results_of_a_history_keep_is_error_and_emptiness(real: Server, stub: Stub) -> None:
     calls = [{"type": "tool_use", "id": f"toolu_{n}", "name": "w", "input": {}} for n in range(3)]
     results = [

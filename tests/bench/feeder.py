@@ -41,14 +41,14 @@ END += event("message_stop") + '{"type":"result","is_error":false,"num_turns":1}
 
 def answer(words: list[str]) -> None:
     if words[0] == "FEED":
-        put(BEGIN + "".join(DELTA % f"word{n % 10} " for n in range(int(words[1]))) + END)
+        put(BEGIN + (DELTA % "word ") * int(words[1]) + END)
         return
     put(BEGIN)
-    due = time.monotonic()
+    due, step, head = time.monotonic(), 1 / float(words[2]), DELTA.encode()
     for _ in range(int(words[1])):
-        due += 1 / float(words[2])
+        due += step
         time.sleep(max(0.0, due - time.monotonic()))
-        put(DELTA % time.monotonic_ns())
+        os.write(1, head % str(time.monotonic_ns()).encode())
     put(END)
 
 

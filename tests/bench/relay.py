@@ -1,4 +1,4 @@
-"""What the bridge adds to a token: its relay against a plain copy, one client against many, delays at a steady pace.
+"""What the bridge adds to a token: its relay against a plain copy, many clients against one, delays at a steady pace.
 
 `copy` is the 30-line program that users might write instead: the same bytes from pipe to socket, without a look.
 """
@@ -8,80 +8,34 @@ import json
 import os
 import selectors
 import socket
-import statistics
-import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
+from program import Program, request
 
-HERE = Path(__file__).parent
-FEEDER = HERE / "feeder.py"
-ROOT = HERE.parents[1]
+FEEDER = str(Path(__file__).resolve().parent / "feeder.py")
 EVENTS = 50_000
-
-
-class Program:
-    """A server in a process of its own: the bridge, or the plain copy."""
-
-    def __init__(self, *command: str, **settings: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        environ = {**os.environ, "CLAUDE_CLI_BIN": str(FEEDER), "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{self.port}"}
-        environ |= {"CLAUDE_CLI_MAX_SESSIONS": "400", "CLAUDE_CLI_MAX_IDLE": "400", **settings}
-        command = command or (str(ROOT / "bridge.py"),)
-        self.process = subprocess.Popen([sys.executable, *command], env=environ, stderr=subprocess.DEVNULL)
-        self.psutil = psutil.Process(self.process.pid)
-        while True:
-            try:
-                self.connect().close()
-                return
-            except ConnectionRefusedError:
-                time.sleep(0.01)
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port))
-
-    def cpu(self) -> float:
-        """Seconds of CPU, those of its children left out."""
-        times = self.psutil.cpu_times()
-        return times.user + times.system
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait()
-
-
-def request(text: str, *past: str) -> bytes:
-    """The request that asks for `text`, after `past` and an answer of "word0 " to it."""
-    messages = [{"role": "user", "content": text}]
-    if past:
-        messages = [
-            *({"role": "user", "content": p} for p in past),
-            {"role": "assistant", "content": "word0"},
-            *messages,
-        ]
-    body = json.dumps({"model": "sonnet", "max_tokens": 9, "stream": True, "messages": messages}).encode()
-    return b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+MANY = 100
+EACH = 20_000  # events for each of many clients
 
 
 def ask(
-    program: Program, requests: list[bytes], seen: Callable[[bytes], None] = lambda data: None, rest: float = 0
+    program: Program, requests: list[bytes], seen: Callable[[bytes], None] = lambda data: None, every: float = 0
 ) -> float:
-    """Send all requests at once, read every answer to its end; `seen` gets what is read.  Returns the seconds from the
-    first byte of an answer on."""
+    """Send all requests, one `every` so many seconds, and read every answer to its end; `seen` gets what is read.
+    Returns the seconds from the first byte of an answer on."""
     waiting = selectors.DefaultSelector()
-    for data in requests:
-        client = program.connect()
-        client.sendall(data)
-        waiting.register(client, selectors.EVENT_READ, [b""])
-    began = 0.0
-    while waiting.get_map():
-        time.sleep(rest)
-        for key, _ in waiting.select():
+    unsent, due, began = list(requests), time.perf_counter(), 0.0
+    while unsent or waiting.get_map():
+        while unsent and time.perf_counter() >= due:
+            client = program.connect()
+            client.sendall(unsent.pop())
+            waiting.register(client, selectors.EVENT_READ, [b""])
+            due += every
+        for key, _ in waiting.select(every or None):
             assert isinstance(key.fileobj, socket.socket)
             data = key.fileobj.recv(1 << 20)
             began = began or time.perf_counter()
@@ -97,8 +51,8 @@ def conversations(program: Program, count: int, text: str) -> list[bytes]:
     """Begin conversations, so that their processes are there, and return the requests that go on in them."""
     firsts = [f"FEED 1 {uuid.uuid4()}" for _ in range(count)]
     for at in range(0, count, 10):
-        ask(program, [request(first) for first in firsts[at : at + 10]])
-    return [request(text, first) for first in firsts]
+        ask(program, [request([first]) for first in firsts[at : at + 10]])
+    return [request([first, "word", text]) for first in firsts]
 
 
 def lateness(program: Program, clients: int, seconds: int, pace: int) -> list[float]:
@@ -110,8 +64,8 @@ def lateness(program: Program, clients: int, seconds: int, pace: int) -> list[fl
         for piece in data.split(b'"text_delta","text":"')[1:]:
             late.append((now - int(piece[: piece.index(b'"')])) / 1e6)
 
-    ask(program, conversations(program, clients, f"PACE {seconds * pace} {pace}"), seen)
-    return late
+    ask(program, conversations(program, clients, f"PACE {seconds * pace} {pace}"), seen, 1 / clients)
+    return sorted(late)
 
 
 async def copy() -> None:
@@ -121,9 +75,8 @@ async def copy() -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         size = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
         text = json.loads(await reader.readexactly(size))["messages"][0]["content"]
-        child = await asyncio.create_subprocess_exec(
-            FEEDER, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
-        )
+        pipe = asyncio.subprocess.PIPE
+        child = await asyncio.create_subprocess_exec(FEEDER, stdin=pipe, stdout=pipe)
         assert child.stdin
         assert child.stdout
         line = {"type": "user", "message": {"content": [{"type": "text", "text": text}]}}
@@ -142,39 +95,26 @@ async def copy() -> None:
         await server.serve_forever()
 
 
-def spread(values: list[float], digits: int = 2) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-
-def main() -> None:
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 7
-    plain, bridge = Program(__file__, "copy"), Program()
-    copied, relayed, cost, many = [], [], [], []
+def measure(rounds: int) -> dict[str, list[float]]:
+    limits = {"CLAUDE_CLI_BIN": FEEDER, "CLAUDE_CLI_MAX_SESSIONS": "2000", "CLAUDE_CLI_MAX_IDLE": "250"}
+    plain, bridge = Program(str(Path(__file__).resolve())), Program(**limits, CLAUDE_CLI_SPARES="0")
+    measured: dict[str, list[float]] = {name: [] for name in ("copy", "relay", "many", "cpu", "late", "late 99")}
     try:
         for _ in range(rounds):
-            copied.append(EVENTS / ask(plain, [request(f"FEED {EVENTS}")]))
-            one, hundred = (
-                conversations(bridge, 1, f"FEED {EVENTS}"),
-                conversations(bridge, 100, f"FEED {EVENTS // 100}"),
-            )
+            measured["copy"].append(EVENTS / ask(plain, [request([f"FEED {EVENTS}"])]))
+            one, many = conversations(bridge, 1, f"FEED {EVENTS}"), conversations(bridge, MANY, f"FEED {EACH}")
             cpu = bridge.cpu()
-            relayed.append(EVENTS / ask(bridge, one))
-            cost.append((bridge.cpu() - cpu) * 1e6 / EVENTS)
-            many.append(EVENTS / ask(bridge, hundred))
-        print("copy, events/s", spread(copied, 0))
-        print("relay, events/s", spread(relayed, 0))
-        print("relay against copy", spread([a / b for a, b in zip(relayed, copied, strict=True)]))
-        print("CPU us an event", spread(cost))
-        print("100 clients against one", spread([a / b for a, b in zip(many, relayed, strict=True)]))
-        late = sorted(lateness(bridge, 200, 5, 100))
-        print("late ms, median and 99th", late[len(late) // 2], late[len(late) * 99 // 100], len(late))
+            measured["relay"].append(EVENTS / ask(bridge, one))
+            measured["cpu"].append((bridge.cpu() - cpu) * 1e6 / EVENTS)
+            measured["many"].append(MANY * EACH / ask(bridge, many))
+            late = lateness(bridge, 200, 4, 100)
+            measured["late"].append(late[len(late) // 2])
+            measured["late 99"].append(late[len(late) * 99 // 100])
     finally:
         plain.close()
         bridge.close()
+    return measured
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["copy"]:
-        asyncio.run(copy())
-    else:
-        main()
+    sys.exit(asyncio.run(copy()))

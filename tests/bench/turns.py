@@ -1,31 +1,24 @@
-"""Seconds to the first content byte, the bare CLI against the bridge: `python tests/bench/turns.py [rounds]`.
+"""Seconds to the first content byte: the bare CLI, the bridge, and `query()` of the claude-agent-sdk once per request.
 
-Each round measures every row once, one after another in one run, in front of the stub API; the table shows medians, the
-spread (lowest to highest) and each median as a ratio to the bare CLI's.  Nothing reaches the network.
+Each round measures every one of them, one after another, in front of the stub API.
 """
 
-import json
+import asyncio
 import os
-import socket
-import statistics
 import subprocess
-import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+from program import Program, request
 
-import conftest  # noqa: E402
-
-import sessions  # noqa: E402
-import translate  # noqa: E402
+import sessions
+import translate
 
 DELTA = b'"content_block_delta"'
-REST_SECS = 0.1  # before a hot turn: the CLI's `result` comes 20 ms after its answer, and a client takes a moment
+REST_SECS = 0.3  # between hot turns: a client takes a moment
+SYSTEM = "Be terse."
 
 
 class BareCli:
@@ -36,7 +29,7 @@ class BareCli:
         environ = sessions.child_environment(config, os.environ)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, env=environ, cwd=cwd, **pipes)
-        self.write(translate.initialize_line("initialize", ["Be terse."]))
+        self.write(translate.initialize_line([SYSTEM], []))
 
     def write(self, line: bytes) -> None:
         assert self.process.stdin
@@ -61,23 +54,20 @@ class BareCli:
         self.process.stdout.close()
 
 
-def first_delta(client: conftest.Client, messages: list[Any]) -> tuple[float, str, str]:
-    """Stream one answer: seconds to its first delta, its text, and what x-bridge-session said."""
-    body = json.dumps(conftest.request_body(messages, stream=True, system="Be terse.")).encode()
-    head = f"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-    with socket.create_connection((client.host, client.port)) as connection:
+def first_delta(bridge: Program, messages: list[str], expected: bytes) -> tuple[float, str]:
+    """Stream one answer: seconds to its first delta, and its text."""
+    with bridge.connect() as connection:
         began = time.perf_counter()
-        connection.sendall(head.encode() + body)
+        connection.sendall(request(messages, system=SYSTEM))
         data = b""
         while DELTA not in data:
             data += connection.recv(65536)
         took = time.perf_counter() - began
-        while chunk := connection.recv(65536):
-            data += chunk
-    lines = [line[6:] for line in data.split(b"\n") if line.startswith(b"data: ") and DELTA in line]
-    pieces = [json.loads(line)["delta"]["text"] for line in lines]
-    session = next(line.split(b": ")[1].decode().strip() for line in data.split(b"\r\n") if b"x-bridge-session" in line)
-    return took, "".join(pieces), session
+        while b'"message_stop"' not in data:
+            data += connection.recv(65536)
+    assert b"x-bridge-session: " + expected in data, data[:500]
+    pieces = data.split(b'"text_delta","text":"')[1:]
+    return took, b"".join(piece[: piece.index(b'"')] for piece in pieces).decode()
 
 
 def history(length: int) -> list[str]:
@@ -86,54 +76,69 @@ def history(length: int) -> list[str]:
     return [f"message {number} of {mark}" for number in range(length)] + ["SAY on"]
 
 
-def one_round(server: conftest.Server, config: sessions.PoolConfig, cwd: str) -> Iterator[tuple[str, float]]:
+async def query(cli: str, cwd: str, messages: list[str]) -> float:
+    """What a Python user would write: the conversation as one prompt."""
+    from claude_agent_sdk import ClaudeAgentOptions, StreamEvent
+    from claude_agent_sdk import query as sdk_query
+
+    options = ClaudeAgentOptions(
+        cli_path=cli,
+        cwd=cwd,
+        model="sonnet",
+        system_prompt=SYSTEM,
+        tools=[],
+        setting_sources=[],
+        include_partial_messages=True,
+    )
+    began, took = time.perf_counter(), 0.0
+    async for message in sdk_query(prompt="\n\n".join(messages), options=options):
+        if not took and isinstance(message, StreamEvent) and message.event["type"] == "content_block_delta":
+            took = time.perf_counter() - began
+    return took
+
+
+def one_round(bridge: Program, config: sessions.PoolConfig, cwd: str) -> Iterator[tuple[str, float]]:
+    """Name and seconds of each measure."""
+    bridge.rest()
     began = time.perf_counter()
     bare = BareCli(config, cwd)
     bare.ask("SAY hello")
-    yield "bare CLI, spawn to first delta", time.perf_counter() - began
+    yield "bare new", time.perf_counter() - began
     bare.read_until(b'"type":"result"')
-    time.sleep(REST_SECS)
-    began = time.perf_counter()
-    bare.ask("SAY more")
-    yield "bare CLI, hot turn", time.perf_counter() - began
+    bridge.rest()
+    talk = [f"SAY {uuid.uuid4().hex}"]
+    took, text = first_delta(bridge, talk, b"new")
+    yield "bridge new", took
+    bridge.rest()
+    for number in range(5):
+        time.sleep(REST_SECS)
+        began = time.perf_counter()
+        bare.ask(f"SAY {number}")
+        yield "bare hot", time.perf_counter() - began
+        bare.read_until(b'"type":"result"')
+        talk += [text, f"SAY {number}"]
+        time.sleep(REST_SECS)
+        took, text = first_delta(bridge, talk, b"hot")
+        yield "bridge hot", took
     bare.close()
-    first = f"SAY {uuid.uuid4().hex}"
-    took, text, session = first_delta(server, [first])
-    assert session == "new"
-    yield "bridge, new conversation", took
-    time.sleep(REST_SECS)
-    took, _, session = first_delta(server, [first, text, "SAY more"])
-    assert session == "hot"
-    yield "bridge, hot turn", took
     for length in (20, 200):
-        took, _, session = first_delta(server, history(length))
-        assert session.startswith("rebuilt")
-        yield f"bridge, rebuilt with {length} messages", took
+        bridge.rest()
+        yield f"bridge {length}", first_delta(bridge, history(length), b"rebuilt")[0]
+    bridge.rest()
+    yield "query new", asyncio.run(query(config.bin, cwd, ["SAY hello"]))
+    yield "query 20", asyncio.run(query(config.bin, cwd, history(20)))
+    yield "query 200", asyncio.run(query(config.bin, cwd, history(200)))
 
 
-def main() -> None:
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 9
-    cli = conftest.bundled_cli() or sys.exit("the extra `cli` is not installed")
-    version = subprocess.run([cli, "--version"], capture_output=True, text=True, check=True).stdout.split()[0]
-    conftest.isolate()
+def measure(rounds: int, cli: Path, home: str, keep: tuple[str, ...]) -> dict[str, list[float]]:
     measured: dict[str, list[float]] = {}
-    with conftest.Stub() as stub, tempfile.TemporaryDirectory() as home:
-        os.environ |= {"HOME": home, "ANTHROPIC_BASE_URL": stub.url, "ANTHROPIC_API_KEY": "sk-stub"}
-        os.environ |= {"DISABLE_TELEMETRY": "1", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
-        config = conftest.Config(bin=str(cli), listen_addr="127.0.0.1:0", keep_env=conftest.KEEP)
-        with conftest.Server(config=config) as server:
-            for number in range(rounds + 1):
-                for name, seconds in one_round(server, config, home):
-                    if number:  # the first round warms the page cache
-                        measured.setdefault(name, []).append(seconds)
-    print(f"{rounds} rounds, CLI {version}, {os.cpu_count()} cores, Python {sys.version.split()[0]}")
-    print("| measure | median ms | spread ms | ratio |\n|---|---|---|---|")
-    for name, values in measured.items():
-        base = "bare CLI, hot turn" if name.endswith("hot turn") else "bare CLI, spawn to first delta"
-        ratio = statistics.median(values) / statistics.median(measured[base])
-        spread = f"{min(values) * 1000:.0f}-{max(values) * 1000:.0f}"
-        print(f"| {name} | {statistics.median(values) * 1000:.0f} | {spread} | {ratio:.2f} |")
-
-
-if __name__ == "__main__":
-    main()
+    config = sessions.PoolConfig(bin=str(cli), keep_env=keep)
+    bridge = Program(CLAUDE_CLI_BIN=str(cli), CLAUDE_CLI_KEEP_ENV=",".join(keep))
+    try:
+        for number in range(rounds + 1):
+            for name, seconds in one_round(bridge, config, home):
+                if number:  # the first round warms the page cache
+                    measured.setdefault(name, []).append(seconds)
+    finally:
+        bridge.close()
+    return measured
