@@ -31,21 +31,22 @@ import h11
 import orjson
 
 import translate
-from sessions import Pool, PoolConfig, Turn
+from sessions import Pool, PoolConfig, Turn, setting
 from translate import ApiError, Json
 
 log = logging.getLogger("claude_cli_bridge")
 
-MAX_HEADERS = 64 << 10  # bytes of request line and headers; h11's default is 16 KiB, Node's 16, nginx's 32
-MAX_BODY = 32 << 20  # bytes of a body: the API's own limit for a Messages request
 MAX_PIPELINED = 64 << 10  # bytes read ahead of the answer that is being given
 READ_SIZE = 64 << 10
-SEND_SECS = 60.0  # for a client to send one request, as in nginx's client_body_timeout
-IDLE_SECS = 75.0  # of an unused connection, as in nginx's keepalive_timeout; SDK clients drop theirs after 5
 LINGER_SECS = 5.0  # that a refused body is still read, and a closed connection flushed, so that clients see the answer
 GRACE_SECS = 1.0  # for the last words of answers that shutdown cuts short
 PING_SECS = 10.0  # of silence before a stream shows that it lives; proxies cut after 30 to 60
 SESSION_HEADER = b"x-arch-claude-cli-session"
+# Settings that are not just any number from 0 up.
+LIMITS = {"max_sessions": (1, float("inf")), "watchdog_secs": (0.1, float("inf")), "max_depth": (10, 240)}
+LIMITS |= {
+    name: (1, float("inf")) for name in ("max_header_bytes", "max_body_bytes", "max_connections", "max_messages")
+}
 PERMISSION_MODES = ("default", "acceptEdits", "auto", "bypassPermissions", "dontAsk", "plan")
 MODELS = "/v1/models"
 ABSOLUTE = re.compile("https?://([^/?]*)")  # of a target in absolute form (RFC 9112, 3.2.2)
@@ -57,34 +58,23 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message names it."""
 
 
-def setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(kw_only=True)
 class Config(PoolConfig):
     """All settings: the environment variable CLAUDE_CLI_NAME, the flag --name and the field name are the same."""
 
     listen_addr: str = setting("127.0.0.1:14001", "host:port or unix:/path")
-    bin: str = setting("", "the CLI (default: claude on PATH, else the one in the claude-agent-sdk wheel)")
-    model: str = setting("sonnet", "the model of the first spare")
-    session_ttl_secs: float = setting(600.0, "idle seconds before a process is retired; 0: never")
-    watchdog_secs: float = setting(120.0, "seconds of silence inside a turn before it fails with 504")
-    max_sessions: int = setting(64, "processes at most, about 200 MB each")
-    max_idle: int = setting(8, "processes kept warm after their answer")
-    spares: int = setting(1, "processes started ahead of need")
-    queue_secs: float = setting(30.0, "seconds that a request waits for room before it gets 529")
-    retries: int = setting(2, "how often the CLI itself retries a failed API call")
     drain_secs: float = setting(10.0, "seconds that running answers get on shutdown")
-    tools: str = setting("", "agent mode: `default` or a list of the CLI's built-in tools; empty: model mode")
-    permission_mode: str = setting("default", "of agent mode")
-    cwd: str = setting("", "working directory of agent mode")
-    keep_env: tuple[str, ...] = setting((), "names that survive the scrub of ANTHROPIC_*, CLAUDE_CODE_*, OTEL_*")
-    setting_sources: str = setting("", "`user` if your login is an apiKeyHelper or env block of your settings file")
     api_key: str = setting("", "demanded from clients; only as environment variable, as others can see flags")
     allowed_hosts: tuple[str, ...] = setting((), "names besides the loopback ones that Host may have")
     allowed_origins: tuple[str, ...] = setting((), "origins of web pages that may use the bridge")
     log_format: str = setting("text", "text, or json: one object a request")
+    max_header_bytes: int = setting(64 << 10, "431 beyond; h11 and Node take 16 KiB, nginx 32")
+    max_body_bytes: int = setting(32 << 20, "413 beyond, before it is read; the API's own limit")
+    max_connections: int = setting(1000, "503 beyond; each can cost a file descriptor and max_body_bytes")
+    max_depth: int = setting(200, "levels of JSON, 400 beyond; what is written has a few more, and orjson ends at 254")
+    max_messages: int = setting(100_000, "of a request, 400 beyond; the API's own limit")
+    send_secs: float = setting(60.0, "for a client to send a request, then 408; as nginx's client_body_timeout")
+    idle_secs: float = setting(75.0, "of an unused connection; as nginx's keepalive_timeout, SDKs drop theirs after 5")
 
     @classmethod
     def read(cls, environ: Mapping[str, str], flags: Mapping[str, str | None]) -> "Config":
@@ -109,9 +99,9 @@ class Config(PoolConfig):
         """Raise ConfigError for what cannot work, and find the CLI."""
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            least = {"max_sessions": 1, "watchdog_secs": 0.1}.get(item.name, 0)
-            if isinstance(value, int | float) and not least <= value < float("inf"):
-                raise ConfigError(f"CLAUDE_CLI_{item.name.upper()}: {value} is not a number from {least} up")
+            least, most = LIMITS.get(item.name, (0, float("inf")))
+            if isinstance(value, int | float) and not (least <= value <= most and value < float("inf")):
+                raise ConfigError(f"CLAUDE_CLI_{item.name.upper()}: {value} is not a number from {least} to {most}")
         if not translate.MODEL_NAME.fullmatch(self.model):
             raise ConfigError(f"CLAUDE_CLI_MODEL: {self.model!r} is not a model name")
         if self.log_format not in ("text", "json"):
@@ -138,6 +128,10 @@ class Config(PoolConfig):
         if not host or not port.isdecimal() or int(port) > 65535:
             raise ConfigError(f"CLAUDE_CLI_LISTEN_ADDR: {self.listen_addr!r} is neither host:port nor unix:/path")
         return host.strip("[]"), int(port)
+
+
+def address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def find_cli(given: str) -> str:
@@ -217,13 +211,18 @@ class Connection:
         self.bridge = bridge
         self.reader = reader
         self.writer = writer
-        self.h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADERS)
+        self.h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=bridge.config.max_header_bytes)
         self.answering = False  # a request is being answered
+        self.answered = False  # it is not the first one
 
     async def serve(self) -> None:
         """Requests in order until either side ends the connection."""
         try:
+            if self.bridge.is_full:
+                await self.refuse(Exchange(), ApiError(503, "too many connections", retry_after=1))
+                return
             while await self.next_request():
+                self.answered = True
                 if self.h11.our_state is not h11.DONE or self.h11.their_state is not h11.DONE or self.bridge.closing:
                     break
                 self.h11.start_next_cycle()
@@ -238,12 +237,14 @@ class Connection:
         What is not HTTP, too large or not allowed is answered without reading on, and ends the connection.
         """
         exchange = Exchange()
-        async with asyncio.timeout(IDLE_SECS):
+        async with asyncio.timeout(self.bridge.config.idle_secs):
             if not self.h11.trailing_data[0]:
                 self.h11.receive_data(await self.reader.read(READ_SIZE))
         try:
-            async with asyncio.timeout(SEND_SECS):
+            async with asyncio.timeout(self.bridge.config.send_secs):
                 whole = await self.read_request(exchange)
+        except TimeoutError:
+            await self.refuse(exchange, ApiError(408, "the request was not sent in time"))
         except h11.RemoteProtocolError as error:
             status = 431 if error.error_status_hint == 431 else 400
             await self.refuse(exchange, ApiError(status, f"The request is not valid HTTP: {error}"))
@@ -270,22 +271,27 @@ class Connection:
                 self.h11.receive_data(data)
             elif isinstance(event, h11.Request):
                 exchange.request = event
+                if sum(len(name) + len(value) for name, value in event.headers) > self.bridge.config.max_header_bytes:
+                    raise ApiError(431, "the headers are too large")  # h11 counts only what comes in several reads
                 length = exchange.header(b"content-length")
                 if length and exchange.header(b"transfer-encoding"):  # RFC 9112, 6.1: could be a smuggled request
                     raise h11.RemoteProtocolError("both Content-Length and Transfer-Encoding")
                 self.bridge.check_access(exchange)
-                if length and int(length) > MAX_BODY:
-                    raise too_large()
+                if length and int(length) > self.bridge.config.max_body_bytes:
+                    raise self.too_large()
             elif isinstance(event, h11.Data):
                 size += len(event.data)
-                if size > MAX_BODY:
-                    raise too_large()
+                if size > self.bridge.config.max_body_bytes:
+                    raise self.too_large()
                 body.append(bytes(event.data))
             elif isinstance(event, h11.EndOfMessage):
                 exchange.body = b"".join(body)
                 return True
             else:
                 return False
+
+    def too_large(self) -> ApiError:
+        return ApiError(413, f"Request exceeds the maximum size of {self.bridge.config.max_body_bytes} bytes")
 
     async def send(self, event: h11.Event) -> None:
         """Write an h11 event; waits while the client is slow to read."""
@@ -362,10 +368,6 @@ class Connection:
             self.writer.transport.abort()
 
 
-def too_large() -> ApiError:
-    return ApiError(413, f"Request exceeds the maximum size of {MAX_BODY >> 20} MiB")
-
-
 class Stream:
     """The events of one answer on their way out: the status line is held back for the first of them, and pings fill the
     silence between them."""
@@ -417,19 +419,23 @@ class Bridge:
     def __init__(self, config: Config, pool: Pool) -> None:
         self.config = config
         self.pool = pool
+        self.json_limits = {"max_depth": config.max_depth, "max_messages": config.max_messages}
         self.closing = False
         self.addresses: list[str] = []  # as clients reach it: host:port or unix:/path
+        self._patience = 0.0  # seconds at shutdown for new connections: where the listener stays none may be refused
         self._connections: dict[asyncio.Task[None], Connection] = {}
         self._answers: set[asyncio.Task[None]] = set()  # requests that are being answered
 
     # connections
 
-    async def listen(self) -> asyncio.Server:
+    async def listen(self, sock: socket.socket | None) -> asyncio.Server:
         """Raises OSError when the address is taken, or cannot be had."""
-        if not self.config.unix_path:
-            server = await asyncio.start_server(self.accept, *self.config.address)
+        self._patience = GRACE_SECS if sock else 0.0
+        if sock or not self.config.unix_path:
+            where = {"sock": sock} if sock else dict(zip(("host", "port"), self.config.address, strict=True))
+            server = await asyncio.start_server(self.accept, **where)
             names = [item.getsockname() for item in server.sockets]
-            self.addresses = [f"[{n[0]}]:{n[1]}" if ":" in n[0] else f"{n[0]}:{n[1]}" for n in names]
+            self.addresses = [f"unix:{n}" if isinstance(n, str) else address(*n[:2]) for n in names]
             return server
         with contextlib.suppress(FileNotFoundError, ConnectionRefusedError), socket.socket(socket.AF_UNIX) as probe:
             probe.connect(self.config.unix_path)  # what does not answer is a stale file, and is replaced
@@ -441,30 +447,39 @@ class Bridge:
         finally:
             os.umask(before)
 
+    @property
+    def is_full(self) -> bool:
+        return len(self._connections) > self.config.max_connections
+
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = Connection(self, reader, writer)
-        if self.closing:
-            writer.transport.abort()
-            return
         task = asyncio.get_running_loop().create_task(connection.serve())
         self._connections[task] = connection
         task.add_done_callback(self._connections.pop)
 
     async def close(self) -> None:
         """End all connections: idle ones now, running answers when they are done or after `drain_secs`."""
+        await asyncio.sleep(0)  # what the listener has accepted
         self.closing = True
+        new = [task for task, item in self._connections.items() if not (item.answering or item.answered)]
+        if new and self._patience:
+            await asyncio.wait(new, timeout=self._patience)
         for task, connection in list(self._connections.items()):
             if not connection.answering:
                 task.cancel()
         for seconds in (self.config.drain_secs, GRACE_SECS):
             if self._answers:
                 await asyncio.wait(self._answers, timeout=seconds)
-            for answer in self._answers:
-                answer.cancel()
+            self.hurry()
         for connection in self._connections.values():
             connection.writer.transport.abort()  # whoever has not read his answer by now
         if self._connections:
             await asyncio.wait(self._connections)
+
+    def hurry(self) -> None:
+        """Cut running answers short."""
+        for answer in self._answers:
+            answer.cancel()
 
     async def handle(self, connection: Connection, exchange: Exchange) -> None:
         """Answer one request.  Raises Disconnected when the client leaves before the answer is complete."""
@@ -574,7 +589,7 @@ class Bridge:
         await connection.respond(exchange, 200, "text/plain", b"")
 
     async def messages(self, connection: Connection, exchange: Exchange) -> None:
-        request = translate.parse_request(exchange.body)
+        request = translate.parse_request(exchange.body, **self.json_limits)
         exchange.body = b""
         async with self.pool.turn(request, exchange.header(SESSION_HEADER)) as turn:
             exchange.turn = turn
@@ -586,7 +601,7 @@ class Bridge:
             await connection.respond(exchange, 200, "application/json", orjson.dumps(turn.translator.message))
 
     async def count_tokens(self, connection: Connection, exchange: Exchange) -> None:
-        request = translate.parse_request(exchange.body, max_tokens=1 << 30)
+        request = translate.parse_request(exchange.body, **self.json_limits, max_tokens=1 << 30)
         answer = {"input_tokens": await self.pool.count(request)}
         await connection.respond(exchange, 200, "application/json", orjson.dumps(answer))
 
@@ -679,8 +694,9 @@ def model_page(models: list[Json], query: dict[str, str]) -> Json:
 
 
 @contextlib.asynccontextmanager
-async def serve(config: Config) -> AsyncIterator[Bridge]:
-    """Run the bridge inside an asyncio program until the block ends.
+async def serve(config: Config, sock: socket.socket | None = None) -> AsyncIterator[Bridge]:
+    """Run the bridge inside an asyncio program until the block ends; `sock` is a listening socket to use instead of
+    `config.listen_addr`.
 
     Raises ConfigError, which names the setting, for settings that cannot work and an address that cannot be had.
     At the end no new request is taken, running answers get `config.drain_secs`, and no child is left.
@@ -689,7 +705,7 @@ async def serve(config: Config) -> AsyncIterator[Bridge]:
     async with Pool(config) as pool:
         bridge = Bridge(config, pool)
         try:
-            server = await bridge.listen()
+            server = await bridge.listen(sock)
         except OSError as error:
             where = f"cannot listen on {config.listen_addr}: {error.strerror or error}"
             raise ConfigError(f"CLAUDE_CLI_LISTEN_ADDR: {where}") from error
@@ -698,7 +714,7 @@ async def serve(config: Config) -> AsyncIterator[Bridge]:
         finally:
             server.close()
             await bridge.close()
-            if config.unix_path:
+            if config.unix_path and not sock:
                 os.unlink(config.unix_path)
 
 
@@ -717,12 +733,28 @@ async def announce(bridge: Bridge) -> None:
         log.info("the claude CLI is logged in (%s)", source)
 
 
+def inherited_socket() -> socket.socket | None:
+    """The socket of a service manager (sd_listen_fds(3)): it goes on listening while the bridge restarts."""
+    if os.environ.pop("LISTEN_PID", "") != str(os.getpid()) or os.environ.pop("LISTEN_FDS", "0") == "0":
+        return None
+    os.set_inheritable(3, False)
+    return socket.socket(fileno=3)
+
+
 async def run(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT."""
+    """Serve until SIGTERM or SIGINT; a second one cuts running answers short."""
     stop = asyncio.Event()
+    running: list[Bridge] = []
+
+    def signalled() -> None:
+        for bridge in running if stop.is_set() else ():
+            bridge.hurry()
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with serve(config) as bridge:
+        asyncio.get_running_loop().add_signal_handler(number, signalled)
+    async with serve(config, inherited_socket()) as bridge:
+        running.append(bridge)
         log.info("listening on %s, the claude CLI is %s", ", ".join(bridge.addresses), config.bin)
         login = asyncio.create_task(announce(bridge))
         await stop.wait()

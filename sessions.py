@@ -26,12 +26,12 @@ import tempfile
 import uuid
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import translate
-from translate import ApiError, Json, Request, Translator, cli_error
+from translate import ApiError, Json, Request, Translator, answered, cli_error
 
 log = logging.getLogger("claude_cli_bridge")
 
@@ -78,24 +78,29 @@ TRANSITIONS = {
 }
 
 
+def setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(kw_only=True)
 class PoolConfig:
-    """Settings of the processes; bridge.Config documents each."""
+    """Settings of the processes."""
 
-    bin: str = ""
-    model: str = "sonnet"
-    session_ttl_secs: float = 600
-    watchdog_secs: float = 120
-    max_sessions: int = 64
-    max_idle: int = 8
-    spares: int = 1
-    queue_secs: float = 30
-    retries: int = 2
-    tools: str = ""
-    permission_mode: str = "default"
-    cwd: str = ""
-    keep_env: tuple[str, ...] = ()
-    setting_sources: str = ""
+    bin: str = setting("", "the CLI (default: claude on PATH, else the one in the claude-agent-sdk wheel)")
+    model: str = setting("sonnet", "the model of the first spare")
+    session_ttl_secs: float = setting(600.0, "idle seconds before a process is retired; 0: never")
+    watchdog_secs: float = setting(120.0, "seconds of silence inside a turn before it fails with 504")
+    max_sessions: int = setting(64, "processes at most, about 200 MB each")
+    max_idle: int = setting(8, "processes kept warm after their answer")
+    spares: int = setting(1, "processes started ahead of need")
+    queue_secs: float = setting(30.0, "seconds that a request waits for room before it gets 529")
+    max_queue: int = setting(1000, "requests that wait for room; more get 529 at once")
+    retries: int = setting(2, "how often the CLI itself retries a failed API call")
+    tools: str = setting("", "agent mode: `default` or a list of the CLI's built-in tools; empty: model mode")
+    permission_mode: str = setting("default", "of agent mode")
+    cwd: str = setting("", "working directory of agent mode")
+    keep_env: tuple[str, ...] = setting((), "names that survive the scrub of ANTHROPIC_*, CLAUDE_CODE_*, OTEL_*")
+    setting_sources: str = setting("", "`user` if your login is an apiKeyHelper or env block of your settings file")
 
 
 def arguments(config: PoolConfig, model: str, *, agent: bool = False) -> list[str]:
@@ -204,18 +209,15 @@ class Process(asyncio.SubprocessProtocol):
 
     @classmethod
     async def spawn(cls, argv: list[str], environment: dict[str, str], cwd: str, watchdog_secs: float) -> "Process":
-        """Start a child in a process group of its own.  Raises ApiError 502 when it cannot be started."""
-        try:
-            _, process = await asyncio.get_running_loop().subprocess_exec(
-                lambda: cls(watchdog_secs),
-                *argv,
-                env=environment,
-                cwd=cwd,
-                start_new_session=True,
-                preexec_fn=die_with_parent if PRCTL else None,
-            )
-        except OSError as error:
-            raise cli_error(f"the claude CLI cannot be started: {error.strerror}") from error
+        """Start a child in a process group of its own.  Raises OSError when it cannot be started."""
+        _, process = await asyncio.get_running_loop().subprocess_exec(
+            lambda: cls(watchdog_secs),
+            *argv,
+            env=environment,
+            cwd=cwd,
+            start_new_session=True,
+            preexec_fn=die_with_parent if PRCTL else None,
+        )
         return process
 
     @property
@@ -262,6 +264,16 @@ class Process(asyncio.SubprocessProtocol):
             if events:
                 return events
             await self._read_more()
+
+    async def until(self, translator: Translator, find: Callable[[Json], Any]) -> Any:
+        """Read on to what `find` finds in an event.  Raises as `receive`, and as `feed`."""
+        while True:
+            found = None
+            for event in await self.receive():
+                translator.feed(event)
+                found = found or find(event)
+            if found:
+                return found
 
     async def relay(self, sink: Callable[[list[Event]], bool]) -> None:
         """Hand the events of each read to `sink`, within that read, until it returns False.  Raises as `receive`, and
@@ -359,7 +371,7 @@ class Process(asyncio.SubprocessProtocol):
                 events.append(line)
             else:
                 events += self._read(line)
-        if any(isinstance(event, bytes) for event in events[-1:]):
+        if events and isinstance(events[-1], bytes):
             self._alive_at = self.loop.time()
         if not self.listening:
             return
@@ -390,7 +402,7 @@ class Process(asyncio.SubprocessProtocol):
                 else:
                     self.write(translate.control_answer(event, self.tools))
             elif kind == "control_response":
-                self.hello = translate.answered(event, "initialize") or self.hello
+                self.hello = answered(event, "initialize") or self.hello
             elif kind == "result" and not self.listening and self.settled and not self.settled.done():
                 self.settled.set_result(not event.get("is_error"))
         return events
@@ -448,17 +460,19 @@ class Session:
 
 @dataclass
 class Turn:
-    """One request in one session; `events` is what a client gets."""
+    """One request in one session."""
 
     request: Request
     session: Session
-    process: Process
     how: str  # hot, new or rebuilt
     reason: str  # why it was rebuilt; empty otherwise
     messages: list[Json]  # what the process has not seen
-    translator: Translator
     results: dict[str, Json] | None = None  # of tool calls, when they are all that is new
     begun: Callable[[], None] | None = None  # called when the answer has begun
+
+    def __post_init__(self) -> None:
+        self.process = self.session.process
+        self.translator = Translator(tool["name"] for tool in self.request.tools)
 
     async def relay(self, send: Callable[[bytes], bool], drain: Callable[[], Awaitable[None]]) -> None:
         """Bring the conversation into the process, and its answer to `send`: the frames of each read, within that read;
@@ -504,11 +518,9 @@ class Turn:
     async def _tell(self) -> None:
         """Write what is new.  A history line is answered by a `result`, and the next one must wait for it: lines sent
         in a burst are merged and reordered by the CLI."""
-        lines = []
-        if self.how != "hot":
-            lines.append(self._initialize())
+        lines = [] if self.how == "hot" else [self._initialize()]
         changed = {
-            key: value for key, value in self.request.settings.items() if self.session.settings.get(key, "") != value
+            name: text for name, text in self.request.settings.items() if self.session.settings.get(name) != text
         }
         if changed:
             lines.append(translate.control_line("settings", "apply_flag_settings", settings={"env": changed}))
@@ -524,11 +536,7 @@ class Turn:
         """The tokens of the conversation, without a model turn."""
         lines = await self._put([self._initialize()], self.messages)
         self.process.write(*lines, translate.control_line("usage", "get_context_usage"))
-        while True:
-            for event in await self.process.receive():
-                self.translator.feed(event)
-                if isinstance(tokens := translate.answered(event, "usage").get("totalTokens"), int):
-                    return tokens
+        return int(await self.process.until(self.translator, lambda event: answered(event, "usage").get("totalTokens")))
 
     def _initialize(self) -> bytes:
         self.process.tools = self.request.tools
@@ -540,34 +548,21 @@ class Turn:
             if message["role"] == "user":
                 self.process.write(*lines, translate.user_line(message["content"], query=False))
                 lines = []
-                await self._until("result")
+                await self.process.until(self.translator, lambda event: event.get("type") == "result")
                 continue
             if not self.process.hello:
                 self.process.write(*lines)
                 lines = []
-                await self._until("control_response")
+                await self.process.until(self.translator, lambda event: answered(event, "initialize"))
             model = translate.resolved_model(self.process.hello, self.request.model)
             lines.append(translate.assistant_line(message["content"], number, model))
         return lines
-
-    async def _until(self, kind: str) -> None:
-        while True:
-            events = await self.process.receive()
-            for event in events:
-                self.translator.feed(event)
-            if any(event.get("type") == kind for event in events):
-                return
 
     @property
     def chain(self) -> bytes:
         """The fingerprint of the conversation once the answer is part of it."""
         start = self.session.chain if self.how == "hot" else b""
-        assert self.translator.message is not None
         return translate.extend(start, [*self.messages, self.translator.message])
-
-
-def translator(request: Request) -> Translator:
-    return Translator(tool["name"] for tool in request.tools)
 
 
 class Pool:
@@ -584,7 +579,8 @@ class Pool:
         self._starting = asyncio.Semaphore(2 * (os.cpu_count() or 1))  # more at once start later, each of them
         self._slots = asyncio.Semaphore(config.max_sessions)
         self._agent_cwd = os.path.abspath(config.cwd)
-        self._waiting = 0  # requests that wait for a slot
+        self._queued = 0  # requests that wait for something
+        self._waiting = 0  # those of them that wait for a slot
         self._ending: set[asyncio.Task[None]] = set()
         self._asking = asyncio.Lock()  # one process at a time is started for `hello`
         self._hello: Json = {}
@@ -641,10 +637,7 @@ class Pool:
             try:
                 session.process.listen()
                 session.process.write(translate.initialize_line([], []))
-                translator = Translator()
-                while not session.process.hello:
-                    for event in await session.process.receive():
-                        translator.feed(event)
+                await session.process.until(Translator(), lambda event: answered(event, "initialize"))
                 self._hello = session.process.hello
                 return self._hello
             finally:
@@ -659,8 +652,7 @@ class Pool:
                 session = await self._take(request)
                 try:
                     session.process.listen()
-                    turn = Turn(request, session, session.process, "new", "", request.messages, Translator())
-                    self._counts[key] = await turn.count()
+                    self._counts[key] = await Turn(request, session, "new", "", request.messages).count()
                 finally:
                     self.retire(session, "counted")
                     self._refill()
@@ -677,19 +669,26 @@ class Pool:
             return
         name = session_id(token)
         pin = self._pins.setdefault(name, asyncio.Lock())
-        await self._queue(pin.acquire(), "the session's other requests did not end")
+        await self._queue(pin.acquire, "the session's other requests did not end")
         try:
             yield name
         finally:
             pin.release()
 
-    async def _queue(self, room: Coroutine[None, None, object], what: str) -> None:
+    async def _queue(self, room: Callable[[], Awaitable[object]], what: str) -> None:
+        """Wait for `room` in a line of at most `max_queue` requests, for at most `queue_secs`.  Raises ApiError 529."""
+        words = f"{what} within {self.config.queue_secs:g} seconds"
+        if self._queued >= self.config.max_queue:
+            words = f"{self._queued} requests wait for room already"
+        self._queued += 1
         try:
-            async with asyncio.timeout(self.config.queue_secs):
-                await room
+            async with asyncio.timeout(self.config.queue_secs if self._queued <= self.config.max_queue else 0):
+                await room()
         except TimeoutError:
-            words = f"{what} within {self.config.queue_secs:g} seconds; try again later"
-            raise ApiError(529, words, retry_after=max(1, round(self.config.queue_secs))) from None
+            after = max(1, round(self.config.queue_secs))
+            raise ApiError(529, f"{words}; try again later", retry_after=after) from None
+        finally:
+            self._queued -= 1
 
     async def _find(self, request: Request, pinned_id: str) -> Turn | None:
         """The warm session that holds the request's history, taken off the file."""
@@ -725,7 +724,7 @@ class Pool:
             return None
         self._remember(session, "busy")
         session.pinned = bool(pinned_id)
-        return Turn(request, session, session.process, "hot", "", new, translator(request), results)
+        return Turn(request, session, "hot", "", new, results)
 
     async def _fresh(self, request: Request, pinned_id: str) -> Turn:
         how, reason = self._why(request, pinned_id)
@@ -733,8 +732,7 @@ class Pool:
         session.id, session.pinned, session.parts = pinned_id or session.id, bool(pinned_id), request.parts
         session.process.hello = session.process.hello or self._hello  # every process knows the same models
         self._move(session, State.BUSY)
-        new = translator(request)
-        return Turn(request, session, session.process, how, reason, request.messages, new, begun=self._refill)
+        return Turn(request, session, how, reason, request.messages, begun=self._refill)
 
     def _why(self, request: Request, pinned_id: str) -> tuple[str, str]:
         """hot's alternative: `new`, or `rebuilt` and the reason that its user can act on."""
@@ -764,15 +762,17 @@ class Pool:
     async def _spawn(self, model: str, agent: bool) -> Session:
         if self._slots.locked():
             self._evict([*self.spares, *self.idle.values()])
-        await self._queue(self._room(), f"all {self.config.max_sessions} processes were busy, none got free")
+        await self._queue(self._room, f"all {self.config.max_sessions} processes were busy, none got free")
         try:
             argv = arguments(self.config, model, agent=agent)
             self._cwd = empty_folder(self._cwd)
             cwd = self._agent_cwd if agent else self._cwd
             process = await Process.spawn(argv, self._environment, cwd, self.config.watchdog_secs)
-        except BaseException:
+        except BaseException as error:
             self._starting.release()
             self._slots.release()
+            if isinstance(error, OSError):
+                raise cli_error(f"the claude CLI cannot be started: {error.strerror}") from error
             raise
         process.started.add_done_callback(lambda _: self._starting.release())
         session = Session(str(uuid.uuid4()), process, model, agent)

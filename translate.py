@@ -188,18 +188,17 @@ class Request:
     sent_parts: dict[str, bytes]  # those of them that the client sent
 
 
-def parse_request(body: bytes, **defaults: int) -> Request:
+def parse_request(body: bytes, *, max_depth: int = 200, max_messages: int = 100_000, **defaults: int) -> Request:
     """Check the body of POST /v1/messages and bring it into one form; `defaults` fill fields that are missing.
 
     Raises ApiError 400 in the API's wording for whatever the API would refuse, or what the CLI cannot be made to do.
     """
     try:
         data = orjson.loads(body)
-        orjson.dumps(data)  # what came in must go out again, and orjson writes fewer levels (254) than it reads
     except orjson.JSONDecodeError as error:
         raise ApiError(400, f"The request body is not valid JSON: {error}") from None
-    except TypeError:
-        raise ApiError(400, "The request body is not valid JSON: it is nested too deeply") from None
+    if is_deeper(data, max_depth):
+        raise ApiError(400, f"The request body is nested more than {max_depth} levels deep")
     if not isinstance(data, dict):
         raise ApiError(400, "The request body is not a JSON object.")
     if data.get("thread") is not None:
@@ -207,6 +206,8 @@ def parse_request(body: bytes, **defaults: int) -> Request:
         raise ApiError(400, "thread: not supported by this bridge", details={"error_code": THREAD_UNSUPPORTED})
     data = {**defaults, **data}
     check(data, REQUEST, "")
+    if len(data["messages"]) > max_messages:
+        raise bad("messages", f"List should have at most {max_messages} items")
     for name, reason in DECLINED.items():
         if data.get(name):
             raise bad(name, reason)
@@ -220,6 +221,15 @@ def parse_request(body: bytes, **defaults: int) -> Request:
     sent = {name: parts[name] for name in parts if data.get(name) is not None}
     messages = normal_messages(data["messages"])
     return Request(model, system, messages, bool(data.get("stream")), tools, turn_settings(data), parts, sent)
+
+
+def is_deeper(value: Any, levels: int) -> bool:
+    inner = [value]
+    while inner and levels >= 0:
+        levels -= 1
+        nested = [item for item in inner if isinstance(item, dict | list)]
+        inner = [child for item in nested for child in (item.values() if isinstance(item, dict) else item)]
+    return bool(inner)
 
 
 def check_ranges(data: Json) -> None:
@@ -325,11 +335,7 @@ def bare(block: Json) -> Json:
     kept = {key: value for key, value in block.items() if value is not None and key != "cache_control"}
     if kept["type"] == "tool_result" and isinstance(kept.get("content"), list):
         kept["content"] = [bare(inner) for inner in kept["content"]]
-    if (
-        kept["type"] == "document"
-        and kept["source"]["type"] == "content"
-        and isinstance(kept["source"]["content"], list)
-    ):
+    if kept["type"] == "document" and isinstance(kept["source"].get("content"), list):
         kept["source"] = {**kept["source"], "content": [bare(inner) for inner in kept["source"]["content"]]}
     return kept
 

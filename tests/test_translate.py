@@ -1138,13 +1138,28 @@ def test_a_request_that_the_api_would_refuse_is_refused_in_its_words(messages: A
         b'{"a": NaN}',
         b'{"a": "\\ud83d"}',
         b"[" * 200000,
-        b'{"model":"m","max_tokens":5,"messages":' + b"[" * 300 + b"]" * 300 + b"}",
     ],
 )
 def test_a_body_that_is_not_json_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError, match="The request body is not valid JSON: ") as caught:
         parse_request(body)
     assert caught.value.status == 400
+
+
+def test_depth_and_messages_have_a_limit() -> None:
+    def asked(levels: int) -> bytes:
+        tool = {"name": "t", "input_schema": json.loads('{"a":' * levels + "1" + "}" * levels)}
+        return json.dumps(request_body("hi", tools=[tool])).encode()
+
+    assert parse_request(asked(197)).tools  # body, tools, the tool: three levels around the schema
+    with pytest.raises(ApiError, match="nested more than 200 levels"):
+        parse_request(asked(198))
+    with pytest.raises(ApiError, match="nested more than 7 levels"):
+        parse_request(asked(5), max_depth=7)
+    talk = json.dumps(request_body(["a", "b", "c"])).encode()
+    assert len(parse_request(talk, max_messages=3).messages) == 3
+    with pytest.raises(ApiError, match="messages: List should have at most 2 items"):
+        parse_request(talk, max_messages=2)
 
 
 @pytest.mark.parametrize("body", [b"[]", b"null", b'"x"', b"5"])

@@ -1,0 +1,195 @@
+"""What one client may take, and that it costs only himself; how a restart goes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import KEEP, ROOT, STANDIN, Answer, Client, Program, Server, request_body, wait_until
+from standin import Log
+from test_processes import in_work
+
+Serve = Callable[..., Server]
+
+
+def error(answer: Answer) -> tuple[int, str]:
+    return answer.status, answer.json["error"]["type"]
+
+
+def test_a_connection_too_many_gets_503_and_the_others_go_on(serve: Serve) -> None:
+    server = serve(max_connections=3)
+    held = [server.connect() for _ in range(3)]
+    assert server.bridge
+    wait_until(lambda: len(server.bridge._connections) == 3, "the connections")  # type: ignore[union-attr]
+    answer = server.call("GET", "/healthz")
+    assert error(answer) == (503, "api_error")
+    assert answer.headers["retry-after"] == "1"
+    assert "connections" in answer.json["error"]["message"]
+    for client in held:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.recv(4096).startswith(b"HTTP/1.1 200")
+        client.close()
+    wait_until(lambda: not server.bridge._connections, "their ends")  # type: ignore[union-attr]
+    assert server.post().status == 200
+
+
+def test_limits_are_settings(serve: Serve) -> None:
+    server = serve(max_body_bytes=1000, max_header_bytes=500, max_depth=12, max_messages=2)
+    assert error(server.post("x" * 1000)) == (413, "request_too_large")
+    assert error(server.call("GET", "/healthz", headers={"x": "y" * 1000})) == (431, "invalid_request_error")
+    assert "12 levels" in server.post(metadata=json.loads("[" * 12 + "]" * 12)).json["error"]["message"]
+    assert "at most 2 items" in server.post(["a", "b", "c"]).json["error"]["message"]
+    assert (
+        "12 levels"
+        in server.call(
+            "POST", "/v1/messages/count_tokens", request_body(metadata=json.loads("[" * 12 + "]" * 12))
+        ).json["error"]["message"]
+    )
+    assert server.post().status == 200
+
+
+def test_a_queue_that_is_full_gets_529_at_once(
+    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
+    server = serve(max_sessions=1, max_queue=2)
+    requests = [background.submit(server.post, "PAUSE")]
+    wait_until(lambda: log.got("PAUSE"), "the first")
+    requests += [background.submit(server.post, f"{number}") for number in range(2)]
+    in_work(server, 3)
+    answer = server.post("one too many")
+    assert error(answer) == (529, "overloaded_error")
+    assert "2 requests wait for room already" in answer.json["error"]["message"]
+    gate.touch()
+    assert [request.result().status for request in requests] == [200] * 3
+
+
+def test_a_program_without_file_descriptors_fails_the_request_and_goes_on(launch: Callable[..., Program]) -> None:
+    program = launch()
+    import resource
+
+    used = len(os.listdir(f"/proc/{program.process.pid}/fd"))
+    resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (used + 2, 4096))
+    answer = program.post()
+    assert error(answer) == (502, "claude_cli_error")
+    assert "cannot be started" in answer.json["error"]["message"]
+    resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (4096, 4096))
+    assert program.post().status == 200
+
+
+def test_a_clock_that_jumps_disturbs_nobody(
+    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+    running = background.submit(server.post, "PAUSE", stream=True)
+    wait_until(lambda: log.got("PAUSE"), "the turn")
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    assert server.post("meanwhile").text == "echo: meanwhile; 1 messages"
+    monkeypatch.setattr("time.time", lambda: 4e9)
+    assert server.post("after").status == 200
+    gate.touch()
+    assert running.result().text.startswith("echo: PAUSE;")
+
+
+# signals and restarts
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_second_signal_cuts_running_answers_short(
+    launch: Callable[..., Program], gate: Path, log: Log, background: ThreadPoolExecutor, stream: bool
+) -> None:
+    program = launch(CLAUDE_CLI_DRAIN_SECS="60")
+    running = background.submit(program.post, "PAUSE", stream=stream)
+    wait_until(lambda: log.got("PAUSE"), "the turn")
+    program.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: any("shutting down" in line for line in program.lines), "the shutdown")
+    assert program.process.poll() is None
+    program.process.send_signal(signal.SIGTERM)
+    assert program.wait() == 0
+    answer = running.result()
+    event = answer.events[-1] if stream else answer.json
+    assert event["error"]["type"] == "api_error"
+    assert "shutting down" in event["error"]["message"]
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def listener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[socket.socket]:
+    """A socket that a service manager holds."""
+    family = socket.AF_UNIX if request.param == "unix" else socket.AF_INET
+    with socket.socket(family) as sock:
+        sock.bind(str(tmp_path / "socket") if request.param == "unix" else ("127.0.0.1", 0))
+        sock.listen(100)
+        yield sock
+
+
+def activate(listener: socket.socket) -> subprocess.Popen[str]:
+    """Start the bridge as systemd does: the socket is file descriptor 3."""
+    code = (
+        "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))"
+    )
+    code += "; os.execv(sys.executable, [sys.executable, sys.argv[2]])"
+    environ = {**os.environ, "CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_KEEP_ENV": ",".join(KEEP)}
+    command = [sys.executable, "-c", code, str(listener.fileno()), str(ROOT / "bridge.py")]
+    return subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True, pass_fds=[listener.fileno()])
+
+
+def test_a_restart_behind_an_inherited_socket_refuses_no_connection(listener: socket.socket) -> None:
+    address = listener.getsockname()
+
+    def ask() -> str:
+        with socket.socket(listener.family) as client:
+            client.settimeout(30)
+            client.connect(address)
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            data = b""
+            while chunk := client.recv(4096):
+                data += chunk
+            return data.split(b"\r\n")[0].decode()
+
+    with ThreadPoolExecutor(4) as executor:
+        answers = []
+        for _ in range(3):
+            program = activate(listener)
+            assert program.stderr
+            answers += [executor.submit(ask) for _ in range(10)]
+            answers[-1].result()
+            answers += [executor.submit(ask) for _ in range(10)]
+            program.terminate()
+            answers += [executor.submit(ask) for _ in range(10)]
+            said = program.stderr.read()
+            assert program.wait(30) == 0
+            program.stderr.close()
+            where = address if isinstance(address, str) else f"127.0.0.1:{address[1]}"
+            assert f"listening on {'unix:' if isinstance(address, str) else ''}{where}" in said
+        program = activate(listener)
+        assert [answer.result() for answer in answers] == ["HTTP/1.1 200 "] * len(answers)
+        program.terminate()
+        assert program.stderr
+        program.stderr.read()
+        assert program.wait(30) == 0
+        program.stderr.close()
+    assert not isinstance(address, str) or Path(address).exists()  # it is the service manager's
+
+
+def test_an_embedding_program_may_bring_its_own_socket() -> None:
+    import asyncio
+
+    import bridge
+
+    async def scenario() -> None:
+        for _ in range(2):
+            with socket.create_server(("127.0.0.1", 0)) as sock:
+                port = sock.getsockname()[1]
+                config = bridge.Config(bin=str(STANDIN), listen_addr="unix:/no/such/place", spares=0)
+                async with bridge.serve(config, sock) as running:
+                    assert running.addresses == [f"127.0.0.1:{port}"]
+                    answer = await asyncio.to_thread(Client("127.0.0.1", port).post)
+                    assert answer.text == "echo: hello; 1 messages"
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(scenario())
