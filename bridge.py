@@ -459,7 +459,6 @@ class Bridge:
 
     async def close(self) -> None:
         """End all connections: idle ones now, running answers when they are done or after `drain_secs`."""
-        await asyncio.sleep(0)  # what the listener has accepted
         self.closing = True
         new = [task for task, item in self._connections.items() if not (item.answering or item.answered)]
         if new and self._patience:
@@ -712,6 +711,10 @@ async def serve(config: Config, sock: socket.socket | None = None) -> AsyncItera
         try:
             yield bridge
         finally:
+            for listener in server.sockets:
+                asyncio.get_running_loop().remove_reader(listener.fileno())
+            for _ in range(3):
+                await asyncio.sleep(0)  # asyncio loses the connections that it is accepting when its listener closes
             server.close()
             await bridge.close()
             if config.unix_path and not sock:
