@@ -86,9 +86,12 @@ def test_spares_follow_the_models_that_are_asked_for(serve: Serve, log: Log) -> 
 
 def test_several_spares_are_shared_among_the_models(serve: Serve, log: Log) -> None:
     server = serve(spares=2)
-    for number in range(3):
-        server.post(f"a{number}", model="opus")
-        server.post(f"b{number}", model="haiku")
+    for number in range(2):
+        for name in ("opus", "haiku"):
+            server.post(f"{number}", model=name)
+            wait_until(
+                lambda: len(ready(server)) == 2 and server.bridge and not server.bridge.pool._ending, "the spares"
+            )
     wait_until(lambda: sorted(model(log, number) for number in ready(server)) == ["haiku", "opus"], "one of each")
 
 
