@@ -35,25 +35,30 @@ except OSError as error:
 """
 
 
+@pytest.fixture
+def folder() -> Iterator[str]:
+    """A folder that all can enter, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as path:
+        os.chmod(path, 0o755)
+        yield path
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_only_the_owner_of_a_unix_socket_can_use_it(serve: Callable[..., Server]) -> None:
-    """In a folder that all can enter, so that nothing but the socket's own mode decides."""
+def test_only_the_owner_of_a_unix_socket_can_use_it(folder: str, serve: Callable[..., Server]) -> None:
+    """Nothing but the socket's own mode decides: it is the owner whose change lets a user in."""
+    path = f"{folder}/bridge.sock"
 
     def dial(user: int) -> str:
         command = [sys.executable, "-IS", "-c", DIAL, str(user), path]
         return subprocess.run(command, capture_output=True, text=True, check=False).stderr.strip()
 
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        os.chmod(folder, 0o755)
-        path = f"{folder}/bridge.sock"
-        server = serve(listen_addr=f"unix:{path}")
-        assert dial(NOBODY) == "PermissionError"
-        os.chown(path, NOBODY, NOBODY)
-        assert dial(NOBODY) == ""
-        assert dial(SOMEBODY) == "PermissionError"
-        os.chown(path, SOMEBODY, NOBODY)  # the group is no owner
-        assert dial(NOBODY) == "PermissionError"
-        server.close()
+    serve(listen_addr=f"unix:{path}")
+    assert dial(NOBODY) == "PermissionError"
+    os.chown(path, NOBODY, NOBODY)
+    assert dial(NOBODY) == ""
+    assert dial(SOMEBODY) == "PermissionError"
+    os.chown(path, SOMEBODY, NOBODY)  # the group is no owner
+    assert dial(NOBODY) == "PermissionError"
 
 
 # ---------------------------------------------------------------- ps and /proc
