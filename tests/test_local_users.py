@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,7 @@ def test_a_process_has_its_own_pipes_and_nothing_of_the_bridge_or_of_other_proce
             stack.enter_context(program.connect())
             assert program.post(f"idle {number}").status == 200
             background.submit(program.post, f"PAUSE {number}", stream=True)
-            wait_until(lambda number=number: log.got(f"PAUSE {number}"), "the turn")
+            wait_until(partial(log.got, f"PAUSE {number}"), "the turn")
         assert len([target for target in descriptors(program.process.pid).values() if "socket:" in target]) > 6
         pids = {log.got(f"{word} {number}") for word in ("idle", "PAUSE") for number in range(3)}
         pids |= {pid for pid in log.started() if pid in {child.pid for child in program.children()}}
@@ -166,7 +167,7 @@ def requests(program: Program, log: Log) -> Iterator[int]:
         with program.connect() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
             client.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
-            wait_until(lambda text=text: log.got(text), "the turn")
+            wait_until(partial(log.got, text), "the turn")
             if text.endswith("PAUSE"):
                 assert client.recv(1)
         yield 200 if text.endswith("PAUSE") else 499
