@@ -526,7 +526,11 @@ class Bridge:
             head.append(("x-bridge-session", turn.how + (f"; reason={turn.reason}" if turn.reason else "")))
         origin = exchange.header(b"origin")
         if origin in self.config.allowed_origins:
-            head += [("access-control-allow-origin", origin), ("vary", "origin")]
+            head += [
+                ("access-control-allow-origin", origin),
+                ("vary", "origin"),
+                ("access-control-expose-headers", "*"),
+            ]
         if exchange.allow:
             head.append(("allow", exchange.allow))
         if self.closing or exchange.last:
@@ -567,7 +571,9 @@ class Bridge:
             known.add(config.address[0])
         if host is not None and not is_loopback(name) and name.strip("[]") not in known:
             raise ApiError(403, "this Host is not allowed; add it to CLAUDE_CLI_ALLOWED_HOSTS")
-        if origin is not None and origin not in config.allowed_origins:
+        # Images, scripts and frames of a page send no Origin, but say where they come from (Fetch Metadata).
+        foreign = origin is None and exchange.header(b"sec-fetch-site") in ("cross-site", "same-site")
+        if foreign or (origin is not None and origin not in config.allowed_origins):
             raise ApiError(403, "this Origin is not allowed; add it to CLAUDE_CLI_ALLOWED_ORIGINS")
         preflight = exchange.method == "OPTIONS" and origin is not None  # browsers send it without the key
         if config.api_key and not preflight:

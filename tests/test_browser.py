@@ -262,10 +262,7 @@ def test_a_page_of_another_origin_cannot_make_the_agent_do_anything(
     assert_nothing_came_through(page, site, log, rows, WRITES)
 
 
-bug = pytest.mark.xfail(strict=True, reason="bug: a request without Origin is let in, whatever Sec-Fetch-Site says")
-
-
-@pytest.mark.parametrize("page", [pytest.param(page, marks=[bug] if "127" in PAGES[page][1] else []) for page in PAGES])
+@pytest.mark.parametrize("page", PAGES)
 def test_a_page_of_another_origin_cannot_embed_what_the_cli_says(
     visit: Callable[..., None], site: Site, log: Log, rows: Callable[[], list[Json]], page: str
 ) -> None:
