@@ -48,7 +48,7 @@ BEGUN = ("midline", "first", "last")  # the stream has begun, the answer is not 
 LEAVES = ("close", "reset")  # the client goes, the CLI waits
 SILENT = ("hang", "deaf")
 DEAD = ("exit", "kill", "closed")
-DEADLINE = 20  # seconds for an answer, where the watchdog's are 0.5 or 120: a limit for failure
+DEADLINE = 20  # seconds for an answer, where the watchdog's are 1 or 120: a limit for failure
 
 SAID = {
     **dict.fromkeys(SILENT, (504, "timeout_error", "silent for")),
@@ -140,7 +140,7 @@ def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 @pytest.fixture(scope="module")
 def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with bench(tmp_path_factory.mktemp("hasty"), 0.6) as made:
+    with bench(tmp_path_factory.mktemp("hasty"), 1) as made:
         yield made
 
 
