@@ -23,11 +23,13 @@ Words in the last text of the user, alone or together:
     REPLAY version/name   the last turn of that recording, ten times as fast
 
 Models: exit-at-start, hang-at-start (answers nothing), slow-start (not before $STANDIN_GATE), ignore-sigterm (and the
-end of stdin), not-logged-in.
+end of stdin), not-logged-in.  The model POINT.FAULT... does FAULT whenever it gets to POINT (see `Standin.fault`).
+The word TOOL calls the client's tool `probe` before the answer, which then echoes the result.
 With $STANDIN_LOG=dir every line of stdin goes to dir/<pid>.ndjson, and argv, environment and working directory to
-dir/<pid>.json; `Log` reads them.
+dir/<pid>.json; `Log` reads them.  dir/<pid>.at.<model> appears when a process gets to its POINT.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -62,6 +64,17 @@ STRANGE: tuple[Json, ...] = (
     },
     {"type": "assistant", "message": None, "parent_tool_use_id": None},
 )
+TORN = b'{"type":"stream_event","event":{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","te'
+GARBAGE = {
+    "json": (b"Warning: not an event", b'{"type": "stream_event", "ev', b"{}{", b""),
+    "utf8": (b"\xff\xfe\xc3", b'{"type":"brand_new","data":"\xc3"}'),
+    "nonobject": (b"[1, 2]", b"null", b"7", b'"text"'),
+    "long": (b'{"type":"brand_new","data":"%b"}' % (b"x" * (1 << 19)),),
+    "disorder": tuple(
+        b'{"type":"stream_event","event":{"type":"content_block_%b"index":7%b},"parent_tool_use_id":null}' % parts
+        for parts in ((b'delta",', b',"delta":{"type":"text_delta","text":"stray"}'), (b'stop",', b""))
+    ),
+}
 USAGE = {"input_tokens": 10, "cache_creation_input_tokens": 3, "cache_read_input_tokens": 5, "output_tokens": 1}
 MODELS = [
     {"value": name, "resolvedModel": f"claude-{name}-5-5", "displayName": name.title(), "description": name.title()}
@@ -87,6 +100,8 @@ class Standin:
         self.mode = ""  # NOISE, GLUED or SPLIT
         self.glued = False  # the last line lacks its end
         self.said: list[str] = []  # deltas of the running answer
+        self.results: list[Json] = []  # answers to tools/call
+        self.point, self.kind = [*model.split("."), ""][:2]
 
     # stdin
 
@@ -100,12 +115,14 @@ class Standin:
         data = os.read(0, 1 << 16)
         self.reading = bool(data)
         *lines, self.partial = (self.partial + data).split(b"\n")
+        if self.log is not None and lines:
+            os.write(self.log, b"\n".join([*lines, b""]))
         for line in lines:
-            if self.log is not None:
-                os.write(self.log, line + b"\n")
             event = json.loads(line)
             if event["type"] == "control_request":
                 self.control(event["request_id"], event["request"])
+            elif event["type"] == "control_response":
+                self.results.append(event["response"]["response"]["mcp_response"]["result"])
             elif event["type"] in ("user", "assistant"):
                 self.waiting.append(event)
 
@@ -120,8 +137,14 @@ class Standin:
             response["response"] = {"commands": [], "models": MODELS, "account": account, "pid": os.getpid()}
         elif subtype not in ("interrupt", "apply_flag_settings"):
             response |= {"subtype": "error", "error": f"the stand-in knows no {subtype}"}
+        if subtype == "initialize":
+            self.fault("initialize")
+        elif subtype == "apply_flag_settings" and self.messages:
+            self.fault("settings")
         if self.model != "hang-at-start":
             self.emit({"type": "control_response", "response": response})
+        if subtype == "initialize":
+            self.fault("initialized")
         if subtype == "interrupt" and self.turning:
             raise Interrupted
 
@@ -135,6 +158,32 @@ class Standin:
         while True:
             self.emit({"type": "system", "subtype": "status", "status": "requesting"})
             self.pump(0.1)
+
+    def fault(self, point: str) -> None:
+        """At the point that the model names: exit, kill, hang (reads on), deaf (does not), closed (stdout), endless (a
+        line), wait (for what the bridge does), or lines of GARBAGE."""
+        if point != self.point:
+            return
+        if folder := os.environ.get("STANDIN_LOG"):
+            open(os.path.join(folder, f"{os.getpid()}.at.{self.model}"), "w").close()
+        if self.kind == "exit":
+            sys.exit("stand-in: told to exit")
+        if self.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "closed":
+            os.close(1)
+        if self.kind == "endless":
+            self.out.write(b"x" * (3 << 20))
+            self.out.flush()
+        while self.kind in ("deaf", "closed"):
+            signal.pause()
+        while self.kind == "hang":
+            with contextlib.suppress(Interrupted):
+                self.pump(None)
+        while self.kind in ("endless", "wait") and self.reading and not self.results:
+            self.pump(None)
+        for line in GARBAGE.get(self.kind, ()):
+            self.put(line)
 
     # stdout
 
@@ -190,6 +239,7 @@ class Standin:
                 self.hang()
             if "PAUSE-PAST" in past:
                 self.gate()
+            self.fault("past")
             self.emit({"type": "system", "subtype": "init", "model": self.model})
             self.result(num_turns=0, result="")
         elif line["type"] == "user":
@@ -221,6 +271,7 @@ class Standin:
             return int(after[0]) if after and after[0].isdecimal() else otherwise
 
         self.id = f"msg_standin_{os.getpid()}_{next(self.numbers)}"
+        self.fault("asked")
         if "DIE-START" in words:
             sys.exit("stand-in: told to die before any event")
         if "PAUSE-START" in words:
@@ -249,8 +300,9 @@ class Standin:
         if "BIGLINE" in words:
             self.emit({"type": "system", "subtype": "brand_new", "data": "x" * number("BIGLINE")})
 
-        message = {"id": self.id, "type": "message", "role": "assistant", "model": self.model, "content": []}
-        self.stream("message_start", message={**message, "stop_reason": None, "stop_sequence": None, "usage": USAGE})
+        if "TOOL" in words:
+            text = self.tool()
+        message = self.start()
         self.stream("content_block_start", index=0, content_block={"type": "text", "text": ""})
         paced = next((word for word in ("SLOW", "FLOOD") if word in words), None)
         deltas = re.findall(r"\S+\s*", f"echo: {text}; {len(self.messages)} messages")
@@ -262,9 +314,15 @@ class Standin:
             deltas.append(f" {self.orphan()}")
         for n, delta in enumerate(deltas):
             self.pump(0.02 if n and paced == "SLOW" else 0)
+            if n == 1 and self.point == "midline":
+                self.out.write(TORN)
+                self.out.flush()
+                self.fault("midline")
+                continue  # the rest of the line never comes
             self.stream("content_block_delta", index=0, delta={"type": "text_delta", "text": delta})
             self.said.append(delta)
             if n == 0:
+                self.fault("first")
                 self.middle(words, number)
             if self.mode == "NOISE":
                 for line in NOISE:
@@ -273,10 +331,12 @@ class Standin:
                     self.emit(dict(event))
 
         self.emit({"type": "assistant", "message": {**message, "content": self.blocks()}, "parent_tool_use_id": None})
+        self.fault("last")
         self.stream("content_block_stop", index=0)
         ends = {"stop_reason": "end_turn", "stop_sequence": None}
         self.stream("message_delta", delta=ends, usage={"output_tokens": len(deltas)})
         self.stream("message_stop")
+        self.fault("stopped")
         if "LATE" in words:
             self.gate()
             if self.waiting:
@@ -287,6 +347,33 @@ class Standin:
             self.result(result="".join(self.said), stop_reason="end_turn")
         if "NOSTDIN" in words:
             signal.pause()
+
+    def start(self) -> Json:
+        message = {"id": self.id, "type": "message", "role": "assistant", "model": self.model, "content": []}
+        self.stream("message_start", message={**message, "stop_reason": None, "stop_sequence": None, "usage": USAGE})
+        return message
+
+    def tool(self) -> str:
+        """Call the client's tool, as in the recording client_tool; returns the text of its result."""
+        self.start()
+        call, name = f"toolu_{self.id}", "probe"
+        block = {"type": "tool_use", "id": call, "name": f"mcp__client__{name}", "input": {}}
+        self.stream("content_block_start", index=0, content_block=block)
+        self.stream("content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": "{}"})
+        self.stream("content_block_stop", index=0)
+        self.stream("message_delta", delta={"stop_reason": "tool_use", "stop_sequence": None}, usage=USAGE)
+        self.stream("message_stop")
+        params = {"name": name, "arguments": {}, "_meta": {"claudecode/toolUseId": call}}
+        asked = {"subtype": "mcp_message", "server_name": "client"}
+        asked["message"] = {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": params}
+        self.emit({"type": "control_request", "request_id": call, "request": asked})
+        self.fault("parked")
+        while not self.results:
+            if not self.reading:
+                sys.exit("stand-in: the result of its tool call never came")
+            self.pump(None)
+        self.id += "_2"
+        return str(self.results.pop()["content"][0]["text"])
 
     def middle(self, words: list[str], number: Any) -> None:
         if "STDERR" in words:
@@ -367,6 +454,17 @@ class Log:
     def requests(self, pid: int) -> list[str]:
         """The subtypes of the control requests that it got."""
         return [line["request"]["subtype"] for line in self.lines(pid) if line["type"] == "control_request"]
+
+    def reached(self, model: str) -> list[int]:
+        """The processes of this model that got to the point of their fault."""
+        names = [name.split(".", 2) for name in os.listdir(self.folder)]
+        return [int(name[0]) for name in names if name[1:] == ["at", model]]
+
+    def asked(self, text: str) -> int:
+        """How often this text was put as a question, by all processes' user lines."""
+        pids = [int(name.removesuffix(".ndjson")) for name in os.listdir(self.folder) if name.endswith(".ndjson")]
+        users = (line for pid in pids for line in self.lines(pid) if line["type"] == "user")
+        return sum(text in str(line["message"]["content"]) and line.get("shouldQuery") is not False for line in users)
 
     def got(self, text: str) -> int:
         """The process that was given a user message with this text; 0: none yet."""
