@@ -222,7 +222,7 @@ class Process(asyncio.SubprocessProtocol):
 
     @property
     def gone(self) -> bool:
-        return self._eof or self.exited.done() or exiting(self.pid)
+        return self._eof or self._failure is not None or self.exited.done() or exiting(self.pid)
 
     def listen(self) -> None:
         """Begin a turn: the watchdog runs, events are kept."""
@@ -387,7 +387,11 @@ class Process(asyncio.SubprocessProtocol):
 
     def _read(self, line: bytes) -> list[Json]:
         """The events of a line, after what is to be done at once: control requests are answered."""
-        events = translate.decode(line)
+        try:
+            events = translate.decode(line)
+        except ApiError as error:
+            self._fail(error)
+            return []
         for event in events:
             kind = event.get("type")
             if kind in SIGNS_OF_LIFE:

@@ -534,21 +534,29 @@ def mcp_part(block: Json) -> Json | None:
     return None
 
 
+# Half a character: JavaScript writes it as an escape, orjson does not read it.
+LONE_SURROGATE = re.compile(r"(?<!\\)((?:\\\\)*)\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+
+
 def decode(text: bytes) -> list[Json]:
-    """The events of one line of the CLI's output: one as a rule, several when it glued them, none when it is noise."""
+    """The events of one line of the CLI's output: one as a rule, several when it glued them, none when it is noise.
+    Raises ApiError when a part of the answer is lost."""
     try:
         values = [orjson.loads(text)]
     except orjson.JSONDecodeError:
         values = glued(text.decode(errors="replace").strip())
+        if not values and text.startswith(STREAM_EVENT):
+            raise cli_error("the claude CLI wrote a damaged line") from None
     return [value for value in values if isinstance(value, dict)]
 
 
 def glued(text: str) -> list[Any]:
     values: list[Any] = []
+    text = LONE_SURROGATE.sub(r"\1\\ufffd", text)
     while text.startswith("{"):
         try:
             end = json.JSONDecoder().raw_decode(text)[1]
-            values.append(orjson.loads(text[:end]))  # json takes what orjson cannot write: lone surrogates, NaN
+            values.append(orjson.loads(text[:end]))  # json takes what orjson cannot write: NaN
         except (ValueError, RecursionError):
             break
         text = text[end:].lstrip()

@@ -163,8 +163,10 @@ def test_no_host_is_too_strange_for_an_answer(serve: Callable[..., Server]) -> N
 @pytest.mark.parametrize(
     ("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 404), ("none", 404)]
 )
-def test_what_a_page_embeds_has_no_origin_but_says_where_it_comes_from(server: Server, site: str, status: int) -> None:
-    answer = server.call("GET", "/no/such", headers={"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors"})
+def test_what_a_page_embeds_has_no_origin_but_says_where_it_comes_from(
+    serve: Callable[..., Server], site: str, status: int
+) -> None:
+    answer = serve().call("GET", "/no/such", headers={"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors"})
     assert answer.status == status
 
 

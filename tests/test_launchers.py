@@ -1,9 +1,12 @@
 """The bridge under a real supervisord."""
 
+import getpass
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 
 import psutil
@@ -36,9 +39,6 @@ stderr_logfile = {folder}/bridge.log
 @pytest.fixture
 def supervisor(tmp_path: Path) -> Iterator[Callable[..., str]]:
     """Runs supervisorctl; `bridge` on a free port is under a supervisord of its own."""
-    import getpass
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     values = {"folder": tmp_path, "python": sys.executable, "root": ROOT, "port": port, "standin": STANDIN}
@@ -65,7 +65,7 @@ def bridges() -> list[psutil.Process]:
 
 @pytest.mark.parametrize("way", ["restart", "kill"])
 def test_supervisord_restarts_the_bridge_without_an_orphan(
-    supervisor: Callable[..., str], log: Log, gate: Path, background: ThreadPoolExecutor, way: str
+    gate: Path, log: Log, supervisor: Callable[..., str], background: ThreadPoolExecutor, way: str
 ) -> None:
     client = Client("127.0.0.1", int(supervisor()))
     wait_until(lambda: "listening" in supervisor("tail", "bridge", "stderr"), "the listener")
@@ -78,8 +78,7 @@ def test_supervisord_restarts_the_bridge_without_an_orphan(
     assert pid(first) in before
     if asked:
         old.kill()
-        with pytest.raises(OSError, match="."):
-            asked.result()
+        assert isinstance(asked.exception(), OSError | HTTPException)
     else:
         assert "started" in supervisor("restart", "bridge")
     wait_until(lambda: not any(map(alive, before)), "the end of all children")

@@ -229,21 +229,8 @@ def read(client: socket.socket) -> Answer:
 
 
 # The damaged line is left out as noise, and with it a part of the answer.
-SHORTENED = pytest.mark.xfail(strict=True, reason="a damaged line with a delta is dropped, and the answer is shortened")
-# `Process.gone` does not know of the line without an end, so the next turn is given to the process, and fails.
-UNREADABLE = pytest.mark.xfail(strict=True, reason="a process that became unreadable between turns gets the next turn")
 
-
-def wrong(point: str, fault: str) -> list[pytest.MarkDecorator]:
-    """What is known to be wrong in the bridge."""
-    if point == "midline" and fault in GARBAGE and fault != "disorder":
-        return [SHORTENED]
-    return [UNREADABLE] if (point, fault) == ("parked", "endless") else []
-
-
-CELLS = [
-    pytest.param(point, fault, id=f"{point}-{fault}", marks=wrong(point, fault)) for point in POINTS for fault in FAULTS
-]
+CELLS = [pytest.param(point, fault, id=f"{point}-{fault}") for point in POINTS for fault in FAULTS]
 
 
 @pytest.mark.parametrize(("point", "fault"), CELLS)
