@@ -70,7 +70,7 @@ def failure(point: str, fault: str) -> tuple[int, str, str] | None:
     if point == "parked":
         return SAID[fault] if fault in SILENT else None  # what is known to be lost before the request is rebuilt
     if fault in GARBAGE and point == "midline":
-        return SAID.get(fault, TORN)  # a part of the answer is in the line that was spoilt
+        return TORN  # a part of the answer is in the line that was spoilt
     if fault in GARBAGE and (fault != "disorder" or point not in BEGUN):
         return None  # what is no event, or none of an answer that has begun, is left out
     return SAID[fault]
