@@ -1,4 +1,6 @@
-"""Many clients that misbehave, for long, while children are killed: `python tests/soak.py [MINUTES]`, by default 30.
+"""Many clients that misbehave, for long, while children are killed.
+
+`python tests/soak.py [MINUTES [WARM-UP]]`: 30 minutes after 2, unless it is told otherwise.
 
 The bridge runs as a program with the stand-in as its CLI.  Every complete answer must be that of the conversation
 that was sent: it repeats the last text, the number of messages and a digest of all of them.  At the end the bridge
@@ -28,7 +30,7 @@ from standin import digest
 
 Json = dict[str, Any]
 CLIENTS = 50
-WARM_UP = 20.0  # seconds
+WARM_UP = 2.0  # minutes: by then the bridge remembers nearly as many lost conversations as it ever does
 KILL_SECS = 0.5  # between two kills
 # What the bridge remembers of lost conversations (sessions.MAX_PAST) and what an allocator keeps; a leak of 1 KiB a
 # request is more within five minutes.
@@ -231,9 +233,9 @@ async def rest(bridge: psutil.Process) -> dict[str, int]:
     return measure(bridge)
 
 
-async def soak(minutes: float, url: str, bridge: psutil.Process) -> list[str]:
+async def soak(minutes: float, warm_up: float, url: str, bridge: psutil.Process) -> list[str]:
     warm = Load(url, bridge)
-    await warm.run(WARM_UP)
+    await warm.run(60 * warm_up)
     before = await rest(bridge)
     print(f"warm-up: {warm.counts['complete']} complete answers; at rest {before}", flush=True)
     load = Load(url, bridge)
@@ -259,6 +261,7 @@ async def soak(minutes: float, url: str, bridge: psutil.Process) -> list[str]:
 
 def main() -> None:
     minutes = float(sys.argv[1]) if len(sys.argv) > 1 else 30.0
+    warm_up = float(sys.argv[2]) if len(sys.argv) > 2 else WARM_UP
     print(isolate())
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -271,7 +274,8 @@ def main() -> None:
             while socket.socket().connect_ex(("127.0.0.1", port)):
                 assert process.poll() is None, "the bridge did not start"
                 time.sleep(0.05)
-            wrong = asyncio.run(soak(minutes, f"http://127.0.0.1:{port}/v1/messages", psutil.Process(process.pid)))
+            url = f"http://127.0.0.1:{port}/v1/messages"
+            wrong = asyncio.run(soak(minutes, warm_up, url, psutil.Process(process.pid)))
             process.terminate()
             if status := process.wait(30):
                 wrong.append(f"the bridge ended with status {status}")

@@ -8,7 +8,7 @@ from typing import Any
 import fuzz
 import pytest
 from conftest import Server, request_body
-from test_relay import BEGIN, END, TAIL, delta, event, outcome
+from test_relay import BEGIN, END, MESSAGE, TAIL, delta, event, outcome
 from test_relay import text as delta_of_text
 from test_translate import RESULT, USE, role, text, user
 
@@ -143,3 +143,11 @@ def test_a_delta_in_a_line_that_is_no_json_is_noise(tail: bytes) -> None:
 def test_a_block_that_does_not_begin_empty_is_no_stream_of_that_kind(block: Json) -> None:
     begun = event(type="content_block_start", index=0, content_block=block)
     fuzz.relayed([[BEGIN[0], begun, *END]], raw=False)  # asserts the grammar
+
+
+@bug(AssertionError)
+@pytest.mark.parametrize("count", [-1, True])
+def test_a_count_of_the_cache_that_is_none_is_left_out(count: object) -> None:
+    creation = {"ephemeral_5m_input_tokens": count, "ephemeral_1h_input_tokens": 0}
+    begun = event(type="message_start", message={**MESSAGE, "usage": {"cache_creation": creation}})
+    fuzz.relayed([[begun, *BEGIN[1:], *END]], raw=False)  # asserts the grammar
