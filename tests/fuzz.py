@@ -363,6 +363,8 @@ def excluded_line(line: bytes) -> bool:
             case {"event": {"content_block": {"type": str(kind)} as block}}:
                 if any(block.get(key) for key in translate.EMPTY.get(kind, ())):
                     return True  # a block that does not begin empty
+            case {"type": "assistant", "message": {"id": ""}}:
+                return True  # a message without a name
         counts = [holder[key] for holder, key in places(event) if key == "cache_creation"]
         counts = [count for inner in counts if isinstance(inner, dict) for count in inner.values()]
         if any(type(count) is not int or count < 0 for count in counts):

@@ -151,3 +151,10 @@ def test_a_count_of_the_cache_that_is_none_is_left_out(count: object) -> None:
     creation = {"ephemeral_5m_input_tokens": count, "ephemeral_1h_input_tokens": 0}
     begun = event(type="message_start", message={**MESSAGE, "usage": {"cache_creation": creation}})
     fuzz.relayed([[begun, *BEGIN[1:], *END]], raw=False)  # asserts the grammar
+
+
+@bug(AssertionError)
+def test_a_message_that_was_not_streamed_and_has_no_id_is_no_answer() -> None:
+    message = {**MESSAGE, "id": "", "content": [{"type": "text", "text": "Hi"}], "stop_reason": "end_turn"}
+    whole = json.dumps({"type": "assistant", "message": message, "parent_tool_use_id": None}).encode()
+    fuzz.relayed([[whole, b'{"type":"result","is_error":false}']], raw=False)  # asserts the grammar
