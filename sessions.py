@@ -362,24 +362,32 @@ class Process(asyncio.SubprocessProtocol):
         if rest:
             self._partial.append(rest)
             self._partial_size += len(rest)
-        if self._partial_size > MAX_LINE:
-            self._fail(cli_error(f"the claude CLI wrote a line of more than {MAX_LINE >> 20} MiB"))
-            self._partial, self._partial_size = [], 0
         events: list[Event] = []
-        for line in lines:
-            if line.startswith(translate.DELTA_START):
-                events.append(line)
-            else:
-                events += self._read(line)
+        failure: ApiError | None = None
+        try:
+            for line in lines:
+                if line.startswith(translate.DELTA_START):
+                    events.append(line)
+                else:
+                    events += self._read(line)
+        except ApiError as error:
+            failure = error
+        if self._partial_size > MAX_LINE:
+            failure = cli_error(f"the claude CLI wrote a line of more than {MAX_LINE >> 20} MiB")
+            self._partial, self._partial_size = [], 0
         if events and isinstance(events[-1], bytes):
             self._alive_at = self.loop.time()
-        if not self.listening:
-            return
+        if self.listening:
+            self._keep(events, len(data))
+        if failure:
+            self._fail(failure)  # after what came before it
+
+    def _keep(self, events: list[Event], size: int) -> None:
         if self._sink is not None:
             self._pour(events)
             return
         self._events += events
-        self._unread += len(data)
+        self._unread += size
         if self._unread > MAX_UNREAD and not self._paused:
             self._paused = True
             self._transport.get_pipe_transport(1).pause_reading()  # type: ignore[union-attr]
@@ -387,11 +395,7 @@ class Process(asyncio.SubprocessProtocol):
 
     def _read(self, line: bytes) -> list[Json]:
         """The events of a line, after what is to be done at once: control requests are answered."""
-        try:
-            events = translate.decode(line)
-        except ApiError as error:
-            self._fail(error)
-            return []
+        events = translate.decode(line)
         for event in events:
             kind = event.get("type")
             if kind in SIGNS_OF_LIFE:
@@ -497,9 +501,10 @@ class Turn:
                     if isinstance(event, bytes):
                         raw.append(event)
                         continue
-                    frames += [translator.relay(raw), *map(translate.frame, translator.feed(event))]
+                    frames.extend(translator.relay(raw))  # each is kept though the next one raises
+                    frames.extend(map(translate.frame, translator.feed(event)))
                     raw = []
-                frames.append(translator.relay(raw))
+                frames.extend(translator.relay(raw))
             finally:
                 if translator.message:
                     ready = send(b"".join(frames) if stream else b"")

@@ -198,7 +198,7 @@ def parse_request(body: bytes, *, max_depth: int = 200, max_messages: int = 100_
     except orjson.JSONDecodeError as error:
         raise ApiError(400, f"The request body is not valid JSON: {error}") from None
     if is_deeper(data, max_depth):
-        raise ApiError(400, f"The request body is nested more than {max_depth} levels deep")
+        raise ApiError(400, f"The request body is not valid JSON: it is nested more than {max_depth} levels deep")
     if not isinstance(data, dict):
         raise ApiError(400, "The request body is not a JSON object.")
     if data.get("thread") is not None:
@@ -289,7 +289,7 @@ def normal_messages(messages: list[Any]) -> list[Json]:
     if not messages:
         raise bad("messages", "at least one message is required")
     merged: list[Json] = []
-    places: list[str] = []
+    places: list[list[str]] = []  # of each block
     for number, message in enumerate(messages):
         place = f"messages.{number}"
         blocks = message_blocks(message, place)
@@ -299,11 +299,13 @@ def normal_messages(messages: list[Any]) -> list[Json]:
             # Claude Code ends its requests with one; the CLI's input knows the user's and the assistant's only.
             text = "\n".join(block["text"] for block in blocks)
             role, blocks = "user", [{"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}]
+        homes = [f"{place}.content.{n}" for n in range(len(blocks))]
         if merged and merged[-1]["role"] == role:  # API: consecutive turns of one role are one turn
             merged[-1]["content"] += blocks
+            places[-1] += homes
         else:
             merged.append({"role": role, "content": blocks})
-            places.append(place)
+            places.append(homes)
     check_pairs(merged, places)
     if merged[-1]["role"] == "assistant":
         words = "This model does not support assistant message prefill. The conversation must end with a user message."
@@ -351,23 +353,23 @@ def check_system_place(messages: list[Any], number: int) -> None:
         raise bad(f"messages.{number}", words)
 
 
-def check_pairs(messages: list[Json], places: list[str]) -> None:
+def check_pairs(messages: list[Json], places: list[list[str]]) -> None:
     """API: each tool_use is answered in the next message, each tool_result answers a tool_use of the previous one."""
     called: list[str] = []
     seen: list[str] = []
-    for message, place in zip(messages, places, strict=True):
+    for message, homes in zip(messages, places, strict=True):
         blocks = enumerate(message["content"])
         results = {n: block["tool_use_id"] for n, block in blocks if block["type"] == "tool_result"}
         for number, tool_id in results.items():
             if tool_id not in called:
                 words = f"unexpected `tool_use_id` found in `tool_result` blocks: {tool_id}. Each `tool_result` block "
                 words += "must have a corresponding `tool_use` block in the previous message."
-                raise bad(f"{place}.content.{number}", words)
+                raise bad(homes[number], words)
         missing = [tool_id for tool_id in called if tool_id not in results.values()]
         if missing:
             words = f"`tool_use` ids were found without `tool_result` blocks immediately after: {', '.join(missing)}. "
             words += "Each `tool_use` block must have a corresponding `tool_result` block in the next message."
-            raise bad(place, words)
+            raise bad(homes[0].partition(".content.")[0], words)
         called = [block["id"] for block in message["content"] if block["type"] == "tool_use"]
         seen += called
     if len(seen) > len(set(seen)):
@@ -380,7 +382,7 @@ def turn_settings(data: Json) -> dict[str, str]:
     body = {name: data[name] for name in data if name in BODY_FIELDS and data[name] not in (None, [])}
     choice = data.get("tool_choice")
     if choice and data.get("tools"):
-        body["tool_choice"] = {**choice, "name": TOOL_PREFIX + choice["name"]} if "name" in choice else choice
+        body["tool_choice"] = {**choice, "name": TOOL_PREFIX + choice["name"]} if choice["type"] == "tool" else choice
     return {"CLAUDE_CODE_EXTRA_BODY": orjson.dumps(body).decode()}
 
 
@@ -628,7 +630,7 @@ class Translator:
         match event:
             case {"type": "stream_event", "event": dict(inner)} if mine:
                 return self._stream(inner)
-            case {"type": "assistant", "message": {"id": str(), "content": list()} as message} if mine:
+            case {"type": "assistant", "message": {"id": str(name), "content": list()} as message} if mine and name:
                 return list(self._whole(message))
             case {"type": "result"}:
                 return self._end(event)
@@ -640,7 +642,7 @@ class Translator:
                 raise cli_error(f"the claude CLI refused a control request: {error}")
         return []
 
-    def relay(self, lines: list[bytes]) -> bytes:
+    def relay(self, lines: list[bytes]) -> Iterator[bytes]:
         """Translate lines of the CLI that begin with DELTA_START, into frames.  Deltas of the open block keep their
         bytes: decoding them took ten times as long."""
         start, texts, rests = self._raw, [], []
@@ -655,13 +657,17 @@ class Translator:
         if 0 < len(lines) == rest.count(MAIN) == rest.count(b"}\n") and b"{" not in rest:
             try:
                 orjson.loads(b'"%b"' % b" ".join(texts))  # no text may end inside an escape
+                orjson.loads(b"[{%b]" % b",{".join(rests))  # and no line be cut or torn behind it
             except orjson.JSONDecodeError:
                 pass
             else:
                 self._pieces.append(orjson.loads(b'"%b"' % b"".join(texts)))
                 head = b"event: content_block_delta\ndata: " + start.removeprefix(STREAM_EVENT)
-                return ascii_lines(head + (b'"}}\n\n' + head).join(texts) + b'"}}\n\n')
-        return b"".join(frame(out) for text in lines for event in decode(text) for out in self.feed(event))
+                yield ascii_lines(head + (b'"}}\n\n' + head).join(texts) + b'"}}\n\n')
+                return
+        for text in lines:
+            for event in decode(text):
+                yield from map(frame, self.feed(event))
 
     def _stream(self, event: Json) -> list[Json]:
         match event:
@@ -865,7 +871,9 @@ def usage(value: Any) -> Json:
     counts = {"input_tokens": 0, "output_tokens": 0, **token_counts(value)}
     match value:
         case {"cache_creation": {"ephemeral_5m_input_tokens": int(), "ephemeral_1h_input_tokens": int()} as creation}:
-            counts["cache_creation"] = creation
+            known = {name: creation[name] for name in ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")}
+            if all(type(count) is int and count >= 0 for count in known.values()):
+                counts["cache_creation"] = known
     match value:
         case {"service_tier": "standard" | "priority" | "batch" as tier}:
             counts["service_tier"] = tier

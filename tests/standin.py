@@ -21,10 +21,12 @@ Words in the last text of the user, alone or together:
     RETRY ms              the API is asked again after that announced delay
     RATELIMIT epoch       the account's limit is used up until then
     REPLAY version/name   the last turn of that recording, ten times as fast
+    TOOL n                n calls of the first of the client's tools, if it has any; their last result is answered then
+    DIGEST                a digest of all texts of the conversation ends the answer
 
 Models: exit-at-start, hang-at-start (answers nothing), slow-start (not before $STANDIN_GATE), ignore-sigterm (and the
 end of stdin), not-logged-in.  The model POINT.FAULT... does FAULT whenever it gets to POINT (see `Standin.fault`).
-The word TOOL calls the client's tool `probe` before the answer, which then echoes the result.
+The word PROBE calls the client's tool `probe` before the answer, which then echoes the result.
 With $STANDIN_LOG=dir every line of stdin goes to dir/<pid>.ndjson, and argv, environment and working directory to
 dir/<pid>.json; `Log` reads them.  dir/<pid>.at.<model> appears when a process gets to its POINT.
 """
@@ -38,6 +40,7 @@ import select
 import signal
 import sys
 import time
+import zlib
 from typing import Any
 
 Json = dict[str, Any]
@@ -102,6 +105,8 @@ class Standin:
         self.said: list[str] = []  # deltas of the running answer
         self.results: list[Json] = []  # answers to tools/call
         self.point, self.kind = [*model.split("."), ""][:2]
+        self.served = False  # the client has tools
+        self.answers: dict[str, Json] = {}  # to control requests, by id
 
     # stdin
 
@@ -122,7 +127,11 @@ class Standin:
             if event["type"] == "control_request":
                 self.control(event["request_id"], event["request"])
             elif event["type"] == "control_response":
-                self.results.append(event["response"]["response"]["mcp_response"]["result"])
+                response = event["response"]
+                if str(response["request_id"]).startswith("standin-"):
+                    self.answers[response["request_id"]] = response
+                else:
+                    self.results.append(response["response"]["mcp_response"]["result"])
             elif event["type"] in ("user", "assistant"):
                 self.waiting.append(event)
 
@@ -130,6 +139,7 @@ class Standin:
         subtype = request["subtype"]
         response: Json = {"subtype": "success", "request_id": request_id}
         if subtype == "initialize":
+            self.served = "sdkMcpServers" in request
             account = {
                 "tokenSource": "none" if self.model == "not-logged-in" else "stand-in",
                 "apiProvider": "firstParty",
@@ -253,7 +263,7 @@ class Standin:
     def turn(self, content: list[Json]) -> None:
         texts = [block["text"] for block in content if block["type"] == "text" and block["text"].strip()]
         texts = [text for text in texts if not text.startswith("<system-reminder>")]
-        text = texts[-1] if texts else ""
+        text = (texts or results_of(content) or [""])[-1]
         self.said, self.turning = [], True
         try:
             self.answer(text, text.split())
@@ -289,6 +299,8 @@ class Standin:
             info = {"status": "rejected", "resetsAt": number("RATELIMIT"), "rateLimitType": "five_hour"}
             self.emit({"type": "rate_limit_event", "rate_limit_info": info})
             return self.failed("You've hit your limit", 429)
+        if "TOOL" in words and self.served:
+            return self.call(number("TOOL", 1))
         if "RETRY" in words:
             delay = number("RETRY")
             self.emit(
@@ -300,7 +312,7 @@ class Standin:
         if "BIGLINE" in words:
             self.emit({"type": "system", "subtype": "brand_new", "data": "x" * number("BIGLINE")})
 
-        if "TOOL" in words:
+        if "PROBE" in words:
             text = self.tool()
         message = self.start()
         self.stream("content_block_start", index=0, content_block={"type": "text", "text": ""})
@@ -310,6 +322,8 @@ class Standin:
             deltas = [f"{n} " for n in range(number(paced))]
         elif "BIGLINE" in words:
             deltas.append("x" * number("BIGLINE"))
+        elif "DIGEST" in words:
+            deltas.append(f" {digest(self.messages)}")
         elif "ORPHAN" in words:
             deltas.append(f" {self.orphan()}")
         for n, delta in enumerate(deltas):
@@ -375,6 +389,38 @@ class Standin:
         self.id += "_2"
         return str(self.results.pop()["content"][0]["text"])
 
+    def call(self, count: int) -> None:
+        """An answer that calls a tool, then what comes of the results."""
+        (listed,) = self.ask({"method": "tools/list"})
+        message = {"id": self.id, "type": "message", "role": "assistant", "model": self.model, "content": []}
+        self.stream("message_start", message={**message, "stop_reason": None, "stop_sequence": None, "usage": USAGE})
+        ids = [f"toolu_{os.getpid()}_{next(self.numbers)}" for _ in range(count)]
+        name = "mcp__client__" + listed["tools"][0]["name"]
+        blocks: list[Json] = [{"type": "tool_use", "id": one, "name": name, "input": {}} for one in ids]
+        for number, block in enumerate(blocks):
+            self.stream("content_block_start", index=number, content_block=block)
+            self.stream("content_block_stop", index=number)
+        self.stream("message_delta", delta={"stop_reason": "tool_use", "stop_sequence": None}, usage=USAGE)
+        self.stream("message_stop")
+        meta = [{"_meta": {"claudecode/toolUseId": one}, "name": name, "arguments": {}} for one in ids]
+        results = self.ask(*({"method": "tools/call", "params": params} for params in meta))
+        content = [{"type": "tool_result", "tool_use_id": i, **r} for i, r in zip(ids, results, strict=True)]
+        self.messages += [{"role": "assistant", "content": blocks}, {"role": "user", "content": content}]
+        text = (results_of(content) or [""])[-1]
+        self.answer(text, text.split())
+
+    def ask(self, *messages: Json) -> list[Json]:
+        """Messages to the client's MCP server; its answers."""
+        ids = [f"standin-{next(self.numbers)}" for _ in messages]
+        for one, message in zip(ids, messages, strict=True):
+            request = {"subtype": "mcp_message", "server_name": "client", "message": {"id": 1, **message}}
+            self.emit({"type": "control_request", "request_id": one, "request": request})
+        while self.answers.keys() & set(ids) != set(ids):
+            if not self.reading:
+                sys.exit(0)
+            self.pump(None)
+        return [self.answers.pop(one)["response"]["mcp_response"]["result"] for one in ids]
+
     def middle(self, words: list[str], number: Any) -> None:
         if "STDERR" in words:
             sys.stderr.write("e" * number("STDERR") + "\n")
@@ -430,6 +476,24 @@ class Standin:
             self.pump((row["t"] - at) / 10)
             at = row["t"]
             self.put(json.dumps(row["line"], ensure_ascii=False).encode())
+
+
+def results_of(content: list[Json]) -> list[str]:
+    """The texts of tool results, as the client sent them or as its MCP server did."""
+    inner = [block["content"] for block in content if block["type"] == "tool_result" and block.get("content")]
+    blocks = [[{"type": "text", "text": one}] if isinstance(one, str) else one for one in inner]
+    return [block["text"] for block in itertools.chain(*blocks) if block["type"] == "text"]
+
+
+def digest(messages: list[Json]) -> str:
+    """Of the roles and texts of a conversation."""
+    said = []
+    for message in messages:
+        content = message["content"]
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        found = [block["text"] for block in blocks if block["type"] == "text" and block["text"].strip()]
+        said.append([message["role"], *found, *results_of(blocks)])
+    return f"{zlib.crc32(json.dumps(said).encode()):08x}"
 
 
 class Log:

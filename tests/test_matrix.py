@@ -58,7 +58,7 @@ SAID = {
     "endless": (502, "claude_cli_error", "a line of more than 1 MiB"),
     "disorder": (502, "claude_cli_error", "out of place"),
 }
-TORN = (502, "claude_cli_error", "")  # a line of the answer that cannot be read
+TORN = (502, "claude_cli_error", "a damaged line")  # a line of the answer that cannot be read
 TOOL = {"name": "probe", "input_schema": {"type": "object"}}
 numbers = itertools.count(1)
 
@@ -184,7 +184,7 @@ def lost(session: Session) -> bool:
 
 def parked(made: Bench, fault: str, words: str, **fields: Any) -> list[Any]:
     """A conversation whose last answer called a tool, in a process that meets its fault now; with the tool's result."""
-    conversation = [*messages("parked", "", f"{words} TOOL")]
+    conversation = [*messages("parked", "", f"{words} PROBE")]
     with leaving(made.server, fault) as client:
         answer = post(client, conversation, **fields)
         assert answer.message["stop_reason"] == "tool_use"
@@ -269,7 +269,7 @@ def check(made: Bench, words: str, point: str, fault: str, *, stream: bool) -> N
         check_answer(made, answer, point, fault, words, **fields)
         if point == "stopped":
             check_next(made, [*conversation, answer.text, "and now"], fault, **fields)
-    times = made.log.asked(f"'{words}'") + made.log.asked(f"'{words} TOOL'")
+    times = made.log.asked(f"'{words}'") + made.log.asked(f"'{words} PROBE'")
     assert times == 1 or (times == 0 and point in ("initialize", "initialized", "past", "settings"))
 
 

@@ -27,10 +27,11 @@ def outcome(lines: list[bytes], *, raw: bool, reads: int = 1) -> Outcome:
                 if raw and line.startswith(translate.DELTA_START):
                     run.append(line)
                     continue
-                frames, run = frames + translator.relay(run), []
+                frames, run = frames + b"".join(translator.relay(run)), []
                 for event in translate.decode(line):
                     frames += b"".join(map(translate.frame, translator.feed(event)))
-            frames += translator.relay(run)
+            for frame in translator.relay(run):
+                frames += frame
     except ApiError as failure:
         error = failure.message
     assert not any(mark in frames for mark in (b"\xe2\x80\xa8", b"\xe2\x80\xa9", b"\xc2\x85"))
@@ -133,5 +134,5 @@ def test_a_delta_keeps_its_bytes() -> None:
             translator.feed(found)
     inner = b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"\\u0041\\/"}}'
     line = b'{"type":"stream_event","event":' + inner + TAIL
-    assert translator.relay([line, line]) == 2 * (b"event: content_block_delta\ndata: " + inner + b"\n\n")
+    assert b"".join(translator.relay([line, line])) == 2 * (b"event: content_block_delta\ndata: " + inner + b"\n\n")
     assert translator.message["content"] == [{"type": "text", "text": ""}]

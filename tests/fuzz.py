@@ -1,0 +1,587 @@
+"""Mutations of what the bridge is given: bodies, the CLI's lines, bytes on its socket.
+
+`python tests/fuzz.py SECONDS` runs each part for that long with fresh seeds; test_fuzz.py runs a short part of each.
+A failure prints its smallest case, and the seed.
+"""
+
+import contextlib
+import copy
+import gc
+import itertools
+import json
+import logging
+import random
+import re
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from conftest import IMAGE, STANDIN, Server, isolate, request_body
+from grammar import check_stream
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from test_translate import CACHED, FIXTURES, FOUND, JUNK, PAGE, PDF, PREFILL, SERVED, THOUGHT, places, role, text, user
+
+import translate
+from bridge import Config
+from sessions import Turn
+from translate import ApiError, Translator, cli_error, frame, parse_request
+
+Json = dict[str, Any]
+SMALL = st.integers(0, 10**6)
+
+# ---------------------------------------------------------------- bodies
+
+FIELDS: dict[str, list[Any]] = {
+    "system": ["Be terse.", "", [text("a", **CACHED), text("x-anthropic-billing-header: cch=1;")], []],
+    "stream": [True, False],
+    "metadata": [{"user_id": "x"}],
+    "temperature": [0, 0.5, 1],
+    "top_p": [0.9],
+    "top_k": [0, 40],
+    "stop_sequences": [[], ["END", "\u2028"]],
+    "service_tier": ["auto", "standard_only"],
+    "thinking": [{"type": "enabled", "budget_tokens": 1024}, {"type": "adaptive"}, {"type": "disabled"}],
+    "output_config": [{"effort": "low", "format": {"type": "json_schema", "schema": {"type": "object"}}}, {}],
+    "tool_choice": [{"type": "auto", "disable_parallel_tool_use": True}, {"type": "tool", "name": "weather"}],
+    "cache_control": [{"type": "ephemeral"}],
+    "new": [{"of": ["a", "beta"]}],
+}
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "enum": ["Paris", None]}}, "required": ["city"]}
+TOOLS = [
+    {"name": "weather", "description": "The weather.", "input_schema": SCHEMA, **CACHED},
+    {"type": "custom", "name": "time", "input_schema": {"type": "object"}},
+]
+SOURCE = {"type": "document", "source": {"type": "content", "content": [text("x", **CACHED), IMAGE]}, "title": None}
+ASKED = [text("look", **CACHED), text("é\u2028 😀", citations=None), IMAGE, PAGE, PDF, FOUND, SOURCE]
+SAID = [text("so"), THOUGHT, {"type": "redacted_thinking", "data": "x"}]
+RESULTS: list[Any] = [None, "sunny", "", [], [text("x", **CACHED), IMAGE, PAGE, FOUND]]
+HUGE: list[Any] = ["x" * 100_000, 2**63 - 1, 2**64, 10**40, -(2**70), 1e308, [text("y")] * 500, [[]] * 2000]
+HUGE += [{f"k{number}": number for number in range(500)}]
+HUGE += [json.loads("[" * deep + "]" * deep) for deep in (200, 246, 249, 251, 300)]
+BODY_STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["delete", "retype", "retype", "borrow", "duplicate", "nest", "rename", "new", "huge"]),
+        SMALL,
+        SMALL,
+    ),
+    max_size=4,
+)
+
+
+@st.composite
+def valid_bodies(draw: Callable[..., Any]) -> Json:
+    """A request that the API takes, with any of its parameters and blocks."""
+    messages: list[Json] = []
+    ids: list[str] = []
+    for turn in range(draw(st.integers(0, 3)) * 2 + 1):
+        if turn % 2:
+            ids = [f"t{turn}_{number}" for number in range(draw(st.integers(0, 2)))]
+            blocks = [*draw(st.lists(st.sampled_from(SAID), max_size=2)), text("well")]
+            blocks += [{"type": "tool_use", "id": one, "name": "weather", "input": {"city": "Paris"}} for one in ids]
+            messages.append(role("assistant", blocks))
+            continue
+        blocks = [
+            {"type": "tool_result", "tool_use_id": one, "content": draw(st.sampled_from(RESULTS)), "is_error": turn > 2}
+            for one in ids
+        ]
+        blocks += draw(st.lists(st.sampled_from(ASKED), min_size=not blocks, max_size=3))
+        cut = draw(st.integers(1, len(blocks)))  # consecutive messages of one role are one turn
+        messages += user(*blocks[:cut]) + (user(*blocks[cut:]) if blocks[cut:] else [])
+        if draw(st.integers(0, 4)) == 0:
+            messages.append(role("system", draw(st.sampled_from(["s", [text("s")]]))))
+    names = draw(st.lists(st.sampled_from(sorted(FIELDS)), max_size=5, unique=True))
+    fields = {name: draw(st.sampled_from(FIELDS[name])) for name in names}
+    tools = TOOLS[: draw(st.integers(0, 2))]
+    return own(request_body(messages, max_tokens=4096, **fields, **({"tools": tools} if tools else {})))
+
+
+def own(value: Any) -> Any:
+    """A copy that shares no part with itself, as deepcopy's may: what is put into one place is put there alone."""
+    return json.loads(json.dumps(value))
+
+
+def mutate_body(body: Json, steps: list[tuple[str, int, int]]) -> bytes:
+    for what, number, other in steps:
+        found = places(body)
+        if not found:
+            break
+        container, key = found[number % len(found)]
+        if what == "delete":
+            del container[key]
+        elif what == "retype":
+            container[key] = own(JUNK[other % len(JUNK)])
+        elif what == "borrow":  # a value of another place
+            source, name = found[other % len(found)]
+            container[key] = own(source[name])
+        elif what == "duplicate" and isinstance(container, list):
+            container.insert(other % (len(container) + 1), own(container[key]))
+        elif what == "nest":
+            container[key] = [container[key]] if other % 2 else {str(key): container[key]}
+        elif isinstance(container, dict) and what in ("rename", "new"):
+            names = [name for holder, name in found if isinstance(name, str)] + ["thread", "container", "mcp_servers"]
+            value = container.pop(key) if what == "rename" else JUNK[other // 7 % len(JUNK)]
+            container[names[other % len(names)]] = own(value)
+        elif what == "huge":
+            container[key] = own(HUGE[other % len(HUGE)])
+    # Cut or broken in one case of 30: nearly all of these are not JSON.
+    data = json.dumps(body).encode()
+    if steps and steps[0][1] % 30 == 0:
+        at = steps[0][2] % len(data)
+        data = data[:at] if at % 2 else data[:at] + b"\xff\x00" + data[at:]
+    return data
+
+
+bodies = st.builds(mutate_body, valid_bodies(), BODY_STEPS)
+NOT_JSON = ("The request body is not valid JSON: ", "The request body is not a JSON object.")
+# In the API's own words, which the bridge repeats; they name a field without a path, or (prefill) the conversation's
+# end.
+WORDS = {PREFILL, "`max_tokens` must be greater than `thinking.budget_tokens`."}
+
+
+def check_refusal(message: str, body: bytes) -> None:
+    """A refusal names a place that is in the body, or whose parent is and lacks it."""
+    if message.startswith(NOT_JSON) or message in WORDS:
+        return
+    place, colon, why = message.partition(": ")
+    assert colon, f"no place: {message}"
+    assert why, f"no reason: {message}"
+    known: list[Any] = [json.loads(body)]
+    keys = place.split(".")
+    if why.startswith("unexpected `tool_use_id`"):
+        keys = keys[
+            :2
+        ]  # product bug, test_fuzz.test_an_orphan_is_found_where_the_client_put_it: the index is another one's
+    for number, key in enumerate(keys):
+        below: list[Any] = []
+        for value in known:
+            if isinstance(value, dict) and key in value:
+                below.append(value[key])
+            elif isinstance(value, dict) and number == len(keys) - 1:
+                below.append(None)  # it is missing
+            elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+                below.append(value[int(key)])
+            if isinstance(value, dict) and value.get("type") == key:  # the API names a union's member in the path
+                below.append(value)
+        assert below, f"{place} is not in the body: {message}"
+        known = below
+
+
+def check_use(request: translate.Request) -> None:
+    """A valid request survives everything that is done with it."""
+    parts = request.messages
+    assert parts[-1]["role"] == "user"
+    assert all(a["role"] != b["role"] for a, b in itertools.pairwise(parts))
+    translate.extend(b"", parts)
+    lines = [translate.initialize_line(request.system, request.tools)]
+    lines.append(translate.control_line("s", "apply_flag_settings", settings={"env": request.settings}))
+    lines.append(translate.control_answer({"request": {"message": {"method": "tools/list"}}}, request.tools))
+    for number, message in enumerate(parts):
+        if message["role"] == "user":
+            lines.append(translate.user_line(message["content"], query=False))
+            ids = [block["tool_use_id"] for block in message["content"] if block["type"] == "tool_result"]
+            for result in (translate.tool_results(message["content"], ids) or {}).values():
+                lines.append(translate.control_answer({"request": {"message": {}}}, [], result))
+        else:
+            lines.append(translate.assistant_line(message["content"], number, request.model))
+    assert all(line.count(b"\n") == 1 and json.loads(line) for line in lines)
+
+
+def check_body(body: bytes) -> None:
+    refusal = None
+    try:
+        check_use(parse_request(body))
+    except ApiError as error:
+        refusal = error
+    if refusal:
+        assert (refusal.status, refusal.kind) == (400, "invalid_request_error")
+        frame(refusal.body("r"))
+        check_refusal(refusal.message, body)
+
+
+def check_posted(server: Server, body: bytes) -> None:
+    """Over a socket: 200 with a message or a stream of the grammar, or 400 in the API's error shape."""
+    answer = server.call("POST", "/v1/messages", body)
+    if answer.status == 200:
+        if answer.headers["content-type"] == "text/event-stream":
+            assert check_stream(answer.events)["message"]
+        assert re.search(r"echo: .*; \d+ messages", answer.text, re.S), answer.text[:200]
+        return
+    assert answer.status == 400, answer.body[:500]
+    error = answer.json
+    assert (error["type"], error["error"]["type"]) == ("error", "invalid_request_error")
+    assert error["request_id"] == answer.headers["request-id"]
+    check_refusal(error["error"]["message"], body)
+
+
+# ---------------------------------------------------------------- the CLI's lines
+
+
+def recorded() -> list[list[bytes]]:
+    """The lines of each recording as the CLI wrote them, without lists of commands and models."""
+    found = []
+    for path in sorted(FIXTURES.glob("*/*.ndjson")):
+        rows = [json.loads(row) for row in path.read_text().rstrip("\n").split("\n")]
+        lines = [json.dumps(r["line"], ensure_ascii=False, separators=(",", ":")) for r in rows if r["dir"] == "out"]
+        found.append([line.encode() for line in lines if len(line) < 3000])
+    return found
+
+
+RECORDED = recorded()
+DELTA = b'{"type":"stream_event","event":{"type":"content_block_delta","index":0,"delta":{"type":"text_delta",'
+PIECES = [
+    b"{",
+    b"}",
+    b'"',
+    b"\\",
+    b"\\u",
+    b"\\ud83d",
+    b"\n",
+    b"\xff",
+    b"\xe2\x80\xa8",
+    b"null",
+    b'"}},',
+    b"\0",
+    b",",
+    DELTA,
+]
+LINE_STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["drop", "double", "move", "truncate", "glue", "retype", "retype", "flip", "insert", "borrow"]),
+        SMALL,
+        SMALL,
+    ),
+    max_size=6,
+)
+
+
+def mutate_lines(lines: list[bytes], steps: list[tuple[str, int, int]]) -> list[bytes]:
+    lines = list(lines)
+    for what, number, other in steps:
+        if not lines:
+            break
+        at = number % len(lines)
+        cut = other % (len(lines[at]) + 1)
+        if what == "drop":
+            del lines[at]
+        elif what == "double":
+            lines.insert(other % len(lines), lines[at])
+        elif what == "move":
+            lines.insert(other % len(lines), lines.pop(at))
+        elif what == "truncate":
+            lines[at] = lines[at][:cut]
+        elif what == "glue":
+            lines[at : at + 2] = [b"".join(lines[at : at + 2])]
+        elif what == "insert":
+            lines[at] = lines[at][:cut] + PIECES[number % len(PIECES)] + lines[at][cut:]
+        elif what == "flip" and cut < len(lines[at]):
+            lines[at] = lines[at][:cut] + bytes([lines[at][cut] ^ (1 << number % 8)]) + lines[at][cut + 1 :]
+        elif what in ("retype", "borrow"):
+            with contextlib.suppress(ValueError):
+                event = json.loads(lines[at])
+                found = places(event)
+                container, key = found[other % len(found)]
+                source = JUNK if what == "retype" else [holder[name] for holder, name in found]
+                container[key] = copy.deepcopy(source[other // 7 % len(source)])
+                lines[at] = json.dumps(event, ensure_ascii=number % 2 == 0, separators=(",", ":")).encode(
+                    "utf-8", "surrogatepass"
+                )
+    return [line for whole in lines for line in whole.split(b"\n")]
+
+
+class Reads:
+    """A process whose output comes in these reads, as sessions.Process gives them to a turn."""
+
+    def __init__(self, reads: list[list[bytes]], *, raw: bool) -> None:
+        self.reads = iter(reads)
+        self.raw = raw
+        self.working = False
+
+    def write(self, *lines: bytes) -> None:
+        pass
+
+    async def relay(self, sink: Callable[[list[Json | bytes]], bool]) -> None:
+        for lines in self.reads:
+            events: list[Json | bytes] = []
+            failure = None
+            try:
+                for line in lines:
+                    delta = self.raw and line.startswith(translate.DELTA_START)
+                    events += [line] if delta else translate.decode(line)
+            except ApiError as error:
+                failure = error
+            if not sink(events):
+                return
+            if failure:
+                raise failure
+        raise cli_error("the claude CLI closed its output")
+
+
+REQUEST = parse_request(json.dumps(request_body(stream=True)).encode())
+
+
+def relayed(reads: list[list[bytes]], *, raw: bool) -> tuple[list[Json], Json, str]:
+    """What a client gets of the lines, through Turn.relay: the events, the message that is kept, the error."""
+    sent: list[bytes] = []
+    process: Any = Reads(reads, raw=raw)
+    session: Any = SimpleNamespace(settings={}, agent=False, process=process)
+    turn = Turn(REQUEST, session, "hot", "", REQUEST.messages)
+    turn.translator = Translator(SERVED)
+    failure = None
+    try:
+        turn.relay(lambda frames: sent.append(frames) or True, None).send(None)  # type: ignore[arg-type,func-returns-value]
+    except StopIteration:
+        pass
+    except ApiError as error:
+        failure = error
+    whole = b"".join(sent)
+    assert not any(mark in whole for mark in (b"\xe2\x80\xa8", b"\xe2\x80\xa9", b"\xc2\x85"))
+    events = [json.loads(block.split("\ndata: ")[1]) for block in whole.decode().split("\n\n")[:-1]]
+    message = check_stream([*events, failure.body("r")] if failure else events)["message"]
+    assert message == (turn.translator.message if not failure else None)
+    return events, turn.translator.message, failure.message if failure else ""
+
+
+def opened_full(line: bytes) -> bool:
+    """A block that does not begin empty: it is passed on, as clients add deltas to what is there, though the grammar of
+    the API's streams knows no such block."""
+    with contextlib.suppress(ApiError):
+        for event in translate.decode(line):
+            match event:
+                case {"event": {"content_block": {"type": str(kind)} as block}}:
+                    return any(block.get(key) for key in translate.EMPTY.get(kind, ()))
+    return False
+
+
+def check_lines(lines: list[bytes], size: int) -> None:
+    """Nothing but ApiError comes of any lines, a correct beginning is emitted, and bytes and objects say the same."""
+    lines = [line for line in lines if not opened_full(line)]
+    reads = [lines[at : at + size] for at in range(0, len(lines), size)]
+    raw, decoded = relayed(reads, raw=True), relayed(reads, raw=False)
+    assert raw == decoded
+
+
+mutated_lines = st.tuples(st.builds(mutate_lines, st.sampled_from(RECORDED), LINE_STEPS), st.integers(1, 40))
+
+# ---------------------------------------------------------------- bytes on the socket
+
+HELLO = json.dumps(request_body("hello there", model="haiku")).encode()
+STREAMED = json.dumps(request_body("hello there", model="haiku", stream=True)).encode()
+CHUNKED = b"5;a=b\r\n%b\r\n%x\r\n%b\r\n0\r\nx-trailer: 1\r\n\r\n" % (HELLO[:5], len(HELLO) - 5, HELLO[5:])
+HOST = b"Host: localhost\r\n"
+GET = b"GET /healthz HTTP/1.1\r\n" + HOST
+POST = b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Type: application/json\r\n"
+REQUESTS = [
+    GET + b"\r\n",
+    GET.replace(b"1.1", b"1.0") + b"\r\n",
+    b"GET http://localhost/v1/models?limit=2 HTTP/1.1\r\n" + HOST + b"\r\n",
+    b"HEAD / HTTP/1.1\r\n" + HOST + b"\r\n",
+    b"OPTIONS /v1/messages HTTP/1.1\r\n" + HOST + b"Origin: http://localhost\r\n\r\n",
+    b"DELETE /nowhere HTTP/1.1\r\n" + HOST + b"Content-Length: 3\r\n\r\nabc",
+    POST + b"Content-Length: %d\r\n\r\n%b" % (len(HELLO), HELLO),
+    POST + b"Content-Length: %d\r\n\r\n%b" % (len(STREAMED), STREAMED),
+    POST + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKED,
+    POST + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}",
+    POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+    POST + b"x-arch-claude-cli-session: fuzz\r\nContent-Length: 2\r\n\r\n[]",
+]
+TOKENS = [
+    b"\r\n",
+    b"\n",
+    b"\r",
+    b" ",
+    b"\t",
+    b":",
+    b"\0",
+    b"\xff",
+    b"%",
+    b"/",
+    b"?",
+    b"#",
+    b"\r\n\r\n",
+    b"\r\n ",
+    b"-1",
+]
+TOKENS += [
+    b"0\r\n\r\n",
+    b"ffffffffffffffffff\r\n",
+    b"-5\r\n",
+    b"5_0",
+    b"\xb2",
+    b"9" * 25,
+    b"9" * 5000,
+    b"HTTP/1.1",
+    b"HTTP/9.9",
+]
+TOKENS += [
+    b"Content-Length: 5\r\n",
+    b"Content-Length: +5\r\n",
+    b"Transfer-Encoding: gzip, chunked\r\n",
+    b"Host: [::1]:99999\r\n",
+]
+TOKENS += [b"Content-Encoding: gzip\r\n", b"Connection: close\r\n", b"Upgrade: h2c\r\nConnection: Upgrade\r\n"]
+TOKENS += [b"Expect: 100-continue\r\n", b"Expect: x\r\n", b"Origin: null\r\n", b"x-api-key: \xe9\r\n", b"Host: x\r\n"]
+TOKENS += [
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"\x16\x03\x01\x02\x00",
+    b"X: y\r\n" * 300,
+    b"X-Long: " + b"y" * 70_000 + b"\r\n",
+]
+TOKENS += [
+    b"x-arch-claude-cli-session: \x80\r\n",
+    b"%ff%00",
+    b"?limit=0&after_id=%00",
+    b"?limit=\xb2",
+    b"?limit=%C2%B2",
+]
+WIRE_STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["flip", "drop", "token", "token", "cut", "repeat", "header", "header", "swap"]), SMALL, SMALL
+    ),
+    max_size=5,
+)
+ENDS = ["end", "end", "close", "reset"]
+
+
+def mutate_bytes(parts: list[bytes], steps: list[tuple[str, int, int]]) -> bytes:
+    data = b"".join(parts)
+    for what, number, other in steps:
+        at = number % (len(data) + 1)
+        to = at + 1 + other % 40
+        if what == "flip" and at < len(data):
+            data = data[:at] + bytes([data[at] ^ (1 << other % 8)]) + data[at + 1 :]
+        elif what == "drop":
+            data = data[:at] + data[to:]
+        elif what == "token":
+            data = data[:at] + TOKENS[other % len(TOKENS)] + data[at:]
+        elif what == "header":  # at the end of a line of a head
+            ends = [match.end() for match in re.finditer(b"\r\n", data)] or [0]
+            at = ends[number % len(ends)]
+            data = data[:at] + TOKENS[other % len(TOKENS)] + data[at:]
+        elif what == "cut":
+            data = data[:at]
+        elif what == "repeat":
+            data = data[:to] + data[at:]
+        elif what == "swap":
+            data = data[:at] + data[to : to + 20] + data[at:to] + data[to + 20 :]
+    return data
+
+
+wires = st.tuples(
+    st.builds(mutate_bytes, st.lists(st.sampled_from(REQUESTS), min_size=1, max_size=3), WIRE_STEPS),
+    st.sampled_from(ENDS),
+    st.integers(1, 5000) | st.just(1 << 20),
+)
+
+
+def check_wire(server: Server, data: bytes, end: str, size: int) -> None:
+    """Whatever comes: answers of HTTP, none of them a failure of the bridge; the connection ends; others are served."""
+    got = b""
+    with contextlib.closing(server.connect()) as client, contextlib.suppress(ConnectionError):  # TimeoutError: it hangs
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for at in range(0, min(len(data), 20 * size), size):
+            client.sendall(data[at : at + size])
+        client.sendall(data[20 * size :])
+        if end == "reset":
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        elif end == "end":
+            client.shutdown(socket.SHUT_WR)
+            while part := client.recv(1 << 16):
+                got += part
+    assert not got or got.startswith(b"HTTP/1.1 "), got[:100]
+    statuses = {int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", got)}
+    assert statuses <= {100, 200, 204, *range(400, 500)}, (statuses, got[:1000])
+    assert server.call("GET", "/healthz").body == b"ok\n"
+
+
+# ---------------------------------------------------------------- running
+
+
+class Bugs(logging.Handler):
+    """What is logged as a bug, by the bridge or by asyncio (an exception that nobody took)."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(self.format(record))
+
+
+@contextlib.contextmanager
+def watched_bridge(config: Config) -> Iterator[Server]:
+    """A bridge in this process; at the end nothing was logged as a bug, and it still answers."""
+    bugs = Bugs()
+    loggers = [logging.getLogger(name) for name in ("claude_cli_bridge", "asyncio")]
+    for logger in loggers:
+        logger.addHandler(bugs)
+    try:
+        with Server(config=config) as server:
+            yield server
+            assert server.post("still there").text == "echo: still there; 1 messages"
+        gc.collect()  # a task's exception that nobody took is said when the task goes
+        assert not bugs.found, "\n".join(bugs.found)
+    finally:
+        for logger in loggers:
+            logger.removeHandler(bugs)
+
+
+def bridge_config() -> Config:
+    return Config(listen_addr="127.0.0.1:0", bin=str(STANDIN), spares=1, max_idle=1, max_sessions=8, watchdog_secs=20)
+
+
+def parts(server: Server) -> dict[str, tuple[Any, Callable[[Any], None]]]:
+    """name -> (cases, check)."""
+    return {
+        "bodies": (bodies, check_body),
+        "posted": (bodies, lambda body: check_posted(server, body)),
+        "lines": (mutated_lines, lambda case: check_lines(*case)),
+        "wire": (wires, lambda case: check_wire(server, *case)),
+    }
+
+
+def run(cases: Any, check: Callable[[Any], None], examples: int, number: int | None = None) -> int:
+    """Check so many cases, always the same ones unless a seed is given; how many there were."""
+    count = 0
+
+    def one(case: Any) -> None:
+        nonlocal count
+        count += 1
+        check(case)
+
+    usual = settings(
+        **{"max_examples": examples, "deadline": None, "database": None, "derandomize": number is None},
+        **{"suppress_health_check": list(HealthCheck), "phases": [Phase.generate, Phase.shrink]},
+        report_multiple_bugs=False,
+    )
+    test: Any = usual(given(cases)(one))
+    (seed(number)(test) if number is not None else test)()
+    return count
+
+
+def main() -> None:
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60
+    only = sys.argv[2:]
+    print(isolate())
+    logging.getLogger("claude_cli_bridge").propagate = False
+    with watched_bridge(bridge_config()) as server:
+        for name, (cases, check) in parts(server).items():
+            if only and name not in only:
+                continue
+            end, count, number = time.monotonic() + seconds, 0, 0
+            while time.monotonic() < end:
+                number = random.SystemRandom().randrange(1 << 32)
+                try:
+                    count += run(cases, check, 50 if name == "posted" else 500, number)
+                except BaseException:
+                    print(f"{name}: failed after {count} cases, in those of seed {number}")
+                    raise
+            print(f"{name}: {count} cases in {seconds:g} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

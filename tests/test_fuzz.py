@@ -1,0 +1,142 @@
+"""A short part of tests/fuzz.py, the same cases in every run, and what it found."""
+
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import fuzz
+import pytest
+from conftest import Server, request_body
+from test_relay import BEGIN, END, MESSAGE, TAIL, delta, event, outcome
+from test_relay import text as delta_of_text
+from test_translate import RESULT, USE, role, text, user
+
+import translate
+from translate import ApiError, parse_request
+
+Json = dict[str, Any]
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with fuzz.watched_bridge(fuzz.bridge_config()) as server:
+        yield server
+
+
+def test_a_mutated_body_is_a_request_or_refused_with_its_place() -> None:
+    assert fuzz.run(fuzz.bodies, fuzz.check_body, 250) >= 250
+
+
+def test_a_mutated_body_that_is_posted_is_answered_with_200_or_400(server: Server) -> None:
+    assert fuzz.run(fuzz.bodies, lambda body: fuzz.check_posted(server, body), 30) >= 30
+
+
+def test_mutated_lines_give_a_correct_beginning_the_same_for_bytes_and_objects() -> None:
+    assert fuzz.run(fuzz.mutated_lines, lambda case: fuzz.check_lines(*case), 300) >= 300
+
+
+def test_mutated_bytes_are_answered_in_http_or_the_connection_ends(server: Server) -> None:
+    assert fuzz.run(fuzz.wires, lambda case: fuzz.check_wire(server, *case), 120) >= 120
+
+
+def test_the_bodies_and_lines_that_are_mutated_are_valid() -> None:
+    fuzz.run(fuzz.valid_bodies(), lambda body: fuzz.check_use(parse_request(json.dumps(body).encode())), 100)
+    for lines in fuzz.RECORDED:
+        fuzz.check_lines(lines, 7)
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["messages.0.content.1.text: Field required", "nothing.here: x", "max_tokens.0: x", "no place", "messages.1: x"],
+)
+def test_a_refusal_without_a_place_of_the_body_is_found(message: str) -> None:
+    with pytest.raises(AssertionError):
+        fuzz.check_refusal(message, json.dumps(request_body()).encode())
+
+
+def test_a_bug_in_a_request_is_found() -> None:
+    with pytest.raises(AssertionError, match="bug in request"), fuzz.watched_bridge(fuzz.bridge_config()):
+        logging.getLogger("claude_cli_bridge").error("bug in request %s", "req_1")
+
+
+# ---------------------------------------------------------------- what it found
+
+TOOL: Json = {"name": "weather", "input_schema": {"type": "object"}}
+
+
+@pytest.mark.parametrize("name", [5, None, []])
+@pytest.mark.parametrize("kind", ["auto", "any", "none"])
+def test_a_name_in_a_tool_choice_that_has_none_is_no_bug(kind: str, name: object) -> None:
+    body = request_body(tools=[TOOL], tool_choice={"type": kind, "name": name})
+    try:
+        fuzz.check_use(parse_request(json.dumps(body).encode()))
+    except ApiError as error:
+        assert error.message.startswith("tool_choice")  # noqa: PT017
+
+
+@pytest.mark.parametrize("depth", [247, 248])
+def test_a_schema_that_can_be_read_can_be_listed(depth: int) -> None:
+    """Process._read answers tools/list inside asyncio's callback, where the TypeError ends the pipe."""
+    schema = json.loads("[" * depth + "]" * depth)
+    body = json.dumps(request_body(tools=[{**TOOL, "input_schema": {"x": schema}}])).encode()
+    try:
+        tools = parse_request(body).tools
+    except ApiError as error:
+        assert "levels deep" in error.message  # noqa: PT017
+        return
+    translate.control_answer({"request": {"message": {"method": "tools/list"}}}, tools)
+
+
+@pytest.mark.parametrize(
+    ("messages", "place"),
+    [
+        ([*user(text("a")), *user(RESULT)], "messages.1.content.0"),
+        (
+            [
+                role("user", "a"),
+                role("assistant", [USE]),
+                *user(RESULT),
+                *user(text("b"), {**RESULT, "tool_use_id": "t2"}),
+            ],
+            "messages.3.content.1",
+        ),
+    ],
+)
+def test_an_orphan_is_found_where_the_client_put_it(messages: list[Json], place: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_request(json.dumps(request_body(messages)).encode())
+    assert caught.value.message.startswith(f"{place}: unexpected `tool_use_id`")
+
+
+FAULT = event(type="content_block_start", index=7, content_block={"type": "text", "text": ""})
+BAD_DELTA = delta(0, "text_delta", "text", b"").replace(b'"text":""', b'"text":5')
+
+
+@pytest.mark.parametrize("fault", [BAD_DELTA, FAULT], ids=["a delta", "another event"])
+def test_what_came_before_a_fault_in_one_read_is_sent(fault: bytes) -> None:
+    reads = [[*BEGIN, delta_of_text(b"Hi"), delta_of_text(b" there"), fault]]
+    raw, decoded = fuzz.relayed(reads, raw=True), fuzz.relayed(reads, raw=False)
+    assert decoded[2]
+    assert raw == decoded
+
+
+@pytest.mark.parametrize("tail", [TAIL.replace(b'"u"', b'"u'), TAIL[:-1] + b",}"])
+def test_a_delta_in_a_line_that_is_no_json_is_an_error(tail: bytes) -> None:
+    lines = [*BEGIN, delta_of_text(b"Hi", tail), *END]
+    with pytest.raises(ApiError, match="a damaged line"):
+        translate.decode(lines[2])
+    assert outcome(lines, raw=True) == outcome(lines, raw=False)
+
+
+@pytest.mark.parametrize("count", [-1, True])
+def test_a_count_of_the_cache_that_is_none_is_left_out(count: object) -> None:
+    creation = {"ephemeral_5m_input_tokens": count, "ephemeral_1h_input_tokens": 0}
+    begun = event(type="message_start", message={**MESSAGE, "usage": {"cache_creation": creation}})
+    fuzz.relayed([[begun, *BEGIN[1:], *END]], raw=False)  # asserts the grammar
+
+
+def test_a_message_that_was_not_streamed_and_has_no_id_is_no_answer() -> None:
+    message = {**MESSAGE, "id": "", "content": [{"type": "text", "text": "Hi"}], "stop_reason": "end_turn"}
+    whole = json.dumps({"type": "assistant", "message": message, "parent_tool_use_id": None}).encode()
+    fuzz.relayed([[whole, b'{"type":"result","is_error":false}']], raw=False)  # asserts the grammar
