@@ -286,7 +286,7 @@ def check_answer(made: Bench, answer: Answer, point: str, fault: str, words: str
     if point == "parked":
         rebuilt = fault in (*DEAD, "endless")
         assert answer.session == ("rebuilt; reason=died" if rebuilt else "hot")
-        assert answer.text == ("echo: ; 3 messages" if rebuilt else "echo: 18C; 1 messages")
+        assert answer.text == ("echo: 18C; 3 messages" if rebuilt else "echo: 18C; 1 messages")
     else:
         past = 2 * (point in ("past", "settings"))
         assert answer.text == f"echo: {words}; {1 + past} messages"
