@@ -37,23 +37,16 @@ log = logging.getLogger("claude_cli_bridge")
 
 Event = Json | bytes  # of a process: bytes are a line with a delta, not decoded
 
-# A line of the CLI can hold a whole tool result or screenshot; 1 MB was too small for the official SDK.
-MAX_LINE = 64 << 20
-# Bytes of unread events at which the child's pipe is no longer read, so that a slow client holds up its own child.
-MAX_UNREAD = 1 << 20
-# Bytes of stderr kept to say why a process died.
-STDERR_TAIL = 2048
+MAX_LINE = 64 << 20  # bytes; it can hold a whole tool result or screenshot: 1 MB was too small for the official SDK
+MAX_UNREAD = 1 << 20  # bytes of events at which a pipe is no longer read: a slow client holds up its own child
+STDERR_TAIL = 2048  # bytes of stderr kept to say why a process died
 # How a process is ended, step by step: what is done, and the seconds it then gets.  The CLI leaves 0.1 s after its
 # stdin closes when it is idle, and ends a running API call on SIGTERM.
 ENDING = ((None, 0.5), (signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0))
-# Seconds after which a process that has said nothing no longer holds up the start of others; 0.5 were measured.
-START_SECS = 5.0
-# Seconds that the `result` may come later than the answer it belongs to; 10 to 20 ms were measured.
-SETTLE_SECS = 5.0
-# Fingerprints of lost sessions that are remembered, to say why a conversation was rebuilt.
-MAX_PAST = 4096
-# Answers of count_tokens that are remembered: Claude Code's /context asks 15 questions, some of them again.
-MAX_COUNTS = 256
+START_SECS = 5.0  # after which a process that has said nothing no longer holds up others; 0.5 were measured
+SETTLE_SECS = 5.0  # that the `result` may come later than the answer it belongs to; 10 to 20 ms were measured
+MAX_PAST = 4096  # fingerprints of lost sessions that are remembered, to say why a conversation was rebuilt
+MAX_COUNTS = 256  # answers of count_tokens that are remembered: Claude Code's /context asks 15 questions, some again
 # Only these show that a turn is alive; status lines and keep-alives come from a half-open stream as well.
 SIGNS_OF_LIFE = {"stream_event", "assistant", "user", "result", "control_request", "control_response"}
 PRCTL: Any = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
@@ -179,7 +172,7 @@ class Process(asyncio.SubprocessProtocol):
     """One child: its lines in and out, its silence, its end.
 
     Lines are read whether or not a turn is running: the CLI's control requests are answered at once, a turn's events
-    wait for `receive`, and the rest is dropped.
+    wait for it, and the rest is dropped.
     """
 
     def __init__(self, watchdog_secs: float) -> None:
@@ -254,35 +247,29 @@ class Process(asyncio.SubprocessProtocol):
         else:
             self._calls[call] = event
 
-    async def receive(self) -> list[Json]:
-        """The events since the last call, at least one; without deltas.
-
-        Raises ApiError: 504 after the watchdog's time without a sign of life, 502 when the process is gone.
-        """
-        while True:
-            events = [event for event in self._taken() if isinstance(event, dict)]
-            if events:
-                return events
-            await self._read_more()
-
     async def until(self, translator: Translator, find: Callable[[Json], Any]) -> Any:
-        """Read on to what `find` finds in an event.  Raises as `receive`, and as `feed`."""
-        while True:
-            found = None
-            for event in await self.receive():
-                translator.feed(event)
-                found = found or find(event)
-            if found:
-                return found
+        """Read on to what `find` finds in an event that is no delta, and return it.
+
+        Raises ApiError: what `feed` raises, 504 after the watchdog's time without a sign of life, 502 when the process
+        is gone.
+        """
+        found = None
+        while not found:
+            await self._more()
+            for event in self._taken():
+                if isinstance(event, dict):
+                    translator.feed(event)
+                    found = found or find(event)
+        return found
 
     async def relay(self, sink: Callable[[list[Event]], bool]) -> None:
-        """Hand the events of each read to `sink`, within that read, until it returns False.  Raises as `receive`, and
+        """Hand the events of each read to `sink`, within that read, until it returns False.  Raises as `until`, and
         what `sink` raises."""
         self._sink = sink
         try:
             self._pour(self._taken())
             while self._sink is not None:
-                await self._read_more()
+                await self._more()
         finally:
             self._sink = None
         if self._failure:
@@ -305,7 +292,10 @@ class Process(asyncio.SubprocessProtocol):
         self._resume()
         return events
 
-    async def _read_more(self) -> None:
+    async def _more(self) -> None:
+        """Wait for events, or for what `relay` waits for."""
+        if self._events:
+            return
         if self._failure:
             raise self._failure
         if self._eof:
@@ -566,12 +556,6 @@ class Turn:
             model = translate.resolved_model(self.process.hello, self.request.model)
             lines.append(translate.assistant_line(message["content"], number, model))
         return lines
-
-    @property
-    def chain(self) -> bytes:
-        """The fingerprint of the conversation once the answer is part of it."""
-        start = self.session.chain if self.how == "hot" else b""
-        return translate.extend(start, [*self.messages, self.translator.message])
 
 
 class Pool:
@@ -859,7 +843,8 @@ class Pool:
             self.retire(session, "died" if turn.process.gone else "interrupted")
             return
         self._remember(session, "continued")
-        session.chain = turn.chain
+        start = session.chain if turn.how == "hot" else b""
+        session.chain = translate.extend(start, [*turn.messages, translator.message])
         if not translator.rests:
             self.retire(session, translator.stop_reason or "empty")
             return

@@ -154,11 +154,11 @@ def test_a_call_that_is_never_answered_costs_no_further_api_call(
 
 
 def test_the_time_of_a_tool_is_not_the_watchdogs(serve: Callable[..., Server], cli: Any) -> None:
-    server = serve(bin=cli, watchdog_secs=2)
+    server = serve(bin=cli, watchdog_secs=4)
     messages, (call,) = start(server)
     parked = server.bridge and next(iter(server.bridge.pool.sessions)).process
     assert parked
-    wait_until(lambda: parked.loop.time() > parked._alive_at + 2.1, "more than the watchdog's time")
+    wait_until(lambda: parked.loop.time() > parked._alive_at + 4.1, "more than the watchdog's time")
     assert server.post([*messages, user(result(call))], tools=[TOOL]).session == "hot"
 
 
