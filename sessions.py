@@ -572,6 +572,7 @@ class Pool:
         self._starting = asyncio.Semaphore(2 * (os.cpu_count() or 1))  # more at once start later, each of them
         self._slots = asyncio.Semaphore(config.max_sessions)
         self._agent_cwd = os.path.abspath(config.cwd)
+        self._cwd = ""  # of model mode, once it is needed
         self._queued = 0  # requests that wait for something
         self._waiting = 0  # those of them that wait for a slot
         self._ending: set[asyncio.Task[None]] = set()
@@ -585,7 +586,6 @@ class Pool:
         self._past: OrderedDict[bytes | str, tuple[dict[str, bytes], str]] = OrderedDict()
 
     async def __aenter__(self) -> "Pool":
-        self._cwd = empty_folder()
         self._environment = child_environment(self.config, os.environ)
         self._sweeper = asyncio.create_task(self._sweep())
         self._asked.append((self.config.model, False, translate.turn_settings({})))

@@ -492,6 +492,18 @@ def test_a_working_directory_that_was_cleaned_up_is_made_again(
     assert server.post("another").status == 200
 
 
+def test_a_disk_without_room_for_the_working_directory_fails_the_request_and_no_more(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))  # as good as full: no folder can be made
+    server = serve(spares=1)
+    answer = server.post()
+    assert (answer.status, answer.json["error"]["type"]) == (502, "claude_cli_error")
+    assert "cannot be started" in answer.json["error"]["message"]
+    (tmp_path / "missing").mkdir()
+    assert server.post().status == 200
+
+
 def test_a_system_prompt_is_not_in_argv(serve: Serve, log: Log) -> None:
     system = "0123456789" * 30_000
     answer = serve().post(system=system)
