@@ -507,7 +507,11 @@ class Turn:
         while not translator.done:
             if not ready:
                 await drain()
-            await self.process.relay(take)
+            try:
+                await self.process.relay(take)
+            except ApiError:
+                if not translator.done:  # what fails behind a complete answer is the next turn's matter
+                    raise
         if not translator.rests:
             self.interrupt()  # the CLI goes on by itself here; nothing more may be billed
 

@@ -665,7 +665,7 @@ class Translator:
                 head = b"event: content_block_delta\ndata: " + start.removeprefix(STREAM_EVENT)
                 yield ascii_lines(head + (b'"}}\n\n' + head).join(texts) + b'"}}\n\n')
                 return
-        for text in lines:
+        for text in lines if not self.done else ():
             for event in decode(text):
                 yield from map(frame, self.feed(event))
 
