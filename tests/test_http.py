@@ -935,7 +935,7 @@ def test_any_bytes_are_answered_in_http_or_the_connection_is_closed(server: Serv
     strange = st.lists(st.sampled_from(FRAGMENTS) | st.binary(max_size=9), max_size=25).map(b"".join)
 
     @settings(
-        max_examples=1500, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        max_examples=500, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
     )
     @given(data=strange | st.binary(max_size=99), at=st.integers(0, 99))
     @example(data=b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", at=9)

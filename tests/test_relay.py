@@ -108,7 +108,7 @@ def test_odd_lines(lines: list[bytes]) -> None:
     assert raw == decoded or (raw[2] == decoded[2] != "" and raw[0] == decoded[0][: len(raw[0])])
 
 
-@settings(max_examples=300, **QUICK)
+@settings(max_examples=150, **QUICK)
 @given(texts=st.lists(st.text(max_size=12), max_size=12), cut=st.integers(1, 16), ascii_only=st.booleans())
 def test_any_text(texts: list[str], cut: int, ascii_only: bool) -> None:
     values = [json.dumps(value, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")[1:-1] for value in texts]
