@@ -120,6 +120,7 @@ def child_environment(config: PoolConfig, environ: Mapping[str, str]) -> dict[st
         "CLAUDE_CODE_DISABLE_THINKING": "1",  # thinking is what a request asks for
         "CLAUDE_CODE_NO_MODEL_FALLBACK": "1",  # the model asked for, or an error
         "CLAUDE_CODE_DISABLE_LEGACY_MODEL_REMAP": "1",  # and no newer one in place of an old one
+        "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",  # a refusal is an answer: 2.1.330 would ask once more
         "DISABLE_AUTO_COMPACT": "1",  # the conversation is the client's
         "DISABLE_AUTOUPDATER": "1",
         "ENABLE_CLAUDEAI_MCP_SERVERS": "0",

@@ -254,6 +254,12 @@ def test_an_answer_cut_by_max_tokens_is_billed_once_as_a_rule(real: Server, sinc
     assert len(since()) <= 10
 
 
+def test_a_refusal_is_billed_once(real: Server, since: Callable[[], list[Json]]) -> None:
+    assert real.post("REFUSE").message["stop_reason"] == "refusal"
+    wait_until(lambda: not real.processes(), "the end of the process")
+    assert len(since()) == 1
+
+
 def test_long_history_arrives_in_order(real: Server, stub: Stub) -> None:
     history = [f"message {number}" for number in range(101)]
     assert real.post(history).status == 200
