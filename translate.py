@@ -722,11 +722,11 @@ class Translator:
 
     def _is_relayed(self, block: Json) -> bool:
         """Whether clients may see a block: of a kind they know, and no tool call but to one of their own tools."""
-        name = block.get("name")
         if block.get("type") != "tool_use":
             return block.get("type") in DELTAS
-        self._calls = self._calls or name in self._served
-        return name in self._served
+        served = str(block.get("name")) in self._served
+        self._calls = self._calls or served
+        return served
 
     def _block(self, kind: str, **fields: Any) -> Json:
         """An event about the newest block of the message."""
