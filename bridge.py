@@ -410,7 +410,8 @@ class Stream:
         if frames:
             self._write(frames)
         transport = self.connection.writer.transport
-        return transport.get_write_buffer_size() <= transport.get_write_buffer_limits()[1]
+        slow = transport.get_write_buffer_size() > transport.get_write_buffer_limits()[1]
+        return not (slow or transport.is_closing())  # draining tells of a client that is gone
 
 
 class Bridge:
@@ -476,7 +477,8 @@ class Bridge:
             await asyncio.wait(self._connections)
 
     def hurry(self) -> None:
-        """Cut running answers short."""
+        """Cut running answers short; no new ones are begun."""
+        self.closing = True
         for answer in self._answers:
             answer.cancel()
 
@@ -707,6 +709,9 @@ async def serve(config: Config, sock: socket.socket | None = None) -> AsyncItera
     At the end no new request is taken, running answers get `config.drain_secs`, and no child is left.
     """
     config.check()
+    if sock and sock.family != socket.AF_UNIX and not is_loopback(sock.getsockname()[0]) and not config.api_key:
+        where = address(*sock.getsockname()[:2])
+        raise ConfigError(f"the socket {where} can be reached from other machines: set CLAUDE_CLI_API_KEY")
     async with Pool(config) as pool:
         bridge = Bridge(config, pool)
         try:
@@ -724,7 +729,8 @@ async def serve(config: Config, sock: socket.socket | None = None) -> AsyncItera
             server.close()
             await bridge.close()
             if config.unix_path and not sock:
-                os.unlink(config.unix_path)
+                with contextlib.suppress(FileNotFoundError):  # Python 3.13 removes it by itself
+                    os.unlink(config.unix_path)
 
 
 async def announce(bridge: Bridge) -> None:

@@ -355,9 +355,11 @@ class Process(asyncio.SubprocessProtocol):
             self._partial_size += len(rest)
         events: list[Event] = []
         failure: ApiError | None = None
+        now = self.loop.time()
         try:
             for line in lines:
                 if line.startswith(translate.DELTA_START):
+                    self._alive_at = now
                     events.append(line)
                 else:
                     events += self._read(line)
@@ -366,8 +368,6 @@ class Process(asyncio.SubprocessProtocol):
         if self._partial_size > MAX_LINE:
             failure = cli_error(f"the claude CLI wrote a line of more than {MAX_LINE >> 20} MiB")
             self._partial, self._partial_size = [], 0
-        if events and isinstance(events[-1], bytes):
-            self._alive_at = self.loop.time()
         if self.listening:
             self._keep(events, len(data))
         if failure:
@@ -822,6 +822,8 @@ class Pool:
         session.settings = dict(settings)
         session.idle_since = asyncio.get_running_loop().time()
         self.spares.append(session)
+        if self._waiting > len(self._ending):  # who came while it was being started found nothing to evict
+            self._evict(self.spares)
 
     # what becomes of a session
 

@@ -1,9 +1,12 @@
 """What one client may take, and that it costs only himself; how a restart goes."""
 
+import asyncio
 import json
 import os
+import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +17,8 @@ import pytest
 from conftest import KEEP, ROOT, STANDIN, Answer, Client, Program, Server, request_body, wait_until
 from standin import Log
 from test_processes import in_work
+
+import bridge
 
 Serve = Callable[..., Server]
 
@@ -71,8 +76,6 @@ def test_a_queue_that_is_full_gets_529_at_once(
 
 def test_a_program_without_file_descriptors_fails_the_request_and_goes_on(launch: Callable[..., Program]) -> None:
     program = launch()
-    import resource
-
     used = len(os.listdir(f"/proc/{program.process.pid}/fd"))
     resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (used + 2, 4096))
     answer = program.post()
@@ -176,11 +179,46 @@ def test_a_restart_behind_an_inherited_socket_refuses_no_connection(listener: so
     assert not isinstance(address, str) or Path(address).exists()  # it is the service manager's
 
 
+def test_a_socket_that_other_machines_can_reach_needs_a_key() -> None:
+    async def scenario(key: str) -> None:
+        async with bridge.serve(bridge.Config(bin=str(STANDIN), spares=0, api_key=key), sock):
+            pass
+
+    for address in ("0.0.0.0", "::"):
+        with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
+            with pytest.raises(bridge.ConfigError, match="CLAUDE_CLI_API_KEY"):
+                asyncio.run(scenario(""))
+            asyncio.run(scenario("secret"))
+
+
+def test_two_signals_at_once_still_end_answers_with_a_503(
+    launch: Callable[..., Program], gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
+    program = launch(CLAUDE_CLI_DRAIN_SECS="60")
+    running = background.submit(program.post, "PAUSE")
+    wait_until(lambda: log.got("PAUSE"), "the turn")
+    program.process.send_signal(signal.SIGTERM)
+    program.process.send_signal(signal.SIGINT)
+    assert error(running.result()) == (503, "api_error")
+    assert program.wait() == 0
+
+
+@pytest.mark.parametrize("ahead", [10, 100_000])
+def test_a_client_that_leaves_is_noticed_however_much_it_sent_ahead(
+    serve: Serve, gate: Path, log: Log, ahead: int
+) -> None:
+    server = serve()
+    body = json.dumps(request_body("SLOW 1000", stream=True)).encode()
+    head = f"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    with server.connect() as client:
+        client.sendall(head.encode() + body)
+        assert client.recv(100)
+        client.sendall(b"x" * ahead)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wait_until(lambda: log.got("SLOW 1000") and "interrupt" in log.requests(log.got("SLOW 1000")), "the interrupt", 10)
+
+
 def test_an_embedding_program_may_bring_its_own_socket() -> None:
-    import asyncio
-
-    import bridge
-
     async def scenario() -> None:
         for _ in range(2):
             with socket.create_server(("127.0.0.1", 0)) as sock:

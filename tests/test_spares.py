@@ -157,6 +157,25 @@ def test_a_spare_makes_room_for_a_request(serve: Serve, asked: str) -> None:
     assert (answer.status, answer.session, pid(answer) == waiting) == (200, "new", asked == "sonnet")
 
 
+def test_a_spare_that_is_being_started_makes_room_for_a_request(
+    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
+    server = serve(spares=1, max_sessions=2, model="haiku")
+    spare(server)
+    assert server.bridge
+    pool = server.bridge.pool
+    busy = background.submit(server.post, "PAUSE", model="haiku", stream=True)
+    wait_until(lambda: pool._preparing or (pool.spares and log.got("PAUSE")), "the start of the next")
+    assert server.post(model="opus").status == 200
+    gate.touch()
+    assert busy.result().status == 200
+
+
+def test_with_room_for_one_process_the_start_still_finds_out_who_is_logged_in(launch: Callable[..., Program]) -> None:
+    program = launch(CLAUDE_CLI_SPARES="1", CLAUDE_CLI_MAX_SESSIONS="1")
+    wait_until(lambda: any("logged in (stand-in)" in line for line in program.lines), "the login state")
+
+
 def test_a_spare_goes_before_a_conversation(serve: Serve) -> None:
     server = serve(spares=1, max_sessions=2)
     first = server.post("one")
