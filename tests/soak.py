@@ -153,9 +153,9 @@ class Client:
 
     async def ask(self, messages: list[Json], *, leave: bool = False, only_new: bool = False) -> None:
         """One request; its complete answer is checked, and the conversation goes on from it."""
-        stream = random.random() < 0.5
+        stream, tools = random.random() < 0.5, self.tools  # a twin that dies may begin afresh meanwhile
         body: Json = {"model": "sonnet", "max_tokens": 99, "messages": messages[-1:] if only_new else messages}
-        body |= {"stream": stream, **({"tools": [TOOL]} if self.tools else {})}
+        body |= {"stream": stream, **({"tools": [TOOL]} if tools else {})}
         if self.pin and len(messages) == 1:
             self.pin = str(uuid.uuid4())  # under the old name it would be what is new
         headers = {"x-arch-claude-cli-session": self.pin} if self.pin else {}
@@ -186,7 +186,7 @@ class Client:
         if only_new:
             counts["only what is new"] += 1
             messages = messages if how == "hot" else messages[-1:]
-        self.check(message, messages, str(how))
+        self.check(message, messages, str(how), tools=tools)
         counts["complete"] += 1
         self.messages = [*messages, {"role": "assistant", "content": message["content"]}]
 
@@ -198,13 +198,13 @@ class Client:
         answer.close()
         raise Left
 
-    def check(self, message: Json, messages: list[Json], how: str) -> None:
+    def check(self, message: Json, messages: list[Json], how: str, *, tools: bool) -> None:
         """The stand-in's answer to this conversation."""
         last = messages[-1]["content"][-1]
         asked = last.get("text") or last["content"]
         words = asked.split()
         calls = [block for block in message["content"] if block["type"] == "tool_use"]
-        if words[0] == "TOOL" and self.tools:
+        if words[0] == "TOOL" and tools:
             good = len(calls) == int(words[1]) and message["stop_reason"] == "tool_use"
         else:
             numbers = "".join(f"{n} " for n in range(int(words[1]))) if words[0] == "SLOW" else ""
