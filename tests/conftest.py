@@ -109,6 +109,11 @@ def pytest_report_header() -> str:
     return f"real CLIs: {', '.join(CLIS) or 'none'}; {ISOLATION}"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no worker waits for another at the end."""
+    items.sort(key=lambda item: not item.name.startswith(("test_conformance", "test_typescript_clients")))
+
+
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 15) -> None:
     """Poll for something that another process does; the time is a limit for failure, not a measure."""
     end = time.monotonic() + seconds
