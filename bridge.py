@@ -24,15 +24,20 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote
 
 import h11
 import orjson
 
-import translate
-from sessions import Pool, PoolConfig, Turn, setting
-from translate import ApiError, Json
+if TYPE_CHECKING or not __package__:
+    import translate
+    from sessions import Pool, PoolConfig, Turn, setting
+    from translate import ApiError, Json
+else:  # copied into a package
+    from . import translate
+    from .sessions import Pool, PoolConfig, Turn, setting
+    from .translate import ApiError, Json
 
 log = logging.getLogger("claude_cli_bridge")
 

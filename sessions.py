@@ -28,10 +28,14 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import translate
-from translate import ApiError, Json, Request, Translator, answered, cli_error
+if TYPE_CHECKING or not __package__:
+    import translate
+    from translate import ApiError, Json, Request, Translator, answered, cli_error
+else:  # copied into a package
+    from . import translate
+    from .translate import ApiError, Json, Request, Translator, answered, cli_error
 
 log = logging.getLogger("claude_cli_bridge")
 
