@@ -64,9 +64,15 @@ def npm_cli() -> Path | None:
 
 def js_clients() -> Path | None:
     """The folder with the TypeScript clients that tests/drivers/ts_check.mjs drives, under `js`."""
-    packages = ("@anthropic-ai/sdk@1.12.0", "ai@6.0.326", "@ai-sdk/anthropic@3.0.138", "zod@4")
-    found = from_npm("ts/js", "node_modules/zod", *packages)
+    packages = ("@anthropic-ai/sdk@1.12.0", "ai@7.0.173", "@ai-sdk/anthropic@4.0.105", "zod@4")
+    found = from_npm("ts-ai-7/js", "node_modules/zod", *packages)
     return found and found.parents[2]
+
+
+def opencode() -> Path | None:
+    """OpenCode; this package holds the program of `opencode-ai` for any Linux on x86-64."""
+    package = "opencode-linux-x64-baseline"
+    return from_npm("opencode-1.18.33", f"node_modules/{package}/bin/opencode", f"{package}@1.18.33")
 
 
 def bundled_cli() -> Path | None:
@@ -92,12 +98,14 @@ def isolate() -> str:
 
 CLIS: dict[str, Path] = {}
 JS_CLIENTS: list[Path] = []
+OPENCODE: list[Path] = []
 ISOLATION = ""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     global ISOLATION
     JS_CLIENTS[:] = filter(None, [js_clients()])
+    OPENCODE[:] = filter(None, [opencode()])
     for path in (bundled_cli(), npm_cli()):
         if path:
             version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout.split()[0]

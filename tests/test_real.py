@@ -3,7 +3,6 @@
 import copy
 import http.client
 import json
-import shutil
 import signal
 import stat
 import subprocess
@@ -18,7 +17,6 @@ import psutil
 import pytest
 from conftest import (
     IMAGE,
-    JS_CLIENTS,
     KEEP,
     TESTS,
     Answer,
@@ -684,14 +682,3 @@ def test_conformance(serve: Callable[..., Server], cli: Path) -> None:
     required = "tools,images,documents,thinking,sampling,system_role,json,stop_sequences,max_tokens"
     done = subprocess.run([*command, "--require", required], capture_output=True, text=True, timeout=110, check=False)
     assert "40 passed, 0 failed" in done.stdout, done.stdout + done.stderr
-
-
-def test_typescript_clients(serve: Callable[..., Server], cli: Path) -> None:
-    if not JS_CLIENTS:
-        pytest.skip("node and npm are not installed")
-    (folder,) = JS_CLIENTS
-    shutil.copy(TESTS / "drivers/ts_check.mjs", folder)
-    command = ["node", str(folder / "ts_check.mjs"), serve(bin=cli).url, "--timeout", "30"]
-    required = "tools,images,json,sampling,thinking"
-    done = subprocess.run([*command, "--require", required], capture_output=True, text=True, timeout=110, check=False)
-    assert "31 passed, 0 failed" in done.stdout, done.stdout + done.stderr
