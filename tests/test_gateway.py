@@ -191,16 +191,35 @@ def test_a_bridge_that_is_killed_takes_running_answers_visibly_and_no_conversati
             assert done[0] == ("rebuilt; reason=unknown-history" if gone else "hot")
 
 
-def test_the_first_words_arrive_while_the_cli_holds_back_the_rest(gateway: Callable[..., Gateway], gate: Path) -> None:
-    server = gateway(GATEWAY)
+@contextlib.contextmanager
+def begun(server: Gateway) -> Iterator[http.client.HTTPResponse]:
+    """An answer whose first words have come while the CLI holds back the rest."""
     with contextlib.closing(http.client.HTTPConnection(server.host, server.port, timeout=15)) as connection:
         connection.request("POST", "/v1/messages", json.dumps(request_body("PAUSE", stream=True)))
         response, data = connection.getresponse(), b""
         while b"echo:" not in data:
-            data += response.read1()
+            part = response.read1()
+            assert part, data
+            data += part
         assert b"message_stop" not in data
+        yield response
+
+
+def test_the_first_words_arrive_while_the_cli_holds_back_the_rest(gateway: Callable[..., Gateway], gate: Path) -> None:
+    with begun(gateway(GATEWAY)) as response:
         gate.touch()
         assert b"message_stop" in response.read()
+
+
+def test_a_stream_whose_bridge_is_killed_breaks_off_instead_of_ending(
+    gateway: Callable[..., Gateway], gate: Path
+) -> None:
+    server = gateway(GATEWAY)
+    with begun(server) as response:
+        for bridge in server.bridges:
+            bridge.process.kill()
+        with pytest.raises(http.client.IncompleteRead):
+            response.read()
 
 
 def test_a_client_that_leaves_ends_the_turn_behind_the_gateway(
