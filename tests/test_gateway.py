@@ -37,18 +37,18 @@ upstream bridges {
 
 server {
     listen 127.0.0.1:8080;
-    client_max_body_size 32m;             # as CLAUDE_CLI_MAX_BODY_BYTES
-    client_body_buffer_size 32m;          # a longer prompt would go through a file
+    client_max_body_size 32m;           # as CLAUDE_CLI_MAX_BODY_BYTES
+    client_body_buffer_size 32m;        # else a long prompt goes through a file
 
     location / {
         proxy_pass http://bridges;
-        proxy_http_version 1.1;
-        proxy_set_header Connection "";   # keep-alive to the bridges
-        proxy_set_header Host $host;      # the bridges check it
-        proxy_buffering off;              # what a client has not read stays with the bridge, not in a file
-        proxy_connect_timeout 2s;         # then the other bridge
-        proxy_read_timeout 15m;           # a whole answer is silent until it is complete; SDKs wait 10 minutes
-        proxy_next_upstream error timeout;  # without non_idempotent: no prompt is sent twice
+        proxy_http_version 1.1;         # with 1.0 a stream that broke off would look complete
+        proxy_set_header Connection ""; # keep-alive to the bridges
+        proxy_set_header Host $host;    # the bridges check it
+        proxy_buffering off;            # else what a slow client has not read goes into a file
+        proxy_connect_timeout 2s;       # then the next bridge
+        proxy_read_timeout 15m;         # a whole answer is silent until it is complete; SDKs wait 10 minutes
+        proxy_next_upstream error timeout; # and never non_idempotent: no prompt is sent twice
     }
 }
 """
