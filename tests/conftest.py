@@ -1,7 +1,8 @@
 """What the tests share: a network of their own, the real CLIs, the stub API, bridges, the check that nothing leaks.
 
 The whole test run moves into a network namespace with loopback alone where the machine allows it, so that no CLI can
-reach anything but the stub.  A second version of the CLI is fetched with npm before that, where npm is installed.
+reach anything but the stub.  A second version of the CLI and the clients that people use are fetched before that, with
+npm and uv, where these are installed.
 """
 
 import asyncio
@@ -41,19 +42,58 @@ from bridge import serve as serve_bridge  # noqa: E402
 
 Json = dict[str, Any]
 NPM_VERSION = "2.1.197"
+# What tests/test_clients.py drives: environments, because these packages do not go together.
+PIP_CLIENTS = {
+    "anthropic-0": ("anthropic==0.125.0",),
+    "langchain": ("langchain-anthropic==1.7.7", "anthropic>=2.12,<3"),
+    "llm": ("llm==0.36", "llm-anthropic==0.30", "openai==3.54.0"),
+    "litellm": ("litellm[proxy]==1.106.2",),
+}
 STANDIN = TESTS / "standin.py"
 CLONE_NEWNET, CLONE_NEWUSER = 0x40000000, 0x10000000
 
 
+def cached(name: str) -> Path:
+    """A folder of the user's cache, kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "claude-cli-bridge-tests" / name
+
+
+def fetched(*command: str | Path, folder: Path | None = None) -> bool:
+    """Run an installer; without a network it fails, at once or much later."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return not subprocess.run(command, cwd=folder, capture_output=True, timeout=300, check=False).returncode
+    return False
+
+
 def from_npm(name: str, wanted: str, *packages: str) -> Path | None:
-    """What npm installs, kept between runs in a folder of the user's cache: the path `wanted` in it, if it is there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = cache / "claude-cli-bridge-tests" / name
+    """What npm installs: the path `wanted` in it, if it is there."""
+    folder = cached(name)
     if not (folder / wanted).exists() and shutil.which("npm"):
         folder.mkdir(parents=True, exist_ok=True)
-        command = ["npm", "install", "--no-audit", "--no-fund", *packages]
-        subprocess.run(command, cwd=folder, capture_output=True, timeout=300, check=False)
+        options = ("--no-audit", "--no-fund", "--prefer-offline", "--fetch-retries=1")
+        fetched("npm", "install", *options, *packages, folder=folder)
     return folder / wanted if (folder / wanted).exists() else None
+
+
+def from_pip(name: str, *requirements: str) -> Path | None:
+    """A virtual environment with these packages: its Python, if they are all there.  Filled by uv, because pip takes
+    five times as long."""
+    folder = cached(name)
+    python, record, made_of = folder / "bin/python", folder / "made-of", "\n".join((sys.version, *requirements))
+    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{name}.lock").open("w") as lock:  # another run may be at it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if record.exists() and record.read_text() == made_of:
+            return python
+        if (
+            uv
+            and fetched(sys.executable, "-m", "venv", "--clear", "--without-pip", folder)
+            and fetched(uv, "pip", "install", "--python", python, *requirements)
+        ):
+            record.write_text(made_of)
+            return python
+    return None
 
 
 def npm_cli() -> Path | None:
@@ -99,14 +139,20 @@ def isolate() -> str:
 CLIS: dict[str, Path] = {}
 JS_CLIENTS: list[Path] = []
 OPENCODE: list[Path] = []
+PYTHONS: dict[str, Path] = {}  # of PIP_CLIENTS
 ISOLATION = ""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     global ISOLATION
-    JS_CLIENTS[:] = filter(None, [js_clients()])
-    OPENCODE[:] = filter(None, [opencode()])
-    for path in (bundled_cli(), npm_cli()):
+    with ThreadPoolExecutor() as executor:
+        fetches = [executor.submit(fetch) for fetch in (js_clients, opencode, npm_cli)]
+        pythons = {name: executor.submit(from_pip, name, *packages) for name, packages in PIP_CLIENTS.items()}
+    javascript, opened, older = (fetch.result() for fetch in fetches)
+    JS_CLIENTS[:] = filter(None, [javascript])
+    OPENCODE[:] = filter(None, [opened])
+    PYTHONS.update({name: made for name, python in pythons.items() if (made := python.result())})
+    for path in (bundled_cli(), older):
         if path:
             version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout.split()[0]
             CLIS[version] = path
