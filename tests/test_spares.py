@@ -129,11 +129,23 @@ def test_a_cli_that_does_not_start_is_not_started_again_and_again(serve: Serve, 
     assert len(starts) == 1
 
 
-def test_spares_age_out_and_come_back_when_asked_for(serve: Serve) -> None:
-    server = serve(spares=2, session_ttl_secs=0.3)
-    server.post()
-    wait_until(lambda: not server.processes(), "the end of all processes")
-    server.post("again")
+def test_a_spare_that_aged_out_comes_back_only_for_a_new_conversation(
+    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
+    server = serve(spares=2, session_ttl_secs=2)
+    wait_until(lambda: len(ready(server)) == 2, "the spares")
+    running = background.submit(server.post, "PAUSE-START")
+    wait_until(lambda: log.got("PAUSE-START"), "the turn")
+    assert server.bridge
+    pool = server.bridge.pool
+    (left,) = pool.spares
+    left.idle_since -= 2
+    wait_until(lambda: not alive(left.process.pid), "its end")
+    gate.touch()
+    first = running.result()  # it began after that: the spares that it asked for are no longer wanted
+    assert server.post(["PAUSE-START", first.text, "more"]).session == "hot"
+    assert not [*pool.spares, *pool._preparing]
+    server.post("another")
     assert spare(server)
 
 
