@@ -179,6 +179,27 @@ def test_a_restart_behind_an_inherited_socket_refuses_no_connection(listener: so
     assert not isinstance(address, str) or Path(address).exists()  # it is the service manager's
 
 
+def test_who_connected_before_a_restart_behind_an_inherited_socket_is_still_answered(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridge.GRACE_SECS", 20)
+
+    async def scenario() -> bytes:
+        def ask_late() -> bytes:
+            wait_until(lambda: running.closing, "the shutdown")
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            return client.recv(4096)
+
+        async with bridge.serve(bridge.Config(bin=str(STANDIN), spares=0), listener) as running:
+            client.connect(listener.getsockname())
+            await asyncio.to_thread(wait_until, lambda: running._connections, "the connection")
+            answer = asyncio.create_task(asyncio.to_thread(ask_late))
+        return await answer
+
+    with socket.socket(listener.family) as client:
+        assert asyncio.run(scenario()).startswith(b"HTTP/1.1 200")
+
+
 def test_a_socket_that_other_machines_can_reach_needs_a_key() -> None:
     async def scenario(key: str) -> None:
         async with bridge.serve(bridge.Config(bin=str(STANDIN), spares=0, api_key=key), sock):
