@@ -14,6 +14,7 @@ Words in the last text of the user, alone or together:
     DIE n, DIE-START      exit with status n in mid answer, or before any event, with a line on stderr
     HALF                  exit in the middle of a line
     NOISE, GLUED, SPLIT   lines that are no events; two events a line; writes that end inside lines and UTF-8 sequences
+    TORN-DELTA, TORN-EVENT   a line that is cut off in one write with the end of the answer
     BIGLINE n, STDERR n   a line of n bytes and a text of n bytes; n bytes on stderr in mid answer
     NOSTDIN               nothing more is read from stdin after the answer, its end included
     ORPHAN                leaves a process behind, whose id ends the answer
@@ -68,6 +69,7 @@ STRANGE: tuple[Json, ...] = (
     {"type": "assistant", "message": None, "parent_tool_use_id": None},
 )
 TORN = b'{"type":"stream_event","event":{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","te'
+CUT_OFF = {"TORN-DELTA": TORN, "TORN-EVENT": TORN[:45]}
 GARBAGE = {
     "json": (b"Warning: not an event", b'{"type": "stream_event", "ev', b"{}{", b""),
     "utf8": (b"\xff\xfe\xc3", b'{"type":"brand_new","data":"\xc3"}'),
@@ -100,7 +102,7 @@ class Standin:
         self.partial = b""  # of a line of stdin
         self.reading = True
         self.turning = False  # an interrupt ends something
-        self.mode = ""  # NOISE, GLUED or SPLIT
+        self.mode = ""  # NOISE, GLUED, SPLIT or of CUT_OFF
         self.glued = False  # the last line lacks its end
         self.said: list[str] = []  # deltas of the running answer
         self.results: list[Json] = []  # answers to tools/call
@@ -204,6 +206,8 @@ class Standin:
     def put(self, line: bytes) -> None:
         if self.mode == "GLUED":
             self.glued = not self.glued
+        if b'"message_stop"' in line and self.mode in CUT_OFF:
+            line += b"\n" + CUT_OFF[self.mode]
         if not self.glued:
             line += b"\n"
         # SPLIT: pieces that end inside UTF-8 sequences, and before the line's end.
@@ -290,7 +294,7 @@ class Standin:
             self.pump(1)
         if "REPLAY" in words:
             return self.replay(words[words.index("REPLAY") + 1])
-        self.mode = next((mode for mode in ("NOISE", "GLUED", "SPLIT") if mode in words), "")
+        self.mode = next((mode for mode in ("NOISE", "GLUED", "SPLIT", *CUT_OFF) if mode in words), "")
         self.emit({"type": "system", "subtype": "init", "model": self.model, "tools": [], "apiKeySource": "none"})
         self.emit({"type": "system", "subtype": "status", "status": "requesting"})
         if self.model == "not-logged-in":
