@@ -4,8 +4,8 @@
 
 The bridge runs as a program with the stand-in as its CLI.  Every complete answer must be that of the conversation
 that was sent: it repeats the last text, the number of messages and a digest of all of them.  At the end the bridge
-must be at rest with the memory, descriptors, threads and children that it had after the warm-up.  Exit status 1 when
-anything is wrong.
+must be at rest with the descriptors, threads and children that it had after the warm-up, and about the memory that it
+had after half of the time.  Exit status 1 when anything is wrong.
 """
 
 import asyncio
@@ -30,11 +30,11 @@ from standin import digest
 
 Json = dict[str, Any]
 CLIENTS = 50
-WARM_UP = 2.0  # minutes: by then the bridge remembers nearly as many lost conversations as it ever does
+WARM_UP = 2.0  # minutes
 KILL_SECS = 0.5  # between two kills
-# What the bridge remembers of lost conversations (sessions.MAX_PAST) and what an allocator keeps; a leak of 1 KiB a
-# request is more within five minutes.
-GROWTH = 8 << 20
+# Of memory in the second half, when as many lost conversations are remembered as ever (sessions.MAX_PAST): what an
+# allocator keeps, and bytes for each answer.  A leak of 1 KiB a request is more after 2,048 answers.
+GROWTH, GROWTH_PER_ANSWER = 1 << 20, 512
 TOOL = {"name": "t", "input_schema": {"type": "object"}}
 SETTINGS = {"CLAUDE_CLI_SESSION_TTL_SECS": "5", "CLAUDE_CLI_MAX_IDLE": "16", "CLAUDE_CLI_WATCHDOG_SECS": "60"}
 
@@ -222,40 +222,41 @@ def measure(bridge: psutil.Process) -> dict[str, int]:
 
 
 async def rest(bridge: psutil.Process) -> dict[str, int]:
-    """Wait until all processes are retired and all connections closed."""
+    """Wait until all processes are reaped and all connections closed."""
     end = time.monotonic() + 60
-    while children(bridge.pid) or len(bridge.net_connections()) > 1:
+    while bridge.children(recursive=True) or len(bridge.net_connections()) > 1:
         if time.monotonic() > end:
             for child in children(bridge.pid):  # the comparison says how many
                 print("left:", child, child.status(), round(time.time() - child.create_time()), "s old")
             break
         await asyncio.sleep(0.1)
+    await asyncio.sleep(1)  # the thread that waited for the last one ends
     return measure(bridge)
 
 
 async def soak(minutes: float, warm_up: float, url: str, bridge: psutil.Process) -> list[str]:
-    warm = Load(url, bridge)
-    await warm.run(60 * warm_up)
-    before = await rest(bridge)
-    print(f"warm-up: {warm.counts['complete']} complete answers; at rest {before}", flush=True)
-    load = Load(url, bridge)
-    await load.run(60 * minutes)
-    after = await rest(bridge)
-    for name, count in sorted(load.counts.items()):
+    loads, rests = [], []
+    for part in (warm_up, minutes / 2, minutes / 2):
+        loads.append(Load(url, bridge))
+        await loads[-1].run(60 * part)
+        rests.append(await rest(bridge))
+        print(f"{part:g} minutes: {loads[-1].counts['complete']} complete answers; at rest {rests[-1]}", flush=True)
+    counts = loads[1].counts + loads[2].counts
+    wrong = [line for load in loads for line in load.wrong]
+    for name, count in sorted(counts.items()):
         print(f"{name:45} {count:8}")
-    print(f"{'wrong answers':45} {len(load.wrong):8}")
-    wrong = warm.wrong + load.wrong
-    print(f"{'':12} {'before':>12} {'after':>12}")
-    for name, count in before.items():
-        print(f"{name:12} {count:12} {after[name]:12}")
-        allowed = GROWTH if name in ("pss", "rss") else 0
-        if after[name] > count + allowed:
-            wrong.append(f"{name} grew from {count} to {after[name]}")
+    print(f"{'wrong answers':45} {len(wrong):8}")
+    before, middle, after = rests
+    growth = GROWTH + GROWTH_PER_ANSWER * loads[2].counts["complete"]
+    for name, count in after.items():
+        most = middle[name] + growth if name in ("pss", "rss") else before[name]
+        if count > most:
+            wrong.append(f"{name} grew from {before[name]} over {middle[name]} to {count}; {most} at most")
     # A kill takes at most the one answer that its process was giving.
-    for counts in (warm.counts, load.counts):
-        died = counts["died"] + counts["died in mid stream"]
-        if died > counts["kills"]:
-            wrong.append(f"{died} answers died of {counts['kills']} kills")
+    for load in loads:
+        died = load.counts["died"] + load.counts["died in mid stream"]
+        if died > load.counts["kills"]:
+            wrong.append(f"{died} answers died of {load.counts['kills']} kills")
     return wrong
 
 
