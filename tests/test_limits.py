@@ -1,6 +1,7 @@
 """What one client may take, and that it costs only himself; how a restart goes."""
 
 import asyncio
+import gc
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ from standin import Log
 from test_processes import in_work
 
 import bridge
+from sessions import Turn
 
 Serve = Callable[..., Server]
 
@@ -237,6 +239,25 @@ def test_a_client_that_leaves_is_noticed_however_much_it_sent_ahead(
         client.sendall(b"x" * ahead)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     wait_until(lambda: log.got("SLOW 1000") and "interrupt" in log.requests(log.got("SLOW 1000")), "the interrupt", 10)
+
+
+def test_what_a_turn_held_is_freed_when_its_client_leaves_and_not_by_the_garbage_collector(serve: Serve) -> None:
+    server = serve()
+    assert server.bridge
+    connections = server.bridge._connections
+    body = json.dumps(request_body("SLOW 1000", stream=True)).encode()
+    head = f"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    gc.collect()
+    gc.disable()
+    try:
+        with server.connect() as client:
+            client.sendall(head.encode() + body)
+            assert client.recv(100)
+            client.sendall(b"x" * 300_000)  # so much that it is no longer read: a write finds out that it left
+            wait_until(lambda: not any(c.writer.transport.is_reading() for c in connections.values()), "its end")
+        wait_until(lambda: not any(isinstance(item, Turn) for item in gc.get_objects()), "the end of the turn")
+    finally:
+        gc.enable()
 
 
 def test_an_embedding_program_may_bring_its_own_socket() -> None:
