@@ -121,7 +121,7 @@ REQUEST = {
     "tool_choice?": Tagged(auto={}, any={}, none={}, tool={"name": str}),
 }
 TYPE_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "list", dict: "object"}
-TOOL = {"name": str, "description?": str, "input_schema": dict}
+TOOL = {"name": str, "description?": str, "input_schema": {"type": ("object",)}}  # the CLI lists no tool without a type
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 # Fields whose loss would change the answer and that the CLI cannot be made to honour.
 DECLINED = {"mcp_servers": "not connected by this bridge", "container": "not available through this bridge"}

@@ -79,7 +79,7 @@ def test_a_name_in_a_tool_choice_that_has_none_is_no_bug(kind: str, name: object
 def test_a_schema_that_can_be_read_can_be_listed(depth: int) -> None:
     """Process._read answers tools/list inside asyncio's callback, where the TypeError ends the pipe."""
     schema = json.loads("[" * depth + "]" * depth)
-    body = json.dumps(request_body(tools=[{**TOOL, "input_schema": {"x": schema}}])).encode()
+    body = json.dumps(request_body(tools=[{**TOOL, "input_schema": {"type": "object", "x": schema}}])).encode()
     try:
         tools = parse_request(body).tools
     except ApiError as error:

@@ -53,7 +53,7 @@ def test_counting_and_agents_take_the_spare_of_their_mode(serve: Serve, log: Log
     server = serve(spares=1, tools="default", cwd=str(tmp_path))
     assert pid(server.post()) != spare(server)  # the first one was for a plain model
     agent = spare(server)
-    tool = {"name": "t", "input_schema": {}}
+    tool = {"name": "t", "input_schema": {"type": "object"}}
     assert pid(server.post("tools", tools=[tool])) != agent  # a client that brings tools gets a plain model
     assert "default" in log.started()[agent]["argv"]
     assert pid(server.post("another")) == agent

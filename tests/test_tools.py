@@ -238,6 +238,8 @@ def test_no_tools_are_no_tools(real: Server, since: Callable[[], list[Json]]) ->
         ([{"type": "text_editor_20250728", "name": "str_replace_based_edit_tool"}], "text_editor_20250728"),
         ([TOOL, {"type": "web_search_20250305", "name": "web_search"}], "tools.1: 'web_search_20250305'"),
         ([{"name": "x"}], "tools.0.input_schema: Field required"),
+        ([TOOL, {"name": "x", "input_schema": {}}], "tools.1.input_schema.type: Field required"),
+        ([{"name": "x", "input_schema": {"type": "array"}}], "tools.0.input_schema.type: Input should be 'object'"),
         ([{"name": "a b", "input_schema": SCHEMA}], "tools.0.name: String should match pattern"),
         ([TOOL, TOOL], "tools: Tool names must be unique."),
     ],

@@ -1148,7 +1148,7 @@ def test_a_body_that_is_not_json_is_refused(body: bytes) -> None:
 
 def test_depth_and_messages_have_a_limit() -> None:
     def asked(levels: int) -> bytes:
-        tool = {"name": "t", "input_schema": json.loads('{"a":' * levels + "1" + "}" * levels)}
+        tool = {"name": "t", "input_schema": json.loads('{"type":"object","a":' * levels + "1" + "}" * levels)}
         return json.dumps(request_body("hi", tools=[tool])).encode()
 
     assert parse_request(asked(197)).tools  # body, tools, the tool: three levels around the schema
