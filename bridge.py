@@ -9,8 +9,10 @@ import contextlib
 import dataclasses
 import errno
 import hmac
+import importlib
 import importlib.util
 import ipaddress
+import itertools
 import logging
 import os
 import re
@@ -18,7 +20,10 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
+import textwrap
 import time
+import tomllib
 import traceback
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -32,18 +37,20 @@ import orjson
 
 if TYPE_CHECKING or not __package__:
     import translate
-    from sessions import Pool, PoolConfig, Turn, setting
+    from sessions import Pool, PoolConfig, Turn
     from translate import ApiError, Json
 else:  # copied into a package
     from . import translate
-    from .sessions import Pool, PoolConfig, Turn, setting
+    from .sessions import Pool, PoolConfig, Turn
     from .translate import ApiError, Json
 
+__version__ = "0.1.0"
 log = logging.getLogger("claude_cli_bridge")
 
 MAX_PIPELINED = 64 << 10  # bytes read ahead of the answer that is being given
 READ_SIZE = 64 << 10
 LINGER_SECS = 5.0  # that a refused body is still read, and a closed connection flushed, so that clients see the answer
+REHEARSAL_SECS = 30.0  # for `check`; 2 were measured
 GRACE_SECS = 1.0  # for the last words of answers that shutdown cuts short
 PING_SECS = 10.0  # of silence before a stream shows that it lives; proxies cut after 30 to 60
 SESSION_HEADER = b"x-arch-claude-cli-session"
@@ -52,8 +59,12 @@ LIMITS = {"max_sessions": (1, float("inf")), "watchdog_secs": (0.1, float("inf")
 LIMITS |= {
     name: (1, float("inf")) for name in ("max_header_bytes", "max_body_bytes", "max_connections", "max_messages")
 }
+# A claude-cli entry of a gateway's model_providers, as translate.check reads it.
+PROVIDER = {"model": str, "name?": str, "provider_interface?": ("claude-cli",), "base_url?": str, "access_key?": str}
+PROVIDER |= {"default?": bool, "passthrough_auth?": bool, "headers?": dict, "routing_preferences?": [dict]}
 PERMISSION_MODES = ("default", "acceptEdits", "auto", "bypassPermissions", "dontAsk", "plan")
 MODELS = "/v1/models"
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus' text-based exposition format
 ABSOLUTE = re.compile("https?://([^/?]*)")  # of a target in absolute form (RFC 9112, 3.2.2)
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*)\.?(?::([0-9]{1,5}))?", re.I)  # RFC 9110, 7.2
 HINT = "the Messages API is at POST /v1/messages; give SDKs the base URL without /v1"
@@ -67,19 +78,19 @@ class ConfigError(ValueError):
 class Config(PoolConfig):
     """All settings: the environment variable CLAUDE_CLI_NAME, the flag --name and the field name are the same."""
 
-    listen_addr: str = setting("127.0.0.1:14001", "host:port or unix:/path")
-    drain_secs: float = setting(10.0, "seconds that running answers get on shutdown")
-    api_key: str = setting("", "demanded from clients; only as environment variable, as others can see flags")
-    allowed_hosts: tuple[str, ...] = setting((), "names besides the loopback ones that Host may have")
-    allowed_origins: tuple[str, ...] = setting((), "origins of web pages that may use the bridge")
-    log_format: str = setting("text", "text, or json: one object a request")
-    max_header_bytes: int = setting(64 << 10, "431 beyond; h11 and Node take 16 KiB, nginx 32")
-    max_body_bytes: int = setting(32 << 20, "413 beyond, before it is read; the API's own limit")
-    max_connections: int = setting(1000, "503 beyond; each can cost a file descriptor and max_body_bytes")
-    max_depth: int = setting(200, "levels of JSON, 400 beyond; what is written has a few more, and orjson ends at 254")
-    max_messages: int = setting(100_000, "of a request, 400 beyond; the API's own limit")
-    send_secs: float = setting(60.0, "for a client to send a request, then 408; as nginx's client_body_timeout")
-    idle_secs: float = setting(75.0, "of an unused connection; as nginx's keepalive_timeout, SDKs drop theirs after 5")
+    listen_addr: str = "127.0.0.1:14001"  # host:port or unix:/path
+    drain_secs: float = 10.0  # seconds that running answers get on shutdown
+    api_key: str = ""  # demanded from clients; only as environment variable, as others can see flags
+    allowed_hosts: tuple[str, ...] = ()  # names besides the loopback ones that Host may have
+    allowed_origins: tuple[str, ...] = ()  # origins of web pages that may use the bridge
+    log_format: str = "text"  # text, or json: one object a request
+    max_header_bytes: int = 64 << 10  # 431 beyond; h11 and Node take 16 KiB, nginx 32
+    max_body_bytes: int = 32 << 20  # 413 beyond, before it is read; the API's own limit
+    max_connections: int = 1000  # 503 beyond; each can cost a file descriptor and max_body_bytes
+    max_depth: int = 200  # levels of JSON, 400 beyond; what is written has a few more, and orjson ends at 254
+    max_messages: int = 100_000  # of a request, 400 beyond; the API's own limit
+    send_secs: float = 60.0  # for a client to send a request, then 408; as nginx's client_body_timeout
+    idle_secs: float = 75.0  # of an unused connection; as nginx's keepalive_timeout, SDKs drop theirs after 5
 
     @classmethod
     def read(cls, environ: Mapping[str, str], flags: Mapping[str, str | None]) -> "Config":
@@ -96,9 +107,7 @@ class Config(PoolConfig):
                 values[item.name] = tuple(filter(None, text.replace(",", " ").split())) if kind is tuple else kind(text)
             except ValueError:
                 raise ConfigError(f"{name}: {text!r} is not a number") from None
-        config = cls(**values)
-        config.check()
-        return config
+        return cls(**values)
 
     def check(self) -> None:
         """Raise ConfigError for what cannot work, and find the CLI."""
@@ -134,6 +143,14 @@ class Config(PoolConfig):
             raise ConfigError(f"CLAUDE_CLI_LISTEN_ADDR: {self.listen_addr!r} is neither host:port nor unix:/path")
         return host.strip("[]"), int(port)
 
+    @property
+    def base_url(self) -> str:
+        """Where a gateway on this machine reaches the bridge."""
+        if self.unix_path:
+            return self.listen_addr
+        host, port = self.address
+        return f"http://{address({'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host), port)}"
+
 
 def address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -152,6 +169,82 @@ def find_cli(given: str) -> str:
     if not path:
         raise ConfigError("CLAUDE_CLI_BIN: no claude on PATH and no claude-agent-sdk installed; name the program here")
     return os.path.abspath(path)
+
+
+def read_providers(path: str, config: Config) -> list[Json]:
+    """The `model_providers` of a gateway's configuration file (TOML, JSON, or YAML where PyYAML is installed): those of
+    claude-cli completed, others as they are.  Raises ConfigError, which names the place."""
+    try:
+        data = Path(path).read_bytes()
+        if path.endswith(".toml"):
+            document: Any = tomllib.loads(data.decode())
+        elif path.endswith((".yaml", ".yml")):
+            document = load_yaml(data)
+        else:
+            document = orjson.loads(data)
+        translate.check(document, {"model_providers?": [dict]}, "")
+        entries = [check_provider(*item) for item in enumerate(document.get("model_providers") or [])]
+        return complete_providers(entries, config)
+    except OSError as error:
+        raise ConfigError(f"CLAUDE_CLI_CONFIG: {path}: {error.strerror}") from error
+    except ApiError as error:
+        raise ConfigError(f"CLAUDE_CLI_CONFIG: {path}: {error.message}") from None
+    except ValueError as error:
+        raise ConfigError(f"CLAUDE_CLI_CONFIG: {path} cannot be read: {error}") from None
+
+
+def load_yaml(data: bytes) -> Any:
+    """Raises ValueError, which holds no line of the file: there can be a key in it."""
+    try:
+        yaml = importlib.import_module("yaml")
+    except ModuleNotFoundError:
+        raise ValueError("YAML needs the package PyYAML; TOML and JSON need nothing") from None
+    try:
+        return yaml.safe_load(data)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ValueError(f"not YAML, line {mark.line + 1}" if mark else "not YAML") from None
+
+
+def is_own(entry: Json) -> bool:
+    """Whether a provider is a claude-cli one."""
+    named = [entry.get("provider_interface"), entry.get("name"), str(entry.get("model")).partition("/")[0]]
+    return "claude-cli" in named
+
+
+def check_provider(number: int, entry: Json) -> Json:
+    """An entry of model_providers, without nulls if it is a claude-cli one.  Raises ApiError, which names the place."""
+    place, model = f"model_providers.{number}", entry.get("model")
+    if is_own(entry):
+        translate.check(entry, PROVIDER, place)
+        for name in entry.keys() - {key.removesuffix("?") for key in PROVIDER}:
+            raise translate.bad(f"{place}.{name}", "Extra inputs are not permitted")
+        name = str(model).removeprefix(translate.MODEL_PREFIX)
+        if name == model or not (name == "*" or translate.MODEL_NAME.fullmatch(name)):
+            raise translate.bad(f"{place}.model", "Input should be claude-cli/* or claude-cli/ and the name of a model")
+        return translate.without_nulls(entry)
+    if isinstance(model, str) and "*" in model:
+        raise translate.bad(f"{place}.model", "only claude-cli/* can be a wildcard")
+    return entry
+
+
+def complete_providers(entries: list[Json], config: Config) -> list[Json]:
+    """Fill in what claude-cli entries leave out.  Raises ApiError for two that contradict each other."""
+    completed: list[Json] = []
+    for number, entry in enumerate(entries):
+        completed.append(entry)
+        if not is_own(entry):
+            continue
+        key = "$CLAUDE_CLI_API_KEY" if config.api_key else "unused"
+        entry = {"name": "claude-cli", "provider_interface": "claude-cli", "access_key": key, **entry}
+        completed[number] = {"base_url": config.base_url, **entry}
+        for other, same in itertools.product(filter(is_own, completed[:number]), ("model", "name")):
+            keys = completed[number].keys() | other.keys() if same == "model" else {"base_url", "access_key"}
+            wrong = sorted(key for key in keys if completed[number].get(key) != other.get(key))
+            if wrong and completed[number][same] == other[same]:
+                where = f"model_providers.{completed.index(other)}"
+                raise translate.bad(f"model_providers.{number}.{wrong[0]}", f"contradicts {where}, of the same {same}")
+    return completed
 
 
 def is_loopback(host: str) -> bool:
@@ -241,10 +334,10 @@ class Connection:
 
         What is not HTTP, too large or not allowed is answered without reading on, and ends the connection.
         """
-        exchange = Exchange()
         async with asyncio.timeout(self.bridge.config.idle_secs):
             if not self.h11.trailing_data[0]:
                 self.h11.receive_data(await self.reader.read(READ_SIZE))
+        exchange = Exchange()
         try:
             async with asyncio.timeout(self.bridge.config.send_secs):
                 whole = await self.read_request(exchange)
@@ -595,6 +688,10 @@ class Bridge:
     async def health(self, connection: Connection, exchange: Exchange) -> None:
         await connection.respond(exchange, 200, "text/plain", b"ok\n")
 
+    async def metrics(self, connection: Connection, exchange: Exchange) -> None:
+        self.pool.metrics.set("connections", len(self._connections))
+        await connection.respond(exchange, 200, METRICS_TYPE, self.pool.measure().encode())
+
     async def root(self, connection: Connection, exchange: Exchange) -> None:
         if exchange.method != "HEAD":  # Claude Code as a client asks HEAD / first
             raise ApiError(404, f"Not found: {HINT}")
@@ -627,20 +724,27 @@ class Bridge:
     # the log
 
     def report(self, exchange: Exchange) -> None:
-        """One line for one request; nothing that a client or the model wrote."""
+        """One line for one request, and its counts; nothing that a client or the model wrote."""
         now = time.monotonic()
+        metrics = self.pool.metrics
+        metrics.add("requests_total", route=exchange.route or "none", status=exchange.status or 499)
         row: Json = {"request_id": exchange.id, "route": exchange.route or None}
         turn = exchange.turn
         if turn:
             row |= {"session": turn.session.id, "conversation": turn.how, "reason": turn.reason or None}
             row["model"] = turn.request.model
+            metrics.add("turns_total", conversation=turn.how, reason=turn.reason)
+            metrics.time("turn_seconds", now - exchange.began)
         row["status"] = exchange.status or 499  # nginx's number for a client that left
         row["error"] = exchange.failure or None
         if exchange.first_byte:
             row["first_byte_secs"] = round(exchange.first_byte - exchange.began, 3)
+            metrics.time("first_byte_seconds", exchange.first_byte - exchange.began)
         row["secs"] = round(now - exchange.began, 3)
         if turn and turn.translator.message:
             row |= turn.translator.message["usage"]
+            for kind, tokens in translate.token_counts(turn.translator.message["usage"]).items():
+                metrics.add("tokens_total", tokens, kind=kind.removesuffix("_tokens"))
         row = {name: value for name, value in row.items() if value is not None and not isinstance(value, dict)}
         log.info("%s", " ".join(f"{name}={value}" for name, value in row.items()), extra={"row": row})
 
@@ -649,6 +753,7 @@ Handler = Callable[[Bridge, Connection, Exchange], Any]
 ROUTES: dict[str, dict[str, Handler]] = {
     "/": {"GET": Bridge.root},
     "/healthz": {"GET": Bridge.health},
+    "/metrics": {"GET": Bridge.metrics},
     MODELS: {"GET": Bridge.models},
     "/v1/messages": {"POST": Bridge.messages},
     # The two common wrong base URLs: with /v1 for SDKs that add it, without it for those that do not.
@@ -745,12 +850,17 @@ async def announce(bridge: Bridge) -> None:
     except ApiError as error:
         log.warning("the claude CLI does not work: %s", error.message)
         return
+    if source := login_source(hello):
+        log.info("the claude CLI is logged in (%s)", source)
+    else:
+        log.warning("nobody is logged in: %s", translate.LOGIN_CURE)
+
+
+def login_source(hello: Json) -> str:
+    """Where the CLI has its account from; empty: nobody is logged in."""
     account = hello.get("account") or {}
     source = account.get("apiKeySource") or account.get("tokenSource")
-    if source in (None, "none"):
-        log.warning("nobody is logged in: %s", translate.LOGIN_CURE)
-    else:
-        log.info("the claude CLI is logged in (%s)", source)
+    return "" if source in (None, "none") else str(source)
 
 
 def inherited_socket() -> socket.socket | None:
@@ -783,6 +893,112 @@ async def run(config: Config) -> None:
         await asyncio.wait({login})
 
 
+async def rehearse(config: Config, found: dict[str, str | bool]) -> None:
+    """Set in `found` what the CLI does of all that the bridge relies on.  Its API is one of our own on loopback, which
+    costs nothing: the first answer calls a tool, the second one is held back.
+
+    Raises ApiError or TimeoutError when the CLI does not play along to the end.
+    """
+
+    async def drain() -> None:
+        """Nothing holds this client up."""
+
+    words = ("red", "green", "blue")
+    messages: list[Json] = [{"role": "user", "content": "red"}]
+    messages += [{"role": "assistant", "content": "green"}, {"role": "user", "content": "blue"}]
+    call = {"type": "tool_use", "id": "toolu_probe", "name": "probe", "input": {}}
+    held, left = asyncio.Event(), asyncio.Event()
+    limit = min(REHEARSAL_SECS, config.watchdog_secs)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ends = (OSError, asyncio.IncompleteReadError, asyncio.CancelledError)  # asyncio would log the last one
+        with contextlib.closing(writer), contextlib.suppress(*ends):
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"(?i)content-length: *(\d+)", head)
+            body = await reader.readexactly(int(length[1]) if length else 0)
+            writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: text/event-stream\r\n\r\n")
+            if not re.match(rb"POST /v1/messages[? ]", head):
+                return
+            agent = re.search(rb"(?i)user-agent: claude-cli/([\w.-]+)", head)
+            found["version"] = agent[1].decode() if agent else "unknown"
+            asked = orjson.loads(body)
+            message = {"id": "msg_1", "type": "message", "role": "assistant", "content": [], "model": asked["model"]}
+            start = {"type": "message_start", "message": message | {"usage": {"input_tokens": 1, "output_tokens": 1}}}
+            writer.write(translate.frame(start))
+            if "toolu_probe" in str(asked["messages"]):
+                found["tools"] = "found" in str(asked["messages"])
+                held.set()
+                try:
+                    await reader.read()
+                finally:
+                    left.set()
+                return
+            said = [(m["role"], word) for m in asked["messages"] for word in words if f"'{word}'" in str(m["content"])]
+            found["history"] = said == [("user", "red"), ("assistant", "green"), ("user", "blue")]
+            found["settings"] = asked.get("temperature") == 0.5 and "white" in str(asked["system"])
+            name = {"name": translate.TOOL_PREFIX + "probe"}
+            end = {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {"output_tokens": 1}}
+            writer.write(translate.frame({"type": "content_block_start", "index": 0, "content_block": call | name}))
+            writer.write(translate.frame({"type": "content_block_stop", "index": 0}))
+            writer.write(translate.frame(end) + translate.frame({"type": "message_stop"}))
+
+    def turn(pool: Pool) -> contextlib.AbstractAsyncContextManager[Turn]:
+        fields = {
+            "temperature": 0.5,
+            "system": "white",
+            "tools": [{"name": "probe", "input_schema": {"type": "object"}}],
+        }
+        body = {"model": config.model, "max_tokens": 99, "messages": messages, **fields}
+        return pool.turn(translate.parse_request(orjson.dumps(body)), None)
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    with tempfile.TemporaryDirectory() as home:
+        # Nothing of the user's own: neither the login nor another address may come from their files.
+        environ = {"HOME": home, "CLAUDE_CONFIG_DIR": home, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        kept = {"ANTHROPIC_BASE_URL": f"http://{address(*server.sockets[0].getsockname())}"}
+        kept |= {"ANTHROPIC_API_KEY": "unused", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
+        config = dataclasses.replace(config, keep_env=tuple(kept), setting_sources="", tools="")
+        async with server, Pool(config, {**os.environ, **environ, **kept}) as pool, asyncio.timeout(limit):
+            async with turn(pool) as first:
+                await first.relay(lambda _: True, drain)
+            messages.append({"role": "assistant", "content": [call]})
+            result = {"type": "tool_result", "tool_use_id": "toolu_probe", "content": "found"}
+            messages.append({"role": "user", "content": [result]})
+            async with turn(pool) as second:
+                relay = asyncio.create_task(second.relay(lambda _: True, drain))
+                try:
+                    await held.wait()
+                    second.interrupt()
+                    await left.wait()
+                    found["interrupt"] = not second.process.exited.done()
+                finally:
+                    relay.cancel()
+                    await asyncio.gather(relay, return_exceptions=True)
+
+
+async def check(config: Config) -> bool:
+    """Print in plain words whether the CLI is there, is logged in and does what is needed; True if all is well.
+
+    It costs no token.
+    """
+    config = dataclasses.replace(config, spares=0)
+    found: dict[str, str | bool] = {"version": "unknown"}
+    found |= dict.fromkeys(("history", "settings", "tools", "interrupt"), False)
+    failure = ""
+    print(f"CLI: {config.bin}")
+    try:
+        async with Pool(config) as pool:
+            source = login_source(await pool.hello())
+        print(f"login: {source or 'nobody is logged in: ' + translate.LOGIN_CURE}")
+        await rehearse(config, found)
+    except (ApiError, TimeoutError) as error:
+        failure, source = f" ({str(error) or 'no answer in time'})", ""
+    for name, value in found.items():
+        works = "works" if value else f"does not work{failure}"
+        print(f"{name}: {value if isinstance(value, str) else works}")
+    return bool(source) and all(found.values())
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object a line; a request's fields are its keys."""
 
@@ -792,21 +1008,66 @@ class JsonFormatter(logging.Formatter):
         return orjson.dumps(head | row).decode()
 
 
+HELP = """\
+Answer the Messages API with the claude CLI.
+
+  check          say whether the CLI is there, logged in, and does what is needed
+  providers      print the model_providers of the configuration file, completed
+  --config FILE  start only if there is a claude-cli provider in FILE
+  --version      print the version
+  --help         print this
+
+Settings, with their defaults; each is also an environment variable: --max-idle
+is CLAUDE_CLI_MAX_IDLE.  The README has a table of them.
+
+"""
+
+
 def main() -> None:
-    """The command line.  Exit status 2 and one line on stderr for settings that cannot work."""
-    parser = argparse.ArgumentParser("claude-cli-bridge", description="Answer the Messages API with the claude CLI.")
-    for item in dataclasses.fields(Config):
-        if item.name != "api_key":
-            parser.add_argument("--" + item.name.replace("_", "-"), help=item.metadata.get("help"), metavar="VALUE")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    """The command line.  Exit status 2 and one line on stderr for settings that cannot work, 1 for a failed check."""
+    names = {item.name.replace("_", "-"): item.default for item in dataclasses.fields(Config) if item.name != "api_key"}
+    settings = " ".join(f"--{name}\u00a0{value}" if value else f"--{name}" for name, value in names.items())
+    lines = textwrap.wrap(settings, 78, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    parser = argparse.ArgumentParser(
+        "claude-cli-bridge",
+        usage="%(prog)s [check | providers] [--config FILE] [--SETTING VALUE]...",
+        description=HELP + "\n".join(lines).replace("\u00a0", " "),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("command", nargs="?", choices=("check", "providers"), help=argparse.SUPPRESS)
+    parser.add_argument("--help", action="help", help=argparse.SUPPRESS)
+    version = f"claude-cli-bridge {__version__}"
+    parser.add_argument("--version", action="version", version=version, help=argparse.SUPPRESS)
+    for name in ("config", *names):
+        parser.add_argument("--" + name, help=argparse.SUPPRESS)
+    flags = vars(parser.parse_args())
     try:
-        config = Config.read(os.environ, vars(parser.parse_args()))
-        if config.log_format == "json":
-            logging.getLogger().handlers[0].setFormatter(JsonFormatter())
-        asyncio.run(run(config))
+        path = flags["config"] or os.environ.get("CLAUDE_CLI_CONFIG", "")
+        act(Config.read(os.environ, flags), flags["command"], path)
     except ConfigError as error:
         print(f"claude-cli-bridge: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def act(config: Config, command: str | None, path: str) -> None:
+    """Run a command of the command line; `path` is the configuration file's."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    if config.log_format == "json":
+        logging.getLogger().handlers[0].setFormatter(JsonFormatter())
+    if command == "check":
+        config.check()
+        sys.exit(0 if asyncio.run(check(config)) else 1)
+    if command == "providers" and not path:
+        raise ConfigError("CLAUDE_CLI_CONFIG: providers needs a configuration file")
+    providers = read_providers(path, config) if path else []
+    if command == "providers":
+        print(orjson.dumps(providers, option=orjson.OPT_INDENT_2).decode())
+    elif path and not any(map(is_own, providers)):
+        log.info("there is no claude-cli provider in %s: nothing to do", path)
+    else:
+        asyncio.run(run(config))
 
 
 if __name__ == "__main__":

@@ -75,29 +75,87 @@ TRANSITIONS = {
 }
 
 
-def setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+# What /metrics says, after claude_cli_bridge_: type and help.
+METRICS = {
+    "requests_total": ("counter", "HTTP requests by route and status; 499: the client left"),
+    "turns_total": ("counter", "Turns by conversation (hot, new, rebuilt) and the reason of a rebuild"),
+    "first_byte_seconds": ("histogram", "From a request for a message to the first event of its answer"),
+    "turn_seconds": ("histogram", "From a request for a message to the end of its answer"),
+    "queue_seconds": ("histogram", "That requests waited for a process to be started, or for others of their session"),
+    "tokens_total": ("counter", "Tokens by kind, as the API counted them in complete and broken answers"),
+    "processes": ("gauge", "Processes of the CLI by state"),
+    "processes_started_total": ("counter", "Processes of the CLI that were started"),
+    "processes_ended_total": ("counter", "Processes of the CLI that were retired, by reason"),
+    "process_restarts_total": (
+        "counter",
+        "Processes of the CLI that ended by themselves; the next turn starts another",
+    ),
+    "watchdog_fires_total": ("counter", "Turns that failed as the CLI was silent"),
+    "waiting_requests": ("gauge", "Requests that wait for a process, or for others of their session"),
+    "connections": ("gauge", "Open connections of clients"),
+}
+BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # a hot turn to a long answer
+
+
+def labelled(labels: Mapping[str, object]) -> str:
+    text = ",".join(f'{name}="{value}"' for name, value in labels.items())
+    return f"{{{text}}}" if text else ""
+
+
+class Metrics:
+    """Counts and times since the start, as Prometheus reads them (text-based exposition format, 0.0.4)."""
+
+    def __init__(self) -> None:
+        ends = [*(f'_bucket{{le="{bound}"}}' for bound in BUCKETS), '_bucket{le="+Inf"}', "_sum", "_count"]
+        self._samples: dict[str, dict[str, float]] = {  # by name, then by the rest of the name and the labels
+            name: dict.fromkeys(ends, 0) if kind == "histogram" else {} for name, (kind, _) in METRICS.items()
+        }
+        for name in ("processes_started_total", "process_restarts_total", "watchdog_fires_total"):
+            self.add(name, 0)
+
+    def add(self, name: str, amount: float = 1, **labels: object) -> None:
+        samples, key = self._samples[name], labelled(labels)
+        samples[key] = samples.get(key, 0) + amount
+
+    def set(self, name: str, value: float, **labels: object) -> None:
+        self._samples[name][labelled(labels)] = value
+
+    def time(self, name: str, seconds: float) -> None:
+        samples = self._samples[name]
+        for bound in BUCKETS:
+            samples[f'_bucket{{le="{bound}"}}'] += seconds <= bound
+        samples['_bucket{le="+Inf"}'] += 1
+        samples["_sum"] += seconds
+        samples["_count"] += 1
+
+    def text(self) -> str:
+        lines = []
+        for name, samples in self._samples.items():
+            kind, words = METRICS[name]
+            lines += [f"# HELP claude_cli_bridge_{name} {words}", f"# TYPE claude_cli_bridge_{name} {kind}"]
+            lines += [f"claude_cli_bridge_{name}{rest} {value}" for rest, value in samples.items()]
+        return "\n".join([*lines, ""])
 
 
 @dataclass(kw_only=True)
 class PoolConfig:
     """Settings of the processes."""
 
-    bin: str = setting("", "the CLI (default: claude on PATH, else the one in the claude-agent-sdk wheel)")
-    model: str = setting("sonnet", "the model of the first spare")
-    session_ttl_secs: float = setting(600.0, "idle seconds before a process is retired; 0: never")
-    watchdog_secs: float = setting(120.0, "seconds of silence inside a turn before it fails with 504")
-    max_sessions: int = setting(64, "processes at most, about 200 MB each")
-    max_idle: int = setting(8, "processes kept warm after their answer")
-    spares: int = setting(1, "processes started ahead of need")
-    queue_secs: float = setting(30.0, "seconds that a request waits for room before it gets 529")
-    max_queue: int = setting(1000, "requests that wait for room; more get 529 at once")
-    retries: int = setting(2, "how often the CLI itself retries a failed API call")
-    tools: str = setting("", "agent mode: `default` or a list of the CLI's built-in tools; empty: model mode")
-    permission_mode: str = setting("default", "of agent mode")
-    cwd: str = setting("", "working directory of agent mode")
-    keep_env: tuple[str, ...] = setting((), "names that survive the scrub of ANTHROPIC_*, CLAUDE_CODE_*, OTEL_*")
-    setting_sources: str = setting("", "`user` if your login is an apiKeyHelper or env block of your settings file")
+    bin: str = ""  # the CLI (default: claude on PATH, else the one in the claude-agent-sdk wheel)
+    model: str = "sonnet"  # the model of the first spare
+    session_ttl_secs: float = 600.0  # idle seconds before a process is retired; 0: never
+    watchdog_secs: float = 120.0  # seconds of silence inside a turn before it fails with 504
+    max_sessions: int = 64  # processes at most, about 200 MB each
+    max_idle: int = 8  # processes kept warm after their answer
+    spares: int = 1  # processes started ahead of need
+    queue_secs: float = 30.0  # seconds that a request waits for room before it gets 529
+    max_queue: int = 1000  # requests that wait for room; more get 529 at once
+    retries: int = 2  # how often the CLI itself retries a failed API call
+    tools: str = ""  # agent mode: `default` or a list of the CLI's built-in tools; empty: model mode
+    permission_mode: str = "default"  # of agent mode
+    cwd: str = ""  # working directory of agent mode
+    keep_env: tuple[str, ...] = ()  # names that survive the scrub of ANTHROPIC_*, CLAUDE_CODE_*, OTEL_*
+    setting_sources: str = ""  # `user` if your login is an apiKeyHelper or env block of your settings file
 
 
 def arguments(config: PoolConfig, model: str, *, agent: bool = False) -> list[str]:
@@ -189,6 +247,7 @@ class Process(asyncio.SubprocessProtocol):
         self.hello: Json = {}  # the CLI's answer to `initialize`: models, account
         self.tools: list[Json] = []  # the client's tools, for the CLI to list
         self.working = False  # the CLI runs a tool of its own: silence is no fault
+        self.silent = False  # the watchdog fired
         self._calls: dict[str, Json] = {}  # by id, the tool calls that wait for a result
         self._results: dict[str, Json] = {}  # by id, the results that wait for their call: the CLI may ask one by one
         self.settled: asyncio.Future[bool] | None = None  # set at the `result` of an answer that was complete before it
@@ -307,6 +366,7 @@ class Process(asyncio.SubprocessProtocol):
             raise await self._died()
         silent_at = (self.loop.time() if self.working else self._alive_at) + self._watchdog_secs
         if self.loop.time() >= silent_at:
+            self.silent = True
             raise ApiError(504, f"the claude CLI was silent for {self._watchdog_secs:g} seconds")
         self._waiter = self.loop.create_future()
         timer = self.loop.call_at(silent_at, self._wake)
@@ -570,8 +630,9 @@ class Turn:
 class Pool:
     """All sessions, at most `max_sessions` processes at any time."""
 
-    def __init__(self, config: PoolConfig) -> None:
+    def __init__(self, config: PoolConfig, environ: Mapping[str, str] = os.environ) -> None:
         self.config = config
+        self.metrics = Metrics()
         self.sessions: set[Session] = set()  # every process that is not reaped
         self.idle: OrderedDict[str, Session] = OrderedDict()  # by id, the least recently used first
         self.spares: list[Session] = []  # the oldest first
@@ -580,6 +641,7 @@ class Pool:
         self._preparing: dict[asyncio.Task[None], tuple[str, bool]] = {}  # spares that are being started
         self._starting = asyncio.Semaphore(2 * (os.cpu_count() or 1))  # more at once start later, each of them
         self._slots = asyncio.Semaphore(config.max_sessions)
+        self._environment = child_environment(config, environ)
         self._agent_cwd = os.path.abspath(config.cwd)
         self._cwd = ""  # of model mode, once it is needed
         self._queued = 0  # requests that wait for something
@@ -595,12 +657,18 @@ class Pool:
         self._past: OrderedDict[bytes | str, tuple[dict[str, bytes], str]] = OrderedDict()
 
     async def __aenter__(self) -> "Pool":
-        self._environment = child_environment(self.config, os.environ)
         self._sweeper = asyncio.create_task(self._sweep())
         self._asked.append((self.config.model, False, translate.turn_settings({})))
         self._refill()
         self._asked.clear()  # from here on it is what clients ask for
         return self
+
+    def measure(self) -> str:
+        """All metrics, as text."""
+        for state in State:
+            self.metrics.set("processes", sum(session.state is state for session in self.sessions), state=state.value)
+        self.metrics.set("waiting_requests", self._queued)
+        return self.metrics.text()
 
     async def __aexit__(self, *_: object) -> None:
         self._asked.clear()
@@ -683,6 +751,7 @@ class Pool:
         if self._queued >= self.config.max_queue:
             words = f"{self._queued} requests wait for room already"
         self._queued += 1
+        began = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(self.config.queue_secs if self._queued <= self.config.max_queue else 0):
                 await room()
@@ -691,6 +760,7 @@ class Pool:
             raise ApiError(529, f"{words}; try again later", retry_after=after) from None
         finally:
             self._queued -= 1
+            self.metrics.time("queue_seconds", asyncio.get_running_loop().time() - began)
 
     async def _find(self, request: Request, pinned_id: str) -> Turn | None:
         """The warm session that holds the request's history, taken off the file."""
@@ -779,6 +849,7 @@ class Pool:
         process.started.add_done_callback(lambda _: self._starting.release())
         session = Session(str(uuid.uuid4()), process, model, agent)
         self.sessions.add(session)
+        self.metrics.add("processes_started_total")
         return session
 
     async def _room(self) -> None:
@@ -882,6 +953,9 @@ class Pool:
             return
         self._move(session, State.RETIRED)
         self._remember(session, reason)
+        self.metrics.add("processes_ended_total", reason=reason)
+        self.metrics.add("process_restarts_total", reason == "died")
+        self.metrics.add("watchdog_fires_total", session.process.silent)
         task = asyncio.create_task(self._end(session))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)

@@ -1,0 +1,66 @@
+"""`claude-cli-bridge check`: with the real CLI, and with the real CLI behind a filter that takes one feature away."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import CLIS, KEEP, ROOT, Json
+
+FEATURES = ("history", "settings", "tools", "interrupt")
+
+
+def check(bin: Path | str, **environ: str) -> tuple[int, dict[str, str]]:
+    """Exit status, and what was said of what."""
+    command = [sys.executable, str(ROOT / "bridge.py"), "check", "--bin", str(bin)]
+    environ = {**os.environ, "CLAUDE_CLI_KEEP_ENV": ",".join(KEEP), **environ}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    return done.returncode, dict(line.split(": ", 1) for line in done.stdout.splitlines())
+
+
+def test_a_working_cli_passes_and_no_token_is_spent(cli: Path, since: Callable[[], list[Json]]) -> None:
+    status, said = check(cli)
+    [version] = [version for version, path in CLIS.items() if path == cli]
+    works = dict.fromkeys(FEATURES, "works")
+    assert said == {"CLI": str(cli), "login": "ANTHROPIC_API_KEY", "version": version, **works}
+    assert status == 0
+    assert since() == []
+
+
+def test_nobody_logged_in_fails_and_says_how_to_log_in(cli: Path) -> None:
+    status, said = check(cli, CLAUDE_CLI_KEEP_ENV="ANTHROPIC_BASE_URL,CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC")
+    assert status == 1
+    assert "nobody is logged in: run the CLI" in said["login"]
+    assert {said[name] for name in FEATURES} == {"works"}
+
+
+@pytest.mark.parametrize(
+    ("feature", "filter"),
+    [
+        ("history", """grep --line-buffered -v '"role":"assistant"'"""),
+        ("settings", "grep --line-buffered -v apply_flag_settings"),
+        ("tools", "sed -u s/sdkMcpServers/others/"),
+        ("interrupt", """grep --line-buffered -v '"subtype":"interrupt"'"""),
+    ],
+)
+def test_a_cli_without_a_feature_fails_and_names_it(tmp_path: Path, feature: str, filter: str) -> None:
+    if not CLIS:
+        pytest.skip("no CLI is installed")
+    wrapper = tmp_path / "claude"
+    wrapper.write_text(f'#!/bin/sh\n{filter} | {next(iter(CLIS.values()))} "$@"\n')
+    wrapper.chmod(0o755)
+    status, said = check(wrapper, CLAUDE_CLI_WATCHDOG_SECS="12")
+    assert status == 1
+    assert [name for name in FEATURES if said[name].startswith("does not work")] == [feature]
+
+
+def test_a_cli_that_does_not_start_fails_and_says_why(tmp_path: Path) -> None:
+    broken = tmp_path / "claude"
+    broken.write_text("#!/bin/sh\necho no library >&2\nexit 3\n")
+    broken.chmod(0o755)
+    status, said = check(broken)
+    assert status == 1
+    assert "the claude CLI exited with status 3: no library" in said["history"]

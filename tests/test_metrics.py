@@ -1,0 +1,130 @@
+"""/metrics, as Prometheus' own parser reads it."""
+
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from conftest import Client, Program, Server, wait_until
+from prometheus_client.parser import text_string_to_metric_families
+from standin import Log
+
+Serve = Callable[..., Server]
+PREFIX = "claude_cli_bridge_"
+
+
+def measure(client: Client) -> Callable[..., float]:
+    """What a series is at now: found("requests_total", status="200"); the sum of those that have these labels."""
+    answer = client.call("GET", "/metrics")
+    assert (answer.status, answer.headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    families = list(text_string_to_metric_families(answer.body.decode()))
+    assert len({family.name for family in families}) == len(families)
+    assert all(family.documentation and family.name.startswith(PREFIX) for family in families)
+    samples = [sample for family in families for sample in family.samples]
+
+    def found(name: str, **labels: str) -> float:
+        fitting = [s.value for s in samples if s.name == PREFIX + name and s.labels.items() >= labels.items()]
+        assert fitting or labels, f"no {name}"
+        return sum(fitting)
+
+    return found
+
+
+def test_requests_turns_and_tokens_are_counted(serve: Serve) -> None:
+    server = serve()
+    first = server.post("hello")
+    server.post(["hello", first.text, "and now"], stream=True)
+    server.post(["other", "yes", "and now"])
+    server.call("POST", "/v1/messages", b"{")
+    server.call("GET", "/sesame")
+    found = measure(server)
+    assert found("requests_total", route="/v1/messages", status="200") == 3
+    assert found("requests_total", route="/v1/messages", status="400") == 1
+    assert found("requests_total", route="none", status="404") == 1
+    assert found("turns_total", conversation="new", reason="") == 1
+    assert found("turns_total", conversation="hot", reason="") == 1
+    assert found("turns_total", conversation="rebuilt", reason="unknown-history") == 1
+    assert found("tokens_total", kind="input") == 30
+    assert found("tokens_total", kind="output") == 4 + 5 + 5
+    assert measure(server)("requests_total", route="/metrics", status="200") == 1
+
+
+def test_times_are_histograms(serve: Serve) -> None:
+    server = serve()
+    for _ in range(3):
+        server.post("hello")
+    server.call("POST", "/v1/messages", b"{")
+    found = measure(server)
+    for name in ("turn_seconds", "first_byte_seconds", "queue_seconds"):
+        assert found(name + "_count") == found(name + "_bucket", le="+Inf") == 3
+        assert found(name + "_bucket", le="0.01") <= found(name + "_bucket", le="600") == 3
+        assert 0 <= found(name + "_sum") <= 3 * 600
+    assert found("first_byte_seconds_sum") <= found("turn_seconds_sum")
+
+
+def test_processes_are_counted_by_state(serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor) -> None:
+    server = serve(spares=1)
+    server.post("hello")
+    running = background.submit(server.post, "PAUSE")
+    wait_until(lambda: log.got("PAUSE"), "the turn")
+    wait_until(lambda: measure(server)("processes", state="spare") == 1, "the next spare")
+    found = measure(server)
+    assert [found("processes", state=state) for state in ("busy", "idle", "parked", "retired")] == [1, 1, 0, 0]
+    assert found("processes_started_total") == 3
+    assert found("connections") >= 2
+    gate.touch()
+    assert running.result().status == 200
+    assert measure(server)("processes", state="idle") == 2
+
+
+def test_deaths_watchdog_and_retirements_are_counted(serve: Serve) -> None:
+    server = serve(watchdog_secs=0.5)
+    before = measure(server)
+    names = ("process_restarts_total", "watchdog_fires_total", "processes_started_total")
+    assert [before(name) for name in names] == [0, 0, 0]
+    assert server.post("DIE-START").status == 502
+    assert server.post("HANG-START").status == 504
+    found = measure(server)
+    assert [found(name) for name in names] == [1, 1, 2]
+    assert found("processes_ended_total", reason="died") == 1
+    assert found("processes_ended_total", reason="interrupted") == 1
+
+
+def test_who_waits_is_counted(serve: Serve, log: Log, background: ThreadPoolExecutor, gate: Path) -> None:
+    server = serve(max_sessions=1)
+    running = background.submit(server.post, "PAUSE")
+    wait_until(lambda: log.got("PAUSE"), "the turn")
+    waiting = background.submit(server.post, "hello")
+    wait_until(lambda: measure(server)("waiting_requests") == 1, "the request that waits")
+    gate.touch()
+    assert [running.result().status, waiting.result().status] == [200, 200]
+    found = measure(server)
+    assert found("waiting_requests") == 0
+    assert found("queue_seconds_count") == 2
+
+
+def test_metrics_need_the_key_and_hold_no_name_of_a_client(serve: Serve) -> None:
+    server = serve(api_key="sesame")
+    assert server.call("GET", "/metrics").status == 401
+    server.call("GET", "/sesame", None, {"x-api-key": "sesame"})
+    server.call("POST", "/v1/messages", {"model": "sesame"}, {"x-api-key": "sesame"})
+    answer = server.call("GET", "/metrics", None, {"authorization": "Bearer sesame"})
+    assert answer.status == 200
+    assert b"sesame" not in answer.body
+
+
+def test_the_time_of_a_request_is_not_that_of_its_connection(launch: Callable[..., Program]) -> None:
+    """It begins when the request does: as long as the client itself waited, at most."""
+    program = launch("--log-format", "json")
+    with program.connect() as connection:
+        assert program.post().status == 200  # meanwhile
+        began = time.monotonic()
+        connection.sendall(b"HEAD / HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        waited = time.monotonic() - began
+    program.process.send_signal(signal.SIGTERM)
+    program.wait()
+    wait_until(lambda: sum('"route":"/"' in line for line in program.lines) == 1, "the line")
+    [line] = [line for line in program.lines if '"route":"/"' in line]
+    assert float(line.split('"secs":')[1].split("}")[0].split(",")[0]) <= waited + 0.001
