@@ -147,6 +147,8 @@ class Standin:
                 "apiProvider": "firstParty",
             }
             response["response"] = {"commands": [], "models": MODELS, "account": account, "pid": os.getpid()}
+        elif subtype == "get_context_usage":
+            response["response"] = {"totalTokens": 10 * len(self.messages)}
         elif subtype not in ("interrupt", "apply_flag_settings"):
             response |= {"subtype": "error", "error": f"the stand-in knows no {subtype}"}
         if subtype == "initialize":
