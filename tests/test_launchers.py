@@ -1,23 +1,63 @@
-"""The bridge under a real supervisord."""
+"""The bridge under the launchers of the README: a real supervisord, and what systemd does with the units."""
 
 import getpass
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
+from xmlrpc.client import ServerProxy
 
 import psutil
 import pytest
-from conftest import KEEP, ROOT, STANDIN, Client, children, wait_until
+from conftest import KEEP, ROOT, STANDIN, Client, Json, children, wait_until
 from standin import Log
+from supervisor.xmlrpc import SupervisorTransport
+from test_limits import activate
 from test_processes import alive, pid
 
-CONFIG = """
+import bridge
+import sessions
+
+INSTALLED = "/opt/claude-cli-bridge/.venv/bin/claude-cli-bridge"
+# The longest that a shutdown takes: new connections, answers, their last words, the ends of the processes.
+SHUTDOWN_SECS = bridge.Config().drain_secs + 2 * bridge.GRACE_SECS + sum(seconds for _, seconds in sessions.ENDING)
+CLAUDE = '[[model_providers]]\nmodel = "claude-cli/*"\n'
+OTHERS = '[[model_providers]]\nmodel = "openai/*"\n'
+
+
+def installed(folder: Path) -> Path:
+    """The program, where the README does not have it."""
+    path = folder / "claude-cli-bridge"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "bridge.py"} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+# ---------------------------------------------------------------- supervisord
+
+SECTION = f"""\
+[program:claude-cli-bridge]
+command = {INSTALLED} --config /etc/claude-cli-bridge.toml
+user = claude
+environment = HOME="/var/lib/claude-cli-bridge",CLAUDE_CLI_LOG_FORMAT="json"
+startsecs = 0
+autorestart = unexpected
+exitcodes = 0,2
+stopsignal = TERM
+stopwaitsecs = 30
+stderr_logfile = /var/log/claude-cli-bridge.log
+"""  # README
+# Beside it a program that ends as soon as it is started, which shows that supervisord had time to restart others.
+MAIN = """
 [unix_http_server]
-file = {folder}/supervisor.sock
+file = {folder}/socket
 [supervisord]
 nodaemon = true
 user = {user}
@@ -26,37 +66,75 @@ pidfile = {folder}/supervisord.pid
 childlogdir = {folder}
 [rpcinterface:supervisor]
 supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface
-[supervisorctl]
-serverurl = unix://{folder}/supervisor.sock
-[program:bridge]
-command = {python} {root}/bridge.py --listen-addr 127.0.0.1:{port} --bin {standin} --keep-env {keep}
-stopwaitsecs = 30
+[program:witness]
+command = true
 startsecs = 0
-stderr_logfile = {folder}/bridge.log
+autorestart = true
 """
 
 
+@dataclass
+class Supervisor:
+    folder: Path
+    client: Client
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        transport = SupervisorTransport(None, None, f"unix://{self.folder}/socket")
+        with ServerProxy("http://localhost", transport) as proxy:
+            return getattr(proxy.supervisor, method)(*arguments)
+
+    @property
+    def info(self) -> Json:
+        found: Json = self.call("getProcessInfo", "claude-cli-bridge")
+        return found
+
+    @property
+    def said(self) -> list[str]:
+        """The bridge's lines in its log file."""
+        return (self.folder / "bridge.log").read_text().splitlines()
+
+    @property
+    def listeners(self) -> int:
+        return sum("listening on" in line for line in self.said)
+
+    def starts(self, name: str) -> int:
+        return (self.folder / "supervisord.log").read_text().count(f"spawned: '{name}'")
+
+
 @pytest.fixture
-def supervisor(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Runs supervisorctl; `bridge` on a free port is under a supervisord of its own."""
+def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Supervisor]]:
+    """Start a supervisord with the README's section and this configuration file."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    values = {"folder": tmp_path, "python": sys.executable, "root": ROOT, "port": port, "standin": STANDIN}
+    monkeypatch.setenv("CLAUDE_CLI_LISTEN_ADDR", f"127.0.0.1:{port}")
+    monkeypatch.setenv("CLAUDE_CLI_BIN", str(STANDIN))
+    monkeypatch.setenv("CLAUDE_CLI_KEEP_ENV", ",".join(KEEP))
+    places = {
+        INSTALLED: installed(tmp_path),
+        "/etc/claude-cli-bridge.toml": tmp_path / "bridge.toml",
+        "/var/log/claude-cli-bridge.log": tmp_path / "bridge.log",
+        "/var/lib/claude-cli-bridge": tmp_path / "home",
+        "user = claude": f"user = {getpass.getuser()}",
+    }
+    section = SECTION
+    for place, here in places.items():
+        assert place in section
+        section = section.replace(place, str(here))
     path = tmp_path / "supervisord.conf"
-    path.write_text(CONFIG.format(**values, keep=",".join(KEEP), user=getpass.getuser()))
-    command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    path.write_text(MAIN.format(folder=tmp_path, user=getpass.getuser()) + section)
+    started: list[subprocess.Popen[bytes]] = []
 
-    def control(*words: str) -> str:
-        if not words:
-            return str(port)
-        command = [sys.executable, "-m", "supervisor.supervisorctl", "-c", str(path), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    def start(providers: str) -> Supervisor:
+        (tmp_path / "bridge.toml").write_text(providers)
+        command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(path)]
+        started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        wait_until((tmp_path / "socket").exists, "supervisord", 30)
+        return Supervisor(tmp_path, Client("127.0.0.1", port))
 
-    wait_until(lambda: "RUNNING" in control("status"), "the start", 30)
-    yield control
-    process.terminate()
-    process.wait()
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait()
 
 
 def bridges() -> list[psutil.Process]:
@@ -65,12 +143,13 @@ def bridges() -> list[psutil.Process]:
 
 @pytest.mark.parametrize("way", ["restart", "kill"])
 def test_supervisord_restarts_the_bridge_without_an_orphan(
-    gate: Path, log: Log, supervisor: Callable[..., str], background: ThreadPoolExecutor, way: str
+    gate: Path, log: Log, supervise: Callable[..., Supervisor], background: ThreadPoolExecutor, way: str
 ) -> None:
-    client = Client("127.0.0.1", int(supervisor()))
-    wait_until(lambda: "listening" in supervisor("tail", "bridge", "stderr"), "the listener")
-    first = client.post()
-    asked = background.submit(client.post, "PAUSE") if way == "kill" else None
+    supervisor = supervise(CLAUDE)
+    wait_until(lambda: supervisor.listeners, "the listener", 30)
+    assert supervisor.info["statename"] == "RUNNING"
+    first = supervisor.client.post()
+    asked = background.submit(supervisor.client.post, "PAUSE") if way == "kill" else None
     if asked:
         wait_until(lambda: log.got("PAUSE"), "a turn")
     [old] = bridges()
@@ -80,10 +159,131 @@ def test_supervisord_restarts_the_bridge_without_an_orphan(
         old.kill()
         assert isinstance(asked.exception(), OSError | HTTPException)
     else:
-        assert "started" in supervisor("restart", "bridge")
+        assert supervisor.call("stopProcess", "claude-cli-bridge")
+        assert supervisor.call("startProcess", "claude-cli-bridge")
     wait_until(lambda: not any(map(alive, before)), "the end of all children")
-    wait_until(lambda: [new.pid for new in bridges()] not in ([], [old.pid]), "the restart", 30)
-    wait_until(lambda: "RUNNING" in supervisor("status"), "the new one")
-    wait_until(lambda: supervisor("tail", "bridge", "stderr").count("listening") == 2, "the new listener")
-    answer = client.post(["hello", first.text, "and now"])
+    wait_until(lambda: supervisor.listeners == 2, "the new listener", 30)
+    assert [new.pid for new in bridges()] not in ([], [old.pid])
+    assert supervisor.info["statename"] == "RUNNING"
+    answer = supervisor.client.post(["hello", first.text, "and now"])
     assert (answer.status, answer.session) == (200, "rebuilt; reason=unknown-history")
+
+
+@pytest.mark.parametrize(
+    ("providers", "status", "words"),
+    [(OTHERS, 0, "claude-cli"), ("model_providers = 1\n", 2, "CLAUDE_CLI_CONFIG")],
+    ids=["nothing to serve", "settings that cannot work"],
+)
+def test_supervisord_leaves_a_bridge_alone_that_ended_on_purpose(
+    supervise: Callable[..., Supervisor], providers: str, status: int, words: str
+) -> None:
+    supervisor = supervise(providers)
+    wait_until(lambda: supervisor.info["statename"] == "EXITED", "its end", 30)
+    assert supervisor.info["exitstatus"] == status
+    others = supervisor.starts("witness")
+    wait_until(lambda: supervisor.starts("witness") > others + 1, "restarts of another program")
+    assert supervisor.starts("claude-cli-bridge") == 1
+    assert supervisor.info["statename"] == "EXITED"
+    [line] = supervisor.said
+    assert words in line
+
+
+def test_supervisord_gives_a_shutdown_the_time_it_may_take() -> None:
+    settings = dict(line.split(" = ", 1) for line in SECTION.splitlines()[1:])
+    assert float(settings["stopwaitsecs"]) > SHUTDOWN_SECS
+
+
+# ---------------------------------------------------------------- systemd
+
+SOCKET = """\
+[Unit]
+Description=Where claude-cli-bridge listens
+
+[Socket]
+ListenStream=127.0.0.1:14001
+
+[Install]
+WantedBy=sockets.target
+"""  # README
+SERVICE = f"""\
+[Unit]
+Description=The Messages API in front of the claude CLI
+Requires=claude-cli-bridge.socket
+
+[Service]
+Type=exec
+User=claude
+StateDirectory=claude-cli-bridge
+StateDirectoryMode=0700
+WorkingDirectory=%S/claude-cli-bridge
+EnvironmentFile=-/etc/claude-cli-bridge.env
+ExecStart={INSTALLED}
+Restart=on-failure
+RestartPreventExitStatus=2
+KillMode=mixed
+TimeoutStopSec=30
+LimitNOFILE=8192
+UMask=0077
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectProc=invisible
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+LockPersonality=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""  # README
+
+
+def settings_of(unit: str) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in unit.splitlines() if "=" in line)
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
+def test_systemd_finds_no_fault_in_the_units_and_little_that_they_expose(tmp_path: Path) -> None:
+    units = {"claude-cli-bridge.socket": SOCKET, "claude-cli-bridge.service": SERVICE}
+    for name, text in units.items():
+        (tmp_path / name).write_text(text.replace(INSTALLED, str(installed(tmp_path))))
+
+    def analyze(*words: str) -> str:
+        command = ["systemd-analyze", *words]
+        done = subprocess.run(command, cwd=tmp_path, text=True, check=False, capture_output=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stderr
+
+    assert analyze("verify", *(f"./{name}" for name in units)) == ""
+    if "--threshold" in subprocess.run(["systemd-analyze", "--help"], capture_output=True, text=True).stdout:
+        analyze("security", "--offline=yes", "--threshold=20", "./claude-cli-bridge.service")  # 2.0 of 10
+
+
+def test_systemd_can_start_ask_and_stop_the_bridge_by_its_units(tmp_path: Path) -> None:
+    unit = settings_of(SERVICE)
+    host, _, _ = settings_of(SOCKET)["ListenStream"].rpartition(":")
+    command = shlex.split(unit["ExecStart"].replace(INSTALLED, str(installed(tmp_path))))
+    with socket.create_server((host, 0)) as listener:
+        process = activate(listener, *command)
+        answer = Client(*listener.getsockname()).post()
+        assert answer.text == "echo: hello; 1 messages"
+        process.terminate()
+        assert process.stderr
+        assert f"listening on {host}:{listener.getsockname()[1]}" in process.stderr.read()
+        assert process.wait(30) == 0
+        process.stderr.close()
+    assert float(unit["TimeoutStopSec"]) > SHUTDOWN_SECS
+    assert unit["KillMode"] == "mixed"  # or else the CLIs get the signal, too, and running answers fail

@@ -166,7 +166,7 @@ def test_the_readmes_host_program_runs_beside_the_three_files(vendored: Path) ->
 START = """\
 #!/bin/sh
 ulimit -S -v 65536
-export CLAUDE_CLI_BIN=./claude-unlimited CLAUDE_CLI_MAX_BODY_BYTES=1000000
+export CLAUDE_CLI_BIN=./claude-unlimited CLAUDE_CLI_MAX_BODY_BYTES=500000
 exec .venv/bin/claude-cli-bridge
 """  # README
 UNLIMITED = """\
@@ -274,7 +274,7 @@ def test_without_home_proc_or_a_disk_64_mb_are_enough(
     assert not any(one.done() for one in running)
     gate.touch()
     assert [one.result() for one in running] == [["new", "hot", "hot"]] * 10
-    sizes = [program.post(["x" * size, "yes", "and now"]).status for size in (900_000, 2_000_000)]
+    sizes = [program.post(["x" * size, "yes", "and now"]).status for size in (450_000, 500_000)]
     assert sizes == [200, 413]
     said = program.lines + stop(program)
     assert not [line for line in said if "INFO" not in line]

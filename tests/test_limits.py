@@ -132,14 +132,15 @@ def listener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[socket.
         yield sock
 
 
-def activate(listener: socket.socket) -> subprocess.Popen[str]:
+def activate(listener: socket.socket, *program: str) -> subprocess.Popen[str]:
     """Start the bridge as systemd does: the socket is file descriptor 3."""
     code = (
         "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))"
     )
-    code += "; os.execv(sys.executable, [sys.executable, sys.argv[2]])"
+    code += "; os.execv(sys.argv[2], sys.argv[2:])"
+    program = program or (sys.executable, str(ROOT / "bridge.py"))
     environ = {**os.environ, "CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_KEEP_ENV": ",".join(KEEP)}
-    command = [sys.executable, "-c", code, str(listener.fileno()), str(ROOT / "bridge.py")]
+    command = [sys.executable, "-c", code, str(listener.fileno()), *program]
     return subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True, pass_fds=[listener.fileno()])
 
 
