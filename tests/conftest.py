@@ -177,9 +177,13 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 15) 
 
 
 def children(pid: int | None = None) -> list[psutil.Process]:
+    found = []
     with contextlib.suppress(psutil.NoSuchProcess):
-        return [p for p in psutil.Process(pid).children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
-    return []
+        for process in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # this one alone
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+    return found
 
 
 def open_files() -> dict[str, str]:

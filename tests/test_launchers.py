@@ -1,5 +1,6 @@
 """The bridge under the launchers of the README: a real supervisord, and what systemd does with the units."""
 
+import contextlib
 import getpass
 import shlex
 import shutil
@@ -29,7 +30,7 @@ INSTALLED = "/opt/claude-cli-bridge/.venv/bin/claude-cli-bridge"
 # The longest that a shutdown takes: new connections, answers, their last words, the ends of the processes.
 SHUTDOWN_SECS = bridge.Config().drain_secs + 2 * bridge.GRACE_SECS + sum(seconds for _, seconds in sessions.ENDING)
 CLAUDE = '[[model_providers]]\nmodel = "claude-cli/*"\n'
-OTHERS = '[[model_providers]]\nmodel = "openai/*"\n'
+OTHERS = '[[model_providers]]\nmodel = "openai/gpt-5"\n'
 
 
 def installed(folder: Path) -> Path:
@@ -128,7 +129,7 @@ def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
         (tmp_path / "bridge.toml").write_text(providers)
         command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(path)]
         started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-        wait_until((tmp_path / "socket").exists, "supervisord", 30)
+        wait_until((tmp_path / "bridge.log").exists, "a start", 30)
         return Supervisor(tmp_path, Client("127.0.0.1", port))
 
     yield start
@@ -138,7 +139,12 @@ def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
 
 
 def bridges() -> list[psutil.Process]:
-    return [child for child in children() if str(ROOT / "bridge.py") in child.cmdline()]
+    found = []
+    for child in children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # another program of supervisord
+            if str(ROOT / "bridge.py") in child.cmdline():
+                found.append(child)
+    return found
 
 
 @pytest.mark.parametrize("way", ["restart", "kill"])
