@@ -1,0 +1,97 @@
+"""The README, followed by a newcomer: its commands as they stand, in a fresh clone and an empty HOME."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import readme
+from conftest import CLIS, KEEP, ROOT, WHEELS, Client, Json, Stub, wait_until
+
+INSTALL = readme.block(".venv/bin/pip install '.[cli]'")
+CHECK = readme.block("claude-cli-bridge check")
+TESTS = readme.block("-m pytest")
+CURL = readme.block("curl http://127.0.0.1:14001/v1/messages")
+CURL_STREAM = readme.block("curl -N")
+SDK = readme.block("from anthropic import")
+STANDIN = readme.block("CLAUDE_CLI_BIN=tests/standin.py")
+PROVIDERS = readme.block("model_providers: [{")
+COMPLETED = readme.block('"provider_interface": "claude-cli"')
+MODULES = ("test_clients", "test_gateway", "test_launchers", "test_library", "test_js_clients")
+
+
+def test_every_code_block_is_run_by_a_test() -> None:
+    for name in MODULES:
+        import_module(name)
+    assert [text for _, text in readme.blocks() if text not in readme.TAKEN] == []
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: Path) -> Path:
+    """What git has of the project, as it is on the disk; pip finds packages in a folder, as there is no network."""
+    if not WHEELS or not CLIS:
+        pytest.skip("the packages could not be downloaded")
+    folder = tmp_path / "clone"
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    monkeypatch.setenv("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(WHEELS[0]))
+    monkeypatch.setenv("PIP_CACHE_DIR", str(tmp_path / "pip"))
+    monkeypatch.setenv("CLAUDE_CLI_KEEP_ENV", ",".join(KEEP))
+    return folder
+
+
+@contextlib.contextmanager
+def started(command: str, clone: Path) -> Iterator[Client]:
+    """The bridge, by a command of the README; what it prints is in clone/log."""
+    with (clone / "log").open("w") as log:
+        process = subprocess.Popen(["sh", "-ec", command], cwd=clone, stderr=log, stdout=log, start_new_session=True)
+    try:
+        wait_until(lambda: "listening on 127.0.0.1:14001" in (clone / "log").read_text(), "the start", 110)
+        yield Client("127.0.0.1", 14001)
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait()
+
+
+def run(command: str, cwd: Path) -> str:
+    done = subprocess.run(["sh", "-ec", command], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.timeout(300)
+def test_a_newcomer_installs_asks_and_runs_the_tests(
+    clone: Path, monkeypatch: pytest.MonkeyPatch, since: Callable[[], list[Json]]
+) -> None:
+    with started(INSTALL, clone):
+        message = json.loads(run(CURL, clone))
+        assert (message["role"], message["stop_reason"]) == ("assistant", "end_turn")
+        assert "Say hello." in message["content"][0]["text"]
+        assert run(CURL_STREAM, clone).rstrip().endswith('data: {"type":"message_stop"}')
+        script = [sys.executable, "-c", SDK]
+        assert "Say hello." in subprocess.run(script, capture_output=True, text=True, check=True).stdout
+        assert len(since()) == 3
+    assert "interrupt: works" in run(CHECK, clone)
+    with started(STANDIN, clone) as bridge:
+        assert bridge.post("hello").text == "echo: hello; 1 messages"
+    # All tests would hold this one as well.
+    monkeypatch.setenv("PYTEST_ADDOPTS", "tests/test_translate.py tests/test_access.py -k 'frame or healthz'")
+    assert " passed" in run(TESTS, clone)
+
+
+def test_the_one_line_of_a_gateway_becomes_the_list_that_the_readme_shows(tmp_path: Path, stub: Stub) -> None:
+    path = tmp_path / "gateway.yaml"
+    path.write_text(PROVIDERS)
+    command = [sys.executable, str(ROOT / "bridge.py"), "providers", "--config", str(path)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == COMPLETED
