@@ -981,6 +981,11 @@ async def check(config: Config) -> bool:
 
     It costs no token.
     """
+    try:
+        config.check()
+    except ConfigError as error:
+        print(f"settings: {error}")
+        return False
     config = dataclasses.replace(config, spares=0)
     found: dict[str, str | bool] = {"version": "unknown"}
     found |= dict.fromkeys(("history", "settings", "tools", "interrupt"), False)
@@ -1057,7 +1062,6 @@ def act(config: Config, command: str | None, path: str) -> None:
     if config.log_format == "json":
         logging.getLogger().handlers[0].setFormatter(JsonFormatter())
     if command == "check":
-        config.check()
         sys.exit(0 if asyncio.run(check(config)) else 1)
     if command == "providers" and not path:
         raise ConfigError("CLAUDE_CLI_CONFIG: providers needs a configuration file")
@@ -1067,6 +1071,10 @@ def act(config: Config, command: str | None, path: str) -> None:
     elif path and not any(map(is_own, providers)):
         log.info("there is no claude-cli provider in %s: nothing to do", path)
     else:
+        with contextlib.suppress(AttributeError, OSError):  # not Linux, or older than 5.3
+            os.close(os.pidfd_open(os.getpid()))
+            if sys.version_info < (3, 12):  # newer ones do so by themselves: no thread, with its stack, for each child
+                asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
         asyncio.run(run(config))
 
 

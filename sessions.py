@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import ctypes
 import enum
+import errno
 import logging
 import os
 import shutil
@@ -263,18 +264,24 @@ class Process(asyncio.SubprocessProtocol):
         self._paused = False
         self._waiter: asyncio.Future[None] | None = None
         self._failure: Exception | None = None
+        self.unwatched = False  # nothing will tell of its end
 
     @classmethod
     async def spawn(cls, argv: list[str], environment: dict[str, str], cwd: str, watchdog_secs: float) -> "Process":
         """Start a child in a process group of its own.  Raises OSError when it cannot be started."""
-        _, process = await asyncio.get_running_loop().subprocess_exec(
-            lambda: cls(watchdog_secs),
-            *argv,
-            env=environment,
-            cwd=cwd,
-            start_new_session=True,
-            preexec_fn=die_with_parent if PRCTL else None,
-        )
+        process = cls(watchdog_secs)
+        try:
+            await process.loop.subprocess_exec(
+                lambda: process,
+                *argv,
+                env=environment,
+                cwd=cwd,
+                start_new_session=True,
+                preexec_fn=die_with_parent if PRCTL else None,
+            )
+        except RuntimeError as error:  # there is no thread left that could wait for its end
+            process.unwatched = True
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
         return process
 
     @property
@@ -404,6 +411,9 @@ class Process(asyncio.SubprocessProtocol):
         assert isinstance(transport, asyncio.SubprocessTransport)
         self._transport = transport
         self.pid = transport.get_pid()
+        if self.unwatched:
+            transport.close()  # kills it
+            os.waitpid(self.pid, 0)
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         if fd == 2:

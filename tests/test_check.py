@@ -57,6 +57,12 @@ def test_a_cli_without_a_feature_fails_and_names_it(tmp_path: Path, feature: str
     assert [name for name in FEATURES if said[name].startswith("does not work")] == [feature]
 
 
+def test_a_cli_that_is_not_there_fails_and_says_so() -> None:
+    status, said = check("/no/such/claude")
+    assert status == 1
+    assert "CLAUDE_CLI_BIN: '/no/such/claude' is not a program" in said["settings"]
+
+
 def test_a_cli_that_does_not_start_fails_and_says_why(tmp_path: Path) -> None:
     broken = tmp_path / "claude"
     broken.write_text("#!/bin/sh\necho no library >&2\nexit 3\n")

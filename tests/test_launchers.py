@@ -17,6 +17,7 @@ from xmlrpc.client import ServerProxy
 
 import psutil
 import pytest
+import readme
 from conftest import KEEP, ROOT, STANDIN, Client, Json, children, wait_until
 from standin import Log
 from supervisor.xmlrpc import SupervisorTransport
@@ -43,18 +44,7 @@ def installed(folder: Path) -> Path:
 
 # ---------------------------------------------------------------- supervisord
 
-SECTION = f"""\
-[program:claude-cli-bridge]
-command = {INSTALLED} --config /etc/claude-cli-bridge.toml
-user = claude
-environment = HOME="/var/lib/claude-cli-bridge",CLAUDE_CLI_LOG_FORMAT="json"
-startsecs = 0
-autorestart = unexpected
-exitcodes = 0,2
-stopsignal = TERM
-stopwaitsecs = 30
-stderr_logfile = /var/log/claude-cli-bridge.log
-"""  # README
+SECTION = readme.block("[program:claude-cli-bridge]")
 # Beside it a program that ends as soon as it is started, which shows that supervisord had time to restart others.
 MAIN = """
 [unix_http_server]
@@ -201,60 +191,8 @@ def test_supervisord_gives_a_shutdown_the_time_it_may_take() -> None:
 
 # ---------------------------------------------------------------- systemd
 
-SOCKET = """\
-[Unit]
-Description=Where claude-cli-bridge listens
-
-[Socket]
-ListenStream=127.0.0.1:14001
-
-[Install]
-WantedBy=sockets.target
-"""  # README
-SERVICE = f"""\
-[Unit]
-Description=The Messages API in front of the claude CLI
-Requires=claude-cli-bridge.socket
-
-[Service]
-Type=exec
-User=claude
-StateDirectory=claude-cli-bridge
-StateDirectoryMode=0700
-WorkingDirectory=%S/claude-cli-bridge
-EnvironmentFile=-/etc/claude-cli-bridge.env
-ExecStart={INSTALLED}
-Restart=on-failure
-RestartPreventExitStatus=2
-KillMode=mixed
-TimeoutStopSec=30
-LimitNOFILE=8192
-UMask=0077
-NoNewPrivileges=yes
-CapabilityBoundingSet=
-ProtectSystem=strict
-ProtectHome=yes
-PrivateTmp=yes
-PrivateDevices=yes
-ProtectProc=invisible
-ProtectClock=yes
-ProtectControlGroups=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-LockPersonality=yes
-RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-SystemCallErrorNumber=EPERM
-
-[Install]
-WantedBy=multi-user.target
-"""  # README
+SOCKET = readme.block("ListenStream=")
+SERVICE = readme.block("ExecStart=")
 
 
 def settings_of(unit: str) -> dict[str, str]:
