@@ -1,6 +1,5 @@
 """The bridge under the launchers of the README: a real supervisord, and what systemd does with the units."""
 
-import contextlib
 import getpass
 import shlex
 import shutil
@@ -128,15 +127,6 @@ def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
         process.wait()
 
 
-def bridges() -> list[psutil.Process]:
-    found = []
-    for child in children():
-        with contextlib.suppress(psutil.NoSuchProcess):  # another program of supervisord
-            if str(ROOT / "bridge.py") in child.cmdline():
-                found.append(child)
-    return found
-
-
 @pytest.mark.parametrize("way", ["restart", "kill"])
 def test_supervisord_restarts_the_bridge_without_an_orphan(
     gate: Path, log: Log, supervise: Callable[..., Supervisor], background: ThreadPoolExecutor, way: str
@@ -148,7 +138,7 @@ def test_supervisord_restarts_the_bridge_without_an_orphan(
     asked = background.submit(supervisor.client.post, "PAUSE") if way == "kill" else None
     if asked:
         wait_until(lambda: log.got("PAUSE"), "a turn")
-    [old] = bridges()
+    old = psutil.Process(supervisor.info["pid"])
     before = {child.pid for child in children(old.pid)}
     assert pid(first) in before
     if asked:
@@ -159,7 +149,7 @@ def test_supervisord_restarts_the_bridge_without_an_orphan(
         assert supervisor.call("startProcess", "claude-cli-bridge")
     wait_until(lambda: not any(map(alive, before)), "the end of all children")
     wait_until(lambda: supervisor.listeners == 2, "the new listener", 30)
-    assert [new.pid for new in bridges()] not in ([], [old.pid])
+    assert supervisor.info["pid"] != old.pid
     assert supervisor.info["statename"] == "RUNNING"
     answer = supervisor.client.post(["hello", first.text, "and now"])
     assert (answer.status, answer.session) == (200, "rebuilt; reason=unknown-history")
