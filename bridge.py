@@ -460,8 +460,8 @@ class Connection:
         try:
             async with asyncio.timeout(LINGER_SECS):
                 await self.writer.wait_closed()
-        except OSError:
-            pass  # the client is gone, or does not read
+        except OSError as error:  # the client is gone, or does not read
+            error.__traceback__ = None  # asyncio keeps the error, and the error the frames with the whole turn
         finally:
             self.writer.transport.abort()
 
@@ -596,9 +596,8 @@ class Bridge:
             self._answers.discard(answer)
             connection.answering = False
             self.report(exchange)
-        if left or answer.cancelled():
+        if answer.cancelled() or answer.exception() or left:  # raised here, the exception would keep this frame
             raise Disconnected
-        answer.result()
 
     async def answer(self, connection: Connection, exchange: Exchange) -> None:
         """Route a request, and turn every failure into an answer."""
