@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,12 +51,13 @@ PIP_CLIENTS = {
     "litellm": ("litellm[proxy]==1.106.2",),
 }
 STANDIN = TESTS / "standin.py"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 CLONE_NEWNET, CLONE_NEWUSER = 0x40000000, 0x10000000
 
 
 def cached(name: str) -> Path:
     """A folder of the user's cache, kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "claude-cli-bridge-tests" / name
+    return CACHE / "claude-cli-bridge-tests" / name
 
 
 def fetched(*command: str | Path, folder: Path | None = None) -> bool:
@@ -75,25 +77,51 @@ def from_npm(name: str, wanted: str, *packages: str) -> Path | None:
     return folder / wanted if (folder / wanted).exists() else None
 
 
-def from_pip(name: str, *requirements: str) -> Path | None:
-    """A virtual environment with these packages: its Python, if they are all there.  Filled by uv, because pip takes
-    five times as long."""
-    folder = cached(name)
-    python, record, made_of = folder / "bin/python", folder / "made-of", "\n".join((sys.version, *requirements))
-    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+def made(name: str, made_of: list[str], make: Callable[[Path], bool]) -> Path | None:
+    """The folder that `make` fills, once for what it is made of."""
+    folder, want = cached(name), "\n".join((sys.version, *made_of))
+    record = folder.with_name(f"{name}.made-of")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{name}.lock").open("w") as lock:  # another run may be at it
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if record.exists() and record.read_text() == made_of:
-            return python
-        if (
-            uv
-            and fetched(sys.executable, "-m", "venv", "--clear", "--without-pip", folder)
-            and fetched(uv, "pip", "install", "--python", python, *requirements)
-        ):
-            record.write_text(made_of)
-            return python
-    return None
+        if record.exists() and record.read_text() == want:
+            return folder
+        record.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        if not make(folder):
+            return None
+        record.write_text(want)
+        return folder
+
+
+def from_pip(name: str, *requirements: str) -> Path | None:
+    """The Python of a virtual environment with these packages.  Filled by uv, because pip takes five times as long."""
+    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+    def make(folder: Path) -> bool:
+        return (
+            uv is not None
+            and fetched(sys.executable, "-m", "venv", "--without-pip", folder)
+            and fetched(uv, "pip", "install", "--python", folder / "bin/python", *requirements)
+        )
+
+    folder = made(name, [*requirements], make)
+    return folder and folder / "bin/python"
+
+
+def wheels() -> Path | None:
+    """All that the README's two commands install, for a pip without a network."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    needed = [
+        *project["build-system"]["requires"],
+        *project["project"]["dependencies"],
+        *extras["cli"],
+        *extras["test"],
+    ]
+    return made(
+        "wheels", needed, lambda folder: fetched(sys.executable, "-m", "pip", "download", "-d", folder, *needed)
+    )
 
 
 def npm_cli() -> Path | None:
@@ -139,6 +167,7 @@ def isolate() -> str:
 CLIS: dict[str, Path] = {}
 JS_CLIENTS: list[Path] = []
 OPENCODE: list[Path] = []
+WHEELS: list[Path] = []
 PYTHONS: dict[str, Path] = {}  # of PIP_CLIENTS
 ISOLATION = ""
 
@@ -146,11 +175,12 @@ ISOLATION = ""
 def pytest_configure(config: pytest.Config) -> None:
     global ISOLATION
     with ThreadPoolExecutor() as executor:
-        fetches = [executor.submit(fetch) for fetch in (js_clients, opencode, npm_cli)]
+        fetches = [executor.submit(fetch) for fetch in (js_clients, opencode, wheels, npm_cli)]
         pythons = {name: executor.submit(from_pip, name, *packages) for name, packages in PIP_CLIENTS.items()}
-    javascript, opened, older = (fetch.result() for fetch in fetches)
+    javascript, opened, packages, older = (fetch.result() for fetch in fetches)
     JS_CLIENTS[:] = filter(None, [javascript])
     OPENCODE[:] = filter(None, [opened])
+    WHEELS[:] = filter(None, [packages])
     PYTHONS.update({name: made for name, python in pythons.items() if (made := python.result())})
     for path in (bundled_cli(), older):
         if path:

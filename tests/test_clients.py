@@ -15,19 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import readme
 from conftest import CLIS, PYTHONS, TESTS, Json, Server, arrived, text, wait_until
 
 Run = Callable[..., str]
 BRIDGE, PROXY = "http://127.0.0.1:14001", "http://127.0.0.1:4000"  # in the README, and in the scripts
 
-# README
-PROXY_CONFIG = """\
-model_list:
-  - model_name: sonnet
-    litellm_params: {model: anthropic/claude-sonnet-5-5, api_base: "http://127.0.0.1:14001", api_key: unused}
-"""
-# README
-EXPORT = "export ANTHROPIC_BASE_URL=http://127.0.0.1:14001 ANTHROPIC_API_KEY=unused"
+PROXY_CONFIG = readme.block("model_list:")
+EXPORT = readme.block("export ANTHROPIC_BASE_URL")
 
 
 @pytest.fixture

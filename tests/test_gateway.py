@@ -14,51 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import readme
 from conftest import Answer, Client, Program, Stub, arrived, request_body, sent, wait_until
 from standin import Log, digest
 
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 pytestmark = pytest.mark.skipif(not NGINX, reason="nginx is not installed")
 
-# README
-GATEWAY = """\
-# The conversation of a request by the header of the bridge, of Claude Code or of OpenCode; without one, its client.
-map $http_x_arch_claude_cli_session$http_x_claude_code_session_id$http_x_session_affinity $conversation {
-    "~(?<named>.+)" $named;
-    default         $remote_addr;
-}
-
-upstream bridges {
-    hash $conversation consistent;
-    server 127.0.0.1:14001 max_fails=0;
-    server 127.0.0.1:14002 max_fails=0;
-    keepalive 32;
-}
-
-server {
-    listen 127.0.0.1:8080;
-    client_max_body_size 32m;           # as CLAUDE_CLI_MAX_BODY_BYTES
-    client_body_buffer_size 32m;        # else a long prompt goes through a file
-
-    location / {
-        proxy_pass http://bridges;
-        proxy_http_version 1.1;         # with 1.0 a stream that broke off would look complete
-        proxy_set_header Connection ""; # keep-alive to the bridges
-        proxy_set_header Host $host;    # the bridges check it
-        proxy_buffering off;            # else what a slow client has not read goes into a file
-        proxy_connect_timeout 2s;       # then the next bridge
-        proxy_read_timeout 15m;         # a whole answer is silent until it is complete; SDKs wait 10 minutes
-        proxy_next_upstream error timeout; # and never non_idempotent: no prompt is sent twice
-    }
-}
-"""
-ROUND_ROBIN = """\
-upstream bridges {
-    server 127.0.0.1:14001 max_fails=0;
-    server 127.0.0.1:14002 max_fails=0;
-    keepalive 32;
-}
-"""
+GATEWAY = readme.block("hash $conversation")
+ROUND_ROBIN = readme.block("upstream bridges {\n    server")
 HOST = "llm.example"
 
 # What a distribution's nginx.conf has around it, as far as it is needed.

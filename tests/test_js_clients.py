@@ -8,32 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import readme
 from conftest import JS_CLIENTS, OPENCODE, TESTS, Json, Program, Server, arrived
 
-# README
-SDK = """\
-import Anthropic from "@anthropic-ai/sdk";
-
-const client = new Anthropic({ baseURL: "http://127.0.0.1:14001", apiKey: "unused" });
-const messages = [{ role: "user", content: "Say hello." }];
-const message = await client.messages.create({ model: "sonnet", max_tokens: 200, messages });
-console.log(message.content[0].text);
-"""
-AI_SDK = """\
-import { createAnthropic } from "@ai-sdk/anthropic";
-import { generateText } from "ai";
-
-const anthropic = createAnthropic({ baseURL: "http://127.0.0.1:14001/v1", apiKey: "unused" });
-const { text } = await generateText({ model: anthropic("sonnet"), prompt: "Say hello." });
-console.log(text);
-"""
-OPENCODE_JSON = """\
-{
-  "$schema": "https://opencode.ai/config.json",
-  "model": "anthropic/claude-opus-5-5",
-  "provider": {"anthropic": {"options": {"baseURL": "http://127.0.0.1:14001/v1", "apiKey": "unused"}}}
-}
-"""
+SDK = readme.block("import Anthropic from")
+AI_SDK = readme.block("createAnthropic({")
+OPENCODE_JSON = readme.block("opencode.ai/config.json")
 
 
 @pytest.fixture

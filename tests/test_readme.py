@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import readme
-from conftest import CLIS, KEEP, ROOT, WHEELS, Client, Json, Stub, wait_until
+from conftest import CACHE, CLIS, KEEP, ROOT, WHEELS, Client, Json, Stub, wait_until
 
 INSTALL = readme.block(".venv/bin/pip install '.[cli]'")
 CHECK = readme.block("claude-cli-bridge check")
@@ -43,7 +43,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: Path) ->
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    monkeypatch.setenv("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(CACHE))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(WHEELS[0]))
     monkeypatch.setenv("PIP_CACHE_DIR", str(tmp_path / "pip"))
