@@ -24,11 +24,12 @@ def packages() -> Path:
     return JS_CLIENTS[0]
 
 
+@pytest.mark.timeout(240)
 def test_typescript_clients(serve: Callable[..., Server], cli: Path, packages: Path) -> None:
     shutil.copy(TESTS / "drivers/ts_check.mjs", packages)
     command = ["node", str(packages / "ts_check.mjs"), serve(bin=cli).url, "--timeout", "30"]
     required = "tools,images,json,sampling,thinking"
-    done = subprocess.run([*command, "--require", required], capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run([*command, "--require", required], capture_output=True, text=True, timeout=200, check=False)
     assert "31 passed, 0 failed" in done.stdout, done.stdout + done.stderr
 
 

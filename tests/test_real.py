@@ -676,9 +676,10 @@ def test_child_gets_no_name_of_the_scrub_list_unless_kept(
 # the conformance driver of the shared tools
 
 
+@pytest.mark.timeout(240)
 def test_conformance(serve: Callable[..., Server], cli: Path) -> None:
     server = serve(bin=cli, allowed_hosts=("x",))  # the driver's raw sockets send `host: x`
     command = [sys.executable, str(TESTS / "drivers/conformance.py"), server.url]
     required = "tools,images,documents,thinking,sampling,system_role,json,stop_sequences,max_tokens"
-    done = subprocess.run([*command, "--require", required], capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run([*command, "--require", required], capture_output=True, text=True, timeout=200, check=False)
     assert "40 passed, 0 failed" in done.stdout, done.stdout + done.stderr
