@@ -299,7 +299,7 @@ class Process(asyncio.SubprocessProtocol):
         seen = seen or any(isinstance(event, dict) and event.get("type") == "result" for event in self._events)
         self._events.clear()
         self._resume()
-        self.settled = None if seen else self.loop.create_future()
+        self.settled = None if seen or self._failure else self.loop.create_future()
 
     def write(self, *lines: bytes) -> None:
         stdin = self._transport.get_pipe_transport(0)
