@@ -52,6 +52,7 @@ PIP_CLIENTS = {
 }
 STANDIN = TESTS / "standin.py"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+LONGEST = ("test_conformance", "test_typescript_clients", "test_a_newcomer", "test_library_gets", "test_openai_client")
 CLONE_NEWNET, CLONE_NEWUSER = 0x40000000, 0x10000000
 
 
@@ -195,7 +196,7 @@ def pytest_report_header() -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker waits for another at the end."""
-    items.sort(key=lambda item: not item.name.startswith(("test_conformance", "test_typescript_clients")))
+    items.sort(key=lambda item: not item.name.startswith(LONGEST))
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 15) -> None:
