@@ -25,7 +25,8 @@ pieces = [chunk.choices[0].delta.content or "" for chunk in ask(stream=True)]
 messages.append({"role": "assistant", "content": "".join(pieces)})
 messages.append({"role": "user", "content": 'USE_TOOL get_weather INPUT={"city": "Paris"}END'})
 called = ask().choices[0].message
-result = f"18C in {json.loads(called.tool_calls[0].function.arguments)['city']}"
-messages += [called, {"role": "tool", "tool_call_id": called.tool_calls[0].id, "content": result}]
+for call in called.tool_calls:
+    result = {"get_weather": "18C in {city}"}[call.function.name].format(**json.loads(call.function.arguments))
+    messages += [called, {"role": "tool", "tool_call_id": call.id, "content": result}]
 told = ask().choices[0].message
 print(json.dumps({"text": text.content, "pieces": pieces, "tool": told.content}))

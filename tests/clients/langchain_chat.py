@@ -21,5 +21,6 @@ messages += [text, ("user", "SAY They lived happily ever after.")]
 chunks = list(model.stream(messages))
 messages += [functools.reduce(operator.add, chunks), ("user", 'USE_TOOL get_weather INPUT={"city": "Paris"}END')]
 called = model.invoke(messages)
-told = model.invoke([*messages, called, *map(get_weather.invoke, called.tool_calls)])
+results = [{"get_weather": get_weather}[call["name"]].invoke(call) for call in called.tool_calls]
+told = model.invoke([*messages, called, *results])
 print(json.dumps({"text": text.text, "pieces": [chunk.text for chunk in chunks], "tool": told.text}))
