@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import readme
-from conftest import CLIS, PYTHONS, TESTS, Json, Server, arrived, text, wait_until
+from conftest import CLIS, PIP_CLIENTS, PYTHONS, TESTS, Json, Server, arrived, text, wait_until
 
 Run = Callable[..., str]
 BRIDGE, PROXY = "http://127.0.0.1:14001", "http://127.0.0.1:4000"  # in the README, and in the scripts
@@ -45,7 +45,9 @@ def run(tmp_path: Path) -> Run:
 
     def run(*command: str | Path, **variables: str) -> str:
         environ = {**environment_of_a_client(), **variables}
-        done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=110, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -135,6 +137,18 @@ def test_openai_client_of_a_litellm_proxy_gets_text_stream_and_tools(
     real: Server, proxy: str, run: Run, since: Callable[[], list[Json]]
 ) -> None:
     check(run(python("llm"), "-c", script("chat_completions.py", PROXY, proxy), "openai"), real, since())
+
+
+def test_the_readmes_table_holds_the_lines_and_versions_that_these_tests_use() -> None:
+    header, _, *rows = re.findall(r"^\|.*\|$", readme.README.read_text().partition("### Clients")[2], re.M)[:11]
+    assert header.startswith("| client | version |")
+    ran = "".join(path.read_text() for path in (TESTS / "clients").glob("*.py")) + "".join(readme.TAKEN)
+    for row in rows:
+        lines = re.findall("`(.+?)`", row.split("|")[4])
+        assert lines or "below" in row
+        assert all(line.removesuffix(")") in ran for line in lines), row
+    pinned = [package.partition("==") for packages in PIP_CLIENTS.values() for package in packages if "==" in package]
+    assert all(version in "".join(rows) for _, _, version in pinned)
 
 
 # Claude Code
