@@ -172,24 +172,25 @@ def find_cli(given: str) -> str:
 
 
 def read_providers(path: str, config: Config) -> list[Json]:
-    """The `model_providers` of a gateway's configuration file (TOML, JSON, or YAML where PyYAML is installed): those of
-    claude-cli completed, others as they are.  Raises ConfigError, which names the place."""
+    """The `model_providers` of a gateway's configuration file (TOML, YAML where PyYAML is installed, or else JSON):
+    those of claude-cli completed, others as they are.  Raises ConfigError, which names the place."""
     try:
-        data = Path(path).read_bytes()
-        if path.endswith(".toml"):
+        data, kind = Path(path).read_bytes(), Path(path).suffix.lower()
+        if kind == ".toml":
             document: Any = tomllib.loads(data.decode())
-        elif path.endswith((".yaml", ".yml")):
-            document = load_yaml(data)
         else:
-            document = orjson.loads(data)
-        translate.check(document, {"model_providers?": [dict]}, "")
-        entries = [check_provider(*item) for item in enumerate(document.get("model_providers") or [])]
-        return complete_providers(entries, config)
+            document = load_yaml(data) if kind in (".yaml", ".yml") else orjson.loads(data)
+        translate.check({"file": document}, {"file?": {"model_providers?": [dict]}}, "")
+        providers = complete_providers((document or {}).get("model_providers") or [], config)
+        orjson.dumps(providers)  # TOML and YAML have numbers, keys and depths that JSON has not
+        return providers
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(f"CLAUDE_CLI_CONFIG: {path}: {error.strerror}") from error
     except ApiError as error:
-        raise ConfigError(f"CLAUDE_CLI_CONFIG: {path}: {error.message}") from None
-    except ValueError as error:
+        raise ConfigError(f"CLAUDE_CLI_CONFIG: {path}: {error.message.removeprefix('file.')}") from None
+    except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"CLAUDE_CLI_CONFIG: {path} cannot be read: {error}") from None
 
 
@@ -201,7 +202,7 @@ def load_yaml(data: bytes) -> Any:
         raise ValueError("YAML needs the package PyYAML; TOML and JSON need nothing") from None
     try:
         return yaml.safe_load(data)
-    except yaml.YAMLError as error:
+    except Exception as error:  # noqa: BLE001 - PyYAML raises KeyError and others, with the value in it
         mark = getattr(error, "problem_mark", None)
         raise ValueError(f"not YAML, line {mark.line + 1}" if mark else "not YAML") from None
 
@@ -212,38 +213,34 @@ def is_own(entry: Json) -> bool:
     return "claude-cli" in named
 
 
-def check_provider(number: int, entry: Json) -> Json:
-    """An entry of model_providers, without nulls if it is a claude-cli one.  Raises ApiError, which names the place."""
-    place, model = f"model_providers.{number}", entry.get("model")
-    if is_own(entry):
-        translate.check(entry, PROVIDER, place)
-        for name in entry.keys() - {key.removesuffix("?") for key in PROVIDER}:
-            raise translate.bad(f"{place}.{name}", "Extra inputs are not permitted")
-        name = str(model).removeprefix(translate.MODEL_PREFIX)
-        if name == model or not (name == "*" or translate.MODEL_NAME.fullmatch(name)):
-            raise translate.bad(f"{place}.model", "Input should be claude-cli/* or claude-cli/ and the name of a model")
-        return translate.without_nulls(entry)
-    if isinstance(model, str) and "*" in model:
-        raise translate.bad(f"{place}.model", "only claude-cli/* can be a wildcard")
-    return entry
-
-
 def complete_providers(entries: list[Json], config: Config) -> list[Json]:
-    """Fill in what claude-cli entries leave out.  Raises ApiError for two that contradict each other."""
+    """Fill in what claude-cli entries leave out.  Raises ApiError, which names the place."""
     completed: list[Json] = []
+    known = {name.removesuffix("?") for name in PROVIDER}
+    key = "$CLAUDE_CLI_API_KEY" if config.api_key else "unused"
     for number, entry in enumerate(entries):
+        place, model = f"model_providers.{number}", str(entry.get("model"))
         completed.append(entry)
         if not is_own(entry):
+            if "*" in model:
+                raise translate.bad(f"{place}.model", "only claude-cli/* can be a wildcard")
             continue
-        key = "$CLAUDE_CLI_API_KEY" if config.api_key else "unused"
-        entry = {"name": "claude-cli", "provider_interface": "claude-cli", "access_key": key, **entry}
-        completed[number] = {"base_url": config.base_url, **entry}
+        translate.check(entry, PROVIDER, place)
+        for name in entry:
+            if name not in known:
+                raise translate.bad(f"{place}.{name}", "Extra inputs are not permitted")
+        name = model.removeprefix(translate.MODEL_PREFIX)
+        if name == model or not (name == "*" or translate.MODEL_NAME.fullmatch(name)):
+            raise translate.bad(f"{place}.model", "Input should be claude-cli/* or claude-cli/ and the name of a model")
+        defaults = {"name": "claude-cli", "provider_interface": "claude-cli", "access_key": key}
+        entry = {"base_url": config.base_url, **defaults, **translate.without_nulls(entry)}
+        completed[number] = entry
         for other, same in itertools.product(filter(is_own, completed[:number]), ("model", "name")):
-            keys = completed[number].keys() | other.keys() if same == "model" else {"base_url", "access_key"}
-            wrong = sorted(key for key in keys if completed[number].get(key) != other.get(key))
-            if wrong and completed[number][same] == other[same]:
+            keys = entry.keys() | other.keys() if same == "model" else {"base_url", "access_key"}
+            wrong = sorted(key for key in keys if entry.get(key) != other.get(key))
+            if wrong and entry[same] == other[same]:
                 where = f"model_providers.{completed.index(other)}"
-                raise translate.bad(f"model_providers.{number}.{wrong[0]}", f"contradicts {where}, of the same {same}")
+                raise translate.bad(f"{place}.{wrong[0]}", f"contradicts {where}, of the same {same}")
     return completed
 
 
@@ -595,8 +592,13 @@ class Bridge:
             await asyncio.wait({answer, gone})
             self._answers.discard(answer)
             connection.answering = False
+            error = None if answer.cancelled() else answer.exception()
+            if answer.cancelled() or isinstance(error, Disconnected | OSError):
+                exchange.failure = "client_left"
             self.report(exchange)
-        if answer.cancelled() or answer.exception() or left:  # raised here, the exception would keep this frame
+        if error and exchange.failure != "client_left":
+            log.error("bug in request %s: %s", exchange.id, type(error).__name__)
+        if left or answer.cancelled() or error:  # raised itself, it would keep this frame, and the frame the turn
             raise Disconnected
 
     async def answer(self, connection: Connection, exchange: Exchange) -> None:
@@ -736,6 +738,8 @@ class Bridge:
             metrics.time("turn_seconds", now - exchange.began)
         row["status"] = exchange.status or 499  # nginx's number for a client that left
         row["error"] = exchange.failure or None
+        if exchange.failure:
+            metrics.add("errors_total", type=exchange.failure)
         if exchange.first_byte:
             row["first_byte_secs"] = round(exchange.first_byte - exchange.began, 3)
             metrics.time("first_byte_seconds", exchange.first_byte - exchange.began)
@@ -907,7 +911,6 @@ async def rehearse(config: Config, found: dict[str, str | bool]) -> None:
     messages += [{"role": "assistant", "content": "green"}, {"role": "user", "content": "blue"}]
     call = {"type": "tool_use", "id": "toolu_probe", "name": "probe", "input": {}}
     held, left = asyncio.Event(), asyncio.Event()
-    limit = min(REHEARSAL_SECS, config.watchdog_secs)
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         ends = (OSError, asyncio.IncompleteReadError, asyncio.CancelledError)  # asyncio would log the last one
@@ -956,8 +959,9 @@ async def rehearse(config: Config, found: dict[str, str | bool]) -> None:
         environ = {"HOME": home, "CLAUDE_CONFIG_DIR": home, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
         kept = {"ANTHROPIC_BASE_URL": f"http://{address(*server.sockets[0].getsockname())}"}
         kept |= {"ANTHROPIC_API_KEY": "unused", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
-        config = dataclasses.replace(config, keep_env=tuple(kept), setting_sources="", tools="")
-        async with server, Pool(config, {**os.environ, **environ, **kept}) as pool, asyncio.timeout(limit):
+        # An administrator's settings can name another address all the same: no API has this model, so it costs nothing.
+        config = dataclasses.replace(config, keep_env=tuple(kept), setting_sources="", tools="", model="no-such-model")
+        async with server, Pool(config, {**os.environ, **environ, **kept}) as pool:
             async with turn(pool) as first:
                 await first.relay(lambda _: True, drain)
             messages.append({"role": "assistant", "content": [call]})
@@ -986,17 +990,23 @@ async def check(config: Config) -> bool:
         print(f"settings: {error}")
         return False
     config = dataclasses.replace(config, spares=0)
+    limit = min(REHEARSAL_SECS, config.watchdog_secs)
     found: dict[str, str | bool] = {"version": "unknown"}
     found |= dict.fromkeys(("history", "settings", "tools", "interrupt"), False)
     failure = ""
     print(f"CLI: {config.bin}")
     try:
-        async with Pool(config) as pool:
+        async with Pool(config) as pool, asyncio.timeout(limit):
             source = login_source(await pool.hello())
-        print(f"login: {source or 'nobody is logged in: ' + translate.LOGIN_CURE}")
-        await rehearse(config, found)
-    except (ApiError, TimeoutError) as error:
-        failure, source = f" ({str(error) or 'no answer in time'})", ""
+    except (ApiError, OSError) as error:  # TimeoutError among them
+        print(f"start: does not work ({str(error) or 'no answer in time'})")
+        return False
+    print(f"login: {source or 'nobody is logged in: ' + translate.LOGIN_CURE}")
+    try:
+        async with asyncio.timeout(limit):
+            await rehearse(config, found)
+    except (ApiError, OSError) as error:
+        failure = f" ({str(error) or 'no answer in time'})"
     for name, value in found.items():
         works = "works" if value else f"does not work{failure}"
         print(f"{name}: {value if isinstance(value, str) else works}")
@@ -1034,25 +1044,35 @@ def main() -> None:
     lines = textwrap.wrap(settings, 78, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     parser = argparse.ArgumentParser(
         "claude-cli-bridge",
-        usage="%(prog)s [check | providers] [--config FILE] [--SETTING VALUE]...",
+        usage="%(prog)s [check | providers] [--config FILE] [--SETTING X]...",
         description=HELP + "\n".join(lines).replace("\u00a0", " "),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
         allow_abbrev=False,
     )
-    parser.add_argument("command", nargs="?", choices=("check", "providers"), help=argparse.SUPPRESS)
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("--help", action="help", help=argparse.SUPPRESS)
     version = f"claude-cli-bridge {__version__}"
     parser.add_argument("--version", action="version", version=version, help=argparse.SUPPRESS)
     for name in ("config", *names):
         parser.add_argument("--" + name, help=argparse.SUPPRESS)
-    flags = vars(parser.parse_args())
+    known, others = parser.parse_known_args()  # argparse would repeat what follows an unknown flag: a key, perhaps
+    flags = vars(known)
     try:
-        path = flags["config"] or os.environ.get("CLAUDE_CLI_CONFIG", "")
+        if others or flags["command"] not in (None, "check", "providers"):
+            flag = next((name.partition("=")[0] for name in others if name.startswith("-")), "")
+            raise ConfigError(f"there is no {flag or 'such command'}; see --help")
+        path = os.environ.get("CLAUDE_CLI_CONFIG", "") if flags["config"] is None else flags["config"]
         act(Config.read(os.environ, flags), flags["command"], path)
+        sys.stdout.flush()
     except ConfigError as error:
         print(f"claude-cli-bridge: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would write the rest at its end
+        sys.exit(141)
 
 
 def act(config: Config, command: str | None, path: str) -> None:
@@ -1066,6 +1086,7 @@ def act(config: Config, command: str | None, path: str) -> None:
         raise ConfigError("CLAUDE_CLI_CONFIG: providers needs a configuration file")
     providers = read_providers(path, config) if path else []
     if command == "providers":
+        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
         print(orjson.dumps(providers, option=orjson.OPT_INDENT_2).decode())
     elif path and not any(map(is_own, providers)):
         log.info("there is no claude-cli provider in %s: nothing to do", path)

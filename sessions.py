@@ -78,7 +78,8 @@ TRANSITIONS = {
 
 # What /metrics says, after claude_cli_bridge_: type and help.
 METRICS = {
-    "requests_total": ("counter", "HTTP requests by route and status; 499: the client left"),
+    "requests_total": ("counter", "HTTP requests by route and status; 499: the client left before there was one"),
+    "errors_total": ("counter", "Requests that failed, by error.type; client_left: before the end of the answer"),
     "turns_total": ("counter", "Turns by conversation (hot, new, rebuilt) and the reason of a rebuild"),
     "first_byte_seconds": ("histogram", "From a request for a message to the first event of its answer"),
     "turn_seconds": ("histogram", "From a request for a message to the end of its answer"),
@@ -87,19 +88,18 @@ METRICS = {
     "processes": ("gauge", "Processes of the CLI by state"),
     "processes_started_total": ("counter", "Processes of the CLI that were started"),
     "processes_ended_total": ("counter", "Processes of the CLI that were retired, by reason"),
-    "process_restarts_total": (
-        "counter",
-        "Processes of the CLI that ended by themselves; the next turn starts another",
-    ),
+    "process_restarts_total": ("counter", "Processes of the CLI that ended by themselves; the next turn starts one"),
     "watchdog_fires_total": ("counter", "Turns that failed as the CLI was silent"),
     "waiting_requests": ("gauge", "Requests that wait for a process, or for others of their session"),
     "connections": ("gauge", "Open connections of clients"),
 }
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # a hot turn to a long answer
 
+ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})  # of a label's value
+
 
 def labelled(labels: Mapping[str, object]) -> str:
-    text = ",".join(f'{name}="{value}"' for name, value in labels.items())
+    text = ",".join(f'{name}="{str(value).translate(ESCAPES)}"' for name, value in labels.items())
     return f"{{{text}}}" if text else ""
 
 
@@ -279,14 +279,21 @@ class Process(asyncio.SubprocessProtocol):
                 start_new_session=True,
                 preexec_fn=die_with_parent if PRCTL else None,
             )
+        except OSError:  # it cannot be started, or nothing can wait for its end
+            process.unwatched = True
+            raise
         except RuntimeError as error:  # there is no thread left that could wait for its end
             process.unwatched = True
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
         return process
 
     @property
+    def ended(self) -> bool:
+        return self._eof or self.exited.done() or exiting(self.pid)
+
+    @property
     def gone(self) -> bool:
-        return self._eof or self._failure is not None or self.exited.done() or exiting(self.pid)
+        return self._failure is not None or self.ended
 
     def listen(self) -> None:
         """Begin a turn: the watchdog runs, events are kept."""
@@ -413,7 +420,8 @@ class Process(asyncio.SubprocessProtocol):
         self.pid = transport.get_pid()
         if self.unwatched:
             transport.close()  # kills it
-            os.waitpid(self.pid, 0)
+            with contextlib.suppress(ChildProcessError):  # it had ended by itself
+                os.waitpid(self.pid, 0)
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         if fd == 2:
@@ -770,7 +778,8 @@ class Pool:
             raise ApiError(529, f"{words}; try again later", retry_after=after) from None
         finally:
             self._queued -= 1
-            self.metrics.time("queue_seconds", asyncio.get_running_loop().time() - began)
+            if asyncio.current_task() not in self._preparing:  # nobody waits for a spare
+                self.metrics.time("queue_seconds", asyncio.get_running_loop().time() - began)
 
     async def _find(self, request: Request, pinned_id: str) -> Turn | None:
         """The warm session that holds the request's history, taken off the file."""
@@ -802,7 +811,7 @@ class Pool:
             self.retire(session, "interrupted")
             raise
         if not alive or session.process.gone:
-            self.retire(session, "died")
+            self.retire(session, "died" if session.process.ended else "interrupted")
             return None
         self._remember(session, "busy")
         session.pinned = bool(pinned_id)
@@ -932,13 +941,14 @@ class Pool:
             return
         if not translator.done:
             turn.interrupt()
-            self.retire(session, "died" if turn.process.gone else "interrupted")
+            self.retire(session, "died" if turn.process.ended else "interrupted")
             return
         self._remember(session, "continued")
         start = session.chain if turn.how == "hot" else b""
         session.chain = translate.extend(start, [*turn.messages, translator.message])
         if not translator.rests:
-            self.retire(session, translator.stop_reason or "empty")
+            reason = translator.stop_reason
+            self.retire(session, reason if reason.isascii() and reason.isidentifier() else "other")
             return
         content = translator.message["content"]
         session.calls = [block["id"] for block in content if block["type"] == "tool_use"]

@@ -23,6 +23,7 @@ Words in the last text of the user, alone or together:
     RATELIMIT epoch       the account's limit is used up until then
     REPLAY version/name   the last turn of that recording, ten times as fast
     TOOL n                n calls of the first of the client's tools, if it has any; their last result is answered then
+    STOP-REASON "text"    the answer ends with that stop_reason
     DIGEST                a digest of all texts of the conversation ends the answer
 
 Models: exit-at-start, hang-at-start (answers nothing), slow-start (not before $STANDIN_GATE), ignore-sigterm (and the
@@ -353,7 +354,8 @@ class Standin:
         self.emit({"type": "assistant", "message": {**message, "content": self.blocks()}, "parent_tool_use_id": None})
         self.fault("last")
         self.stream("content_block_stop", index=0)
-        ends = {"stop_reason": "end_turn", "stop_sequence": None}
+        reason = json.loads(text.partition("STOP-REASON ")[2] or '"end_turn"')
+        ends = {"stop_reason": reason, "stop_sequence": None}
         self.stream("message_delta", delta=ends, usage={"output_tokens": len(deltas)})
         self.stream("message_stop")
         self.fault("stopped")

@@ -1,6 +1,8 @@
 """`claude-cli-bridge check`: with the real CLI, and with the real CLI behind a filter that takes one feature away."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +14,9 @@ from conftest import CLIS, KEEP, ROOT, Json
 FEATURES = ("history", "settings", "tools", "interrupt")
 
 
-def check(bin: Path | str, **environ: str) -> tuple[int, dict[str, str]]:
+def check(bin: Path | str, *before: str, **environ: str) -> tuple[int, dict[str, str]]:
     """Exit status, and what was said of what."""
-    command = [sys.executable, str(ROOT / "bridge.py"), "check", "--bin", str(bin)]
+    command = [*before, sys.executable, str(ROOT / "bridge.py"), "check", "--bin", str(bin)]
     environ = {**os.environ, "CLAUDE_CLI_KEEP_ENV": ",".join(KEEP), **environ}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert done.stderr == ""
@@ -69,4 +71,32 @@ def test_a_cli_that_does_not_start_fails_and_says_why(tmp_path: Path) -> None:
     broken.chmod(0o755)
     status, said = check(broken)
     assert status == 1
-    assert "the claude CLI exited with status 3: no library" in said["history"]
+    assert "the claude CLI exited with status 3: no library" in said["start"]
+
+
+@pytest.mark.parametrize("behaviour", ["exec sleep 1000", """while echo '{"type":"user"}'; do sleep 0.1; done"""])
+def test_a_cli_that_never_answers_fails_in_time(tmp_path: Path, behaviour: str) -> None:
+    endless = tmp_path / "claude"
+    endless.write_text(f"#!/bin/sh\n{behaviour}\n")
+    endless.chmod(0o755)
+    status, said = check(endless, CLAUDE_CLI_WATCHDOG_SECS="1")
+    assert status == 1
+    assert said["start"].startswith("does not work")
+
+
+def test_an_administrators_settings_may_lead_to_an_api_but_to_no_model(
+    cli: Path, since: Callable[[], list[Json]], tmp_path: Path
+) -> None:
+    """What is asked of an API that the bridge did not choose must not be answered, and so not be paid."""
+    if os.geteuid() or not shutil.which("unshare"):
+        pytest.skip("only root can have an /etc of its own")
+    etc = tmp_path / "etc"
+    shutil.copytree("/etc", etc, symlinks=True, ignore_dangling_symlinks=True)
+    (etc / "claude-code").mkdir(exist_ok=True)
+    settings = {"env": {"ANTHROPIC_BASE_URL": os.environ["ANTHROPIC_BASE_URL"]}}
+    (etc / "claude-code/managed-settings.json").write_text(json.dumps(settings))
+    status, _ = check(cli, "unshare", "--mount", "sh", "-ec", f'mount --bind {etc} /etc; exec "$@"', "sh")
+    assert status == 1
+    asked = [row for row in since() if row["path"] == "/v1/messages"]
+    assert asked
+    assert {row["body"]["model"] for row in asked} == {"no-such-model"}

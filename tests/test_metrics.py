@@ -1,14 +1,18 @@
 """/metrics, as Prometheus' own parser reads it."""
 
+import json
 import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from conftest import Client, Program, Server, wait_until
+import pytest
+from conftest import Client, Program, Server, request_body, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from standin import Log
+
+from sessions import Metrics
 
 Serve = Callable[..., Server]
 PREFIX = "claude_cli_bridge_"
@@ -91,6 +95,62 @@ def test_deaths_watchdog_and_retirements_are_counted(serve: Serve) -> None:
     assert found("processes_ended_total", reason="interrupted") == 1
 
 
+@pytest.mark.parametrize("name", ["error_401", "error_429", "error_529"])
+def test_a_failure_of_the_api_is_not_the_death_of_a_process(serve: Serve, name: str) -> None:
+    server = serve()
+    kind = server.post(f"REPLAY 2.1.330/{name}").json["error"]["type"]
+    found = measure(server)
+    assert found("process_restarts_total") == 0
+    assert found("processes_ended_total", reason="interrupted") == 1
+    assert found("errors_total", type=kind) == 1
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_client_that_leaves_and_a_stream_that_breaks_off_are_errors_whatever_their_status(
+    serve: Serve, gate: Path, log: Log, begun: bool
+) -> None:
+    server = serve()
+    assert "the claude CLI exited" in server.post("DIE 3", stream=True).events[-1]["error"]["message"]
+    word = "PAUSE" if begun else "PAUSE-START"
+    body = json.dumps(request_body(word, stream=True)).encode()
+    with server.connect() as client:
+        client.sendall(
+            b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        )
+        wait_until(lambda: log.got(word), "the turn")
+        while begun and b"content_block_delta" not in client.recv(4096):
+            pass
+    wait_until(lambda: measure(server)("errors_total", type="client_left") == 1, "the end of the request")
+    found = measure(server)
+    assert found("requests_total", route="/v1/messages", status="499") == (not begun)
+    assert found("errors_total", type="claude_cli_error") == 1
+    assert found("errors_total") == 2
+
+
+@pytest.mark.parametrize("reason", ['a"b', "a\\", "two\nlines"])
+def test_no_stop_reason_breaks_a_header_or_the_metrics(serve: Serve, reason: str) -> None:
+    server = serve()
+    first = server.post(f"STOP-REASON {json.dumps(reason)}")
+    assert first.message["stop_reason"] == reason
+    again = server.post([f"STOP-REASON {json.dumps(reason)}", first.text, "and now"])
+    assert (again.status, again.session) == (200, "rebuilt; reason=other")
+    assert measure(server)("processes_ended_total", reason="other") == 1
+
+
+def test_a_label_can_hold_anything() -> None:
+    metrics = Metrics()
+    metrics.add("errors_total", type='a"b\\c\nd')
+    families = text_string_to_metric_families(metrics.text())
+    samples = [sample for family in families for sample in family.samples if sample.name.endswith("errors_total")]
+    assert [sample.labels for sample in samples] == [{"type": 'a"b\\c\nd'}]
+
+
+def test_nobody_waits_for_a_spare(serve: Serve) -> None:
+    server = serve(spares=1)
+    wait_until(lambda: measure(server)("processes", state="spare") == 1, "the spare")
+    assert measure(server)("queue_seconds_count") == 0
+
+
 def test_who_waits_is_counted(serve: Serve, log: Log, background: ThreadPoolExecutor, gate: Path) -> None:
     server = serve(max_sessions=1)
     running = background.submit(server.post, "PAUSE")
@@ -120,8 +180,9 @@ def test_the_time_of_a_request_is_not_that_of_its_connection(launch: Callable[..
     with program.connect() as connection:
         assert program.post().status == 200  # meanwhile
         began = time.monotonic()
-        connection.sendall(b"HEAD / HTTP/1.1\r\nhost: localhost\r\n\r\n")
-        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"HEAD / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        while connection.recv(1000):
+            pass  # to the end, which comes behind the line of the log
         waited = time.monotonic() - began
     program.process.send_signal(signal.SIGTERM)
     program.wait()

@@ -153,6 +153,56 @@ def test_a_file_that_cannot_be_read_says_where_without_its_text(write: Write, na
     assert "sesame" not in line
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.yaml", "model_providers: [{model: a/b, 5: x}]"),
+        ("a.yaml", "model_providers: [{model: a/b, access_key: !!binary aGk=}]"),
+        ("a.yaml", "model_providers: [{model: a/b, access_key: !!bool sesame}]"),
+        ("a.yaml", "model_providers: [{model: a/b, access_key: !!int sesame}]"),
+        ("a.yaml", "model_providers: &a [{model: a/b, loop: *a}]"),
+        ("a.yaml", "a: " + "[" * 2000),
+        ("a.toml", "a = " + "[" * 2000),
+        ("a.json", '{"model_providers": ' + "[" * 2000),
+        ("a.yaml", f"model_providers: [{{model: a/b, big: {2**70}}}]"),
+    ],
+)
+def test_what_json_cannot_hold_is_an_error_of_one_line(write: Write, name: str, text: str) -> None:
+    line = refused(write(name=name, text=text), "providers")
+    assert "cannot be read" in line
+    assert "sesame" not in line
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.toml"])
+def test_an_empty_file_has_no_provider(write: Write, name: str) -> None:
+    assert completed(write(name=name, text="\n")) == []
+
+
+def test_the_ending_of_the_name_says_what_a_file_is(write: Write) -> None:
+    assert completed(write(name="A.YAML", text="model_providers: [{ model: claude-cli/* }]")) == [COMPLETE]
+
+
+def test_a_wrong_listen_address_is_not_the_files_fault(write: Write) -> None:
+    done = run("providers", "--config", write({"model": "claude-cli/*"}), "--listen-addr", "foo")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("claude-cli-bridge: CLAUDE_CLI_LISTEN_ADDR: 'foo' is neither")
+
+
+@pytest.mark.parametrize("words", [("--api-key", "sesame"), ("--api-key=sesame",), ("sesame",), ("check", "sesame")])
+def test_what_is_no_option_is_not_repeated(words: tuple[str, ...]) -> None:
+    done = run(*words)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "sesame" not in done.stderr
+    assert ("there is no --api-key" in done.stderr) == (words[0] != "check" and words[0].startswith("-"))
+
+
+def test_a_reader_that_left_is_no_crash(write: Write) -> None:
+    path = write(*({"model": f"claude-cli/{number}"} for number in range(2000)))
+    command = f"{sys.executable} {ROOT / 'bridge.py'} providers --config {path} | head -1"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[\n", "")
+
+
 def test_a_missing_file_and_a_missing_option_are_errors(tmp_path: Path) -> None:
     assert "No such file" in refused(str(tmp_path / "nowhere.json"))
     done = run("providers")
