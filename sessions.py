@@ -52,6 +52,9 @@ START_SECS = 5.0  # after which a process that has said nothing no longer holds 
 SETTLE_SECS = 5.0  # that the `result` may come later than the answer it belongs to; 10 to 20 ms were measured
 MAX_PAST = 4096  # fingerprints of lost sessions that are remembered, to say why a conversation was rebuilt
 MAX_COUNTS = 256  # answers of count_tokens that are remembered: Claude Code's /context asks 15 questions, some again
+TOOLS_PROMPT = (
+    500  # tokens for the prompt that the API adds for tools: the CLI takes so many off what it counts for them
+)
 # Only these show that a turn is alive; status lines and keep-alives come from a half-open stream as well.
 SIGNS_OF_LIFE = {"stream_event", "assistant", "user", "result", "control_request", "control_response"}
 PRCTL: Any = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
@@ -622,7 +625,8 @@ class Turn:
         """The tokens of the conversation, without a model turn."""
         lines = await self._put([self._initialize()], self.messages)
         self.process.write(*lines, translate.control_line("usage", "get_context_usage"))
-        return int(await self.process.until(self.translator, lambda event: answered(event, "usage").get("totalTokens")))
+        tokens = await self.process.until(self.translator, lambda event: answered(event, "usage").get("totalTokens"))
+        return int(tokens) + (TOOLS_PROMPT if self.request.tools else 0)
 
     def _initialize(self) -> bytes:
         self.process.tools = self.request.tools
@@ -811,7 +815,7 @@ class Pool:
             self.retire(session, "interrupted")
             raise
         if not alive or session.process.gone:
-            self.retire(session, "died" if session.process.ended else "interrupted")
+            self.retire(session, "died" if session.process.ended else "failed")
             return None
         self._remember(session, "busy")
         session.pinned = bool(pinned_id)
@@ -941,7 +945,8 @@ class Pool:
             return
         if not translator.done:
             turn.interrupt()
-            self.retire(session, "died" if turn.process.ended else "interrupted")
+            failed = turn.process.gone or turn.process.silent
+            self.retire(session, "died" if turn.process.ended else "failed" if failed else "interrupted")
             return
         self._remember(session, "continued")
         start = session.chain if turn.how == "hot" else b""

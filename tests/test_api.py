@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conftest import Answer, Json, Server, Stub, request_body
+from conftest import Answer, Client, Json, Server, Stub, request_body
 
 TOOL = {"name": "get_weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
 
 
-def count(server: Server, messages: Any = "hello", **fields: Any) -> Answer:
+def count(server: Client, messages: Any = "hello", **fields: Any) -> Answer:
     body = request_body(messages, **{"max_tokens": ..., **fields})
     return server.call("POST", "/v1/messages/count_tokens?beta=true", body)
 
@@ -33,6 +33,14 @@ def test_a_count_grows_with_all_that_is_counted(real: Server) -> None:
     questions: list[dict[str, Any]] = [{}, {"system": "Be terse. " * 50}, {"tools": [TOOL]}, {"messages": history}]
     base, *larger = [count(real, **question).json["input_tokens"] for question in questions]
     assert all(0 < base < more for more in larger)
+
+
+def test_a_tool_adds_to_a_count_what_it_adds_at_the_api(real: Server, stub: Stub) -> None:
+    tool = {**TOOL, "description": "The weather. " * 30}
+    asked = [{"messages": "foo", "model": "claude-opus-5-5", "tools": tools} for tools in ([], [tool])]
+    api = Client("127.0.0.1", stub.port)
+    ours, theirs = ([count(server, **body).json["input_tokens"] for body in asked] for server in (real, api))
+    assert abs((ours[1] - ours[0]) - (theirs[1] - theirs[0])) < 50
 
 
 def test_a_count_is_validated_as_a_message_is(serve: Callable[..., Server]) -> None:

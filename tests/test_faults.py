@@ -154,10 +154,10 @@ def test_an_answer_is_complete_without_a_result_and_its_process_is_not_used_agai
     answer = server.post("NORESULT")
     assert answer.text == "echo: NORESULT; 1 messages"
     again = server.post(["NORESULT", answer.text, "and now"])
-    assert (again.session, again.text) == ("rebuilt; reason=died", "echo: and now; 3 messages")
+    assert (again.session, again.text) == ("rebuilt; reason=failed", "echo: and now; 3 messages")
 
 
-@pytest.mark.parametrize(("text", "then"), [("TORN-DELTA", "hot"), ("TORN-EVENT", "rebuilt; reason=died")])
+@pytest.mark.parametrize(("text", "then"), [("TORN-DELTA", "hot"), ("TORN-EVENT", "rebuilt; reason=failed")])
 def test_a_line_that_is_cut_off_behind_a_complete_answer_does_not_fail_it(serve: Serve, text: str, then: str) -> None:
     server = serve()
     streamed, whole = server.post(text, stream=True), server.post(text)

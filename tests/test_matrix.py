@@ -285,7 +285,8 @@ def check_answer(made: Bench, answer: Answer, point: str, fault: str, words: str
     assert answer.status == 200
     if point == "parked":
         rebuilt = fault in (*DEAD, "endless")
-        assert answer.session == ("rebuilt; reason=died" if rebuilt else "hot")
+        reason = "failed" if fault == "endless" else "died"
+        assert answer.session == (f"rebuilt; reason={reason}" if rebuilt else "hot")
         assert answer.text == ("echo: 18C; 3 messages" if rebuilt else "echo: 18C; 1 messages")
     else:
         past = 2 * (point in ("past", "settings"))
@@ -298,7 +299,8 @@ def check_next(made: Bench, conversation: list[Any], fault: str, **fields: Any) 
     """A conversation goes on after a fault behind its answer, in the same process if that is sound."""
     (pid,) = made.log.reached(fields["model"])
     answer = made.server.post(conversation, **fields)
-    assert answer.session == ("hot" if fault in GARBAGE else "rebuilt; reason=died")
+    reason = "died" if fault in DEAD else "failed"
+    assert answer.session == ("hot" if fault in GARBAGE else f"rebuilt; reason={reason}")
     assert answer.text == "echo: and now; 3 messages"
     if fault not in GARBAGE:
         wait_until(lambda: not psutil.pid_exists(pid), "the end of the process")

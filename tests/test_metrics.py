@@ -92,7 +92,7 @@ def test_deaths_watchdog_and_retirements_are_counted(serve: Serve) -> None:
     found = measure(server)
     assert [found(name) for name in names] == [1, 1, 2]
     assert found("processes_ended_total", reason="died") == 1
-    assert found("processes_ended_total", reason="interrupted") == 1
+    assert found("processes_ended_total", reason="failed") == 1
 
 
 @pytest.mark.parametrize("name", ["error_401", "error_429", "error_529"])
@@ -101,7 +101,7 @@ def test_a_failure_of_the_api_is_not_the_death_of_a_process(serve: Serve, name: 
     kind = server.post(f"REPLAY 2.1.330/{name}").json["error"]["type"]
     found = measure(server)
     assert found("process_restarts_total") == 0
-    assert found("processes_ended_total", reason="interrupted") == 1
+    assert found("processes_ended_total", reason="failed") == 1
     assert found("errors_total", type=kind) == 1
 
 
