@@ -385,19 +385,24 @@ def test_pinned_session_continues_with_only_what_is_new(real: Server, stub: Stub
 # input that the CLI would take for its own
 
 
-@pytest.mark.parametrize(
-    "value", ["/compact", "/x", "/help me", "see @/etc/hostname", "@/etc/hostname", "--version", "#note", "!ls"]
-)
-def test_commands_and_file_mentions_are_plain_text(real: Server, since: Callable[[], list[Json]], value: str) -> None:
-    for asked in (
-        [value],
-        [value, "well", value],
-        ["one", "two", {"role": "user", "content": [text("a"), text(value)]}],
-    ):
-        assert real.post(asked).status == 200
-        assert arrived(since()[-1]["body"]) == sent(asked)
-    assert len(since()) == 3
-    assert Path("/etc/hostname").read_text().strip() not in json.dumps(since()[-1]["body"]["messages"])
+COMMANDS = ("/compact", "/x", "/help me", "see @/etc/hostname", "@/etc/hostname", "--version", "#note", "!ls")
+
+
+def test_commands_and_file_mentions_are_plain_text(real: Server, since: Callable[[], list[Json]]) -> None:
+    """As the first message, as the newest one behind another text, and in the past."""
+
+    def ask(*asked: Any) -> str:
+        count = len(since())
+        answer = real.post(list(asked))
+        assert answer.status == 200
+        [row] = since()[count:]
+        assert arrived(row["body"]) == sent(list(asked))
+        assert Path("/etc/hostname").read_text().strip() not in json.dumps(row["body"]["messages"])
+        return answer.text
+
+    for value in COMMANDS:
+        ask(value, ask(value), {"role": "user", "content": [text("a"), text(value)]})
+    ask(*(words for value in COMMANDS for words in (value, "well")), "and now")
 
 
 @pytest.mark.parametrize(
