@@ -582,6 +582,7 @@ def resolved_model(hello: Json, name: str) -> str:
 # ---------------------------------------------------------------- translation of events
 
 TOKENS = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+CREATION = ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
 # Block type -> delta type -> key of its piece.  Other blocks and deltas break strict clients, so they are left out.
 DELTAS = {
     "text": {"text_delta": "text", "citations_delta": "citation"},
@@ -861,19 +862,17 @@ def without_nulls(value: Json) -> Json:
     return {key: inner for key, inner in value.items() if inner is not None}
 
 
-def token_counts(value: Any) -> Json:
+def token_counts(value: Any, names: Iterable[str] = TOKENS) -> Json:
     known = value if isinstance(value, dict) else {}
-    return {key: known[key] for key in TOKENS if type(known.get(key)) is int and known[key] >= 0}
+    return {key: known[key] for key in names if type(known.get(key)) is int and known[key] >= 0}
 
 
 def usage(value: Any) -> Json:
     """The counts that clients know, never null; both required ones are always there."""
     counts = {"input_tokens": 0, "output_tokens": 0, **token_counts(value)}
     match value:
-        case {"cache_creation": {"ephemeral_5m_input_tokens": int(), "ephemeral_1h_input_tokens": int()} as creation}:
-            known = {name: creation[name] for name in ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")}
-            if all(type(count) is int and count >= 0 for count in known.values()):
-                counts["cache_creation"] = known
+        case {"cache_creation": creation} if len(known := token_counts(creation, CREATION)) == len(CREATION):
+            counts["cache_creation"] = known
     match value:
         case {"service_tier": "standard" | "priority" | "batch" as tier}:
             counts["service_tier"] = tier
