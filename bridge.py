@@ -37,11 +37,11 @@ import orjson
 
 if TYPE_CHECKING or not __package__:
     import translate
-    from sessions import Pool, PoolConfig, Turn
+    from sessions import Pool, PoolConfig, Turn, watch_without_threads
     from translate import ApiError, Json
 else:  # copied into a package
     from . import translate
-    from .sessions import Pool, PoolConfig, Turn
+    from .sessions import Pool, PoolConfig, Turn, watch_without_threads
     from .translate import ApiError, Json
 
 __version__ = "0.1.0"
@@ -896,23 +896,21 @@ async def run(config: Config) -> None:
         await asyncio.wait({login})
 
 
-async def rehearse(config: Config, found: dict[str, str | bool]) -> None:
-    """Set in `found` what the CLI does of all that the bridge relies on.  Its API is one of our own on loopback, which
-    costs nothing: the first answer calls a tool, the second one is held back.
+SAID = [("user", "red"), ("assistant", "green"), ("user", "blue")]  # the past and the question of the rehearsal
+CALL: Json = {"type": "tool_use", "id": "toolu_probe", "name": "probe", "input": {}}
 
-    Raises ApiError or TimeoutError when the CLI does not play along to the end.
+
+class Rehearsal:
+    """The API of `check`, on loopback, which costs nothing: its first answer calls a tool, the second one is held back.
+
+    It sets in `found` what the CLI does of all that the bridge relies on.
     """
 
-    async def drain() -> None:
-        """Nothing holds this client up."""
+    def __init__(self, found: dict[str, str | bool]) -> None:
+        self.found = found
+        self.held, self.left = asyncio.Event(), asyncio.Event()  # the second answer has begun; its client is gone
 
-    words = ("red", "green", "blue")
-    messages: list[Json] = [{"role": "user", "content": "red"}]
-    messages += [{"role": "assistant", "content": "green"}, {"role": "user", "content": "blue"}]
-    call = {"type": "tool_use", "id": "toolu_probe", "name": "probe", "input": {}}
-    held, left = asyncio.Event(), asyncio.Event()
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         ends = (OSError, asyncio.IncompleteReadError, asyncio.CancelledError)  # asyncio would log the last one
         with contextlib.closing(writer), contextlib.suppress(*ends):
             head = await reader.readuntil(b"\r\n\r\n")
@@ -922,61 +920,74 @@ async def rehearse(config: Config, found: dict[str, str | bool]) -> None:
             if not re.match(rb"POST /v1/messages[? ]", head):
                 return
             agent = re.search(rb"(?i)user-agent: claude-cli/([\w.-]+)", head)
-            found["version"] = agent[1].decode() if agent else "unknown"
-            asked = orjson.loads(body)
-            message = {"id": "msg_1", "type": "message", "role": "assistant", "content": [], "model": asked["model"]}
-            start = {"type": "message_start", "message": message | {"usage": {"input_tokens": 1, "output_tokens": 1}}}
-            writer.write(translate.frame(start))
-            if "toolu_probe" in str(asked["messages"]):
-                found["tools"] = "found" in str(asked["messages"])
-                held.set()
+            self.found["version"] = agent[1].decode() if agent else "unknown"
+            writer.writelines(map(translate.frame, self.answer(orjson.loads(body))))
+            if self.held.is_set():
                 try:
                     await reader.read()
                 finally:
-                    left.set()
-                return
-            said = [(m["role"], word) for m in asked["messages"] for word in words if f"'{word}'" in str(m["content"])]
-            found["history"] = said == [("user", "red"), ("assistant", "green"), ("user", "blue")]
-            found["settings"] = asked.get("temperature") == 0.5 and "white" in str(asked["system"])
-            name = {"name": translate.TOOL_PREFIX + "probe"}
-            end = {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {"output_tokens": 1}}
-            writer.write(translate.frame({"type": "content_block_start", "index": 0, "content_block": call | name}))
-            writer.write(translate.frame({"type": "content_block_stop", "index": 0}))
-            writer.write(translate.frame(end) + translate.frame({"type": "message_stop"}))
+                    self.left.set()
 
-    def turn(pool: Pool) -> contextlib.AbstractAsyncContextManager[Turn]:
-        fields = {
-            "temperature": 0.5,
-            "system": "white",
-            "tools": [{"name": "probe", "input_schema": {"type": "object"}}],
-        }
-        body = {"model": config.model, "max_tokens": 99, "messages": messages, **fields}
-        return pool.turn(translate.parse_request(orjson.dumps(body)), None)
+    def answer(self, asked: Json) -> list[Json]:
+        message = {"id": "msg_1", "type": "message", "role": "assistant", "content": [], "model": asked["model"]}
+        message["usage"] = {"input_tokens": 1, "output_tokens": 1}
+        begin = {"type": "message_start", "message": message}
+        if CALL["id"] in str(asked["messages"]):
+            self.found["tools"] = "found" in str(asked["messages"])
+            self.held.set()
+            return [begin]
+        words = [word for _, word in SAID]
+        said = [(m["role"], word) for m in asked["messages"] for word in words if f"'{word}'" in str(m["content"])]
+        self.found["history"] = said == SAID
+        self.found["settings"] = asked.get("temperature") == 0.5 and "white" in str(asked["system"])
+        block = {**CALL, "name": translate.TOOL_PREFIX + "probe"}
+        return [
+            begin,
+            {"type": "content_block_start", "index": 0, "content_block": block},
+            {"type": "content_block_stop", "index": 0},
+            {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {"output_tokens": 1}},
+            {"type": "message_stop"},
+        ]
 
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async def rehearse(self, pool: Pool) -> None:
+        """Raises ApiError when the CLI does not play along to the end."""
+        messages: list[Json] = [{"role": role, "content": word} for role, word in SAID]
+        async with self.turn(pool, messages) as first:
+            await first.relay(lambda _: True, self.drain)
+        result = {"type": "tool_result", "tool_use_id": CALL["id"], "content": "found"}
+        messages += [{"role": "assistant", "content": [CALL]}, {"role": "user", "content": [result]}]
+        async with self.turn(pool, messages) as second:
+            relay = asyncio.create_task(second.relay(lambda _: True, self.drain))
+            try:
+                await self.held.wait()
+                second.interrupt()
+                await self.left.wait()
+                self.found["interrupt"] = not second.process.ended
+            finally:
+                relay.cancel()
+                await asyncio.gather(relay, return_exceptions=True)
+
+    def turn(self, pool: Pool, messages: list[Json]) -> contextlib.AbstractAsyncContextManager[Turn]:
+        tools = [{"name": "probe", "input_schema": {"type": "object"}}]
+        # An administrator's settings can name another API than this one: none has this model, so it costs nothing.
+        body = {"model": "no-such-model", "max_tokens": 99, "messages": messages, "tools": tools}
+        return pool.turn(translate.parse_request(orjson.dumps(body | {"temperature": 0.5, "system": "white"})), None)
+
+    async def drain(self) -> None:
+        """Nothing holds this client up."""
+
+
+async def rehearse(config: Config, found: dict[str, str | bool]) -> None:
+    """Run a Rehearsal.  Nothing of the user's own: neither the login nor another address may come from their files."""
+    rehearsal = Rehearsal(found)
+    server = await asyncio.start_server(rehearsal.serve, "127.0.0.1", 0)
     with tempfile.TemporaryDirectory() as home:
-        # Nothing of the user's own: neither the login nor another address may come from their files.
         environ = {"HOME": home, "CLAUDE_CONFIG_DIR": home, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
         kept = {"ANTHROPIC_BASE_URL": f"http://{address(*server.sockets[0].getsockname())}"}
         kept |= {"ANTHROPIC_API_KEY": "unused", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
-        # An administrator's settings can name another address all the same: no API has this model, so it costs nothing.
-        config = dataclasses.replace(config, keep_env=tuple(kept), setting_sources="", tools="", model="no-such-model")
+        config = dataclasses.replace(config, keep_env=tuple(kept), setting_sources="", tools="")
         async with server, Pool(config, {**os.environ, **environ, **kept}) as pool:
-            async with turn(pool) as first:
-                await first.relay(lambda _: True, drain)
-            messages.append({"role": "assistant", "content": [call]})
-            result = {"type": "tool_result", "tool_use_id": "toolu_probe", "content": "found"}
-            messages.append({"role": "user", "content": [result]})
-            async with turn(pool) as second:
-                relay = asyncio.create_task(second.relay(lambda _: True, drain))
-                try:
-                    await held.wait()
-                    second.interrupt()
-                    await left.wait()
-                    found["interrupt"] = not second.process.exited.done()
-                finally:
-                    relay.cancel()
-                    await asyncio.gather(relay, return_exceptions=True)
+            await rehearsal.rehearse(pool)
 
 
 async def check(config: Config) -> bool:
@@ -1091,10 +1102,7 @@ def act(config: Config, command: str | None, path: str) -> None:
     elif path and not any(map(is_own, providers)):
         log.info("there is no claude-cli provider in %s: nothing to do", path)
     else:
-        with contextlib.suppress(AttributeError, OSError):  # not Linux, or older than 5.3
-            os.close(os.pidfd_open(os.getpid()))
-            if sys.version_info < (3, 12):  # newer ones do so by themselves: no thread, with its stack, for each child
-                asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
+        watch_without_threads()
         asyncio.run(run(config))
 
 
