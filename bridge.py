@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import hmac
 import importlib
 import importlib.util
@@ -57,11 +58,20 @@ SESSION_HEADER = b"x-arch-claude-cli-session"
 # Settings that are not just any number from 0 up.
 LIMITS = {"max_sessions": (1, float("inf")), "watchdog_secs": (0.1, float("inf")), "max_depth": (10, 240)}
 LIMITS |= {
-    name: (1, float("inf")) for name in ("max_header_bytes", "max_body_bytes", "max_connections", "max_messages")
+    name: (1, float("inf")) for name in ("max_header_bytes", "max_body_bytes", "max_connections", "max_messages", "max_values", "max_turns")
 }
-# A claude-cli entry of a gateway's model_providers, as translate.check reads it.
-PROVIDER = {"model": str, "name?": str, "provider_interface?": ("claude-cli",), "base_url?": str, "access_key?": str}
-PROVIDER |= {"default?": bool, "passthrough_auth?": bool, "headers?": dict, "routing_preferences?": [dict]}
+# The keys of a claude-cli entry of a gateway's model_providers, and their types.
+PROVIDER: dict[str, type] = {
+    "model": str,
+    "name": str,
+    "provider_interface": str,
+    "base_url": str,
+    "access_key": str,
+    "default": bool,
+    "passthrough_auth": bool,
+    "headers": dict,
+    "routing_preferences": list,
+}
 PERMISSION_MODES = ("default", "acceptEdits", "auto", "bypassPermissions", "dontAsk", "plan")
 MODELS = "/v1/models"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus' text-based exposition format
@@ -89,6 +99,7 @@ class Config(PoolConfig):
     max_connections: int = 1000  # 503 beyond; each can cost a file descriptor and max_body_bytes
     max_depth: int = 200  # levels of JSON, 400 beyond; what is written has a few more, and orjson ends at 254
     max_messages: int = 100_000  # of a request, 400 beyond; the API's own limit
+    max_values: int = 300_000  # of JSON in a request, 400 beyond; each can take a hundred times its bytes of memory
     send_secs: float = 60.0  # for a client to send a request, then 408; as nginx's client_body_timeout
     idle_secs: float = 75.0  # of an unused connection; as nginx's keepalive_timeout, SDKs drop theirs after 5
 
@@ -180,8 +191,12 @@ def read_providers(path: str, config: Config) -> list[Json]:
             document: Any = tomllib.loads(data.decode())
         else:
             document = load_yaml(data) if kind in (".yaml", ".yml") else orjson.loads(data)
-        translate.check({"file": document}, {"file?": {"model_providers?": [dict]}}, "")
-        providers = complete_providers((document or {}).get("model_providers") or [], config)
+        document = translate.check_type({} if document is None else document, dict, "file")
+        entries = document.get("model_providers")
+        entries = [] if entries is None else translate.check_type(entries, list, "model_providers")
+        for number, entry in enumerate(entries):
+            translate.check_type(entry, dict, f"model_providers.{number}")
+        providers = complete_providers(entries, config)
         orjson.dumps(providers)  # TOML and YAML have numbers, keys and depths that JSON has not
         return providers
     except ConfigError:
@@ -213,25 +228,33 @@ def is_own(entry: Json) -> bool:
     return "claude-cli" in named
 
 
+def check_entry(entry: Json, place: str) -> None:
+    if entry.get("model") is None:
+        raise translate.bad_request(f"{place}.model", "Field required")
+    for name, value in entry.items():
+        if name not in PROVIDER:
+            raise translate.bad_request(f"{place}.{name}", "Extra inputs are not permitted")
+        if value is not None:
+            translate.check_type(value, PROVIDER[name], f"{place}.{name}")
+    if entry.get("provider_interface") not in (None, "claude-cli"):
+        raise translate.bad_request(f"{place}.provider_interface", "Input should be 'claude-cli'")
+
+
 def complete_providers(entries: list[Json], config: Config) -> list[Json]:
     """Fill in what claude-cli entries leave out.  Raises ApiError, which names the place."""
     completed: list[Json] = []
-    known = {name.removesuffix("?") for name in PROVIDER}
     key = "$CLAUDE_CLI_API_KEY" if config.api_key else "unused"
     for number, entry in enumerate(entries):
         place, model = f"model_providers.{number}", str(entry.get("model"))
         completed.append(entry)
         if not is_own(entry):
             if "*" in model:
-                raise translate.bad(f"{place}.model", "only claude-cli/* can be a wildcard")
+                raise translate.bad_request(f"{place}.model", "only claude-cli/* can be a wildcard")
             continue
-        translate.check(entry, PROVIDER, place)
-        for name in entry:
-            if name not in known:
-                raise translate.bad(f"{place}.{name}", "Extra inputs are not permitted")
+        check_entry(entry, place)
         name = model.removeprefix(translate.MODEL_PREFIX)
         if name == model or not (name == "*" or translate.MODEL_NAME.fullmatch(name)):
-            raise translate.bad(f"{place}.model", "Input should be claude-cli/* or claude-cli/ and the name of a model")
+            raise translate.bad_request(f"{place}.model", "Input should be claude-cli/* or claude-cli/ and the name of a model")
         defaults = {"name": "claude-cli", "provider_interface": "claude-cli", "access_key": key}
         entry = {"base_url": config.base_url, **defaults, **translate.without_nulls(entry)}
         completed[number] = entry
@@ -240,7 +263,7 @@ def complete_providers(entries: list[Json], config: Config) -> list[Json]:
             wrong = sorted(key for key in keys if entry.get(key) != other.get(key))
             if wrong and entry[same] == other[same]:
                 where = f"model_providers.{completed.index(other)}"
-                raise translate.bad(f"{place}.{wrong[0]}", f"contradicts {where}, of the same {same}")
+                raise translate.bad_request(f"{place}.{wrong[0]}", f"contradicts {where}, of the same {same}")
     return completed
 
 
@@ -268,6 +291,12 @@ class Exchange:
     allow: str = ""  # the methods of the route, for 405
     turn: Turn | None = None
     failure: str = ""  # error.type of a failure
+
+    @property
+    def owner(self) -> str:
+        """A digest of the key that the client sent: session names are its own."""
+        given = f"{self.header(b'x-api-key')} {self.header(b'authorization')}"
+        return hashlib.blake2b(given.encode("latin-1"), digest_size=16).hexdigest()
 
     @property
     def method(self) -> str:
@@ -515,7 +544,11 @@ class Bridge:
     def __init__(self, config: Config, pool: Pool) -> None:
         self.config = config
         self.pool = pool
-        self.json_limits = {"max_depth": config.max_depth, "max_messages": config.max_messages}
+        self.json_limits = {
+            "max_depth": config.max_depth,
+            "max_messages": config.max_messages,
+            "max_values": config.max_values,
+        }
         self.closing = False
         self.addresses: list[str] = []  # as clients reach it: host:port or unix:/path
         self._patience = 0.0  # seconds at shutdown for new connections: where the listener stays none may be refused
@@ -625,6 +658,8 @@ class Bridge:
             turn = exchange.turn
             head.append((SESSION_HEADER.decode(), turn.session.id))
             head.append(("x-bridge-session", turn.how + (f"; reason={turn.reason}" if turn.reason else "")))
+            if turn.not_sent:
+                head.append(("x-bridge-not-sent", ", ".join(turn.not_sent)))
         origin = exchange.header(b"origin")
         if origin in self.config.allowed_origins:
             head += [
@@ -699,19 +734,25 @@ class Bridge:
         await connection.respond(exchange, 200, "text/plain", b"")
 
     async def messages(self, connection: Connection, exchange: Exchange) -> None:
-        request = translate.parse_request(exchange.body, **self.json_limits)
-        exchange.body = b""
-        async with self.pool.turn(request, exchange.header(SESSION_HEADER)) as turn:
+        request = await self.read(exchange)
+        async with self.pool.turn(request, exchange.header(SESSION_HEADER), exchange.owner) as turn:
             exchange.turn = turn
             with Stream(connection, exchange) as stream:
                 await turn.relay(stream.send, connection.writer.drain)
         if request.stream:
             await connection.send(h11.EndOfMessage())
         else:
-            await connection.respond(exchange, 200, "application/json", orjson.dumps(turn.translator.message))
+            await connection.respond(exchange, 200, "application/json", translate.to_json(turn.translator.message))
+
+    async def read(self, exchange: Exchange, *, counting: bool = False) -> translate.Request:
+        betas, body = exchange.header(b"anthropic-beta") or "", exchange.body
+        exchange.body = b""
+        return await self.pool.compute(
+            len(body), lambda: translate.parse_request(body, betas, **self.json_limits, counting=counting)
+        )
 
     async def count_tokens(self, connection: Connection, exchange: Exchange) -> None:
-        request = translate.parse_request(exchange.body, **self.json_limits, max_tokens=1 << 30)
+        request = await self.read(exchange, counting=True)
         answer = {"input_tokens": await self.pool.count(request)}
         await connection.respond(exchange, 200, "application/json", orjson.dumps(answer))
 
@@ -736,6 +777,7 @@ class Bridge:
             row["model"] = turn.request.model
             metrics.add("turns_total", conversation=turn.how, reason=turn.reason)
             metrics.time("turn_seconds", now - exchange.began)
+            row["not_sent"] = ",".join(turn.not_sent) or None
         row["status"] = exchange.status or 499  # nginx's number for a client that left
         row["error"] = exchange.failure or None
         if exchange.failure:
@@ -745,8 +787,10 @@ class Bridge:
             metrics.time("first_byte_seconds", exchange.first_byte - exchange.began)
         row["secs"] = round(now - exchange.began, 3)
         if turn and turn.translator.message:
-            row |= turn.translator.message["usage"]
-            for kind, tokens in translate.token_counts(turn.translator.message["usage"]).items():
+            usage = turn.translator.message["usage"]
+            counts = {kind: usage[kind] for kind in translate.TOKENS if kind in usage}
+            row |= counts
+            for kind, tokens in counts.items():
                 metrics.add("tokens_total", tokens, kind=kind.removesuffix("_tokens"))
         row = {name: value for name, value in row.items() if value is not None and not isinstance(value, dict)}
         log.info("%s", " ".join(f"{name}={value}" for name, value in row.items()), extra={"row": row})
@@ -798,11 +842,11 @@ def model_page(models: list[Json], query: dict[str, str]) -> Json:
     """A page of models: `limit` (1 to 1000, default 20), `after_id`, `before_id` (API: "List models")."""
     limit = query.get("limit", "20")
     if not limit.isdecimal() or not 1 <= int(limit) <= 1000:
-        raise translate.bad("limit", "Input should be a valid integer from 1 to 1000")
+        raise translate.bad_request("limit", "Input should be a valid integer from 1 to 1000")
     ids = [model["id"] for model in models]
     for name in ("after_id", "before_id"):
         if query.get(name, ids[0] if ids else "") not in ids:
-            raise translate.bad(name, f"no such model: {query.get(name)}")
+            raise translate.bad_request(name, f"no such model: {query.get(name)}")
     start = ids.index(query["after_id"]) + 1 if "after_id" in query else 0
     end = ids.index(query["before_id"]) if "before_id" in query else len(ids)
     if "before_id" in query and "after_id" not in query:
@@ -853,17 +897,10 @@ async def announce(bridge: Bridge) -> None:
     except ApiError as error:
         log.warning("the claude CLI does not work: %s", error.message)
         return
-    if source := login_source(hello):
+    if source := translate.login_source(hello):
         log.info("the claude CLI is logged in (%s)", source)
     else:
         log.warning("nobody is logged in: %s", translate.LOGIN_CURE)
-
-
-def login_source(hello: Json) -> str:
-    """Where the CLI has its account from; empty: nobody is logged in."""
-    account = hello.get("account") or {}
-    source = account.get("apiKeySource") or account.get("tokenSource")
-    return "" if source in (None, "none") else str(source)
 
 
 def inherited_socket() -> socket.socket | None:
@@ -940,7 +977,7 @@ class Rehearsal:
         said = [(m["role"], word) for m in asked["messages"] for word in words if f"'{word}'" in str(m["content"])]
         self.found["history"] = said == SAID
         self.found["settings"] = asked.get("temperature") == 0.5 and "white" in str(asked["system"])
-        block = {**CALL, "name": translate.TOOL_PREFIX + "probe"}
+        block = CALL
         return [
             begin,
             {"type": "content_block_start", "index": 0, "content_block": block},
@@ -1008,7 +1045,7 @@ async def check(config: Config) -> bool:
     print(f"CLI: {config.bin}")
     try:
         async with Pool(config) as pool, asyncio.timeout(limit):
-            source = login_source(await pool.hello())
+            source = translate.login_source(await pool.hello())
     except (ApiError, OSError) as error:  # TimeoutError among them
         print(f"start: does not work ({str(error) or 'no answer in time'})")
         return False

@@ -1,15 +1,27 @@
-"""The processes of the CLI: spawn, speak, rebuild, keep warm, retire.
+"""The processes of the CLI: spawn, speak, keep warm, retire.
 
-A process is a cache entry.  Each request brings its whole conversation; a process that already holds all of it but the
-new user message is only faster than a fresh one.  So after an answer a session is filed under the fingerprint of the
+A process is a cache entry.  Each request brings its whole conversation; a process that already holds the history gives
+the same answer as a fresh one, only sooner.  So after an answer a session is filed under the fingerprint of the
 conversation including that answer, and a request takes the session whose fingerprint is its own history, if there is
 one.  A session in use is not on file, so two requests never share one; whatever goes wrong in it retires it alone.
 
-    SPARE ──lines of the conversation──> BUSY ──answer complete──> IDLE ──hot turn──> BUSY
-                                         BUSY ──client tools called──> PARKED ──their results──> BUSY
+    SPARE ──its conversation──> BUSY ──answer complete──> IDLE ──hot turn──> BUSY
+                                BUSY ──client tools called──> PARKED ──their results──> BUSY
     any of them ──fault, disconnect, TTL, LRU, shutdown──> RETIRED, which ends in a reaped process group
 
 `Pool._move` is the only place that changes a state, and TRANSITIONS is what it allows.
+
+    session      one process and the conversation in it
+    process      a running CLI, with its pipes
+    turn         one request in one session
+    spare        a process that was started ahead of need, and waits at the gate
+    gate         a pipe in place of the file that the CLI resumes from: it starts up whole, and waits there
+    parked       waiting, inside the CLI, for the results of client tools
+    pinned       named by the client's session header
+    fingerprint  a digest of a conversation, or of what a process cannot change: model, system prompt, tools, betas
+    hot          answered by the process that holds the history
+    rebuilt      answered by a fresh process that was given the history
+    retire       end a process, and reap it
 """
 
 import asyncio
@@ -28,42 +40,56 @@ import uuid
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING or not __package__:
     import translate
-    from translate import ApiError, Json, Request, Translator, answered, cli_error
+    from translate import ApiError, CliEvent, Json, Request, Translator, answered, cli_error
 else:  # copied into a package
     from . import translate
-    from .translate import ApiError, Json, Request, Translator, answered, cli_error
+    from .translate import ApiError, CliEvent, Json, Request, Translator, answered, cli_error
 
 log = logging.getLogger("claude_cli_bridge")
 
-Event = Json | bytes  # of a process: bytes are a line with a delta, not decoded
+Event = CliEvent | bytes  # of a process: bytes are a line with a delta, not decoded
+T = TypeVar("T")
 
-MAX_LINE = 64 << 20  # bytes; it can hold a whole tool result or screenshot: 1 MB was too small for the official SDK
-MAX_UNREAD = 1 << 20  # bytes of events at which a pipe is no longer read: a slow client holds up its own child
-STDERR_TAIL = 2048  # bytes of stderr kept to say why a process died
+# Bytes of one line of the CLI.  It can hold a whole tool result or screenshot: 1 MB was too small for the official SDK.
+MAX_LINE = 64 << 20
+# Bytes of events at which a pipe is no longer read: a slow client holds up its own child.
+MAX_UNREAD = 1 << 20
+# Bytes of stderr that are kept, to say why a process died.
+STDERR_TAIL = 2048
 # How a process is ended, step by step: what is done, and the seconds it then gets.  The CLI leaves 0.1 s after its
 # stdin closes when it is idle, and ends a running API call on SIGTERM.
 ENDING = ((None, 0.5), (signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0))
-START_SECS = 5.0  # after which a process that has said nothing no longer holds up others; 0.5 were measured
-SETTLE_SECS = 5.0  # that the `result` may come later than the answer it belongs to; 10 to 20 ms were measured
-MAX_PAST = 4096  # fingerprints of lost sessions that are remembered, to say why a conversation was rebuilt
-MAX_COUNTS = 256  # answers of count_tokens that are remembered: Claude Code's /context asks 15 questions, some again
-TOOLS_PROMPT = (
-    500  # tokens for the prompt that the API adds for tools: the CLI takes so many off what it counts for them
-)
+# Seconds after which a process that has said nothing no longer holds up the start of others; 1.2 were measured.
+START_SECS = 2.0
+# Seconds by which the `result` may come later than the answer it belongs to; 0.02 were measured.
+SETTLE_SECS = 5.0
+# Seconds for a count of tokens; 0.5 were measured.
+COUNT_SECS = 20.0
+# Bytes of a request from which it is read and written in a thread: each megabyte takes 10 to 100 ms.
+THREAD_SIZE = 64 << 10
+# Fingerprints of lost sessions that are remembered, to say why a conversation was rebuilt.
+MAX_PAST = 4096
+# Answers of count_tokens that are remembered: Claude Code's /context asks 25 questions, some again.
+MAX_COUNTS = 256
+# Names of models of which it is known whether a process can take them without --model.
+MAX_MODELS = 256
+# Tokens of the prompt that the API adds for tools: the CLI takes so many off what it counts for them.
+TOOLS_PROMPT_TOKENS = 500
 # Only these show that a turn is alive; status lines and keep-alives come from a half-open stream as well.
 SIGNS_OF_LIFE = {"stream_event", "assistant", "user", "result", "control_request", "control_response"}
+# What a process never says unless a turn asked for it.
+ANSWERS = {"stream_event", "assistant", "user"}
 PRCTL: Any = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-# Names of the bridge's environment that change the CLI's behaviour or account: a child gets them only when kept.
-SCRUBBED = ("ANTHROPIC_", "CLAUDE_CODE_", "CLAUDECODE", "CLAUDE_CLI_", "OTEL_")
 
 
 class State(enum.Enum):
-    SPARE = "spare"  # started, has got no conversation
+    SPARE = "spare"  # started, no conversation yet
     BUSY = "busy"  # answers a request
     IDLE = "idle"  # on file, waits for the next message of its conversation
     PARKED = "parked"  # on file, waits for the results of client tools inside the CLI's tools/call
@@ -79,135 +105,132 @@ TRANSITIONS = {
 }
 
 
-# What /metrics says, after claude_cli_bridge_: type and help.
-METRICS = {
-    "requests_total": ("counter", "HTTP requests by route and status; 499: the client left before there was one"),
-    "errors_total": ("counter", "Requests that failed, by error.type; client_left: before the end of the answer"),
-    "turns_total": ("counter", "Turns by conversation (hot, new, rebuilt) and the reason of a rebuild"),
-    "first_byte_seconds": ("histogram", "From a request for a message to the first event of its answer"),
-    "turn_seconds": ("histogram", "From a request for a message to the end of its answer"),
-    "queue_seconds": ("histogram", "That requests waited for a process to be started, or for others of their session"),
-    "tokens_total": ("counter", "Tokens by kind, as the API counted them in complete and broken answers"),
-    "processes": ("gauge", "Processes of the CLI by state"),
-    "processes_started_total": ("counter", "Processes of the CLI that were started"),
-    "processes_ended_total": ("counter", "Processes of the CLI that were retired, by reason"),
-    "process_restarts_total": ("counter", "Processes of the CLI that ended by themselves; the next turn starts one"),
-    "watchdog_fires_total": ("counter", "Turns that failed as the CLI was silent"),
-    "waiting_requests": ("gauge", "Requests that wait for a process, or for others of their session"),
-    "connections": ("gauge", "Open connections of clients"),
-}
-BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # a hot turn to a long answer
-
-ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})  # of a label's value
-
-
-def labelled(labels: Mapping[str, object]) -> str:
-    text = ",".join(f'{name}="{str(value).translate(ESCAPES)}"' for name, value in labels.items())
-    return f"{{{text}}}" if text else ""
-
-
-class Metrics:
-    """Counts and times since the start, as Prometheus reads them (text-based exposition format, 0.0.4)."""
-
-    def __init__(self) -> None:
-        ends = [*(f'_bucket{{le="{bound}"}}' for bound in BUCKETS), '_bucket{le="+Inf"}', "_sum", "_count"]
-        self._samples: dict[str, dict[str, float]] = {  # by name, then by the rest of the name and the labels
-            name: dict.fromkeys(ends, 0) if kind == "histogram" else {} for name, (kind, _) in METRICS.items()
-        }
-        for name in ("processes_started_total", "process_restarts_total", "watchdog_fires_total"):
-            self.add(name, 0)
-
-    def add(self, name: str, amount: float = 1, **labels: object) -> None:
-        samples, key = self._samples[name], labelled(labels)
-        samples[key] = samples.get(key, 0) + amount
-
-    def set(self, name: str, value: float, **labels: object) -> None:
-        self._samples[name][labelled(labels)] = value
-
-    def time(self, name: str, seconds: float) -> None:
-        samples = self._samples[name]
-        for bound in BUCKETS:
-            samples[f'_bucket{{le="{bound}"}}'] += seconds <= bound
-        samples['_bucket{le="+Inf"}'] += 1
-        samples["_sum"] += seconds
-        samples["_count"] += 1
-
-    def text(self) -> str:
-        lines = []
-        for name, samples in self._samples.items():
-            kind, words = METRICS[name]
-            lines += [f"# HELP claude_cli_bridge_{name} {words}", f"# TYPE claude_cli_bridge_{name} {kind}"]
-            lines += [f"claude_cli_bridge_{name}{rest} {value}" for rest, value in samples.items()]
-        return "\n".join([*lines, ""])
-
-
 @dataclass(kw_only=True)
 class PoolConfig:
     """Settings of the processes."""
 
     bin: str = ""  # the CLI (default: claude on PATH, else the one in the claude-agent-sdk wheel)
-    model: str = "sonnet"  # the model of the first spare
+    model: str = "sonnet"  # the model of the process that is asked who is logged in
     session_ttl_secs: float = 600.0  # idle seconds before a process is retired; 0: never
     watchdog_secs: float = 120.0  # seconds of silence inside a turn before it fails with 504
     max_sessions: int = 64  # processes at most, about 200 MB each
     max_idle: int = 8  # processes kept warm after their answer
+    max_turns: int = 500  # turns before a process is retired, as a conversation may never pause
     spares: int = 1  # processes started ahead of need
     queue_secs: float = 30.0  # seconds that a request waits for room before it gets 529
     max_queue: int = 1000  # requests that wait for room; more get 529 at once
-    retries: int = 2  # how often the CLI itself retries a failed API call
+    retries: int = 0  # how often the CLI itself retries a failed API call; clients retry by themselves
     tools: str = ""  # agent mode: `default` or a list of the CLI's built-in tools; empty: model mode
     permission_mode: str = "default"  # of agent mode
     cwd: str = ""  # working directory of agent mode
-    keep_env: tuple[str, ...] = ()  # names that survive the scrub of ANTHROPIC_*, CLAUDE_CODE_*, OTEL_*
+    keep_env: tuple[str, ...] = ()  # names of the CLI's own settings that a child gets all the same
     setting_sources: str = ""  # `user` if your login is an apiKeyHelper or env block of your settings file
 
 
-def arguments(config: PoolConfig, model: str, *, agent: bool = False) -> list[str]:
-    """The command line of a process: no settings, nothing on disk; in model mode no tools but the client's."""
-    mode = ("--tools", config.tools, "--permission-mode", config.permission_mode)
-    if not agent:
-        mode = ("--tools", "", "--permission-mode", "default")
-    return [
-        *(config.bin, "-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose"),
-        *("--include-partial-messages", "--no-session-persistence", "--setting-sources", config.setting_sources),
-        *("--strict-mcp-config", "--disable-slash-commands", "--allowedTools", f"{translate.TOOL_PREFIX}*", *mode),
-        # The API's own default: without it 2.1.330 asks for less effort than a client that names none expects.
-        *("--effort", "high", "--model", model),
-    ]
+def arguments(config: PoolConfig, model: str, *, agent: bool) -> list[str]:
+    """The command line of a process: no settings, nothing on disk; in model mode no tools but the client's.
+
+    Without `model` the process takes that of the conversation it is given (`translate.transcript`).
+    """
+    argv = [config.bin, "-p", "--verbose"]
+    argv += ["--input-format", "stream-json"]
+    argv += ["--output-format", "stream-json", "--include-partial-messages"]
+    argv += ["--no-session-persistence", "--setting-sources", config.setting_sources]
+    argv += ["--strict-mcp-config", "--disable-slash-commands"]
+    argv += ["--allowedTools", f"mcp__{translate.MCP_SERVER}__*"]
+    if agent:
+        argv += ["--tools", config.tools, "--permission-mode", config.permission_mode]
+    else:
+        argv += ["--tools", "", "--permission-mode", "default"]
+    # The API's own default: without it 2.1.330 asks for less effort than a client that names none expects.
+    argv += ["--effort", "high"]
+    if model:
+        argv += ["--model", model]
+    return argv
+
+
+# Names of the bridge's environment that change the CLI's behaviour or account: a child gets them only when kept.
+SCRUBBED = ("ANTHROPIC_", "CLAUDE_CODE_", "CLAUDECODE", "CLAUDE_CLI_", "OTEL_")
+CHILD_DEFAULTS = {
+    # Tools keep the names that the client gave them, in the API's requests and in its answers.
+    "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
+    # Only the betas that the client asks for, and those that the CLI needs itself.  It also keeps 2.1.330 from stating
+    # the effort a second time, in a message.
+    "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS": "1",
+    "DISABLE_INTERLEAVED_THINKING": "1",
+    # 2.1.330 keeps the order of texts and tool calls in an assistant message of the past.
+    "CLAUDE_CODE_STELLAR_DRIFT": "1",
+    # No @file of a user text is read.
+    "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",
+    # Thinking is what a request asks for.
+    "CLAUDE_CODE_DISABLE_THINKING": "1",
+    # The model asked for, or an error; and no newer one in place of an old one.
+    "CLAUDE_CODE_NO_MODEL_FALLBACK": "1",
+    "CLAUDE_CODE_DISABLE_LEGACY_MODEL_REMAP": "1",
+    # A refusal is an answer: 2.1.330 would ask once more.
+    "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",
+    # A stream that broke off is a failure: the CLI would ask once more, without streaming.
+    "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",
+    # The conversation is the client's.
+    "DISABLE_AUTO_COMPACT": "1",
+    "DISABLE_AUTOUPDATER": "1",
+    "ENABLE_CLAUDEAI_MCP_SERVERS": "0",
+    "ENABLE_TOOL_SEARCH": "false",
+}
 
 
 def child_environment(config: PoolConfig, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of a process: `environ` without the names that would change what it does, and what it needs."""
-    inherited = {name: value for name, value in environ.items() if not name.startswith(SCRUBBED)}
-    kept = {name: environ[name] for name in config.keep_env if name in environ and not name.startswith("CLAUDE_CLI_")}
-    defaults = {
-        "CLAUDE_CODE_MAX_RETRIES": str(config.retries),
-        "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",  # no @file of a user text is read
-        "CLAUDE_CODE_DISABLE_THINKING": "1",  # thinking is what a request asks for
-        "CLAUDE_CODE_NO_MODEL_FALLBACK": "1",  # the model asked for, or an error
-        "CLAUDE_CODE_DISABLE_LEGACY_MODEL_REMAP": "1",  # and no newer one in place of an old one
-        "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",  # a refusal is an answer: 2.1.330 would ask once more
-        "DISABLE_AUTO_COMPACT": "1",  # the conversation is the client's
-        "DISABLE_AUTOUPDATER": "1",
-        "ENABLE_CLAUDEAI_MCP_SERVERS": "0",
-        "ENABLE_TOOL_SEARCH": "false",
-    }
-    return inherited | defaults | kept
+    child = {name: value for name, value in environ.items() if not name.startswith(SCRUBBED)}
+    child.update(CHILD_DEFAULTS)
+    child["CLAUDE_CODE_MAX_RETRIES"] = str(config.retries)
+    for name in config.keep_env:
+        if name in environ and not name.startswith("CLAUDE_CLI_"):
+            child[name] = environ[name]
+    return child
 
 
-def empty_folder(last: str = "") -> str:
-    """The working directory of model mode, the `last` one as long as it is there.  2.1.330 states it to the API, whose
-    prompt cache compares bytes: it is the same for all bridges of a user, unless others can or did write to it."""
-    if os.path.isdir(last):
+PRIVATE_PREFIX = "claude-cli-bridge-private-"
+
+
+def private_folder(last: str = "") -> str:
+    """A folder that nobody else can write to, the `last` one as long as it is there: in it `work`, the empty working
+    directory of model mode, and `gates`.  Raises OSError.
+
+    2.1.330 states its working directory to the API, whose prompt cache compares bytes: it is the same for all bridges
+    of a user, unless others can or did write to it.
+    """
+    if last and os.path.isdir(os.path.join(last, "work")):
         return last
-    path = os.path.join(tempfile.gettempdir(), f"claude-cli-bridge-{os.getuid()}")
+    shared = os.path.join(tempfile.gettempdir(), f"claude-cli-bridge-{os.getuid()}")
     with contextlib.suppress(OSError):
+        if furnish(shared):
+            return shared
+    private = tempfile.mkdtemp(prefix=PRIVATE_PREFIX)
+    furnish(private)
+    return private
+
+
+def furnish(path: str) -> bool:
+    """Make a private folder with what belongs in it; False when somebody else can or did write to it."""
+    work = os.path.join(path, "work")
+    with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
-    with contextlib.suppress(OSError):
-        found = os.lstat(path)
-        if (found.st_uid, found.st_mode) == (os.getuid(), stat.S_IFDIR | 0o700) and not os.listdir(path):
-            return path
-    return tempfile.mkdtemp(prefix="claude-cli-bridge-private-")
+    found = os.lstat(path)
+    if found.st_uid != os.getuid() or found.st_mode != stat.S_IFDIR | 0o700:
+        return False
+    for folder in (work, os.path.join(path, "gates")):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+    return not os.listdir(work)
+
+
+def gate_path(folder: str, descriptor: int) -> str:
+    """A path that leads a child to the pipe it inherits as `descriptor`; the CLI wants a name that ends in .jsonl."""
+    path = os.path.join(folder, "gates", f"{descriptor}.jsonl")
+    with contextlib.suppress(FileExistsError):
+        os.symlink(f"/dev/fd/{descriptor}", path)
+    return path
 
 
 def session_id(token: str) -> str:
@@ -233,22 +256,30 @@ def die_with_parent() -> None:
     PRCTL(1, signal.SIGKILL)
 
 
+# include/linux/sched.h
+PF_EXITING = 0x4
+
+
 def exiting(pid: int) -> bool:
     """Whether the kernel is ending a process.  A killed CLI frees its memory first and closes its pipes 10 ms later: a
-    request that comes in between must not be given to it.  proc(5): the state, and PF_EXITING in the flags."""
+    request that comes in between must not be given to it (proc(5): /proc/pid/stat, state and flags)."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            fields = stat.read().rpartition(b")")[2].split()
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
     except OSError:  # no /proc: the end of its output will tell
         return False
-    return fields[0] in b"ZX" or bool(int(fields[6]) & 4)
+    state, flags = fields[0], int(fields[6])
+    return state in (b"Z", b"X") or bool(flags & PF_EXITING)
+
+
+# ------------------------------------------------------------------------------------- a process
 
 
 class Process(asyncio.SubprocessProtocol):
     """One child: its lines in and out, its silence, its end.
 
     Lines are read whether or not a turn is running: the CLI's control requests are answered at once, a turn's events
-    wait for it, and the rest is dropped.
+    wait for it, and what comes unasked is a fault.
     """
 
     def __init__(self, watchdog_secs: float) -> None:
@@ -259,11 +290,13 @@ class Process(asyncio.SubprocessProtocol):
         self.listening = False  # a turn is running: events are kept for it
         self.hello: Json = {}  # the CLI's answer to `initialize`: models, account
         self.tools: list[Json] = []  # the client's tools, for the CLI to list
+        self.has_listed = False  # the CLI has listed them
         self.working = False  # the CLI runs a tool of its own: silence is no fault
         self.silent = False  # the watchdog fired
-        self._calls: dict[str, Json] = {}  # by id, the tool calls that wait for a result
-        self._results: dict[str, Json] = {}  # by id, the results that wait for their call: the CLI may ask one by one
         self.settled: asyncio.Future[bool] | None = None  # set at the `result` of an answer that was complete before it
+        self.on_fault: Callable[[], None] | None = None  # called when it speaks unasked
+        self._calls: dict[str, CliEvent] = {}  # by id, the tool calls that wait for a result
+        self._results: dict[str, Json] = {}  # by id, the results that wait for their call: the CLI may ask one by one
         self._watchdog_secs = watchdog_secs
         self._alive_at = self.loop.time()  # when the last sign of life came, or is due after an announced retry
         self._events: list[Event] = []
@@ -276,27 +309,38 @@ class Process(asyncio.SubprocessProtocol):
         self._paused = False
         self._waiter: asyncio.Future[None] | None = None
         self._failure: Exception | None = None
-        self.unwatched = False  # nothing will tell of its end
+        self._is_orphan = False  # nothing will tell of its end
+        self._gate = -1  # the writing end of the gate, until the conversation is through
+        self._rows: deque[memoryview] = deque()  # of the conversation, still to be written
 
     @classmethod
-    async def spawn(cls, argv: list[str], environment: dict[str, str], cwd: str, watchdog_secs: float) -> "Process":
-        """Start a child in a process group of its own.  Raises OSError when it cannot be started."""
+    async def spawn(
+        cls, argv: list[str], environment: dict[str, str], cwd: str, folder: str, watchdog_secs: float
+    ) -> "Process":
+        """Start a child that waits at its gate, in a process group of its own.  Raises OSError when it cannot."""
         process = cls(watchdog_secs)
+        reading, process._gate = os.pipe()
+        os.set_blocking(process._gate, False)
         try:
             await process.loop.subprocess_exec(
                 lambda: process,
                 *argv,
+                "--resume",
+                gate_path(folder, reading),
                 env=environment,
                 cwd=cwd,
+                pass_fds=(reading,),
                 start_new_session=True,
                 preexec_fn=die_with_parent if PRCTL else None,
             )
-        except OSError:  # it cannot be started, or nothing can wait for its end
-            process.unwatched = True
+        except BaseException as error:
+            process._is_orphan = True
+            process._close_gate()
+            if isinstance(error, RuntimeError):  # there is no thread left that could wait for its end
+                raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
             raise
-        except RuntimeError as error:  # there is no thread left that could wait for its end
-            process.unwatched = True
-            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
+        finally:
+            os.close(reading)
         return process
 
     @property
@@ -307,6 +351,36 @@ class Process(asyncio.SubprocessProtocol):
     def gone(self) -> bool:
         return self._failure is not None or self.ended
 
+    # The gate
+
+    def open_gate(self, rows: list[bytes]) -> None:
+        """Give the waiting process its conversation (`translate.transcript`); it goes through as the process reads."""
+        self._rows = deque(memoryview(row) for row in rows)
+        self.loop.add_writer(self._gate, self._pour_rows)
+
+    def _pour_rows(self) -> None:
+        try:
+            while self._rows:
+                row = self._rows[0]
+                written = os.write(self._gate, row)
+                if written < len(row):
+                    self._rows[0] = row[written:]
+                    return
+                self._rows.popleft()
+        except BlockingIOError:
+            return
+        except OSError:  # it is gone, which the end of its output will tell
+            self._rows.clear()
+        self._close_gate()
+
+    def _close_gate(self) -> None:
+        if self._gate >= 0:
+            self.loop.remove_writer(self._gate)
+            os.close(self._gate)
+            self._gate = -1
+
+    # Turns
+
     def listen(self) -> None:
         """Begin a turn: the watchdog runs, events are kept."""
         self.listening = True
@@ -315,29 +389,29 @@ class Process(asyncio.SubprocessProtocol):
     def settle(self, seen: bool) -> None:
         """End a turn.  Unless its `result` was `seen`, or came behind the answer, the next turn waits for it."""
         self.listening = False
-        seen = seen or any(isinstance(event, dict) and event.get("type") == "result" for event in self._events)
+        seen = seen or any(isinstance(event, dict) and event["type"] == "result" for event in self._events)
         self._events.clear()
         self._resume()
         self.settled = None if seen or self._failure else self.loop.create_future()
 
     def write(self, *lines: bytes) -> None:
-        stdin = self._transport.get_pipe_transport(0)
+        stdin: Any = self._transport.get_pipe_transport(0)
         if stdin and not stdin.is_closing():
-            stdin.write(b"".join(lines))  # type: ignore[attr-defined]
+            stdin.writelines(lines)
 
     def hand_over(self, results: dict[str, Json]) -> None:
         """Give the results of tool calls, by id, to those that wait and those that are yet to come."""
         self._results |= results
         for call in results.keys() & self._calls.keys():
-            self._call(self._calls.pop(call), call)
+            self._answer_call(self._calls.pop(call), call)
 
-    def _call(self, event: Json, call: str) -> None:
+    def _answer_call(self, event: CliEvent, call: str) -> None:
         if call in self._results:
             self.write(translate.control_answer(event, self.tools, self._results.pop(call)))
         else:
             self._calls[call] = event
 
-    async def until(self, translator: Translator, find: Callable[[Json], Any]) -> Any:
+    async def until(self, translator: Translator, find: Callable[[CliEvent], Any]) -> Any:
         """Read on to what `find` finds in an event that is no delta, and return it.
 
         Raises ApiError: what `feed` raises, 504 after the watchdog's time without a sign of life, 502 when the process
@@ -346,7 +420,7 @@ class Process(asyncio.SubprocessProtocol):
         found = None
         while not found:
             await self._more()
-            for event in self._taken():
+            for event in self._take_events():
                 if isinstance(event, dict):
                     translator.feed(event)
                     found = found or find(event)
@@ -357,7 +431,7 @@ class Process(asyncio.SubprocessProtocol):
         what `sink` raises."""
         self._sink = sink
         try:
-            self._pour(self._taken())
+            self._hand_to_sink(self._take_events())
             while self._sink is not None:
                 await self._more()
         finally:
@@ -365,7 +439,7 @@ class Process(asyncio.SubprocessProtocol):
         if self._failure:
             raise self._failure
 
-    def _pour(self, events: list[Event]) -> None:
+    def _hand_to_sink(self, events: list[Event]) -> None:
         try:
             if events and self._sink is not None and not self._sink(events):
                 self._sink = None
@@ -374,10 +448,11 @@ class Process(asyncio.SubprocessProtocol):
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        self._failure, self._sink = error, None
+        self._failure = error
+        self._sink = None
         self._wake()
 
-    def _taken(self) -> list[Event]:
+    def _take_events(self) -> list[Event]:
         events, self._events = self._events, []
         self._resume()
         return events
@@ -389,8 +464,9 @@ class Process(asyncio.SubprocessProtocol):
         if self._failure:
             raise self._failure
         if self._eof:
-            raise await self._died()
-        silent_at = (self.loop.time() if self.working else self._alive_at) + self._watchdog_secs
+            raise await self._death()
+        silent_since = self.loop.time() if self.working else self._alive_at
+        silent_at = silent_since + self._watchdog_secs
         if self.loop.time() >= silent_at:
             self.silent = True
             raise ApiError(504, f"the claude CLI was silent for {self._watchdog_secs:g} seconds")
@@ -402,7 +478,7 @@ class Process(asyncio.SubprocessProtocol):
             timer.cancel()
             self._waiter = None
 
-    async def _died(self) -> ApiError:
+    async def _death(self) -> ApiError:
         await asyncio.wait({self.exited}, timeout=1)  # its status follows the end of its output
         status = f"exited with status {self.exited.result()}" if self.exited.done() else "closed its output"
         said = self._stderr.decode(errors="replace").strip().rpartition("\n")[2][:300]
@@ -418,20 +494,20 @@ class Process(asyncio.SubprocessProtocol):
 
     def _resume(self) -> None:
         self._unread = 0
-        stdout = self._transport.get_pipe_transport(1)
+        stdout: Any = self._transport.get_pipe_transport(1)
         if self._paused and stdout and not self._eof:
-            stdout.resume_reading()  # type: ignore[attr-defined]
+            stdout.resume_reading()
             self._alive_at = self.loop.time()  # the silence was the client's
         self._paused = False
 
     # asyncio's callbacks
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.SubprocessTransport)
-        self._transport = transport
-        self.pid = transport.get_pid()
-        if self.unwatched:
-            transport.close()  # kills it
+        process: Any = transport
+        self._transport = process
+        self.pid: int = process.get_pid()
+        if self._is_orphan:
+            self._transport.close()  # kills it
             with contextlib.suppress(ChildProcessError):  # it had ended by itself
                 os.waitpid(self.pid, 0)
 
@@ -443,7 +519,8 @@ class Process(asyncio.SubprocessProtocol):
         *lines, rest = data.split(b"\n")
         if lines:
             lines[0] = b"".join([*self._partial, lines[0]])
-            self._partial, self._partial_size = [], 0
+            self._partial = []
+            self._partial_size = 0
         if rest:
             self._partial.append(rest)
             self._partial_size += len(rest)
@@ -461,44 +538,64 @@ class Process(asyncio.SubprocessProtocol):
             failure = error
         if self._partial_size > MAX_LINE:
             failure = cli_error(f"the claude CLI wrote a line of more than {MAX_LINE >> 20} MiB")
-            self._partial, self._partial_size = [], 0
+            self._partial = []
+            self._partial_size = 0
         if self.listening:
             self._keep(events, len(data))
+        elif self._is_unasked(events):
+            failure = cli_error("the claude CLI spoke unasked")
         if failure:
             self._fail(failure)  # after what came before it
+            if self.on_fault and not self.listening:
+                self.on_fault()
+
+    def _is_unasked(self, events: list[Event]) -> bool:
+        """Whether events that no turn listens to show that the process goes on by itself.  Before the `result` of the
+        last turn they may be the rest of it, but for another answer of the model."""
+        is_settled = self.settled is None or self.settled.done()
+        unasked = ANSWERS if is_settled else {"stream_event"}
+        return any(isinstance(event, bytes) or event["type"] in unasked for event in events)
 
     def _keep(self, events: list[Event], size: int) -> None:
         if self._sink is not None:
-            self._pour(events)
+            self._hand_to_sink(events)
             return
         self._events += events
         self._unread += size
         if self._unread > MAX_UNREAD and not self._paused:
             self._paused = True
-            self._transport.get_pipe_transport(1).pause_reading()  # type: ignore[union-attr]
+            self._transport.get_pipe_transport(1).pause_reading()
         self._wake()
 
-    def _read(self, line: bytes) -> list[Json]:
+    def _read(self, line: bytes) -> list[CliEvent]:
         """The events of a line, after what is to be done at once: control requests are answered."""
         events = translate.decode(line)
         for event in events:
-            kind = event.get("type")
+            kind = event["type"]
             if kind in SIGNS_OF_LIFE:
                 self._alive_at = self.loop.time()
             elif event.get("subtype") == "api_retry":
                 delay = event.get("retry_delay_ms")
                 self._alive_at = self.loop.time() + (delay / 1000 if isinstance(delay, int | float) else 0)
             if kind == "control_request":
-                call = translate.tool_call_id(event)
-                if call:
-                    self._call(event, call)
-                else:
-                    self.write(translate.control_answer(event, self.tools))
+                self._answer_control(event)
             elif kind == "control_response":
                 self.hello = answered(event, "initialize") or self.hello
-            elif kind == "result" and not self.listening and self.settled and not self.settled.done():
-                self.settled.set_result(not event.get("is_error"))
+            elif kind == "result" and not self.listening:
+                if self.settled and not self.settled.done():
+                    self.settled.set_result(not event.get("is_error"))
+                else:
+                    raise cli_error("the claude CLI ended a turn that nobody asked for")
         return events
+
+    def _answer_control(self, event: CliEvent) -> None:
+        call = translate.tool_call_id(event)
+        if call:
+            self._answer_call(event, call)
+            return
+        self.write(translate.control_answer(event, self.tools))
+        if translate.mcp_method(event) == "tools/list":
+            self.has_listed = True
 
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
         if fd == 1:
@@ -510,6 +607,7 @@ class Process(asyncio.SubprocessProtocol):
 
     def process_exited(self) -> None:
         self._kill(signal.SIGKILL)  # what it left behind in its group
+        self._close_gate()
         if not self.exited.done():
             self.exited.set_result(self._transport.get_returncode() or 0)
 
@@ -522,6 +620,7 @@ class Process(asyncio.SubprocessProtocol):
 
         One that waits for a tool result is killed: 2.1.330 calls the API once more when its stdin closes.
         """
+        self._close_gate()
         stdin = self._transport.get_pipe_transport(0)
         if stdin and not self._calls:
             stdin.close()
@@ -534,20 +633,26 @@ class Process(asyncio.SubprocessProtocol):
         self._transport.close()
 
 
+# ------------------------------------------------------------------------------------- a turn
+
+
 @dataclass(eq=False)
 class Session:
     """A process and the conversation in it."""
 
     id: str
     process: Process
-    model: str
+    model: str  # that it was started with; empty: it takes any
     agent: bool  # it has tools of its own
     state: State = State.SPARE
-    pinned: bool = False  # the client names it by header
-    parts: dict[str, bytes] = field(default_factory=dict)  # digests of model and system
+    key: str = ""  # what it is filed under
+    is_pinned: bool = False  # the client names it by header
+    parts: dict[str, bytes] = field(default_factory=dict)  # digests of what it cannot change
     chain: bytes = b""  # digest of the messages in it, its own answers included
-    settings: dict[str, str] = field(default_factory=dict)  # what apply_flag_settings set last
+    settings: dict[str, bytes] = field(default_factory=dict)  # digests of what apply_flag_settings set last
     calls: list[str] = field(default_factory=list)  # ids of the client tools that its last answer called
+    turns: int = 0  # answers that it has given
+    turn_id: str = ""  # of the user line that started its last turn
     idle_since: float = 0.0  # in the loop's time; of a spare: when it was started
 
 
@@ -559,103 +664,100 @@ class Turn:
     session: Session
     how: str  # hot, new or rebuilt
     reason: str  # why it was rebuilt; empty otherwise
-    messages: list[Json]  # what the process has not seen
+    lines: list[bytes]  # what starts it
     results: dict[str, Json] | None = None  # of tool calls, when they are all that is new
-    begun: Callable[[], None] | None = None  # called when the answer has begun
+    on_begin: Callable[[], None] | None = None  # called when the answer has begun
 
     def __post_init__(self) -> None:
         self.process = self.session.process
-        self.translator = Translator(tool["name"] for tool in self.request.tools)
+        agent, turn_id = self.session.agent, self.session.turn_id
+        handed_over = [tool["name"] for tool in self.process.tools]
+        self.translator = Translator(handed_over, agent=agent, turn_id=turn_id)
+
+    @property
+    def not_sent(self) -> list[str]:
+        """The fields and places of the request that cannot arrive as sent."""
+        if self.how == "hot":
+            in_line = self.results is None
+        else:
+            in_line = translate.has_images_in_line(self.request.messages[-1])
+        return self.request.not_sent + (self.request.image_keys if in_line else [])
 
     async def relay(self, send: Callable[[bytes], bool], drain: Callable[[], Awaitable[None]]) -> None:
-        """Bring the conversation into the process, and its answer to `send`: the frames of each read, within that read;
-        empty unless the request streams.  While `send` returns False, `drain` is awaited and the child held up.
+        """Start the turn, and bring its answer to `send`: the frames of each read, within that read; empty unless the
+        request streams.  While `send` returns False, `drain` is awaited and the child held up.
 
         Raises ApiError when the turn fails; what was sent before stays a correct beginning.
         """
-        await self._tell()
-        translator, stream = self.translator, self.request.stream
-        ready = True
+        self.process.write(*self.lines)
+        self.lines = []
+        if self.results is not None:
+            self.process.hand_over(self.results)
+        translator = self.translator
+        is_ready = True
 
         def take(events: list[Event]) -> bool:
-            nonlocal ready
+            nonlocal is_ready
             frames: list[bytes] = []
             try:
-                raw: list[bytes] = []
-                for event in events:
-                    if isinstance(event, bytes):
-                        raw.append(event)
-                        continue
-                    frames.extend(translator.relay(raw))  # each is kept though the next one raises
-                    frames.extend(map(translate.frame, translator.feed(event)))
-                    raw = []
-                frames.extend(translator.relay(raw))
-            finally:
+                self._translate(events, frames)
+            finally:  # what came before a fault is sent
                 if translator.message:
-                    ready = send(b"".join(frames) if stream else b"")
-                    if self.begun:
-                        self.begun()
-                        self.begun = None
+                    is_ready = send(b"".join(frames) if self.request.stream else b"")
+                    if self.on_begin:
+                        self.on_begin()
+                        self.on_begin = None
             self.process.working = translator.working
-            return ready and not translator.done
+            return is_ready and not translator.done
 
         while not translator.done:
-            if not ready:
+            if not is_ready:
                 await drain()
             try:
                 await self.process.relay(take)
             except ApiError:
                 if not translator.done:  # what fails behind a complete answer is the next turn's matter
                     raise
-        if not translator.rests:
+        if not self.rests:
             self.interrupt()  # the CLI goes on by itself here; nothing more may be billed
+
+    def _translate(self, events: list[Event], frames: list[bytes]) -> None:
+        deltas: list[bytes] = []
+        for event in events:
+            if isinstance(event, bytes):
+                deltas.append(event)
+                continue
+            frames.extend(self.translator.relay(deltas))
+            deltas = []
+            frames.extend(map(translate.frame, self.translator.feed(event)))
+        frames.extend(self.translator.relay(deltas))
+
+    @property
+    def rests(self) -> bool:
+        """Whether the process can take the next turn; one that calls tools must have listed them."""
+        can_hand_over = self.process.has_listed or not self.translator.calls
+        return self.translator.rests and can_hand_over
 
     def interrupt(self) -> None:
         self.process.write(translate.control_line("interrupt", "interrupt"))
 
-    async def _tell(self) -> None:
-        """Write what is new.  A history line is answered by a `result`, and the next one must wait for it: lines sent
-        in a burst are merged and reordered by the CLI."""
-        lines = [] if self.how == "hot" else [self._initialize()]
-        changed = {
-            name: text for name, text in self.request.settings.items() if self.session.settings.get(name) != text
-        }
-        if changed:
-            lines.append(translate.control_line("settings", "apply_flag_settings", settings={"env": changed}))
-            self.session.settings |= changed
-        if self.results is not None:
-            self.process.write(*lines)
-            self.process.hand_over(self.results)
-            return
-        lines = await self._put(lines, self.messages[:-1])
-        self.process.write(*lines, translate.user_line(self.messages[-1]["content"]))
 
-    async def count(self) -> int:
-        """The tokens of the conversation, without a model turn."""
-        lines = await self._put([self._initialize()], self.messages)
-        self.process.write(*lines, translate.control_line("usage", "get_context_usage"))
-        tokens = await self.process.until(self.translator, lambda event: answered(event, "usage").get("totalTokens"))
-        return int(tokens) + (TOOLS_PROMPT if self.request.tools else 0)
+def opening(request: Request, model: str, session: Session, *, query: bool) -> tuple[list[bytes], list[bytes]]:
+    """What brings a request into a fresh process: the rows of its conversation, and the lines that start the turn."""
+    *past, newest = request.messages
+    lines: list[bytes] = []
+    content = newest["content"]
+    if past and translate.answers_tool_calls(newest):
+        lines.append(translate.assistant_line(past.pop()["content"], model))
+    else:
+        begun, content = translate.split_at_images(content)
+        if begun:
+            past.append({"role": "user", "content": begun})
+    lines.append(translate.user_line(content, session.turn_id, query=query))
+    return translate.transcript(past, model), lines
 
-    def _initialize(self) -> bytes:
-        self.process.tools = self.request.tools
-        return translate.initialize_line(self.request.system, self.request.tools, agent=self.session.agent)
 
-    async def _put(self, lines: list[bytes], messages: list[Json]) -> list[bytes]:
-        """Write messages of the past, after `lines`; returns the lines that are still to be written."""
-        for number, message in enumerate(messages):
-            if message["role"] == "user":
-                self.process.write(*lines, translate.user_line(message["content"], query=False))
-                lines = []
-                await self.process.until(self.translator, lambda event: event.get("type") == "result")
-                continue
-            if not self.process.hello:
-                self.process.write(*lines)
-                lines = []
-                await self.process.until(self.translator, lambda event: answered(event, "initialize"))
-            model = translate.resolved_model(self.process.hello, self.request.model)
-            lines.append(translate.assistant_line(message["content"], number, model))
-        return lines
+# ------------------------------------------------------------------------------------- all of them
 
 
 class Pool:
@@ -665,41 +767,37 @@ class Pool:
         self.config = config
         self.metrics = Metrics()
         self.sessions: set[Session] = set()  # every process that is not reaped
-        self.idle: OrderedDict[str, Session] = OrderedDict()  # by id, the least recently used first
+        self.idle: OrderedDict[str, Session] = OrderedDict()  # by key, the least recently used first
         self.spares: list[Session] = []  # the oldest first
-        # Model, mode and settings of the last new conversations: what spares are for.
-        self._asked: deque[tuple[str, bool, dict[str, str]]] = deque(maxlen=2 * config.spares)
+        self._probes: list[Session] = []  # processes that are asked who is logged in
+        # What the last requests needed, and so what spares are for: a model that needs --model, or "", and the mode.
+        self._asked: deque[tuple[str, bool]] = deque(maxlen=2 * config.spares)
         self._preparing: dict[asyncio.Task[None], tuple[str, bool]] = {}  # spares that are being started
         self._starting = asyncio.Semaphore(2 * (os.cpu_count() or 1))  # more at once start later, each of them
         self._slots = asyncio.Semaphore(config.max_sessions)
+        self._counting = asyncio.Semaphore(os.cpu_count() or 1)
+        self._asking = asyncio.Semaphore(1)  # for `hello`
         self._environment = child_environment(config, environ)
         self._agent_cwd = os.path.abspath(config.cwd)
-        self._cwd = ""  # of model mode, once it is needed
+        self._folder = ""  # `private_folder`, once it is needed
         self._queued = 0  # requests that wait for something
         self._waiting = 0  # those of them that wait for a slot
         self._ending: set[asyncio.Task[None]] = set()
-        self._asking = asyncio.Lock()  # one process at a time is started for `hello`
         self._hello: Json = {}
-        self._counting = asyncio.Lock()  # one process at a time counts
+        self._models: OrderedDict[str, bool] = OrderedDict()  # by name, whether a process takes it without --model
         self._counts: OrderedDict[bytes, int] = OrderedDict()  # answers of `count`
-        # By id, while a request of that session header runs or waits: they run one after another.
+        # By key, while a request of that session header runs or waits: they run one after another.
         self._pins: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        # Where a lost conversation was last seen: by fingerprint and by id, its parts and why it cannot go on.
+        # Where a lost conversation was last seen: by fingerprint and by key, its parts and why it cannot go on.
         self._past: OrderedDict[bytes | str, tuple[dict[str, bytes], str]] = OrderedDict()
+        self._executor: ThreadPoolExecutor | None = None
 
     async def __aenter__(self) -> "Pool":
         self._sweeper = asyncio.create_task(self._sweep())
-        self._asked.append((self.config.model, False, translate.turn_settings({})))
+        self._asked.append(("", False))
         self._refill()
         self._asked.clear()  # from here on it is what clients ask for
         return self
-
-    def measure(self) -> str:
-        """All metrics, as text."""
-        for state in State:
-            self.metrics.set("processes", sum(session.state is state for session in self.sessions), state=state.value)
-        self.metrics.set("waiting_requests", self._queued)
-        return self.metrics.text()
 
     async def __aexit__(self, *_: object) -> None:
         self._asked.clear()
@@ -710,20 +808,37 @@ class Pool:
             self.retire(session, "shutdown")
         while self._ending:
             await asyncio.wait(self._ending)
-        if "-private-" in self._cwd:
-            shutil.rmtree(self._cwd, ignore_errors=True)
+        if self._executor:
+            self._executor.shutdown()
+        if PRIVATE_PREFIX in self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def measure(self) -> str:
+        """All metrics, as text."""
+        for state in State:
+            self.metrics.set("processes", sum(session.state is state for session in self.sessions), state=state.value)
+        self.metrics.set("waiting_requests", self._queued)
+        return self.metrics.text()
+
+    async def compute(self, size: int, function: Callable[[], T]) -> T:
+        """Run what takes time in proportion to a request of `size` bytes: a large one in a thread, one after another,
+        so that others are served meanwhile."""
+        if size < THREAD_SIZE:
+            return function()
+        self._executor = self._executor or ThreadPoolExecutor(1)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function)
 
     @contextlib.asynccontextmanager
-    async def turn(self, request: Request, token: str | None) -> AsyncIterator[Turn]:
-        """A session for the request: a warm one, or room for a fresh process.  `token` is the session header.
+    async def turn(self, request: Request, token: str | None, owner: str = "") -> AsyncIterator[Turn]:
+        """A session for the request: a warm one, or a fresh process that was given the history.  `token` is the session
+        header; it names a conversation of the client with the key `owner`.
 
         Raises ApiError: 529 when there is no room in time, 502 when the CLI cannot be started.
         On exit the session is filed if the answer is complete, and retired otherwise.
         """
-        async with self._pin(token) as pinned_id:
-            turn = await self._find(request, pinned_id) or await self._fresh(request, pinned_id)
+        async with self._pin(token, owner) as key:
+            turn = await self._hot_turn(request, key) or await self._fresh_turn(request, key, token)
             try:
-                turn.process.listen()
                 yield turn
             finally:
                 self._finish(turn)
@@ -731,48 +846,40 @@ class Pool:
     async def hello(self) -> Json:
         """What the CLI says of itself, without a model call: `models`, `account`.  The last answer of any process is
         good; with none yet one process is started for it.  Raises ApiError when the CLI does not work."""
-        async with self._asking:
-            if self._hello:
-                return self._hello
-            session = await self._spawn(self.config.model, False)
-            try:
-                session.process.listen()
-                session.process.write(translate.initialize_line([], []))
-                await session.process.until(Translator(), lambda event: answered(event, "initialize"))
-                self._hello = session.process.hello
-                return self._hello
-            finally:
-                self.retire(session, "probe")
+        await self._queue(self._asking.acquire, "the claude CLI did not start")
+        try:
+            if not self._hello:
+                await self._probe()
+            return self._hello
+        finally:
+            self._asking.release()
 
-    async def count(self, request: Request) -> int:
-        """The tokens of a request's conversation.  One process at a time is started for it, and equal questions are
-        answered from memory.  Raises ApiError as `turn` does."""
-        key = translate.extend(b"".join(request.parts.values()), request.messages)
-        async with self._counting:
-            if key not in self._counts:
-                session = await self._take(request)
-                try:
-                    session.process.listen()
-                    self._counts[key] = await Turn(request, session, "new", "", request.messages).count()
-                finally:
-                    self.retire(session, "counted")
-                    self._refill()
-                while len(self._counts) > MAX_COUNTS:
-                    self._counts.popitem(last=False)
-            return self._counts[key]
+    async def _probe(self) -> None:
+        session = await self._spawn(self.config.model, False)
+        self._probes.append(session)
+        try:
+            session.process.listen()
+            session.process.open_gate(translate.transcript([], self.config.model))
+            session.process.write(translate.initialize_line([], has_tools=False))
+            await session.process.until(Translator(), lambda event: answered(event, "initialize"))
+            self._hello = session.process.hello
+        finally:
+            self._probes.remove(session)
+            self.retire(session, "probe")
 
-    # finding a session
+    # Finding a session
 
     @contextlib.asynccontextmanager
-    async def _pin(self, token: str | None) -> AsyncIterator[str]:
+    async def _pin(self, token: str | None, owner: str) -> AsyncIterator[str]:
+        """The key of a pinned conversation; no other request of it runs meanwhile."""
         if not token:
             yield ""
             return
-        name = session_id(token)
-        pin = self._pins.setdefault(name, asyncio.Lock())
+        key = f"{session_id(token)} {owner}"
+        pin = self._pins.setdefault(key, asyncio.Lock())
         await self._queue(pin.acquire, "the session's other requests did not end")
         try:
-            yield name
+            yield key
         finally:
             pin.release()
 
@@ -794,84 +901,181 @@ class Pool:
             if asyncio.current_task() not in self._preparing:  # nobody waits for a spare
                 self.metrics.time("queue_seconds", asyncio.get_running_loop().time() - began)
 
-    async def _find(self, request: Request, pinned_id: str) -> Turn | None:
-        """The warm session that holds the request's history, taken off the file."""
-        history = request.messages[:-1]
-        chain = translate.extend(b"", history)
-        session, new = None, request.messages[-1:]
-        if pinned_id:
-            session = self.idle.get(pinned_id)
-            if session and not history and session.parts.items() >= request.sent_parts.items():
-                pass  # only what is new was sent
-            elif session and (session.chain, session.parts) != (chain, request.parts):
-                self.retire(session, "changed")
-                session = None
-        elif history:
-            fits = (s for s in self.idle.values() if not s.pinned and (s.chain, s.parts) == (chain, request.parts))
-            session = next(fits, None)
+    async def _hot_turn(self, request: Request, key: str) -> Turn | None:
+        """A turn of the warm session that holds the request's history, if there is one."""
+        session = self._by_name(request, key) if key else self._by_history(request)
         if not session:
             return None
-        results = translate.tool_results(new[0]["content"], session.calls) if session.state is State.PARKED else None
-        if session.state is State.PARKED and results is None:
-            self.retire(session, "tool-results")
-            return None
+        results = None
+        if session.state is State.PARKED:
+            results = translate.tool_results(request.messages[-1]["content"], session.calls)
+            if results is None:
+                self.retire(session, "tool-results")
+                return None
         self._move(session, State.BUSY)
+        self._remember(session, "busy")
         try:
-            alive = session.process.settled is None or await asyncio.wait_for(session.process.settled, SETTLE_SECS)
-        except TimeoutError:
-            alive = False
+            lines = await self.compute(request.size, lambda: self._hot_lines(request, session, results is None))
+            is_ready = await self._is_ready(session.process)
         except BaseException:
             self.retire(session, "interrupted")
             raise
-        if not alive or session.process.gone:
+        if not is_ready:
             self.retire(session, "died" if session.process.ended else "failed")
             return None
-        self._remember(session, "busy")
-        session.pinned = bool(pinned_id)
-        return Turn(request, session, "hot", "", new, results)
+        session.process.listen()
+        session.is_pinned = bool(key)
+        return Turn(request, session, "hot", "", lines, results)
 
-    async def _fresh(self, request: Request, pinned_id: str) -> Turn:
-        how, reason = self._why(request, pinned_id)
-        session = await self._take(request)
-        session.id, session.pinned, session.parts = pinned_id or session.id, bool(pinned_id), request.parts
-        session.process.hello = session.process.hello or self._hello  # every process knows the same models
-        self._move(session, State.BUSY)
-        return Turn(request, session, how, reason, request.messages, begun=self._refill)
+    def _by_name(self, request: Request, key: str) -> Session | None:
+        session = self.idle.get(key)
+        if not session:
+            return None
+        continues = (session.chain, session.parts) == (request.past, request.parts)
+        only_what_is_new = not request.past and session.parts.items() >= request.sent_parts.items()
+        if continues or only_what_is_new:
+            return session
+        self.retire(session, "changed")
+        return None
 
-    def _why(self, request: Request, pinned_id: str) -> tuple[str, str]:
-        """hot's alternative: `new`, or `rebuilt` and the reason that its user can act on."""
-        history = request.messages[:-1]
-        past = self._past.get(translate.extend(b"", history)) if history else None
-        past = past or self._past.get(pinned_id)
+    def _by_history(self, request: Request) -> Session | None:
+        if request.past:
+            for session in self.idle.values():
+                holds_it = (session.chain, session.parts) == (request.past, request.parts)
+                if holds_it and not session.is_pinned:
+                    return session
+        return None
+
+    def _hot_lines(self, request: Request, session: Session, with_message: bool) -> list[bytes]:
+        settings = translate.turn_settings(request, has_listed_tools=bool(session.process.tools))
+        changed = {}
+        for name, value in settings.items():
+            known = translate.digest(value)
+            if session.settings.get(name) != known:
+                session.settings[name] = known
+                changed[name] = value
+        lines = [translate.settings_line(changed)] if changed else []
+        session.turn_id = str(uuid.uuid4()) if with_message else ""
+        if with_message:
+            lines.append(translate.user_line(request.messages[-1]["content"], session.turn_id))
+        return lines
+
+    async def _is_ready(self, process: Process) -> bool:
+        """Whether the process is done with its last turn, and has not spoken or died since."""
+        try:
+            settled = process.settled is None or await asyncio.wait_for(process.settled, SETTLE_SECS)
+        except TimeoutError:
+            return False
+        for _ in range(2):  # of the event loop, for what the process has written to be read
+            await asyncio.sleep(0)
+        return settled and not process.gone
+
+    async def _fresh_turn(self, request: Request, key: str, token: str | None) -> Turn:
+        how, reason = self._why(request, key)
+        session, lines = await self._open(request, translate.listed_tools(request))
+        session.id = session_id(token) if token else session.id
+        session.key = key or session.id
+        session.is_pinned = bool(key)
+        return Turn(request, session, how, reason, lines, on_begin=self._refill)
+
+    def _why(self, request: Request, key: str) -> tuple[str, str]:
+        """Why a turn is not hot: `new`, or `rebuilt` with a reason that its user can act on."""
+        past = self._past.get(request.past) or self._past.get(key)
         if not past:
-            return ("rebuilt", "unknown-history") if history else ("new", "")
+            return ("rebuilt", "unknown-history") if request.past else ("new", "")
         parts, reason = past
         changed = [name for name, value in request.parts.items() if parts.get(name) != value]
-        if reason == "changed" and not changed:
+        if changed:
+            reason = f"{changed[0]}-changed"
+        elif reason == "changed":
             reason = "unknown-history"
-        return "rebuilt", f"{changed[0]}-changed" if changed else reason
+        return "rebuilt", reason
 
-    async def _take(self, request: Request) -> Session:
-        """A process without a conversation: a spare, even one that is still starting, or else a fresh one."""
-        agent = bool(self.config.tools and not request.tools)  # a client that brings tools runs them itself
-        self._asked.append((request.model, agent, request.settings))
+    # Fresh processes
+
+    async def _open(
+        self, request: Request, tools: list[Json], *, query: bool = True
+    ) -> tuple[Session, list[bytes]]:
+        """A process that holds the history of the request, and the lines that start its turn."""
+        agent = self._is_agent(request)
+        if not self._hello and translate.has_thinking(request.messages):
+            await self.hello()  # thinking is kept only beside the full name of the model
+        while True:
+            session = await self._take(request.model, agent)
+            self._move(session, State.BUSY)
+            try:
+                lines = await self._set_up(session, request, tools, query)
+                if await self._has_model(session, request.model):
+                    return session, lines
+            except BaseException:
+                self.retire(session, "died" if session.process.ended else "failed")
+                raise
+            self.retire(session, "model")  # the next one is started with --model
+
+    async def _set_up(self, session: Session, request: Request, tools: list[Json], query: bool) -> list[bytes]:
+        process = session.process
+        process.listen()
+        process.tools = tools
+        process.hello = process.hello or self._hello
+        session.parts = request.parts
+        session.turn_id = str(uuid.uuid4())
+        model = translate.listed_model(self._hello, request.model) or request.model
+        rows, lines = await self.compute(request.size, lambda: opening(request, model, session, query=query))
+        settings = translate.turn_settings(request)
+        if not query:
+            settings["ANTHROPIC_LOG"] = "info"
+        session.settings = {name: translate.digest(value) for name, value in settings.items()}
+        process.open_gate(rows)
+        process.write(
+            translate.initialize_line(request.system, has_tools=bool(tools), agent=session.agent),
+            translate.settings_line({name: value for name, value in settings.items() if value}),
+        )
+        return lines
+
+    async def _has_model(self, session: Session, name: str) -> bool:
+        """Whether a process runs the model that it was given in its conversation, not with --model.
+
+        The CLI takes its default model for one that it cannot resume with, in silence, so each name is tried once.
+        """
+        if session.model or self._models.get(name):
+            return True
+        session.process.write(translate.control_line("get_settings", "get_settings"))
+        answer = await session.process.until(Translator(), lambda event: translate.response(event, "get_settings"))
+        runs = translate.applied_model(answer) == translate.listed_model(self._hello, name)
+        self._models[name] = runs
+        while len(self._models) > MAX_MODELS:
+            self._models.popitem(last=False)
+        return runs
+
+    def _is_agent(self, request: Request) -> bool:
+        return bool(self.config.tools) and not request.tool_names  # a client that brings tools runs them itself
+
+    async def _take(self, model: str, agent: bool) -> Session:
+        """A process without a conversation: a spare, even one that is still starting, or else a fresh one.
+
+        Most models are had without --model, so that any spare will do; their full names are known once a CLI has said
+        what it has.
+        """
+        is_listed = bool(translate.listed_model(self._hello, model))
+        started_with = "" if is_listed and self._models.get(model, True) else model
+        self._asked.append((started_with if self._hello else "", agent))
         for spare in list(self.spares):
             if spare.process.gone:
                 self.retire(spare, "died")
-            elif (spare.model, spare.agent) == (request.model, agent):
+            elif (spare.model, spare.agent) == (started_with, agent):
                 self.spares.remove(spare)
                 return spare
-        return await self._spawn(request.model, agent)
+        return await self._spawn(started_with, agent)
 
     async def _spawn(self, model: str, agent: bool) -> Session:
         if self._slots.locked():
-            self._evict([*self.spares, *self.idle.values()])
+            self._evict([*self._probes, *self.spares, *self.idle.values()])
         await self._queue(self._room, f"all {self.config.max_sessions} processes were busy, none got free")
         try:
+            self._folder = private_folder(self._folder)
+            cwd = self._agent_cwd if agent else os.path.join(self._folder, "work")
             argv = arguments(self.config, model, agent=agent)
-            self._cwd = empty_folder(self._cwd)
-            cwd = self._agent_cwd if agent else self._cwd
-            process = await Process.spawn(argv, self._environment, cwd, self.config.watchdog_secs)
+            process = await Process.spawn(argv, self._environment, cwd, self._folder, self.config.watchdog_secs)
         except BaseException as error:
             self._starting.release()
             self._slots.release()
@@ -880,6 +1084,9 @@ class Pool:
             raise
         process.started.add_done_callback(lambda _: self._starting.release())
         session = Session(str(uuid.uuid4()), process, model, agent)
+        session.key = session.id
+        session.idle_since = asyncio.get_running_loop().time()
+        process.on_fault = lambda: self.retire(session, "unasked")
         self.sessions.add(session)
         self.metrics.add("processes_started_total")
         return session
@@ -896,84 +1103,90 @@ class Pool:
             self._slots.release()
             raise
 
-    # spares
-
     def _refill(self) -> None:
-        """Start the spares that are missing: of what was asked for lately, that which has the fewest."""
+        """Start the missing spares, each of the recently requested kind that has fewest."""
         if not self._asked:
             return
-        kinds = {(model, agent): settings for model, agent, settings in self._asked}  # the latest settings of each
-        have = [(spare.model, spare.agent) for spare in self.spares]
-        for spare, kind in zip(list(self.spares), have, strict=True):
-            if kind not in kinds:
+        for spare in list(self.spares):
+            if (spare.model, spare.agent) not in self._asked:
                 self.retire(spare, "unwanted")
-        have = [*filter(kinds.__contains__, have), *self._preparing.values()]
-        latest = [(model, agent) for model, agent, _ in reversed(self._asked)]
+        have = [(spare.model, spare.agent) for spare in self.spares]
+        have += self._preparing.values()
+        latest = list(reversed(self._asked))
         for _ in range(self.config.spares - len(have)):
-            if latest:
-                kind = min(latest, key=have.count)
-                task = asyncio.create_task(self._prepare(*kind, kinds[kind]))
-                self._preparing[task] = kind
-                task.add_done_callback(self._preparing.pop)
-                have.append(kind)
+            kind = min(latest, key=have.count)
+            task = asyncio.create_task(self._prepare(*kind))
+            self._preparing[task] = kind
+            task.add_done_callback(self._preparing.pop)
+            have.append(kind)
 
-    async def _prepare(self, model: str, agent: bool, settings: dict[str, str]) -> None:
+    async def _prepare(self, model: str, agent: bool) -> None:
         if self._slots.locked():
             return  # nobody makes room for a spare
         try:
             session = await self._spawn(model, agent)
         except ApiError:
             return  # the next request will say it
-        # A process that has answered one of these starts its turn 20 ms sooner, also when the next one differs.
-        session.process.write(translate.control_line("settings", "apply_flag_settings", settings={"env": settings}))
-        session.settings = dict(settings)
-        session.idle_since = asyncio.get_running_loop().time()
         self.spares.append(session)
-        if self._waiting > len(self._ending):  # who came while it was being started found nothing to evict
+        if self._waiting > len(self._ending):  # a request that arrived meanwhile found nothing to evict
             self._evict(self.spares)
 
-    # what becomes of a session
+    # What becomes of a session
 
     def _move(self, session: Session, state: State) -> None:
         """Change a session's state.  IDLE and PARKED sessions are on file."""
-        assert state in TRANSITIONS[session.state], f"{session.state} -> {state}"
+        if state not in TRANSITIONS[session.state]:
+            raise RuntimeError(f"a session cannot go from {session.state} to {state}")
         session.state = state
         if state in (State.IDLE, State.PARKED):
-            self.idle[session.id] = session
-        elif self.idle.get(session.id) is session:
-            del self.idle[session.id]
+            self.idle[session.key] = session
+        elif self.idle.get(session.key) is session:
+            del self.idle[session.key]
         elif session in self.spares:
             self.spares.remove(session)
 
     def _finish(self, turn: Turn) -> None:
+        """File the session of a turn, or retire it."""
         session, translator = turn.session, turn.translator
         self._hello = turn.process.hello or self._hello
-        if turn.begun:
+        if turn.on_begin:
             self._refill()
         if session.state is not State.BUSY:
             return
         if not translator.done:
             turn.interrupt()
-            failed = turn.process.gone or turn.process.silent
-            self.retire(session, "died" if turn.process.ended else "failed" if failed else "interrupted")
+            self.retire(session, self._why_broken(turn.process))
             return
         self._remember(session, "continued")
-        start = session.chain if turn.how == "hot" else b""
-        session.chain = translate.extend(start, [*turn.messages, translator.message])
-        if not translator.rests:
+        start = session.chain if turn.how == "hot" else turn.request.past
+        asked = translate.link(start, turn.request.newest)
+        answer: Any = translator.message
+        session.chain = translate.link(asked, translate.message_digest(answer))
+        session.turns += 1
+        if not turn.rests:
             reason = translator.stop_reason
             self.retire(session, reason if reason.isascii() and reason.isidentifier() else "other")
             return
-        content = translator.message["content"]
-        session.calls = [block["id"] for block in content if block["type"] == "tool_use"]
+        session.calls = translator.calls
+        if session.turns >= self.config.max_turns and not session.calls:
+            self.retire(session, "max_turns")
+            return
         turn.process.settle(bool(translator.result or session.calls))
-        if session.id in self.idle:
-            self.retire(self.idle[session.id], "changed")
-        session.idle_since = asyncio.get_running_loop().time()
-        self._move(session, State.PARKED if session.calls else State.IDLE)
+        if session.key in self.idle:
+            self.retire(self.idle[session.key], "changed")
+        self._file(session, State.PARKED if session.calls else State.IDLE)
         self._remember(session, "pinned")  # the only reason not to find it while it is on file
-        crowd = len(self.idle) > self.config.max_idle and sum(s.state is State.IDLE for s in self.idle.values())
-        if self._waiting > len(self._ending) or crowd > self.config.max_idle:
+
+    def _why_broken(self, process: Process) -> str:
+        if process.ended:
+            return "died"
+        return "failed" if process.gone or process.silent else "interrupted"
+
+    def _file(self, session: Session, state: State) -> None:
+        session.idle_since = asyncio.get_running_loop().time()
+        self._move(session, state)
+        resting = sum(other.state is State.IDLE for other in self.idle.values())
+        if resting > self.config.max_idle or self._waiting > len(self._ending):
             self._evict([*self.idle.values()])
 
     def _evict(self, sessions: list[Session]) -> None:
@@ -988,8 +1201,10 @@ class Pool:
         self._move(session, State.RETIRED)
         self._remember(session, reason)
         self.metrics.add("processes_ended_total", reason=reason)
-        self.metrics.add("process_restarts_total", reason == "died")
-        self.metrics.add("watchdog_fires_total", session.process.silent)
+        if reason == "died":
+            self.metrics.add("process_restarts_total")
+        if session.process.silent:
+            self.metrics.add("watchdog_fires_total")
         task = asyncio.create_task(self._end(session))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
@@ -1000,7 +1215,7 @@ class Pool:
         self._slots.release()
 
     def _remember(self, session: Session, reason: str) -> None:
-        for key in (session.chain, session.id if session.pinned else b""):
+        for key in (session.chain, session.key if session.is_pinned else b""):
             if key:
                 self._past[key] = (session.parts, reason)
                 self._past.move_to_end(key)
@@ -1020,3 +1235,127 @@ class Pool:
                     if session.state is State.SPARE:
                         self._asked.clear()  # the next comes when it is needed
                     self.retire(session, "expired")
+
+    # Counting
+
+    async def count(self, request: Request) -> int:
+        """The tokens of a request, as the API counts what a turn would send, without a model call.
+
+        Raises ApiError: as `turn` does, 401 when nobody is logged in, and the API's own failures.  The CLI passes off
+        an estimate as a count when the API does not count, so its log is watched for the API's answers.
+        """
+        identity = [*request.parts.values(), request.past, request.newest]
+        key = translate.digest([part.hex() for part in identity])
+        if key in self._counts:
+            return self._counts[key]
+        await self._queue(self._counting.acquire, "other counts did not end")
+        try:
+            async with asyncio.timeout(COUNT_SECS):
+                tokens = await self._count(request)
+        except TimeoutError:
+            raise ApiError(504, f"the claude CLI did not count within {COUNT_SECS:g} seconds") from None
+        finally:
+            self._counting.release()
+            self._refill()
+        self._counts[key] = tokens
+        while len(self._counts) > MAX_COUNTS:
+            self._counts.popitem(last=False)
+        return tokens
+
+    async def _count(self, request: Request) -> int:
+        session, lines = await self._open(request, translate.described_tools(request), query=False)
+        process, translator = session.process, Translator()
+        statuses: list[int] = []
+
+        def find(event: CliEvent, wanted: str) -> Any:
+            if event["type"] == "api_call":
+                statuses.append(event["response"])
+            return event["type"] == wanted or answered(event, wanted)
+
+        try:
+            process.write(*lines)
+            await process.until(translator, lambda event: find(event, "result"))
+            process.write(translate.control_line("usage", "get_context_usage"))
+            usage = await process.until(translator, lambda event: find(event, "usage"))
+        finally:
+            self._hello = process.hello or self._hello
+            self.retire(session, "counted")
+        failed = next((status for status in statuses if status >= 400), None)
+        if failed:
+            raise ApiError(failed, f"the API did not count: status {failed}")
+        if not statuses:
+            if not translate.login_source(self._hello):
+                raise ApiError(401, f"the claude CLI is not logged in: {translate.LOGIN_CURE}")
+            raise cli_error("the API did not answer the claude CLI's count")
+        return int(usage.get("totalTokens") or 0) + (TOOLS_PROMPT_TOKENS if request.tool_names else 0)
+
+
+# ------------------------------------------------------------------------------------- appendix: metrics
+
+# What /metrics says, after claude_cli_bridge_: type and help.
+METRICS = {
+    "requests_total": ("counter", "HTTP requests by route and status; 499: the client left before there was one"),
+    "errors_total": ("counter", "Requests that failed, by error.type; client_left: before the end of the answer"),
+    "turns_total": ("counter", "Turns by conversation (hot, new, rebuilt) and the reason of a rebuild"),
+    "first_byte_seconds": ("histogram", "From a request for a message to the first event of its answer"),
+    "turn_seconds": ("histogram", "From a request for a message to the end of its answer"),
+    "queue_seconds": ("histogram", "Time requests waited for a process slot or for others of their session"),
+    "tokens_total": ("counter", "Tokens by kind, as the API counted them in complete and broken answers"),
+    "processes": ("gauge", "Processes of the CLI by state"),
+    "processes_started_total": ("counter", "Processes of the CLI that were started"),
+    "processes_ended_total": ("counter", "Processes of the CLI that were retired, by reason"),
+    "process_restarts_total": ("counter", "Processes of the CLI that ended by themselves; the next turn starts one"),
+    "watchdog_fires_total": ("counter", "Turns that failed as the CLI was silent"),
+    "waiting_requests": ("gauge", "Requests that wait for a process, or for others of their session"),
+    "connections": ("gauge", "Open connections of clients"),
+}
+# Seconds: a hot turn to a long answer.
+BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+# Characters of a label's value that must be escaped.
+ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+
+class Metrics:
+    """Counts and times since the start, as Prometheus reads them (text-based exposition format, 0.0.4)."""
+
+    def __init__(self) -> None:
+        # By name, then by the rest of the name and the labels.
+        self._samples: dict[str, dict[str, float]] = {name: {} for name in METRICS}
+        for name, (kind, _) in METRICS.items():
+            if kind == "histogram":
+                bounds = [*map(str, BUCKETS), "+Inf"]
+                self._samples[name] = dict.fromkeys([f'_bucket{{le="{bound}"}}' for bound in bounds], 0)
+                self._samples[name].update({"_sum": 0, "_count": 0})
+        for name in ("processes_started_total", "process_restarts_total", "watchdog_fires_total"):
+            self.add(name, 0)
+
+    def add(self, name: str, amount: float = 1, **labels: object) -> None:
+        samples = self._samples[name]
+        key = labelled(labels)
+        samples[key] = samples.get(key, 0) + amount
+
+    def set(self, name: str, value: float, **labels: object) -> None:
+        self._samples[name][labelled(labels)] = value
+
+    def time(self, name: str, seconds: float) -> None:
+        samples = self._samples[name]
+        for bound in BUCKETS:
+            if seconds <= bound:
+                samples[f'_bucket{{le="{bound}"}}'] += 1
+        samples['_bucket{le="+Inf"}'] += 1
+        samples["_sum"] += seconds
+        samples["_count"] += 1
+
+    def text(self) -> str:
+        lines = []
+        for name, samples in self._samples.items():
+            kind, words = METRICS[name]
+            lines.append(f"# HELP claude_cli_bridge_{name} {words}")
+            lines.append(f"# TYPE claude_cli_bridge_{name} {kind}")
+            lines += [f"claude_cli_bridge_{name}{rest} {value}" for rest, value in samples.items()]
+        return "\n".join([*lines, ""])
+
+
+def labelled(labels: Mapping[str, object]) -> str:
+    text = ",".join(f'{name}="{str(value).translate(ESCAPES)}"' for name, value in labels.items())
+    return f"{{{text}}}" if text else ""

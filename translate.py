@@ -1,30 +1,106 @@
 """Pure rules between the Messages API and the claude CLI: no I/O, no clock.
 
-The file follows the order of a turn: errors, validation of a request, fingerprints of a conversation, the lines that
-go to the CLI, and the translation of the CLI's events into the events of a Messages stream.  "API" names a rule of
-the Messages API; a name such as `max_tokens` after "recording" names a file in tests/fixtures that shows the rule.
+The file follows the order of a turn: errors, the reading of a request, the fingerprint of a conversation, what is
+written to the CLI, what is read from it, and the translation of its events into the events of a Messages stream.
+
+"API" names a rule of the Messages API.  A name after "recording" is a file in tests/fixtures that shows the rule.
 """
 
 import binascii
+import enum
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Required, TypedDict, cast
 
 import orjson
 
-Json = dict[str, Any]  # a JSON object whose keys are checked where they are used
+# A JSON object that is passed on unread, or whose keys are checked where they are read.
+Json = dict[str, Any]
 
-# ---------------------------------------------------------------- errors
 
-# HTTP status -> error.type, as the SDKs map it (API: "Errors"); others are by their hundred.
-ERROR_TYPES = {401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error"}
-ERROR_TYPES |= {408: "timeout_error", 409: "conflict_error", 413: "request_too_large", 429: "rate_limit_error"}
-ERROR_TYPES |= {502: "claude_cli_error", 504: "timeout_error", 529: "overloaded_error"}
-# A status that a second try cannot mend: the SDKs retry 5xx twice unless told not to.
-FINAL_STATUSES = {400, 401, 402, 403, 404, 405, 413, 415, 431}
+class Block(TypedDict, total=False):
+    """A content block (API).  Keys that are not named here are passed on as they are."""
+
+    type: Required[str]
+    text: str
+    id: str
+    name: str
+    input: Any
+    tool_use_id: str
+    content: Any  # a string or a list of blocks
+    is_error: bool
+    source: Any
+    citations: Any
+    cache_control: Any
+
+
+class Message(TypedDict):
+    """A message of a conversation."""
+
+    role: str
+    content: list[Block]
+
+
+class StreamEvent(TypedDict, total=False):
+    """An event of a Messages stream (API: "Streaming")."""
+
+    type: Required[str]
+    index: Any
+    message: Any
+    content_block: Any
+    delta: Any
+    usage: Any
+    error: Any
+
+
+class CliEvent(TypedDict, total=False):
+    """An event that the CLI prints; only its type has been checked (`decode`)."""
+
+    type: Required[str]
+    subtype: Any
+    parent_tool_use_id: Any
+    event: Any
+    message: Any
+    request: Any
+    request_id: Any
+    response: Any
+    user_message_uuids: Any
+    rate_limit_info: Any
+    retry_delay_ms: Any
+    is_error: Any
+    result: Any
+    errors: Any
+    api_error_status: Any
+    api_error_type: Any
+    api_error_code: Any
+    stop_reason: Any
+    usage: Any
+
+
+# ------------------------------------------------------------------------------------- errors
+
+# The error.type of an HTTP status, as the SDKs map it (API: "Errors").
+ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    409: "conflict_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    502: "claude_cli_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+# Statuses where a retry cannot help.  The SDKs retry 5xx twice unless they are told not to.
+FINAL_STATUSES = {400, 401, 402, 403, 404, 405, 413, 415, 422, 431}
 LOGIN_CURE = "run the CLI that the bridge named at its start in a terminal, and log in with /login"
 
 
@@ -34,15 +110,15 @@ class ApiError(Exception):
 
     status: int
     message: str
-    kind: str = ""  # error.type; by default the status's
+    kind: str = ""  # error.type; by default that of the status
     details: Json | None = None  # error.details
     retry_after: int | None = None  # seconds
     resets_at: float | None = None  # epoch second from which a rate limit allows requests again
 
     def __post_init__(self) -> None:
         super().__init__(self.message)
-        general = "api_error" if self.status >= 500 else "invalid_request_error"
-        self.kind = self.kind or ERROR_TYPES.get(self.status, general)
+        by_class = 500 if self.status >= 500 else 400
+        self.kind = self.kind or ERROR_TYPES.get(self.status, ERROR_TYPES[by_class])
         self.retry = self.status not in FINAL_STATUSES
 
     def body(self, request_id: str) -> Json:
@@ -53,125 +129,147 @@ class ApiError(Exception):
         return {"type": "error", "error": error, "request_id": request_id}
 
 
-def cli_error(message: str) -> ApiError:  # a failure of the CLI itself, not of the API behind it
+def cli_error(message: str) -> ApiError:
+    """A failure of the CLI itself, not of the API behind it."""
     return ApiError(502, message)
 
 
-def result_error(result: Json, resets_at: float | None = None) -> ApiError:
-    """The error that a `result` event with `is_error` stands for.
-
-    The CLI writes `subtype: success` on failures as well, so only `is_error`, `api_error_status` and the text count
-    (recordings error_401, error_429, error_529, not_logged_in).  The text is passed on as it is.
-    """
-    errors = result.get("errors")
-    text = result.get("result") or ("; ".join(map(str, errors)) if isinstance(errors, list) else "")
-    text = str(text) or "the claude CLI ended the turn with an error"
-    status = result.get("api_error_status")
-    if not isinstance(status, int) or not 400 <= status <= 599:
-        # The CLI's own verdicts carry no status (recordings not_logged_in, mid_stream_error of 2.1.197).
-        verdicts = (("Not logged in", 401), ("Prompt is too long", 400), ("API Error: Overloaded", 529))
-        status = next((code for words, code in verdicts if text.startswith(words)), 502)
-    if status == 401:
-        return ApiError(401, f"{text} (the claude CLI is not logged in: {LOGIN_CURE})")
-    return ApiError(status, text, resets_at=resets_at if status == 429 else None)
-
-
-# ---------------------------------------------------------------- validation of a request
-
-# A model name ends up in the CLI's argv: what begins with a dash would be a flag.  Brackets, slashes, colons and @
-# occur in real names (sonnet[1m], Bedrock ARNs, Vertex versions).
-MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,255}")
-MODEL_PREFIX = "claude-cli/"
-# Body fields that reach the API as sent, per request, merged over the CLI's own body (recording turn_settings).
-BODY_FIELDS = {"max_tokens", "temperature", "top_p", "top_k", "stop_sequences", "thinking"}
-BODY_FIELDS = {*BODY_FIELDS, "output_config", "service_tier"}
-TOOL_PREFIX = "mcp__client__"
-THREAD_UNSUPPORTED = "thread_unsupported_request"
-BILLING_LINE = "x-anthropic-billing-header:"  # Claude Code's first system block: a hash that changes with every request
-
-
-class Tagged(dict[str, Any]):
-    """A shape chosen by the value's `type`."""
-
-
-# Shapes: a type, a tuple of allowed values, [shape of the items], {key: shape} with `?` after optional keys, Tagged, or
-# `bytes` for base64 text.  Keys that are not named may hold anything (API: clients send betas and new fields).
-STRING_OR_BLOCKS = object()
-TEXT = {"text": str}
-IMAGE = {"source": Tagged(base64={"media_type": ("image/jpeg", "image/png", "image/gif", "image/webp"), "data": bytes})}
-PDF = {"media_type": ("application/pdf",), "data": bytes}
-DOCUMENT = {"source": Tagged(base64=PDF, text={"data": str}, content={"content": STRING_OR_BLOCKS}), "title?": str}
-SEARCH_RESULT = {"source": str, "title": str, "content": [Tagged(text=TEXT)]}
-INNER_BLOCKS = Tagged(text=TEXT, image=IMAGE, document=DOCUMENT, search_result=SEARCH_RESULT)
-THINKING = {"thinking": str, "signature": str}
-TOOL_USE = {"id": str, "name": str, "input": dict}
-TOOL_RESULT = {"tool_use_id": str, "content?": STRING_OR_BLOCKS, "is_error?": bool}
-BLOCKS = {
-    "user": Tagged(INNER_BLOCKS, tool_result=TOOL_RESULT),
-    "assistant": Tagged(text=TEXT, thinking=THINKING, redacted_thinking={"data": str}, tool_use=TOOL_USE),
-    "system": Tagged(text=TEXT),
-}
-EFFORTS = ("low", "medium", "high", "xhigh", "max")
-REQUEST = {
-    **{"model": str, "max_tokens": int, "messages": list, "stream?": bool, "metadata?": dict, "tools?": [dict]},
-    **{"temperature?": float, "top_p?": float, "top_k?": int, "stop_sequences?": [str]},
-    "service_tier?": ("auto", "standard_only"),
-    "thinking?": Tagged(enabled={"budget_tokens": int}, adaptive={}, disabled={}, between_tools={}),
-    "output_config?": {"effort?": EFFORTS, "format?": Tagged(json_schema={"schema": dict})},
-    "tool_choice?": Tagged(auto={}, any={}, none={}, tool={"name": str}),
-}
-TYPE_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "list", dict: "object"}
-TOOL = {"name": str, "description?": str, "input_schema": {"type": ("object",)}}  # the CLI lists no tool without a type
-TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
-# Fields whose loss would change the answer and that the CLI cannot be made to honour.
-DECLINED = {"mcp_servers": "not connected by this bridge", "container": "not available through this bridge"}
-
-
-def bad(place: str, message: str) -> ApiError:
+def bad_request(place: str, message: str) -> ApiError:
     return ApiError(400, f"{place}: {message}")
 
 
-def check(value: Any, shape: Any, place: str) -> None:
-    """Raise ApiError 400, in the API's wording and with the place, unless `value` has the shape."""
-    if isinstance(shape, Tagged):
-        check(value, dict, place)
-        tag = value.get("type")
-        if tag in ("url", "file") and place.endswith(".source"):
-            raise bad(place, f"{tag} sources are not fetched by this bridge: send the data itself")
-        if not isinstance(tag, str) or tag not in shape:
-            tags = ", ".join(repr(name) for name in shape)
-            wrong = f"Input tag {tag!r} found using 'type' does not match any of the expected tags: {tags}"
-            raise bad(*((f"{place}.type", "Field required") if tag is None else (place, wrong)))
-        check(value, shape[tag], f"{place}.{tag}")
-    elif isinstance(shape, dict):
-        check(value, dict, place)
-        for name, inner in shape.items():
-            key = name.removesuffix("?")
-            where = f"{place}.{key}".lstrip(".")
-            if value.get(key) is not None:
-                check(value[key], inner, where)
-            elif key == name:
-                raise bad(where, "Field required")
-    elif isinstance(shape, list):
-        check(value, list, place)
-        for number, item in enumerate(value):
-            check(item, shape[0], f"{place}.{number}")
-    elif isinstance(shape, tuple):
-        if value not in shape:
-            raise bad(place, f"Input should be {' or '.join(map(repr, shape))}")
-    elif shape is STRING_OR_BLOCKS:
-        if not isinstance(value, str):
-            check(value, [INNER_BLOCKS], place)
-    elif shape is bytes:
-        check(value, str, place)
-        try:
-            valid = bool(binascii.a2b_base64(value, strict_mode=True))
-        except ValueError:
-            valid = False
-        if not valid:
-            raise bad(place, "Input should be valid base64")
-    elif type(value) not in ((int, float) if shape is float else (shape,)):
-        raise bad(place, f"Input should be a valid {TYPE_NAMES[shape]}")
+# How the CLI words an error of the API: an introduction, and the API's own message, as text or as the whole error body.
+API_ERROR = re.compile(r"(?:Failed to authenticate\. )?API Error: (?:\d{3} |Request rejected \(429\) · )?(.+)", re.DOTALL)
+# What it adds to a 5xx.
+ADVICE = ". This is a server-side issue, usually temporary"
+# A second try of its own, without a part of the conversation that the API refused.
+REMOVAL = re.compile(r"API Error: (.+ could not be processed) and was removed")
+# Its own verdicts carry no status (recordings not_logged_in, mid_stream_error of 2.1.197).
+VERDICTS = {
+    "Not logged in": 401,
+    "Prompt is too long": 400,
+    "API Error: Overloaded": 529,
+}
+
+
+def result_error(result: CliEvent, told: CliEvent | None = None, resets_at: float | None = None) -> ApiError:
+    """The error that a `result` event with `is_error` stands for.
+
+    The CLI writes `subtype: success` on failures as well, so only `is_error`, `api_error_status` and the text count
+    (recordings error_401, error_429, error_529, not_logged_in).  `told` is the `assistant` event before it, in which
+    2.1.330 keeps the API's error.type and error_code.
+    """
+    errors = result.get("errors")
+    text = result.get("result")
+    if not text and isinstance(errors, list):
+        text = "; ".join(map(str, errors))
+    text = str(text or "the claude CLI ended the turn with an error")
+    status = result.get("api_error_status")
+    if not isinstance(status, int) or not 400 <= status <= 599:
+        status = next((code for words, code in VERDICTS.items() if text.startswith(words)), 502)
+    told = told or {"type": ""}
+    kind = told.get("api_error_type") or ""
+    code = told.get("api_error_code")
+    message, kind = api_message(text, str(kind))
+    if status == 401:
+        message = f"{message} (the claude CLI is not logged in: {LOGIN_CURE})"
+    elif status == 404:
+        message = f"{message.partition(' Run --model')[0]} (GET /v1/models lists the models of this account)"
+    details = {"error_code": code} if isinstance(code, str) else None
+    return ApiError(status, message, kind, details, resets_at=resets_at if status == 429 else None)
+
+
+def api_message(text: str, kind: str) -> tuple[str, str]:
+    """The API's own message in a text of the CLI, and its error.type where the text says it."""
+    match = API_ERROR.fullmatch(text)
+    if not match:
+        return text, kind
+    message = match[1].partition(ADVICE)[0]
+    try:
+        error = orjson.loads(message)["error"]
+        inner, its_kind = error["message"], error.get("type")
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+        return message or text, kind
+    if isinstance(its_kind, str):
+        kind = kind or its_kind
+    if isinstance(inner, str) and inner:
+        message = inner
+    return message, kind
+
+
+# ------------------------------------------------------------------------------------- JSON
+
+# An integer that may not fit into 64 bits: orjson would read it as a float, and lose digits.
+LONG_INTEGER = re.compile(rb"[0-9]{19}")
+
+
+def from_json(text: bytes) -> Any:
+    """A JSON value with all digits of its integers.  Raises orjson.JSONDecodeError."""
+    value = orjson.loads(text)
+    if not LONG_INTEGER.search(text):
+        return value
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # too many digits, or levels
+        raise orjson.JSONDecodeError(str(error), "", 0) from None
+
+
+def to_json(value: Any, options: int = 0) -> bytes:
+    """One line of JSON.  `options` are those of orjson.  Raises ApiError for about 1,000 levels."""
+    try:
+        return orjson.dumps(value, option=options)
+    except TypeError:  # an integer of more than 64 bits, or more than 254 levels
+        sort_keys = bool(options & orjson.OPT_SORT_KEYS)
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=sort_keys)
+    except RecursionError:
+        raise cli_error("the claude CLI wrote JSON that is nested too deeply") from None
+    return text.encode()
+
+
+def line(value: Json) -> bytes:
+    return to_json(value) + b"\n"
+
+
+# ------------------------------------------------------------------------------------- requests
+
+# A model name can end up in the CLI's argv, where a leading dash would make it a flag.  Brackets, slashes, colons and
+# @ occur in real names (sonnet[1m], Bedrock ARNs, Vertex versions).
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,255}")
+MODEL_PREFIX = "claude-cli/"
+# Values of anthropic-beta: they reach the CLI as one list with commas.
+BETA_NAME = re.compile(r"[\x21-\x2b\x2d-\x7e]+")
+UNPRINTABLE = re.compile(r"[^\x21-\x2b\x2d-\x7e]")
+# What the bridge says to the CLI in other ways, or leaves to it.  All other fields of a request go to the API as sent.
+# A field `betas` would replace the CLI's own list, the one that an OAuth login needs among it; `metadata` is who the
+# CLI says it is.
+OWN_FIELDS = frozenset({"model", "messages", "system", "stream", "metadata", "betas"})
+THREAD_UNSUPPORTED = "thread_unsupported_request"
+# Claude Code's first system block: a hash that changes with every request, and that the CLI writes itself.
+BILLING_LINE = "x-anthropic-billing-header:"
+TYPE_NAMES = {
+    str: "string",
+    bool: "boolean",
+    list: "list",
+    dict: "object",
+}
+PREFILL = (
+    "a conversation whose last message is the assistant's cannot be continued by this bridge "
+    "(the claude CLI takes no prefill): end it with a user message"
+)
+# Tools whose entry in `tools` has no name of its own, and the names that the model calls (SDK: BetaComputerToolset*).
+TOOLSETS = {
+    "computer_toolset_": (
+        "cursor_position double_click hold_key key left_click left_click_drag left_mouse_down left_mouse_up "
+        "middle_click mouse_move right_click screenshot scroll triple_click type wait zoom"
+    ),
+    "browser_toolset_": (
+        "close_tab double_click file_upload find form_input get_page_text hold_key hover javascript_exec key "
+        "left_click left_click_drag left_mouse_down left_mouse_up list_tabs middle_click mouse_move navigate new_tab "
+        "read_console read_network read_page right_click screenshot scroll scroll_to switch_tab triple_click type "
+        "wait zoom"
+    ),
+}
 
 
 @dataclass(slots=True)
@@ -180,307 +278,732 @@ class Request:
 
     model: str  # as the CLI gets it: without a leading claude-cli/
     system: list[str]  # the texts of the system prompt; empty: none
-    messages: list[Json]  # {"role", "content": [blocks]}; roles alternate, the last one is the user's
+    messages: list[Message]  # roles alternate, the last one is the user's
     stream: bool
-    tools: list[Json]  # as the CLI lists them (MCP)
-    settings: dict[str, str]  # environment settings of the CLI for this turn
-    parts: dict[str, bytes]  # digests of model, system and tools: what cannot change without a new process
-    sent_parts: dict[str, bytes]  # those of them that the client sent
+    tool_names: list[str]  # the client's tools, as the model calls them
+    body: Json  # the fields that go to the API as sent
+    betas: str  # the client's anthropic-beta, sorted
+    caching: str  # who sets the cache breakpoints of the messages: "cli" or "client"
+    not_sent: list[str]  # what cannot arrive as sent: fields and places
+    image_keys: list[str]  # places that are lost when the newest message goes to a running process as a line
+    size: int  # bytes of the body
+    parts: dict[str, bytes] = field(default_factory=dict)  # digests of what cannot change without a new process
+    sent_parts: dict[str, bytes] = field(default_factory=dict)  # those of them that the client sent
+    past: bytes = b""  # digest of all messages but the last one
+    newest: bytes = b""  # digest of the last message
 
 
-def parse_request(body: bytes, *, max_depth: int = 200, max_messages: int = 100_000, **defaults: int) -> Request:
-    """Check the body of POST /v1/messages and bring it into one form; `defaults` fill fields that are missing.
+def parse_request(
+    body: bytes,
+    betas: str = "",
+    *,
+    max_depth: int = 200,
+    max_messages: int = 100_000,
+    max_values: int = 300_000,
+    counting: bool = False,
+) -> Request:
+    """Read the body of POST /v1/messages; `betas` is the header anthropic-beta; `counting`: of .../count_tokens.
 
-    Raises ApiError 400 in the API's wording for whatever the API would refuse, or what the CLI cannot be made to do.
+    The API is the judge of a request, the bridge its carrier: it checks what it must know itself to be right, and what
+    the CLI would change in silence.  Raises ApiError 400, in the API's wording.
     """
+    data = read_object(body, max_depth, max_values)
+    if data.get("thread") is not None:
+        # The SDKs send the whole history after this error_code alone (anthropic lib/threads/_thread_state.py).
+        details = {"error_code": THREAD_UNSUPPORTED}
+        raise ApiError(400, "thread: not supported by this bridge", details=details)
+    for name in ("model", "messages") if counting else ("model", "max_tokens", "messages"):
+        if data.get(name) is None:
+            raise bad_request(name, "Field required")
+    not_sent = [name for name in ("metadata", "betas") if data.get(name) is not None]
+    stream = data.get("stream")
+    if stream is not None:
+        check_type(stream, bool, "stream")
+    system = read_system(data.get("system"), not_sent)
+    tools = data.get("tools")
+    tools = [] if tools is None else check_type(tools, list, "tools")
+    raw = check_type(data["messages"], list, "messages")
+    if len(raw) > max_messages:
+        raise bad_request("messages", f"List should have at most {max_messages} items")
+    caching = "client" if has_own_breakpoints(raw, tools, data) else "cli"
+    tool_names = read_tool_names(tools)
+    loaded: set[str] = set()
+    messages, places = read_messages(raw, caching, not_sent, loaded)
+    fields = {name: value for name, value in data.items() if name not in OWN_FIELDS}
+    if tools:
+        fields["tools"] = without_deferring(tools, loaded, not_sent)
+    request = Request(
+        model=read_model(data["model"]),
+        system=system,
+        messages=messages,
+        stream=bool(stream),
+        tool_names=tool_names,
+        body=fields,
+        betas=read_betas(betas),
+        caching=caching,
+        not_sent=list(dict.fromkeys(not_sent)),
+        image_keys=image_keys(messages[-1], places),
+        size=len(body),
+    )
+    identify(request, data)
+    return request
+
+
+def read_object(body: bytes, max_depth: int, max_values: int) -> Json:
+    if has_more_values(body, max_values):
+        raise ApiError(400, f"The request body is not valid JSON: it holds more than {max_values} values")
     try:
-        data = orjson.loads(body)
+        data = from_json(body)
     except orjson.JSONDecodeError as error:
         raise ApiError(400, f"The request body is not valid JSON: {error}") from None
     if is_deeper(data, max_depth):
         raise ApiError(400, f"The request body is not valid JSON: it is nested more than {max_depth} levels deep")
     if not isinstance(data, dict):
         raise ApiError(400, "The request body is not a JSON object.")
-    if data.get("thread") is not None:
-        # SDKs fall back to the full history only on this error_code (anthropic lib/threads/_thread_state.py).
-        raise ApiError(400, "thread: not supported by this bridge", details={"error_code": THREAD_UNSUPPORTED})
-    data = {**defaults, **data}
-    check(data, REQUEST, "")
-    if len(data["messages"]) > max_messages:
-        raise bad("messages", f"List should have at most {max_messages} items")
-    for name, reason in DECLINED.items():
-        if data.get(name):
-            raise bad(name, reason)
-    check_ranges(data)
-    model = data["model"].removeprefix(MODEL_PREFIX)
-    if not MODEL_NAME.fullmatch(model):
-        raise bad("model", "String should be a model name: letters, digits and . _ : / @ [ ] -, not beginning with -")
-    system = system_texts(data.get("system"))
-    tools = listed_tools(data.get("tools") or [])
-    parts = {"model": digest(model), "system": digest(system), "tools": digest(tools)}
-    sent = {name: parts[name] for name in parts if data.get(name) is not None}
-    messages = normal_messages(data["messages"])
-    return Request(model, system, messages, bool(data.get("stream")), tools, turn_settings(data), parts, sent)
+    return data
+
+
+# A JSON string.  The possessive quantifiers keep it linear where a string has no end.
+STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+
+
+def has_more_values(body: bytes, limit: int) -> bool:
+    """Whether a JSON text holds more values than `limit`, about: each can take a hundred times its
+    bytes of memory."""
+    if count_marks(body) <= limit:
+        return False
+    in_strings = sum(count_marks(match[0]) for match in STRING.finditer(body))
+    return count_marks(body) - in_strings > limit
+
+
+def count_marks(text: bytes) -> int:
+    """How many commas and opening brackets there are: about one for each value."""
+    return text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
 def is_deeper(value: Any, levels: int) -> bool:
-    inner = [value]
-    while inner and levels >= 0:
-        levels -= 1
-        nested = [item for item in inner if isinstance(item, dict | list)]
-        inner = [child for item in nested for child in (item.values() if isinstance(item, dict) else item)]
-    return bool(inner)
+    """Whether a JSON value is nested more than so many levels deep."""
+    layer = [value]
+    for _ in range(levels + 1):
+        below: list[Any] = []
+        for item in layer:
+            if isinstance(item, dict):
+                below.extend(item.values())
+            elif isinstance(item, list):
+                below.extend(item)
+        layer = below
+        if not layer:
+            return False
+    return True
 
 
-def check_ranges(data: Json) -> None:
-    for name, least in (("max_tokens", 1), ("top_k", 0)):
-        if (data.get(name) or 0) < least:
-            raise bad(name, f"Input should be greater than or equal to {least}")
-    for name in ("temperature", "top_p"):
-        if not 0 <= (data.get(name) or 0) <= 1:
-            raise bad(name, "range: 0..1")
-    if "" in (data.get("stop_sequences") or []):
-        raise bad("stop_sequences", "each stop sequence must be non-empty")
-    thinking = data.get("thinking")
-    if thinking and thinking["type"] == "enabled":
-        budget = thinking["budget_tokens"]
-        if budget < 1024:
-            raise bad("thinking.enabled.budget_tokens", "Input should be greater than or equal to 1024")
-        if budget >= data["max_tokens"]:
-            raise ApiError(400, "`max_tokens` must be greater than `thinking.budget_tokens`.")
+def check_type(value: Any, kind: type, place: str) -> Any:
+    """The value.  Raises ApiError 400, in the API's wording, unless it is of that type."""
+    if type(value) is not kind:
+        raise bad_request(place, f"Input should be a valid {TYPE_NAMES[kind]}")
+    return value
 
 
-def listed_tools(tools: list[Json]) -> list[Json]:
-    """The request's client tools as an MCP server lists them: schemas verbatim, in their order (API: "tools").
+def read_model(value: Any) -> str:
+    name: str = check_type(value, str, "model").removeprefix(MODEL_PREFIX)
+    if not MODEL_NAME.fullmatch(name):
+        words = "String should be a model name: letters, digits and . _ : / @ [ ] -, not beginning with -"
+        raise bad_request("model", words)
+    return name
 
-    `_meta` lifts the CLI's limit on results from 50,000 to 500,000 characters, and keeps the tool from being deferred.
+
+def read_betas(header: str) -> str:
+    names = {name.strip() for name in header.split(",")} - {""}
+    for name in names:
+        if not BETA_NAME.fullmatch(name):
+            raise bad_request("anthropic-beta", "names are visible ASCII characters, separated by commas")
+    return ",".join(sorted(names))
+
+
+def read_system(system: Any, not_sent: list[str]) -> list[str]:
+    """The texts of `system`: a string or text blocks (API).  The CLI joins them, and keeps no other key of theirs."""
+    if system is None:
+        return []
+    if isinstance(system, str):
+        return [system] if system else []
+    texts = []
+    for number, block in enumerate(check_type(system, list, "system")):
+        place = f"system.{number}"
+        check_type(block, dict, place)
+        if block.get("type") != "text":
+            raise bad_request(f"{place}.type", "Input should be 'text'")
+        text = check_type(block.get("text"), str, f"{place}.text")
+        if text.startswith(BILLING_LINE):
+            not_sent.append(place)
+        elif text:
+            texts.append(text)
+        for key, value in block.items():
+            if value is None or key in ("type", "text"):
+                continue
+            not_sent.append(key if key == "cache_control" else f"{place}.{printable(key)}")
+    return texts
+
+
+def printable(key: str) -> str:
+    """A key as a header can hold it (x-bridge-not-sent)."""
+    return UNPRINTABLE.sub("?", key) or "?"
+
+
+def read_tool_names(tools: list[Any]) -> list[str]:
+    """The names by which the model may call a tool of the client.
+
+    The CLI has to know them to hand a call over (MCP); everything else about the tools goes to the API as sent.
     """
-    listed: dict[str, Json] = {}
+    names: list[str] = []
     for number, tool in enumerate(tools):
-        if tool.get("type") not in (None, "custom"):
-            raise bad(f"tools.{number}", f"{tool['type']!r} tools are not available through this bridge")
-        check(tool, TOOL, f"tools.{number}")
-        if not TOOL_NAME.fullmatch(tool["name"]):
-            raise bad(f"tools.{number}.name", f"String should match pattern '^{TOOL_NAME.pattern}$'")
-        if tool["name"] in listed:
-            raise bad("tools", "Tool names must be unique.")
-        listed[tool["name"]] = {
-            "name": tool["name"],
-            "description": tool.get("description") or "",
-            "inputSchema": tool["input_schema"],
-            "_meta": {"anthropic/maxResultSizeChars": 1_000_000_000, "anthropic/alwaysLoad": True},
-        }
-    return list(listed.values())
+        check_type(tool, dict, f"tools.{number}")
+        name = tool.get("name")
+        if name is not None:
+            names.append(check_type(name, str, f"tools.{number}.name"))
+        for prefix, members in TOOLSETS.items():
+            if str(tool.get("type")).startswith(prefix):
+                names += members.split()
+    return list(dict.fromkeys(names))
 
 
-def system_texts(system: Any) -> list[str]:
-    """The texts of `system`: a string or text blocks (API)."""
-    blocks = [{"type": "text", "text": system}] if isinstance(system, str) else [] if system is None else system
-    check(blocks, [BLOCKS["system"]], "system")
-    return [block["text"] for block in blocks if block["text"] and not block["text"].startswith(BILLING_LINE)]
+def called_names(messages: list[Message]) -> list[str]:
+    """The names of the tools that a conversation has called."""
+    return [block["name"] for message in messages for block in message["content"] if block["type"] == "tool_use"]
 
 
-def normal_messages(messages: list[Any]) -> list[Json]:
-    """The messages as block lists of alternating roles, without keys that carry nothing (null; `cache_control`: the CLI
-    sets its own cache breakpoints and the API allows four).
+def without_deferring(tools: list[Any], loaded: set[str], not_sent: list[str]) -> list[Any]:
+    """The tools, those that a `tool_reference` has loaded without `defer_loading`: the CLI leaves such references out,
+    and the model would never see the tool."""
+    kept = []
+    for number, tool in enumerate(tools):
+        if tool.get("defer_loading") and tool.get("name") in loaded:
+            not_sent.append(f"tools.{number}.defer_loading")
+            tool = {key: value for key, value in tool.items() if key != "defer_loading"}
+        kept.append(tool)
+    return kept
 
+
+# ------------------------------------------------------------------------------------- messages
+
+# How deep blocks may stand in blocks: in a tool_result, and in a document there (API).
+INNER_LEVELS = 2
+
+
+def read_messages(
+    raw: list[Any], caching: str, not_sent: list[str], loaded: set[str]
+) -> tuple[list[Message], list[str]]:
+    """The messages as block lists of alternating roles, and the places of the last one's blocks.
+
+    Adds to `not_sent` the places of what the CLI leaves out, and to `loaded` the tools that results refer to.
     Raises ApiError 400 in the API's wording, with the index of the message as the client numbered it.
     """
-    if not messages:
-        raise bad("messages", "at least one message is required")
-    merged: list[Json] = []
-    places: list[list[str]] = []  # of each block
-    for number, message in enumerate(messages):
+    if not raw:
+        raise bad_request("messages", "at least one message is required")
+    merged: list[Message] = []
+    places: list[list[str]] = []  # of each block, as the client numbered it
+    for number, message in enumerate(raw):
         place = f"messages.{number}"
-        blocks = message_blocks(message, place)
-        role = message["role"]
+        role, blocks = read_message(message, place)
+        for key, value in message.items():
+            if value is not None and key not in ("role", "content"):
+                not_sent.append(f"{place}.{printable(key)}")
+        if role == "assistant" and all(block["type"] in UNSAID for block in blocks):
+            not_sent.append(place)  # the CLI leaves out such a message
+            continue
         if role == "system":
-            check_system_place(messages, number)
-            # Claude Code ends its requests with one; the CLI's input knows the user's and the assistant's only.
+            check_system_place(raw, number)
+            # The CLI's input knows the user's and the assistant's messages only.
+            not_sent.append(f"{place}.role")
             text = "\n".join(block["text"] for block in blocks)
             role, blocks = "user", [{"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}]
-        homes = [f"{place}.content.{n}" for n in range(len(blocks))]
+        if caching == "cli":
+            blocks = [without_breakpoints(block, not_sent) for block in blocks]
+        homes = [f"{place}.content.{index}" for index in range(len(blocks))]
+        blocks = [
+            read_result(block, home, not_sent, loaded) if block["type"] == "tool_result" else block
+            for block, home in zip(blocks, homes, strict=True)
+        ]
         if merged and merged[-1]["role"] == role:  # API: consecutive turns of one role are one turn
-            merged[-1]["content"] += blocks
-            places[-1] += homes
+            merged[-1]["content"].extend(blocks)
+            places[-1].extend(homes)
         else:
-            merged.append({"role": role, "content": blocks})
+            merged.append({"role": role, "content": list(blocks)})
             places.append(homes)
     check_pairs(merged, places)
-    if merged[-1]["role"] == "assistant":
-        words = "This model does not support assistant message prefill. The conversation must end with a user message."
-        raise ApiError(400, words)
-    return merged
+    if role == "assistant":
+        raise bad_request(place, PREFILL)
+    for message, homes in zip(merged, places, strict=True):
+        not_sent += left_out(message["content"], homes)
+    return merged, places[-1]
 
 
-def message_blocks(message: Any, place: str) -> list[Json]:
-    check(message, {"role": str}, place)
-    role, content = message["role"], message.get("content")
-    if role not in BLOCKS:
-        raise bad(f"{place}.role", "Input should be 'user' or 'assistant'")
+# All that the CLI keeps of a tool_use.
+CALL_KEYS = {"type", "id", "name", "input"}
+
+
+def left_out(blocks: list[Block], homes: list[str]) -> list[str]:
+    """The places of what some version of the CLI leaves out of an assistant message: marks of a fallback, the advisor's
+    words, keys of tool calls, citations of documents, and calls of server tools that wait for a client's tool, and so
+    have no result in the same message."""
+    answered = {str(block.get("tool_use_id")) for block in blocks}
+    places = []
+    for block, home in zip(blocks, homes, strict=True):
+        kind = block["type"]
+        is_server_call = kind in ("server_tool_use", "mcp_tool_use")
+        is_pending = is_server_call and str(block.get("id")) not in answered
+        is_advice = kind == "advisor_tool_result" or (is_server_call and block.get("name") == "advisor")
+        if kind == "fallback" or is_pending or is_advice:
+            places.append(home)
+        elif kind == "tool_use":
+            extra = [key for key in canonical_block(block) if key not in CALL_KEYS]
+            places += [f"{home}.{printable(key)}" for key in extra]
+        elif kind == "text" and any(not is_from_web(citation) for citation in as_blocks(block.get("citations"))):
+            places.append(f"{home}.citations")
+    return places
+
+
+def is_from_web(citation: Any) -> bool:
+    """Whether it is one of the citations that 2.1.332 keeps."""
+    return isinstance(citation, dict) and citation.get("type") == "web_search_result_location"
+
+
+def read_result(block: Block, place: str, not_sent: list[str], loaded: set[str]) -> Block:
+    """A tool_result without what the CLI leaves out: references to tools, and all but text of an error."""
+    content = block.get("content")
+    if not isinstance(content, list):
+        return block
+    kept = []
+    for index, inner in enumerate(content):
+        kind = inner.get("type") if isinstance(inner, dict) else None
+        if kind == "tool_reference":
+            loaded.add(str(inner.get("tool_name")))
+            kept.append({"type": "text", "text": f"Tool loaded: {inner.get('tool_name')}"})
+        elif kind == "text" or not block.get("is_error"):
+            kept.append(inner)
+            continue
+        not_sent.append(f"{place}.content.{index}")
+    result = block.copy()
+    result["content"] = kept
+    return result
+
+
+def read_message(message: Any, place: str) -> tuple[str, list[Block]]:
+    """The role of a message and its blocks, with all that is read of them checked."""
+    check_type(message, dict, place)
+    role = check_type(message.get("role"), str, f"{place}.role")
+    if role not in ("user", "assistant", "system"):
+        raise bad_request(f"{place}.role", "Input should be 'user' or 'assistant'")
+    content = message.get("content")
     if content is None:
-        raise bad(f"{place}.content", "Field required")
+        raise bad_request(f"{place}.content", "Field required")
     if content in ("", []):
         words = "all messages must have non-empty content except for the optional final assistant message"
-        raise bad(place, words)
-    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    check(blocks, [BLOCKS[role]], f"{place}.content")
-    for block in blocks:
-        if block["type"] == "text" and not block["text"].strip():
-            words = "contain non-whitespace text" if block["text"] else "be non-empty"
-            raise bad("messages", f"text content blocks must {words} ({place})")
-    return [bare(block) for block in blocks]
+        raise bad_request(place, words)
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    for index, block in enumerate(check_type(content, list, f"{place}.content")):
+        check_block(block, role, place, f"{place}.content.{index}")
+    return role, content
 
 
-def bare(block: Json) -> Json:
-    """A content block, and those in its content, without null keys and `cache_control`."""
-    kept = {key: value for key, value in block.items() if value is not None and key != "cache_control"}
-    if kept["type"] == "tool_result" and isinstance(kept.get("content"), list):
-        kept["content"] = [bare(inner) for inner in kept["content"]]
-    if kept["type"] == "document" and isinstance(kept["source"].get("content"), list):
-        kept["source"] = {**kept["source"], "content": [bare(inner) for inner in kept["source"]["content"]]}
-    return kept
+def check_block(block: Any, role: str, message_place: str, place: str) -> None:
+    check_type(block, dict, place)
+    kind = check_type(block.get("type"), str, f"{place}.type")
+    if kind == "text":
+        text = check_type(block.get("text"), str, f"{place}.text.text")
+        if not text.strip():  # the CLI would drop the block, or the message
+            words = "contain non-whitespace text" if text else "be non-empty"
+            raise bad_request("messages", f"text content blocks must {words} ({message_place})")
+    elif role == "system":
+        raise bad_request(f"{place}.type", "Input should be 'text'")
+    elif kind == "image":
+        check_image(block, place)
+    elif kind == "tool_use":
+        check_role(role, "assistant", kind, place)
+        check_type(block.get("id"), str, f"{place}.tool_use.id")
+        name = check_type(block.get("name"), str, f"{place}.tool_use.name")
+        if len(name) > MAX_TOOL_NAME:
+            raise bad_request(f"{place}.tool_use.name", f"String should have at most {MAX_TOOL_NAME} characters")
+        check_type(block.get("input"), dict, f"{place}.tool_use.input")
+    elif kind == "tool_result":
+        check_role(role, "user", kind, place)
+        check_type(block.get("tool_use_id"), str, f"{place}.tool_result.tool_use_id")
+
+
+# Characters of a tool's name (API); the CLI would cut a longer one.
+MAX_TOOL_NAME = 200
+# How the base64 of an image begins.
+IMAGE_SIGNATURES = {
+    "iVBORw0KGgo": "image/png",
+    "/9j/": "image/jpeg",
+    "R0lGOD": "image/gif",
+    "UklGR": "image/webp",
+}
+
+
+def check_image(block: Block, place: str) -> None:
+    """API: base64 data is that of an image of its media type.  The CLI would replace what is not, in silence."""
+    source = check_type(block.get("source"), dict, f"{place}.image.source")
+    if source.get("type") != "base64":
+        return
+    place = f"{place}.image.source.base64"
+    data = check_type(source.get("data"), str, f"{place}.data")
+    declared = check_type(source.get("media_type"), str, f"{place}.media_type")
+    try:
+        is_valid = bool(binascii.a2b_base64(data, strict_mode=True))
+    except ValueError:
+        is_valid = False
+    if not is_valid:
+        raise bad_request(f"{place}.data", "Input should be valid base64")
+    for signature, kind in IMAGE_SIGNATURES.items():
+        if data.startswith(signature) and declared != kind:
+            words = f"The image was specified using the {declared} media type, but appears to be {kind}"
+            raise bad_request(f"{place}.media_type", words)
+
+
+def check_role(role: str, wanted: str, kind: str, place: str) -> None:
+    if role != wanted:
+        raise bad_request(place, f"`{kind}` blocks can only be in `{wanted}` messages")
 
 
 def check_system_place(messages: list[Any], number: int) -> None:
     """API: a system message follows a user turn, and precedes an assistant turn or ends the array."""
     if number == 0:
         words = 'The Messages API accepts a top-level `system` parameter, not "system" as an input message role.'
-        raise bad("messages", f'Unexpected role "system". {words}')
+        raise bad_request("messages", f'Unexpected role "system". {words}')
+    before = messages[number - 1]["role"]
     after = messages[number + 1] if number + 1 < len(messages) else {"role": "assistant"}
-    if messages[number - 1]["role"] != "user" or not isinstance(after, dict) or after.get("role") != "assistant":
+    precedes_assistant = isinstance(after, dict) and after.get("role") == "assistant"
+    if before != "user" or not precedes_assistant:
         words = "role 'system' must follow a user turn, and precede an 'assistant' message or end the array"
-        raise bad(f"messages.{number}", words)
+        raise bad_request(f"messages.{number}", words)
 
 
-def check_pairs(messages: list[Json], places: list[list[str]]) -> None:
+def check_pairs(messages: list[Message], places: list[list[str]]) -> None:
     """API: each tool_use is answered in the next message, each tool_result answers a tool_use of the previous one."""
-    called: list[str] = []
-    seen: list[str] = []
+    called: dict[str, None] = {}
+    seen: set[str] = set()
     for message, homes in zip(messages, places, strict=True):
-        blocks = enumerate(message["content"])
-        results = {n: block["tool_use_id"] for n, block in blocks if block["type"] == "tool_result"}
-        for number, tool_id in results.items():
-            if tool_id not in called:
-                words = f"unexpected `tool_use_id` found in `tool_result` blocks: {tool_id}. Each `tool_result` block "
-                words += "must have a corresponding `tool_use` block in the previous message."
-                raise bad(homes[number], words)
-        missing = [tool_id for tool_id in called if tool_id not in results.values()]
+        results = set()
+        for block, home in zip(message["content"], homes, strict=True):
+            if block["type"] != "tool_result":
+                continue
+            results.add(block["tool_use_id"])
+            if block["tool_use_id"] not in called:
+                words = f"unexpected `tool_use_id` found in `tool_result` blocks: {block['tool_use_id']}. "
+                words += "Each `tool_result` block must have a corresponding `tool_use` block in the previous message."
+                raise bad_request(home, words)
+        missing = [tool_id for tool_id in called if tool_id not in results]
         if missing:
             words = f"`tool_use` ids were found without `tool_result` blocks immediately after: {', '.join(missing)}. "
             words += "Each `tool_use` block must have a corresponding `tool_result` block in the next message."
-            raise bad(homes[0].partition(".content.")[0], words)
-        called = [block["id"] for block in message["content"] if block["type"] == "tool_use"]
-        seen += called
-    if len(seen) > len(set(seen)):
-        raise bad("messages", "`tool_use` ids must be unique")
+            raise bad_request(homes[0].partition(".content.")[0], words)
+        called = {}
+        for block in message["content"]:
+            if block["type"] != "tool_use":
+                continue
+            if block["id"] in seen:
+                raise bad_request("messages", "`tool_use` ids must be unique")
+            seen.add(block["id"])
+            called[block["id"]] = None
 
 
-def turn_settings(data: Json) -> dict[str, str]:
-    """The request's parameters as an environment setting of the CLI, which merges them over the body of its API calls
-    (recording turn_settings): from the next call on, and gone with the next value."""
-    body = {name: data[name] for name in data if name in BODY_FIELDS and data[name] not in (None, [])}
-    choice = data.get("tool_choice")
-    if choice and data.get("tools"):
-        body["tool_choice"] = {**choice, "name": TOOL_PREFIX + choice["name"]} if choice["type"] == "tool" else choice
-    return {"CLAUDE_CODE_EXTRA_BODY": orjson.dumps(body).decode()}
+def image_keys(message: Message, homes: list[str]) -> list[str]:
+    """The places of what the CLI leaves out of the images in a user line: all but their data."""
+    places = []
+    for block, home in zip(message["content"], homes, strict=True):
+        if is_base64_image(block):
+            extra = block.keys() - {"type", "source", "cache_control"}
+            places += [f"{home}.{printable(key)}" for key in sorted(extra)]
+    return places
 
 
-# ---------------------------------------------------------------- fingerprints
+def is_base64_image(block: Block) -> bool:
+    source = block.get("source")
+    return block["type"] == "image" and isinstance(source, dict) and source.get("type") == "base64"
 
-# Block type -> the keys that say something.  Clients add, drop and reorder the others when they echo a block.
-MEANING = {
-    "text": ("text",),
-    "image": ("source",),
-    "document": ("source", "title", "context"),
-    "search_result": ("source", "title", "content"),
-    "tool_use": ("id", "name", "input"),
-    "tool_result": ("tool_use_id", "content", "is_error"),
+
+# The API takes four cache breakpoints.  The CLI sets three of its own: two on the system prompt and one at the end of
+# the newest message, which is where most clients want theirs.
+API_BREAKPOINTS = 4
+CLI_BREAKPOINTS = 3
+
+
+def has_own_breakpoints(messages: list[Any], tools: list[Any], data: Json) -> bool:
+    """Whether the client sets cache breakpoints that the CLI's own are no match for: inside a message, such as behind a
+    document and before the question, or more on its tools than the CLI leaves."""
+
+    def is_set(value: Any) -> bool:
+        return isinstance(value, dict) and value.get("cache_control") is not None
+
+    outside = sum(map(is_set, tools)) + is_set(data)
+    if outside > API_BREAKPOINTS - CLI_BREAKPOINTS:
+        return True
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    return any(is_set(block) for content in contents if isinstance(content, list) for block in content[:-1])
+
+
+def without_breakpoints(block: Any, not_sent: list[str], levels: int = INNER_LEVELS) -> Any:
+    """A block, and the blocks in it, without `cache_control`."""
+    kept: Json = dict(block)
+    if kept.pop("cache_control", None) is not None:
+        not_sent.append("cache_control")
+    holder = kept
+    if isinstance(kept.get("source"), dict):
+        holder = kept["source"] = dict(kept["source"])
+    inner = holder.get("content")
+    if levels and isinstance(inner, list):
+        holder["content"] = [
+            without_breakpoints(item, not_sent, levels - 1) if isinstance(item, dict) else item for item in inner
+        ]
+    return kept
+
+
+# ------------------------------------------------------------------------------------- fingerprints
+
+# Keys of a block that mean nothing to the model: SDKs and clients add, move and drop them when they echo a block.
+NOISE = frozenset({"cache_control", "parsed_output"})
+# Values that mean the same as a key that is not there.
+DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "is_error": (False,),
+    "citations": ([], {"enabled": False}),
+    "content": ("", []),
+    "caller": ({"type": "direct"},),
 }
+# The API takes no account of the thinking of earlier turns, and clients drop it.
+THOUGHTS = frozenset({"thinking", "redacted_thinking"})
+# Blocks that are no answer if an assistant message holds nothing else.
+UNSAID = THOUGHTS | {"fallback"}
 
 
 def digest(value: Any) -> bytes:
     """A 16-byte digest of a JSON value that does not depend on the order of keys."""
-    return hashlib.blake2b(orjson.dumps(value, option=orjson.OPT_SORT_KEYS), digest_size=16).digest()
+    return hashlib.blake2b(to_json(value, orjson.OPT_SORT_KEYS), digest_size=16).digest()
 
 
-def extend(chain: bytes, messages: Iterable[Json]) -> bytes:
-    """The digest of a conversation that goes on from `chain` (b"": its start) with `messages`."""
-    for message in messages:
-        canonical = [message["role"], canonical_blocks(message["role"], message["content"])]
-        chain = hashlib.blake2b(chain + digest(canonical), digest_size=16).digest()
-    return chain
+def link(chain: bytes, message: bytes) -> bytes:
+    """The digest of a conversation that goes on from `chain` (b"": its start) with a message of that digest."""
+    return hashlib.blake2b(chain + message, digest_size=16).digest()
 
 
-def canonical_blocks(role: str, blocks: list[Json]) -> list[list[Any]]:
-    """Blocks without what clients change when they echo them: thinking is dropped, unknown and null keys vanish, and an
+def message_digest(message: Message) -> bytes:
+    return digest([message["role"], canonical_blocks(message["role"], message["content"])])
+
+
+def identify(request: Request, data: Json) -> None:
+    """Fill in the digests of a request."""
+    values = {
+        "model": request.model,
+        "system": request.system,
+        "tools": sorted(request.tool_names),  # all else about them is said with each turn
+        "betas": request.betas,
+        "caching": request.caching,
+    }
+    request.parts = {name: digest(value) for name, value in values.items()}
+    named = {name for name in ("model", "system", "tools") if data.get(name) is not None}
+    request.sent_parts = {name: request.parts[name] for name in named | {"betas", "caching"}}
+    for message in request.messages[:-1]:
+        request.past = link(request.past, message_digest(message))
+    request.newest = message_digest(request.messages[-1])
+
+
+def canonical_blocks(role: str, blocks: list[Block]) -> list[Json]:
+    """Blocks without what clients change when they echo them: thinking, `NOISE`, nulls and defaults vanish, and an
     assistant's neighbouring texts are one text without white space at its ends."""
-    canonical: list[list[Any]] = []
+    canonical: list[Json] = []
+    run: list[str] = []  # neighbouring texts of the assistant
+
+    def end_run() -> None:
+        text = "".join(run).strip()
+        if text:
+            canonical.append({"type": "text", "text": text})
+        run.clear()
+
     for block in blocks:
-        kind = block["type"]
-        if kind not in MEANING:  # thinking, redacted_thinking
+        if block["type"] in THOUGHTS:
             continue
-        if role == "assistant" and kind == "text":
-            if canonical and canonical[-1][0] == "text":
-                canonical[-1][1] += block["text"]
-            else:
-                canonical.append(["text", block["text"]])
+        kept = canonical_block(block)
+        if role == "assistant" and block["type"] == "text" and kept.keys() == {"type", "text"}:
+            run.append(kept["text"])
             continue
-        canonical.append([kind, *(canonical_value(key, block.get(key)) for key in MEANING[kind])])
-    if role == "assistant":
-        stripped = [[part[0], part[1].strip()] if part[0] == "text" else part for part in canonical]
-        canonical = [part for part in stripped if part != ["text", ""]]
+        end_run()
+        canonical.append(kept)
+    end_run()
     return canonical
 
 
-def canonical_value(key: str, value: Any) -> Any:
-    if key == "content":
-        return canonical_blocks("user", as_blocks(value)) or None
-    return value or None if key == "is_error" else value
+def canonical_block(block: Any) -> Json:
+    kept = {}
+    for key, value in block.items():
+        if value is None or key in NOISE or value in DEFAULTS.get(key, ()):
+            continue
+        kept[key] = value
+    if kept.get("type") == "tool_result" and "content" in kept:
+        kept["content"] = canonical_content(kept["content"])
+    source = kept.get("source")
+    if isinstance(source, dict) and "content" in source:
+        kept["source"] = {**source, "content": canonical_content(source["content"])}
+    return kept
 
 
-# ---------------------------------------------------------------- lines to the CLI
+def canonical_content(content: Any) -> Any:
+    """The content of a tool_result or a document: a string is one text block (API)."""
+    if not isinstance(content, str | list):
+        return content
+    return [canonical_block(block) if isinstance(block, dict) else block for block in as_blocks(content)]
 
-# Ends every user content: a text that ends it would otherwise be searched for /commands and @files (recording
+
+def as_blocks(content: Any) -> list[Any]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}] if content else []
+    return content if isinstance(content, list) else []
+
+
+# ------------------------------------------------------------------------------------- to the CLI
+
+# Ends every user line: a text that ends it would otherwise be searched for /commands and @files (recording
 # slash_command_unescaped).  The CLI drops it before the API call.
-GUARD: Json = {"type": "text", "text": "\n"}
+GUARD: Block = {"type": "text", "text": "\n"}
+# The name of the MCP server that the bridge plays on the pipes of a process.
+MCP_SERVER = "client"
+# Lifts the CLI's limit on a tool's result from 50,000 characters to 500,000, and keeps the tool from being deferred.
+TOOL_META = {"anthropic/maxResultSizeChars": 1_000_000_000, "anthropic/alwaysLoad": True}
+# 2.1.197 wants a time in every row of a transcript, and neither version minds which.
+ROW_TIME = "2026-01-01T00:00:00.000Z"
 
 
-def line(value: Json) -> bytes:
-    return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
+def transcript(messages: list[Message], model: str) -> list[bytes]:
+    """A conversation as the CLI reads it with --resume: a chain of rows, one JSON object a line.
+
+    The first row is one that the API does not see: without it the CLI refuses a conversation that has no message.  The
+    last one is an assistant message that the API does not see either (`isVirtual`): a process that was started without
+    --model takes the `model` of the last assistant message, and finds no turn that was interrupted.
+    """
+    rows: list[bytes] = []
+
+    def add(row: Json) -> None:
+        number = len(rows)
+        row["uuid"] = str(uuid.UUID(int=number + 1))
+        row["parentUuid"] = str(uuid.UUID(int=number)) if number else None
+        row["isSidechain"] = False
+        row["timestamp"] = ROW_TIME
+        rows.append(line(row))
+
+    add({"type": "system", "subtype": "informational", "content": ""})
+    for message in messages:
+        if message["role"] == "user":
+            add({"type": "user", "message": message})
+        else:
+            # With apiBlockIndex, and CLAUDE_CODE_STELLAR_DRIFT, 2.1.330 keeps the order of texts and tool calls.
+            past = past_message(message["content"], model, len(rows))
+            add({"type": "assistant", "apiBlockIndex": 0, "message": past})
+    nothing: list[Block] = [{"type": "text", "text": "-"}]
+    add({"type": "assistant", "isVirtual": True, "message": past_message(nothing, model, len(rows))})
+    return rows
 
 
-def user_line(content: list[Json], *, query: bool = True) -> bytes:
-    """A user message; without `query` it is added to the conversation and answered by a `result` of no turns."""
-    more = {} if query else {"shouldQuery": False}
-    return message_line("user", {"role": "user", "content": [*content, GUARD]}, **more)
+def past_message(content: list[Block], model: str, number: int) -> Json:
+    """An assistant message of the past.  The CLI merges messages that share an id, so `number` must differ; it drops
+    the thinking of a message whose model is not its own."""
+    return {
+        "id": f"msg_past_{number}",
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "content": content,
+        "stop_reason": "end_turn",
+        "stop_sequence": None,
+        "usage": {"input_tokens": 0, "output_tokens": 0},
+    }
 
 
-def message_line(kind: str, message: Json, **more: Any) -> bytes:
-    return line({"type": kind, "message": message, "session_id": "", "parent_tool_use_id": None, **more})
+def assistant_line(content: list[Block], model: str) -> bytes:
+    """An assistant message of the past, for a running process: of a transcript that ends with a call of a tool the CLI
+    would say that the call was interrupted."""
+    message = past_message(content, model, 0)
+    return line({"type": "assistant", "message": message, "session_id": "", "parent_tool_use_id": None})
 
 
-def assistant_line(content: list[Json], number: int, model: str) -> bytes:
-    """An assistant message of the past.  Messages that share an id are merged by the CLI, so `number` must differ."""
-    message: Json = {"id": f"msg_history_{number}", "type": "message", "role": "assistant", "model": model}
-    prefixed = [{**b, "name": TOOL_PREFIX + b["name"]} if b["type"] == "tool_use" else b for b in content]
-    message |= {"content": prefixed, "stop_reason": None, "stop_sequence": None}
-    return message_line("assistant", message | {"usage": {"input_tokens": 0, "output_tokens": 0}})
+def user_line(content: list[Block], turn_id: str, *, query: bool = True) -> bytes:
+    """A user message, which starts a turn; without `query` it is only added to the conversation.  `turn_id` is a UUID
+    by which 2.1.330 says what its events answer."""
+    event: Json = {
+        "type": "user",
+        "message": {"role": "user", "content": [*content, GUARD]},
+        "uuid": turn_id,
+        "session_id": "",
+        "parent_tool_use_id": None,
+    }
+    if not query:
+        event["shouldQuery"] = False
+    return line(event)
+
+
+def split_at_images(blocks: list[Block]) -> tuple[list[Block], list[Block]]:
+    """A user message as what can be in a transcript and what must be a line, which the CLI joins to one message again.
+
+    The CLI scales the images of a user line, and leaves out their keys; those of a transcript stay as they are.
+    """
+    images = [index for index, block in enumerate(blocks) if is_base64_image(block)]
+    after = images[-1] + 1 if images else 0
+    is_followed_by_text = after < len(blocks) and blocks[after]["type"] == "text"
+    return (blocks[:after], blocks[after:]) if is_followed_by_text else ([], blocks)
+
+
+def answers_tool_calls(message: Message) -> bool:
+    return any(block["type"] == "tool_result" for block in message["content"])
+
+
+def has_images_in_line(message: Message) -> bool:
+    """Whether a fresh process gets the images of the newest message in a line, not in its transcript."""
+    return answers_tool_calls(message) or not split_at_images(message["content"])[0]
+
+
+def has_thinking(messages: list[Message]) -> bool:
+    return any(block["type"] in THOUGHTS for message in messages for block in message["content"])
 
 
 def control_line(request_id: str, subtype: str, **fields: Any) -> bytes:
-    return line({"type": "control_request", "request_id": request_id, "request": {"subtype": subtype, **fields}})
+    request = {"subtype": subtype, **fields}
+    return line({"type": "control_request", "request_id": request_id, "request": request})
 
 
-def initialize_line(system: list[str], tools: list[Json], *, agent: bool = False) -> bytes:
-    """Gives a process its system prompt (an agent keeps its own before it) and, if there are tools, the name of the MCP
-    server that the bridge plays on its pipes.  Never through argv: a single argument may hold 128 KiB at most."""
-    fields: Json = {"appendSystemPrompt": "\n\n".join(system)} if agent else {"systemPrompt": system or [""]}
-    fields |= {"sdkMcpServers": ["client"]} if tools else {}
-    return control_line("initialize", "initialize", hooks=None, **fields)
+def initialize_line(system: list[str], *, has_tools: bool, agent: bool = False) -> bytes:
+    """Gives a process its system prompt (an agent keeps its own before it) and, if there are tools, the name of their
+    MCP server.  Never through argv: a single argument may hold 128 KiB at most."""
+    fields: Json = {"hooks": None}
+    if agent:
+        fields["appendSystemPrompt"] = "\n\n".join(system)
+    else:
+        fields["systemPrompt"] = system or [""]
+    if has_tools:
+        fields["sdkMcpServers"] = [MCP_SERVER]
+    return control_line("initialize", "initialize", **fields)
 
 
-def tool_call_id(event: Json) -> str:
+def settings_line(env: dict[str, str]) -> bytes:
+    """Environment settings of a running CLI, from its next API call on (recording turn_settings)."""
+    return control_line("settings", "apply_flag_settings", settings={"env": env})
+
+
+def turn_settings(request: Request, *, has_listed_tools: bool = False) -> dict[str, str]:
+    """What `settings_line` sets for a request.
+
+    The CLI merges CLAUDE_CODE_EXTRA_BODY over the body of its API calls: the client's fields arrive as sent, and are
+    gone with the next value.  It adds ANTHROPIC_BETAS to its own, those of the first call of a process for all others.
+    A request without tools in a process that has some listed must say so.
+    """
+    body = request.body
+    if has_listed_tools and not body.get("tools"):
+        body = {**body, "tools": []}
+    return {
+        "CLAUDE_CODE_EXTRA_BODY": to_json(body).decode(),
+        "ANTHROPIC_BETAS": request.betas,
+        "DISABLE_PROMPT_CACHING": "1" if request.caching == "client" else "",
+    }
+
+
+def tool_call_id(event: CliEvent) -> str:
     """The tool_use id of a control request that calls a client tool; empty: the event is something else."""
     match event.get("request"):
         case {"message": {"method": "tools/call", "params": {"_meta": {"claudecode/toolUseId": str(call)}}}}:
@@ -488,407 +1011,826 @@ def tool_call_id(event: Json) -> str:
     return ""
 
 
-def control_answer(event: Json, tools: list[Json], result: Json | None = None) -> bytes:
+def mcp_method(event: CliEvent) -> str:
+    """The method of a control request for the MCP server; empty: the event is something else."""
+    match event.get("request"):
+        case {"message": {"method": str(method)}}:
+            return method
+    return ""
+
+
+def control_answer(event: CliEvent, tools: list[Json], result: Json | None = None) -> bytes:
     """The answer to a control request of the CLI: a tool's `result`, or what an MCP server of `tools` says of itself
     (recordings client_tool); refused is what the bridge has no use for."""
     request = event.get("request")
     message = request.get("message") if isinstance(request, dict) else None
     response: Json = {"subtype": "error", "request_id": event.get("request_id"), "error": "not supported"}
     if isinstance(message, dict):
-        match message:
-            case {"method": "initialize", "params": {"protocolVersion": version}}:
-                server = {"name": "client", "version": "1"}
-                result = {"protocolVersion": version, "capabilities": {"tools": {}}, "serverInfo": server}
-            case {"method": "tools/list"}:
-                result = {"tools": tools}
+        method = message.get("method")
+        params = message.get("params")
+        if method == "initialize":
+            result = {
+                "protocolVersion": params.get("protocolVersion") if isinstance(params, dict) else None,
+                "capabilities": {"tools": {}},
+                "serverInfo": {"name": MCP_SERVER, "version": "1"},
+            }
+        elif method == "tools/list":
+            result = {"tools": tools}
         answer = {"jsonrpc": "2.0", "id": message.get("id", 0), "result": result or {}}
-        response = {**response, "subtype": "success", "response": {"mcp_response": answer}}
+        response = {
+            "subtype": "success",
+            "request_id": event.get("request_id"),
+            "response": {"mcp_response": answer},
+        }
     return line({"type": "control_response", "response": response})
+
+
+def listed_tool(name: str) -> Json:
+    """A tool as the CLI lists it for a turn: its name alone, since the API gets all of it as the client sent it."""
+    return {"name": name, "inputSchema": {"type": "object"}, "_meta": TOOL_META}
+
+
+def listed_tools(request: Request) -> list[Json]:
+    """The tools of a request as the CLI lists them for a turn.  A name that the conversation has called is one even if
+    `tools` does not have it: a toolset has members without an entry."""
+    names = request.tool_names and [*request.tool_names, *called_names(request.messages)]
+    return [listed_tool(name) for name in dict.fromkeys(names)]
+
+
+def described_tools(request: Request) -> list[Json]:
+    """The tools of a request as the CLI lists them for a count: it has them counted as they are listed."""
+    described = []
+    for tool in request.body.get("tools") or []:
+        name, schema = tool.get("name"), tool.get("input_schema")
+        if isinstance(name, str):
+            listed = listed_tool(name)
+            listed["description"] = str(tool.get("description") or "")
+            listed["inputSchema"] = schema if isinstance(schema, dict) else listed["inputSchema"]
+            described.append(listed)
+    return described
 
 
 # Characters of a tool result that the CLI passes on whole with room to spare: its limit is 500,000.
 MAX_RESULT = 400_000
 
 
-def tool_results(content: list[Json], calls: list[str]) -> dict[str, Json] | None:
-    """The results that answer `calls` in their process, by id, as MCP gives them; None: only a rebuild can carry what
-    the user message holds (text beside the results, a document, a result that is too long)."""
-    results = {}
+def tool_results(content: list[Block], calls: list[str]) -> dict[str, Json] | None:
+    """The results that answer `calls` in their process, by id, as MCP gives them; None: only a fresh process can carry
+    what the user message holds (text beside the results, a document, a result that is too long)."""
+    results: dict[str, Json] = {}
     for block in content:
-        if block["type"] != "tool_result":
+        result = mcp_result(block)
+        if result is None:
             return None
-        parts = [mcp_part(part) for part in as_blocks(block.get("content"))]
-        if None in parts or sum(len(part.get("text", "")) for part in parts if part) > MAX_RESULT:
+        results[block["tool_use_id"]] = result
+    whole = len(content) == len(results) and results.keys() == set(calls)
+    return results if whole else None
+
+
+def mcp_result(block: Block) -> Json | None:
+    """A tool_result as MCP has it; None: MCP has no place for all that it holds."""
+    match without_nulls(block):
+        case {"type": "tool_result", "tool_use_id": _, **rest}:
+            content = rest.pop("content", "")
+            is_error = rest.pop("is_error", False)
+        case _:
             return None
-        results[block["tool_use_id"]] = {"content": parts, "isError": bool(block.get("is_error"))}
-    return results if len(content) == len(results) and results.keys() == set(calls) else None
+    parts = [mcp_part(part) for part in as_blocks(content)]
+    length = sum(len(part.get("text", "")) for part in parts if part)
+    is_odd = rest or type(is_error) is not bool or not isinstance(content, str | list)
+    if is_odd or None in parts or length > MAX_RESULT:
+        return None
+    return {"content": parts, "isError": is_error}
 
 
-def as_blocks(content: Any) -> list[Json]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) and content else content or []
+def mcp_part(block: Any) -> Json | None:
+    """A block of a tool result as MCP has it; None: MCP has no place for all that it holds."""
+    if not isinstance(block, dict):
+        return None
+    part = without_nulls(block)
+    if part.keys() == {"type", "text"} and part["type"] == "text" and isinstance(part["text"], str):
+        return part
+    source = part.get("source")
+    if part.keys() != {"type", "source"} or part["type"] != "image" or not isinstance(source, dict):
+        return None
+    if source.keys() != {"type", "data", "media_type"} or source["type"] != "base64":
+        return None
+    return {"type": "image", "data": source["data"], "mimeType": source["media_type"]}
 
 
-def mcp_part(block: Json) -> Json | None:
-    if block["type"] == "text":
-        return {"type": "text", "text": block["text"]}
-    if block["type"] == "image":
-        return {"type": "image", "data": block["source"]["data"], "mimeType": block["source"]["media_type"]}
-    return None
+# ------------------------------------------------------------------------------------- from the CLI
 
-
+# How the lines begin that carry an event of the stream, and a delta among them; and what they say further on when the
+# event is not a subagent's.
+STREAM_EVENT = b'{"type":"stream_event","event":'
+DELTA_START = STREAM_EVENT + b'{"type":"content_block_delta","index":'
+MAIN = b'"parent_tool_use_id":null'
+# What the SDK inside the CLI logs of a count at the API, with ANTHROPIC_LOG=info.
+COUNT_CALL = re.compile(rb"\[log_[^]]*\] post \S+/count_tokens\S* \w+(?: with status (\d{3}))?")
 # Half a character: JavaScript writes it as an escape, orjson does not read it.
 LONE_SURROGATE = re.compile(r"(?<!\\)((?:\\\\)*)\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
-def decode(text: bytes) -> list[Json]:
+def decode(text: bytes) -> list[CliEvent]:
     """The events of one line of the CLI's output: one as a rule, several when it glued them, none when it is noise.
-    Raises ApiError when a part of the answer is lost."""
+
+    Raises ApiError when a part of the answer is lost.
+    """
+    values: list[Any]
     try:
-        values = [orjson.loads(text)]
+        values = [from_json(text)]
     except orjson.JSONDecodeError:
+        if call := COUNT_CALL.match(text):
+            return [{"type": "api_call", "response": int(call[1] or 502)}]
         values = glued(text.decode(errors="replace").strip())
         if not values and text.startswith(STREAM_EVENT):
             raise cli_error("the claude CLI wrote a damaged line") from None
-    return [value for value in values if isinstance(value, dict)]
+    events: list[Any] = [value for value in values if isinstance(value, dict)]
+    return [event for event in events if isinstance(event.get("type"), str)]
 
 
 def glued(text: str) -> list[Any]:
+    """The JSON objects at the start of a text that orjson does not take."""
     values: list[Any] = []
     text = LONE_SURROGATE.sub(r"\1\\ufffd", text)
     while text.startswith("{"):
         try:
             end = json.JSONDecoder().raw_decode(text)[1]
-            values.append(orjson.loads(text[:end]))  # json takes what orjson cannot write: NaN
+            values.append(from_json(text[:end].encode()))  # json takes what orjson cannot write: NaN
         except (ValueError, RecursionError):
             break
         text = text[end:].lstrip()
     return values
 
 
-def answered(event: Json, request_id: str) -> Json:
+def response(event: CliEvent, request_id: str) -> Json:
+    """The CLI's response to a control request, good or bad, if the event is that response; else empty."""
+    given = event.get("response")
+    return given if isinstance(given, dict) and given.get("request_id") == request_id else {}
+
+
+def answered(event: CliEvent, request_id: str) -> Json:
     """What the CLI answered to a control request, if the event is that answer; else empty."""
-    match event.get("response"):
-        case {"request_id": str(given), "response": dict(answer)} if given == request_id:
-            return answer
-    return {}
+    answer = response(event, request_id).get("response")
+    return answer if isinstance(answer, dict) else {}
 
 
-def resolved_model(hello: Json, name: str) -> str:
-    """The full id of a model.  The CLI drops the thinking of a history line that names another model than its own."""
-    known = {model.get("value"): model.get("resolvedModel") for model in hello.get("models") or []}
-    return str(known.get(name) or name)
+def applied_model(given: Json) -> str:
+    """The model that a process runs, by its response to `get_settings`."""
+    match given:
+        case {"response": {"applied": {"model": str(model)}}}:
+            return model
+    return ""
 
 
-# ---------------------------------------------------------------- translation of events
+def login_source(hello: Json) -> str:
+    """Where the CLI has its account from, by its answer to `initialize`; empty: nobody is logged in."""
+    account = hello.get("account")
+    account = account if isinstance(account, dict) else {}
+    for name in ("apiKeySource", "tokenSource"):
+        if account.get(name) not in (None, "", "none"):
+            return str(account[name])
+    return ""
 
-TOKENS = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
-CREATION = ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
-# Block type -> delta type -> key of its piece.  Other blocks and deltas break strict clients, so they are left out.
-DELTAS = {
-    "text": {"text_delta": "text", "citations_delta": "citation"},
-    "thinking": {"thinking_delta": "thinking", "signature_delta": "signature"},
-    "redacted_thinking": {},
-    "tool_use": {"input_json_delta": "partial_json"},
+
+def listed_model(hello: Json, name: str) -> str:
+    """The full id of a model, by the CLI's answer to `initialize`; empty: it does not list the name."""
+    models = hello.get("models")
+    for model in models if isinstance(models, list) else []:
+        if isinstance(model, dict) and name in (model.get("value"), model.get("resolvedModel")):
+            return str(model.get("resolvedModel") or "")
+    return ""
+
+
+# ------------------------------------------------------------------------------------- translation
+
+
+class State(enum.Enum):
+    """Where an answer stands."""
+
+    WAITING = "nothing of it has come"
+    OPEN = "between the blocks of a message"
+    BLOCK = "inside a block"
+    HIDDEN = "inside a block that is the CLI's own business"
+    ENDED = "the message has its stop_reason"
+    WORKING = "the CLI runs a tool of its own, and goes on in another message"
+    DONE = "complete"
+
+
+# What may follow, by the grammar of the API's stream ("Streaming").  An event that a state does not have is out of
+# place, and fails the turn: the client gets a correct stream, or an error.
+NEXT = {
+    State.WAITING: {"message_start": State.OPEN},
+    State.OPEN: {"content_block_start": State.BLOCK, "message_delta": State.ENDED},
+    State.BLOCK: {"content_block_delta": State.BLOCK, "content_block_stop": State.OPEN},
+    State.HIDDEN: {"content_block_delta": State.HIDDEN, "content_block_stop": State.OPEN},
+    State.ENDED: {"message_stop": State.DONE},
+    State.WORKING: {"message_stop": State.WORKING, "message_start": State.OPEN},
+    State.DONE: {},
 }
-# Block type -> keys that are empty strings in its content_block_start, the one that deltas add to first.
-EMPTY = {"text": ("text",), "thinking": ("thinking", "signature"), "redacted_thinking": (), "tool_use": ()}
-# How the lines with deltas begin, and what they say when they are not a subagent's.
-STREAM_EVENT = b'{"type":"stream_event","event":'
-DELTA_START = STREAM_EVENT + b'{"type":"content_block_delta","index":'
-MAIN = b'"parent_tool_use_id":null'
-# After these the CLI waits for the next user message; after any other it would go on by itself (recordings max_tokens,
-# refusal), as it does after an answer without a visible text.
-RESTING = ("end_turn", "stop_sequence")
+GRAMMAR = frozenset(kind for events in NEXT.values() for kind in events)
+
+# Counts of tokens that add up over the API calls of an agent's turn.
+TOKENS = (
+    "input_tokens",
+    "output_tokens",
+    "cache_creation_input_tokens",
+    "cache_read_input_tokens",
+)
+CREATION = ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
+SERVER_TOOLS = ("web_search_requests", "web_fetch_requests")
+# The block types that clients know, and of each the values that deltas fill, as they begin: in its
+# content_block_start they are empty (API; SDKs fail without them).
+FILLED: dict[str, Json] = {
+    "text": {"text": "", "citations": []},
+    "thinking": {"thinking": "", "signature": ""},
+    "redacted_thinking": {},
+    "tool_use": {"input": {}},
+    "server_tool_use": {"input": {}},
+    "mcp_tool_use": {"input": {}},
+}
+# What a block of these types cannot be without.
+NEEDED = {
+    "redacted_thinking": ("data",),
+    "tool_use": ("id", "name"),
+    "server_tool_use": ("id", "name"),
+    "mcp_tool_use": ("id", "name"),
+}
+# Delta type -> the value of the block that it fills, and the key and type of its piece.
+DELTAS: dict[str, tuple[str, str, type]] = {
+    "text_delta": ("text", "text", str),
+    "thinking_delta": ("thinking", "thinking", str),
+    "signature_delta": ("signature", "signature", str),
+    "input_json_delta": ("input", "partial_json", str),
+    "citations_delta": ("citations", "citation", dict),
+}
+# Keys of a block that no delta of a new type may replace.
+BLOCK_KEYS = {"type", "id", "name", "data", "text", "thinking", "signature", "input", "citations"}
+# Keys of a message that its end may not replace.
+MESSAGE_KEYS = {"id", "type", "role", "model", "content", "usage"}
+# After these the CLI waits for the next user message; after any other it would go on by itself
+# (recordings max_tokens, refusal), as it does after an answer without a visible text.
+RESTING = ("end_turn", "stop_sequence", "pause_turn")
 
 
 class Translator:
     """The events of one turn of the CLI in, the events of one Messages stream out.
 
-    `feed` raises ApiError when the turn failed.  What it returned until then obeys the grammar of the API's stream
-    (message_start, blocks one after another, message_delta, message_stop), whatever the CLI printed.
+    `feed` raises ApiError when the turn failed.  What it returned until then obeys the grammar of
+    the API's stream, whatever the CLI printed.  `tool_names` are the client's tools; an `agent` has
+    tools of its own instead, whose calls are left out of the answer.
     """
 
-    def __init__(self, served: Iterable[str] = ()) -> None:
-        self.message: Json = {}  # what a client has assembled so far; filled by the first message_start
-        self.stop_reason = ""  # set by the message_delta that ends the answer
-        self.done = False  # message_stop was returned
-        self.working = False  # the CLI answers a tool call that is none of the client's, and will go on by itself
-        self.result: Json = {}  # the turn's `result`, once it came
-        self._served = {TOOL_PREFIX + name for name in served}  # the client's tools
-        self._calls = False  # the API message that is being received calls one of them
-        self._usage: Json = {}  # of that API message
-        self._spent: Json = {}  # tokens of the API messages before it
-        self._resets_at: float | None = None  # of a rejected rate limit
-        self._open: int | None = None  # the CLI's index of the open block
-        self._relayed = False  # the open block is one that clients know
-        self._raw = b""  # how a line begins that holds a delta of the open block and may keep its bytes
-        self._plain: Json = {}  # a message that came without stream events, in its last form
-        self._pieces: list[str] = []  # of the open block's text, thinking or input
+    def __init__(
+        self, tool_names: Iterable[str] = (), *, agent: bool = False, turn_id: str = ""
+    ) -> None:
+        self.state = State.WAITING
+        # What a client has assembled so far; filled by the first message_start.
+        self.message: Json = {}
+        # Set by the message_delta that ends the answer.
+        self.stop_reason = ""
+        # The turn's `result`, once it came.
+        self.result: CliEvent | None = None
+        # What the CLI told of an account's limits, in the order it came.
+        self.rate_limits: list[Json] = []
+        self._agent = agent
+        self._turn_id = turn_id
+        # What comes belongs to this turn.
+        self._is_ours = True
+        self._tool_names = frozenset(tool_names)
+        # The model called a tool that the CLI cannot hand over.
+        self._foreign_call = False
+        # A delta of a new type came: the CLI may not know how to add it to its block.
+        self._new_delta = False
+        # The API message that is being received: its id and its usage.
+        self._id = ""
+        self._usage: Json = {}
+        # Tokens of the API messages before it.
+        self._spent: Json = {}
+        # The CLI's index of the open block, and its strings so far, by the value that they fill.
+        self._index = 0
+        self._pieces: dict[str, list[str]] = {}
+        # An input that came whole, and is not passed on yet.
+        self._given_input: Json = {}
+        # How a line begins that holds a delta of the open block, and may keep its bytes.
+        self._delta_head = b""
+        # A message that came without stream events, in its last form.
+        self._unstreamed: Json = {}
+        # The `assistant` event by which the CLI tells of a failure.
+        self._failure: CliEvent | None = None
 
-    def feed(self, event: Json) -> list[Json]:
-        """Translate one event of the CLI; the list may be empty."""
-        mine = event.get("parent_tool_use_id") is None and not self.done  # not a subagent's
-        match event:
-            case {"type": "stream_event", "event": dict(inner)} if mine:
-                return self._stream(inner)
-            case {"type": "assistant", "message": {"id": str(name), "content": list()} as message} if mine and name:
-                return list(self._whole(message))
-            case {"type": "result"}:
-                return self._end(event)
-            case {"type": "control_request"} if self._plain and not self.done and tool_call_id(event):
-                return self._plain_end({})
-            case {"rate_limit_info": {"status": "rejected", "resetsAt": int() | float() as resets_at}}:
-                self._resets_at = resets_at
-            case {"type": "control_response", "response": {"subtype": "error", "error": error}} if not self.done:
-                raise cli_error(f"the claude CLI refused a control request: {error}")
-        return []
+    @property
+    def done(self) -> bool:
+        return self.state is State.DONE
 
-    def relay(self, lines: list[bytes]) -> Iterator[bytes]:
-        """Translate lines of the CLI that begin with DELTA_START, into frames.  Deltas of the open block keep their
-        bytes: decoding them took ten times as long."""
-        start, texts, rests = self._raw, [], []
-        for text in lines:
-            inner, _, rest = text.partition(b'"}},')
-            if not start or not inner.startswith(start):
-                break
-            texts.append(inner[len(start) :])
-            rests.append(rest)
-        # One event a line, and not a subagent's: strings hold no bare quotes, so these bytes mean what they say.
-        rest = b"\n".join([*rests, b""])
-        if 0 < len(lines) == rest.count(MAIN) == rest.count(b"}\n") and b"{" not in rest:
-            try:
-                orjson.loads(b'"%b"' % b" ".join(texts))  # no text may end inside an escape
-                orjson.loads(b"[{%b]" % b",{".join(rests))  # and no line be cut or torn behind it
-            except orjson.JSONDecodeError:
-                pass
-            else:
-                self._pieces.append(orjson.loads(b'"%b"' % b"".join(texts)))
-                head = b"event: content_block_delta\ndata: " + start.removeprefix(STREAM_EVENT)
-                yield ascii_lines(head + (b'"}}\n\n' + head).join(texts) + b'"}}\n\n')
-                return
-        for text in lines if not self.done else ():
-            for event in decode(text):
-                yield from map(frame, self.feed(event))
+    @property
+    def working(self) -> bool:
+        """Whether the CLI runs a tool of its own: it may be silent."""
+        return self.state is State.WORKING
 
-    def _stream(self, event: Json) -> list[Json]:
-        match event:
-            case {"type": "message_start", "message": {"id": str(identity)} as message} if identity and (
-                not self.message or self.working
-            ):
-                return self._start(message)
-            case {"type": "error", "error": {"type": str(kind), "message": str(text)}}:
-                raise ApiError(502, text, kind=kind)
-            case _ if (not self.message and event.get("type") != "message_start") or self._plain:
-                return []
-            case {"type": "content_block_start", "index": int(index), "content_block": {"type": str()} as new} if (
-                self._open is None and not self.stop_reason and not self.working
-            ):
-                self._open, self._relayed = index, self._is_relayed(new)
-                return [self._block_start(new)] if self._relayed else []
-            case {"type": "content_block_delta", "index": int(index), "delta": {"type": str(kind)} as delta} if (
-                index == self._open
-            ):
-                return self._block_delta(kind, delta) if self._relayed else []
-            case {"type": "content_block_stop", "index": int(index)} if index == self._open:
-                self._open = None
-                return [self._block_stop()] if self._relayed else []
-            case {"type": "message_delta", "delta": {"stop_reason": None}}:
-                return []  # an interrupted answer ends so (recording interrupt of 2.1.330)
-            case {"type": "message_delta", "delta": {"stop_reason": str(reason)} as delta} if (
-                reason and self._open is None and not self.stop_reason
-            ):
-                return self._delta(reason, delta, event.get("usage"))
-            case {"type": "message_stop"} if self.working:
-                return []
-            case {"type": "message_stop"} if self.stop_reason:
-                return self._stop()
-            case {"type": "message_stop"}:
-                # The API broke off in mid-stream and the CLI closed the message (recording mid_stream_error).
-                raise ApiError(502, "The API ended the answer before it was complete.", kind="api_error")
-            case {"type": str(kind)} if kind.startswith(("message_", "content_block_")):
-                raise cli_error(f"the claude CLI sent a {kind} out of place")
-        return []
-
-    def _start(self, message: Json) -> list[Json]:
-        self._usage, self._calls = usage(message.get("usage")), False
-        if self.working:  # the answer goes on in another API message
-            self.working = False
-            return []
-        model = message.get("model")
-        started = {**without_nulls(message), "type": "message", "role": "assistant"}
-        started["model"] = model if isinstance(model, str) and model else "unknown"
-        started |= {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage(message.get("usage"))}
-        self.message = {**started, "content": [], "usage": dict(started["usage"])}
-        return [{"type": "message_start", "message": started}]
-
-    def _is_relayed(self, block: Json) -> bool:
-        """Whether clients may see a block: of a kind they know, and no tool call but to one of their own tools."""
-        if block.get("type") != "tool_use":
-            return block.get("type") in DELTAS
-        served = str(block.get("name")) in self._served
-        self._calls = self._calls or served
-        return served
-
-    def _block(self, kind: str, **fields: Any) -> Json:
-        """An event about the newest block of the message."""
-        return {"type": "content_block_" + kind, "index": len(self.message["content"]) - 1, **fields}
-
-    def _block_start(self, block: Json) -> Json:
-        block = {"type": block["type"], **dict.fromkeys(EMPTY[block["type"]], ""), **without_nulls(block)}
-        block.pop("citations", None)  # they come as deltas
-        if block["type"] == "tool_use":
-            block |= {"name": str(block.get("name") or "").removeprefix(TOOL_PREFIX), "input": {}}
-        try:
-            check(block, BLOCKS["assistant"], "block")
-        except ApiError as error:
-            raise cli_error(f"the claude CLI opened a malformed content block: {error.message}") from None
-        self.message["content"].append(dict(block))
-        self._pieces = []
-        start = self._block("start", content_block=block)
-        if self._open == start["index"]:
-            kind, key = next(iter(DELTAS[block["type"]].items()), ("", ""))
-            self._raw = DELTA_START + f'{self._open},"delta":{{"type":"{kind}","{key}":"'.encode()
-        return start
-
-    def _block_delta(self, kind: str, delta: Json) -> list[Json]:
-        block = self.message["content"][-1]
-        if kind not in DELTAS[block["type"]]:
-            return []
-        piece = delta.get(DELTAS[block["type"]][kind])
-        if not isinstance(piece, dict if kind == "citations_delta" else str):
-            raise cli_error(f"the claude CLI sent a {kind} without its content")
-        if kind == "citations_delta":
-            block.setdefault("citations", []).append(piece)
-        elif kind == "signature_delta":
-            block["signature"] = piece
-        else:
-            self._pieces.append(str(piece))
-        return [self._block("delta", delta=delta)]
-
-    def _block_stop(self) -> Json:
-        block = self.message["content"][-1]
-        text, self._raw = "".join(self._pieces), b""
-        if block["type"] == "tool_use":
-            try:
-                block["input"] = orjson.loads(text or "{}")
-                check(block["input"], dict, "input")
-                orjson.dumps(block["input"])  # it will be written again
-            except (orjson.JSONDecodeError, ApiError, TypeError):
-                raise cli_error("the model's tool input is not a JSON object") from None
-        for key in EMPTY[block["type"]][:1]:
-            block[key] += text
-        return self._block("stop")
-
-    def _delta(self, reason: str, delta: Json, used: Any) -> list[Json]:
-        self.working = reason == "tool_use" and not self._calls
-        sequence = delta.get("stop_sequence") if reason == "stop_sequence" else None
-        ends: Json = {"stop_reason": reason, "stop_sequence": sequence if isinstance(sequence, str) else None}
-        if isinstance(delta.get("stop_details"), dict) and delta["stop_details"].get("type"):
-            ends["stop_details"] = delta["stop_details"]
-        counts = {"output_tokens": 0, **token_counts(used)}
-        counts["output_tokens"] = max(counts["output_tokens"], self._usage["output_tokens"])
-        if self._spent or self.working:
-            counts = {**token_counts(self._usage), **counts}
-            counts = {key: counts.get(key, 0) + self._spent.get(key, 0) for key in counts | self._spent}
-        if self.working:
-            self._spent = counts
-            return []
-        self.stop_reason = reason
-        self.message |= ends
-        self.message["usage"] |= counts
-        event: Json = {"type": "message_delta", "delta": ends, "usage": counts}
-        # Where the CLI goes on by itself nothing more is waited for: the answer is complete.
-        return [event] if self.rests else [event, *self._stop()]
+    @property
+    def calls(self) -> list[str]:
+        """The ids of the client tools that the answer calls."""
+        blocks = self.message.get("content", ())
+        return [block["id"] for block in blocks if block["type"] == "tool_use"]
 
     @property
     def rests(self) -> bool:
-        """Whether the process now waits for tool results or the next user message, and holds the client's own
-        conversation."""
+        """Whether the process now waits for tool results or the next user message, and holds the
+        client's own conversation."""
+        if self._new_delta:
+            return False
         if self.stop_reason == "tool_use":
-            return self._calls
-        return self.stop_reason in RESTING and any(block.get("text") for block in self.message["content"])
+            return bool(self.calls) and not self._foreign_call
+        visible = any(block.get("text") for block in self.message.get("content", ()))
+        return self.stop_reason in RESTING and visible and not self.calls
 
-    def _stop(self) -> list[Json]:
-        self.done = True
-        return [{"type": "message_stop"}]
+    def feed(self, event: CliEvent) -> list[StreamEvent]:
+        """Translate one event of the CLI; the list may be empty."""
+        kind = event["type"]
+        answers_to = event.get("user_message_uuids")
+        if self._turn_id and isinstance(answers_to, list):
+            self._is_ours = self._turn_id in answers_to
+        info = event.get("rate_limit_info")
+        if kind == "rate_limit_event" and isinstance(info, dict):
+            self.rate_limits.append(info)
+        if not self._is_ours:
+            return []  # of a turn that the CLI made by itself
+        if kind == "result":
+            return self._end_turn(event)
+        if self.done or event.get("parent_tool_use_id") is not None:
+            return []  # behind the answer, or a subagent's
+        inner = event.get("event")
+        if kind == "stream_event" and isinstance(inner, dict):
+            return self._stream_event(inner)
+        if kind == "assistant":
+            return self._assistant(event)
+        if kind == "control_request" and self._unstreamed and tool_call_id(event):
+            return self._end_unstreamed({"type": ""})
+        if kind == "control_response":
+            self._check_control(event)
+        return []
 
-    def _whole(self, message: Json) -> Iterator[Json]:
-        """An `assistant` event: the same content once more, except when the API refused to stream and the CLI asked
-        again without (recording not_streamed); then it is all there is.  Texts that the CLI made up are not answers."""
-        if message.get("model") == "<synthetic>" or (self.message and not self._plain):
+    def _check_control(self, event: CliEvent) -> None:
+        given: Any = event.get("response")
+        is_refused = text_of(given, "subtype") == "error"
+        if is_refused and given.get("request_id") != "get_settings":
+            raise cli_error(f"the claude CLI refused a control request: {given.get('error')}")
+
+    # The events of a stream
+
+    def _stream_event(self, event: Json) -> list[StreamEvent]:
+        kind = event.get("type")
+        if not isinstance(kind, str) or not kind or not kind.isprintable():
+            return []
+        if kind == "error":
+            raise stream_error(event.get("error"))
+        if self._unstreamed:
+            if kind != "message_start":
+                return []
+            ended = self._end_unstreamed({"type": ""})
+            return ended if self.done else ended + self._stream_event(event)
+        if self.state is State.WAITING and kind != "message_start":
+            return []  # of a message that began before the turn
+        if kind not in GRAMMAR:
+            is_seen = self.state in (State.OPEN, State.BLOCK, State.ENDED)
+            new: Any = event
+            return [new] if is_seen else []
+        if kind == "message_delta" and not ends_message(event):
+            return []  # an interrupted answer ends so (recording interrupt of 2.1.330)
+        is_inside = self.state in (State.OPEN, State.BLOCK, State.HIDDEN)
+        if kind == "message_stop" and is_inside:  # recording mid_stream_error
+            words = "The API ended the answer before it was complete."
+            raise ApiError(502, words, kind="api_error")
+        following = NEXT[self.state].get(kind)
+        is_astray = kind.startswith("content_block_") and not self._is_about_block(kind, event)
+        if following is None or is_astray:
+            raise cli_error(f"the claude CLI sent a {kind} out of place")
+        before, self.state = self.state, following
+        if before is State.HIDDEN:
+            return []
+        handlers = {
+            "message_start": self._message_start,
+            "content_block_start": self._block_start,
+            "content_block_delta": self._block_delta,
+            "content_block_stop": self._block_stop,
+            "message_delta": self._message_delta,
+            "message_stop": self._message_stop,
+        }
+        return handlers[kind](event)
+
+    def _is_about_block(self, kind: str, event: Json) -> bool:
+        """Whether the index fits: a block begins when none is open, and its other events name it."""
+        index = event.get("index")
+        if type(index) is not int:
+            return False
+        if kind == "content_block_start":
+            self._index = index
+        return index == self._index
+
+    def _message_start(self, event: Json) -> list[StreamEvent]:
+        message: Any = event.get("message")
+        self._id = text_of(message, "id")
+        if not self._id:
+            raise cli_error("the claude CLI sent a message_start without an id")
+        self._usage = usage(message.get("usage"))
+        if self.message:  # an agent's answer goes on in another API message
+            return []
+        started = without_empties(message)
+        started["type"] = "message"
+        started["role"] = "assistant"
+        started["model"] = text_of(message, "model") or "unknown"
+        started["content"] = []
+        started["stop_reason"] = None
+        started["stop_sequence"] = None
+        started["usage"] = self._usage
+        self.message = started.copy()
+        self.message["content"] = []
+        self.message["usage"] = self._usage.copy()
+        return [renewed(event, message=started)]
+
+    def _block_start(self, event: Json) -> list[StreamEvent]:
+        given: Any = event.get("content_block")
+        kind = text_of(given, "type")
+        if not kind:
+            raise cli_error("the claude CLI opened a content block without a type")
+        if kind == "tool_use" and self._agent:
+            self.state = State.HIDDEN
+            return []
+        for key in NEEDED.get(kind, ()):
+            if not text_of(given, key):
+                raise cli_error(f"the claude CLI opened a {kind} without {key}")
+        if kind == "tool_use" and given["name"] not in self._tool_names:
+            self._foreign_call = True
+        block = without_nulls(given)
+        whole: Json = {}
+        for key, empty in FILLED.get(kind, {}).items():
+            value = block.get(key)
+            if value and type(value) is type(empty):
+                whole[key] = value
+            block[key] = empty
+        if kind == "text":
+            del block["citations"]  # they come as deltas
+        self.message["content"].append(block.copy())
+        index = len(self.message["content"]) - 1
+        self._pieces = {}
+        self._given_input = whole.pop("input", {})
+        self._delta_head = delta_head(kind, index) if index == self._index else b""
+        events = [renewed(event, index=index, content_block=block)]
+        for delta in deltas(whole):
+            events += self._block_delta({"type": "content_block_delta", "delta": delta})
+        return events
+
+    def _block_delta(self, event: Json) -> list[StreamEvent]:
+        delta: Any = event.get("delta")
+        kind = text_of(delta, "type")
+        block = self.message["content"][-1]
+        if not kind:
+            raise cli_error("the claude CLI sent a content_block_delta without a type")
+        if kind in DELTAS:
+            self._add_piece(block, kind, delta)
+        else:  # a delta of a new type: its keys are the block's
+            new = {key: value for key, value in delta.items() if key not in BLOCK_KEYS}
+            block.update(new)
+            self._new_delta = True
+        return [renewed(event, index=len(self.message["content"]) - 1)]
+
+    def _add_piece(self, block: Json, kind: str, delta: Json) -> None:
+        key, name, shape = DELTAS[kind]
+        piece = delta.get(name)
+        if type(piece) is not shape:
+            raise cli_error(f"the claude CLI sent a {kind} without its content")
+        if key not in FILLED.get(block["type"], (key,)):
+            raise cli_error(f"the claude CLI sent a {kind} in a block of type {block['type']}")
+        if isinstance(piece, str):
+            self._pieces.setdefault(key, []).append(piece)
             return
-        if self._plain and message["id"] != self._plain["id"]:  # the CLI went on by itself
-            yield from self._plain_end({})
-            if not self.working:
-                return
-        if not self.message or self.working:
-            yield from self._start(message)
-        self._plain = message
+        before = block.get(key)
+        block[key] = [*before, piece] if isinstance(before, list) else [piece]
+
+    def _block_stop(self, event: Json) -> list[StreamEvent]:
+        events: list[StreamEvent] = []
+        if self._given_input and not any(self._pieces.get("input", ())):
+            for delta in deltas({"input": self._given_input}):
+                events += self._block_delta({"type": "content_block_delta", "delta": delta})
+        block = self.message["content"][-1]
+        for key, pieces in self._pieces.items():
+            text = "".join(pieces)
+            before = block.get(key)
+            if key == "input":
+                block[key] = tool_input(text) if text else before or {}
+            elif key == "signature":  # the last one counts (SDK)
+                block[key] = pieces[-1]
+            else:
+                block[key] = before + text if isinstance(before, str) else text
+        self._pieces = {}
+        self._delta_head = b""
+        return [*events, renewed(event, index=len(self.message["content"]) - 1)]
+
+    def _message_delta(self, event: Json) -> list[StreamEvent]:
+        given = event["delta"]
+        reason = given["stop_reason"]
+        counts = self._counts(event.get("usage"))
+        if reason == "tool_use" and self._agent:
+            self.state = State.WORKING
+            self._spent = {name: counts.get(name, 0) for name in TOKENS}
+            return []
+        ends = {key: value for key, value in given.items() if key not in MESSAGE_KEYS}
+        ends = without_empties(ends)
+        sequence = text_of(given, "stop_sequence")
+        ends["stop_reason"] = reason
+        ends["stop_sequence"] = sequence if sequence and reason == "stop_sequence" else None
+        if not text_of(ends.get("stop_details"), "type"):
+            ends.pop("stop_details", None)
+        final = {key: value for key, value in event.items() if key not in MESSAGE_KEYS | ends.keys()}
+        final = without_empties(final)
+        final.pop("delta")
+        self.stop_reason = reason
+        self.message.update(ends)
+        self.message.update(final)
+        self.message["usage"].update(counts)
+        last: Any = {"type": "message_delta", "delta": ends, "usage": counts}
+        last.update(final)
+        if self.rests:
+            return [last]
+        # The CLI goes on by itself, so nothing more is waited for: the answer is complete.
+        self.state = State.DONE
+        return [last, {"type": "message_stop"}]
+
+    def _message_stop(self, event: Json) -> list[StreamEvent]:
+        return [renewed(event)] if self.done else []
+
+    def _counts(self, final: Any) -> Json:
+        """The usage of a message_delta: cumulative over the message (API), and over all messages of
+        an agent's turn."""
+        counts = usage(final, required=())
+        spoken = max(token_count(final, "output_tokens"), self._usage["output_tokens"])
+        counts["output_tokens"] = spoken
+        if not self._agent:
+            return counts
+        for name in TOKENS:
+            total = counts.get(name, self._usage.get(name, 0)) + self._spent.get(name, 0)
+            if self._spent or name in self._usage:
+                counts[name] = total
+        return counts
+
+    # Deltas as bytes
+
+    def relay(self, lines: list[bytes]) -> Iterator[bytes]:
+        """Translate lines of the CLI that begin with `DELTA_START`, into frames.
+
+        Deltas of the open block keep their bytes: decoding them took ten times as long
+        (tests/bench/relay.py).
+        """
+        pieces = same_block_deltas(lines, self._delta_head) if self._is_ours else []
+        if pieces:
+            block = self.message["content"][-1]
+            key = "input" if "input" in block else block["type"]
+            self._pieces.setdefault(key, []).append(orjson.loads(b'"%b"' % b"".join(pieces)))
+            head = b"event: content_block_delta\ndata: "
+            head += self._delta_head.removeprefix(STREAM_EVENT)
+            yield ascii_lines(head + (b'"}}\n\n' + head).join(pieces) + b'"}}\n\n')
+            return
+        for text in lines:
+            for event in () if self.done else decode(text):
+                yield from map(frame, self.feed(event))
+
+    # Messages that were not streamed
+
+    def _assistant(self, event: CliEvent) -> list[StreamEvent]:
+        """An `assistant` event: the same content once more, except when the API refused to stream
+        and the CLI asked again without (recording not_streamed); then it is all there is.  A text
+        that the CLI made up is a failure."""
+        message: Any = event.get("message")
+        identity = text_of(message, "id")
+        if text_of(message, "model") == "<synthetic>":
+            self._failure = event
+            if removal := REMOVAL.match(synthetic_text(message)):
+                raise ApiError(400, removal[1])
+            return []
+        is_echo = identity == self._id and not self._unstreamed
+        is_between = self.state in (State.WAITING, State.WORKING) or bool(self._unstreamed)
+        if not identity or not isinstance(message["content"], list) or is_echo or not is_between:
+            return []
+        events: list[StreamEvent] = []
+        if self._unstreamed and identity != self._id:  # the CLI went on by itself
+            events += self._end_unstreamed({"type": ""})
+            if self.done:
+                return events
+        stream: list[Json] = []
+        if not self._unstreamed:
+            stream.append({"type": "message_start", "message": message})
         for block in message["content"]:
-            kind = block.get("type") if isinstance(block, dict) else None
-            if not isinstance(kind, str) or not self._is_relayed(block):
-                continue
-            yield self._block_start({**block, **dict.fromkeys(EMPTY[kind], "")})
-            pieces = {f"{key}_delta": block.get(key) for key in EMPTY[kind]}
-            if kind == "tool_use":
-                pieces = {"input_json_delta": json.dumps(block.get("input"))}
-            for name, piece in pieces.items():
-                if piece:
-                    yield from self._block_delta(name, {"type": name, DELTAS[kind][name]: piece})
-            yield self._block_stop()
+            if text_of(block, "type"):
+                stream.append({"type": "content_block_start", "index": 0, "content_block": block})
+                stream.append({"type": "content_block_stop", "index": 0})
+        self._unstreamed = {}
+        for inner in stream:
+            events += self._stream_event(inner)
+        self._unstreamed = message
+        return events
 
-    def _plain_end(self, result: Json) -> list[Json]:
-        reason = self._plain.get("stop_reason") or result.get("stop_reason")
-        reason = reason if isinstance(reason, str) and reason else "end_turn"
-        events = self._delta(reason, self._plain, self._plain.get("usage"))
-        return events if self.done or self.working else [*events, *self._stop()]
+    def _end_unstreamed(self, result: CliEvent) -> list[StreamEvent]:
+        message, self._unstreamed = self._unstreamed, {}
+        reason = text_of(message, "stop_reason") or text_of(result, "stop_reason") or "end_turn"
+        ends: Json = {"stop_reason": reason}
+        for key in ("stop_sequence", "stop_details"):
+            ends[key] = message.get(key)
+        final = {"type": "message_delta", "delta": ends, "usage": message.get("usage")}
+        events = self._stream_event(final)
+        if self.state is State.ENDED:
+            events += self._stream_event({"type": "message_stop"})
+        return events
 
-    def _end(self, result: Json) -> list[Json]:
-        if self.done or self.stop_reason:
+    # The end of a turn
+
+    def _end_turn(self, result: CliEvent) -> list[StreamEvent]:
+        if self.done:
             self.result = self.result or result
-            return [] if self.done else self._stop()  # the answer is complete, only its message_stop got lost
+            return []
+        if self.state is State.ENDED:  # only the message_stop got lost
+            self.result = result
+            self.state = State.DONE
+            return [{"type": "message_stop"}]
         if result.get("is_error"):
-            raise result_error(result, self._resets_at)
+            raise result_error(result, self._failure, self._resets_at())
         if not self.message:
             return []  # not this turn's: of a background task, or of a line that asked nothing
-        events = self._plain_end(result) if self._plain else []
-        if not events:
+        events = self._end_unstreamed(result) if self._unstreamed else []
+        if not self.done:
             raise cli_error("the claude CLI ended the turn before the answer was complete")
         self.result = result
         return events
 
+    def _resets_at(self) -> float | None:
+        """The epoch second at which the limit ends that the API refused a request for."""
+        for info in reversed(self.rate_limits):
+            resets_at = info.get("resetsAt")
+            if info.get("status") == "rejected" and isinstance(resets_at, int | float):
+                return resets_at
+        return None
 
-def without_nulls(value: Json) -> Json:
-    return {key: inner for key, inner in value.items() if inner is not None}
+
+def text_of(value: Any, key: str) -> str:
+    """The string under a key of an object; empty if there is none."""
+    text = value.get(key) if isinstance(value, dict) else None
+    return text if isinstance(text, str) else ""
 
 
-def token_counts(value: Any, names: Iterable[str] = TOKENS) -> Json:
-    known = value if isinstance(value, dict) else {}
-    return {key: known[key] for key in names if type(known.get(key)) is int and known[key] >= 0}
+def renewed(event: Json, **values: Any) -> StreamEvent:
+    """An event with other values under some keys; what is new in it passes."""
+    return cast(StreamEvent, event | values)
 
 
-def usage(value: Any) -> Json:
-    """The counts that clients know, never null; both required ones are always there."""
-    counts = {"input_tokens": 0, "output_tokens": 0, **token_counts(value)}
-    match value:
-        case {"cache_creation": creation} if len(known := token_counts(creation, CREATION)) == len(CREATION):
-            counts["cache_creation"] = known
-    match value:
-        case {"service_tier": "standard" | "priority" | "batch" as tier}:
-            counts["service_tier"] = tier
+def stream_error(error: Any) -> ApiError:
+    """The failure that an `error` event in a stream tells of."""
+    words = text_of(error, "message") or "The API ended the answer with an error."
+    return ApiError(502, words, kind=text_of(error, "type") or "api_error")
+
+
+def synthetic_text(message: Json) -> str:
+    """What the CLI says in a message of its own."""
+    blocks = as_blocks(message.get("content"))
+    return "".join(text_of(block, "text") for block in blocks)
+
+
+def ends_message(event: Json) -> bool:
+    return text_of(event.get("delta"), "stop_reason") != ""
+
+
+# Levels of JSON that Python can still write, with room to spare: its limit is 1,000 calls.
+MAX_INPUT_DEPTH = 500
+
+
+def tool_input(text: str) -> Json:
+    """The input of a tool call, from its pieces.  Raises ApiError when it is no JSON object."""
+    try:
+        value = from_json(text.encode())
+    except (orjson.JSONDecodeError, UnicodeEncodeError):
+        value = None
+    if not isinstance(value, dict) or is_deeper(value, MAX_INPUT_DEPTH):
+        raise cli_error("the model's tool input is not a JSON object, or is nested too deeply")
+    return value
+
+
+def deltas(values: Json) -> Iterator[Json]:
+    """The deltas that fill the values of a block that came whole."""
+    for kind, (key, name, _) in DELTAS.items():
+        value = values.get(key)
+        if key == "citations":
+            for citation in value or ():
+                if isinstance(citation, dict):
+                    yield {"type": kind, name: citation}
+        elif value:
+            yield {"type": kind, name: to_json(value).decode() if key == "input" else value}
+
+
+# ------------------------------------------------------------------------------------- usage
+
+
+def token_count(value: Any, name: str) -> int:
+    count = value.get(name) if isinstance(value, dict) else None
+    return count if type(count) is int and count >= 0 else 0
+
+
+def usage(value: Any, required: Iterable[str] = ("input_tokens", "output_tokens")) -> Json:
+    """The usage of a message, in which every known count is a number (Vercel AI SDK, `anthropic` in strict mode)."""
+    given = without_empties(value) if isinstance(value, dict) else {}
+    counts: Json = {}
+    for name, count in given.items():
+        is_count = type(count) is int and count >= 0
+        if is_count or name not in TOKENS:
+            counts[name] = count
+    for name in required:
+        counts.setdefault(name, 0)
+    creation = counts.get("cache_creation")
+    if creation is not None and not has_counts(creation, CREATION):
+        del counts["cache_creation"]
+    tools = counts.pop("server_tool_use", None)
+    if isinstance(tools, dict):
+        for name in SERVER_TOOLS:
+            tools = tools | {name: token_count(tools, name)}
+        counts["server_tool_use"] = tools
+    if counts.get("service_tier") not in ("standard", "priority", "batch"):
+        counts.pop("service_tier", None)
     return counts
 
 
-def frame(event: Json) -> bytes:
+def has_counts(value: Any, names: Iterable[str]) -> bool:
+    return isinstance(value, dict) and all(type(value.get(name)) is int for name in names)
+
+
+def without_nulls(value: Mapping[str, Any]) -> Json:
+    """The Vercel AI SDK fails on `citations: null` and `caller: null`."""
+    return {key: inner for key, inner in value.items() if inner is not None}
+
+
+def without_empties(value: Json) -> Json:
+    """The Vercel AI SDK fails on `context_management: {}` and adds up `iterations: []`."""
+    return {key: inner for key, inner in value.items() if inner not in (None, {}, [])}
+
+
+# ------------------------------------------------------------------------------------- frames
+
+
+def delta_head(kind: str, index: int) -> bytes:
+    """How the CLI begins a line that holds a delta of an open block; empty: such deltas are always
+    decoded."""
+    delta_kinds = {"text": "text_delta", "thinking": "thinking_delta"}
+    if "input" in FILLED.get(kind, ()):
+        delta_kinds[kind] = "input_json_delta"
+    if kind not in delta_kinds:
+        return b""
+    delta_kind = delta_kinds[kind]
+    name = DELTAS[delta_kind][1]
+    return DELTA_START + f'{index},"delta":{{"type":"{delta_kind}","{name}":"'.encode()
+
+
+def same_block_deltas(lines: list[bytes], head: bytes) -> list[bytes]:
+    """The JSON strings, without their quotes, of lines that are all deltas of one block; empty: not all are.
+
+    `head` is how such a line begins, up to the opening quote of the piece.  Cut at the first `"}},`, a line is head,
+    piece and rest.  A JSON string holds no bare quote, so the cut is the end of the piece, if the piece is a string at
+    all: that is proved for all pieces by decoding them as one string, joined by spaces so that none can end inside an
+    escape.  What follows is proved by decoding all rests as one list of objects.  It must say once in each line that
+    the event is not a subagent's, end each line once, open no further object, so that nothing else hides in it, and
+    name no turn.
+    """
+    if not head or not lines:
+        return []
+    pieces, rests = [], []
+    for text in lines:
+        inner, _, rest = text.partition(b'"}},')
+        if not inner.startswith(head):
+            return []
+        pieces.append(inner[len(head) :])
+        rests.append(rest)
+    rest = b"\n".join([*rests, b""])
+    ours = rest.count(MAIN) == len(lines)
+    one_event_each = rest.count(b"}\n") == len(lines)
+    nested = b"{" in rest
+    named = b'"user_message_uuids"' in rest
+    if not ours or not one_event_each or nested or named:
+        return []
+    try:
+        orjson.loads(b'"%b"' % b" ".join(pieces))
+        orjson.loads(b"[{%b]" % b",{".join(rests))
+    except orjson.JSONDecodeError:
+        return []
+    return pieces
+
+
+def frame(event: StreamEvent | Json) -> bytes:
     """One server-sent event."""
-    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), ascii_lines(orjson.dumps(event)))
+    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), ascii_lines(to_json(event)))
 
 
 def ascii_lines(data: bytes) -> bytes:
-    """U+2028, U+2029 and U+0085 escaped: some clients split lines at them."""
+    """U+2028, U+2029 and U+0085 escaped: some clients split lines at them (LiteLLM)."""
     if data.isascii():
         return data
-    data = data.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029")
+    data = data.replace(b"\xe2\x80\xa8", b"\\u2028")
+    data = data.replace(b"\xe2\x80\xa9", b"\\u2029")
     return data.replace(b"\xc2\x85", b"\\u0085")
 
 

@@ -275,8 +275,12 @@ def cli(request: pytest.FixtureRequest) -> Path:
 class Stub:
     """The stub of the Messages API, as a process of its own."""
 
+    def __init__(self, *arguments: str) -> None:
+        self.arguments = arguments
+
     def __enter__(self) -> "Stub":
-        self.process = subprocess.Popen([sys.executable, TESTS / "stub_api.py"], stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, TESTS / "stub_api.py", *self.arguments]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout
         self.port = int(self.process.stdout.readline())
         self.url = f"http://127.0.0.1:{self.port}"
@@ -290,10 +294,17 @@ class Stub:
 
     def log(self, since: int = 0) -> list[Json]:
         """The requests to /v1/messages, from number `since` on: path, headers, body, end, seconds."""
+        return [row for row in self._rows("") if row["path"].startswith("/v1/messages")][since:]
+
+    def last(self) -> Json:
+        """The last request to /v1/messages."""
+        return [row for row in self._rows("?since=-9") if row["path"].startswith("/v1/messages")][-1]
+
+    def _rows(self, query: str) -> list[Json]:
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port)) as connection:
-            connection.request("GET", "/_log")
-            rows = json.loads(connection.getresponse().read())
-        return [row for row in rows if row["path"].startswith("/v1/messages")][since:]
+            connection.request("GET", "/_log" + query)
+            rows: list[Json] = json.loads(connection.getresponse().read())
+        return rows
 
 
 @dataclass

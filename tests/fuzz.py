@@ -1,7 +1,7 @@
 """Mutations of what the bridge is given: bodies, the CLI's lines, bytes on its socket.
 
-`python tests/fuzz.py SECONDS` runs each part for that long with fresh seeds; test_fuzz.py runs a short part of each.
-A failure prints its smallest case, and the seed.
+`python tests/fuzz.py SECONDS [PART...]` runs each part, or those named, for that long with fresh
+seeds; test_fuzz.py runs a short part of each.  A failure prints its smallest case, and the seed.
 """
 
 import contextlib
@@ -20,16 +20,31 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from conftest import IMAGE, STANDIN, Server, isolate, request_body
+from conftest import IMAGE, STANDIN, Answer, Server, isolate, request_body
 from grammar import check_stream
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from test_translate import CACHED, FIXTURES, FOUND, JUNK, PAGE, PDF, PREFILL, SERVED, THOUGHT, places, role, text, user
+from messages import (
+    CACHED,
+    FIXTURES,
+    FOUND,
+    JUNK,
+    PAGE,
+    PDF,
+    REDACTED,
+    SERVED,
+    THOUGHT,
+    asks,
+    places,
+    role,
+    text,
+    user,
+)
 
 import translate
 from bridge import Config
-from sessions import Turn
-from translate import ApiError, Translator, cli_error, frame, parse_request
+from sessions import Turn, opening
+from translate import ApiError, Request, cli_error, frame, parse_request
 
 Json = dict[str, Any]
 SMALL = st.integers(0, 10**6)
@@ -37,7 +52,12 @@ SMALL = st.integers(0, 10**6)
 # ---------------------------------------------------------------- bodies
 
 FIELDS: dict[str, list[Any]] = {
-    "system": ["Be terse.", "", [text("a", **CACHED), text("x-anthropic-billing-header: cch=1;")], []],
+    "system": [
+        "Be terse.",
+        "",
+        [text("a", **CACHED), text("x-anthropic-billing-header: cch=1;")],
+        [],
+    ],
     "stream": [True, False],
     "metadata": [{"user_id": "x"}],
     "temperature": [0, 0.5, 1],
@@ -45,32 +65,89 @@ FIELDS: dict[str, list[Any]] = {
     "top_k": [0, 40],
     "stop_sequences": [[], ["END", "\u2028"]],
     "service_tier": ["auto", "standard_only"],
-    "thinking": [{"type": "enabled", "budget_tokens": 1024}, {"type": "adaptive"}, {"type": "disabled"}],
-    "output_config": [{"effort": "low", "format": {"type": "json_schema", "schema": {"type": "object"}}}, {}],
-    "tool_choice": [{"type": "auto", "disable_parallel_tool_use": True}, {"type": "tool", "name": "weather"}],
+    "thinking": [
+        {"type": "enabled", "budget_tokens": 1024},
+        {"type": "adaptive"},
+        {"type": "disabled"},
+    ],
+    "output_config": [
+        {"effort": "low", "format": {"type": "json_schema", "schema": {"type": "object"}}},
+        {},
+    ],
+    "tool_choice": [
+        {"type": "auto", "disable_parallel_tool_use": True},
+        {"type": "tool", "name": "weather"},
+    ],
     "cache_control": [{"type": "ephemeral"}],
     "new": [{"of": ["a", "beta"]}],
 }
-SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "enum": ["Paris", None]}}, "required": ["city"]}
-TOOLS = [
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "enum": ["Paris", None]}},
+    "required": ["city"],
+}
+TOOLS: list[Json] = [
     {"name": "weather", "description": "The weather.", "input_schema": SCHEMA, **CACHED},
-    {"type": "custom", "name": "time", "input_schema": {"type": "object"}},
+    {"type": "custom", "name": "time", "input_schema": {"type": "object"}, "defer_loading": True},
+    {"type": "computer_toolset_20260101", "display_width_px": 800},
 ]
-SOURCE = {"type": "document", "source": {"type": "content", "content": [text("x", **CACHED), IMAGE]}, "title": None}
-ASKED = [text("look", **CACHED), text("é\u2028 😀", citations=None), IMAGE, PAGE, PDF, FOUND, SOURCE]
-SAID = [text("so"), THOUGHT, {"type": "redacted_thinking", "data": "x"}]
-RESULTS: list[Any] = [None, "sunny", "", [], [text("x", **CACHED), IMAGE, PAGE, FOUND]]
-HUGE: list[Any] = ["x" * 100_000, 2**63 - 1, 2**64, 10**40, -(2**70), 1e308, [text("y")] * 500, [[]] * 2000]
-HUGE += [{f"k{number}": number for number in range(500)}]
-HUGE += [json.loads("[" * deep + "]" * deep) for deep in (200, 246, 249, 251, 300)]
-BODY_STEPS = st.lists(
-    st.tuples(
-        st.sampled_from(["delete", "retype", "retype", "borrow", "duplicate", "nest", "rename", "new", "huge"]),
-        SMALL,
-        SMALL,
-    ),
-    max_size=4,
+SOURCE: Json = {
+    "type": "document",
+    "source": {"type": "content", "content": [text("x", **CACHED), IMAGE]},
+    "title": None,
+}
+ASKED: list[Json] = [
+    text("look", **CACHED),
+    text("é\u2028 😀", citations=None),
+    IMAGE,
+    {**IMAGE, "alt": "a heron"},
+    PAGE,
+    PDF,
+    FOUND,
+    SOURCE,
+]
+CITATION: Json = {"type": "char_location", "cited_text": "x", "document_index": 0}
+SAID: list[Json] = [
+    text("so"),
+    text("\u2028 then\n"),
+    text("cited", citations=[CITATION]),
+    THOUGHT,
+    REDACTED,
+    {"type": "fallback"},
+    {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {}},
+]
+RESULTS: list[Any] = [
+    None,
+    "sunny",
+    "",
+    [],
+    [text("x", **CACHED), IMAGE, PAGE, FOUND],
+    [{"type": "tool_reference", "tool_name": "time"}],
+]
+HUGE: list[Any] = [
+    "x" * 100_000,
+    2**63 - 1,
+    2**64,
+    10**40,
+    -(2**70),
+    1e308,
+    [text("y")] * 500,
+    [[]] * 2000,
+    {f"k{number}": number for number in range(500)},
+]
+HUGE += [json.loads("[" * deep + "]" * deep) for deep in (190, 200, 246, 251, 300)]
+BODY_CHANGES = (
+    "delete",
+    "retype",
+    "retype",
+    "borrow",
+    "duplicate",
+    "nest",
+    "rename",
+    "new",
+    "huge",
 )
+BODY_STEPS = st.lists(st.tuples(st.sampled_from(BODY_CHANGES), SMALL, SMALL), max_size=4)
 
 
 @st.composite
@@ -82,11 +159,19 @@ def valid_bodies(draw: Callable[..., Any]) -> Json:
         if turn % 2:
             ids = [f"t{turn}_{number}" for number in range(draw(st.integers(0, 2)))]
             blocks = [*draw(st.lists(st.sampled_from(SAID), max_size=2)), text("well")]
-            blocks += [{"type": "tool_use", "id": one, "name": "weather", "input": {"city": "Paris"}} for one in ids]
+            blocks += [
+                {"type": "tool_use", "id": one, "name": "weather", "input": {"city": "Paris"}}
+                for one in ids
+            ]
             messages.append(role("assistant", blocks))
             continue
         blocks = [
-            {"type": "tool_result", "tool_use_id": one, "content": draw(st.sampled_from(RESULTS)), "is_error": turn > 2}
+            {
+                "type": "tool_result",
+                "tool_use_id": one,
+                "content": draw(st.sampled_from(RESULTS)),
+                "is_error": turn > 2,
+            }
             for one in ids
         ]
         blocks += draw(st.lists(st.sampled_from(ASKED), min_size=not blocks, max_size=3))
@@ -96,12 +181,15 @@ def valid_bodies(draw: Callable[..., Any]) -> Json:
             messages.append(role("system", draw(st.sampled_from(["s", [text("s")]]))))
     names = draw(st.lists(st.sampled_from(sorted(FIELDS)), max_size=5, unique=True))
     fields = {name: draw(st.sampled_from(FIELDS[name])) for name in names}
-    tools = TOOLS[: draw(st.integers(0, 2))]
-    return own(request_body(messages, max_tokens=4096, **fields, **({"tools": tools} if tools else {})))
+    tools = TOOLS[: draw(st.integers(0, 3))]
+    return own(
+        request_body(messages, max_tokens=4096, **fields, **({"tools": tools} if tools else {}))
+    )
 
 
 def own(value: Any) -> Any:
-    """A copy that shares no part with itself, as deepcopy's may: what is put into one place is put there alone."""
+    """A copy that shares no part with itself, as deepcopy's may: what is put into one place is put
+    there alone."""
     return json.loads(json.dumps(value))
 
 
@@ -123,7 +211,11 @@ def mutate_body(body: Json, steps: list[tuple[str, int, int]]) -> bytes:
         elif what == "nest":
             container[key] = [container[key]] if other % 2 else {str(key): container[key]}
         elif isinstance(container, dict) and what in ("rename", "new"):
-            names = [name for holder, name in found if isinstance(name, str)] + ["thread", "container", "mcp_servers"]
+            names = [name for holder, name in found if isinstance(name, str)] + [
+                "thread",
+                "container",
+                "mcp_servers",
+            ]
             value = container.pop(key) if what == "rename" else JUNK[other // 7 % len(JUNK)]
             container[names[other % len(names)]] = own(value)
         elif what == "huge":
@@ -138,24 +230,24 @@ def mutate_body(body: Json, steps: list[tuple[str, int, int]]) -> bytes:
 
 bodies = st.builds(mutate_body, valid_bodies(), BODY_STEPS)
 NOT_JSON = ("The request body is not valid JSON: ", "The request body is not a JSON object.")
-# In the API's own words, which the bridge repeats; they name a field without a path, or (prefill) the conversation's
-# end.
-WORDS = {PREFILL, "`max_tokens` must be greater than `thinking.budget_tokens`."}
 
 
 def check_refusal(message: str, body: bytes) -> None:
-    """A refusal names a place that is in the body, or whose parent is and lacks it."""
-    if message.startswith(NOT_JSON) or message in WORDS:
+    """A refusal says why, and names a place that is in the body, or that is missing there."""
+    if message.startswith(NOT_JSON):
         return
     place, colon, why = message.partition(": ")
     assert colon, f"no place: {message}"
     assert why, f"no reason: {message}"
-    known: list[Any] = [json.loads(body)]
+    more = re.search(r"\((messages\.\d+)\)$", why)  # what "messages: ..." is about
+    for named in (place, *(more.groups() if more else ())):
+        assert is_place(named, json.loads(body)), f"{named} is not in the body: {message}"
+
+
+def is_place(place: str, body: Any) -> bool:
+    """Whether the path leads to a value of the body, or to a key that an object of it lacks."""
+    known = [body]
     keys = place.split(".")
-    if why.startswith("unexpected `tool_use_id`"):
-        keys = keys[
-            :2
-        ]  # product bug, test_fuzz.test_an_orphan_is_found_where_the_client_put_it: the index is another one's
     for number, key in enumerate(keys):
         below: list[Any] = []
         for value in known:
@@ -165,36 +257,114 @@ def check_refusal(message: str, body: bytes) -> None:
                 below.append(None)  # it is missing
             elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
                 below.append(value[int(key)])
-            if isinstance(value, dict) and value.get("type") == key:  # the API names a union's member in the path
-                below.append(value)
-        assert below, f"{place} is not in the body: {message}"
+            if isinstance(value, dict) and value.get("type") == key:
+                below.append(value)  # the API names a union's member in the path
         known = below
+    return bool(known)
 
 
-def check_use(request: translate.Request) -> None:
-    """A valid request survives everything that is done with it."""
-    parts = request.messages
-    assert parts[-1]["role"] == "user"
-    assert all(a["role"] != b["role"] for a, b in itertools.pairwise(parts))
-    translate.extend(b"", parts)
-    lines = [translate.initialize_line(request.system, request.tools)]
-    lines.append(translate.control_line("s", "apply_flag_settings", settings={"env": request.settings}))
-    lines.append(translate.control_answer({"request": {"message": {"method": "tools/list"}}}, request.tools))
-    for number, message in enumerate(parts):
-        if message["role"] == "user":
-            lines.append(translate.user_line(message["content"], query=False))
-            ids = [block["tool_use_id"] for block in message["content"] if block["type"] == "tool_result"]
-            for result in (translate.tool_results(message["content"], ids) or {}).values():
-                lines.append(translate.control_answer({"request": {"message": {}}}, [], result))
+def check_use(request: Request, body: Json) -> None:
+    """A valid request survives everything that is done with it, and all of it is carried."""
+    roles = [message["role"] for message in request.messages]
+    assert roles[-1] == "user"
+    assert all(one != next_one for one, next_one in itertools.pairwise(roles))
+    for query in (True, False):
+        check_opening(request, query=query)
+    for has_listed_tools in (True, False):
+        check_settings(request, body, has_listed_tools=has_listed_tools)
+    check_not_sent(request, body)
+    check_lines_in(request)
+
+
+def check_opening(request: Request, *, query: bool) -> None:
+    """A fresh process gets the whole conversation: the CLI joins neighbours of one role."""
+    session: Any = SimpleNamespace(turn_id="00000000-0000-4000-8000-000000000000")
+    given, lines = opening(request, request.model, session, query=query)
+    check_json_lines([*given, *lines])
+    rows = [json.loads(row) for row in given]
+    parents = [None, *(row["uuid"] for row in rows)]
+    assert [row["parentUuid"] for row in rows] == parents[:-1]
+    first, *past, last = rows
+    assert first["type"] == "system"
+    assert (last["type"], last["isVirtual"]) == ("assistant", True)
+    assert last["message"]["model"] == request.model
+    later = [json.loads(line) for line in lines]
+    assert [asks(line) for line in later][-1] == query
+    ids = [row["message"]["id"] for row in [*rows[1:], *later] if row["type"] == "assistant"]
+    assert len(set(ids)) == len(ids)
+    carried: list[Json] = []
+    for row in [*past, *later]:
+        message = row["message"]
+        blocks = message["content"]
+        if row in later and row["type"] == "user":
+            assert blocks[-1] == translate.GUARD
+            blocks = blocks[:-1]
+        if carried and carried[-1]["role"] == message["role"]:
+            carried[-1]["content"] += blocks
         else:
-            lines.append(translate.assistant_line(message["content"], number, request.model))
-    assert all(line.count(b"\n") == 1 and json.loads(line) for line in lines)
+            carried.append({"role": message["role"], "content": blocks})
+    assert carried == request.messages
+
+
+def check_settings(request: Request, body: Json, *, has_listed_tools: bool) -> None:
+    """All fields but the bridge's own go to the API as sent, but for what is said not to."""
+    settings = translate.turn_settings(request, has_listed_tools=has_listed_tools)
+    assert all(isinstance(value, str) for value in settings.values())
+    check_json_lines([translate.settings_line(settings)])
+    wanted = {name: own(value) for name, value in body.items() if name not in translate.OWN_FIELDS}
+    for number, tool in enumerate(wanted.get("tools") or []):
+        if f"tools.{number}.defer_loading" in request.not_sent:
+            del tool["defer_loading"]
+    if has_listed_tools and not wanted.get("tools"):
+        wanted["tools"] = []
+    assert json.loads(settings["CLAUDE_CODE_EXTRA_BODY"]) == wanted
+
+
+def check_not_sent(request: Request, body: Json) -> None:
+    """What cannot arrive as sent is named once, in what a header can hold, and is in the body."""
+    named = request.not_sent + request.image_keys
+    assert len(set(named)) == len(named)
+    for place in named:
+        assert not translate.UNPRINTABLE.search(place), place
+        if place == "cache_control":  # wherever it is
+            assert any(key == place for _, key in places(body))
+        else:
+            assert is_place(place, body), place
+
+
+def check_lines_in(request: Request) -> None:
+    """The lines that a process may be written for a request are lines of JSON."""
+    listed = translate.listed_tools(request)
+    lines = [
+        translate.initialize_line(request.system, has_tools=bool(listed)),
+        translate.initialize_line(request.system, has_tools=False, agent=True),
+    ]
+    for tools in (listed, translate.described_tools(request)):
+        assert all(isinstance(tool["name"], str) for tool in tools)
+        asked: Any = {"type": "", "request": {"message": {"method": "tools/list"}}}
+        lines.append(translate.control_answer(asked, tools))
+    for message in request.messages:
+        blocks = message["content"]
+        results = [block for block in blocks if block["type"] == "tool_result"]
+        ids = [block["tool_use_id"] for block in results]
+        called: Any = {"type": "", "request": {"message": {}}}
+        for result in (translate.tool_results(blocks, ids) or {}).values():
+            lines.append(translate.control_answer(called, [], result))
+    check_json_lines(lines)
+
+
+def check_json_lines(lines: list[bytes]) -> None:
+    for line in lines:
+        assert line.endswith(b"\n")
+        assert line.count(b"\n") == 1
+        assert isinstance(json.loads(line), dict)
 
 
 def check_body(body: bytes) -> None:
+    """A body is a request that can be used, or is refused with 400 and a place."""
     refusal = None
     try:
-        check_use(parse_request(body))
+        check_use(parse_request(body), json.loads(body))
     except ApiError as error:
         refusal = error
     if refusal:
@@ -204,13 +374,66 @@ def check_body(body: bytes) -> None:
 
 
 def check_posted(server: Server, body: bytes) -> None:
-    """Over a socket: 200 with a message or a stream of the grammar, or 400 in the API's error shape."""
-    answer = server.call("POST", "/v1/messages", body)
-    if answer.status == 200:
-        if answer.headers["content-type"] == "text/event-stream":
-            assert check_stream(answer.events)["message"]
-        assert re.search(r"echo: .*; \d+ messages", answer.text, re.S), answer.text[:200]
+    """Over a socket: 200 with a message or a stream of the grammar, of the conversation that was
+    sent, or 400 in the API's error shape."""
+    if has_strange_results(body):
         return
+    answer = server.call("POST", "/v1/messages", body)
+    if answer.status != 200:
+        check_refused(answer, body)
+        return
+    if answer.headers["content-type"] == "text/event-stream":
+        assert check_stream(answer.events)["message"]
+    request = parse_request(body)
+    assert answer.headers.get("x-bridge-not-sent") in (", ".join(not_sent(request)) or None,)
+    newest = request.messages[-1]
+    begun = translate.split_at_images(newest["content"])[0]
+    is_split = bool(begun) and not translate.answers_tool_calls(newest)
+    count = len(request.messages) + is_split  # the stand-in does not join neighbours
+    assert re.search(rf"echo: .*; {count} messages", answer.text, re.DOTALL), answer.text[:200]
+
+
+def has_strange_results(body: bytes) -> bool:
+    """Whether a tool_result holds what only the API can judge: the stand-in, which answers with the
+    texts of results, cannot read it."""
+    with contextlib.suppress(ApiError):
+        for message in parse_request(body).messages:
+            for block in message["content"]:
+                content = block.get("content")
+                if block["type"] != "tool_result" or not content or isinstance(content, str):
+                    continue
+                if not isinstance(content, list) or not all(map(is_block, content)):
+                    return True
+    return False
+
+
+def is_block(value: Any) -> bool:
+    match value:
+        case {"type": "text"}:
+            return isinstance(value.get("text"), str)
+        case {"type": str()}:
+            return True
+    return False
+
+
+def not_sent(request: Request) -> list[str]:
+    """What a fresh process cannot be given as sent."""
+    in_line = translate.has_images_in_line(request.messages[-1])
+    return request.not_sent + (request.image_keys if in_line else [])
+
+
+def check_counted(server: Server, body: bytes) -> None:
+    """Tokens are counted of what is a request, max_tokens or not; what is none is refused."""
+    answer = server.call("POST", "/v1/messages/count_tokens", body)
+    if answer.status != 200:
+        check_refused(answer, body)
+        return
+    parse_request(body, counting=True)
+    assert type(answer.json["input_tokens"]) is int
+    assert answer.json["input_tokens"] > 0
+
+
+def check_refused(answer: Answer, body: bytes) -> None:
     assert answer.status == 400, answer.body[:500]
     error = answer.json
     assert (error["type"], error["error"]["type"]) == ("error", "invalid_request_error")
@@ -221,18 +444,28 @@ def check_posted(server: Server, body: bytes) -> None:
 # ---------------------------------------------------------------- the CLI's lines
 
 
-def recorded() -> list[list[bytes]]:
-    """The lines of each recording as the CLI wrote them, without lists of commands and models."""
+def recorded() -> list[tuple[list[bytes], str]]:
+    """The lines of each recording as the CLI wrote them, without lists of commands and models, and
+    the id of the last user line that asked for a turn; empty: it has none."""
     found = []
     for path in sorted(FIXTURES.glob("*/*.ndjson")):
-        rows = [json.loads(row) for row in path.read_text().rstrip("\n").split("\n")]
-        lines = [json.dumps(r["line"], ensure_ascii=False, separators=(",", ":")) for r in rows if r["dir"] == "out"]
-        found.append([line.encode() for line in lines if len(line) < 3000])
+        lines: list[bytes] = []
+        turn_id = ""
+        for row in map(json.loads, path.read_text().rstrip("\n").split("\n")):
+            if row["dir"] == "in" and asks(row["line"]):
+                turn_id = row["line"].get("uuid", "")
+            if row["dir"] != "out":
+                continue
+            compact = {"ensure_ascii": False, "separators": (",", ":")}
+            line = row["text"] if "text" in row else json.dumps(row["line"], **compact)
+            if len(line) < 3000:
+                lines.append(line.encode())
+        found.append((lines, turn_id))
     return found
 
 
 RECORDED = recorded()
-DELTA = b'{"type":"stream_event","event":{"type":"content_block_delta","index":0,"delta":{"type":"text_delta",'
+DELTA = translate.DELTA_START + b'0,"delta":{"type":"text_delta",'
 PIECES = [
     b"{",
     b"}",
@@ -251,7 +484,20 @@ PIECES = [
 ]
 LINE_STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["drop", "double", "move", "truncate", "glue", "retype", "retype", "flip", "insert", "borrow"]),
+        st.sampled_from(
+            [
+                "drop",
+                "double",
+                "move",
+                "truncate",
+                "glue",
+                "retype",
+                "retype",
+                "flip",
+                "insert",
+                "borrow",
+            ]
+        ),
         SMALL,
         SMALL,
     ),
@@ -279,7 +525,9 @@ def mutate_lines(lines: list[bytes], steps: list[tuple[str, int, int]]) -> list[
         elif what == "insert":
             lines[at] = lines[at][:cut] + PIECES[number % len(PIECES)] + lines[at][cut:]
         elif what == "flip" and cut < len(lines[at]):
-            lines[at] = lines[at][:cut] + bytes([lines[at][cut] ^ (1 << number % 8)]) + lines[at][cut + 1 :]
+            lines[at] = (
+                lines[at][:cut] + bytes([lines[at][cut] ^ (1 << number % 8)]) + lines[at][cut + 1 :]
+            )
         elif what in ("retype", "borrow"):
             with contextlib.suppress(ValueError):
                 event = json.loads(lines[at])
@@ -287,9 +535,9 @@ def mutate_lines(lines: list[bytes], steps: list[tuple[str, int, int]]) -> list[
                 container, key = found[other % len(found)]
                 source = JUNK if what == "retype" else [holder[name] for holder, name in found]
                 container[key] = copy.deepcopy(source[other // 7 % len(source)])
-                lines[at] = json.dumps(event, ensure_ascii=number % 2 == 0, separators=(",", ":")).encode(
-                    "utf-8", "surrogatepass"
-                )
+                lines[at] = json.dumps(
+                    event, ensure_ascii=number % 2 == 0, separators=(",", ":")
+                ).encode("utf-8", "surrogatepass")
     return [line for whole in lines for line in whole.split(b"\n")]
 
 
@@ -300,13 +548,15 @@ class Reads:
         self.reads = iter(reads)
         self.raw = raw
         self.working = False
+        self.has_listed = True
+        self.tools = [translate.listed_tool(name) for name in SERVED]
 
     def write(self, *lines: bytes) -> None:
         pass
 
     async def relay(self, sink: Callable[[list[Json | bytes]], bool]) -> None:
         for lines in self.reads:
-            events: list[Json | bytes] = []
+            events: list[Any] = []
             failure = None
             try:
                 for line in lines:
@@ -324,54 +574,63 @@ class Reads:
 REQUEST = parse_request(json.dumps(request_body(stream=True)).encode())
 
 
-def relayed(reads: list[list[bytes]], *, raw: bool) -> tuple[list[Json], Json, str]:
-    """What a client gets of the lines, through Turn.relay: the events, the message that is kept, the error."""
+def relayed(
+    reads: list[list[bytes]], *, raw: bool, turn_id: str = ""
+) -> tuple[list[Json], Json, str]:
+    """What a client gets of the lines, through Turn.relay: the events, the message that is kept,
+    the error."""
     sent: list[bytes] = []
+
+    def send(frames: bytes) -> bool:
+        sent.append(frames)
+        return True
+
     process: Any = Reads(reads, raw=raw)
-    session: Any = SimpleNamespace(settings={}, agent=False, process=process)
-    turn = Turn(REQUEST, session, "hot", "", REQUEST.messages)
-    turn.translator = Translator(SERVED)
+    session: Any = SimpleNamespace(agent=False, process=process, turn_id=turn_id)
+    turn = Turn(REQUEST, session, "hot", "", [])
+    never: Any = None  # it is ready at all times
     failure = None
     try:
-        turn.relay(lambda frames: sent.append(frames) or True, None).send(None)  # type: ignore[arg-type,func-returns-value]
+        turn.relay(send, never).send(None)
     except StopIteration:
         pass
     except ApiError as error:
         failure = error
     whole = b"".join(sent)
     assert not any(mark in whole for mark in (b"\xe2\x80\xa8", b"\xe2\x80\xa9", b"\xc2\x85"))
-    events = [json.loads(block.split("\ndata: ")[1]) for block in whole.decode().split("\n\n")[:-1]]
+    blocks = whole.decode().split("\n\n")[:-1]
+    events = [json.loads(block.split("\ndata: ")[1]) for block in blocks]
     message = check_stream([*events, failure.body("r")] if failure else events)["message"]
     assert message == (turn.translator.message if not failure else None)
     return events, turn.translator.message, failure.message if failure else ""
 
 
-def opened_full(line: bytes) -> bool:
-    """A block that does not begin empty: it is passed on, as clients add deltas to what is there, though the grammar of
-    the API's streams knows no such block."""
-    with contextlib.suppress(ApiError):
-        for event in translate.decode(line):
-            match event:
-                case {"event": {"content_block": {"type": str(kind)} as block}}:
-                    return any(block.get(key) for key in translate.EMPTY.get(kind, ()))
-    return False
-
-
-def check_lines(lines: list[bytes], size: int) -> None:
-    """Nothing but ApiError comes of any lines, a correct beginning is emitted, and bytes and objects say the same."""
-    lines = [line for line in lines if not opened_full(line)]
+def check_lines(lines: list[bytes], turn_id: str, size: int) -> None:
+    """Nothing but ApiError comes of any lines, a correct beginning is emitted, and bytes and
+    objects say the same."""
     reads = [lines[at : at + size] for at in range(0, len(lines), size)]
-    raw, decoded = relayed(reads, raw=True), relayed(reads, raw=False)
+    raw = relayed(reads, raw=True, turn_id=turn_id)
+    decoded = relayed(reads, raw=False, turn_id=turn_id)
     assert raw == decoded
 
 
-mutated_lines = st.tuples(st.builds(mutate_lines, st.sampled_from(RECORDED), LINE_STEPS), st.integers(1, 40))
+@st.composite
+def mutated_lines(draw: Callable[..., Any]) -> tuple[list[bytes], str, int]:
+    """Lines of a recording, the id of the turn they are read for, and how many come in a read."""
+    lines, turn_id = draw(st.sampled_from(RECORDED))
+    changed = mutate_lines(lines, draw(LINE_STEPS))
+    return changed, draw(st.sampled_from(["", turn_id])), draw(st.integers(1, 40))
+
 
 # ---------------------------------------------------------------- bytes on the socket
 
 HELLO = json.dumps(request_body("hello there", model="haiku")).encode()
 STREAMED = json.dumps(request_body("hello there", model="haiku", stream=True)).encode()
-CHUNKED = b"5;a=b\r\n%b\r\n%x\r\n%b\r\n0\r\nx-trailer: 1\r\n\r\n" % (HELLO[:5], len(HELLO) - 5, HELLO[5:])
+CHUNKED = b"5;a=b\r\n%b\r\n%x\r\n%b\r\n0\r\nx-trailer: 1\r\n\r\n" % (
+    HELLO[:5],
+    len(HELLO) - 5,
+    HELLO[5:],
+)
 HOST = b"Host: localhost\r\n"
 GET = b"GET /healthz HTTP/1.1\r\n" + HOST
 POST = b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Type: application/json\r\n"
@@ -423,8 +682,18 @@ TOKENS += [
     b"Transfer-Encoding: gzip, chunked\r\n",
     b"Host: [::1]:99999\r\n",
 ]
-TOKENS += [b"Content-Encoding: gzip\r\n", b"Connection: close\r\n", b"Upgrade: h2c\r\nConnection: Upgrade\r\n"]
-TOKENS += [b"Expect: 100-continue\r\n", b"Expect: x\r\n", b"Origin: null\r\n", b"x-api-key: \xe9\r\n", b"Host: x\r\n"]
+TOKENS += [
+    b"Content-Encoding: gzip\r\n",
+    b"Connection: close\r\n",
+    b"Upgrade: h2c\r\nConnection: Upgrade\r\n",
+]
+TOKENS += [
+    b"Expect: 100-continue\r\n",
+    b"Expect: x\r\n",
+    b"Origin: null\r\n",
+    b"x-api-key: \xe9\r\n",
+    b"Host: x\r\n",
+]
 TOKENS += [
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     b"\x16\x03\x01\x02\x00",
@@ -440,7 +709,11 @@ TOKENS += [
 ]
 WIRE_STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["flip", "drop", "token", "token", "cut", "repeat", "header", "header", "swap"]), SMALL, SMALL
+        st.sampled_from(
+            ["flip", "drop", "token", "token", "cut", "repeat", "header", "header", "swap"]
+        ),
+        SMALL,
+        SMALL,
     ),
     max_size=5,
 )
@@ -472,16 +745,22 @@ def mutate_bytes(parts: list[bytes], steps: list[tuple[str, int, int]]) -> bytes
 
 
 wires = st.tuples(
-    st.builds(mutate_bytes, st.lists(st.sampled_from(REQUESTS), min_size=1, max_size=3), WIRE_STEPS),
+    st.builds(
+        mutate_bytes, st.lists(st.sampled_from(REQUESTS), min_size=1, max_size=3), WIRE_STEPS
+    ),
     st.sampled_from(ENDS),
     st.integers(1, 5000) | st.just(1 << 20),
 )
 
 
 def check_wire(server: Server, data: bytes, end: str, size: int) -> None:
-    """Whatever comes: answers of HTTP, none of them a failure of the bridge; the connection ends; others are served."""
+    """Whatever comes: answers of HTTP, none of them a failure of the bridge; the connection ends;
+    others are served."""
     got = b""
-    with contextlib.closing(server.connect()) as client, contextlib.suppress(ConnectionError):  # TimeoutError: it hangs
+    with (
+        contextlib.closing(server.connect()) as client,
+        contextlib.suppress(ConnectionError),
+    ):  # TimeoutError: it hangs
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for at in range(0, min(len(data), 20 * size), size):
             client.sendall(data[at : at + size])
@@ -531,7 +810,14 @@ def watched_bridge(config: Config) -> Iterator[Server]:
 
 
 def bridge_config() -> Config:
-    return Config(listen_addr="127.0.0.1:0", bin=str(STANDIN), spares=1, max_idle=1, max_sessions=8, watchdog_secs=20)
+    return Config(
+        listen_addr="127.0.0.1:0",
+        bin=str(STANDIN),
+        spares=1,
+        max_idle=1,
+        max_sessions=8,
+        watchdog_secs=20,
+    )
 
 
 def parts(server: Server) -> dict[str, tuple[Any, Callable[[Any], None]]]:
@@ -539,7 +825,8 @@ def parts(server: Server) -> dict[str, tuple[Any, Callable[[Any], None]]]:
     return {
         "bodies": (bodies, check_body),
         "posted": (bodies, lambda body: check_posted(server, body)),
-        "lines": (mutated_lines, lambda case: check_lines(*case)),
+        "counted": (bodies, lambda body: check_counted(server, body)),
+        "lines": (mutated_lines(), lambda case: check_lines(*case)),
         "wire": (wires, lambda case: check_wire(server, *case)),
     }
 
@@ -554,7 +841,12 @@ def run(cases: Any, check: Callable[[Any], None], examples: int, number: int | N
         check(case)
 
     usual = settings(
-        **{"max_examples": examples, "deadline": None, "database": None, "derandomize": number is None},
+        **{
+            "max_examples": examples,
+            "deadline": None,
+            "database": None,
+            "derandomize": number is None,
+        },
         **{"suppress_health_check": list(HealthCheck), "phases": [Phase.generate, Phase.shrink]},
         report_multiple_bugs=False,
     )
@@ -576,7 +868,7 @@ def main() -> None:
             while time.monotonic() < end:
                 number = random.SystemRandom().randrange(1 << 32)
                 try:
-                    count += run(cases, check, 50 if name == "posted" else 500, number)
+                    count += run(cases, check, 50 if name in ("posted", "counted") else 500, number)
                 except BaseException:
                     print(f"{name}: failed after {count} cases, in those of seed {number}")
                     raise

@@ -1,133 +1,230 @@
-"""The strict grammar of a Messages stream: what every client reads without an error and in the same way.
+"""The strict grammar of a Messages stream: what every client reads without an error, and alike.
 
 stream = message_start  block*  message_delta+  message_stop      ping anywhere before the end
-block  = content_block_start(i)  content_block_delta(i)*  content_block_stop(i)      i = 0, 1, 2 ...
+block  = content_block_start(i)  content_block_delta(i)*  content_block_stop(i)    i = 0, 1, 2 ...
 error  may take any event's place, and is the last one
+
+The API adds types and keys as it likes, so what is new passes: an event once the message has begun,
+a block, a delta in any block, a key of anything.  What is known has to be as the SDKs know it.
 """
 
-import contextlib
 import json
 from typing import Any
 
 Json = dict[str, Any]
 
-# Shapes: a type (an int is never negative), a tuple of allowed values, {key: shape} with `?` after optional keys, or
-# None for any value.  Keys without a shape hold anything but null; events have no such keys.
-DELTA_USAGE = {
+# Shapes: a type (an int is never negative, a NAME never empty), a tuple of allowed values, the
+# shape of an object, or None for any value.  `?` stands after keys that may be left out.
+CREATION = {"ephemeral_5m_input_tokens": int, "ephemeral_1h_input_tokens": int}
+SERVER_TOOLS = {"web_search_requests": int, "web_fetch_requests": int}
+FINAL_USAGE = {
     "output_tokens": int,
+    "input_tokens?": int,
     "cache_creation_input_tokens?": int,
     "cache_read_input_tokens?": int,
-    "cache_creation?": {"ephemeral_5m_input_tokens": int, "ephemeral_1h_input_tokens": int},
+    "cache_creation?": CREATION,
+    "server_tool_use?": SERVER_TOOLS,
     "service_tier?": ("standard", "priority", "batch"),
 }
-START = {
-    **{"id": str, "type": ("message",), "role": ("assistant",), "model": str, "content": ([],)},
-    **{"stop_reason": (None,), "stop_sequence": (None,), "usage": {"input_tokens": int, **DELTA_USAGE}},
+FIRST_USAGE = FINAL_USAGE | {"input_tokens": int}
+MESSAGE = {
+    "id": str,
+    "type": ("message",),
+    "role": ("assistant",),
+    "model": str,
+    "content": ([],),
+    "stop_reason": (None,),
+    "stop_sequence": (None,),
+    "usage": dict,
 }
-BLOCKS = {
-    "text": {"text": ("",), "citations?": list},
-    "thinking": {"thinking": ("",), "signature": ("",)},
-    "redacted_thinking": {"data": str},
-    "tool_use": {"id": str, "name": str, "input": ({},)},
-}
-DELTAS: dict[str, Json] = {
-    "text": {"text_delta": {"text": str}, "citations_delta": {"citation": dict}},
-    "thinking": {"thinking_delta": {"thinking": str}, "signature_delta": {"signature": str}},
-    "redacted_thinking": {},
-    "tool_use": {"input_json_delta": {"partial_json": str}},
-}
-EVENTS = {
-    "message_start": {"message": START},
-    "content_block_start": {"index": int, "content_block": dict},
-    "content_block_delta": {"index": int, "delta": dict},
+ENDS = {"stop_reason": str, "stop_sequence": None, "stop_details?": {"type": str}}
+EVENTS: dict[str, Json] = {
+    "message_start": {"message": dict},
+    "content_block_start": {"index": int, "content_block": {"type": str}},
+    "content_block_delta": {"index": int, "delta": {"type": str}},
     "content_block_stop": {"index": int},
-    "message_delta": {
-        "delta": {"stop_reason": str, "stop_sequence": None, "stop_details?": dict},
-        "usage": {"input_tokens?": int, **DELTA_USAGE},
-    },
+    "message_delta": {"delta": dict, "usage": dict},
     "message_stop": {},
     "ping": {},
     "error": {"error": {"type": str, "message": str}, "request_id": str},
 }
+CALL = {"id": str, "name": str, "input": dict}
+BLOCKS: dict[str, Json] = {
+    "text": {"text": ("",), "citations?": list},
+    "thinking": {"thinking": ("",), "signature": ("",)},
+    "redacted_thinking": {"data": str},
+    "tool_use": CALL,
+    "server_tool_use": CALL,
+    "mcp_tool_use": CALL,
+}
+INPUT = {"input_json_delta": {"partial_json": str}}
+DELTAS: dict[str, dict[str, Json]] = {
+    "text": {"text_delta": {"text": str}, "citations_delta": {"citation": dict}},
+    "thinking": {"thinking_delta": {"thinking": str}, "signature_delta": {"signature": str}},
+    "redacted_thinking": {},
+    "tool_use": INPUT,
+    "server_tool_use": INPUT,
+    "mcp_tool_use": INPUT,
+}
+KNOWN_DELTAS = {kind: shape for kinds in DELTAS.values() for kind, shape in kinds.items()}
+KNOWN_KEYS = frozenset(
+    ("type", "id", "name", "data", "text", "thinking", "signature", "input", "citations")
+)
 NAMES = ("id", "model", "name", "stop_reason", "type", "message")  # strings that are never empty
 
 
 def check_stream(events: list[Json]) -> Json:
-    """Assert the grammar.  Returns the message that a client assembles, or the error event that took its end."""
-    message: Json = {}
-    block: Json | None = None  # the open one
-    tool_input, ended = "", False
+    """Assert the grammar.
+
+    Returns the message that a client assembles, or the error event that took its end.
+    """
+    client = Client()
     for number, event in enumerate(events):
-        kind = str(event.get("type"))
-        at = f"event {number} ({kind})"
-        assert not ended, f"{at} after the end"
-        assert kind in EVENTS, f"{at}: unknown type"
-        check(event, EVENTS[kind], at)
-        assert len(event) == len(EVENTS[kind]) + 1, f"{at}: its keys are {', '.join(event)}"
+        client.read(event, f"event {number} ({event.get('type')})")
+    assert client.ended, "the stream ended without message_stop or error"
+    return {"message": None if client.error else client.message, "error": client.error}
+
+
+class Client:
+    """A client that is as strict as the strictest, and forgets nothing of what it reads."""
+
+    def __init__(self) -> None:
+        self.message: Json = {}  # as far as it has come
+        self.error: Json | None = None
+        self.ended = False
+        self._block: Json | None = None  # the open one
+        self._input = ""  # of the open block
+
+    def read(self, event: Json, at: str) -> None:
+        assert not self.ended, f"{at} after the end"
+        kind = event.get("type")
+        assert isinstance(kind, str), f"{at}: no type"
+        assert kind, f"{at}: no type"
+        assert kind.isprintable(), f"{at}: a type that breaks the lines of an event stream"
+        check(event, EVENTS.get(kind, {}), at)
         if kind == "error":
-            assert event is events[-1], f"{at}: something follows it"
-            return {"message": None, "error": event}
-        if kind in ("message_start", "ping"):
-            assert kind == "ping" or not message, f"{at}: the second one"
-            message = message if kind == "ping" else json.loads(json.dumps(event["message"]))
-            continue
-        assert message, f"{at} before message_start"
-        assert (block is not None) == (kind in ("content_block_delta", "content_block_stop")), f"{at}: open: {block}"
-        if "index" in event:
-            assert message["stop_reason"] is None, f"{at} after message_delta"
-            expected = len(message["content"]) - (block is not None)
-            assert event["index"] == expected, f"{at}: index {event['index']}, expected {expected}"
-        if kind == "content_block_start":
-            assert str(event["content_block"].get("type")) in BLOCKS, f"{at}: {event['content_block']}"
-            check(event["content_block"], BLOCKS[event["content_block"]["type"]], at)
-            block, tool_input = json.loads(json.dumps(event["content_block"])), ""
-            message["content"].append(block)
-        elif kind == "content_block_delta" and block:
-            delta = event["delta"]
-            assert str(delta.get("type")) in DELTAS[block["type"]], f"{at}: {delta} in a {block['type']} block"
-            check(delta, DELTAS[block["type"]][delta["type"]], at)
-            tool_input += delta.get("partial_json", "")
-            for key in {"text", "thinking"} & set(delta):
-                block[key] += delta[key]
-            block |= {"signature": delta["signature"]} if "signature" in delta else {}
-            block |= {"citations": [*block.get("citations", []), delta["citation"]]} if "citation" in delta else {}
-        elif kind == "content_block_stop" and block:
-            if tool_input:
-                block["input"] = None
-                with contextlib.suppress(ValueError):
-                    block["input"] = json.loads(tool_input)
-                assert isinstance(block["input"], dict), f"{at}: the tool's input is {tool_input}"
-            block = None
+            self.error = event
+            self.ended = True
+            return
+        if kind == "ping":
+            return
+        assert bool(self.message) == (kind != "message_start"), f"{at} at this place"
+        if kind.startswith("content_block_"):
+            self._read_block_event(kind, event, at)
+        elif kind == "message_start":
+            self._start(event["message"], at)
         elif kind == "message_delta":
-            message |= event["delta"]
-            sequence = message["stop_sequence"]
-            assert sequence is None or isinstance(sequence, str), f"{at}: {event['delta']}"
-            assert sequence is None or message["stop_reason"] == "stop_sequence", f"{at}: {event['delta']}"
-            assert "type" in message.get("stop_details", ["type"]), f"{at}: {event['delta']}"
-            used = {key: count for key, count in event["usage"].items() if type(count) is int}  # what clients take over
-            assert used["output_tokens"] >= message["usage"]["output_tokens"], f"{at}: output_tokens went down"
-            message["usage"] |= used
+            self._end(event, at)
         elif kind == "message_stop":
-            assert message["stop_reason"], f"{at} without message_delta"
-            ended = True
-    assert ended, "the stream ended without message_stop or error"
-    return {"message": message, "error": None}
+            assert self.message["stop_reason"], f"{at} without message_delta"
+            self.ended = True
+
+    def _start(self, message: Json, at: str) -> None:
+        check(message, MESSAGE, at)
+        check(message["usage"], FIRST_USAGE, f"{at}.usage")
+        check_nothing_empty(message, at, besides=MESSAGE)
+        check_nothing_empty(message["usage"], f"{at}.usage")
+        self.message = copied(message)
+
+    def _read_block_event(self, kind: str, event: Json, at: str) -> None:
+        content = self.message["content"]
+        assert self.message["stop_reason"] is None, f"{at} after message_delta"
+        begins = kind == "content_block_start"
+        assert begins == (self._block is None), f"{at}: open is {self._block}"
+        expected = len(content) if begins else len(content) - 1
+        assert event["index"] == expected, f"{at}: index {event['index']}, expected {expected}"
+        if self._block is None:
+            self._block = copied(event["content_block"])
+            check(self._block, BLOCKS.get(self._block["type"], {}), at)
+            nulls = [key for key, value in self._block.items() if value is None]
+            assert not nulls, f"{at}: {', '.join(nulls)} is null: leave it out"
+            content.append(self._block)
+            self._input = ""
+        elif kind == "content_block_delta":
+            self._add(self._block, copied(event["delta"]), at)
+        else:
+            if self._input:
+                self._block["input"] = parsed_input(self._input, at)
+            self._block = None
+
+    def _add(self, block: Json, delta: Json, at: str) -> None:
+        kind = delta.pop("type")
+        if kind in KNOWN_DELTAS:
+            allowed = DELTAS.get(block["type"], KNOWN_DELTAS)
+            assert kind in allowed, f"{at}: {kind} in a {block['type']} block"
+            check(delta, KNOWN_DELTAS[kind], at)
+        match kind:
+            case "text_delta" | "thinking_delta":
+                key = kind.removesuffix("_delta")
+                before = block.get(key)
+                block[key] = before + delta[key] if isinstance(before, str) else delta[key]
+            case "input_json_delta":
+                self._input += delta["partial_json"]
+            case "citations_delta":
+                before = block.get("citations")
+                before = before if isinstance(before, list) else []
+                block["citations"] = [*before, delta["citation"]]
+            case "signature_delta":
+                block["signature"] = delta["signature"]
+            case _:  # the keys of something new are the block's, but for those that are known
+                block.update((key, value) for key, value in delta.items() if key not in KNOWN_KEYS)
+
+    def _end(self, event: Json, at: str) -> None:
+        assert self._block is None, f"{at} inside a block"
+        ends, usage = event["delta"], event["usage"]
+        check(ends, ENDS, at)
+        check(usage, FINAL_USAGE, f"{at}.usage")
+        check_nothing_empty(ends, at, besides=ENDS)
+        check_nothing_empty(event, at, besides=EVENTS["message_delta"])
+        check_nothing_empty(usage, f"{at}.usage")
+        sequence = ends["stop_sequence"]
+        assert sequence is None or type(sequence) is str, f"{at}: stop_sequence is {sequence!r}"
+        stopped = ends["stop_reason"] == "stop_sequence"
+        assert sequence is None or stopped, f"{at}: stop_sequence of {ends['stop_reason']}"
+        before = self.message["usage"]["output_tokens"]
+        assert usage["output_tokens"] >= before, f"{at}: output_tokens went down"
+        more = {key: value for key, value in event.items() if key not in ("type", "delta", "usage")}
+        taken = {**ends, **more}
+        kept = {key for key in MESSAGE if not key.startswith("stop_")} & taken.keys()
+        assert not kept, f"{at}: {', '.join(kept)} belongs to message_start"
+        self.message.update(copied(taken))
+        self.message["usage"].update(copied(usage))
+
+
+def copied(value: Json) -> Json:
+    copy: Json = json.loads(json.dumps(value))
+    return copy
+
+
+def parsed_input(text: str, at: str) -> Json:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    assert isinstance(value, dict), f"{at}: the tool's input is {text}"
+    return value
+
+
+def check_nothing_empty(value: Json, at: str, besides: Json | None = None) -> None:
+    """The Vercel AI SDK breaks on some keys that hold null, {} or []: there are none."""
+    known = {key.removesuffix("?") for key in besides or {}}
+    empty = [key for key, inner in value.items() if inner in (None, {}, []) and key not in known]
+    assert not empty, f"{at}: {', '.join(empty)} is empty: leave it out"
 
 
 def check(value: Json, shape: Json, at: str) -> None:
     for name, allowed in shape.items():
         key = name.removesuffix("?")
         assert key in value or key != name, f"{at}: no {key}"
-        found = value.get(key)
         if key not in value or allowed is None:
             continue
+        found = value[key]
         if isinstance(allowed, tuple):
             assert found in allowed, f"{at}: {key} is {found!r}"
             continue
-        assert type(found) is (dict if isinstance(allowed, dict) else allowed), f"{at}: {key} is {found!r}"
-        assert allowed is not int or found >= 0, f"{at}: {key} is {found}"
+        kind = dict if isinstance(allowed, dict) else allowed
+        assert type(found) is kind, f"{at}: {key} is {found!r}"
+        assert kind is not int or found >= 0, f"{at}: {key} is {found}"
         assert found != "" or key not in NAMES, f"{at}: {key} is empty"
         if isinstance(allowed, dict):
             check(found, allowed, f"{at}.{key}")
-    nulls = [key for key, inner in value.items() if inner is None and key not in shape]
-    assert not nulls, f"{at}: {', '.join(nulls)} is null: leave it out"

@@ -1,255 +1,361 @@
-"""Record a CLI again: `python tests/record.py /path/to/claude [scenario ...]` writes tests/fixtures/<version>/*.ndjson.
+"""Record a CLI: `python tests/record.py /path/to/claude [scenario ...]`.
 
-One row a line: {"dir": "in" | "out" | "exit", "t": seconds since spawn, "line": ...}; see tests/fixtures/README.md.
-The CLI talks to the stub API in a network namespace with loopback alone.
+The CLI gets the arguments, the environment and the lines that the bridge gives it.  It talks to
+the stub API, in a network namespace with loopback alone.  tests/fixtures/README.md explains the
+files that it writes.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from typing import Any, TypeVar
 
 import conftest
+from conftest import Json, text
 
-Json = dict[str, Any]
-COMMON = [
-    *("-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose"),
-    *("--include-partial-messages", "--no-session-persistence", "--setting-sources", "", "--strict-mcp-config"),
-    *("--disable-slash-commands", "--model", "sonnet", "--allowedTools", "mcp__client__*"),
-]
-MODEL_MODE = ["--tools", "", "--permission-mode", "default"]
-AGENT_MODE = ["--permission-mode", "acceptEdits"]
+import sessions
+import translate
+from sessions import PoolConfig
+from translate import CliEvent, Request
+
+T = TypeVar("T")
+ALIAS = "sonnet"
+AGENT = ("builtin_tool", "subagent")  # in agent mode
 TOOL = {
     "name": "get_weather",
-    "description": "d",
-    "inputSchema": {"type": "object", "properties": {"city": {"type": "string"}}},
+    "description": "The weather in a city.",
+    "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
 }
+SUNNY = {"content": [{"type": "text", "text": "sunny, 18C"}], "isError": False}
 
 
 class Recorder:
-    """One CLI process whose lines are kept."""
+    """One process of the CLI whose lines are kept."""
 
-    def __init__(self, cli: str, arguments: list[str], environ: dict[str, str], folder: str) -> None:
-        self.began = time.monotonic()
+    def __init__(self, config: PoolConfig, environ: dict[str, str], model: str) -> None:
+        self.model = model  # a full name that comes with the conversation; empty: --model names it
         self.rows: list[Json] = []
-        self.folder = folder
-        command = [cli, *COMMON, *arguments]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, env=environ, cwd=folder, text=True, **pipes)
+        self.tools: list[Json] = []  # the client's tools, for the CLI to list
+        self.home = environ["HOME"]
+        self.stderr = Path(self.home, "stderr")
+        self.began = time.monotonic()
+        folder = f"{self.home}/bridge"
+        sessions.furnish(folder)
+        project = Path(self.home, "project")
+        project.mkdir()
+        (project / "notes.txt").write_text("buy milk\n")
+        agent = bool(config.tools)
+        nobody: Any = None
+        self.session = sessions.Session("", nobody, model, agent)
+        reading, self.gate = os.pipe()
+        argv = sessions.arguments(config, "" if model else ALIAS, agent=agent)
+        with self.stderr.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [*argv, "--resume", sessions.gate_path(folder, reading)],
+                env=sessions.child_environment(config, environ),
+                cwd=project if agent else f"{folder}/work",
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                pass_fds=(reading,),
+                start_new_session=True,
+                preexec_fn=sessions.die_with_parent,
+            )
+        os.close(reading)
 
-    def keep(self, direction: str, line: Json) -> None:
-        text = json.dumps(line, ensure_ascii=False).replace(self.folder, "/home/user/project")
-        row = {"dir": direction, "t": round(time.monotonic() - self.began, 3), "line": json.loads(text)}
-        self.rows.append(row)
+    # Rows
 
-    def send(self, line: Json) -> None:
-        self.keep("in", line)
+    def keep(self, direction: str, **what: Any) -> None:
+        at = round(time.monotonic() - self.began, 3)
+        row = json.dumps({"dir": direction, "t": at, **what}, ensure_ascii=False)
+        row = row.replace(self.home, "/home/user")
+        in_a_name = re.sub(r"\W|_", "-", self.home)  # of a folder in ~/.claude/projects
+        row = row.replace(in_a_name, "-home-user")
+        self.rows.append(json.loads(row))
+
+    def open_gate(self, rows: list[bytes]) -> None:
+        for row in rows:
+            os.write(self.gate, row)
+            self.keep("gate", line=json.loads(row))
+        os.close(self.gate)
+
+    def send(self, line: bytes) -> None:
         assert self.process.stdin
-        self.process.stdin.write(json.dumps(line) + "\n")
+        self.keep("in", line=json.loads(line))
+        self.process.stdin.write(line)
         self.process.stdin.flush()
 
-    def read(self) -> Json | None:
+    def read(self) -> CliEvent | None:
+        """The next event; None: there is none left.  A control request is answered."""
         assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            return None
-        event: Json = json.loads(line)
-        self.keep("out", shortened(event))
-        if event["type"] == "control_request" and event["request"]["subtype"] == "mcp_message":
-            self.serve_tool(event)
-        return event
+        while line := self.process.stdout.readline():
+            try:
+                event: CliEvent = json.loads(line)
+            except ValueError:
+                self.keep("out", text=line.decode().rstrip("\n"))
+                continue
+            self.keep("out", line=shortened(event))
+            if event["type"] == "control_request":
+                self.answer(event)
+            return event
+        return None
 
-    def until(self, kind: str) -> None:
-        while (event := self.read()) and event["type"] != kind:
-            pass
-
-    def serve_tool(self, event: Json) -> None:
-        message = event["request"]["message"]
-        results: dict[str, Json] = {
-            "initialize": {"capabilities": {"tools": {}}, "serverInfo": {"name": "client", "version": "1"}},
-            "tools/list": {"tools": [TOOL]},
-            "tools/call": {"content": [{"type": "text", "text": "sunny, 18C"}], "isError": False},
-        }
-        result = results.get(message["method"], {})
-        if message["method"] == "initialize":
-            result["protocolVersion"] = message["params"]["protocolVersion"]
-        answer = {"jsonrpc": "2.0", "id": message.get("id", 0), "result": result}
-        response = {"subtype": "success", "request_id": event["request_id"], "response": {"mcp_response": answer}}
-        self.send({"type": "control_response", "response": response})
+    def until(self, found: Callable[[CliEvent], Any]) -> Any:
+        while event := self.read():
+            if what := found(event):
+                return what
+        raise EOFError("the CLI ended")
 
     def end(self) -> None:
         assert self.process.stdin
         self.process.stdin.close()
         while self.read():
             pass
-        self.rows.append(
-            {"dir": "exit", "t": round(time.monotonic() - self.began, 3), "line": {"returncode": self.process.wait()}}
-        )
+        status = self.process.wait()
+        self.keep("exit", line={"returncode": status, "stderr": self.stderr.read_text()})
+
+    # What the bridge does
+
+    def set_up(self, request: Request, *, query: bool = True, **more: str) -> list[bytes]:
+        """As Pool._set_up: all but the lines that start the turn, which it returns.  `more` are
+        settings."""
+        listed = [translate.listed_tool(name) for name in request.tool_names]
+        self.tools = listed if query else translate.described_tools(request)
+        self.session.turn_id = str(uuid.uuid4())
+        rows, lines = sessions.opening(request, self.model or ALIAS, self.session, query=query)
+        settings = {**translate.turn_settings(request), **more}
+        given = {name: value for name, value in settings.items() if value}
+        system, agent, has_tools = request.system, self.session.agent, bool(self.tools)
+        self.open_gate(rows)
+        self.send(translate.initialize_line(system, has_tools=has_tools, agent=agent))
+        self.send(translate.settings_line(given))
+        return lines
+
+    def ask(self, request: Request) -> None:
+        for line in self.set_up(request):
+            self.send(line)
+
+    def go_on(self, words: str) -> None:
+        self.send(translate.user_line(translate.as_blocks(words), str(uuid.uuid4())))
+
+    def answer(self, event: CliEvent) -> None:
+        """As Process._answer_control, but a tool has its result at once."""
+        result = SUNNY if translate.tool_call_id(event) else None
+        self.send(translate.control_answer(event, self.tools, result))
 
 
-def shortened(event: Json) -> Json:
-    """The event without the long lists of commands and descriptions that the answer to `initialize` holds."""
-    text = json.dumps(event)
-    inner = json.loads(text).get("response", {}).get("response")
-    if event["type"] != "control_response" or not isinstance(inner, dict) or "models" not in inner:
-        return event
-    inner["commands"] = []
-    inner["agents"] = [{"name": agent["name"]} for agent in inner.get("agents", [])]
-    inner["models"] = [{**model, "description": model.get("displayName")} for model in inner["models"]]
-    return {**event, "response": {**event["response"], "response": inner}}
+def shortened(event: CliEvent) -> CliEvent:
+    """The event without the long lists and descriptions in the answers to two control requests."""
+    hello = translate.answered(event, "initialize")
+    if hello:
+        hello["commands"] = []
+        hello["agents"] = [{"name": agent["name"]} for agent in hello["agents"]]
+        for model in hello["models"]:
+            model["description"] = model["displayName"]
+    usage = translate.answered(event, "usage")
+    if usage:
+        usage["gridRows"] = []
+    return event
 
 
-def control(subtype: str, **fields: Any) -> Json:
-    return {"type": "control_request", "request_id": subtype, "request": {"subtype": subtype, **fields}}
+def is_result(event: CliEvent) -> bool:
+    return event["type"] == "result"
 
 
-def user(content: Any, **fields: Any) -> Json:
-    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    message = {"role": "user", "content": [*blocks, {"type": "text", "text": "\n"}]}
-    return {"type": "user", "message": message, "session_id": "", "parent_tool_use_id": None, **fields}
+def is_streamed(event: CliEvent) -> bool:
+    return event["type"] == "stream_event"
 
 
-def assistant(content: list[Json]) -> Json:
-    message = {"id": "msg_replay_1", "type": "message", "role": "assistant", "model": "claude-sonnet-5"}
-    message |= {
-        "stop_reason": None,
-        "stop_sequence": None,
-        "usage": {"input_tokens": 0, "output_tokens": 0},
-        "content": content,
-    }
-    return {"type": "assistant", "message": message, "session_id": "", "parent_tool_use_id": None}
+def asked(*messages: Any, betas: str = "", **fields: Any) -> Request:
+    body = conftest.request_body([*messages], system="You are terse.", **fields)
+    return translate.parse_request(json.dumps(body).encode(), betas)
 
 
-def turns(*texts: str, **initialize: Any) -> Callable[[Recorder], None]:
+# Scenarios
+
+
+def turns(first: str, *more: str, **fields: Any) -> Callable[[Recorder], None]:
     def run(recorder: Recorder) -> None:
-        recorder.send(control("initialize", hooks=None, **(initialize or {"systemPrompt": ["You are terse."]})))
-        recorder.until("control_response")
-        for text in texts:
-            recorder.send(user(text))
-            recorder.until("result")
+        recorder.ask(asked(first, **fields))
+        recorder.until(is_result)
+        for words in more:
+            recorder.go_on(words)
+            recorder.until(is_result)
+
+    return run
+
+
+def past(*messages: Any) -> Callable[[Recorder], None]:
+    """A turn with a past in which tools were called."""
+
+    def run(recorder: Recorder) -> None:
+        recorder.ask(asked(*messages, tools=[TOOL]))
+        recorder.until(is_result)
 
     return run
 
 
 def interrupt(recorder: Recorder) -> None:
-    turns()(recorder)
-    recorder.send(user("SLOW"))
+    recorder.ask(asked("SLOW"))
     for _ in range(8):
-        recorder.until("stream_event")
-    recorder.send(control("interrupt"))
-    recorder.until("result")
+        recorder.until(is_streamed)
+    recorder.send(translate.control_line("interrupt", "interrupt"))
+    recorder.until(is_result)
 
 
-def settings(recorder: Recorder) -> None:
-    turns()(recorder)
-    body = json.dumps({"temperature": 0.1, "stop_sequences": ["END"]})
-    env = {"CLAUDE_CODE_MAX_OUTPUT_TOKENS": "77", "CLAUDE_CODE_EXTRA_BODY": body}
-    recorder.send(control("apply_flag_settings", settings={"env": env, "effortLevel": "low"}))
-    recorder.until("control_response")
-    recorder.send(user("hello"))
-    recorder.until("result")
+def count(recorder: Recorder) -> None:
+    """As Pool._count."""
+    request = asked("hello", "hi", "count these tokens", tools=[TOOL])
+    for line in recorder.set_up(request, query=False, ANTHROPIC_LOG="info"):
+        recorder.send(line)
+    recorder.until(is_result)
+    recorder.send(translate.control_line("usage", "get_context_usage"))
+    recorder.until(lambda event: translate.response(event, "usage"))
 
 
-def history(recorder: Recorder) -> None:
-    turns(systemPrompt=["You are terse."], sdkMcpServers=["client"])(recorder)
-    recorder.send(user("weather in Paris and Rome?", shouldQuery=False))
-    recorder.until("result")
-    calls = [
-        {"type": "tool_use", "id": f"toolu_{key}", "name": "mcp__client__get_weather", "input": {"city": city}}
-        for key, city in (("a", "Paris"), ("b", "Rome"))
-    ]
-    recorder.send(assistant([{"type": "text", "text": "checking"}, *calls]))
-    results: list[Json] = [
-        {"type": "tool_result", "tool_use_id": "toolu_a", "content": "sunny"},
-        {
-            "type": "tool_result",
-            "tool_use_id": "toolu_b",
-            "content": [{"type": "text", "text": "rain"}],
-            "is_error": True,
-        },
-    ]
-    recorder.send(user(results, shouldQuery=False))
-    recorder.until("result")
-    recorder.send(user("thanks"))
-    recorder.until("result")
+def slash_command(recorder: Recorder) -> None:
+    recorder.set_up(asked("hello"))
+    line = json.loads(translate.user_line([], str(uuid.uuid4())))
+    line["message"]["content"] = "/compact"
+    recorder.send(translate.line(line))
+    recorder.until(is_result)
 
 
-def context(recorder: Recorder) -> None:
-    turns()(recorder)
-    recorder.send(user("count these tokens", shouldQuery=False))
-    recorder.until("result")
-    recorder.send(control("get_context_usage"))
-    recorder.until("control_response")
+def get_settings(recorder: Recorder) -> None:
+    """As Pool._has_model."""
+    recorder.set_up(asked("hello"))
+    recorder.send(translate.control_line("get_settings", "get_settings"))
+    recorder.until(lambda event: translate.response(event, "get_settings"))
 
 
-def slash(recorder: Recorder) -> None:
-    turns()(recorder)
-    recorder.send({**user(""), "message": {"role": "user", "content": "/compact"}})
-    recorder.until("result")
+def initialize(recorder: Recorder) -> Json:
+    """As Pool._probe."""
+    recorder.open_gate(translate.transcript([], ALIAS))
+    recorder.send(translate.initialize_line([], has_tools=False))
+    hello: Json = recorder.until(lambda event: translate.answered(event, "initialize"))
+    return hello
 
 
-CLIENT = {"systemPrompt": ["You are terse."], "sdkMcpServers": ["client"]}
-AGENT = {"appendSystemPrompt": "Be terse."}
-SUBAGENT = '{"description":"d","prompt":"say hi","subagent_type":"general-purpose","run_in_background":false}'
-WEATHER = 'USE_TOOL get_weather INPUT={"city":"Paris"}END'
+def use(tool: str, **fields: Any) -> str:
+    return f"USE_TOOL {tool} INPUT={json.dumps(fields)}END"
+
+
+def said(*content: Json) -> Json:
+    return {"role": "assistant", "content": [THOUGHT, *content]}
+
+
+def call(city: str) -> Json:
+    return {
+        "type": "tool_use",
+        "id": f"toolu_{city}",
+        "name": "get_weather",
+        "input": {"city": city},
+    }
+
+
+def result(city: str, content: Any, **fields: Any) -> Json:
+    return {"type": "tool_result", "tool_use_id": f"toolu_{city}", "content": content, **fields}
+
+
+THOUGHT = {"type": "thinking", "thinking": "hmm...", "signature": "c2ln"}
+TOOL_PAST = [
+    "weather in Paris and Rome?",
+    said(text("checking"), call("Paris"), call("Rome")),
+    {
+        "role": "user",
+        "content": [
+            result("Paris", "sunny"),
+            result("Rome", [text("no such city")], is_error=True),
+        ],
+    },
+]
+WEATHER = use("get_weather", city="Paris")
+SUBAGENT = use(
+    "Agent",
+    description="d",
+    prompt="say hi",
+    subagent_type="general-purpose",
+    run_in_background=False,
+)
 SCENARIOS: dict[str, Callable[[Recorder], None]] = {
     "text": turns("hello"),
     "two_turns": turns("hello", "and again"),
-    "unicode": turns("SAY \u00e9\u4e2d\U0001f600\u2028\u0085 end"),
+    "unicode": turns("SAY h\u00e9llo \u2713 \U0001f389 \u2028 \x00 \u65e5\u672c\u8a9e \u0085 end"),
     "thinking": turns("THINK about it"),
     "max_tokens": turns("MAXTOK"),
     "refusal": turns("REFUSE"),
     "empty": turns("EMPTY"),
     "not_streamed": turns("NOSTREAM"),
     "mid_stream_error": turns("MIDFAIL"),
-    "error_400_prompt_too_long": turns("FAIL400"),
+    "error_400": turns("FAIL400"),
     "error_401": turns("FAIL401"),
     "error_429": turns("FAIL429"),
     "error_529": turns("FAIL529"),
     "not_logged_in": turns("hello"),
     "retry_then_success": turns("RETRYONCE"),
-    "client_tool": turns(WEATHER, **CLIENT),
-    "client_tools_parallel": turns(WEATHER + " COUNT=2", **CLIENT),
-    "builtin_tool": turns('USE_TOOL Read INPUT={"file_path":"/etc/hostname"}END', **AGENT),
-    "subagent": turns(f"USE_TOOL Agent INPUT={SUBAGENT}END", **AGENT),
+    "client_tool": turns(WEATHER, tools=[TOOL]),
+    "client_tools_parallel": turns(WEATHER + " COUNT=2", tools=[TOOL]),
+    "unlisted_tool": turns(use("get_time"), tools=[TOOL]),
+    "builtin_tool": turns(use("Read", file_path="notes.txt")),
+    "subagent": turns(SUBAGENT),
     "interrupt": interrupt,
-    "turn_settings": settings,
-    "history_replay": history,
-    "context_usage": context,
-    "slash_command_unescaped": slash,
+    "turn_settings": turns(
+        "hello", temperature=0.1, stop_sequences=["END"], betas="files-api-2025-04-14"
+    ),
+    "history": past(*TOOL_PAST, said(text("mixed")), "thanks"),
+    "history_tool_results": past(*TOOL_PAST),
+    "context_usage": count,
+    "slash_command_unescaped": slash_command,
+    "get_settings": get_settings,
+    "gate_closed_empty": lambda recorder: recorder.open_gate([]),
 }
 
 
-def record(cli: str, names: list[str]) -> Iterator[tuple[str, list[Json]]]:
-    for name in names:
-        with conftest.Stub() as stub, tempfile.TemporaryDirectory() as home:
-            environ = {"PATH": os.environ["PATH"], "HOME": home, "ANTHROPIC_BASE_URL": stub.url}
-            environ |= {"DISABLE_TELEMETRY": "1", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
-            environ |= {"DISABLE_AUTOUPDATER": "1", "ENABLE_TOOL_SEARCH": "false", "CLAUDE_CODE_MAX_RETRIES": "1"}
-            if name != "not_logged_in":
-                environ["ANTHROPIC_API_KEY"] = "sk-stub"
-            agent = name in ("builtin_tool", "subagent")
-            recorder = Recorder(cli, AGENT_MODE if agent else MODEL_MODE, environ, home)
-            SCENARIOS[name](recorder)
-            recorder.end()
-            yield name, recorder.rows
+def record(cli: str, name: str, model: str, run: Callable[[Recorder], T]) -> tuple[T, list[Json]]:
+    """What the scenario returns, and its rows."""
+    config = PoolConfig(
+        bin=cli,
+        keep_env=conftest.KEEP,
+        retries=1 if name == "retry_then_success" else 0,
+        tools="default" if name in AGENT else "",
+    )
+    with conftest.Stub() as stub, tempfile.TemporaryDirectory() as home:
+        environ = {
+            "PATH": os.environ["PATH"],
+            "HOME": home,
+            "TMPDIR": home,
+            "DISABLE_TELEMETRY": "1",
+            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+            "ANTHROPIC_BASE_URL": stub.url,
+        }
+        if name != "not_logged_in":
+            environ["ANTHROPIC_API_KEY"] = "sk-stub"
+        recorder = Recorder(config, environ, model)
+        value = run(recorder)
+        recorder.end()
+        return value, recorder.rows
 
 
 def main() -> None:
-    cli = sys.argv[1]
-    version = subprocess.run([cli, "--version"], capture_output=True, text=True, check=True).stdout.split()[0]
-    conftest.isolate()
+    cli, *names = sys.argv[1:]
+    how = conftest.isolate()
+    if how.startswith("not"):
+        sys.exit(how)
+    version = subprocess.check_output([cli, "--version"], text=True).split()[0]
+    hello, _ = record(cli, "initialize", "", initialize)
     folder = Path(__file__).parent / "fixtures" / version
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in record(cli, sys.argv[2:] or list(SCENARIOS)):
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    model = translate.listed_model(hello, ALIAS)
+    for name in names or SCENARIOS:
+        _, rows = record(cli, name, model, SCENARIOS[name])
+        lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows]
         (folder / f"{name}.ndjson").write_text("\n".join(lines) + "\n")
         print(f"{name}: {len(rows)} rows", flush=True)
 

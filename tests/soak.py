@@ -2,10 +2,11 @@
 
 `python tests/soak.py [MINUTES [WARM-UP]]`: 30 minutes after 2, unless it is told otherwise.
 
-The bridge runs as a program with the stand-in as its CLI.  Every complete answer must be that of the conversation
-that was sent: it repeats the last text, the number of messages and a digest of all of them.  At the end the bridge
-must be at rest with the descriptors, threads and children that it had after the warm-up, and about the memory that it
-had after half of the time.  Exit status 1 when anything is wrong.
+The bridge runs as a program with the stand-in as its CLI.  Every complete answer must be that of
+the conversation that was sent: it repeats the last text, the number of messages and a digest of all
+of them.  At the end the bridge must be at rest with the descriptors, threads and children that it
+had after the warm-up, and about the memory that it had after half of the time.  Exit status 1 when
+anything is wrong.
 """
 
 import asyncio
@@ -32,12 +33,18 @@ Json = dict[str, Any]
 CLIENTS = 50
 WARM_UP = 2.0  # minutes
 KILL_SECS = 0.5  # between two kills
-GROWTH_IN_ALL = 8 << 20  # of memory: lost conversations that are remembered (sessions.MAX_PAST), and the allocator
-# Of memory in the second half, when as many lost conversations are remembered as ever (sessions.MAX_PAST): what an
-# allocator keeps, and bytes for each answer.  A leak of 1 KiB a request is more after 2,048 answers.
+# Bytes of memory: lost conversations that are remembered (sessions.MAX_PAST), and the allocator.
+GROWTH_IN_ALL = 8 << 20
+# Bytes of memory in the second half, when as many lost conversations are remembered as ever
+# (sessions.MAX_PAST): what an allocator keeps, and some for each answer.  A leak of 1 KiB a request
+# is more after 2,048 answers.
 GROWTH, GROWTH_PER_ANSWER = 1 << 20, 512
 TOOL = {"name": "t", "input_schema": {"type": "object"}}
-SETTINGS = {"CLAUDE_CLI_SESSION_TTL_SECS": "5", "CLAUDE_CLI_MAX_IDLE": "16", "CLAUDE_CLI_WATCHDOG_SECS": "60"}
+SETTINGS = {
+    "CLAUDE_CLI_SESSION_TTL_SECS": "5",
+    "CLAUDE_CLI_MAX_IDLE": "16",
+    "CLAUDE_CLI_WATCHDOG_SECS": "60",
+}
 
 
 class Left(Exception):
@@ -65,7 +72,11 @@ class Load:
         while True:
             await asyncio.sleep(random.uniform(0, 2 * KILL_SECS))
             with contextlib.suppress(psutil.NoSuchProcess):
-                victims = [child for child in self.bridge.children() if child.status() != psutil.STATUS_ZOMBIE]
+                victims = [
+                    child
+                    for child in self.bridge.children()
+                    if child.status() != psutil.STATUS_ZOMBIE
+                ]
                 if victims:
                     random.choice(victims).kill()
                     self.counts["kills"] += 1
@@ -113,7 +124,11 @@ class Client:
                 await self.ask(edited)
         elif chance < 0.32 and len(self.messages) > 2:
             self.load.counts["forks"] += 1
-            texts = [n for n, m in enumerate(self.messages) if m["content"][0]["type"] == "text" and not n % 2]
+            texts = [
+                n
+                for n, m in enumerate(self.messages)
+                if m["content"][0]["type"] == "text" and not n % 2
+            ]
             await self.ask([*self.messages[: random.choice(texts)], self.user("forked")])
         elif chance < 0.40:
             words = f"SLOW {random.randrange(3, 90)}"
@@ -131,7 +146,10 @@ class Client:
             await self.ask([*self.messages, self.results() if self.calls() else self.user("next")])
 
     def user(self, words: str) -> Json:
-        return {"role": "user", "content": [{"type": "text", "text": f"{words} {uuid.uuid4().hex[:6]} DIGEST"}]}
+        return {
+            "role": "user",
+            "content": [{"type": "text", "text": f"{words} {uuid.uuid4().hex[:6]} DIGEST"}],
+        }
 
     def calls(self) -> list[str]:
         last = self.messages[-1]["content"] if self.messages else []
@@ -140,22 +158,40 @@ class Client:
     def settled(self) -> list[Json]:
         """The conversation without a question whose tool calls are not answered."""
         end = len(self.messages)
-        while end and any(block["type"] == "tool_use" for block in self.messages[end - 1]["content"]):
+        while end and any(
+            block["type"] == "tool_use" for block in self.messages[end - 1]["content"]
+        ):
             end -= 2
         return self.messages[:end]
 
     def results(self) -> Json:
         words = random.choice(["result", "result", "TOOL 1"])
         blocks = [
-            {"type": "tool_result", "tool_use_id": call, "content": f"{words} {uuid.uuid4().hex[:6]} DIGEST"}
+            {
+                "type": "tool_result",
+                "tool_use_id": call,
+                "content": f"{words} {uuid.uuid4().hex[:6]} DIGEST",
+            }
             for call in self.calls()
         ]
-        return {"role": "user", "content": blocks}  # in the order of the calls, in which a process hears them
+        return {
+            "role": "user",
+            "content": blocks,
+        }  # in the order of the calls, in which a process hears them
 
-    async def ask(self, messages: list[Json], *, leave: bool = False, only_new: bool = False) -> None:
+    async def ask(
+        self, messages: list[Json], *, leave: bool = False, only_new: bool = False
+    ) -> None:
         """One request; its complete answer is checked, and the conversation goes on from it."""
-        stream, tools = random.random() < 0.5, self.tools  # a twin that dies may begin afresh meanwhile
-        body: Json = {"model": "sonnet", "max_tokens": 99, "messages": messages[-1:] if only_new else messages}
+        stream, tools = (
+            random.random() < 0.5,
+            self.tools,
+        )  # a twin that dies may begin afresh meanwhile
+        body: Json = {
+            "model": "sonnet",
+            "max_tokens": 99,
+            "messages": messages[-1:] if only_new else messages,
+        }
         body |= {"stream": stream, **({"tools": [TOOL]} if tools else {})}
         if self.pin and len(messages) == 1:
             self.pin = str(uuid.uuid4())  # under the old name it would be what is new
@@ -218,8 +254,17 @@ class Client:
 def measure(bridge: psutil.Process) -> dict[str, int]:
     """Of the bridge alone; its children are counted."""
     memory = bridge.memory_full_info()
-    row = {"pss": memory.pss, "rss": memory.rss, "fds": bridge.num_fds(), "threads": bridge.num_threads()}
-    return {**row, "children": len(children(bridge.pid)), "connections": len(bridge.net_connections())}
+    row = {
+        "pss": memory.pss,
+        "rss": memory.rss,
+        "fds": bridge.num_fds(),
+        "threads": bridge.num_threads(),
+    }
+    return {
+        **row,
+        "children": len(children(bridge.pid)),
+        "connections": len(bridge.net_connections()),
+    }
 
 
 async def rest(bridge: psutil.Process) -> dict[str, int]:
@@ -228,7 +273,13 @@ async def rest(bridge: psutil.Process) -> dict[str, int]:
     while bridge.children(recursive=True) or len(bridge.net_connections()) > 1:
         if time.monotonic() > end:
             for child in children(bridge.pid):  # the comparison says how many
-                print("left:", child, child.status(), round(time.time() - child.create_time()), "s old")
+                print(
+                    "left:",
+                    child,
+                    child.status(),
+                    round(time.time() - child.create_time()),
+                    "s old",
+                )
             break
         await asyncio.sleep(0.1)
     await asyncio.sleep(1)  # the thread that waited for the last one ends
@@ -241,7 +292,8 @@ async def soak(minutes: float, warm_up: float, url: str, bridge: psutil.Process)
         loads.append(Load(url, bridge))
         await loads[-1].run(60 * part)
         rests.append(await rest(bridge))
-        print(f"{part:g} minutes: {loads[-1].counts['complete']} complete answers; at rest {rests[-1]}", flush=True)
+        complete = loads[-1].counts["complete"]
+        print(f"{part:g} minutes: {complete} complete answers; at rest {rests[-1]}", flush=True)
     counts = loads[1].counts + loads[2].counts
     wrong = [line for load in loads for line in load.wrong]
     for name, count in sorted(counts.items()):
@@ -253,8 +305,12 @@ async def soak(minutes: float, warm_up: float, url: str, bridge: psutil.Process)
         most = before[name]
         if name == "rss":
             most = min(most + GROWTH_IN_ALL, middle[name] + growth)
-        if count > most and name != "pss":  # which is larger when other programs with the same libraries end
-            wrong.append(f"{name} grew from {before[name]} over {middle[name]} to {count}; {most} at most")
+        if (
+            count > most and name != "pss"
+        ):  # which is larger when other programs with the same libraries end
+            wrong.append(
+                f"{name} grew from {before[name]} over {middle[name]} to {count}; {most} at most"
+            )
     # A kill takes at most the one answer that its process was giving.
     for load in loads:
         died = load.counts["died"] + load.counts["died in mid stream"]
@@ -269,11 +325,21 @@ def main() -> None:
     print(isolate())
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("CLAUDE", "ANTHROPIC_"))}
-    environ |= {**SETTINGS, "CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{port}"}
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("CLAUDE", "ANTHROPIC_"))
+    }
+    environ |= {
+        **SETTINGS,
+        "CLAUDE_CLI_BIN": str(STANDIN),
+        "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{port}",
+    }
     environ["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{environ['PATH']}"
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen([sys.executable, str(ROOT / "bridge.py")], env=environ, stderr=log)
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "bridge.py")], env=environ, stderr=log
+        )
         try:
             while socket.socket().connect_ex(("127.0.0.1", port)):
                 assert process.poll() is None, "the bridge did not start"

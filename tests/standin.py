@@ -18,7 +18,7 @@ Words in the last text of the user, alone or together:
     BIGLINE n, STDERR n   a line of n bytes and a text of n bytes; n bytes on stderr in mid answer
     NOSTDIN               nothing more is read from stdin after the answer, its end included
     ORPHAN                leaves a process behind, whose id ends the answer
-    PAUSE-PAST, HANG-PAST, DIE-PAST   in a message of the past: when it is put in
+    PAUSE-PAST, HANG-PAST, DIE-PAST   in a message of the past: when it is read
     RETRY ms              the API is asked again after that announced delay
     RATELIMIT epoch       the account's limit is used up until then
     REPLAY version/name   the last turn of that recording, ten times as fast
@@ -29,8 +29,8 @@ Words in the last text of the user, alone or together:
 Models: exit-at-start, hang-at-start (answers nothing), slow-start (not before $STANDIN_GATE), ignore-sigterm (and the
 end of stdin), not-logged-in.  The model POINT.FAULT... does FAULT whenever it gets to POINT (see `Standin.fault`).
 The word PROBE calls the client's tool `probe` before the answer, which then echoes the result.
-With $STANDIN_LOG=dir every line of stdin goes to dir/<pid>.ndjson, and argv, environment and working directory to
-dir/<pid>.json; `Log` reads them.  dir/<pid>.at.<model> appears when a process gets to its POINT.
+With $STANDIN_LOG=dir every line of stdin goes to dir/<pid>.ndjson, what it reads at its gate to dir/<pid>.rows, and argv,
+environment and working directory to dir/<pid>.json; `Log` reads them.  dir/<pid>.at.<model> appears when a process gets to its POINT.
 """
 
 import contextlib
@@ -82,6 +82,8 @@ GARBAGE = {
     ),
 }
 USAGE = {"input_tokens": 10, "cache_creation_input_tokens": 3, "cache_read_input_tokens": 5, "output_tokens": 1}
+# A process that was started without --model, for a conversation whose model it does not know.
+DEFAULT_MODEL = "claude-opus-5-5"
 MODELS = [
     {"value": name, "resolvedModel": f"claude-{name}-5-5", "displayName": name.title(), "description": name.title()}
     for name in ("opus", "sonnet", "haiku")
@@ -110,6 +112,7 @@ class Standin:
         self.point, self.kind = [*model.split("."), ""][:2]
         self.served = False  # the client has tools
         self.answers: dict[str, Json] = {}  # to control requests, by id
+        self.ids: list[str] = []  # of the assistant messages of the past
 
     # stdin
 
@@ -149,7 +152,11 @@ class Standin:
             }
             response["response"] = {"commands": [], "models": MODELS, "account": account, "pid": os.getpid()}
         elif subtype == "get_context_usage":
+            log = "[log_5ad1n1] post http://127.0.0.1/v1/messages/count_tokens?beta=true succeeded with status 200 in 1ms"
+            self.put(log.encode())
             response["response"] = {"totalTokens": 10 * len(self.messages)}
+        elif subtype == "get_settings":
+            response["response"] = {"applied": {"model": self.model}}
         elif subtype not in ("interrupt", "apply_flag_settings"):
             response |= {"subtype": "error", "error": f"the stand-in knows no {subtype}"}
         if subtype == "initialize":
@@ -230,11 +237,49 @@ class Standin:
 
     # turns
 
-    def run(self) -> None:
+    def resume(self, path: str) -> None:
+        """Take in the conversation of a file; it may be a pipe, at which this waits."""
+        self.fault("gate")
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        if folder := os.environ.get("STANDIN_LOG"):
+            with open(os.path.join(folder, f"{os.getpid()}.rows"), "w", encoding="utf-8") as copy:
+                copy.write(text)
+        rows = [json.loads(row) for row in text.split("\n")[:-1]]
+        if not rows:
+            sys.exit("No conversation found with session ID: stand-in")
+        parent, model = None, ""
+        for row in rows:
+            if row["parentUuid"] != parent or not row["timestamp"]:
+                sys.exit("stand-in: a row of the conversation does not follow the one before it")
+            parent = row["uuid"]
+            if row["type"] in ("user", "assistant") and not row.get("isVirtual"):
+                self.messages.append(row["message"])
+            if row["type"] == "assistant":
+                self.ids.append(row["message"]["id"])
+                model = row["message"]["model"]
+        if self.ids and len(set(self.ids)) != len(self.ids):
+            sys.exit("stand-in: two assistant messages have one id")
+        if not self.model:
+            takes = [] if "STANDIN_DEAF_TO_MODELS" in os.environ else [entry["resolvedModel"] for entry in MODELS]
+            self.model = model if model in takes else DEFAULT_MODEL
+        past = str(self.messages)
+        if "DIE-PAST" in past:
+            sys.exit("stand-in: told to die while the past is put in")
+        if "HANG-PAST" in past:
+            self.hang()
+        if "PAUSE-PAST" in past:
+            self.gate()
+        if self.messages:
+            self.fault("past")
+
+    def run(self, conversation: str | None) -> None:
         while self.model == "slow-start" and not os.path.exists(os.environ["STANDIN_GATE"]):
             time.sleep(0.01)
         if self.model == "exit-at-start":
             sys.exit("stand-in: told to exit at the start")
+        if conversation:
+            self.resume(conversation)
         while self.reading or self.waiting:
             if not self.waiting:
                 self.pump(None)
@@ -249,20 +294,12 @@ class Standin:
             if self.waiting:
                 sys.exit("stand-in: lines came before the result of the one before them")
             self.messages.append(message)
-            past = str(message["content"])
-            if "DIE-PAST" in past:
-                sys.exit("stand-in: told to die while the past is put in")
-            if "HANG-PAST" in past:
-                self.hang()
-            if "PAUSE-PAST" in past:
-                self.gate()
-            self.fault("past")
             self.emit({"type": "system", "subtype": "init", "model": self.model})
             self.result(num_turns=0, result="")
         elif line["type"] == "user":
             self.messages.append(message)
             self.turn(message["content"])
-        elif any(past.get("id") == message["id"] for past in self.messages):
+        elif message["id"] in self.ids:
             sys.exit("stand-in: two assistant messages have one id")
         else:
             self.messages.append(message)
@@ -377,9 +414,10 @@ class Standin:
 
     def tool(self) -> str:
         """Call the client's tool, as in the recording client_tool; returns the text of its result."""
+        self.ask({"method": "tools/list"})
         self.start()
         call, name = f"toolu_{self.id}", "probe"
-        block = {"type": "tool_use", "id": call, "name": f"mcp__client__{name}", "input": {}}
+        block = {"type": "tool_use", "id": call, "name": name, "input": {}}
         self.stream("content_block_start", index=0, content_block=block)
         self.stream("content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": "{}"})
         self.stream("content_block_stop", index=0)
@@ -403,7 +441,7 @@ class Standin:
         message = {"id": self.id, "type": "message", "role": "assistant", "model": self.model, "content": []}
         self.stream("message_start", message={**message, "stop_reason": None, "stop_sequence": None, "usage": USAGE})
         ids = [f"toolu_{os.getpid()}_{next(self.numbers)}" for _ in range(count)]
-        name = "mcp__client__" + listed["tools"][0]["name"]
+        name = listed["tools"][0]["name"]
         blocks: list[Json] = [{"type": "tool_use", "id": one, "name": name, "input": {}} for one in ids]
         for number, block in enumerate(blocks):
             self.stream("content_block_start", index=number, content_block=block)
@@ -475,7 +513,7 @@ class Standin:
 
     def replay(self, name: str) -> None:
         with open(os.path.join(FIXTURES, name + ".ndjson"), encoding="utf-8") as file:
-            rows = [row for row in map(json.loads, file) if row["dir"] == "out"]
+            rows = [row for row in map(json.loads, file) if row["dir"] == "out" and "line" in row]
         rows = [row for row in rows if row["line"]["type"] in ("stream_event", "assistant", "user", "system", "result")]
         ends = [n for n, row in enumerate(rows) if row["line"]["type"] == "result"]
         rows = rows[ends[-2] + 1 if len(ends) > 1 else 0 :]
@@ -483,6 +521,7 @@ class Standin:
         for row in rows:
             self.pump((row["t"] - at) / 10)
             at = row["t"]
+            row["line"].pop("user_message_uuids", None)  # of another turn than this one
             self.put(json.dumps(row["line"], ensure_ascii=False).encode())
 
 
@@ -523,6 +562,12 @@ class Log:
         with open(os.path.join(self.folder, f"{pid}.ndjson"), encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
+    def rows(self, pid: int) -> list[Json]:
+        """The conversation that it was given at its gate; empty: none yet."""
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(self.folder, f"{pid}.rows"), encoding="utf-8") as file:
+            return [json.loads(row) for row in file]
+        return []
+
     def requests(self, pid: int) -> list[str]:
         """The subtypes of the control requests that it got."""
         return [line["request"]["subtype"] for line in self.lines(pid) if line["type"] == "control_request"]
@@ -541,7 +586,8 @@ class Log:
     def got(self, text: str) -> int:
         """The process that was given a user message with this text; 0: none yet."""
         message = {"type": "text", "text": text}
-        users = ((pid, line) for pid in self.started() for line in self.lines(pid) if line["type"] == "user")
+        lines = ((pid, line) for pid in self.started() for line in [*self.rows(pid), *self.lines(pid)])
+        users = ((pid, line) for pid, line in lines if line["type"] == "user")
         return next((pid for pid, line in users if message in line["message"]["content"]), 0)
 
 
@@ -549,7 +595,9 @@ def main() -> None:
     if "--version" in sys.argv:
         print("0.0.0 (stand-in for Claude Code)")
         return
-    model = next((after for flag, after in itertools.pairwise(sys.argv) if flag == "--model"), "sonnet")
+    flags = dict(itertools.pairwise(sys.argv))
+    conversation = flags.get("--resume")
+    model = flags.get("--model", "" if conversation else "sonnet")
     if model == "ignore-sigterm":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     standin = Standin(model)
@@ -560,7 +608,7 @@ def main() -> None:
             json.dump({"argv": sys.argv, "env": dict(os.environ), "cwd": os.getcwd(), "at": time.monotonic_ns()}, file)
         os.rename(path + ".new", path + ".json")
     try:
-        standin.run()
+        standin.run(conversation)
     except BrokenPipeError:
         os._exit(1)
     while model == "ignore-sigterm":

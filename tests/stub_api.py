@@ -6,7 +6,10 @@ It prints the port it listens on, answers what the last text of the user asks fo
 
 Words a user text may hold: THINK, MAXTOK, REFUSE, MIDFAIL, SLOW (a word every 50 ms, `SLOW n` of them), HANG (no answer
 for a minute), FAIL400/401/403/404/429/500/529, RETRYONCE, EMPTY, NOSTREAM (streaming is refused, the plain call works),
-`USE_TOOL name INPUT={...}END COUNT=n`, `SAY text`, `BIG n` (n characters).
+`USE_TOOL name INPUT={...}END COUNT=n`, `SAY text`, `BIG n` (n characters), SEARCH (a server tool, its result and a cited
+text), PAUSED (with it: the answer ends with pause_turn), TOMORROW (blocks, deltas, events and keys that nobody knows yet),
+and alone: RECORD (the answer is "ok", whatever the parameters say).
+With --judge it refuses what judge.py refuses.
 Parameters it obeys: stop_sequences, max_tokens (one token is four characters), tool_choice, output_config.format.
 """
 
@@ -19,6 +22,7 @@ import time
 from typing import Any
 
 from aiohttp import web
+from judge import Refused, judge
 
 Json = dict[str, Any]
 ERRORS = {
@@ -36,8 +40,42 @@ ERROR_TEXTS = {
     429: "slow down",
     529: "Overloaded",
 }
+SEARCHED: list[Json] = [
+    {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "herons"}},
+    {
+        "type": "web_search_tool_result",
+        "tool_use_id": "srvtoolu_1",
+        "content": [
+            {
+                "type": "web_search_result",
+                "title": "Herons",
+                "url": "https://example.com/herons",
+                "encrypted_content": "ZW5j",
+                "page_age": None,
+            }
+        ],
+    },
+    {
+        "type": "text",
+        "text": "Herons wade.",
+        "citations": [
+            {
+                "type": "web_search_result_location",
+                "url": "https://example.com/herons",
+                "title": "Herons",
+                "encrypted_index": "aW5k",
+                "cited_text": "Herons wade in water.",
+            }
+        ],
+    },
+]
+TOMORROW: list[Json] = [
+    {"type": "tomorrow_block", "id": "t_1", "plan": "wade", "parts": [1, {"a": "b"}]},
+    {"type": "text", "text": "as of tomorrow", "mood": "calm"},
+]
 LOG: list[Json] = []
 IDS = itertools.count(1)
+JUDGING = web.AppKey("judging", bool)
 RETRIED: set[str] = set()
 
 
@@ -90,17 +128,16 @@ def tool_call(body: Json, name: str, value: Json, count: int) -> tuple[list[Json
 
 def answer(body: Json, text: str) -> tuple[list[Json], str]:
     """The content blocks and the stop_reason for a request."""
-    names = [tool["name"] for tool in body.get("tools", [])]
+    names = [tool.get("name") for tool in body.get("tools", [])]
     choice = body.get("tool_choice") or {"type": "auto"}
     results = tool_results(body)
     again = next((block["text"] for block in map(as_block, results) if "USE_TOOL" in block["text"]), "")
     if results and not again:
         return [{"type": "text", "text": "Tool said: " + json.dumps(results)[:400]}], "end_turn"
     if wanted := re.search(r"USE_TOOL (\S+) INPUT=(.*?)END(?: COUNT=(\d+))?", again or text, re.S):
-        name = next((n for n in names if n == wanted[1] or n.endswith("__" + wanted[1])), wanted[1])
-        return tool_call(body, name, json.loads(wanted[2]), int(wanted[3] or 1))
+        return tool_call(body, wanted[1], json.loads(wanted[2]), int(wanted[3] or 1))
     if names and choice["type"] != "none" and (choice["type"] in ("any", "tool") or "Use the tool" in text):
-        tool = next((t for t in body["tools"] if t["name"] == choice.get("name")), body["tools"][0])
+        tool = next((t for t in body["tools"] if t.get("name") == choice.get("name")), body["tools"][0])
         return tool_call(body, tool["name"], sample(tool.get("input_schema", {})), 1)
     output = (body.get("output_config") or {}).get("format")
     if output:
@@ -110,6 +147,10 @@ def answer(body: Json, text: str) -> tuple[list[Json], str]:
         return [thought, {"type": "redacted_thinking", "data": "eHh4"}, {"type": "text", "text": "thought"}], "end_turn"
     if "EMPTY" in text:
         return [], "end_turn"
+    if "SEARCH" in text:
+        return SEARCHED, "pause_turn" if "PAUSED" in text else "end_turn"
+    if "TOMORROW" in text:
+        return TOMORROW, "end_turn"
     if "MAXTOK" in text:
         return [{"type": "text", "text": "cut sho"}], "max_tokens"
     if "REFUSE" in text:
@@ -134,7 +175,7 @@ def limited(body: Json, blocks: list[Json], stop_reason: str) -> tuple[list[Json
         if cuts:
             at, stop = min(cuts)
             return [*blocks[:number], {"type": "text", "text": block["text"][:at]}], "stop_sequence", stop
-        if len(block["text"]) > 4 * body["max_tokens"]:
+        if type(body["max_tokens"]) is int and len(block["text"]) > 4 * body["max_tokens"]:
             return (
                 [*blocks[:number], {"type": "text", "text": block["text"][: 4 * body["max_tokens"]]}],
                 "max_tokens",
@@ -149,20 +190,25 @@ def deltas(block: Json, slow: bool) -> list[Json]:
             {"type": "thinking_delta", "thinking": block["thinking"]},
             {"type": "signature_delta", "signature": block["signature"]},
         ]
-    if block["type"] == "redacted_thinking":
-        return []
-    if block["type"] == "tool_use":
+    if block["type"] == "tomorrow_block":
+        return [{"type": "tomorrow_delta", "plan": "wade"}]
+    if block["type"] in ("tool_use", "server_tool_use"):
         text = json.dumps(block["input"])
         return [{"type": "input_json_delta", "partial_json": text[at : at + 10]} for at in range(0, len(text), 10)]
+    if block["type"] != "text":
+        return []
     size = 6 if slow else 4096 if len(block["text"]) > 20000 else 12
-    return [{"type": "text_delta", "text": block["text"][at : at + size]} for at in range(0, len(block["text"]), size)]
+    cited = [{"type": "citations_delta", "citation": citation} for citation in block.get("citations", [])]
+    texts = range(0, len(block["text"]), size)
+    return [*cited, *({"type": "text_delta", "text": block["text"][at : at + size]} for at in texts)]
 
 
 EMPTY_BLOCKS: dict[str, Json] = {
     "text": {"text": ""},
     "thinking": {"thinking": "", "signature": ""},
     "tool_use": {"input": {}},
-    "redacted_thinking": {},
+    "server_tool_use": {"input": {}},
+    "tomorrow_block": {"plan": ""},
 }
 
 
@@ -177,7 +223,11 @@ async def stream(request: web.Request, message: Json, text: str) -> web.StreamRe
     started = {**message, "content": [], "stop_reason": None, "stop_sequence": None}
     await send("message_start", message={**started, "usage": {**message["usage"], "output_tokens": 1}})
     for index, block in enumerate(message["content"]):
-        await send("content_block_start", index=index, content_block={**block, **EMPTY_BLOCKS[block["type"]]})
+        begun = {**block, **EMPTY_BLOCKS.get(block["type"], {})}
+        begun.pop("citations", None)
+        await send("content_block_start", index=index, content_block=begun)
+        if block["type"] == "tomorrow_block":
+            await send("tomorrow_event", weather={"sky": "clear"})
         for delta in deltas(block, slow):
             await send("content_block_delta", index=index, delta=delta)
             await asyncio.sleep(0.05 if slow else 0)
@@ -186,7 +236,14 @@ async def stream(request: web.Request, message: Json, text: str) -> web.StreamRe
             return response
         await send("content_block_stop", index=index)
     ends = {"stop_reason": message["stop_reason"], "stop_sequence": message["stop_sequence"]}
-    await send("message_delta", delta=ends, usage={"output_tokens": message["usage"]["output_tokens"]})
+    used = {"output_tokens": message["usage"]["output_tokens"]}
+    more: Json = {}
+    if "SEARCH" in text:
+        used["server_tool_use"] = {"web_search_requests": 1}
+    if "TOMORROW" in text:
+        ends["container"] = {"id": "container_1", "expires_at": "2026-12-01T00:00:00Z"}
+        more = {"context_management": {"applied_edits": []}, "novelty": [1]}
+    await send("message_delta", delta=ends, usage=used, **more)
     await send("message_stop")
     return response
 
@@ -206,7 +263,14 @@ async def messages(request: web.Request) -> web.StreamResponse:
 
 
 async def reply(request: web.Request, body: Json) -> web.StreamResponse:
+    if request.app[JUDGING]:
+        try:
+            judge(body)
+        except Refused as refused:
+            return error(400, str(refused))
     text = last_text(body)
+    if text == "RECORD":
+        return await plain_answer(request, body)
     if not body["model"].startswith("claude-") or "no-such" in body["model"]:
         return error(404, f"model: {body['model']}")
     if failing := re.search(r"FAIL(\d{3})", text):
@@ -235,6 +299,23 @@ async def reply(request: web.Request, body: Json) -> web.StreamResponse:
     return web.json_response(message, headers={"request-id": "req_" + message["id"]})
 
 
+async def plain_answer(request: web.Request, body: Json) -> web.StreamResponse:
+    """The answer "ok", whatever the parameters say."""
+    message = {
+        "id": f"msg_{next(IDS):04}",
+        "type": "message",
+        "role": "assistant",
+        "model": body["model"],
+        "content": [{"type": "text", "text": "ok"}],
+        "stop_reason": "end_turn",
+        "stop_sequence": None,
+        "usage": {"input_tokens": 10, "output_tokens": 1},
+    }
+    if body.get("stream"):
+        return await stream(request, message, "")
+    return web.json_response(message)
+
+
 async def count_tokens(request: web.Request) -> web.Response:
     body = await request.json()
     LOG.append({"path": request.path, "headers": dict(request.headers), "body": body, "end": "done"})
@@ -255,8 +336,10 @@ async def other(request: web.Request) -> web.Response:
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--judge", action="store_true")
     arguments = parser.parse_args()
     app = web.Application(client_max_size=1 << 28)
+    app[JUDGING] = arguments.judge
     app.router.add_post("/v1/messages", messages)
     app.router.add_post("/v1/messages/count_tokens", count_tokens)
     app.router.add_get("/_log", log)

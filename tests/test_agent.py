@@ -94,7 +94,7 @@ def test_a_request_with_tools_is_served_in_model_mode(
     tool = {"name": "mine", "input_schema": {"type": "object", "properties": {}}}
     answer = agent().post("USE_TOOL mine INPUT={}END", tools=[tool])
     assert answer.message["stop_reason"] == "tool_use"
-    assert [tool["name"] for tool in since()[0]["body"]["tools"]] == ["mcp__client__mine"]
+    assert [tool["name"] for tool in since()[0]["body"]["tools"]] == ["mine"]
     assert arrived(since()[0]["body"]) == sent(["USE_TOOL mine INPUT={}END"])
 
 

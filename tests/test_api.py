@@ -1,5 +1,6 @@
 """Counting, the model list, and parameters that never mix.  With the real CLI; what arrives at the stub API counts."""
 
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -56,7 +57,7 @@ def test_a_count_is_validated_as_a_message_is(serve: Callable[..., Server]) -> N
     assert server.processes() == []
 
 
-def test_many_counts_at_once_take_one_process_at_a_time_and_wait_for_no_turn(real: Server, stub: Stub) -> None:
+def test_counts_at_once_take_a_process_for_each_core_and_wait_for_no_turn(real: Server, stub: Stub) -> None:
     assert real.bridge
     pool = real.bridge.pool
     with ThreadPoolExecutor() as threads:
@@ -68,7 +69,7 @@ def test_many_counts_at_once_take_one_process_at_a_time_and_wait_for_no_turn(rea
             most = max(most, sum(state != "retired" for state in states))
             time.sleep(0.005)  # leave the interpreter to the bridge's thread
         assert not turn.done()
-        assert most <= 2  # the turn's, and one that counts
+        assert 1 < most <= 1 + (os.cpu_count() or 1)  # the turn's, and those that count
         assert [done.result().status for done in counts] == [200] * 4
         assert turn.result().status == 200
 

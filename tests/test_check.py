@@ -39,20 +39,33 @@ def test_nobody_logged_in_fails_and_says_how_to_log_in(cli: Path) -> None:
     assert {said[name] for name in FEATURES} == {"works"}
 
 
+# Calls "$CLI" without --resume and the name behind it.
+WITHOUT_GATE = """
+for word; do
+    shift
+    [ "$before" = --resume ] || [ "$word" = --resume ] || set -- "$@" "$word"
+    before=$word
+done
+exec "$CLI" "$@"
+"""
+
+
 @pytest.mark.parametrize(
-    ("feature", "filter"),
+    ("feature", "script"),
     [
-        ("history", """grep --line-buffered -v '"role":"assistant"'"""),
-        ("settings", "grep --line-buffered -v apply_flag_settings"),
-        ("tools", "sed -u s/sdkMcpServers/others/"),
-        ("interrupt", """grep --line-buffered -v '"subtype":"interrupt"'"""),
+        ("history", WITHOUT_GATE),
+        ("settings", 'grep --line-buffered -v apply_flag_settings | "$CLI" "$@"'),
+        ("tools", 'sed -u s/sdkMcpServers/others/ | "$CLI" "$@"'),
+        ("interrupt", """grep --line-buffered -v '"subtype":"interrupt"' | "$CLI" "$@\""""),
     ],
 )
-def test_a_cli_without_a_feature_fails_and_names_it(tmp_path: Path, feature: str, filter: str) -> None:
+def test_a_cli_without_a_feature_fails_and_names_it(
+    tmp_path: Path, feature: str, script: str
+) -> None:
     if not CLIS:
         pytest.skip("no CLI is installed")
     wrapper = tmp_path / "claude"
-    wrapper.write_text(f'#!/bin/sh\n{filter} | {next(iter(CLIS.values()))} "$@"\n')
+    wrapper.write_text(f"#!/bin/sh\nCLI={next(iter(CLIS.values()))}\n{script}\n")
     wrapper.chmod(0o755)
     status, said = check(wrapper, CLAUDE_CLI_WATCHDOG_SECS="8")
     assert status == 1

@@ -8,10 +8,11 @@ from typing import Any
 import fuzz
 import pytest
 from conftest import Server, request_body
+from messages import RESULT, TOOL, USE, role, text, user
 from test_relay import BEGIN, END, MESSAGE, TAIL, delta, event, outcome
 from test_relay import text as delta_of_text
-from test_translate import RESULT, USE, role, text, user
 
+import bridge
 import translate
 from translate import ApiError, parse_request
 
@@ -24,6 +25,12 @@ def server() -> Iterator[Server]:
         yield server
 
 
+def used(body: Json) -> None:
+    """Assert that a body is a request, and what must come of one."""
+    data = json.dumps(body).encode()
+    fuzz.check_use(parse_request(data), body)
+
+
 def test_a_mutated_body_is_a_request_or_refused_with_its_place() -> None:
     assert fuzz.run(fuzz.bodies, fuzz.check_body, 250) >= 250
 
@@ -32,8 +39,12 @@ def test_a_mutated_body_that_is_posted_is_answered_with_200_or_400(server: Serve
     assert fuzz.run(fuzz.bodies, lambda body: fuzz.check_posted(server, body), 30) >= 30
 
 
+def test_the_tokens_of_a_mutated_body_are_counted_or_it_is_refused(server: Server) -> None:
+    assert fuzz.run(fuzz.bodies, lambda body: fuzz.check_counted(server, body), 30) >= 30
+
+
 def test_mutated_lines_give_a_correct_beginning_the_same_for_bytes_and_objects() -> None:
-    assert fuzz.run(fuzz.mutated_lines, lambda case: fuzz.check_lines(*case), 300) >= 300
+    assert fuzz.run(fuzz.mutated_lines(), lambda case: fuzz.check_lines(*case), 300) >= 300
 
 
 def test_mutated_bytes_are_answered_in_http_or_the_connection_ends(server: Server) -> None:
@@ -41,14 +52,21 @@ def test_mutated_bytes_are_answered_in_http_or_the_connection_ends(server: Serve
 
 
 def test_the_bodies_and_lines_that_are_mutated_are_valid() -> None:
-    fuzz.run(fuzz.valid_bodies(), lambda body: fuzz.check_use(parse_request(json.dumps(body).encode())), 100)
-    for lines in fuzz.RECORDED:
-        fuzz.check_lines(lines, 7)
+    fuzz.run(fuzz.valid_bodies(), used, 100)
+    for lines, turn_id in fuzz.RECORDED:
+        fuzz.check_lines(lines, turn_id, 7)
 
 
 @pytest.mark.parametrize(
     "message",
-    ["messages.0.content.1.text: Field required", "nothing.here: x", "max_tokens.0: x", "no place", "messages.1: x"],
+    [
+        "messages.0.content.1.text: Field required",
+        "nothing.here: x",
+        "max_tokens.0: x",
+        "no place",
+        "messages.1: x",
+        "messages: text content blocks must be non-empty (messages.1)",
+    ],
 )
 def test_a_refusal_without_a_place_of_the_body_is_found(message: str) -> None:
     with pytest.raises(AssertionError):
@@ -56,36 +74,38 @@ def test_a_refusal_without_a_place_of_the_body_is_found(message: str) -> None:
 
 
 def test_a_bug_in_a_request_is_found() -> None:
-    with pytest.raises(AssertionError, match="bug in request"), fuzz.watched_bridge(fuzz.bridge_config()):
+    with (
+        pytest.raises(AssertionError, match="bug in request"),
+        fuzz.watched_bridge(fuzz.bridge_config()),
+    ):
         logging.getLogger("claude_cli_bridge").error("bug in request %s", "req_1")
 
 
 # ---------------------------------------------------------------- what it found
 
-TOOL: Json = {"name": "weather", "input_schema": {"type": "object"}}
-
 
 @pytest.mark.parametrize("name", [5, None, []])
 @pytest.mark.parametrize("kind", ["auto", "any", "none"])
 def test_a_name_in_a_tool_choice_that_has_none_is_no_bug(kind: str, name: object) -> None:
-    body = request_body(tools=[TOOL], tool_choice={"type": kind, "name": name})
-    try:
-        fuzz.check_use(parse_request(json.dumps(body).encode()))
-    except ApiError as error:
-        assert error.message.startswith("tool_choice")  # noqa: PT017
+    """The API is the judge of it."""
+    used(request_body(tools=[TOOL], tool_choice={"type": kind, "name": name}))
 
 
-@pytest.mark.parametrize("depth", [247, 248])
-def test_a_schema_that_can_be_read_can_be_listed(depth: int) -> None:
-    """Process._read answers tools/list inside asyncio's callback, where the TypeError ends the pipe."""
-    schema = json.loads("[" * depth + "]" * depth)
-    body = json.dumps(request_body(tools=[{**TOOL, "input_schema": {"type": "object", "x": schema}}])).encode()
-    try:
-        tools = parse_request(body).tools
-    except ApiError as error:
-        assert "levels deep" in error.message  # noqa: PT017
-        return
-    translate.control_answer({"request": {"message": {"method": "tools/list"}}}, tools)
+DEEPEST = bridge.LIMITS["max_depth"][1]  # levels of a body
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_schema_that_can_be_read_can_be_listed(more: int) -> None:
+    """Process._read answers tools/list inside asyncio's callback, where an error ends the pipe."""
+    levels = int(DEEPEST) - 4 + more  # four are around it
+    schema = {"type": "object", "x": json.loads("[" * levels + "0" + "]" * levels)}
+    body = request_body(tools=[{**TOOL, "input_schema": schema}])
+    data = json.dumps(body).encode()
+    if more:
+        with pytest.raises(ApiError, match="levels deep"):
+            parse_request(data, max_depth=int(DEEPEST))
+    else:
+        fuzz.check_use(parse_request(data, max_depth=int(DEEPEST)), body)
 
 
 @pytest.mark.parametrize(
@@ -137,13 +157,24 @@ def test_a_count_of_the_cache_that_is_none_is_left_out(count: object) -> None:
 
 
 def test_a_message_that_was_not_streamed_and_has_no_id_is_no_answer() -> None:
-    message = {**MESSAGE, "id": "", "content": [{"type": "text", "text": "Hi"}], "stop_reason": "end_turn"}
-    whole = json.dumps({"type": "assistant", "message": message, "parent_tool_use_id": None}).encode()
+    message = {
+        **MESSAGE,
+        "id": "",
+        "content": [{"type": "text", "text": "Hi"}],
+        "stop_reason": "end_turn",
+    }
+    whole = json.dumps(
+        {"type": "assistant", "message": message, "parent_tool_use_id": None}
+    ).encode()
     fuzz.relayed([[whole, b'{"type":"result","is_error":false}']], raw=False)  # asserts the grammar
 
 
 @pytest.mark.parametrize("name", [{}, [], 5, None])
 def test_a_tool_call_without_a_name_is_none_of_the_clients(name: object) -> None:
-    call = event(type="content_block_start", index=0, content_block={"type": "tool_use", "id": "t", "name": name})
+    call = event(
+        type="content_block_start",
+        index=0,
+        content_block={"type": "tool_use", "id": "t", "name": name},
+    )
     events, _, error = fuzz.relayed([[BEGIN[0], call, *END]], raw=False)
     assert error or events[-1] == {"type": "message_stop"}

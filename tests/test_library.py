@@ -249,10 +249,10 @@ def limits(program: Program) -> list[int]:
     return found
 
 
-def test_without_home_proc_or_a_disk_64_mb_are_enough(
+def test_without_home_or_a_disk_64_mb_are_enough(
     confined: Callable[..., Program], gate: Path, background: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
-    program = confined(STANDIN, "no")
+    program = confined(STANDIN, "yes")
     assert psutil.Process(program.process.pid).rlimit(resource.RLIMIT_AS)[0] == 64 << 20
     wait_until(lambda: set(limits(program)) == {resource.RLIM_INFINITY}, "children without a limit")
     assert converse(program, "hello", 4) == ["new", "hot", "hot", "hot"]

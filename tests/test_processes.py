@@ -470,7 +470,8 @@ def test_a_working_directory_that_others_can_change_is_not_used(
     else:
         usual.mkdir(mode=0o700)
         if spoil == "full":
-            (usual / "CLAUDE.md").write_text("obey")
+            (usual / "work").mkdir()
+            (usual / "work/CLAUDE.md").write_text("obey")
         else:
             usual.chmod(0o777)
     server = serve()

@@ -86,7 +86,7 @@ def test_a_newcomer_installs_asks_and_runs_the_tests(
     with started(STANDIN, clone) as bridge:
         assert bridge.post("hello").text == "echo: hello; 1 messages"
     # All tests would hold this one as well.
-    monkeypatch.setenv("PYTEST_ADDOPTS", "tests/test_translate.py tests/test_access.py -k 'frame or healthz'")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "tests/test_lines.py tests/test_access.py -k 'frame or healthz'")
     assert " passed" in run(TESTS, clone)
 
 

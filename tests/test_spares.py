@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Answer, Program, Server, wait_until
@@ -15,10 +16,9 @@ CORES = os.cpu_count() or 1
 
 
 def ready(server: Server) -> list[int]:
-    """The spares that have answered, by process id, the oldest first."""
+    """The spares, by process id, the oldest first; they wait at their gates and say nothing."""
     assert server.bridge
-    spares = server.bridge.pool.spares
-    return [spare.process.pid for spare in list(spares) if spare.process.started.done()]
+    return [spare.process.pid for spare in list(server.bridge.pool.spares)]
 
 
 def spare(server: Server, *but: int) -> int:
@@ -28,22 +28,73 @@ def spare(server: Server, *but: int) -> int:
 
 
 def model(log: Log, number: int) -> str:
+    """What a process was started with; empty: it takes any."""
+    wait_until(lambda: number in log.started(), "its start")
     argv: list[str] = log.started()[number]["argv"]
-    return argv[argv.index("--model") + 1]
+    return argv[argv.index("--model") + 1] if "--model" in argv else ""
 
 
-def test_the_first_spare_starts_with_the_bridge_and_taking_it_starts_the_next(serve: Serve, log: Log) -> None:
-    server = serve(spares=1, model="haiku")
+@pytest.fixture
+def known(serve: Serve) -> Serve:
+    """Bridges that know the models of their CLI."""
+
+    def start(**settings: Any) -> Server:
+        server = serve(**settings)
+        assert server.call("GET", "/v1/models").status == 200
+        wait_until(lambda: server.bridge and not server.bridge.pool._ending, "the end of the process that was asked")
+        return server
+
+    return start
+
+
+def test_the_first_spare_starts_with_the_bridge_and_taking_it_starts_the_next(known: Serve, log: Log) -> None:
+    server = known(spares=1)
     first = spare(server)
     answer = server.post(model="haiku", system="be brief")
-    assert (pid(answer), answer.session, model(log, first)) == (first, "new", "haiku")
-    assert log.lines(first)[1]["request"]["systemPrompt"] == ["be brief"]
+    assert (pid(answer), answer.session, model(log, first)) == (first, "new", "")
+    assert log.lines(first)[0]["request"]["systemPrompt"] == ["be brief"]
     second = spare(server, first)
     assert pid(server.post("another", model="haiku")) == second
 
 
-def test_a_rebuilt_conversation_takes_the_spare(serve: Serve, log: Log) -> None:
-    server = serve(spares=1)
+def test_one_spare_serves_every_model_of_the_cli(known: Serve, log: Log) -> None:
+    server = known(spares=1)
+    used: list[int] = []
+    for name in ("opus", "haiku", "claude-sonnet-5-5", "opus"):
+        waiting = spare(server, *used)
+        answer = server.post(f"hi {len(used)}", model=name)
+        assert (pid(answer), answer.message["model"]) == (waiting, f"claude-{name.removeprefix('claude-').split('-')[0]}-5-5")
+        assert model(log, waiting) == ""
+        used.append(waiting)
+
+
+def test_a_model_that_the_cli_does_not_list_gets_spares_of_its_own(known: Serve, log: Log) -> None:
+    server = known(spares=1)
+    first = spare(server)
+    answer = server.post(model="claude-old-1")
+    assert (answer.status, pid(answer) == first, model(log, pid(answer))) == (200, False, "claude-old-1")
+    second = spare(server, first)
+    assert model(log, second) == "claude-old-1"
+    assert pid(server.post("another", model="claude-old-1")) == second
+
+
+def test_a_model_that_a_spare_cannot_take_is_started_with_it(
+    known: Serve, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CLI runs its default model then, in silence."""
+    monkeypatch.setenv("STANDIN_DEAF_TO_MODELS", "1")
+    server = known(spares=1)
+    for turn in ("one", "two"):
+        answer = server.post(turn, model="haiku")
+        assert (answer.status, answer.session, answer.message["model"]) == (200, "new", "haiku")
+        assert model(log, pid(answer)) == "haiku"
+    wasted = [number for number in log.started() if "get_settings" in log.requests(number)]
+    assert len(wasted) == 1
+    assert not log.asked("one") - 1
+
+
+def test_a_rebuilt_conversation_takes_the_spare(known: Serve, log: Log) -> None:
+    server = known(spares=1)
     waiting = spare(server)
     answer = server.post(["one", "two", "three"])
     assert (pid(answer), answer.text) == (waiting, "echo: three; 3 messages")
@@ -67,48 +118,32 @@ def test_a_hot_turn_takes_no_spare(serve: Serve) -> None:
     assert ready(server) == [waiting]
 
 
-def test_spares_follow_the_models_that_are_asked_for(serve: Serve, log: Log) -> None:
-    server = serve(spares=1)
+def test_spares_follow_the_models_that_are_asked_for(known: Serve, log: Log) -> None:
+    server = known(spares=1)
     default = spare(server)
-    server.post(model="opus")
+    server.post(model="old-1")
     other = spare(server, default)
     wait_until(lambda: not alive(default), "the end of the spare that nobody asked for")
-    assert model(log, other) == "opus"
+    assert model(log, other) == "old-1"
     # Two models in turn: the spare stays with one of them, instead of being thrown away at each request.
-    assert pid(server.post("2", model="haiku")) != other
-    assert pid(server.post("3", model="opus")) == other
+    assert pid(server.post("2", model="old-2")) != other
+    assert pid(server.post("3", model="old-1")) == other
     third = spare(server, other)
-    assert model(log, third) == "opus"
-    server.post("4", model="haiku")
-    server.post("5", model="haiku")
-    assert model(log, spare(server, third)) == "haiku"
+    assert model(log, third) == "old-1"
+    server.post("4", model="old-2")
+    server.post("5", model="old-2")
+    assert model(log, spare(server, third)) == "old-2"
 
 
-def test_several_spares_are_shared_among_the_models(serve: Serve, log: Log) -> None:
-    server = serve(spares=2)
+def test_several_spares_are_shared_among_the_models(known: Serve, log: Log) -> None:
+    server = known(spares=2)
     for number in range(2):
-        for name in ("opus", "haiku"):
+        for name in ("old-1", "haiku"):
             server.post(f"{number}", model=name)
             wait_until(
                 lambda: len(ready(server)) == 2 and server.bridge and not server.bridge.pool._ending, "the spares"
             )
-    wait_until(lambda: sorted(model(log, number) for number in ready(server)) == ["haiku", "opus"], "one of each")
-
-
-def test_a_spare_has_the_settings_of_the_last_conversation(serve: Serve, log: Log) -> None:
-    server = serve(spares=1)
-    first = spare(server)
-    server.post(temperature=0.5)
-    second = spare(server, first)
-    assert log.requests(first) == ["apply_flag_settings", "initialize", "apply_flag_settings"]
-    assert pid(server.post("another", temperature=0.5)) == second
-    assert log.requests(second) == ["apply_flag_settings", "initialize"]
-    third = spare(server, second)
-    server.post("a third")  # without a temperature: what was set must not stay
-    settings = [
-        line["request"]["settings"]["env"] for line in log.lines(third) if "settings" in str(line.get("request"))
-    ]
-    assert [("temperature" in values["CLAUDE_CODE_EXTRA_BODY"]) for values in settings] == [True, False]
+    wait_until(lambda: sorted(model(log, number) for number in ready(server)) == ["", "old-1"], "one of each")
 
 
 def test_a_spare_that_died_is_given_to_nobody(serve: Serve) -> None:
@@ -122,17 +157,19 @@ def test_a_spare_that_died_is_given_to_nobody(serve: Serve) -> None:
 
 
 def test_a_cli_that_does_not_start_is_not_started_again_and_again(serve: Serve, log: Log) -> None:
-    server = serve(spares=1, model="exit-at-start", session_ttl_secs=0.2)
-    wait_until(lambda: log.started() and not server.processes(), "its end")
-    server.post()  # of another model
-    starts = [argv for argv in (row["argv"] for row in log.started().values()) if "exit-at-start" in argv]
-    assert len(starts) == 1
+    server = serve(spares=1, session_ttl_secs=0.2)
+    first = spare(server)
+    kill(first)
+    wait_until(lambda: not ready(server), "the end of the spare")
+    wait_until(lambda: server.bridge and not server.bridge.pool.sessions, "its reaping")
+    assert set(log.started()) <= {first}
 
 
 def test_a_spare_that_aged_out_comes_back_only_for_a_new_conversation(
     serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
 ) -> None:
     server = serve(spares=2, session_ttl_secs=2)
+    assert server.call("GET", "/v1/models").status == 200
     wait_until(lambda: len(ready(server)) == 2, "the spares")
     running = background.submit(server.post, "PAUSE-START")
     wait_until(lambda: log.got("PAUSE-START"), "the turn")
@@ -161,9 +198,10 @@ def test_nobody_makes_room_for_a_spare(serve: Serve, gate: Path, log: Log, backg
     busy.result()
 
 
-@pytest.mark.parametrize("asked", ["sonnet", "opus"])
+@pytest.mark.parametrize("asked", ["sonnet", "old-1"])
 def test_a_spare_makes_room_for_a_request(serve: Serve, asked: str) -> None:
-    server = serve(spares=1, max_sessions=1)
+    server = serve(spares=1, max_sessions=2)
+    assert server.call("GET", "/v1/models").status == 200
     waiting = spare(server)
     answer = server.post(model=asked)
     assert (answer.status, answer.session, pid(answer) == waiting) == (200, "new", asked == "sonnet")
@@ -172,11 +210,11 @@ def test_a_spare_makes_room_for_a_request(serve: Serve, asked: str) -> None:
 def test_a_spare_that_is_being_started_makes_room_for_a_request(
     serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
 ) -> None:
-    server = serve(spares=1, max_sessions=2, model="haiku")
+    server = serve(spares=1, max_sessions=2)
     spare(server)
     assert server.bridge
     pool = server.bridge.pool
-    busy = background.submit(server.post, "PAUSE", model="haiku", stream=True)
+    busy = background.submit(server.post, "PAUSE", stream=True)
     wait_until(lambda: pool._preparing or (pool.spares and log.got("PAUSE")), "the start of the next")
     assert server.post(model="opus").status == 200
     gate.touch()
@@ -197,10 +235,10 @@ def test_a_spare_goes_before_a_conversation(serve: Serve) -> None:
 
 
 def test_spares_that_are_still_starting_end_with_the_bridge(serve: Serve, gate: Path, log: Log) -> None:
-    server = serve(spares=3, model="slow-start")
+    server = serve(spares=3)
     server.close()
     assert not server.processes()
-    server = serve(spares=3, model="slow-start")
+    server = serve(spares=3)
     wait_until(lambda: server.processes(), "a process")
     server.close()
     assert not server.processes()
@@ -209,12 +247,13 @@ def test_spares_that_are_still_starting_end_with_the_bridge(serve: Serve, gate: 
 def test_a_request_takes_a_spare_that_is_still_starting(
     serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
 ) -> None:
-    server = serve(spares=1, model="slow-start")
-    wait_until(lambda: server.bridge and server.bridge.pool.spares, "the start of a spare")
-    answer = background.submit(server.post, model="slow-start")
-    wait_until(lambda: server.bridge and not server.bridge.pool.spares, "its use")
-    gate.touch()
-    assert pid(answer.result()) == min(log.started(), key=lambda number: log.started()[number]["at"])
+    server = serve(spares=1)
+    assert server.call("GET", "/v1/models").status == 200
+    waiting = spare(server)
+    assert server.bridge
+    (session,) = server.bridge.pool.spares
+    assert not session.process.started.done()  # it has said nothing, and will not before it has its conversation
+    assert pid(server.post()) == waiting
 
 
 def test_a_burst_starts_two_processes_a_core_at_a_time(

@@ -1,6 +1,8 @@
 """Client tools through the real CLI: what arrives at the stub API counts."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,51 +165,115 @@ def test_the_time_of_a_tool_is_not_the_watchdogs(serve: Callable[..., Server], c
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_tool_that_is_not_served_is_answered_by_the_cli_itself(
+def test_a_call_of_a_tool_that_was_not_offered_is_the_clients_to_refuse(
     real: Server, since: Callable[[], list[Json]], stream: bool
 ) -> None:
-    answer = real.post("USE_TOOL Nope INPUT={}END", tools=[TOOL], stream=stream)
-    assert [block["type"] for block in answer.message["content"]] == ["text", "text"]
-    assert answer.message["stop_reason"] == "end_turn"
-    assert "No such tool available" in answer.text
-    # two API messages became one: the usage is their sum
-    assert len(since()) == 2
-    assert (answer.message["usage"]["input_tokens"], answer.message["usage"]["output_tokens"]) == (20, 34)
+    """As at the API.  The CLI would answer it by itself and ask the model again, so its process ends."""
+    messages: list[Any] = [user(text("USE_TOOL Nope INPUT={}END"))]
+    answer = real.post(messages, tools=[TOOL], stream=stream)
+    (call,) = calls(answer.message)
+    assert (call["name"], answer.message["stop_reason"]) == ("Nope", "tool_use")
+    messages += [{"role": "assistant", "content": answer.message["content"]}, user(result(call, "no such tool"))]
+    again = real.post(messages, tools=[TOOL])
+    assert again.session == "rebuilt; reason=tool_use"
+    assert [block["content"] for block in answered(since())] == ["no such tool"]
 
 
-def test_tools_arrive_with_their_schemas_untouched(real: Server, since: Callable[[], list[Json]]) -> None:
-    plain = {"type": "object", "properties": {}}
-    others = [{"name": "a" * 100, "input_schema": plain}, {"name": "x__y", "description": "z", "input_schema": plain}]
-    assert real.post("SAY x", tools=[TOOL, *others]).text == "x"
-    tools = {tool["name"]: tool for tool in since()[0]["body"]["tools"]}
-    assert tools.keys() == {"mcp__client__get_weather", "mcp__client__" + "a" * 100, "mcp__client__x__y"}
-    assert tools["mcp__client__get_weather"]["input_schema"] == SCHEMA
-    assert tools["mcp__client__get_weather"]["description"] == "The weather."
+def test_tools_arrive_as_they_were_sent(real: Server, since: Callable[[], list[Json]]) -> None:
+    """In their order, with every key and the whole description: the CLI by itself sorts, cuts and drops."""
+    tools: list[Json] = [
+        {
+            "name": "zeta",
+            "description": "z" * 9000,
+            "input_schema": SCHEMA,
+            "strict": True,
+            "input_examples": [{"city": "Paris"}],
+            "cache_control": {"type": "ephemeral"},
+        },
+        {"name": "alpha", "input_schema": {"type": "object"}, "eager_input_streaming": True, "new_key": [1, None]},
+        {"name": "deferred", "input_schema": {"type": "object"}, "defer_loading": True, "allowed_callers": ["direct"]},
+        {"type": "custom", "name": "m", "description": "", "input_schema": {"type": "object", "properties": {}}},
+        {"type": "web_search_20250305", "name": "web_search", "max_uses": 3},
+        {"type": "tool_search_tool_bm25_20251119", "name": "tool_search_tool_bm25"},
+        {"type": "mcp_toolset", "mcp_server_name": "remote"},
+        {"type": "tool_of_tomorrow", "name": "tomorrow", "depth": {"a": 1}},
+    ]
+    servers = [{"type": "url", "url": "https://example.com/mcp", "name": "remote"}]
+    answer = real.post("SAY x", tools=tools, mcp_servers=servers, container="container_1")
+    assert answer.text == "x"
+    body = since()[0]["body"]
+    assert body["tools"] == tools
+    assert (body["mcp_servers"], body["container"]) == (servers, "container_1")
+    assert "x-bridge-not-sent" not in answer.headers
 
 
-@pytest.mark.parametrize("name", ["a" * 100, "x__y", "mcp__client__z"])
-def test_any_legal_tool_name_survives(real: Server, name: str) -> None:
-    tool = {"name": name, "input_schema": {"type": "object", "properties": {}}}
-    messages: list[Any] = [user(text(f"USE_TOOL {name} INPUT={{}}END"))]
-    answer = real.post(messages, tools=[tool]).message
-    (call,) = calls(answer)
-    assert call["name"] == name
-    messages += [{"role": "assistant", "content": answer["content"]}, user(result(call))]
-    assert real.post(messages, tools=[tool]).session == "hot"
+# Legal names, and those of the CLI's own tools among them.
+NAMES = [
+    *["Agent", "AskUserQuestion", "Bash", "BashOutput", "Edit", "EnterPlanMode", "ExitPlanMode", "Glob", "Grep"],
+    *["KillShell", "ListMcpResourcesTool", "Monitor", "NotebookEdit", "Read", "ReadMcpResourceTool", "SendMessage"],
+    *["Skill", "SlashCommand", "StructuredOutput", "Task", "TaskCreate", "TaskOutput", "TaskStop", "TodoWrite"],
+    *["ToolSearch", "WebFetch", "WebSearch", "Write", "mcp__client__z", "mcp__other__y", "x__y", "a-b", "_"],
+    *["a" * 64, "A" * 128],
+]
+
+
+def test_any_name_is_the_clients_alone(real: Server, since: Callable[[], list[Json]], tmp_path: Path) -> None:
+    tools = [{"name": name, "description": name + "." * 9000, "input_schema": {"type": "object"}} for name in NAMES]
+    made = tmp_path / "made"
+    given = {"command": f"touch {made}", "file_path": str(made), "content": "x", "prompt": "SAY no", "query": "x"}
+    words = json.dumps(given)
+    messages: list[Any] = [user(text("SAY hello")), {"role": "assistant", "content": "hello"}]
+    messages.append(user(text(f"USE_TOOL {NAMES[0]} INPUT={words}END")))
+    assert len(NAMES) == 35
+    for number, name in enumerate(NAMES):
+        answer = real.post(messages, tools=tools)
+        assert answer.session == ("hot" if number else "rebuilt; reason=unknown-history"), name
+        (call,) = calls(answer.message)
+        assert (call["name"], call["input"]) == (name, given)
+        following = NAMES[(number + 1) % len(NAMES)]
+        messages.append({"role": "assistant", "content": answer.message["content"]})
+        messages.append(user(result(call, f"USE_TOOL {following} INPUT={words}END")))
+    assert not made.exists()
+    assert len(since()) == len(NAMES)
+    assert since()[-1]["body"]["tools"] == tools
+    history = [block for message in arrived(since()[-1]["body"]) for block in message["content"]]
+    assert [block["name"] for block in history if block["type"] == "tool_use"] == NAMES[:-1]
 
 
 @pytest.mark.parametrize(
-    ("choice", "wanted"),
+    ("tool", "name"),
     [
-        ({"type": "auto"}, {"type": "auto"}),
-        ({"type": "any", "disable_parallel_tool_use": True}, {"type": "any", "disable_parallel_tool_use": True}),
-        ({"type": "tool", "name": "get_weather"}, {"type": "tool", "name": "mcp__client__get_weather"}),
-        ({"type": "none"}, {"type": "none"}),
+        ({"type": "bash_20250124", "name": "bash"}, "bash"),
+        ({"type": "text_editor_20250728", "name": "str_replace_based_edit_tool"}, "str_replace_based_edit_tool"),
+        ({"type": "memory_20250818", "name": "memory"}, "memory"),
+        ({"type": "computer_toolset_20260801", "configs": {"zoom": {"enabled": False}}}, "left_click"),
     ],
 )
-def test_tool_choice_reaches_the_api(real: Server, since: Callable[[], list[Json]], choice: Json, wanted: Json) -> None:
+def test_the_apis_own_client_tools_are_served_in_place(
+    real: Server, since: Callable[[], list[Json]], tool: Json, name: str
+) -> None:
+    messages: list[Any] = [user(text(f'USE_TOOL {name} INPUT={{"command":"ls"}}END'))]
+    answer = real.post(messages, tools=[tool])
+    (call,) = calls(answer.message)
+    assert (call["name"], call["input"]) == (name, {"command": "ls"})
+    assert since()[0]["body"]["tools"] == [tool]
+    messages += [{"role": "assistant", "content": answer.message["content"]}, user(result(call, "note.txt"))]
+    second = real.post(messages, tools=[tool])
+    assert (second.session, "note.txt" in second.text) == ("hot", True)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"type": "auto"},
+        {"type": "any", "disable_parallel_tool_use": True},
+        {"type": "tool", "name": "get_weather"},
+        {"type": "none"},
+    ],
+)
+def test_tool_choice_reaches_the_api(real: Server, since: Callable[[], list[Json]], choice: Json) -> None:
     answer = real.post("SAY x", tools=[TOOL], tool_choice=choice)
-    assert since()[0]["body"]["tool_choice"] == wanted
+    assert since()[0]["body"]["tool_choice"] == choice
     assert answer.message["stop_reason"] == ("end_turn" if choice["type"] in ("auto", "none") else "tool_use")
 
 
@@ -219,34 +285,40 @@ def test_parameters_of_the_round_with_the_results_reach_the_api(real: Server, si
     assert (second["max_tokens"], second.get("temperature"), second.get("top_k")) == (600, None, 3)
 
 
-def test_other_tools_are_another_conversation(real: Server) -> None:
+def test_other_names_of_tools_are_another_conversation(real: Server) -> None:
+    """All else about them is said with each turn, and may change."""
     answer = real.post("SAY x", tools=[TOOL])
     changed = {**TOOL, "description": "Another."}
-    assert real.post(["SAY x", answer.text, "SAY y"], tools=[changed]).session == "rebuilt; reason=tools-changed"
+    assert real.post(["SAY x", answer.text, "SAY y"], tools=[changed]).session == "hot"
+    renamed = {**TOOL, "name": "another"}
+    answer = real.post(["SAY x", "x", "SAY y", "y", "SAY z"], tools=[renamed])
+    assert answer.session == "rebuilt; reason=tools-changed"
 
 
 def test_no_tools_are_no_tools(real: Server, since: Callable[[], list[Json]]) -> None:
     assert real.post("SAY x", tools=[], tool_choice={"type": "auto"}).text == "x"
     assert since()[0]["body"]["tools"] == []
-    assert "tool_choice" not in since()[0]["body"]
+
+
+def test_a_pinned_turn_without_tools_has_none(real: Server, since: Callable[[], list[Json]]) -> None:
+    """The process has them listed: the model must not call one that nobody would serve."""
+    assert real.post("SAY one", session="s", tools=[TOOL]).text == "one"
+    second = real.post("Use the tool", session="s")
+    assert (second.session, second.message["stop_reason"]) == ("hot", "end_turn")
+    assert since()[-1]["body"]["tools"] == []
+    third = real.post(CALL, session="s", tools=[TOOL])
+    assert (third.session, third.message["stop_reason"]) == ("hot", "tool_use")
 
 
 @pytest.mark.parametrize(
     ("tools", "words"),
     [
-        ([{"type": "bash_20250124", "name": "bash"}], "bash_20250124"),
-        ([{"type": "text_editor_20250728", "name": "str_replace_based_edit_tool"}], "text_editor_20250728"),
-        ([TOOL, {"type": "web_search_20250305", "name": "web_search"}], "tools.1: 'web_search_20250305'"),
-        ([{"name": "x"}], "tools.0.input_schema: Field required"),
-        ([TOOL, {"name": "x", "input_schema": {}}], "tools.1.input_schema.type: Field required"),
-        ([{"name": "x", "input_schema": {"type": "array"}}], "tools.0.input_schema.type: Input should be 'object'"),
-        ([{"name": "a b", "input_schema": SCHEMA}], "tools.0.name: String should match pattern"),
-        ([TOOL, TOOL], "tools: Tool names must be unique."),
+        ("x", "tools: Input should be a valid list"),
+        ([TOOL, 5], "tools.1: Input should be a valid object"),
+        ([{"name": 5}], "tools.0.name: Input should be a valid string"),
     ],
 )
-def test_tools_that_cannot_be_served_are_refused_by_name(
-    serve: Callable[..., Server], tools: list[Json], words: str
-) -> None:
+def test_tools_that_are_none_are_refused(serve: Callable[..., Server], tools: Any, words: str) -> None:
     server = serve()
     answer = server.post("hi", tools=tools)
     assert (answer.status, answer.json["error"]["type"]) == (400, "invalid_request_error")

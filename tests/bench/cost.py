@@ -11,7 +11,7 @@ from relay import FEEDER, ask
 
 
 def pss(program: Program) -> float:
-    """Megabytes of the program's own memory, shared pages counted in parts (proc(5), smaps_rollup)."""
+    """Megabytes of the program's own memory, shared pages counted in parts (proc(5))."""
     rows = Path(f"/proc/{program.process.pid}/smaps_rollup").read_text().splitlines()
     return next(int(row.split()[1]) for row in rows if row.startswith("Pss:")) / 1024
 
@@ -26,7 +26,9 @@ def turns(program: Program, count: int) -> None:
 
 
 def measure(rounds: int) -> dict[str, list[float]]:
-    measured: dict[str, list[float]] = {name: [] for name in ("python", "listen", "idle", "500", "1000", "turn")}
+    measured: dict[str, list[float]] = {
+        name: [] for name in ("python", "listen", "idle", "500", "1000", "turn")
+    }
     for _ in range(rounds):
         began = time.perf_counter()
         subprocess.run([sys.executable, "-c", "pass"], check=True)

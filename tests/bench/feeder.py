@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """A light stand-in for the CLI that answers as fast as it can, or at a pace; for benchmarks only.
 
-The user text `FEED n` gets n recorded deltas in as few writes as possible, `PACE n rate` n deltas at that many a
-second, each with the moment of its writing (time.monotonic_ns) as its text.
+The user text `FEED n` gets n recorded deltas in as few writes as possible, `PACE n rate` n deltas
+at that many a second, each with the moment of its writing (time.monotonic_ns) as its text.
+With `--resume path` it waits at that path until it has read all of it, as the CLI does.
 """
 
 import json
@@ -11,7 +12,8 @@ import sys
 import time
 
 DELTA = (
-    '{"type":"stream_event","event":{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"%s"}},'
+    '{"type":"stream_event","event":{"type":"content_block_delta","index":0,'
+    '"delta":{"type":"text_delta","text":"%s"}},'
     '"session_id":"1b9cbcc6-57d3-4dcd-bd31-2b0ddf3d2a05","parent_tool_use_id":null,'
     '"uuid":"9959dac0-a8cc-4463-861f-a0e94dbca07d","api_message_id":"msg_0017"}\n'
 )
@@ -19,9 +21,8 @@ DELTA = (
 
 def event(kind: str, **fields: object) -> str:
     inner = {"type": kind, **fields}
-    return (
-        json.dumps({"type": "stream_event", "event": inner, "parent_tool_use_id": None}, separators=(",", ":")) + "\n"
-    )
+    whole = {"type": "stream_event", "event": inner, "parent_tool_use_id": None}
+    return json.dumps(whole, separators=(",", ":")) + "\n"
 
 
 def put(text: str) -> None:
@@ -31,7 +32,20 @@ def put(text: str) -> None:
 
 
 USAGE = {"input_tokens": 1, "output_tokens": 1}
-MESSAGE = {"id": "msg_0017", "type": "message", "role": "assistant", "model": "sonnet", "content": [], "usage": USAGE}
+MODEL = "claude-sonnet-5-5"
+MESSAGE = {
+    "id": "msg_0017",
+    "type": "message",
+    "role": "assistant",
+    "model": MODEL,
+    "content": [],
+    "usage": USAGE,
+}
+# What it answers to control requests.
+ANSWERS = {
+    "initialize": {"models": [{"value": "sonnet", "resolvedModel": MODEL}]},
+    "get_settings": {"applied": {"model": MODEL}},
+}
 BEGIN = event("message_start", message={**MESSAGE, "stop_reason": None, "stop_sequence": None})
 BEGIN += event("content_block_start", index=0, content_block={"type": "text", "text": ""})
 END = event("content_block_stop", index=0)
@@ -53,10 +67,15 @@ def answer(words: list[str]) -> None:
 
 
 def main() -> None:
+    if "--resume" in sys.argv:
+        with open(sys.argv[sys.argv.index("--resume") + 1], "rb") as conversation:
+            conversation.read()
     for line in sys.stdin.buffer:
         row = json.loads(line)
         if row["type"] == "control_request":
-            answered = {"subtype": "success", "request_id": row["request_id"], "response": {}}
+            response = ANSWERS.get(row["request"]["subtype"], {})
+            answered = {"subtype": "success", "request_id": row["request_id"]}
+            answered["response"] = response
             put(json.dumps({"type": "control_response", "response": answered}) + "\n")
         elif row["type"] == "user" and row.get("shouldQuery", True):
             answer(row["message"]["content"][0]["text"].split())

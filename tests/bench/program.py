@@ -24,7 +24,9 @@ class Program:
         environ = {**os.environ, "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{self.port}", **settings}
         command = command or (str(ROOT / "bridge.py"),)
         began = time.perf_counter()
-        self.process = subprocess.Popen([sys.executable, *command], env=environ, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [sys.executable, *command], env=environ, stderr=subprocess.DEVNULL
+        )
         self.psutil = psutil.Process(self.process.pid)
         while True:
             try:
@@ -60,13 +62,21 @@ class Program:
 
 def request(messages: list[str], **fields: Any) -> bytes:
     """A streaming request; user and assistant speak in turn."""
-    talk = [{"role": ("user", "assistant")[n % 2], "content": message} for n, message in enumerate(messages)]
+    talk = [
+        {"role": ("user", "assistant")[n % 2], "content": message}
+        for n, message in enumerate(messages)
+    ]
     body = {"model": "sonnet", "max_tokens": 1024, "stream": True, "messages": talk, **fields}
     data = json.dumps(body).encode()
-    return b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (len(data), data)
+    return b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (
+        len(data),
+        data,
+    )
 
 
 def spread(values: list[float], digits: int) -> str:
     """The median, and the lowest and highest value."""
-    middle, *ends = (f"{value:,.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
+    middle, *ends = (
+        f"{value:,.{digits}f}" for value in (statistics.median(values), min(values), max(values))
+    )
     return f"{middle} ({' to '.join(ends)})"

@@ -1,6 +1,8 @@
-"""What the bridge adds to a token: its relay against a plain copy, many clients against one, delays at a steady pace.
+"""What the bridge adds to a token: its relay against a plain copy, many clients against one, delays
+at a steady pace.
 
-`copy` is the 30-line program that users might write instead: the same bytes from pipe to socket, without a look.
+`copy` is the 30-line program that users might write instead: the same bytes from pipe to socket,
+without a look.
 """
 
 import asyncio
@@ -23,10 +25,13 @@ EACH = 20_000  # events for each of many clients
 
 
 def ask(
-    program: Program, requests: list[bytes], seen: Callable[[bytes], None] = lambda data: None, every: float = 0
+    program: Program,
+    requests: list[bytes],
+    seen: Callable[[bytes], None] = lambda data: None,
+    every: float = 0,
 ) -> float:
-    """Send all requests, one `every` so many seconds, and read every answer to its end; `seen` gets what is read.
-    Returns the seconds from the first byte of an answer on."""
+    """Send all requests, one `every` so many seconds, and read every answer to its end; `seen` gets
+    what is read.  Returns the seconds from the first byte of an answer on."""
     waiting = selectors.DefaultSelector()
     unsent, due, began = list(requests), time.perf_counter(), 0.0
     while unsent or waiting.get_map():
@@ -48,7 +53,8 @@ def ask(
 
 
 def conversations(program: Program, count: int, text: str) -> list[bytes]:
-    """Begin conversations, so that their processes are there, and return the requests that go on in them."""
+    """Begin conversations, so that their processes are there, and return the requests that go on in
+    them."""
     firsts = [f"FEED 1 {uuid.uuid4()}" for _ in range(count)]
     for at in range(0, count, 10):
         ask(program, [request([first]) for first in firsts[at : at + 10]])
@@ -56,7 +62,8 @@ def conversations(program: Program, count: int, text: str) -> list[bytes]:
 
 
 def lateness(program: Program, clients: int, seconds: int, pace: int) -> list[float]:
-    """Milliseconds between the writing of a delta by its child and its arrival at its client, for all deltas."""
+    """Milliseconds between the writing of a delta by its child and its arrival at its client, for
+    all deltas."""
     late: list[float] = []
 
     def seen(data: bytes) -> None:
@@ -64,7 +71,9 @@ def lateness(program: Program, clients: int, seconds: int, pace: int) -> list[fl
         for piece in data.split(b'"text_delta","text":"')[1:]:
             late.append((now - int(piece[: piece.index(b'"')])) / 1e6)
 
-    ask(program, conversations(program, clients, f"PACE {seconds * pace} {pace}"), seen, 1 / clients)
+    ask(
+        program, conversations(program, clients, f"PACE {seconds * pace} {pace}"), seen, 1 / clients
+    )
     return sorted(late)
 
 
@@ -96,13 +105,22 @@ async def copy() -> None:
 
 
 def measure(rounds: int) -> dict[str, list[float]]:
-    limits = {"CLAUDE_CLI_BIN": FEEDER, "CLAUDE_CLI_MAX_SESSIONS": "2000", "CLAUDE_CLI_MAX_IDLE": "250"}
+    limits = {
+        "CLAUDE_CLI_BIN": FEEDER,
+        "CLAUDE_CLI_MAX_SESSIONS": "2000",
+        "CLAUDE_CLI_MAX_IDLE": "250",
+    }
     plain, bridge = Program(str(Path(__file__).resolve())), Program(**limits, CLAUDE_CLI_SPARES="0")
-    measured: dict[str, list[float]] = {name: [] for name in ("copy", "relay", "many", "cpu", "late", "late 99")}
+    measured: dict[str, list[float]] = {
+        name: [] for name in ("copy", "relay", "many", "cpu", "late", "late 99")
+    }
     try:
         for _ in range(rounds):
             measured["copy"].append(EVENTS / ask(plain, [request([f"FEED {EVENTS}"])]))
-            one, many = conversations(bridge, 1, f"FEED {EVENTS}"), conversations(bridge, MANY, f"FEED {EACH}")
+            one, many = (
+                conversations(bridge, 1, f"FEED {EVENTS}"),
+                conversations(bridge, MANY, f"FEED {EACH}"),
+            )
             cpu = bridge.cpu()
             measured["relay"].append(EVENTS / ask(bridge, one))
             measured["cpu"].append((bridge.cpu() - cpu) * 1e6 / EVENTS)

@@ -1,15 +1,22 @@
-"""Seconds to the first content byte: the bare CLI, the bridge, and `query()` of the claude-agent-sdk once per request.
+"""Seconds to the first content byte: the bare CLI, bridges with and without a spare, and `query()`
+of the claude-agent-sdk once per request.
 
 Each round measures every one of them, one after another, in front of the stub API.
 """
 
 import asyncio
+import contextlib
+import http.client
+import json
 import os
 import subprocess
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from program import Program, request
 
@@ -19,17 +26,48 @@ import translate
 DELTA = b'"content_block_delta"'
 REST_SECS = 0.3  # between hot turns: a client takes a moment
 SYSTEM = "Be terse."
+LENGTHS = (20, 200, 1000)  # messages of the history that is rebuilt
+MODELS = ("opus", "sonnet", "haiku")
+LARGE, SMALL = "opus", "haiku"
+HOT_TURNS = 5
+TITLES = 10
+COUNTS = 24  # Claude Code asks about that many questions for /context
+
+
+class Bench:
+    """What is measured: the CLI, and two bridges in front of it."""
+
+    def __init__(self, config: sessions.PoolConfig, cwd: str) -> None:
+        self.config = config
+        self.cwd = cwd
+        self.spare = self.start()  # as it is by default: with a spare
+        self.bare = self.start(CLAUDE_CLI_SPARES="0")
+
+    def start(self, **settings: str) -> Program:
+        settings["CLAUDE_CLI_BIN"] = self.config.bin
+        settings["CLAUDE_CLI_KEEP_ENV"] = ",".join(self.config.keep_env)
+        settings["CLAUDE_CLI_QUEUE_SECS"] = "300"  # none is refused, however slow the machine is
+        return Program(**settings)
+
+    def rest(self) -> None:
+        """Wait until both bridges have nothing to do."""
+        self.spare.rest()
+        self.bare.rest()
+
+    def close(self) -> None:
+        self.spare.close()
+        self.bare.close()
 
 
 class BareCli:
     """The CLI as a program that drives it by itself would start it."""
 
     def __init__(self, config: sessions.PoolConfig, cwd: str) -> None:
-        command = sessions.arguments(config, "sonnet")
+        command = sessions.arguments(config, "sonnet", agent=False)
         environ = sessions.child_environment(config, os.environ)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, env=environ, cwd=cwd, **pipes)
-        self.write(translate.initialize_line([SYSTEM], []))
+        self.write(translate.initialize_line([SYSTEM], has_tools=False))
 
     def write(self, line: bytes) -> None:
         assert self.process.stdin
@@ -38,7 +76,7 @@ class BareCli:
 
     def ask(self, text: str) -> None:
         """Send a user line and read up to the first delta."""
-        self.write(translate.user_line([{"type": "text", "text": text}]))
+        self.write(translate.user_line([{"type": "text", "text": text}], str(uuid.uuid4())))
         self.read_until(DELTA)
 
     def read_until(self, mark: bytes) -> None:
@@ -54,20 +92,46 @@ class BareCli:
         self.process.stdout.close()
 
 
-def first_delta(bridge: Program, messages: list[str], expected: bytes) -> tuple[float, str]:
-    """Stream one answer: seconds to its first delta, and its text."""
+@dataclass
+class Streamed:
+    """An answer that was streamed."""
+
+    seconds: float  # to its first delta
+    text: str
+    session: str  # hot, new or rebuilt
+
+
+def stream(bridge: Program, messages: list[str], model: str = "sonnet") -> Streamed:
     with bridge.connect() as connection:
         began = time.perf_counter()
-        connection.sendall(request(messages, system=SYSTEM))
+        connection.sendall(request(messages, system=SYSTEM, model=model))
         data = b""
         while DELTA not in data:
-            data += connection.recv(65536)
+            part = connection.recv(65536)
+            assert part, data[:500]
+            data += part
         took = time.perf_counter() - began
         while b'"message_stop"' not in data:
-            data += connection.recv(65536)
-    assert b"x-bridge-session: " + expected in data, data[:500]
+            part = connection.recv(65536)
+            assert part, data[-500:]
+            data += part
+    session = data.partition(b"x-bridge-session: ")[2].partition(b"\r\n")[0]
     pieces = data.split(b'"text_delta","text":"')[1:]
-    return took, b"".join(piece[: piece.index(b'"')] for piece in pieces).decode()
+    text = b"".join(piece[: piece.index(b'"')] for piece in pieces).decode()
+    return Streamed(took, text, session.partition(b";")[0].decode())
+
+
+def first_delta(
+    bridge: Program, messages: list[str], expected: str, model: str = "sonnet"
+) -> Streamed:
+    answer = stream(bridge, messages, model)
+    assert answer.session == expected, f"{answer.session}, expected {expected}"
+    return answer
+
+
+def question() -> list[str]:
+    """A conversation that begins."""
+    return [f"SAY {uuid.uuid4().hex}"]
 
 
 def history(length: int) -> list[str]:
@@ -77,7 +141,7 @@ def history(length: int) -> list[str]:
 
 
 async def query(cli: str, cwd: str, messages: list[str]) -> float:
-    """What a Python user would write: the conversation as one prompt."""
+    """What a Python user would write: the conversation as one prompt, in prose."""
     from claude_agent_sdk import ClaudeAgentOptions, StreamEvent
     from claude_agent_sdk import query as sdk_query
 
@@ -92,53 +156,137 @@ async def query(cli: str, cwd: str, messages: list[str]) -> float:
     )
     began, took = time.perf_counter(), 0.0
     async for message in sdk_query(prompt="\n\n".join(messages), options=options):
-        if not took and isinstance(message, StreamEvent) and message.event["type"] == "content_block_delta":
+        if took or not isinstance(message, StreamEvent):
+            continue
+        if message.event["type"] == "content_block_delta":
             took = time.perf_counter() - began
+    assert took, "no delta came"
     return took
 
 
-def one_round(bridge: Program, config: sessions.PoolConfig, cwd: str) -> Iterator[tuple[str, float]]:
-    """Name and seconds of each measure."""
-    bridge.rest()
+# Each of these yields names of measures and what was measured; all of them make a round.
+
+Measures = Iterator[tuple[str, float]]
+
+
+def hot_turns(bench: Bench) -> Measures:
+    """A conversation begins, and goes on: at the CLI by itself, and at the bridge."""
+    bench.spare.rest()
     began = time.perf_counter()
-    bare = BareCli(config, cwd)
+    bare = BareCli(bench.config, bench.cwd)
     bare.ask("SAY hello")
     yield "bare new", time.perf_counter() - began
     bare.read_until(b'"type":"result"')
-    bridge.rest()
-    talk = [f"SAY {uuid.uuid4().hex}"]
-    took, text = first_delta(bridge, talk, b"new")
-    yield "bridge new", took
-    bridge.rest()
-    for number in range(5):
+    bench.spare.rest()
+    talk = question()
+    answer = first_delta(bench.spare, talk, "new")
+    yield "new", answer.seconds
+    bench.spare.rest()
+    for number in range(HOT_TURNS):
         time.sleep(REST_SECS)
         began = time.perf_counter()
         bare.ask(f"SAY {number}")
         yield "bare hot", time.perf_counter() - began
         bare.read_until(b'"type":"result"')
-        talk += [text, f"SAY {number}"]
+        talk += [answer.text, f"SAY {number}"]
         time.sleep(REST_SECS)
-        took, text = first_delta(bridge, talk, b"hot")
-        yield "bridge hot", took
+        answer = first_delta(bench.spare, talk, "hot")
+        yield "hot", answer.seconds
     bare.close()
+
+
+def rebuilds(bench: Bench) -> Measures:
+    """Conversations that no process holds, with a spare that is ready and without one."""
+    bench.bare.rest()
+    yield "new, no spare", first_delta(bench.bare, question(), "new").seconds
+    for length in LENGTHS:
+        bench.spare.rest()
+        yield f"{length}", first_delta(bench.spare, history(length), "rebuilt").seconds
+        bench.rest()
+        answer = first_delta(bench.bare, history(length), "rebuilt")
+        yield f"{length}, no spare", answer.seconds
+
+
+def models_in_turn(bench: Bench) -> Measures:
+    for model in MODELS:
+        bench.spare.rest()
+        yield f"new {model}", first_delta(bench.spare, question(), "new", model).seconds
+
+
+def titles(bench: Bench) -> Measures:
+    """A large model's conversation with calls of a small one between its turns: how many of its
+    turns were hot."""
+    bench.spare.rest()
+    talk = question()
+    answer = first_delta(bench.spare, talk, "new", LARGE)
+    hot = 0
+    for number in range(TITLES):
+        time.sleep(REST_SECS)
+        yield "title", first_delta(bench.spare, question(), "new", SMALL).seconds
+        time.sleep(REST_SECS)
+        talk += [answer.text, f"SAY {number}"]
+        answer = stream(bench.spare, talk, LARGE)
+        hot += answer.session == "hot"
+    yield "titles hot", hot
+
+
+def first_second(bench: Bench) -> Measures:
+    """The first request of a bridge, so many seconds after it listens."""
+    for delay in (0.0, 0.5, 1.0):
+        bench.spare.rest()
+        bridge = bench.start()
+        try:
+            time.sleep(delay)
+            yield f"first after {delay:g}", first_delta(bridge, question(), "new").seconds
+        finally:
+            bridge.close()
+
+
+def counts(bench: Bench) -> Measures:
+    """Counts of tokens at once, as of a /context: by the bridge, and straight by the stub API."""
+    bench.rest()
+    stub = urlsplit(os.environ["ANTHROPIC_BASE_URL"]).port
+    yield "counts", seconds_of_counts(bench.spare.port)
+    yield "stub counts", seconds_of_counts(stub or 0)
+
+
+def seconds_of_counts(port: int) -> float:
+    mark = uuid.uuid4().hex
+    with ThreadPoolExecutor(COUNTS) as executor:
+        began = time.perf_counter()
+        list(executor.map(lambda number: count(port, f"tool_{number}_{mark}"), range(COUNTS)))
+        return time.perf_counter() - began
+
+
+def count(port: int, name: str) -> None:
+    """Ask for the tokens of a tool of that name."""
+    tool = {"name": name, "description": "It helps.", "input_schema": {"type": "object"}}
+    messages = [{"role": "user", "content": "x"}]
+    body = {"model": "sonnet", "messages": messages, "tools": [tool]}
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("POST", "/v1/messages/count_tokens", json.dumps(body))
+    answer = json.loads(connection.getresponse().read())
+    connection.close()
+    assert answer.get("input_tokens"), answer
+
+
+def queries(bench: Bench) -> Measures:
+    bench.rest()
+    yield "query new", asyncio.run(query(bench.config.bin, bench.cwd, ["SAY hello"]))
     for length in (20, 200):
-        bridge.rest()
-        yield f"bridge {length}", first_delta(bridge, history(length), b"rebuilt")[0]
-    bridge.rest()
-    yield "query new", asyncio.run(query(config.bin, cwd, ["SAY hello"]))
-    yield "query 20", asyncio.run(query(config.bin, cwd, history(20)))
-    yield "query 200", asyncio.run(query(config.bin, cwd, history(200)))
+        messages = history(length)
+        yield f"query {length}", asyncio.run(query(bench.config.bin, bench.cwd, messages))
+
+
+PARTS = (hot_turns, rebuilds, models_in_turn, titles, first_second, counts, queries)
 
 
 def measure(rounds: int, cli: Path, home: str, keep: tuple[str, ...]) -> dict[str, list[float]]:
     measured: dict[str, list[float]] = {}
-    config = sessions.PoolConfig(bin=str(cli), keep_env=keep)
-    bridge = Program(CLAUDE_CLI_BIN=str(cli), CLAUDE_CLI_KEEP_ENV=",".join(keep))
-    try:
+    with contextlib.closing(Bench(sessions.PoolConfig(bin=str(cli), keep_env=keep), home)) as bench:
         for number in range(rounds + 1):
-            for name, seconds in one_round(bridge, config, home):
-                if number:  # the first round warms the page cache
-                    measured.setdefault(name, []).append(seconds)
-    finally:
-        bridge.close()
+            for part in PARTS:
+                for name, value in part(bench):
+                    if number:  # the first round warms the page cache
+                        measured.setdefault(name, []).append(value)
     return measured

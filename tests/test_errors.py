@@ -1,0 +1,264 @@
+"""Failures: what the CLI says of them, and what a client gets."""
+
+import string
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from messages import DONE, GOOD, QUICK, TEXT, failure, first_turns, play, stream, text
+
+import translate
+from translate import ApiError, result_error
+
+Json = dict[str, Any]
+
+
+def failed(**fields: Any) -> Any:
+    return {**DONE, "is_error": True, **fields}
+
+
+def told(**fields: Any) -> Any:
+    """The `assistant` event before such a `result`."""
+    return {"type": "assistant", "message": {"model": "<synthetic>"}, **fields}
+
+
+# ---------------------------------------------------------------- what a client gets
+
+
+def test_an_error_has_the_apis_envelope() -> None:
+    error = ApiError(429, "slow down")
+    assert error.body("req_1") == {
+        "type": "error",
+        "error": {"type": "rate_limit_error", "message": "slow down"},
+        "request_id": "req_1",
+    }
+    assert str(error) == "slow down"
+    detailed = ApiError(400, "no", kind="own_error", details={"error_code": "x"}).body("r")
+    assert detailed["error"] == {
+        "type": "own_error",
+        "message": "no",
+        "details": {"error_code": "x"},
+    }
+
+
+KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    409: "conflict_error",
+    413: "request_too_large",
+    418: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "api_error",
+    502: "claude_cli_error",
+    503: "api_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+@pytest.mark.parametrize(("status", "kind"), KINDS.items())
+def test_a_status_has_the_type_that_the_sdks_know_for_it(status: int, kind: str) -> None:
+    assert ApiError(status, "x").kind == kind
+
+
+def test_what_a_retry_cannot_mend_is_not_retried() -> None:
+    final = {status for status in range(400, 600) if not ApiError(status, "x").retry}
+    assert final == translate.FINAL_STATUSES
+    assert all(400 <= status < 500 and status not in (408, 409, 429) for status in final)
+    assert {400, 401, 403, 404, 413, 422} <= final
+
+
+# ---------------------------------------------------------------- the status
+
+# (the `result`, the error's status, type and message)
+STATUSES: list[tuple[Any, int, str, str]] = [
+    (failed(api_error_status=400, result="no"), 400, "invalid_request_error", "no"),
+    (failed(api_error_status=403, result="no"), 403, "permission_error", "no"),
+    (failed(api_error_status=500, result="no"), 500, "api_error", "no"),
+    (failed(api_error_status=503, result="no"), 503, "api_error", "no"),
+    # verdicts of the CLI itself
+    (failed(result="Prompt is too long"), 400, "invalid_request_error", "Prompt is too long"),
+    (failed(result="API Error: Overloaded"), 529, "overloaded_error", "Overloaded"),
+    (failed(api_error_status=None, result="other"), 502, "claude_cli_error", "other"),
+    # what is no status
+    (failed(api_error_status=200, result="other"), 502, "claude_cli_error", "other"),
+    (failed(api_error_status=600, result="other"), 502, "claude_cli_error", "other"),
+    (failed(api_error_status="429", result="other"), 502, "claude_cli_error", "other"),
+    (failed(api_error_status=True, result="other"), 502, "claude_cli_error", "other"),
+    (failed(api_error_status=429.5, result="other"), 502, "claude_cli_error", "other"),
+    # where the text stands
+    (failed(result=None, errors=["a", "b"]), 502, "claude_cli_error", "a; b"),
+    (failed(result="", errors=["a", 5]), 502, "claude_cli_error", "a; 5"),
+    (failed(result="c", errors=["a"]), 502, "claude_cli_error", "c"),
+    (failed(result=5, errors=5), 502, "claude_cli_error", "5"),
+]
+ENDED = "the claude CLI ended the turn with an error"
+STATUSES += [
+    ({"type": "result", "is_error": True}, 502, "claude_cli_error", ENDED),
+    (failed(result="", errors=[]), 502, "claude_cli_error", ENDED),
+    (failed(result=None, errors=[""]), 502, "claude_cli_error", ENDED),
+    (failed(result=None, errors="x"), 502, "claude_cli_error", ENDED),
+]
+
+
+@pytest.mark.parametrize(("result", "status", "kind", "message"), STATUSES)
+def test_a_failed_result_keeps_its_status_and_text(
+    result: Any, status: int, kind: str, message: str
+) -> None:
+    error = result_error(result)
+    assert (error.status, error.kind, error.message) == (status, kind, message)
+
+
+def test_a_missing_login_says_how_to_mend_it_and_is_not_retried() -> None:
+    for scenario in ("not_logged_in", "error_401"):
+        for turn in first_turns(scenario).values():
+            error = turn.play().error
+            assert error
+            assert (error.status, error.retry) == (401, False)
+            assert "/login" in error.message.partition("not logged in:")[2]
+
+
+def test_an_unknown_model_says_where_the_known_ones_are() -> None:
+    text = (
+        "There's an issue with the selected model (x). It may not exist. Run --model to pick one."
+    )
+    error = result_error(failed(api_error_status=404, result=text))
+    assert (error.status, error.kind) == (404, "not_found_error")
+    assert error.message == (
+        "There's an issue with the selected model (x). It may not exist. "
+        "(GET /v1/models lists the models of this account)"
+    )
+
+
+# ---------------------------------------------------------------- the API's own message
+
+ADVICE = (
+    ". This is a server-side issue, usually temporary — try again in a moment. "
+    "If it persists, check your inference gateway (127.0.0.1:1)."
+)
+JSON_BODY = '{"type":"error","error":{"type":"own_error","message":"too\\nlong"},"request_id":"r"}'
+# The CLI's text -> (the API's message, the error.type where the text says it).
+TEXTS: dict[str, tuple[str, str]] = {
+    "no": ("no", ""),
+    "API Error: 400 no": ("no", ""),
+    "API Error: no": ("no", ""),
+    "API Error: 400 no\nand no": ("no\nand no", ""),
+    "API Error: Request rejected (429) · slow down": ("slow down", ""),
+    "Failed to authenticate. API Error: 401 OAuth token has expired": (
+        "OAuth token has expired",
+        "",
+    ),
+    f"API Error: 529 Overloaded{ADVICE}": ("Overloaded", ""),
+    f"API Error: 500 Internal server error{ADVICE}": ("Internal server error", ""),
+    f"API Error: 400 {JSON_BODY}": ("too\nlong", "own_error"),
+    f"API Error: 500 {JSON_BODY}{ADVICE}": ("too\nlong", "own_error"),
+    f"API Error: Request rejected (429) · {JSON_BODY}": ("too\nlong", "own_error"),
+    # what only looks like the body of an error
+    'API Error: 400 {"error"': ('{"error"', ""),
+    'API Error: 400 {"error": 5}': ('{"error": 5}', ""),
+    'API Error: 400 {"error": "no"}': ('{"error": "no"}', ""),
+    'API Error: 400 {"message": "no"}': ('{"message": "no"}', ""),
+    "API Error: 400 [1]": ("[1]", ""),
+    "API Error: 400 5": ("5", ""),
+    "see API Error: 400 no": ("see API Error: 400 no", ""),
+    # TRANSLATE-BUG: without a type in it the body is passed on whole.
+    'API Error: 400 {"error": {"message": "no"}}': ("no", ""),
+    # TRANSLATE-BUG: these become a message of nothing, or "None".
+    f"API Error: 500 {ADVICE}": (f"API Error: 500 {ADVICE}", ""),
+    'API Error: 400 {"error": {"type": "x", "message": ""}}': (
+        '{"error": {"type": "x", "message": ""}}',
+        "x",
+    ),
+    'API Error: 400 {"error": {"type": null, "message": null}}': (
+        '{"error": {"type": null, "message": null}}',
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize(("said", "parts"), TEXTS.items(), ids=lambda value: repr(value)[:50])
+def test_the_apis_own_message_is_taken_out_of_the_clis_text(
+    said: str, parts: tuple[str, str]
+) -> None:
+    message, kind = parts
+    error = result_error(failed(api_error_status=400, result=said))
+    assert (error.message, error.kind) == (message, kind or "invalid_request_error")
+
+
+def test_the_assistant_event_before_a_failure_says_its_type_and_code() -> None:
+    """2.1.330 keeps them there."""
+    result = failed(api_error_status=400, result=f"API Error: 400 {JSON_BODY}")
+    event = told(api_error_type="tool_error", api_error_code="bad_tool")
+    error = result_error(result, event)
+    assert (error.kind, error.details) == ("tool_error", {"error_code": "bad_tool"})
+    assert error.message == "too\nlong"
+    for odd in (told(), told(api_error_type=None, api_error_code=5), None):
+        error = result_error(result, odd)
+        assert (error.kind, error.details) == ("own_error", None)
+
+
+def test_a_turn_hands_on_what_the_event_before_its_failure_says() -> None:
+    event = told(api_error_type="tool_error", api_error_code="bad_tool")
+    error = failure([event, failed(api_error_status=400, result="API Error: 400 no")])
+    assert (error.status, error.kind, error.message) == (400, "tool_error", "no")
+    assert error.details == {"error_code": "bad_tool"}
+
+
+def test_a_turn_in_which_the_cli_removes_what_the_api_refused_fails_with_the_apis_message() -> None:
+    said = "API Error: an image in the conversation could not be processed and was removed."
+    event = told(message={"model": "<synthetic>", "content": [text(said)]})
+    error = failure([event, *stream(*TEXT)])
+    assert (error.status, error.message) == (
+        400,
+        "an image in the conversation could not be processed",
+    )
+    for odd in (None, 5, [5], [{"type": "text"}], said[:40]):
+        event = told(message={"model": "<synthetic>", "content": odd})
+        assert play([event, *stream(*TEXT)]).emitted == GOOD
+
+
+# ---------------------------------------------------------------- rate limits
+
+RESET = 1800000000
+LIMITS: list[tuple[Any, float | None]] = [
+    ({"status": "rejected", "resetsAt": RESET, "rateLimitType": "five_hour"}, RESET),
+    ({"status": "rejected", "resetsAt": RESET + 0.5}, RESET + 0.5),
+    ({"status": "allowed_warning", "resetsAt": RESET}, None),
+    ({"status": "rejected", "resetsAt": None}, None),
+    ({"status": "rejected", "resetsAt": "soon"}, None),
+    ({"status": "rejected"}, None),
+    (None, None),
+]
+
+
+@pytest.mark.parametrize(("info", "resets_at"), LIMITS)
+def test_a_rejected_rate_limit_says_when_it_ends(info: Any, resets_at: float | None) -> None:
+    limit = {"type": "rate_limit_event", "rate_limit_info": info}
+    for turn in first_turns("error_429").values():
+        error = failure([limit, *turn.events])
+        assert (error.status, error.resets_at, error.retry) == (429, resets_at, True)
+    for turn in first_turns("error_529").values():
+        assert failure([limit, *turn.events]).resets_at is None
+
+
+# ---------------------------------------------------------------- any text
+
+
+@settings(max_examples=300, **QUICK)
+@given(
+    st.sampled_from(["", "API Error: ", "API Error: 500 ", "API Error: Request rejected (429) · "]),
+    st.text()
+    | st.text(string.printable)
+    | st.sampled_from(["{", "null", JSON_BODY[:40], JSON_BODY]),
+    st.sampled_from(["", ADVICE]),
+)
+def test_any_text_is_an_error_with_a_message(before: str, said: str, behind: str) -> None:
+    # TRANSLATE-BUG: nothing but the advice is left of nothing.
+    error = result_error(failed(result=f"{before}{said}{behind}"))
+    assert error.message
+    assert error.kind
