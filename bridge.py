@@ -1,28 +1,41 @@
-"""The HTTP face of the bridge: settings, the connection loop, routes, access control, the command line.
+"""The HTTP face of the bridge: settings, access rules, the connection loop, routes, the command
+line.
 
-Embedding: `async with serve(Config()) as bridge: ...` runs the server inside another asyncio program.
+Embedding: `async with serve(Config()) as bridge: ...` runs the server inside another asyncio
+program.
+
+The file goes from what a reader needs first to details: settings, access, one connection, the
+server and its routes, `serve`, the program; and last, as appendices, the page for people, the
+providers of a gateway's file, and `check`.
 """
 
 import argparse
 import asyncio
 import contextlib
 import dataclasses
+import difflib
+import email.utils
 import errno
 import hashlib
 import hmac
+import html
+import http.client
 import importlib
 import importlib.util
 import ipaddress
-import itertools
 import logging
+import math
 import os
+import queue
 import re
 import shutil
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import tomllib
 import traceback
@@ -30,54 +43,29 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, unquote
+from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import h11
 import orjson
 
+if sys.platform == "win32":
+    sys.exit("claude-cli-bridge runs on Linux and macOS; on Windows use WSL")
 if TYPE_CHECKING or not __package__:
     import translate
-    from sessions import Pool, PoolConfig, Turn, watch_without_threads
+    from sessions import Pool, PoolConfig, State, Turn, setting, watch_without_threads
     from translate import ApiError, Json
 else:  # copied into a package
     from . import translate
-    from .sessions import Pool, PoolConfig, Turn, watch_without_threads
+    from .sessions import Pool, PoolConfig, State, Turn, setting, watch_without_threads
     from .translate import ApiError, Json
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 log = logging.getLogger("claude_cli_bridge")
 
-MAX_PIPELINED = 64 << 10  # bytes read ahead of the answer that is being given
-READ_SIZE = 64 << 10
-LINGER_SECS = 5.0  # that a refused body is still read, and a closed connection flushed, so that clients see the answer
-REHEARSAL_SECS = 30.0  # for `check`; 2 were measured
-GRACE_SECS = 1.0  # for the last words of answers that shutdown cuts short
-PING_SECS = 10.0  # of silence before a stream shows that it lives; proxies cut after 30 to 60
-SESSION_HEADER = b"x-arch-claude-cli-session"
-# Settings that are not just any number from 0 up.
-LIMITS = {"max_sessions": (1, float("inf")), "watchdog_secs": (0.1, float("inf")), "max_depth": (10, 240)}
-LIMITS |= {
-    name: (1, float("inf")) for name in ("max_header_bytes", "max_body_bytes", "max_connections", "max_messages", "max_values", "max_turns")
-}
-# The keys of a claude-cli entry of a gateway's model_providers, and their types.
-PROVIDER: dict[str, type] = {
-    "model": str,
-    "name": str,
-    "provider_interface": str,
-    "base_url": str,
-    "access_key": str,
-    "default": bool,
-    "passthrough_auth": bool,
-    "headers": dict,
-    "routing_preferences": list,
-}
-PERMISSION_MODES = ("default", "acceptEdits", "auto", "bypassPermissions", "dontAsk", "plan")
-MODELS = "/v1/models"
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus' text-based exposition format
-ABSOLUTE = re.compile("https?://([^/?]*)")  # of a target in absolute form (RFC 9112, 3.2.2)
-HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*)\.?(?::([0-9]{1,5}))?", re.I)  # RFC 9110, 7.2
-HINT = "the Messages API is at POST /v1/messages; give SDKs the base URL without /v1"
+# ------------------------------------------------------------ settings
+
+ENVIRONMENT_PREFIX = "CLAUDE_CLI_"
 
 
 class ConfigError(ValueError):
@@ -86,72 +74,142 @@ class ConfigError(ValueError):
 
 @dataclass(kw_only=True)
 class Config(PoolConfig):
-    """All settings: the environment variable CLAUDE_CLI_NAME, the flag --name and the field name are the same."""
+    """All settings.
 
-    listen_addr: str = "127.0.0.1:14001"  # host:port or unix:/path
-    drain_secs: float = 10.0  # seconds that running answers get on shutdown
-    api_key: str = ""  # demanded from clients; only as environment variable, as others can see flags
-    allowed_hosts: tuple[str, ...] = ()  # names besides the loopback ones that Host may have
-    allowed_origins: tuple[str, ...] = ()  # origins of web pages that may use the bridge
-    log_format: str = "text"  # text, or json: one object a request
-    max_header_bytes: int = 64 << 10  # 431 beyond; h11 and Node take 16 KiB, nginx 32
-    max_body_bytes: int = 32 << 20  # 413 beyond, before it is read; the API's own limit
-    max_connections: int = 1000  # 503 beyond; each can cost a file descriptor and max_body_bytes
-    max_depth: int = 200  # levels of JSON, 400 beyond; what is written has a few more, and orjson ends at 254
-    max_messages: int = 100_000  # of a request, 400 beyond; the API's own limit
-    max_values: int = 300_000  # of JSON in a request, 400 beyond; each can take a hundred times its bytes of memory
-    send_secs: float = 60.0  # for a client to send a request, then 408; as nginx's client_body_timeout
-    idle_secs: float = 75.0  # of an unused connection; as nginx's keepalive_timeout, SDKs drop theirs after 5
+    The environment variable CLAUDE_CLI_NAME, the flag --name and the field name are the same.
+    """
+
+    listen_addr: str = setting(
+        "127.0.0.1:14001",
+        "where to listen: host:port or unix:/path",
+        "everyday",
+    )
+    log_format: str = setting(
+        "text",
+        "`json`: one object for each request",
+        "everyday",
+        choices=("text", "json"),
+    )
+    drain_secs: float = setting(
+        10.0,
+        "seconds that running answers get when the bridge shuts down",
+        "everyday",
+    )
+    api_key: str = setting(
+        "",
+        "clients must send it; required when listening on anything but loopback "
+        "(no flag: command lines are visible to other users)",
+        "access",
+    )
+    allowed_hosts: tuple[str, ...] = setting(
+        (),
+        "names besides the loopback ones that a request's Host may have",
+        "access",
+    )
+    allowed_origins: tuple[str, ...] = setting(
+        (),
+        "origins of web pages that may use the bridge, such as `http://localhost:3000`",
+        "access",
+    )
+    max_header_bytes: int = setting(
+        64 << 10,
+        "of a request, 431 beyond; Node takes 16 KiB, nginx 32",
+        "limits",
+        least=1,
+    )
+    max_body_bytes: int = setting(
+        32 << 20,
+        "of a request, 413 beyond, before it is read; the API's own limit",
+        "limits",
+        least=1,
+    )
+    max_connections: int = setting(
+        1000,
+        "503 beyond; each can cost a file descriptor and a body",
+        "limits",
+        least=1,
+    )
+    max_depth: int = setting(
+        200,
+        "levels of JSON in a request, 400 beyond",
+        "limits",
+        least=10,
+        most=240,
+    )
+    max_messages: int = setting(
+        100_000,
+        "messages of a request, 400 beyond; the API's own limit",
+        "limits",
+        least=1,
+    )
+    max_values: int = setting(
+        300_000,
+        "values of JSON in a request, 400 beyond; each can take 100 times its bytes of memory",
+        "limits",
+        least=1,
+    )
+    send_secs: float = setting(
+        60.0,
+        "seconds for a client to send a request, 408 beyond",
+        "limits",
+    )
+    idle_secs: float = setting(
+        75.0,
+        "seconds before an unused connection is closed",
+        "limits",
+    )
 
     @classmethod
     def read(cls, environ: Mapping[str, str], flags: Mapping[str, str | None]) -> "Config":
-        """Settings from the environment and, before it, from flags.  Raises ConfigError, which names the setting."""
+        """Settings from flags, else from the environment.  Raises ConfigError, which names one."""
         values: dict[str, Any] = {}
         for item in dataclasses.fields(cls):
-            name = "CLAUDE_CLI_" + item.name.upper()
             text = flags.get(item.name)
-            text = environ.get(name, "") if text is None else text
-            if text == "":
-                continue
-            kind: Any = type(item.default)
-            try:
-                values[item.name] = tuple(filter(None, text.replace(",", " ").split())) if kind is tuple else kind(text)
-            except ValueError:
-                raise ConfigError(f"{name}: {text!r} is not a number") from None
+            if text is None:
+                text = environ.get(variable(item.name), "")
+            if text:
+                values[item.name] = parse_setting(item.name, type(item.default), text)
         return cls(**values)
 
     def check(self) -> None:
-        """Raise ConfigError for what cannot work, and find the CLI."""
+        """Check the settings, and find the CLI.  Raises ConfigError, which names the wrong one."""
         for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            least, most = LIMITS.get(item.name, (0, float("inf")))
-            if isinstance(value, int | float) and not (least <= value <= most and value < float("inf")):
-                raise ConfigError(f"CLAUDE_CLI_{item.name.upper()}: {value} is not a number from {least} to {most}")
+            check_bounds(item, getattr(self, item.name))
         if not translate.MODEL_NAME.fullmatch(self.model):
-            raise ConfigError(f"CLAUDE_CLI_MODEL: {self.model!r} is not a model name")
-        if self.log_format not in ("text", "json"):
-            raise ConfigError(f"CLAUDE_CLI_LOG_FORMAT: {self.log_format!r} is neither text nor json")
-        if self.permission_mode not in PERMISSION_MODES:
-            raise ConfigError(f"CLAUDE_CLI_PERMISSION_MODE: {self.permission_mode!r} is none of {PERMISSION_MODES}")
+            raise wrong("model", f"{self.model!r} is not a model name")
         if self.tools and self.permission_mode == "bypassPermissions" and os.geteuid() == 0:
-            raise ConfigError("CLAUDE_CLI_PERMISSION_MODE: the CLI refuses bypassPermissions when it runs as root")
+            raise wrong("permission_mode", "the CLI refuses bypassPermissions when it runs as root")
         if self.tools and not os.path.isdir(self.cwd or "."):
-            raise ConfigError(f"CLAUDE_CLI_CWD: {self.cwd!r} is not a directory")
-        if not self.unix_path and not is_loopback(self.address[0]) and not self.api_key:
-            raise ConfigError(
-                f"CLAUDE_CLI_LISTEN_ADDR: {self.listen_addr} can be reached from other machines: set CLAUDE_CLI_API_KEY"
-            )
+            raise wrong("cwd", f"{self.cwd!r} is not a directory")
+        if self.mcp_config and not os.path.isfile(self.mcp_config):
+            raise wrong("mcp_config", f"{self.mcp_config!r} is not a file")
+        check_own_key(self.api_key)
+        check_hosts(self.allowed_hosts)
+        check_origins(self.allowed_origins)
+        if not self.unix_path:
+            host, _ = self.address
+            if not is_loopback(host) and not self.api_key:
+                words = f"{host} can be reached from other machines: set {variable('api_key')}"
+                raise wrong("listen_addr", words)
+        if not os.path.isdir("/dev/fd"):
+            raise ConfigError("there is no /dev/fd, which the CLI needs: is /proc mounted?")
         self.bin = find_cli(self.bin)
 
     @property
     def unix_path(self) -> str:
-        return self.listen_addr[5:] if self.listen_addr.startswith("unix:") else ""
+        """The path of a Unix socket; empty: it is an address."""
+        prefix, _, path = self.listen_addr.partition("unix:")
+        return path if not prefix else ""
 
     @property
     def address(self) -> tuple[str, int]:
+        """Host and port.  Raises ConfigError."""
+        if "://" in self.listen_addr:
+            raise wrong("listen_addr", f"leave out the scheme of {self.listen_addr!r}")
         host, _, port = self.listen_addr.rpartition(":")
-        if not host or not port.isdecimal() or int(port) > 65535:
-            raise ConfigError(f"CLAUDE_CLI_LISTEN_ADDR: {self.listen_addr!r} is neither host:port nor unix:/path")
+        if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+            words = "expected host:port or unix:/path, such as 127.0.0.1:8080"
+            raise wrong("listen_addr", f"{words}; got {self.listen_addr!r}")
         return host.strip("[]"), int(port)
 
     @property
@@ -160,10 +218,97 @@ class Config(PoolConfig):
         if self.unix_path:
             return self.listen_addr
         host, port = self.address
-        return f"http://{address({'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host), port)}"
+        if host == "0.0.0.0":
+            host = "127.0.0.1"
+        if host == "::":
+            host = "::1"
+        return f"http://{host_and_port(host, port)}"
+
+    def warnings(self, environ: Mapping[str, str]) -> list[str]:
+        """What is set, and can hardly be meant."""
+        found = []
+        known = [variable(item.name) for item in dataclasses.fields(self)]
+        known.append(variable("config"))
+        for name in environ:
+            if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
+                found.append(f"{name} is no setting{suggestion(name, known)}")
+        for name in self.keep_env:
+            if name not in environ:
+                hint = suggestion(name, environ)
+                found.append(f"{variable('keep_env')}: {name} is not set{hint}")
+        host = "" if self.unix_path else self.address[0]
+        if host in ("0.0.0.0", "::") and not self.allowed_hosts:
+            words = "clients that reach this machine by name or address get 403"
+            found.append(f"{words} until {variable('allowed_hosts')} holds that name or address")
+        return found
 
 
-def address(host: str, port: int) -> str:
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return ENVIRONMENT_PREFIX + name.upper()
+
+
+def wrong(name: str, words: str) -> ConfigError:
+    return ConfigError(f"{variable(name)}: {words}")
+
+
+def suggestion(name: str, known: Any) -> str:
+    """What was probably meant, as the end of a sentence."""
+    nearest = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+def parse_setting(name: str, kind: type, text: str) -> Any:
+    if kind is tuple:
+        return tuple(text.replace(",", " ").split())
+    try:
+        return kind(text)
+    except ValueError:
+        number = "a whole number" if kind is int else "a number"
+        raise wrong(name, f"must be {number}, got {text!r}") from None
+
+
+def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
+    rules = item.metadata
+    if isinstance(value, int | float):
+        if not math.isfinite(value):
+            raise wrong(item.name, f"must be a number, got {value}")
+        if value < rules["least"]:
+            raise wrong(item.name, f"must be at least {rules['least']}, got {value}")
+        if value > rules["most"]:
+            raise wrong(item.name, f"must be at most {rules['most']}, got {value}")
+    elif rules["choices"] and value not in rules["choices"]:
+        raise wrong(item.name, f"must be one of {', '.join(rules['choices'])}, got {value!r}")
+
+
+def check_own_key(key: str) -> None:
+    """Refuse what no header can hold."""
+    if not key.isprintable() or key != key.strip():
+        raise wrong("api_key", "must be one line of UTF-8 without spaces at its ends")
+
+
+def check_hosts(hosts: tuple[str, ...]) -> None:
+    """Refuse what can never be the name in a Host header."""
+    for host in hosts:
+        match = HOST.fullmatch(host)
+        if not match or match[2] or host.endswith(".") or host.startswith("["):
+            words = "must be a name or address alone, without port, brackets or *"
+            raise wrong("allowed_hosts", f"{host!r} {words}")
+
+
+def check_origins(origins: tuple[str, ...]) -> None:
+    """Refuse what a browser never sends as Origin (RFC 6454, 6.2)."""
+    for origin in origins:
+        scheme, _, host = origin.partition("://")
+        match = re.fullmatch("[a-z][a-z0-9+.-]*", scheme) and HOST.fullmatch(host)
+        is_usual = match and (scheme, match[2]) in (("http", "80"), ("https", "443"))
+        is_sent = match and not is_usual and origin == origin.lower() and not host.endswith(".")
+        if origin != "null" and not is_sent:
+            words = "must be scheme://host[:port] in lower case, without path, * or usual port"
+            raise wrong("allowed_origins", f"{origin!r} {words}")
+
+
+def host_and_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -172,125 +317,64 @@ def find_cli(given: str) -> str:
     if given:
         path = shutil.which(given)
         if not path:
-            raise ConfigError(f"CLAUDE_CLI_BIN: {given!r} is not a program")
+            raise wrong("bin", f"{given!r} does not exist or is not executable")
         return os.path.abspath(path)  # children have another working directory
+    path = shutil.which("claude")
     wheel = importlib.util.find_spec("claude_agent_sdk")
-    bundled = Path(wheel.origin).parent / "_bundled" / "claude" if wheel and wheel.origin else None
-    path = shutil.which("claude") or (str(bundled) if bundled and bundled.exists() else None)
+    if not path and wheel and wheel.origin:
+        path = shutil.which(Path(wheel.origin).parent / "_bundled" / "claude")
     if not path:
-        raise ConfigError("CLAUDE_CLI_BIN: no claude on PATH and no claude-agent-sdk installed; name the program here")
+        words = (
+            "the claude CLI was not found: install Claude Code, or `pip install claude-agent-sdk`"
+        )
+        raise wrong("bin", f"{words}, or name the program here")
     return os.path.abspath(path)
 
 
-def read_providers(path: str, config: Config) -> list[Json]:
-    """The `model_providers` of a gateway's configuration file (TOML, YAML where PyYAML is installed, or else JSON):
-    those of claude-cli completed, others as they are.  Raises ConfigError, which names the place."""
-    try:
-        data, kind = Path(path).read_bytes(), Path(path).suffix.lower()
-        if kind == ".toml":
-            document: Any = tomllib.loads(data.decode())
-        else:
-            document = load_yaml(data) if kind in (".yaml", ".yml") else orjson.loads(data)
-        document = translate.check_type({} if document is None else document, dict, "file")
-        entries = document.get("model_providers")
-        entries = [] if entries is None else translate.check_type(entries, list, "model_providers")
-        for number, entry in enumerate(entries):
-            translate.check_type(entry, dict, f"model_providers.{number}")
-        providers = complete_providers(entries, config)
-        orjson.dumps(providers)  # TOML and YAML have numbers, keys and depths that JSON has not
-        return providers
-    except ConfigError:
-        raise
-    except OSError as error:
-        raise ConfigError(f"CLAUDE_CLI_CONFIG: {path}: {error.strerror}") from error
-    except ApiError as error:
-        raise ConfigError(f"CLAUDE_CLI_CONFIG: {path}: {error.message.removeprefix('file.')}") from None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"CLAUDE_CLI_CONFIG: {path} cannot be read: {error}") from None
+def login_cure(config: Config, environ: Mapping[str, str]) -> str:
+    """What to do when nobody is logged in."""
+    for name in ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN"):
+        if name in environ and name not in config.keep_env:
+            words = f"{name} is set, but not passed on to the CLI"
+            return f"{words}: {variable('keep_env')}={name} passes it on"
+    return f"run `{config.bin}` in a terminal and log in with /login, or `claude-cli-bridge login`"
 
 
-def load_yaml(data: bytes) -> Any:
-    """Raises ValueError, which holds no line of the file: there can be a key in it."""
-    try:
-        yaml = importlib.import_module("yaml")
-    except ModuleNotFoundError:
-        raise ValueError("YAML needs the package PyYAML; TOML and JSON need nothing") from None
-    try:
-        return yaml.safe_load(data)
-    except Exception as error:  # noqa: BLE001 - PyYAML raises KeyError and others, with the value in it
-        mark = getattr(error, "problem_mark", None)
-        raise ValueError(f"not YAML, line {mark.line + 1}" if mark else "not YAML") from None
+# ------------------------------------------------------------ access
 
-
-def is_own(entry: Json) -> bool:
-    """Whether a provider is a claude-cli one."""
-    named = [entry.get("provider_interface"), entry.get("name"), str(entry.get("model")).partition("/")[0]]
-    return "claude-cli" in named
-
-
-def check_entry(entry: Json, place: str) -> None:
-    if entry.get("model") is None:
-        raise translate.bad_request(f"{place}.model", "Field required")
-    for name, value in entry.items():
-        if name not in PROVIDER:
-            raise translate.bad_request(f"{place}.{name}", "Extra inputs are not permitted")
-        if value is not None:
-            translate.check_type(value, PROVIDER[name], f"{place}.{name}")
-    if entry.get("provider_interface") not in (None, "claude-cli"):
-        raise translate.bad_request(f"{place}.provider_interface", "Input should be 'claude-cli'")
-
-
-def complete_providers(entries: list[Json], config: Config) -> list[Json]:
-    """Fill in what claude-cli entries leave out.  Raises ApiError, which names the place."""
-    completed: list[Json] = []
-    key = "$CLAUDE_CLI_API_KEY" if config.api_key else "unused"
-    for number, entry in enumerate(entries):
-        place, model = f"model_providers.{number}", str(entry.get("model"))
-        completed.append(entry)
-        if not is_own(entry):
-            if "*" in model:
-                raise translate.bad_request(f"{place}.model", "only claude-cli/* can be a wildcard")
-            continue
-        check_entry(entry, place)
-        name = model.removeprefix(translate.MODEL_PREFIX)
-        if name == model or not (name == "*" or translate.MODEL_NAME.fullmatch(name)):
-            raise translate.bad_request(f"{place}.model", "Input should be claude-cli/* or claude-cli/ and the name of a model")
-        defaults = {"name": "claude-cli", "provider_interface": "claude-cli", "access_key": key}
-        entry = {"base_url": config.base_url, **defaults, **translate.without_nulls(entry)}
-        completed[number] = entry
-        for other, same in itertools.product(filter(is_own, completed[:number]), ("model", "name")):
-            keys = entry.keys() | other.keys() if same == "model" else {"base_url", "access_key"}
-            wrong = sorted(key for key in keys if entry.get(key) != other.get(key))
-            if wrong and entry[same] == other[same]:
-                where = f"model_providers.{completed.index(other)}"
-                raise translate.bad_request(f"{place}.{wrong[0]}", f"contradicts {where}, of the same {same}")
-    return completed
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+# RFC 9112, 3.2.2: a target in absolute form.
+ABSOLUTE = re.compile("https?://([^/?]*)")
+# RFC 9110, 7.2: a name or address, and perhaps a port.
+HOST = re.compile(
+    r"(\[[0-9a-f:.]+\]|[0-9a-f]*:[0-9a-f]*:[0-9a-f:]*|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*)\.?"
+    r"(?::([0-9]{1,5}))?",
+    re.I,
+)
+PRINTABLE = re.compile(r"[\x20-\x7e]*")
 
 
 @dataclass
 class Exchange:
     """One request and what was answered, for routes and for the log."""
 
-    request: h11.Request | None = None  # None: what came was not a request
+    # None: what came was not a request.
+    request: h11.Request | None = None
     body: bytes = b""
-    last: bool = False  # the connection ends with this answer
+    # The connection ends with this answer.
+    last: bool = False
     id: str = field(default_factory=lambda: "req_" + uuid.uuid4().hex)
     began: float = field(default_factory=time.monotonic)
-    status: int = 0  # 0: nothing was answered
-    first_byte: float | None = None  # monotonic time at which the first event of an answer went out
-    streaming: bool = False  # the status line of a stream went out
-    allow: str = ""  # the methods of the route, for 405
+    # 0: nothing was answered.
+    status: int = 0
+    # Monotonic time at which the first event of an answer went out.
+    first_byte: float | None = None
+    # The status line of a stream went out.
+    streaming: bool = False
+    # The methods of the route, for 405.
+    allow: str = ""
     turn: Turn | None = None
-    failure: str = ""  # error.type of a failure
+    # error.type of a failure.
+    failure: str = ""
 
     @property
     def owner(self) -> str:
@@ -308,8 +392,13 @@ class Exchange:
 
     @property
     def path(self) -> str:
-        """The path without its query (clients add ?beta=true)."""
-        return ABSOLUTE.sub("", self.target, 1).partition("?")[0]
+        """The path without its query (clients add ?beta=true), and with one slash at its start."""
+        path = ABSOLUTE.sub("", self.target, 1).partition("?")[0]
+        return "/" + path.lstrip("/")
+
+    @property
+    def query(self) -> dict[str, str]:
+        return dict(parse_qsl(self.target.partition("?")[2]))
 
     @property
     def route(self) -> str:
@@ -324,20 +413,117 @@ class Exchange:
         return ", ".join(values) if values else None
 
 
+def check_access(exchange: Exchange, config: Config) -> None:
+    """Who may talk to this port.  Raises ApiError 401 or 403.  /healthz alone is open to all."""
+    if exchange.path == "/healthz" and not exchange.query:
+        return
+    check_host(exchange, config)
+    check_origin(exchange, config)
+    check_key(exchange, config)
+
+
+def check_host(exchange: Exchange, config: Config) -> None:
+    """Only a loopback name, the address listened on or an allowed host may lead here.
+
+    A web page can make its own name lead to this port (DNS rebinding), but not to another name.
+    The host of a target in absolute form counts before the header (RFC 9112, 3.2.2).
+    """
+    absolute = ABSOLUTE.match(exchange.target)
+    host = absolute[1] if absolute else exchange.header(b"host")
+    if host is None:
+        return  # HTTP/1.0; a browser always sends one
+    match = HOST.fullmatch(host)
+    name = match[1].lower() if match and int(match[2] or 0) < 65536 else ""
+    known = {item.lower() for item in config.allowed_hosts}
+    if not config.unix_path:
+        known.add(config.address[0])
+    if not is_loopback(name) and name.strip("[]") not in known:
+        cure = f"{variable('allowed_hosts')}={name or 'NAME'} allows it (the name only, no port)"
+        raise ApiError(403, f"Host {host[:100]!a} is not allowed; {cure}")
+
+
+def check_origin(exchange: Exchange, config: Config) -> None:
+    """No web page may talk to this port unless its origin is allowed (RFC 6454).
+
+    Images, scripts and frames of a page send no Origin, but say that they come from another site
+    (Fetch Metadata, Sec-Fetch-Site).
+    """
+    origin = exchange.header(b"origin")
+    if origin is None:
+        if exchange.header(b"sec-fetch-site") in ("cross-site", "same-site"):
+            raise ApiError(403, "pages of other sites may not use this bridge")
+        return
+    if origin not in config.allowed_origins:
+        cure = f"{variable('allowed_origins')} allows it, set to exactly that"
+        raise ApiError(403, f"Origin {origin[:100]!a} is not allowed; {cure}")
+
+
+def check_key(exchange: Exchange, config: Config) -> None:
+    """The bridge's key, where it has one, as x-api-key or as a Bearer token (RFC 6750, 2.1)."""
+    is_preflight = exchange.method == "OPTIONS" and exchange.header(b"origin") is not None
+    if not config.api_key or is_preflight:  # browsers send a preflight without the key
+        return
+    key, authorization = exchange.header(b"x-api-key"), exchange.header(b"authorization")
+    if not key and not authorization:
+        words = "this bridge requires a key: send its CLAUDE_CLI_API_KEY"
+        raise ApiError(401, f"{words} as x-api-key or Authorization: Bearer")
+    scheme, _, token = (authorization or "").partition(" ")
+    given = [(key or "").encode("latin-1")]
+    if scheme.lower() == "bearer":
+        given.append(token.encode("latin-1"))
+    expected = config.api_key.encode()
+    matches = [hmac.compare_digest(item, expected) for item in given]
+    if not any(matches):
+        raise ApiError(401, "the key sent does not match this bridge's CLAUDE_CLI_API_KEY")
+
+
+def is_loopback(host: str) -> bool:
+    """RFC 6761, 6.3: localhost and all names below it; RFC 1122 and 4291: 127.0.0.0/8 and ::1."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+# ------------------------------------------------------------ a connection
+
+READ_SIZE = 64 << 10
+# Bytes that are read ahead while an answer is given.
+MAX_PIPELINED = 64 << 10
+# A body in more chunks than this, and of fewer bytes each, is refused: each chunk costs 20 us.
+MAX_CHUNKS = 10_000
+MIN_CHUNK = 64
+# Chunks after which others have their turn.
+CHUNKS_AT_ONCE = 50
+# Seconds to go on reading a refused body, and to flush a closing connection, so that the client
+# gets the answer and not a reset.
+LINGER_SECS = 5.0
+# Seconds of silence before a ping is sent; proxies time out after 30 to 60.
+PING_SECS = 10.0
+SESSION_HEADER = b"x-arch-claude-cli-session"
+
+
 class Disconnected(Exception):
     """The client closed its side of the connection."""
 
 
 class Connection:
-    """One client: socket and h11 state, and the four verbs next_request, send, respond, close."""
+    """One client: its socket and its h11 state."""
 
-    def __init__(self, bridge: "Bridge", reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, bridge: "Bridge", reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self.bridge = bridge
         self.reader = reader
         self.writer = writer
-        self.h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=bridge.config.max_header_bytes)
-        self.answering = False  # a request is being answered
-        self.answered = False  # it is not the first one
+        max_size = bridge.config.max_header_bytes
+        self.h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=max_size)
+        # A request is being answered.
+        self.answering = False
+        # It is not the first one.
+        self.answered = False
 
     async def serve(self) -> None:
         """Requests in order until either side ends the connection."""
@@ -347,7 +533,8 @@ class Connection:
                 return
             while await self.next_request():
                 self.answered = True
-                if self.h11.our_state is not h11.DONE or self.h11.their_state is not h11.DONE or self.bridge.closing:
+                is_done = self.h11.our_state is h11.DONE and self.h11.their_state is h11.DONE
+                if not is_done or self.bridge.closing:
                     break
                 self.h11.start_next_cycle()
         except (Disconnected, OSError):
@@ -358,7 +545,8 @@ class Connection:
     async def next_request(self) -> bool:
         """Read a request and answer it; False at the end of the connection.
 
-        What is not HTTP, too large or not allowed is answered without reading on, and ends the connection.
+        What is not HTTP, too large or not allowed is answered without reading on, and ends the
+        connection.
         """
         async with asyncio.timeout(self.bridge.config.idle_secs):
             if not self.h11.trailing_data[0]:
@@ -366,7 +554,7 @@ class Connection:
         exchange = Exchange()
         try:
             async with asyncio.timeout(self.bridge.config.send_secs):
-                whole = await self.read_request(exchange)
+                is_whole = await self.read_request(exchange)
         except TimeoutError:
             await self.refuse(exchange, ApiError(408, "the request was not sent in time"))
         except h11.RemoteProtocolError as error:
@@ -375,15 +563,15 @@ class Connection:
         except ApiError as error:
             await self.refuse(exchange, error)
         else:
-            if whole:
+            if is_whole:
                 await self.bridge.handle(self, exchange)
                 return True
         return False
 
     async def read_request(self, exchange: Exchange) -> bool:
         """Fill the exchange; False when the client closed instead."""
-        body: list[bytes] = []
-        size = 0
+        body = bytearray()
+        chunks = 0
         while True:
             event = self.h11.next_event()
             if event is h11.NEED_DATA:
@@ -395,27 +583,39 @@ class Connection:
                 self.h11.receive_data(data)
             elif isinstance(event, h11.Request):
                 exchange.request = event
-                if sum(len(name) + len(value) for name, value in event.headers) > self.bridge.config.max_header_bytes:
-                    raise ApiError(431, "the headers are too large")  # h11 counts only what comes in several reads
-                length = exchange.header(b"content-length")
-                if length and exchange.header(b"transfer-encoding"):  # RFC 9112, 6.1: could be a smuggled request
-                    raise h11.RemoteProtocolError("both Content-Length and Transfer-Encoding")
-                self.bridge.check_access(exchange)
-                if length and int(length) > self.bridge.config.max_body_bytes:
-                    raise self.too_large()
+                self.check_head(exchange, event)
             elif isinstance(event, h11.Data):
-                size += len(event.data)
-                if size > self.bridge.config.max_body_bytes:
-                    raise self.too_large()
-                body.append(bytes(event.data))
+                body += event.data
+                chunks += 1
+                self.check_size(len(body))
+                if chunks > MAX_CHUNKS and len(body) < chunks * MIN_CHUNK:
+                    raise ApiError(400, "the body comes in chunks that are too small")
+                if chunks % CHUNKS_AT_ONCE == 0:
+                    await asyncio.sleep(0)
             elif isinstance(event, h11.EndOfMessage):
-                exchange.body = b"".join(body)
+                exchange.body = bytes(body)
                 return True
             else:
                 return False
 
-    def too_large(self) -> ApiError:
-        return ApiError(413, f"Request exceeds the maximum size of {self.bridge.config.max_body_bytes} bytes")
+    def check_head(self, exchange: Exchange, request: h11.Request) -> None:
+        size = sum(len(name) + len(value) for name, value in request.headers)
+        if (
+            size > self.bridge.config.max_header_bytes
+        ):  # h11 counts only what comes in several reads
+            raise ApiError(431, "the headers are too large")
+        length = exchange.header(b"content-length")
+        if length and exchange.header(b"transfer-encoding"):
+            # RFC 9112, 6.1: it could be a smuggled request.
+            raise h11.RemoteProtocolError("both Content-Length and Transfer-Encoding")
+        check_access(exchange, self.bridge.config)
+        if length:
+            self.check_size(int(length))
+
+    def check_size(self, size: int) -> None:
+        limit = self.bridge.config.max_body_bytes
+        if size > limit:
+            raise ApiError(413, f"Request exceeds the maximum size of {limit} bytes")
 
     async def send(self, event: h11.Event) -> None:
         """Write an h11 event; waits while the client is slow to read."""
@@ -424,19 +624,21 @@ class Connection:
             self.writer.write(data)
             await self.writer.drain()
 
-    async def respond(self, exchange: Exchange, status: int, kind: str, body: bytes, **headers: str) -> None:
-        """A whole answer; keyword names become header names with dashes."""
+    async def respond(
+        self, exchange: Exchange, status: int, kind: str, body: bytes, **headers: str
+    ) -> None:
+        """Send a whole answer; keyword names become header names with dashes."""
         exchange.status = status
         head = self.bridge.headers(exchange, kind, headers)
         if status != 204:
             head.append(("content-length", str(len(body))))
-        await self.send(h11.Response(status_code=status, headers=head))
+        await self.send(response(status, head))
         if exchange.method != "HEAD":
             await self.send(h11.Data(data=body))
         await self.send(h11.EndOfMessage())
 
     async def fail(self, exchange: Exchange, error: ApiError) -> None:
-        """An error as a whole answer, or as the last event of a stream that has begun."""
+        """Send an error as a whole answer, or as the last event of a stream that has begun."""
         exchange.failure = error.kind
         body = error.body(exchange.id)
         if self.h11.our_state is h11.SEND_BODY:
@@ -454,11 +656,13 @@ class Connection:
         # SDKs sleep through any retry-after: a limit that resets in an hour is the user's to see.
         if not error.retry or (after or 0) > 60:
             headers["x_should_retry"] = "false"
-        await self.respond(exchange, error.status, "application/json", orjson.dumps(body), **headers)
+        await self.respond(
+            exchange, error.status, "application/json", orjson.dumps(body), **headers
+        )
 
     async def refuse(self, exchange: Exchange, error: ApiError) -> None:
-        """Answer a request that is not read to its end, then read on for a moment: closing on unread bytes is a reset,
-        which can overtake the answer."""
+        """Answer a request that is not read to its end, then read on for a moment: closing on
+        unread bytes is a reset, which can overtake the answer."""
         if self.h11.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return
         exchange.last = True
@@ -473,7 +677,8 @@ class Connection:
                 pass
 
     async def gone(self) -> None:
-        """Return when the client closes its side; meanwhile keep what it sends ahead for the next request."""
+        """Return when the client closes its side; meanwhile keep what it sends ahead for the next
+        request."""
         while len(self.h11.trailing_data[0]) < MAX_PIPELINED:
             data = await self.reader.read(READ_SIZE)
             self.h11.receive_data(data)
@@ -487,24 +692,35 @@ class Connection:
             async with asyncio.timeout(LINGER_SECS):
                 await self.writer.wait_closed()
         except OSError as error:  # the client is gone, or does not read
-            error.__traceback__ = None  # asyncio keeps the error, and the error the frames with the whole turn
+            # asyncio keeps the error, and the error the frames with the whole turn.
+            error.__traceback__ = None
         finally:
             self.writer.transport.abort()
 
 
-class Stream:
-    """The events of one answer on their way out: the status line is held back for the first of them, and pings fill the
-    silence between them."""
+def response(status: int, headers: list[tuple[str, str]]) -> h11.Response:
+    """RFC 9110, 6.6.1: with a Date; RFC 9112, 4: with a reason phrase."""
+    reason = http.client.responses.get(status, "Overloaded" if status == 529 else "")
+    date = ("date", email.utils.formatdate(usegmt=True))
+    return h11.Response(status_code=status, headers=[date, *headers], reason=reason)
 
-    def __init__(self, connection: Connection, exchange: Exchange) -> None:
+
+class Stream:
+    """The events of one answer on their way out.
+
+    The status line is held back for the first of them, and pings fill the silence between them.
+    """
+
+    def __init__(self, connection: Connection, exchange: Exchange, *, pings: bool) -> None:
         self.connection = connection
         self.exchange = exchange
+        self._pings = pings
         self._loop = asyncio.get_running_loop()
         self._wrote_at = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> "Stream":
-        if self.exchange.turn and self.exchange.turn.request.stream:
+        if self._pings:
             self._timer = self._loop.call_later(PING_SECS, self._tick)
         return self
 
@@ -520,11 +736,15 @@ class Stream:
         self._timer = self._loop.call_later(PING_SECS - silent, self._tick)
 
     def _write(self, data: bytes) -> None:
-        connection, head = self.connection, b""
+        connection = self.connection
+        head = b""
         if connection.h11.our_state is h11.SEND_RESPONSE:
-            self.exchange.status, self.exchange.streaming = 200, True
-            headers = connection.bridge.headers(self.exchange, "text/event-stream", {"cache_control": "no-cache"})
-            head = connection.h11.send(h11.Response(status_code=200, headers=headers)) or b""
+            self.exchange.status = 200
+            self.exchange.streaming = True
+            # nginx must not hold the stream back.
+            more = {"cache_control": "no-cache", "x_accel_buffering": "no"}
+            headers = connection.bridge.headers(self.exchange, "text/event-stream", more)
+            head = connection.h11.send(response(200, headers)) or b""
         connection.writer.write(head + (connection.h11.send(h11.Data(data=data)) or b""))
         self._wrote_at = self._loop.time()
 
@@ -534,8 +754,29 @@ class Stream:
         if frames:
             self._write(frames)
         transport = self.connection.writer.transport
-        slow = transport.get_write_buffer_size() > transport.get_write_buffer_limits()[1]
-        return not (slow or transport.is_closing())  # draining tells of a client that is gone
+        is_slow = transport.get_write_buffer_size() > transport.get_write_buffer_limits()[1]
+        # drain() raises when the client has disconnected.
+        return not is_slow and not transport.is_closing()
+
+
+# ------------------------------------------------------------ the server
+
+# Seconds to send the error event of answers that a shutdown cuts short.
+GRACE_SECS = 1.0
+# Seconds for which an answer of /healthz?deep=1 is good.
+HEALTH_SECS = 5.0
+# Seconds that it waits for the CLI; 1.2 were measured.
+HELLO_SECS = 10.0
+MODELS = "/v1/models"
+# Prometheus' text-based exposition format.
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# How paths of the OpenAI API begin.
+OPENAI = ("/v1/chat/", "/v1/responses", "/v1/completions", "/v1/embeddings", "/chat/completions")
+# Places that x-bridge-not-sent names, and bytes of each.
+MAX_PLACES = 50
+MAX_PLACE = 100
+# The page shows what it can without a script; nothing comes from elsewhere.
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 class Bridge:
@@ -549,36 +790,54 @@ class Bridge:
             "max_messages": config.max_messages,
             "max_values": config.max_values,
         }
+        self.started = time.time()
         self.closing = False
-        self.addresses: list[str] = []  # as clients reach it: host:port or unix:/path
-        self._patience = 0.0  # seconds at shutdown for new connections: where the listener stays none may be refused
+        # As clients reach it: host:port or unix:/path.
+        self.addresses: list[str] = []
+        # Seconds at shutdown for connections that have sent nothing yet; only with an inherited
+        # listener, where no client may be refused.
+        self._patience = 0.0
         self._connections: dict[asyncio.Task[None], Connection] = {}
-        self._answers: set[asyncio.Task[None]] = set()  # requests that are being answered
+        # Requests that are being answered.
+        self._answers: set[asyncio.Task[None]] = set()
+        # What was wrong at the last deep look, and until when that is good.
+        self._problem = ""
+        self._problem_until = 0.0
 
-    # connections
+    # Connections
 
     async def listen(self, sock: socket.socket | None) -> asyncio.Server:
         """Raises OSError when the address is taken, or cannot be had."""
         self._patience = GRACE_SECS if sock else 0.0
-        if sock or not self.config.unix_path:
-            where = {"sock": sock} if sock else dict(zip(("host", "port"), self.config.address, strict=True))
-            server = await asyncio.start_server(self.accept, **where)
-            names = [item.getsockname() for item in server.sockets]
-            self.addresses = [f"unix:{n}" if isinstance(n, str) else address(*n[:2]) for n in names]
-            return server
-        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError), socket.socket(socket.AF_UNIX) as probe:
-            probe.connect(self.config.unix_path)  # what does not answer is a stale file, and is replaced
-            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-        before = os.umask(0o177)
-        try:
-            self.addresses = [self.config.listen_addr]
-            return await asyncio.start_unix_server(self.accept, self.config.unix_path)
-        finally:
-            os.umask(before)
+        if not sock and self.config.unix_path:
+            sock = bind_unix(self.config.unix_path)
+        if sock and sock.family == socket.AF_UNIX:
+            server = await asyncio.start_unix_server(self.accept, sock=sock)
+        elif sock:
+            server = await asyncio.start_server(self.accept, sock=sock)
+        else:
+            host, port = self.config.address
+            server = await asyncio.start_server(self.accept, host, port)
+        for listener in server.sockets:
+            name = listener.getsockname()
+            is_path = isinstance(name, str)
+            self.addresses.append(f"unix:{name}" if is_path else host_and_port(*name[:2]))
+        return server
 
     @property
     def is_full(self) -> bool:
         return len(self._connections) > self.config.max_connections
+
+    @property
+    def url(self) -> str:
+        """The base URL for clients on this machine."""
+        where = self.addresses[0] if self.addresses else self.config.listen_addr
+        return where if where.startswith("unix:") else f"http://{where}"
+
+    @property
+    def running(self) -> int:
+        """How many requests are being answered."""
+        return len(self._answers)
 
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = Connection(self, reader, writer)
@@ -587,9 +846,14 @@ class Bridge:
         task.add_done_callback(self._connections.pop)
 
     async def close(self) -> None:
-        """End all connections: idle ones now, running answers when they are done or after `drain_secs`."""
+        """End all connections: idle ones now, running answers when they are done or after
+        `drain_secs`."""
         self.closing = True
-        new = [task for task, item in self._connections.items() if not (item.answering or item.answered)]
+        new = [
+            task
+            for task, connection in self._connections.items()
+            if not connection.answering and not connection.answered
+        ]
         if new and self._patience:
             await asyncio.wait(new, timeout=self._patience)
         for task, connection in list(self._connections.items()):
@@ -600,7 +864,7 @@ class Bridge:
                 await asyncio.wait(self._answers, timeout=seconds)
             self.hurry()
         for connection in self._connections.values():
-            connection.writer.transport.abort()  # whoever has not read his answer by now
+            connection.writer.transport.abort()  # clients that still have not read their answer
         if self._connections:
             await asyncio.wait(self._connections)
 
@@ -611,14 +875,15 @@ class Bridge:
             answer.cancel()
 
     async def handle(self, connection: Connection, exchange: Exchange) -> None:
-        """Answer one request.  Raises Disconnected when the client leaves before the answer is complete."""
+        """Answer one request.  Raises Disconnected when the client leaves before the answer is
+        complete."""
         answer = asyncio.create_task(self.answer(connection, exchange))
         gone = asyncio.create_task(connection.gone())
         self._answers.add(answer)
         connection.answering = True
         try:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-            left = not answer.done()
+            has_left = not answer.done()
         finally:
             gone.cancel()
             answer.cancel()
@@ -631,7 +896,8 @@ class Bridge:
             self.report(exchange)
         if error and exchange.failure != "client_left":
             log.error("bug in request %s: %s", exchange.id, type(error).__name__)
-        if left or answer.cancelled() or error:  # raised itself, it would keep this frame, and the frame the turn
+        if has_left or answer.cancelled() or error:
+            # Raising `error` itself would keep this frame, and with it the turn, alive.
             raise Disconnected
 
     async def answer(self, connection: Connection, exchange: Exchange) -> None:
@@ -642,114 +908,147 @@ class Bridge:
             except asyncio.CancelledError:
                 if not self.closing:
                     raise
-                raise ApiError(503, "the bridge is shutting down; send the request again") from None
+                words = "the bridge is shutting down; send the request again"
+                raise ApiError(503, words) from None
         except ApiError as error:
             await connection.fail(exchange, error)
         except OSError:
             raise Disconnected from None
         except Exception as error:  # noqa: BLE001 - a bug must end as a 500 of this request alone
-            where = "".join(traceback.format_tb(error.__traceback__))  # without the message, which can hold a prompt
+            # Without the message, which can hold a prompt.
+            where = "".join(traceback.format_tb(error.__traceback__))
             log.error("bug in request %s: %s\n%s", exchange.id, type(error).__name__, where)
             await connection.fail(exchange, ApiError(500, "internal error of the bridge"))
 
-    def headers(self, exchange: Exchange, kind: str, more: Mapping[str, str]) -> list[tuple[str, str]]:
+    def headers(
+        self, exchange: Exchange, kind: str, more: Mapping[str, str]
+    ) -> list[tuple[str, str]]:
         head = [("content-type", kind), ("request-id", exchange.id)]
-        if exchange.turn:
-            turn = exchange.turn
+        turn = exchange.turn
+        if turn:
+            self.pool.learn(turn.translator)
+            reason = f"; reason={turn.reason}" if turn.reason else ""
             head.append((SESSION_HEADER.decode(), turn.session.id))
-            head.append(("x-bridge-session", turn.how + (f"; reason={turn.reason}" if turn.reason else "")))
+            head.append(("x-bridge-session", turn.how + reason))
             if turn.not_sent:
-                head.append(("x-bridge-not-sent", ", ".join(turn.not_sent)))
+                head.append(("x-bridge-not-sent", listing(turn.not_sent)))
+            head += translate.quota_headers(self.pool.rate_limits)
         origin = exchange.header(b"origin")
         if origin in self.config.allowed_origins:
-            head += [
-                ("access-control-allow-origin", origin),
-                ("vary", "origin"),
-                ("access-control-expose-headers", "*"),
-            ]
+            head.append(("access-control-allow-origin", origin))
+            head.append(("access-control-expose-headers", "*"))
+            head.append(("vary", "origin"))
         if exchange.allow:
             head.append(("allow", exchange.allow))
         if self.closing or exchange.last:
             head.append(("connection", "close"))
-        return head + [(name.replace("_", "-"), value) for name, value in more.items()]
+        for name, value in more.items():
+            head.append((name.replace("_", "-"), value))
+        return head
 
-    # routes
+    # Routes
 
     async def route(self, connection: Connection, exchange: Exchange) -> None:
         methods = ROUTES.get(exchange.route)
         if methods is None:
-            raise ApiError(404, f"Not found: {HINT}")
+            raise self.not_found(exchange)
         if exchange.method == "OPTIONS" and exchange.header(b"origin"):
             asked = exchange.header(b"access-control-request-headers") or ""
-            allowed = {"access_control_allow_methods": ", ".join(methods), "access_control_allow_headers": asked}
+            allowed = {
+                "access_control_allow_methods": ", ".join(methods),
+                "access_control_allow_headers": asked if PRINTABLE.fullmatch(asked) else "",
+            }
             await connection.respond(exchange, 204, "text/plain", b"", **allowed)
             return
         handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
         if handler is None:
             exchange.allow = ", ".join(methods)
-            raise ApiError(405, f"Method Not Allowed; {HINT}")
+            raise ApiError(405, f"{exchange.route} takes {exchange.allow}")
         if exchange.header(b"content-encoding") not in (None, "identity"):
-            raise ApiError(415, "content-encoding: request bodies are taken without compression")
+            raise ApiError(415, "compressed request bodies are not supported; send it uncompressed")
         await handler(self, connection, exchange)
 
-    def check_access(self, exchange: Exchange) -> None:
-        """No web page may talk to this port unless its origin is allowed, and no name but a loopback one may lead to it
-        (DNS rebinding).  Raises ApiError 401 or 403."""
-        if exchange.path == "/healthz":
-            return
-        config = self.config
-        absolute, origin = ABSOLUTE.match(exchange.target), exchange.header(b"origin")
-        host = absolute[1] if absolute else exchange.header(b"host")
-        match = HOST.fullmatch(host or "")
-        name = match[1].lower() if match and int(match[2] or 0) < 65536 else ""
-        known = {item.lower() for item in config.allowed_hosts}
-        if not config.unix_path:
-            known.add(config.address[0])
-        if host is not None and not is_loopback(name) and name.strip("[]") not in known:
-            raise ApiError(403, "this Host is not allowed; add it to CLAUDE_CLI_ALLOWED_HOSTS")
-        # Images, scripts and frames of a page send no Origin, but say where they come from (Fetch Metadata).
-        foreign = origin is None and exchange.header(b"sec-fetch-site") in ("cross-site", "same-site")
-        if foreign or (origin is not None and origin not in config.allowed_origins):
-            raise ApiError(403, "this Origin is not allowed; add it to CLAUDE_CLI_ALLOWED_ORIGINS")
-        preflight = exchange.method == "OPTIONS" and origin is not None  # browsers send it without the key
-        if config.api_key and not preflight:
-            header, authorization = exchange.header(b"x-api-key"), exchange.header(b"authorization")
-            scheme, _, token = (authorization or "").partition(" ")
-            if not header and not authorization:
-                raise ApiError(401, "x-api-key header is required")
-            given = [(header or "").encode("latin-1"), token.encode("latin-1") if scheme.lower() == "bearer" else b""]
-            if not any(hmac.compare_digest(text, config.api_key.encode()) for text in given):
-                raise ApiError(401, "invalid x-api-key")
+    def not_found(self, exchange: Exchange) -> ApiError:
+        if exchange.path.startswith(OPENAI):
+            words = "this is the Anthropic Messages API, not OpenAI's"
+            return ApiError(404, f"{words}; LiteLLM can translate, as the README shows")
+        words = "this is the Anthropic Messages API (POST /v1/messages); the base URL is"
+        return ApiError(404, f"no route for {exchange.path[:100]!a}: {words} {self.url}")
 
     async def health(self, connection: Connection, exchange: Exchange) -> None:
-        await connection.respond(exchange, 200, "text/plain", b"ok\n")
+        """`ok`; with ?deep=1 what is wrong, or `ok`; with ?stream=1 a stream of two events."""
+        if exchange.query.get("stream") == "1" and exchange.method == "GET":
+            with Stream(connection, exchange, pings=False) as stream:
+                stream.send(translate.PING)
+                await asyncio.sleep(STREAM_GAP_SECS)
+                stream.send(translate.PING)
+            await connection.send(h11.EndOfMessage())
+            return
+        problem = await self.problem() if exchange.query.get("deep") == "1" else ""
+        status = 503 if problem else 200
+        await connection.respond(exchange, status, "text/plain", (problem or "ok").encode())
+
+    async def problem(self) -> str:
+        """What keeps the bridge from answering; empty: nothing.  Makes no model call."""
+        now = time.monotonic()
+        if now >= self._problem_until:
+            self._problem = await self.look()
+            self._problem_until = time.monotonic() + HEALTH_SECS
+        return self._problem
+
+    async def look(self) -> str:
+        if not self.pool.has_room:  # asking takes a process itself
+            return f"all {self.config.max_sessions} processes are busy"
+        try:
+            async with asyncio.timeout(HELLO_SECS):
+                hello = await self.pool.hello()
+        except ApiError as error:
+            return f"the claude CLI does not work: {error.message}"
+        except TimeoutError:
+            return f"the claude CLI did not answer within {HELLO_SECS:g} seconds"
+        if not translate.login_source(hello):
+            return f"nobody is logged in: {login_cure(self.config, os.environ)}"
+        return ""
 
     async def metrics(self, connection: Connection, exchange: Exchange) -> None:
-        self.pool.metrics.set("connections", len(self._connections))
+        metrics = self.pool.metrics
+        metrics.set("connections", len(self._connections))
+        handlers = logging.getLogger().handlers
+        lost = sum(item.lost for item in handlers if isinstance(item, LogWriter))
+        metrics.set("log_lines_lost_total", lost)
         await connection.respond(exchange, 200, METRICS_TYPE, self.pool.measure().encode())
 
     async def root(self, connection: Connection, exchange: Exchange) -> None:
-        if exchange.method != "HEAD":  # Claude Code as a client asks HEAD / first
-            raise ApiError(404, f"Not found: {HINT}")
-        await connection.respond(exchange, 200, "text/plain", b"")
+        """The page for people; Claude Code as a client asks HEAD / first."""
+        if "text/html" in (exchange.header(b"accept") or ""):
+            page = page_html(self).encode()
+            kind = "text/html; charset=utf-8"
+        else:
+            page = page_text(self).encode()
+            kind = "text/plain; charset=utf-8"
+        await connection.respond(exchange, 200, kind, page, content_security_policy=PAGE_POLICY)
 
     async def messages(self, connection: Connection, exchange: Exchange) -> None:
         request = await self.read(exchange)
-        async with self.pool.turn(request, exchange.header(SESSION_HEADER), exchange.owner) as turn:
+        token = exchange.header(SESSION_HEADER)
+        async with self.pool.turn(request, token, exchange.owner) as turn:
             exchange.turn = turn
-            with Stream(connection, exchange) as stream:
+            with Stream(connection, exchange, pings=request.stream) as stream:
                 await turn.relay(stream.send, connection.writer.drain)
         if request.stream:
             await connection.send(h11.EndOfMessage())
-        else:
-            await connection.respond(exchange, 200, "application/json", translate.to_json(turn.translator.message))
+            return
+        message = translate.to_json(turn.translator.message)
+        await connection.respond(exchange, 200, "application/json", message)
 
     async def read(self, exchange: Exchange, *, counting: bool = False) -> translate.Request:
         betas, body = exchange.header(b"anthropic-beta") or "", exchange.body
         exchange.body = b""
-        return await self.pool.compute(
-            len(body), lambda: translate.parse_request(body, betas, **self.json_limits, counting=counting)
-        )
+
+        def parse() -> translate.Request:
+            return translate.parse_request(body, betas, **self.json_limits, counting=counting)
+
+        return await self.pool.compute(len(body), parse)
 
     async def count_tokens(self, connection: Connection, exchange: Exchange) -> None:
         request = await self.read(exchange, counting=True)
@@ -759,43 +1058,53 @@ class Bridge:
     async def models(self, connection: Connection, exchange: Exchange) -> None:
         models = model_list(await self.pool.hello())
         name = unquote(exchange.path.removeprefix(MODELS).removeprefix("/"))
-        query = dict(parse_qsl(exchange.target.partition("?")[2]))
-        answer = find_model(models, name) if name else model_page(models, query)
+        answer = find_model(models, name) if name else model_page(models, exchange.query)
         await connection.respond(exchange, 200, "application/json", orjson.dumps(answer))
 
-    # the log
+    # The log
 
     def report(self, exchange: Exchange) -> None:
-        """One line for one request, and its counts; nothing that a client or the model wrote."""
+        """Log one line for one request, and count it; nothing that a client or the model wrote."""
         now = time.monotonic()
-        metrics = self.pool.metrics
-        metrics.add("requests_total", route=exchange.route or "none", status=exchange.status or 499)
-        row: Json = {"request_id": exchange.id, "route": exchange.route or None}
+        self.count(exchange, now)
         turn = exchange.turn
+        row: Json = {"request_id": exchange.id, "route": exchange.route or None}
         if turn:
-            row |= {"session": turn.session.id, "conversation": turn.how, "reason": turn.reason or None}
+            row["session"] = turn.session.id
+            row["conversation"] = turn.how
+            row["reason"] = turn.reason or None
             row["model"] = turn.request.model
-            metrics.add("turns_total", conversation=turn.how, reason=turn.reason)
-            metrics.time("turn_seconds", now - exchange.began)
-            row["not_sent"] = ",".join(turn.not_sent) or None
-        row["status"] = exchange.status or 499  # nginx's number for a client that left
+            row["not_sent"] = listing(turn.not_sent).replace(" ", "") or None
+        # nginx's number for a client that left before there was a status.
+        row["status"] = exchange.status or 499
         row["error"] = exchange.failure or None
+        if exchange.first_byte:
+            row["first_byte_secs"] = round(exchange.first_byte - exchange.began, 3)
+        row["secs"] = round(now - exchange.began, 3)
+        row.update(tokens(turn))
+        row = translate.without_nulls(row)
+        text = " ".join(f"{name}={value}" for name, value in row.items())
+        log.info("%s", text, extra={"row": row})
+
+    def count(self, exchange: Exchange, now: float) -> None:
+        """Add a request to the metrics."""
+        metrics = self.pool.metrics
+        route, status = exchange.route or "none", exchange.status or 499
+        metrics.add("requests_total", route=route, status=status)
         if exchange.failure:
             metrics.add("errors_total", type=exchange.failure)
         if exchange.first_byte:
-            row["first_byte_secs"] = round(exchange.first_byte - exchange.began, 3)
             metrics.time("first_byte_seconds", exchange.first_byte - exchange.began)
-        row["secs"] = round(now - exchange.began, 3)
-        if turn and turn.translator.message:
-            usage = turn.translator.message["usage"]
-            counts = {kind: usage[kind] for kind in translate.TOKENS if kind in usage}
-            row |= counts
-            for kind, tokens in counts.items():
-                metrics.add("tokens_total", tokens, kind=kind.removesuffix("_tokens"))
-        row = {name: value for name, value in row.items() if value is not None and not isinstance(value, dict)}
-        log.info("%s", " ".join(f"{name}={value}" for name, value in row.items()), extra={"row": row})
+        turn = exchange.turn
+        if turn:
+            metrics.add("turns_total", conversation=turn.how, reason=turn.reason)
+            metrics.time("turn_seconds", now - exchange.began)
+        for kind, number in tokens(turn).items():
+            metrics.add("tokens_total", number, kind=kind.removesuffix("_tokens"))
 
 
+# Seconds between the two events of /healthz?stream=1.
+STREAM_GAP_SECS = 0.5
 Handler = Callable[[Bridge, Connection, Exchange], Any]
 ROUTES: dict[str, dict[str, Handler]] = {
     "/": {"GET": Bridge.root},
@@ -803,7 +1112,7 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/metrics": {"GET": Bridge.metrics},
     MODELS: {"GET": Bridge.models},
     "/v1/messages": {"POST": Bridge.messages},
-    # The two common wrong base URLs: with /v1 for SDKs that add it, without it for those that do not.
+    # The two common wrong base URLs: with /v1 for SDKs that add it, without it for the others.
     "/v1/v1/messages": {"POST": Bridge.messages},
     "/messages": {"POST": Bridge.messages},
     "/v1/messages/count_tokens": {"POST": Bridge.count_tokens},
@@ -812,152 +1121,702 @@ ROUTES: dict[str, dict[str, Handler]] = {
 }
 
 
+def listing(places: list[str]) -> str:
+    """The first of many places: clients take 16 KiB of headers (Node), 64 KiB a line (Python)."""
+    more = len(places) - MAX_PLACES
+    rest = [f"and-{more}-more"] if more > 0 else []
+    return ", ".join([place[:MAX_PLACE] for place in places[:MAX_PLACES]] + rest)
+
+
+def tokens(turn: Turn | None) -> dict[str, int]:
+    """The tokens of a turn, by kind."""
+    usage = turn.translator.message.get("usage", {}) if turn else {}
+    return {kind: usage[kind] for kind in translate.TOKENS if kind in usage}
+
+
+def bind_unix(path: str) -> socket.socket:
+    """A socket at a path that only this user can connect to.  Raises OSError.
+
+    Nobody can connect before it listens, so its mode is right by then.  What does not answer at the
+    path is a socket that a killed bridge left, and is replaced.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise OSError(errno.EEXIST, "there is a file that is no socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)
+            if probe.connect_ex(path) in (0, errno.EAGAIN):
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        os.unlink(path)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.bind(path)
+        os.chmod(path, 0o600)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def identity(path: str) -> tuple[int, int] | None:
+    """Which file is at a path; None: there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+# ------------------------------------------------------------ models
+
+
 def model_list(hello: Json) -> list[Json]:
-    """The CLI's own models in the API's shape: each under its full id (all that Claude Code's discovery keeps) and as
-    claude-cli/<alias>."""
+    """The CLI's own models in the API's shape: each under its full id (all that Claude Code's
+    discovery keeps) and as claude-cli/<alias>."""
     found: dict[str, Json] = {}
     for model in hello.get("models") or []:
-        for name in (model.get("resolvedModel"), f"claude-cli/{model['value']}" if model.get("value") else None):
-            if name and name not in found:
-                found[name] = {
-                    "type": "model",
-                    "id": name,
-                    "display_name": model.get("displayName") or name,
-                    "created_at": "1970-01-01T00:00:00Z",  # API: the epoch when the release date is not known
-                    "lifecycle": "active",
-                }
+        alias, full = model.get("value"), model.get("resolvedModel")
+        names = [full, f"claude-cli/{alias}" if alias else None]
+        for name in names:
+            if not name or name in found:
+                continue
+            found[name] = {
+                "type": "model",
+                "id": name,
+                "display_name": model.get("displayName") or name,
+                # API: the epoch when the release date is not known.
+                "created_at": "1970-01-01T00:00:00Z",
+                "lifecycle": "active",
+            }
     return list(found.values())
 
 
 def find_model(models: list[Json], name: str) -> Json:
     """The model of an id or alias, with or without claude-cli/.  Raises ApiError 404."""
     wanted = {name, "claude-cli/" + name, name.removeprefix("claude-cli/")}
-    model = next((model for model in models if model["id"] in wanted), None)
-    if not model:
-        raise ApiError(404, f"model: {name}")
-    return model
+    for model in models:
+        if model["id"] in wanted:
+            return model
+    raise ApiError(404, f"model: {name}")
 
 
 def model_page(models: list[Json], query: dict[str, str]) -> Json:
-    """A page of models: `limit` (1 to 1000, default 20), `after_id`, `before_id` (API: "List models")."""
-    limit = query.get("limit", "20")
-    if not limit.isdecimal() or not 1 <= int(limit) <= 1000:
+    """A page of models: `limit` (1 to 1000, default 20), `after_id`, `before_id` (API: "List
+    models")."""
+    text = query.get("limit", "20")
+    limit = int(text) if re.fullmatch("[0-9]{1,4}", text) else 0
+    if not 1 <= limit <= 1000:
         raise translate.bad_request("limit", "Input should be a valid integer from 1 to 1000")
     ids = [model["id"] for model in models]
+    start, end = 0, len(ids)
     for name in ("after_id", "before_id"):
-        if query.get(name, ids[0] if ids else "") not in ids:
-            raise translate.bad_request(name, f"no such model: {query.get(name)}")
-    start = ids.index(query["after_id"]) + 1 if "after_id" in query else 0
-    end = ids.index(query["before_id"]) if "before_id" in query else len(ids)
+        if name in query and query[name] not in ids:
+            raise translate.bad_request(name, f"no such model: {query[name]}")
+    if "after_id" in query:
+        start = ids.index(query["after_id"]) + 1
+    if "before_id" in query:
+        end = ids.index(query["before_id"])
+    has_more = end - start > limit
     if "before_id" in query and "after_id" not in query:
-        data, more = models[max(0, end - int(limit)) : end], end > int(limit)
+        data = models[max(0, end - limit) : end]
     else:
-        data, more = models[start:end][: int(limit)], end - start > int(limit)
-    edge = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-    return {"data": data, "has_more": more, "first_id": edge[0], "last_id": edge[1]}
+        data = models[start:end][:limit]
+    return {
+        "data": data,
+        "has_more": has_more,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+    }
+
+
+# ------------------------------------------------------------ serve
 
 
 @contextlib.asynccontextmanager
 async def serve(config: Config, sock: socket.socket | None = None) -> AsyncIterator[Bridge]:
-    """Run the bridge inside an asyncio program until the block ends; `sock` is a listening socket to use instead of
-    `config.listen_addr`.
+    """Run the bridge inside an asyncio program until the block ends.
 
-    Raises ConfigError, which names the setting, for settings that cannot work and an address that cannot be had.
-    At the end no new request is taken, running answers get `config.drain_secs`, and no child is left.
+    `sock` is a listening socket to use instead of `config.listen_addr`.  Raises ConfigError, which
+    names the setting, for invalid settings and an address that cannot be bound.  At the end no new
+    request is taken, running answers get `config.drain_secs`, and no child is left.
     """
     config.check()
-    if sock and sock.family != socket.AF_UNIX and not is_loopback(sock.getsockname()[0]) and not config.api_key:
-        where = address(*sock.getsockname()[:2])
-        raise ConfigError(f"the socket {where} can be reached from other machines: set CLAUDE_CLI_API_KEY")
+    if sock and sock.family != socket.AF_UNIX:
+        host, port = sock.getsockname()[:2]
+        if not is_loopback(host) and not config.api_key:
+            words = f"the socket {host_and_port(host, port)} can be reached from other machines"
+            raise ConfigError(f"{words}: set {variable('api_key')}")
     async with Pool(config) as pool:
         bridge = Bridge(config, pool)
         try:
             server = await bridge.listen(sock)
         except OSError as error:
-            where = f"cannot listen on {config.listen_addr}: {error.strerror or error}"
-            raise ConfigError(f"CLAUDE_CLI_LISTEN_ADDR: {where}") from error
+            raise wrong("listen_addr", cannot_listen(config, error)) from error
+        own = None if sock else identity(config.unix_path)
         try:
             yield bridge
         finally:
+            loop = asyncio.get_running_loop()
             for listener in server.sockets:
-                asyncio.get_running_loop().remove_reader(listener.fileno())
+                loop.remove_reader(listener.fileno())
             for _ in range(3):
-                await asyncio.sleep(0)  # asyncio loses the connections that it is accepting when its listener closes
+                # asyncio loses the connections that it is accepting when its listener closes.
+                await asyncio.sleep(0)
             server.close()
             await bridge.close()
-            if config.unix_path and not sock:
-                with contextlib.suppress(FileNotFoundError):  # Python 3.13 removes it by itself
-                    os.unlink(config.unix_path)
+            # Not the socket of another bridge that has taken the path meanwhile.
+            if own and identity(config.unix_path) == own:
+                os.unlink(config.unix_path)
+
+
+def cannot_listen(config: Config, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        words = f"{config.listen_addr} is already in use (another bridge?)"
+        return f"{words}; choose another with --listen-addr"
+    return f"cannot listen on {config.listen_addr}: {error.strerror or error}"
+
+
+# ------------------------------------------------------------ the program
+
+# Lines that wait for a slow reader of the log.
+MAX_LOG_LINES = 1000
+
+
+class LogWriter(logging.Handler):
+    """Writes lines to stderr from a thread: where nobody reads on, lines are lost and not
+    answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lost = 0
+        self._lines: queue.Queue[bytes] = queue.Queue(MAX_LOG_LINES)
+        self._thread = threading.Thread(target=self._write, daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.put_nowait(self.format(record).encode(errors="replace") + b"\n")
+        except queue.Full:
+            self.lost += 1
+
+    def close(self) -> None:
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(b"")
+        self._thread.join(1)
+        super().close()
+
+    def _write(self) -> None:
+        while line := self._lines.get():
+            try:
+                while line:
+                    line = line[os.write(2, line) :]
+            except OSError:
+                self.lost += 1
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; a request's fields are its keys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        row = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname,
+        }
+        row.update(getattr(record, "row", None) or {"message": record.getMessage()})
+        return orjson.dumps(row).decode()
 
 
 async def announce(bridge: Bridge) -> None:
     """Say who is logged in.  Asks the CLI, which makes no model call for it."""
+    config = bridge.config
     try:
         hello = await bridge.pool.hello()
     except ApiError as error:
-        log.warning("the claude CLI does not work: %s", error.message)
+        words = "the claude CLI (%s) cannot be used: %s; try `claude-cli-bridge check`"
+        log.warning(words, config.bin, error.message)
         return
     if source := translate.login_source(hello):
         log.info("the claude CLI is logged in (%s)", source)
     else:
-        log.warning("nobody is logged in: %s", translate.LOGIN_CURE)
+        log.warning("nobody is logged in: %s", login_cure(config, os.environ))
 
 
 def inherited_socket() -> socket.socket | None:
-    """The socket of a service manager (sd_listen_fds(3)): it goes on listening while the bridge restarts."""
-    if os.environ.pop("LISTEN_PID", "") != str(os.getpid()) or os.environ.pop("LISTEN_FDS", "0") == "0":
+    """The socket of a service manager (sd_listen_fds(3)): it goes on listening while the bridge
+    restarts."""
+    is_ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
+    if os.environ.pop("LISTEN_FDS", "0") == "0" or not is_ours:
         return None
     os.set_inheritable(3, False)
     return socket.socket(fileno=3)
 
 
 async def run(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT; a second one cuts running answers short."""
+    """Serve until SIGTERM, SIGINT or SIGHUP; a second one cuts running answers short."""
     stop = asyncio.Event()
     running: list[Bridge] = []
 
     def signalled() -> None:
-        for bridge in running if stop.is_set() else ():
-            bridge.hurry()
+        if stop.is_set():
+            for bridge in running:
+                bridge.hurry()
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, signalled)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            asyncio.get_running_loop().add_signal_handler(number, signalled)
     async with serve(config, inherited_socket()) as bridge:
         running.append(bridge)
-        log.info("listening on %s, the claude CLI is %s", ", ".join(bridge.addresses), config.bin)
+        for where in bridge.addresses:
+            log.info("listening on %s", where if where.startswith("unix:") else f"http://{where}")
+        log.info("the claude CLI is %s", config.bin)
+        for words in config.warnings(os.environ):
+            log.warning("%s", words)
         login = asyncio.create_task(announce(bridge))
         await stop.wait()
-        log.info("shutting down")
+        words = "shutting down"
+        if bridge.running:
+            words += f"; waiting up to {config.drain_secs:g} s for {bridge.running} running answers"
+            words += " (Ctrl-C again to stop now)"
+        log.info("%s", words)
         login.cancel()
         await asyncio.wait({login})
 
 
-SAID = [("user", "red"), ("assistant", "green"), ("user", "blue")]  # the past and the question of the rehearsal
+COMMANDS = {
+    "check": "say whether the CLI is there, logged in, and does what is needed",
+    "login": "log the CLI in, in this terminal",
+    "providers": "print the model_providers of the configuration file, completed",
+}
+FLAGS = {
+    "config FILE": "start only if there is a claude-cli provider in FILE",
+    "url URL": "for check: try a running bridge from outside",
+    "version": "print the version",
+    "help": "print this",
+}
+GROUPS = {
+    "everyday": "Everyday",
+    "access": "Access",
+    "processes": "Processes",
+    "agent": "Agent mode",
+    "limits": "Limits",
+}
+
+
+def help_text() -> str:
+    """What --help prints: each command, flag and setting, with its default and meaning."""
+    lines = ["Answer the Anthropic Messages API with the claude CLI.", ""]
+    lines += ["usage: claude-cli-bridge [check | login | providers] [--SETTING VALUE]...", ""]
+    for name, meaning in COMMANDS.items():
+        lines += help_rows(name, meaning)
+    for name, meaning in FLAGS.items():
+        lines += help_rows("--" + name, meaning)
+    lines += [
+        "",
+        "Each setting is also an environment variable: --max-idle is CLAUDE_CLI_MAX_IDLE.",
+    ]
+    for group, title in GROUPS.items():
+        lines += ["", title]
+        for item in dataclasses.fields(Config):
+            if item.metadata["group"] == group:
+                lines += setting_rows(item)
+    return "\n".join([*lines, ""])
+
+
+def setting_rows(item: "dataclasses.Field[Any]") -> list[str]:
+    name = "--" + item.name.replace("_", "-")
+    if item.name == "api_key":
+        name = variable(item.name)
+    meaning = item.metadata["meaning"].replace("`", "")
+    if item.default:
+        meaning += f" [{item.default}]"
+    return help_rows(name, meaning)
+
+
+def help_rows(name: str, meaning: str) -> list[str]:
+    rows = textwrap.wrap(meaning, 54)
+    return [f"  {name:22}{rows[0]}"] + [" " * 24 + row for row in rows[1:]]
+
+
+class Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, without the words that it does not know: a key can be among
+    them."""
+
+    def error(self, message: str) -> NoReturn:
+        flag = re.search(r"--[a-z-]+", message)
+        where = flag[0] if flag else "the command line"
+        words = re.sub(" '.*", "", message.rpartition(": ")[2])
+        raise ConfigError(f"{where}: {words}; see --help")
+
+
+def main() -> None:
+    """The command line.
+
+    Exit status 2 and one line on stderr for settings that cannot work, 1 for a failed check.
+    """
+    open_standard_files()
+    try:
+        flags = read_flags(sys.argv[1:])
+        path = flags.pop("config")
+        if path is None:
+            path = os.environ.get(variable("config"), "")
+        execute(Config.read(os.environ, flags), flags, path)
+        if sys.stdout:  # None: it was closed at the start
+            sys.stdout.flush()
+    except ConfigError as error:
+        print(f"claude-cli-bridge: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would write the rest at its end
+        sys.exit(141)
+
+
+def open_standard_files() -> None:
+    """Where a launcher closed one of them, the next file opened would get the log."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+
+
+def read_flags(words: list[str]) -> dict[str, str | None]:
+    """The command, if there is one, and the flags, by setting.  Raises ConfigError."""
+    names = [item.name.replace("_", "-") for item in dataclasses.fields(Config)]
+    names.remove("api-key")
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("command", nargs="?")
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--version", action="store_true")
+    for name in ("config", "url", *names):
+        parser.add_argument("--" + name)
+    known, others = parser.parse_known_args(words)
+    flags = vars(known)
+    unknown = [name.partition("=")[0] for name in others if name.startswith("-")]
+    if unknown:
+        flag_names = [name.partition(" ")[0] for name in FLAGS]
+        hint = suggestion(unknown[0], ["--" + name for name in (*names, *flag_names)])
+        raise ConfigError(f"there is no {unknown[0]}{hint or '; see --help'}")
+    command = flags["command"]
+    if others or (command and command not in COMMANDS):
+        nearest = difflib.get_close_matches(command or "", COMMANDS, 1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise ConfigError(f"there is no such command{hint or ': ' + ', '.join(COMMANDS)}")
+    if flags.pop("help"):
+        print(help_text(), end="")
+        sys.exit(0)
+    if flags.pop("version"):
+        print(f"claude-cli-bridge {__version__}")
+        sys.exit(0)
+    return flags
+
+
+def execute(config: Config, flags: Mapping[str, str | None], path: str) -> None:
+    """Run a command of the command line; `path` is the configuration file's."""
+    command = flags["command"]
+    if command == "check":
+        url = flags["url"]
+        is_fine = check_url(url, config.api_key) if url else asyncio.run(check(config))
+        sys.exit(0 if is_fine else 1)
+    if command == "login":
+        program = find_cli(config.bin)
+        os.execv(program, [program, "auth", "login"])
+    if command == "providers" and not path:
+        raise wrong("config", "providers needs a configuration file")
+    providers = read_providers(path, config) if path else []
+    if command == "providers":
+        text = orjson.dumps(providers, option=orjson.OPT_INDENT_2)
+        sys.stdout.buffer.write(text + b"\n")
+        return
+    writer = LogWriter()
+    form = "%(asctime)s %(levelname)s %(message)s"
+    writer.setFormatter(JsonFormatter() if config.log_format == "json" else logging.Formatter(form))
+    logging.basicConfig(level=logging.INFO, handlers=[writer])
+    if path and not any(map(is_own, providers)):
+        log.info("there is no claude-cli provider in %s: nothing to do", path)
+        return
+    watch_without_threads()
+    asyncio.run(run(config))
+
+
+# ------------------------------------------------------------ appendix: the page
+
+PAGE = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>claude-cli-bridge</title>
+<style>
+  body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem }
+  body { margin: 2rem auto; padding: 0 1rem }
+  h2 { font-size: 1.1rem; margin: 1.5rem 0 .3rem }
+  table { border-collapse: collapse; width: 100% }
+  td { border-top: 1px solid #8884; padding: .2rem .8rem .2rem 0; overflow-wrap: anywhere }
+  td:first-child { width: 40% }
+  pre { overflow-x: auto; background: #8882; padding: .8rem }
+  :root { color-scheme: light dark }
+</style>
+<h1>claude-cli-bridge</h1>
+"""
+EXAMPLE = """\
+curl {url}/v1/messages \\
+  -H 'content-type: application/json' \\
+  -d '{{"model": "sonnet", "max_tokens": 100,
+       "messages": [{{"role": "user", "content": "Say hello."}}]}}'"""
+
+
+def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
+    """What the page says, by section: names and values.  Nothing that a client or the model
+    wrote."""
+    pool = bridge.pool
+    hello = pool.known_hello
+    login = "not known yet"
+    if hello:
+        login = translate.login_source(hello) or f"nobody: {login_cure(bridge.config, os.environ)}"
+    now = asyncio.get_running_loop().time()
+    sessions = []
+    for session in sorted(pool.sessions, key=lambda item: item.state.value):
+        age = max(0, now - session.idle_since)
+        words = f"{session.turns} turns"
+        if session.state in (State.IDLE, State.PARKED, State.SPARE):
+            words += f", waits for {age:.0f} s"
+        sessions.append((session.state.value, words))
+    quota = []
+    for name, info in pool.rate_limits.items():
+        used = info.get("utilization")
+        share = f", {used:.0%} used" if isinstance(used, int | float) else ""
+        quota.append((name, translate.text_of(info, "status") + share))
+    return {
+        "State": [
+            ("version", __version__),
+            ("running since", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(bridge.started))),
+            ("base URL for clients", bridge.url),
+            ("claude CLI", bridge.config.bin),
+            ("its version", pool.cli_version or "not known yet"),
+            ("logged in", login),
+        ],
+        "Processes": sessions or [("none", "")],
+        "Requests by route and status": pool.metrics.rows("requests_total"),
+        "Conversations": pool.metrics.rows("turns_total"),
+        "Errors by type": pool.metrics.rows("errors_total") or [("none", "")],
+        "Quota of the account": quota or [("the CLI has told of no limit", "")],
+    }
+
+
+def page_text(bridge: Bridge) -> str:
+    lines = ["claude-cli-bridge"]
+    for title, rows in page_sections(bridge).items():
+        lines += ["", title]
+        lines += [f"  {name:30} {value}".rstrip() for name, value in rows]
+    lines += ["", "Connect", textwrap.indent(EXAMPLE.format(url=bridge.url), "  "), ""]
+    return "\n".join(lines)
+
+
+def page_html(bridge: Bridge) -> str:
+    parts = [PAGE]
+    for title, rows in page_sections(bridge).items():
+        parts.append(f"<h2>{html.escape(title)}</h2>\n<table>\n")
+        for name, value in rows:
+            cells = f"<td>{html.escape(name)}</td><td>{html.escape(value)}</td>"
+            parts.append(f"<tr>{cells}</tr>\n")
+        parts.append("</table>\n")
+    example = html.escape(EXAMPLE.format(url=bridge.url))
+    parts.append(f"<h2>Connect</h2>\n<pre>{example}</pre>\n</html>\n")
+    return "".join(parts)
+
+
+# ------------------------------------------------------------ appendix: providers
+
+# The keys of a claude-cli entry of a gateway's model_providers, and their types.
+PROVIDER: dict[str, type] = {
+    "model": str,
+    "name": str,
+    "provider_interface": str,
+    "base_url": str,
+    "http_host": str,
+    "access_key": str,
+    "default": bool,
+    "passthrough_auth": bool,
+    "headers": dict,
+    "routing_preferences": list,
+}
+# The lists of a gateway's file that hold providers; the second one is older.
+PROVIDER_LISTS = ("model_providers", "llm_providers")
+INTERFACE = "claude-cli"
+# Gateways want a key even where none is needed.
+PLACEHOLDER_KEY = "claude-cli-local"
+
+
+def read_providers(path: str, config: Config) -> list[Json]:
+    """The `model_providers` of a gateway's configuration file: those of claude-cli completed,
+    others as they are.
+
+    TOML, YAML where PyYAML is installed, or else JSON.  Raises ConfigError, which names the place.
+    """
+    try:
+        entries = read_entries(Path(path))
+        providers = complete_providers(entries, config)
+        orjson.dumps(providers)  # TOML and YAML have numbers, keys and depths that JSON has not
+        return providers
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise wrong("config", f"{path}: {error.strerror}") from error
+    except ApiError as error:
+        words = error.message.removeprefix("file.")
+        raise wrong("config", f"{path}: {words}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise wrong("config", f"{path} cannot be read: {error}") from None
+
+
+def read_entries(path: Path) -> dict[str, Json]:
+    """The providers of a file, by their places in it."""
+    data = path.read_bytes()
+    kind = path.suffix.lower()
+    document: Any
+    if kind == ".toml":
+        document = tomllib.loads(data.decode())
+    elif kind in (".yaml", ".yml"):
+        document = load_yaml(data)
+    else:
+        document = orjson.loads(data)
+    if document is None:
+        return {}
+    translate.check_type(document, dict, "file")
+    found: dict[str, Json] = {}
+    for name in PROVIDER_LISTS:
+        if document.get(name) is None:
+            continue
+        for number, entry in enumerate(translate.check_type(document[name], list, name)):
+            place = f"{name}.{number}"
+            found[place] = translate.check_type(entry, dict, place)
+    return found
+
+
+def load_yaml(data: bytes) -> Any:
+    """Raises ValueError, which holds no line of the file: there can be a key in it."""
+    try:
+        yaml = importlib.import_module("yaml")
+    except ModuleNotFoundError:
+        raise ValueError("YAML needs the package PyYAML; TOML and JSON need nothing") from None
+    try:
+        return yaml.safe_load(data)
+    except Exception as error:  # noqa: BLE001 - PyYAML raises KeyError and others, with the value in it
+        mark = getattr(error, "problem_mark", None)
+        raise ValueError(f"not YAML, line {mark.line + 1}" if mark else "not YAML") from None
+
+
+def is_own(entry: Json) -> bool:
+    """Whether a provider is a claude-cli one: by its model or name, or by its interface."""
+    named = [str(entry.get("model")), str(entry.get("name"))]
+    return entry.get("provider_interface") == INTERFACE or any(
+        name.startswith(translate.MODEL_PREFIX) for name in named
+    )
+
+
+def complete_providers(entries: Mapping[str, Json], config: Config) -> list[Json]:
+    """Fill in what claude-cli entries leave out.  Raises ApiError, which names the place."""
+    completed = dict(entries)
+    own: dict[str, Json] = {}
+    for place, entry in entries.items():
+        if is_own(entry):
+            check_entry(entry, place)
+            own[place] = completed[place] = complete_entry(entry, config)
+            for other_place, other in own.items():
+                check_agreement(own[place], other, place, other_place)
+    return list(completed.values())
+
+
+def check_entry(entry: Json, place: str) -> None:
+    if entry.get("model") is None:
+        raise translate.bad_request(f"{place}.model", "Field required")
+    for name, value in entry.items():
+        if name not in PROVIDER:
+            raise translate.bad_request(f"{place}.{name}", "Extra inputs are not permitted")
+        if value is not None:
+            translate.check_type(value, PROVIDER[name], f"{place}.{name}")
+    if entry.get("provider_interface") not in (None, INTERFACE):
+        raise translate.bad_request(f"{place}.provider_interface", "Input should be 'claude-cli'")
+    prefix, slash, name = entry["model"].partition("/")
+    is_name = name == "*" or translate.MODEL_NAME.fullmatch(name)
+    if prefix + slash != translate.MODEL_PREFIX or not is_name:
+        words = "Input should be claude-cli/* or claude-cli/ and the name of a model"
+        raise translate.bad_request(f"{place}.model", words)
+    if name == "*" and entry.get("default"):
+        raise translate.bad_request(f"{place}.default", "a wildcard cannot be the default model")
+
+
+def complete_entry(entry: Json, config: Config) -> Json:
+    given = translate.without_nulls(entry)
+    completed: Json = {}
+    if "http_host" not in given:
+        completed["base_url"] = config.base_url
+    completed["name"] = given["model"]
+    completed["provider_interface"] = INTERFACE
+    if not given.get("passthrough_auth"):
+        key = f"${variable('api_key')}" if config.api_key else PLACEHOLDER_KEY
+        completed["access_key"] = key
+    return completed | given
+
+
+def check_agreement(entry: Json, other: Json, place: str, other_place: str) -> None:
+    """Entries of one model must be the same, those of one name lead to the same address."""
+    for same, keys in (
+        ("model", entry.keys() | other.keys()),
+        ("name", {"base_url", "http_host", "access_key"}),
+    ):
+        different = sorted(key for key in keys if entry.get(key) != other.get(key))
+        if different and entry[same] == other[same]:
+            words = f"contradicts {other_place}, of the same {same}"
+            raise translate.bad_request(f"{place}.{different[0]}", words)
+
+
+# ------------------------------------------------------------ appendix: check
+
+# Seconds for `check`; 2 were measured.
+REHEARSAL_SECS = 30.0
+# The history and the question of the rehearsal.
+SAID = [("user", "red"), ("assistant", "green"), ("user", "blue")]
 CALL: Json = {"type": "tool_use", "id": "toolu_probe", "name": "probe", "input": {}}
+# What the rehearsal looks at, and what does not work without it.
+FEATURES = {
+    "history": "takes a conversation at the gate",
+    "settings": "takes parameters and a system prompt for one request",
+    "tools": "hands over calls of a client's tools",
+    "interrupt": "stops when the client leaves",
+}
 
 
 class Rehearsal:
-    """The API of `check`, on loopback, which costs nothing: its first answer calls a tool, the second one is held back.
+    """The fake API that `check` starts on loopback; it costs nothing.
 
-    It sets in `found` what the CLI does of all that the bridge relies on.
+    Its first answer calls a tool, the second one is held back.  It sets in `found` what the CLI
+    does of all that the bridge relies on.
     """
 
-    def __init__(self, found: dict[str, str | bool]) -> None:
+    def __init__(self, found: dict[str, bool]) -> None:
         self.found = found
-        self.held, self.left = asyncio.Event(), asyncio.Event()  # the second answer has begun; its client is gone
+        self.version = ""
+        # The second answer has begun; its client is gone.
+        self.held = asyncio.Event()
+        self.left = asyncio.Event()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        ends = (OSError, asyncio.IncompleteReadError, asyncio.CancelledError)  # asyncio would log the last one
+        # asyncio would log the last one.
+        ends = (OSError, asyncio.IncompleteReadError, asyncio.CancelledError)
         with contextlib.closing(writer), contextlib.suppress(*ends):
             head = await reader.readuntil(b"\r\n\r\n")
             length = re.search(rb"(?i)content-length: *(\d+)", head)
             body = await reader.readexactly(int(length[1]) if length else 0)
-            writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: text/event-stream\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\n")
+            writer.write(b"content-type: text/event-stream\r\n\r\n")
             if not re.match(rb"POST /v1/messages[? ]", head):
                 return
             agent = re.search(rb"(?i)user-agent: claude-cli/([\w.-]+)", head)
-            self.found["version"] = agent[1].decode() if agent else "unknown"
+            self.version = agent[1].decode() if agent else ""
             writer.writelines(map(translate.frame, self.answer(orjson.loads(body))))
             if self.held.is_set():
                 try:
@@ -966,33 +1825,44 @@ class Rehearsal:
                     self.left.set()
 
     def answer(self, asked: Json) -> list[Json]:
-        message = {"id": "msg_1", "type": "message", "role": "assistant", "content": [], "model": asked["model"]}
-        message["usage"] = {"input_tokens": 1, "output_tokens": 1}
+        message = {
+            "id": "msg_1",
+            "type": "message",
+            "role": "assistant",
+            "content": [],
+            "model": asked["model"],
+            "usage": {"input_tokens": 1, "output_tokens": 1},
+        }
         begin = {"type": "message_start", "message": message}
         if CALL["id"] in str(asked["messages"]):
             self.found["tools"] = "found" in str(asked["messages"])
             self.held.set()
             return [begin]
-        words = [word for _, word in SAID]
-        said = [(m["role"], word) for m in asked["messages"] for word in words if f"'{word}'" in str(m["content"])]
+        said = []
+        for item in asked["messages"]:
+            said += [
+                (item["role"], word) for _, word in SAID if f"'{word}'" in str(item["content"])
+            ]
         self.found["history"] = said == SAID
-        self.found["settings"] = asked.get("temperature") == 0.5 and "white" in str(asked["system"])
-        block = CALL
+        has_system = "white" in str(asked["system"])
+        self.found["settings"] = has_system and asked.get("temperature") == 0.5
+        ends = {"stop_reason": "tool_use"}
         return [
             begin,
-            {"type": "content_block_start", "index": 0, "content_block": block},
+            {"type": "content_block_start", "index": 0, "content_block": CALL},
             {"type": "content_block_stop", "index": 0},
-            {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {"output_tokens": 1}},
+            {"type": "message_delta", "delta": ends, "usage": {"output_tokens": 1}},
             {"type": "message_stop"},
         ]
 
-    async def rehearse(self, pool: Pool) -> None:
+    async def play(self, pool: Pool) -> None:
         """Raises ApiError when the CLI does not play along to the end."""
         messages: list[Json] = [{"role": role, "content": word} for role, word in SAID]
         async with self.turn(pool, messages) as first:
             await first.relay(lambda _: True, self.drain)
         result = {"type": "tool_result", "tool_use_id": CALL["id"], "content": "found"}
-        messages += [{"role": "assistant", "content": [CALL]}, {"role": "user", "content": [result]}]
+        messages.append({"role": "assistant", "content": [CALL]})
+        messages.append({"role": "user", "content": [result]})
         async with self.turn(pool, messages) as second:
             relay = asyncio.create_task(second.relay(lambda _: True, self.drain))
             try:
@@ -1004,143 +1874,133 @@ class Rehearsal:
                 relay.cancel()
                 await asyncio.gather(relay, return_exceptions=True)
 
-    def turn(self, pool: Pool, messages: list[Json]) -> contextlib.AbstractAsyncContextManager[Turn]:
-        tools = [{"name": "probe", "input_schema": {"type": "object"}}]
-        # An administrator's settings can name another API than this one: none has this model, so it costs nothing.
-        body = {"model": "no-such-model", "max_tokens": 99, "messages": messages, "tools": tools}
-        return pool.turn(translate.parse_request(orjson.dumps(body | {"temperature": 0.5, "system": "white"})), None)
+    def turn(
+        self, pool: Pool, messages: list[Json]
+    ) -> contextlib.AbstractAsyncContextManager[Turn]:
+        body = {
+            # An administrator's settings can name another API than this one: none has this model,
+            # so it costs nothing.
+            "model": "no-such-model",
+            "max_tokens": 99,
+            "temperature": 0.5,
+            "system": "white",
+            "messages": messages,
+            "tools": [{"name": "probe", "input_schema": {"type": "object"}}],
+        }
+        return pool.turn(translate.parse_request(orjson.dumps(body)), None)
 
     async def drain(self) -> None:
         """Nothing holds this client up."""
 
 
-async def rehearse(config: Config, found: dict[str, str | bool]) -> None:
-    """Run a Rehearsal.  Nothing of the user's own: neither the login nor another address may come from their files."""
-    rehearsal = Rehearsal(found)
+async def rehearse(config: Config, rehearsal: Rehearsal) -> None:
+    """Run a Rehearsal.  Nothing of the user's own: neither the login nor another address may come
+    from their files."""
     server = await asyncio.start_server(rehearsal.serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    kept = {
+        "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{port}",
+        "ANTHROPIC_API_KEY": "unused",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    }
     with tempfile.TemporaryDirectory() as home:
-        environ = {"HOME": home, "CLAUDE_CONFIG_DIR": home, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-        kept = {"ANTHROPIC_BASE_URL": f"http://{address(*server.sockets[0].getsockname())}"}
-        kept |= {"ANTHROPIC_API_KEY": "unused", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
-        config = dataclasses.replace(config, keep_env=tuple(kept), setting_sources="", tools="")
-        async with server, Pool(config, {**os.environ, **environ, **kept}) as pool:
-            await rehearsal.rehearse(pool)
+        environ = dict(os.environ)
+        environ.update(kept)
+        for name in ("HOME", "CLAUDE_CONFIG_DIR"):
+            environ[name] = home
+        for name in ("NO_PROXY", "no_proxy"):
+            environ[name] = "127.0.0.1"
+        names = tuple(kept)
+        config = dataclasses.replace(config, keep_env=names, setting_sources="", tools="")
+        async with server, Pool(config, environ) as pool:
+            await rehearsal.play(pool)
 
 
 async def check(config: Config) -> bool:
-    """Print in plain words whether the CLI is there, is logged in and does what is needed; True if all is well.
-
-    It costs no token.
-    """
+    """Print in plain words whether the CLI is there, is logged in and does what is needed; True if
+    all is well.  It costs no token."""
+    for words in config.warnings(os.environ):
+        print(f"warning: {words}")
     try:
         config.check()
     except ConfigError as error:
         print(f"settings: {error}")
         return False
+    print(f"CLI: {config.bin}")
     config = dataclasses.replace(config, spares=0)
     limit = min(REHEARSAL_SECS, config.watchdog_secs)
-    found: dict[str, str | bool] = {"version": "unknown"}
-    found |= dict.fromkeys(("history", "settings", "tools", "interrupt"), False)
-    failure = ""
-    print(f"CLI: {config.bin}")
+    doing("starting it ...")
     try:
         async with Pool(config) as pool, asyncio.timeout(limit):
             source = translate.login_source(await pool.hello())
     except (ApiError, OSError) as error:  # TimeoutError among them
         print(f"start: does not work ({str(error) or 'no answer in time'})")
         return False
-    print(f"login: {source or 'nobody is logged in: ' + translate.LOGIN_CURE}")
+    print(f"login: {source or 'nobody is logged in: ' + login_cure(config, os.environ)}")
+    found = dict.fromkeys(FEATURES, False)
+    rehearsal = Rehearsal(found)
+    failure = ""
+    doing("asking it two questions in front of a fake API ...")
     try:
         async with asyncio.timeout(limit):
-            await rehearse(config, found)
+            await rehearse(config, rehearsal)
     except (ApiError, OSError) as error:
         failure = f" ({str(error) or 'no answer in time'})"
-    for name, value in found.items():
-        works = "works" if value else f"does not work{failure}"
-        print(f"{name}: {value if isinstance(value, str) else works}")
+    print(f"version: {rehearsal.version or 'unknown'}")
+    for name, meaning in FEATURES.items():
+        missing = f"does not work: this CLI is not known to be one that {meaning}{failure}"
+        print(f"{name}: {'works' if found[name] else missing}")
     return bool(source) and all(found.values())
 
 
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line; a request's fields are its keys."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        row = getattr(record, "row", None) or {"message": record.getMessage()}
-        head = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)), "level": record.levelname}
-        return orjson.dumps(head | row).decode()
+def doing(words: str) -> None:
+    """On a terminal say what is being done, in a line that the next one overwrites."""
+    if sys.stdout.isatty():
+        print(words, end="\r", flush=True)
 
 
-HELP = """\
-Answer the Messages API with the claude CLI.
+def check_url(url: str, key: str) -> bool:
+    """Print whether a running bridge can be used from here; True if all is well.  No model call.
 
-  check          say whether the CLI is there, logged in, and does what is needed
-  providers      print the model_providers of the configuration file, completed
-  --config FILE  start only if there is a claude-cli provider in FILE
-  --version      print the version
-  --help         print this
-
-Settings, with their defaults; each is also an environment variable: --max-idle
-is CLAUDE_CLI_MAX_IDLE.  The README has a table of them.
-
-"""
-
-
-def main() -> None:
-    """The command line.  Exit status 2 and one line on stderr for settings that cannot work, 1 for a failed check."""
-    names = {item.name.replace("_", "-"): item.default for item in dataclasses.fields(Config) if item.name != "api_key"}
-    settings = " ".join(f"--{name}\u00a0{value}" if value else f"--{name}" for name, value in names.items())
-    lines = textwrap.wrap(settings, 78, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-    parser = argparse.ArgumentParser(
-        "claude-cli-bridge",
-        usage="%(prog)s [check | providers] [--config FILE] [--SETTING X]...",
-        description=HELP + "\n".join(lines).replace("\u00a0", " "),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
-    parser.add_argument("--help", action="help", help=argparse.SUPPRESS)
-    version = f"claude-cli-bridge {__version__}"
-    parser.add_argument("--version", action="version", version=version, help=argparse.SUPPRESS)
-    for name in ("config", *names):
-        parser.add_argument("--" + name, help=argparse.SUPPRESS)
-    known, others = parser.parse_known_args()  # argparse would repeat what follows an unknown flag: a key, perhaps
-    flags = vars(known)
+    Only http:// is spoken; behind a TLS proxy try the address of the proxy's own client.
+    """
+    check_own_key(key)
     try:
-        if others or flags["command"] not in (None, "check", "providers"):
-            flag = next((name.partition("=")[0] for name in others if name.startswith("-")), "")
-            raise ConfigError(f"there is no {flag or 'such command'}; see --help")
-        path = os.environ.get("CLAUDE_CLI_CONFIG", "") if flags["config"] is None else flags["config"]
-        act(Config.read(os.environ, flags), flags["command"], path)
-        sys.stdout.flush()
-    except ConfigError as error:
-        print(f"claude-cli-bridge: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would write the rest at its end
-        sys.exit(141)
+        stream = [at for at, _ in ask(url, "/healthz?stream=1", key, by_line=True)]
+        status, models = ask(url, MODELS, key)[-1]
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        print(f"reachable: no ({error})")
+        return False
+    print("reachable: yes")
+    if status != 200:
+        print(f"access: refused ({models})")
+        return False
+    print("access: the key and Host are accepted")
+    is_live = bool(stream) and stream[-1] - stream[0] > STREAM_GAP_SECS / 2
+    print(f"streams: {'arrive as they are sent' if is_live else 'are held back by a proxy'}")
+    return is_live
 
 
-def act(config: Config, command: str | None, path: str) -> None:
-    """Run a command of the command line; `path` is the configuration file's."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    if config.log_format == "json":
-        logging.getLogger().handlers[0].setFormatter(JsonFormatter())
-    if command == "check":
-        sys.exit(0 if asyncio.run(check(config)) else 1)
-    if command == "providers" and not path:
-        raise ConfigError("CLAUDE_CLI_CONFIG: providers needs a configuration file")
-    providers = read_providers(path, config) if path else []
-    if command == "providers":
-        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-        print(orjson.dumps(providers, option=orjson.OPT_INDENT_2).decode())
-    elif path and not any(map(is_own, providers)):
-        log.info("there is no claude-cli provider in %s: nothing to do", path)
-    else:
-        watch_without_threads()
-        asyncio.run(run(config))
+def ask(url: str, path: str, key: str, *, by_line: bool = False) -> list[tuple[float, str]]:
+    """GET a path of a running bridge.
+
+    Returns its lines with the times they came at; or one pair: the status, and what the body says.
+    """
+    where = urlsplit(url)
+    if where.scheme != "http" or not where.hostname:
+        raise ValueError("give http://host:port")
+    connection = http.client.HTTPConnection(where.hostname, where.port or 80, timeout=10)
+    with contextlib.closing(connection):
+        headers = {"x-api-key": key.encode()}
+        connection.request("GET", where.path.rstrip("/") + path, headers=headers)
+        answer = connection.getresponse()
+        if by_line and answer.status == 200:
+            return [(time.monotonic(), line.decode()) for line in answer]
+        text = answer.read().decode(errors="replace")
+        if answer.status != 200:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                text = orjson.loads(text)["error"]["message"]
+        return [(float(answer.status), text)]
 
 
 if __name__ == "__main__":

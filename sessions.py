@@ -1,13 +1,14 @@
 """The processes of the CLI: spawn, speak, keep warm, retire.
 
-A process is a cache entry.  Each request brings its whole conversation; a process that already holds the history gives
-the same answer as a fresh one, only sooner.  So after an answer a session is filed under the fingerprint of the
-conversation including that answer, and a request takes the session whose fingerprint is its own history, if there is
-one.  A session in use is not on file, so two requests never share one; whatever goes wrong in it retires it alone.
+A process is a cache entry.  Each request brings its whole conversation; a process that already
+holds the history gives the same answer as a fresh one, only sooner.  So after an answer a session
+is filed under the fingerprint of the conversation including that answer, and a request takes the
+session whose fingerprint is its own history, if there is one.  A session in use is not on file, so
+two requests never share one; whatever goes wrong in it retires it alone.
 
     SPARE ──its conversation──> BUSY ──answer complete──> IDLE ──hot turn──> BUSY
                                 BUSY ──client tools called──> PARKED ──their results──> BUSY
-    any of them ──fault, disconnect, TTL, LRU, shutdown──> RETIRED, which ends in a reaped process group
+    any of them ──fault, disconnect, TTL, LRU, shutdown──> RETIRED, until its group is reaped
 
 `Pool._move` is the only place that changes a state, and TRANSITIONS is what it allows.
 
@@ -15,10 +16,11 @@ one.  A session in use is not on file, so two requests never share one; whatever
     process      a running CLI, with its pipes
     turn         one request in one session
     spare        a process that was started ahead of need, and waits at the gate
-    gate         a pipe in place of the file that the CLI resumes from: it starts up whole, and waits there
+    gate         a pipe in place of the file that the CLI resumes from: it starts, and waits there
     parked       waiting, inside the CLI, for the results of client tools
     pinned       named by the client's session header
-    fingerprint  a digest of a conversation, or of what a process cannot change: model, system prompt, tools, betas
+    fingerprint  a digest of a conversation, or of what a process cannot change: model, system
+                 prompt, names of tools, betas
     hot          answered by the process that holds the history
     rebuilt      answered by a fresh process that was given the history
     retire       end a process, and reap it
@@ -30,6 +32,7 @@ import ctypes
 import enum
 import errno
 import logging
+import math
 import os
 import shutil
 import signal
@@ -39,7 +42,7 @@ import tempfile
 import uuid
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -51,27 +54,31 @@ else:  # copied into a package
     from . import translate
     from .translate import ApiError, CliEvent, Json, Request, Translator, answered, cli_error
 
+__version__ = "0.2.0"
 log = logging.getLogger("claude_cli_bridge")
 
 Event = CliEvent | bytes  # of a process: bytes are a line with a delta, not decoded
 T = TypeVar("T")
 
-# Bytes of one line of the CLI.  It can hold a whole tool result or screenshot: 1 MB was too small for the official SDK.
+# Bytes of one line of the CLI.  It can hold a whole tool result or screenshot: 1 MB was too small
+# for the official SDK.
 MAX_LINE = 64 << 20
 # Bytes of events at which a pipe is no longer read: a slow client holds up its own child.
 MAX_UNREAD = 1 << 20
 # Bytes of stderr that are kept, to say why a process died.
 STDERR_TAIL = 2048
-# How a process is ended, step by step: what is done, and the seconds it then gets.  The CLI leaves 0.1 s after its
-# stdin closes when it is idle, and ends a running API call on SIGTERM.
+# How a process is ended, step by step: what is done, and the seconds it then gets.  The CLI leaves
+# 0.1 s after its stdin closes when it is idle, and ends a running API call on SIGTERM.
 ENDING = ((None, 0.5), (signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0))
-# Seconds after which a process that has said nothing no longer holds up the start of others; 1.2 were measured.
+# Seconds after which a process that has said nothing no longer holds up the start of others; 1.2
+# were measured.
 START_SECS = 2.0
 # Seconds by which the `result` may come later than the answer it belongs to; 0.02 were measured.
 SETTLE_SECS = 5.0
 # Seconds for a count of tokens; 0.5 were measured.
 COUNT_SECS = 20.0
-# Bytes of a request from which it is read and written in a thread: each megabyte takes 10 to 100 ms.
+# Bytes of a request from which it is read and written in a thread: each megabyte takes 10 to 100
+# ms.
 THREAD_SIZE = 64 << 10
 # Fingerprints of lost sessions that are remembered, to say why a conversation was rebuilt.
 MAX_PAST = 4096
@@ -79,10 +86,19 @@ MAX_PAST = 4096
 MAX_COUNTS = 256
 # Names of models of which it is known whether a process can take them without --model.
 MAX_MODELS = 256
-# Tokens of the prompt that the API adds for tools: the CLI takes so many off what it counts for them.
+# Tokens of the prompt that the API adds for tools: the CLI takes so many off what it counts for
+# them.
 TOOLS_PROMPT_TOKENS = 500
-# Only these show that a turn is alive; status lines and keep-alives come from a half-open stream as well.
-SIGNS_OF_LIFE = {"stream_event", "assistant", "user", "result", "control_request", "control_response"}
+# Only these show that a turn is alive; status lines and keep-alives come from a half-open stream as
+# well.
+SIGNS_OF_LIFE = {
+    "stream_event",
+    "assistant",
+    "user",
+    "result",
+    "control_request",
+    "control_response",
+}
 # What a process never says unless a turn asked for it.
 ANSWERS = {"stream_event", "assistant", "user"}
 PRCTL: Any = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
@@ -105,30 +121,119 @@ TRANSITIONS = {
 }
 
 
+def setting(
+    default: Any,
+    meaning: str,
+    group: str = "processes",
+    *,
+    least: float = 0,
+    most: float = math.inf,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A field of the settings.
+
+    All that is said of a setting comes from here: the environment variable and the flag, its
+    bounds, --help and the README's table.
+    """
+    metadata = {
+        "meaning": meaning,
+        "group": group,
+        "least": least,
+        "most": most,
+        "choices": choices,
+    }
+    return field(default=default, metadata=metadata)
+
+
 @dataclass(kw_only=True)
 class PoolConfig:
     """Settings of the processes."""
 
-    bin: str = ""  # the CLI (default: claude on PATH, else the one in the claude-agent-sdk wheel)
-    model: str = "sonnet"  # the model of the process that is asked who is logged in
-    session_ttl_secs: float = 600.0  # idle seconds before a process is retired; 0: never
-    watchdog_secs: float = 120.0  # seconds of silence inside a turn before it fails with 504
-    max_sessions: int = 64  # processes at most, about 200 MB each
-    max_idle: int = 8  # processes kept warm after their answer
-    max_turns: int = 500  # turns before a process is retired, as a conversation may never pause
-    spares: int = 1  # processes started ahead of need
-    queue_secs: float = 30.0  # seconds that a request waits for room before it gets 529
-    max_queue: int = 1000  # requests that wait for room; more get 529 at once
-    retries: int = 0  # how often the CLI itself retries a failed API call; clients retry by themselves
-    tools: str = ""  # agent mode: `default` or a list of the CLI's built-in tools; empty: model mode
-    permission_mode: str = "default"  # of agent mode
-    cwd: str = ""  # working directory of agent mode
-    keep_env: tuple[str, ...] = ()  # names of the CLI's own settings that a child gets all the same
-    setting_sources: str = ""  # `user` if your login is an apiKeyHelper or env block of your settings file
+    bin: str = setting(
+        "",
+        "the CLI; by default `claude` on PATH, else the one in the `claude-agent-sdk` wheel",
+        "everyday",
+    )
+    keep_env: tuple[str, ...] = setting(
+        (),
+        "names of environment variables that the CLI may see although they change what it does, "
+        "such as `ANTHROPIC_API_KEY`",
+        "everyday",
+    )
+    model: str = setting(
+        "sonnet",
+        "the model of the process that is asked who is logged in",
+    )
+    session_ttl_secs: float = setting(
+        600.0,
+        "idle seconds after which a process ends; 0: never",
+    )
+    watchdog_secs: float = setting(
+        120.0,
+        "seconds of silence inside a turn after which it fails with 504",
+        least=0.1,
+    )
+    max_sessions: int = setting(
+        64,
+        "CLI processes at most, each takes about 200 MB",
+        least=1,
+    )
+    max_idle: int = setting(
+        8,
+        "processes that are kept warm after their answer",
+    )
+    max_turns: int = setting(
+        500,
+        "turns after which a process ends, as a conversation may never pause",
+        least=1,
+    )
+    spares: int = setting(
+        1,
+        "processes that are started ahead of need",
+    )
+    queue_secs: float = setting(
+        30.0,
+        "seconds that a request waits for room before it gets 529",
+    )
+    max_queue: int = setting(
+        1000,
+        "requests that wait for room at most; more get 529 at once",
+    )
+    retries: int = setting(
+        0,
+        "how often the CLI itself retries a failed API call; clients retry by themselves",
+    )
+    tools: str = setting(
+        "",
+        "agent mode: `default`, or a list of the CLI's own tools; empty: no tools but the client's",
+        "agent",
+    )
+    permission_mode: str = setting(
+        "default",
+        "the CLI's permission mode in agent mode",
+        "agent",
+        choices=("default", "acceptEdits", "auto", "bypassPermissions", "dontAsk", "plan"),
+    )
+    cwd: str = setting(
+        "",
+        "working directory of agent mode; by default the bridge's own",
+        "agent",
+    )
+    mcp_config: str = setting(
+        "",
+        "agent mode: a file with the MCP servers that the CLI may use, in the CLI's own format",
+        "agent",
+    )
+    setting_sources: str = setting(
+        "",
+        "`user` if your login is an apiKeyHelper or an env block in the CLI's settings file",
+        "access",
+    )
 
 
 def arguments(config: PoolConfig, model: str, *, agent: bool) -> list[str]:
-    """The command line of a process: no settings, nothing on disk; in model mode no tools but the client's.
+    """The command line of a process: no settings, nothing on disk; in model mode no tools but the
+    client's.
 
     Without `model` the process takes that of the conversation it is given (`translate.transcript`).
     """
@@ -140,22 +245,79 @@ def arguments(config: PoolConfig, model: str, *, agent: bool) -> list[str]:
     argv += ["--allowedTools", f"mcp__{translate.MCP_SERVER}__*"]
     if agent:
         argv += ["--tools", config.tools, "--permission-mode", config.permission_mode]
+        # They go on behind an answer, or promise to, whatever CHILD_DEFAULTS say.
+        argv += ["--disallowedTools", "Monitor,ScheduleWakeup"]
+        if config.mcp_config:
+            argv += ["--mcp-config", os.path.abspath(config.mcp_config)]
     else:
         argv += ["--tools", "", "--permission-mode", "default"]
-    # The API's own default: without it 2.1.330 asks for less effort than a client that names none expects.
+    # The API's own default: without it 2.1.330 asks for less effort than a client that names none
+    # expects.
     argv += ["--effort", "high"]
     if model:
         argv += ["--model", model]
     return argv
 
 
-# Names of the bridge's environment that change the CLI's behaviour or account: a child gets them only when kept.
-SCRUBBED = ("ANTHROPIC_", "CLAUDE_CODE_", "CLAUDECODE", "CLAUDE_CLI_", "OTEL_")
+# How the names of the CLI's own settings begin, as its program text reads them: they change what a
+# child does, or its account, so it gets them only when kept (tests/test_environment.py).
+SCRUBBED = (
+    "AGENT_PROXY_",
+    "AI_AGENT",
+    "ALLOW_ANT_",
+    "ANT_",
+    "ANTHROPIC_",
+    "API_",
+    "AUTOMODE_",
+    "BASH_",
+    "BETA_",
+    "BUGHUNTER_",
+    "BUN_",
+    "CCR_",
+    "CLAUBBIT",
+    "CLAUDE",
+    "CLI_WIDTH",
+    "COMPUTER_USE_",
+    "DEBUG",
+    "DEMO_",
+    "DISABLE_",
+    "EMBEDDED_",
+    "ENABLE_",
+    "ENVIRONMENT_SERVICE_",
+    "FALLBACK_",
+    "FORCE_",
+    "INK_",
+    "IS_DEMO",
+    "LOCAL_BRIDGE",
+    "MAX_",
+    "MCP_",
+    "OTEL_",
+    "SANDBOX_OFFICE_",
+    "SCREENSHOT_DIR",
+    "SDK_NATIVE_BIN",
+    "SELF_HOSTED_",
+    "SESSION_INGRESS_",
+    "SLASH_",
+    "SRT_",
+    "SWE_BENCH_",
+    "SYSTEM_REMINDER_",
+    "TASK_",
+    "TEAM_MEMORY_",
+    "TEST_ENABLE_",
+    "TRACE",
+    "ULTRAPLAN_",
+    "USE_",
+    "VCR_",
+    "VITALS_",
+    "VOICE_",
+)
+# Where a login is, and where its tokens are if they are elsewhere.
+LOGIN_FOLDERS = ("CLAUDE_CONFIG_DIR", "CLAUDE_SECURESTORAGE_CONFIG_DIR")
 CHILD_DEFAULTS = {
     # Tools keep the names that the client gave them, in the API's requests and in its answers.
     "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
-    # Only the betas that the client asks for, and those that the CLI needs itself.  It also keeps 2.1.330 from stating
-    # the effort a second time, in a message.
+    # Only the betas that the client asks for, and those that the CLI needs itself.  It also keeps
+    # 2.1.330 from stating the effort a second time, in a message.
     "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS": "1",
     "DISABLE_INTERLEAVED_THINKING": "1",
     # 2.1.330 keeps the order of texts and tool calls in an assistant message of the past.
@@ -171,6 +333,10 @@ CHILD_DEFAULTS = {
     "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",
     # A stream that broke off is a failure: the CLI would ask once more, without streaming.
     "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",
+    # Nothing goes on behind an answer: a task in the background would make a turn of its own.
+    "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1",
+    "CLAUDE_CODE_DISABLE_CRON": "1",
+    "CLAUDE_CODE_DISABLE_WORKFLOWS": "1",
     # The conversation is the client's.
     "DISABLE_AUTO_COMPACT": "1",
     "DISABLE_AUTOUPDATER": "1",
@@ -180,11 +346,12 @@ CHILD_DEFAULTS = {
 
 
 def child_environment(config: PoolConfig, environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process: `environ` without the names that would change what it does, and what it needs."""
+    """The environment of a process: `environ` without the names that would change what it does, and
+    what it needs."""
     child = {name: value for name, value in environ.items() if not name.startswith(SCRUBBED)}
     child.update(CHILD_DEFAULTS)
     child["CLAUDE_CODE_MAX_RETRIES"] = str(config.retries)
-    for name in config.keep_env:
+    for name in (*LOGIN_FOLDERS, *config.keep_env):
         if name in environ and not name.startswith("CLAUDE_CLI_"):
             child[name] = environ[name]
     return child
@@ -194,11 +361,11 @@ PRIVATE_PREFIX = "claude-cli-bridge-private-"
 
 
 def private_folder(last: str = "") -> str:
-    """A folder that nobody else can write to, the `last` one as long as it is there: in it `work`, the empty working
-    directory of model mode, and `gates`.  Raises OSError.
+    """A folder that nobody else can write to, the `last` one as long as it is there: in it `work`,
+    the empty working directory of model mode, and `gates`.  Raises OSError.
 
-    2.1.330 states its working directory to the API, whose prompt cache compares bytes: it is the same for all bridges
-    of a user, unless others can or did write to it.
+    2.1.330 states its working directory to the API, whose prompt cache compares bytes: it is the
+    same for all bridges of a user, unless others can or did write to it.
     """
     if last and os.path.isdir(os.path.join(last, "work")):
         return last
@@ -212,7 +379,8 @@ def private_folder(last: str = "") -> str:
 
 
 def furnish(path: str) -> bool:
-    """Make a private folder with what belongs in it; False when somebody else can or did write to it."""
+    """Make a private folder with what belongs in it; False when somebody else can or did write to
+    it."""
     work = os.path.join(path, "work")
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
@@ -226,15 +394,20 @@ def furnish(path: str) -> bool:
 
 
 def gate_path(folder: str, descriptor: int) -> str:
-    """A path that leads a child to the pipe it inherits as `descriptor`; the CLI wants a name that ends in .jsonl."""
-    path = os.path.join(folder, "gates", f"{descriptor}.jsonl")
-    with contextlib.suppress(FileExistsError):
-        os.symlink(f"/dev/fd/{descriptor}", path)
+    """A path that leads a child to the pipe it inherits as `descriptor`; the CLI wants a name that
+    ends in .jsonl.
+
+    It is alone in a folder, as an agent's CLI writes beside it what its subagents are for.
+    """
+    own = tempfile.mkdtemp(dir=os.path.join(folder, "gates"))
+    path = os.path.join(own, f"{descriptor}.jsonl")
+    os.symlink(f"/dev/fd/{descriptor}", path)
     return path
 
 
 def session_id(token: str) -> str:
-    """The id of a session header: a UUID as it is, any other token hashed to one (UUIDv5, OID namespace)."""
+    """The id of a session header: a UUID as it is, any other token hashed to one (UUIDv5, OID
+    namespace)."""
     try:
         return str(uuid.UUID(token))
     except ValueError:
@@ -242,8 +415,9 @@ def session_id(token: str) -> str:
 
 
 def watch_without_threads() -> None:
-    """Let asyncio wait for children by their pidfds, as Python 3.12 does by itself: 3.11 has a thread for each, with a
-    stack and an arena, 70 MB of address space.  To be called before a loop runs."""
+    """Let asyncio wait for children by their pidfds, as Python 3.12 does by itself: 3.11 has a
+    thread for each, with a stack and an arena, 70 MB of address space.  To be called before a loop
+    runs."""
     with contextlib.suppress(AttributeError, OSError):  # not Linux, or older than 5.3
         os.close(os.pidfd_open(os.getpid()))
         if sys.version_info < (3, 12):
@@ -251,8 +425,9 @@ def watch_without_threads() -> None:
 
 
 def die_with_parent() -> None:
-    """In a new child: be killed when the bridge dies, even by SIGKILL (prctl(2), PR_SET_PDEATHSIG).  A CLI that only
-    sees its stdin close finishes a running turn first, and 2.1.330 calls the API once more for a parked tool call."""
+    """In a new child: be killed when the bridge dies, even by SIGKILL (prctl(2), PR_SET_PDEATHSIG).
+    A CLI that only sees its stdin close finishes a running turn first, and 2.1.330 calls the API
+    once more for a parked tool call."""
     PRCTL(1, signal.SIGKILL)
 
 
@@ -261,8 +436,9 @@ PF_EXITING = 0x4
 
 
 def exiting(pid: int) -> bool:
-    """Whether the kernel is ending a process.  A killed CLI frees its memory first and closes its pipes 10 ms later: a
-    request that comes in between must not be given to it (proc(5): /proc/pid/stat, state and flags)."""
+    """Whether the kernel is ending a process.  A killed CLI frees its memory first and closes its
+    pipes 10 ms later: a request that comes in between must not be given to it (proc(5):
+    /proc/pid/stat, state and flags)."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
@@ -272,61 +448,89 @@ def exiting(pid: int) -> bool:
     return state in (b"Z", b"X") or bool(flags & PF_EXITING)
 
 
-# ------------------------------------------------------------------------------------- a process
+# ------------------------------------------------------------ a process
 
 
 class Process(asyncio.SubprocessProtocol):
     """One child: its lines in and out, its silence, its end.
 
-    Lines are read whether or not a turn is running: the CLI's control requests are answered at once, a turn's events
-    wait for it, and what comes unasked is a fault.
+    Lines are read whether or not a turn is running: the CLI's control requests are answered at
+    once, a turn's events wait for it, and what comes unasked is a fault.
     """
 
     def __init__(self, watchdog_secs: float) -> None:
         self.loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self.loop.create_future()
-        self.started: asyncio.Future[None] = self.loop.create_future()  # it has said something, or never will
+        # It has said something, or never will.
+        self.started: asyncio.Future[None] = self.loop.create_future()
         self.loop.call_later(START_SECS, self._start)
-        self.listening = False  # a turn is running: events are kept for it
-        self.hello: Json = {}  # the CLI's answer to `initialize`: models, account
-        self.tools: list[Json] = []  # the client's tools, for the CLI to list
-        self.has_listed = False  # the CLI has listed them
-        self.working = False  # the CLI runs a tool of its own: silence is no fault
-        self.silent = False  # the watchdog fired
-        self.settled: asyncio.Future[bool] | None = None  # set at the `result` of an answer that was complete before it
-        self.on_fault: Callable[[], None] | None = None  # called when it speaks unasked
-        self._calls: dict[str, CliEvent] = {}  # by id, the tool calls that wait for a result
-        self._results: dict[str, Json] = {}  # by id, the results that wait for their call: the CLI may ask one by one
+        # A turn is running: events are kept for it.
+        self.listening = False
+        # The CLI's answer to `initialize`: models, account.
+        self.hello: Json = {}
+        # The client's tools, for the CLI to list.
+        self.tools: list[Json] = []
+        # The CLI has listed them.
+        self.has_listed = False
+        # The CLI runs a tool of its own: silence is no fault.
+        self.working = False
+        # The watchdog fired.
+        self.silent = False
+        # Set at the `result` of an answer that was complete before it.
+        self.settled: asyncio.Future[bool] | None = None
+        # Called when it speaks unasked.
+        self.on_fault: Callable[[], None] | None = None
+        # By id, the tool calls that wait for a result.
+        self._calls: dict[str, CliEvent] = {}
+        # By id, the results that wait for their call: the CLI may ask one by one.
+        self._results: dict[str, Json] = {}
         self._watchdog_secs = watchdog_secs
-        self._alive_at = self.loop.time()  # when the last sign of life came, or is due after an announced retry
+        # When the last sign of life came, or is due after an announced retry.
+        self._alive_at = self.loop.time()
         self._events: list[Event] = []
-        self._unread = 0  # bytes of what was read since _events was empty
-        self._sink: Callable[[list[Event]], bool] | None = None  # takes the events instead
-        self._partial: list[bytes] = []  # pieces of a line whose end has not come
+        # Bytes of what was read since _events was empty.
+        self._unread = 0
+        # Takes the events instead.
+        self._sink: Callable[[list[Event]], bool] | None = None
+        # Pieces of a line whose end has not come.
+        self._partial: list[bytes] = []
         self._partial_size = 0
         self._stderr = b""
         self._eof = False
         self._paused = False
         self._waiter: asyncio.Future[None] | None = None
         self._failure: Exception | None = None
-        self._is_orphan = False  # nothing will tell of its end
-        self._gate = -1  # the writing end of the gate, until the conversation is through
-        self._rows: deque[memoryview] = deque()  # of the conversation, still to be written
+        # Nothing will tell of its end.
+        self._is_orphan = False
+        # Calls of the last answer, which may come late.
+        self._due: frozenset[str] = frozenset()
+        # The writing end of the gate, until the conversation is through.
+        self._gate = -1
+        self._gate_path = ""
+        # Of the conversation, still to be written.
+        self._rows: deque[memoryview] = deque()
 
     @classmethod
     async def spawn(
-        cls, argv: list[str], environment: dict[str, str], cwd: str, folder: str, watchdog_secs: float
+        cls,
+        argv: list[str],
+        environment: dict[str, str],
+        cwd: str,
+        folder: str,
+        watchdog_secs: float,
     ) -> "Process":
-        """Start a child that waits at its gate, in a process group of its own.  Raises OSError when it cannot."""
+        """Start a child that waits at its gate, in a process group of its own.  Raises OSError when
+        it cannot."""
         process = cls(watchdog_secs)
         reading, process._gate = os.pipe()
         os.set_blocking(process._gate, False)
         try:
+            process._gate_path = gate_path(folder, reading)
             await process.loop.subprocess_exec(
                 lambda: process,
                 *argv,
                 "--resume",
-                gate_path(folder, reading),
+                process._gate_path,
                 env=environment,
                 cwd=cwd,
                 pass_fds=(reading,),
@@ -336,7 +540,9 @@ class Process(asyncio.SubprocessProtocol):
         except BaseException as error:
             process._is_orphan = True
             process._close_gate()
-            if isinstance(error, RuntimeError):  # there is no thread left that could wait for its end
+            process._remove_gate()
+            # There is no thread left that could wait for its end.
+            if isinstance(error, RuntimeError):
                 raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
             raise
         finally:
@@ -354,7 +560,10 @@ class Process(asyncio.SubprocessProtocol):
     # The gate
 
     def open_gate(self, rows: list[bytes]) -> None:
-        """Give the waiting process its conversation (`translate.transcript`); it goes through as the process reads."""
+        """Give the waiting process its conversation (`translate.transcript`); it goes through as
+        the process reads."""
+        if self._gate < 0:
+            return  # it died meanwhile, which the end of its output will tell
         self._rows = deque(memoryview(row) for row in rows)
         self.loop.add_writer(self._gate, self._pour_rows)
 
@@ -373,6 +582,10 @@ class Process(asyncio.SubprocessProtocol):
             self._rows.clear()
         self._close_gate()
 
+    def _remove_gate(self) -> None:
+        if self._gate_path:
+            shutil.rmtree(os.path.dirname(self._gate_path), ignore_errors=True)
+
     def _close_gate(self) -> None:
         if self._gate >= 0:
             self.loop.remove_writer(self._gate)
@@ -386,13 +599,21 @@ class Process(asyncio.SubprocessProtocol):
         self.listening = True
         self._alive_at = self.loop.time()
 
-    def settle(self, seen: bool) -> None:
-        """End a turn.  Unless its `result` was `seen`, or came behind the answer, the next turn waits for it."""
+    def settle(self, seen: bool, calls: Iterable[str] = ()) -> bool:
+        """End a turn that called the client's tools `calls`.  Unless its `result` was `seen`, or
+        came behind the answer, or is yet far, the next turn waits for it.  Returns whether the
+        process said nothing behind the `result`."""
         self.listening = False
-        seen = seen or any(isinstance(event, dict) and event["type"] == "result" for event in self._events)
+        self._due = frozenset(calls)
+        is_quiet = True
+        for event in self._events:
+            is_quiet = is_quiet and not (seen and self.is_unasked([event]))
+            seen = seen or (isinstance(event, dict) and event["type"] == "result")
         self._events.clear()
         self._resume()
-        self.settled = None if seen or self._failure else self.loop.create_future()
+        is_over = seen or self._due or self._failure
+        self.settled = None if is_over else self.loop.create_future()
+        return is_quiet
 
     def write(self, *lines: bytes) -> None:
         stdin: Any = self._transport.get_pipe_transport(0)
@@ -400,7 +621,8 @@ class Process(asyncio.SubprocessProtocol):
             stdin.writelines(lines)
 
     def hand_over(self, results: dict[str, Json]) -> None:
-        """Give the results of tool calls, by id, to those that wait and those that are yet to come."""
+        """Give the results of tool calls, by id, to those that wait and those that are yet to
+        come."""
         self._results |= results
         for call in results.keys() & self._calls.keys():
             self._answer_call(self._calls.pop(call), call)
@@ -414,8 +636,8 @@ class Process(asyncio.SubprocessProtocol):
     async def until(self, translator: Translator, find: Callable[[CliEvent], Any]) -> Any:
         """Read on to what `find` finds in an event that is no delta, and return it.
 
-        Raises ApiError: what `feed` raises, 504 after the watchdog's time without a sign of life, 502 when the process
-        is gone.
+        Raises ApiError: what `feed` raises, 504 after the watchdog's time without a sign of life,
+        502 when the process is gone.
         """
         found = None
         while not found:
@@ -427,8 +649,8 @@ class Process(asyncio.SubprocessProtocol):
         return found
 
     async def relay(self, sink: Callable[[list[Event]], bool]) -> None:
-        """Hand the events of each read to `sink`, within that read, until it returns False.  Raises as `until`, and
-        what `sink` raises."""
+        """Hand the events of each read to `sink`, within that read, until it returns False.  Raises
+        as `until`, and what `sink` raises."""
         self._sink = sink
         try:
             self._hand_to_sink(self._take_events())
@@ -480,7 +702,11 @@ class Process(asyncio.SubprocessProtocol):
 
     async def _death(self) -> ApiError:
         await asyncio.wait({self.exited}, timeout=1)  # its status follows the end of its output
-        status = f"exited with status {self.exited.result()}" if self.exited.done() else "closed its output"
+        status = (
+            f"exited with status {self.exited.result()}"
+            if self.exited.done()
+            else "closed its output"
+        )
         said = self._stderr.decode(errors="replace").strip().rpartition("\n")[2][:300]
         return cli_error(f"the claude CLI {status}" + (f": {said}" if said else ""))
 
@@ -542,19 +768,26 @@ class Process(asyncio.SubprocessProtocol):
             self._partial_size = 0
         if self.listening:
             self._keep(events, len(data))
-        elif self._is_unasked(events):
+        elif self.is_unasked(events):
             failure = cli_error("the claude CLI spoke unasked")
         if failure:
             self._fail(failure)  # after what came before it
             if self.on_fault and not self.listening:
                 self.on_fault()
 
-    def _is_unasked(self, events: list[Event]) -> bool:
-        """Whether events that no turn listens to show that the process goes on by itself.  Before the `result` of the
-        last turn they may be the rest of it, but for another answer of the model."""
+    def is_unasked(self, events: list[Event]) -> bool:
+        """Whether events that no turn listens to show that the process goes on by itself.  Before
+        the `result` of the last turn they may be the rest of it, but for another answer of the
+        model."""
         is_settled = self.settled is None or self.settled.done()
         unasked = ANSWERS if is_settled else {"stream_event"}
-        return any(isinstance(event, bytes) or event["type"] in unasked for event in events)
+        for event in events:
+            if isinstance(event, bytes) or event["type"] in unasked:
+                return True
+            call = translate.tool_call_id(event)
+            if call and call not in self._due:
+                return True
+        return False
 
     def _keep(self, events: list[Event], size: int) -> None:
         if self._sink is not None:
@@ -576,7 +809,9 @@ class Process(asyncio.SubprocessProtocol):
                 self._alive_at = self.loop.time()
             elif event.get("subtype") == "api_retry":
                 delay = event.get("retry_delay_ms")
-                self._alive_at = self.loop.time() + (delay / 1000 if isinstance(delay, int | float) else 0)
+                self._alive_at = self.loop.time() + (
+                    delay / 1000 if isinstance(delay, int | float) else 0
+                )
             if kind == "control_request":
                 self._answer_control(event)
             elif kind == "control_response":
@@ -612,13 +847,15 @@ class Process(asyncio.SubprocessProtocol):
             self.exited.set_result(self._transport.get_returncode() or 0)
 
     def _kill(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM for a group of zombies
+        # MacOS: EPERM for a group of zombies.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
     async def end(self) -> None:
         """End the process and its group, and wait until it is reaped.
 
-        One that waits for a tool result is killed: 2.1.330 calls the API once more when its stdin closes.
+        One that waits for a tool result is killed: 2.1.330 calls the API once more when its stdin
+        closes.
         """
         self._close_gate()
         stdin = self._transport.get_pipe_transport(0)
@@ -631,9 +868,10 @@ class Process(asyncio.SubprocessProtocol):
             if self.exited.done():
                 break
         self._transport.close()
+        self._remove_gate()
 
 
-# ------------------------------------------------------------------------------------- a turn
+# ------------------------------------------------------------ a turn
 
 
 @dataclass(eq=False)
@@ -642,18 +880,29 @@ class Session:
 
     id: str
     process: Process
-    model: str  # that it was started with; empty: it takes any
-    agent: bool  # it has tools of its own
+    # That it was started with; empty: it takes any.
+    model: str
+    # It has tools of its own.
+    agent: bool
     state: State = State.SPARE
-    key: str = ""  # what it is filed under
-    is_pinned: bool = False  # the client names it by header
-    parts: dict[str, bytes] = field(default_factory=dict)  # digests of what it cannot change
-    chain: bytes = b""  # digest of the messages in it, its own answers included
-    settings: dict[str, bytes] = field(default_factory=dict)  # digests of what apply_flag_settings set last
-    calls: list[str] = field(default_factory=list)  # ids of the client tools that its last answer called
-    turns: int = 0  # answers that it has given
-    turn_id: str = ""  # of the user line that started its last turn
-    idle_since: float = 0.0  # in the loop's time; of a spare: when it was started
+    # What it is filed under.
+    key: str = ""
+    # The client names it by header.
+    is_pinned: bool = False
+    # Digests of what it cannot change.
+    parts: dict[str, bytes] = field(default_factory=dict)
+    # Digest of the messages in it, its own answers included.
+    chain: bytes = b""
+    # Digests of what apply_flag_settings set last.
+    settings: dict[str, bytes] = field(default_factory=dict)
+    # Ids of the client tools that its last answer called.
+    calls: list[str] = field(default_factory=list)
+    # Answers that it has given.
+    turns: int = 0
+    # Of the user line that started its last turn.
+    turn_id: str = ""
+    # In the loop's time; of a spare: when it was started.
+    idle_since: float = 0.0
 
 
 @dataclass
@@ -662,17 +911,24 @@ class Turn:
 
     request: Request
     session: Session
-    how: str  # hot, new or rebuilt
-    reason: str  # why it was rebuilt; empty otherwise
-    lines: list[bytes]  # what starts it
-    results: dict[str, Json] | None = None  # of tool calls, when they are all that is new
-    on_begin: Callable[[], None] | None = None  # called when the answer has begun
+    # Hot, new or rebuilt.
+    how: str
+    # Why it was rebuilt; empty otherwise.
+    reason: str
+    # What starts it.
+    lines: list[bytes]
+    # Of tool calls, when they are all that is new.
+    results: dict[str, Json] | None = None
+    # Called when the answer has begun.
+    on_begin: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         self.process = self.session.process
         agent, turn_id = self.session.agent, self.session.turn_id
         handed_over = [tool["name"] for tool in self.process.tools]
         self.translator = Translator(handed_over, agent=agent, turn_id=turn_id)
+        # The process went on by itself behind the `result`.
+        self.overran = False
 
     @property
     def not_sent(self) -> list[str]:
@@ -683,9 +939,12 @@ class Turn:
             in_line = translate.has_images_in_line(self.request.messages[-1])
         return self.request.not_sent + (self.request.image_keys if in_line else [])
 
-    async def relay(self, send: Callable[[bytes], bool], drain: Callable[[], Awaitable[None]]) -> None:
-        """Start the turn, and bring its answer to `send`: the frames of each read, within that read; empty unless the
-        request streams.  While `send` returns False, `drain` is awaited and the child held up.
+    async def relay(
+        self, send: Callable[[bytes], bool], drain: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Start the turn, and bring its answer to `send`: the frames of each read, within that
+        read; empty unless the request streams.  While `send` returns False, `drain` is awaited and
+        the child held up.
 
         Raises ApiError when the turn fails; what was sent before stays a correct beginning.
         """
@@ -716,7 +975,8 @@ class Turn:
             try:
                 await self.process.relay(take)
             except ApiError:
-                if not translator.done:  # what fails behind a complete answer is the next turn's matter
+                # What fails behind a complete answer is the next turn's matter.
+                if not translator.done:
                     raise
         if not self.rests:
             self.interrupt()  # the CLI goes on by itself here; nothing more may be billed
@@ -724,6 +984,8 @@ class Turn:
     def _translate(self, events: list[Event], frames: list[bytes]) -> None:
         deltas: list[bytes] = []
         for event in events:
+            if self.translator.result:
+                self.overran = self.overran or self.process.is_unasked([event])
             if isinstance(event, bytes):
                 deltas.append(event)
                 continue
@@ -734,7 +996,8 @@ class Turn:
 
     @property
     def rests(self) -> bool:
-        """Whether the process can take the next turn; one that calls tools must have listed them."""
+        """Whether the process can take the next turn; one that calls tools must have listed
+        them."""
         can_hand_over = self.process.has_listed or not self.translator.calls
         return self.translator.rests and can_hand_over
 
@@ -742,8 +1005,11 @@ class Turn:
         self.process.write(translate.control_line("interrupt", "interrupt"))
 
 
-def opening(request: Request, model: str, session: Session, *, query: bool) -> tuple[list[bytes], list[bytes]]:
-    """What brings a request into a fresh process: the rows of its conversation, and the lines that start the turn."""
+def opening(
+    request: Request, model: str, session: Session, *, query: bool
+) -> tuple[list[bytes], list[bytes]]:
+    """What brings a request into a fresh process: the rows of its conversation, and the lines that
+    start the turn."""
     *past, newest = request.messages
     lines: list[bytes] = []
     content = newest["content"]
@@ -757,7 +1023,7 @@ def opening(request: Request, model: str, session: Session, *, query: bool) -> t
     return translate.transcript(past, model), lines
 
 
-# ------------------------------------------------------------------------------------- all of them
+# ------------------------------------------------------------ all of them
 
 
 class Pool:
@@ -766,29 +1032,47 @@ class Pool:
     def __init__(self, config: PoolConfig, environ: Mapping[str, str] = os.environ) -> None:
         self.config = config
         self.metrics = Metrics()
-        self.sessions: set[Session] = set()  # every process that is not reaped
-        self.idle: OrderedDict[str, Session] = OrderedDict()  # by key, the least recently used first
-        self.spares: list[Session] = []  # the oldest first
-        self._probes: list[Session] = []  # processes that are asked who is logged in
-        # What the last requests needed, and so what spares are for: a model that needs --model, or "", and the mode.
+        # Every process that is not reaped.
+        self.sessions: set[Session] = set()
+        # By key, the least recently used first.
+        self.idle: OrderedDict[str, Session] = OrderedDict()
+        # The oldest first.
+        self.spares: list[Session] = []
+        # Processes that are asked who is logged in.
+        self._probes: list[Session] = []
+        # What the last requests needed, and so what spares are for: a model that needs --model, or
+        # "", and the mode.
         self._asked: deque[tuple[str, bool]] = deque(maxlen=2 * config.spares)
-        self._preparing: dict[asyncio.Task[None], tuple[str, bool]] = {}  # spares that are being started
-        self._starting = asyncio.Semaphore(2 * (os.cpu_count() or 1))  # more at once start later, each of them
+        # Spares that are being started.
+        self._preparing: dict[asyncio.Task[None], tuple[str, bool]] = {}
+        # More at once start later, each of them.
+        self._starting = asyncio.Semaphore(2 * (os.cpu_count() or 1))
         self._slots = asyncio.Semaphore(config.max_sessions)
         self._counting = asyncio.Semaphore(os.cpu_count() or 1)
-        self._asking = asyncio.Semaphore(1)  # for `hello`
+        # For `hello`.
+        self._asking = asyncio.Semaphore(1)
         self._environment = child_environment(config, environ)
         self._agent_cwd = os.path.abspath(config.cwd)
-        self._folder = ""  # `private_folder`, once it is needed
-        self._queued = 0  # requests that wait for something
-        self._waiting = 0  # those of them that wait for a slot
+        # `private_folder`, once it is needed.
+        self._folder = ""
+        # Requests that wait for something.
+        self._queued = 0
+        # Those of them that wait for a slot.
+        self._waiting = 0
         self._ending: set[asyncio.Task[None]] = set()
         self._hello: Json = {}
-        self._models: OrderedDict[str, bool] = OrderedDict()  # by name, whether a process takes it without --model
-        self._counts: OrderedDict[bytes, int] = OrderedDict()  # answers of `count`
+        # Of the account, by type, as the CLI told last.
+        self.rate_limits: dict[str, Json] = {}
+        # Once a turn has told it.
+        self.cli_version = ""
+        # By name, whether a process takes it without --model.
+        self._models: OrderedDict[str, bool] = OrderedDict()
+        # Answers of `count`.
+        self._counts: OrderedDict[bytes, int] = OrderedDict()
         # By key, while a request of that session header runs or waits: they run one after another.
         self._pins: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        # Where a lost conversation was last seen: by fingerprint and by key, its parts and why it cannot go on.
+        # Where a lost conversation was last seen: by fingerprint and by key, its parts and why it
+        # cannot go on.
         self._past: OrderedDict[bytes | str, tuple[dict[str, bytes], str]] = OrderedDict()
         self._executor: ThreadPoolExecutor | None = None
 
@@ -813,28 +1097,47 @@ class Pool:
         if PRIVATE_PREFIX in self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
 
+    def learn(self, translator: Translator) -> None:
+        """Keep what the CLI told of itself, and of the limits of the account."""
+        self.cli_version = translator.cli_version or self.cli_version
+        for info in translator.rate_limits:
+            name = translate.text_of(info, "rateLimitType") or "unknown"
+            self.rate_limits.pop(name, None)
+            self.rate_limits[name] = info
+
     def measure(self) -> str:
         """All metrics, as text."""
+        for name, info in self.rate_limits.items():
+            for key, metric in QUOTA_METRICS.items():
+                value = info.get(key)
+                if isinstance(value, int | float):
+                    self.metrics.set(metric, value, limit=name)
         for state in State:
-            self.metrics.set("processes", sum(session.state is state for session in self.sessions), state=state.value)
+            self.metrics.set(
+                "processes",
+                sum(session.state is state for session in self.sessions),
+                state=state.value,
+            )
         self.metrics.set("waiting_requests", self._queued)
         return self.metrics.text()
 
     async def compute(self, size: int, function: Callable[[], T]) -> T:
-        """Run what takes time in proportion to a request of `size` bytes: a large one in a thread, one after another,
-        so that others are served meanwhile."""
+        """Run what takes time in proportion to a request of `size` bytes: a large one in a thread,
+        one after another, so that others are served meanwhile."""
         if size < THREAD_SIZE:
             return function()
         self._executor = self._executor or ThreadPoolExecutor(1)
         return await asyncio.get_running_loop().run_in_executor(self._executor, function)
 
     @contextlib.asynccontextmanager
-    async def turn(self, request: Request, token: str | None, owner: str = "") -> AsyncIterator[Turn]:
-        """A session for the request: a warm one, or a fresh process that was given the history.  `token` is the session
-        header; it names a conversation of the client with the key `owner`.
+    async def turn(
+        self, request: Request, token: str | None, owner: str = ""
+    ) -> AsyncIterator[Turn]:
+        """A session for the request: a warm one, or a fresh process that was given the history.
+        `token` is the session header; it names a conversation of the client with the key `owner`.
 
-        Raises ApiError: 529 when there is no room in time, 502 when the CLI cannot be started.
-        On exit the session is filed if the answer is complete, and retired otherwise.
+        Raises ApiError: 529 when there is no room in time, 502 when the CLI cannot be started. On
+        exit the session is filed if the answer is complete, and retired otherwise.
         """
         async with self._pin(token, owner) as key:
             turn = await self._hot_turn(request, key) or await self._fresh_turn(request, key, token)
@@ -843,9 +1146,20 @@ class Pool:
             finally:
                 self._finish(turn)
 
+    @property
+    def known_hello(self) -> Json:
+        """What the CLI said of itself last; empty: nothing yet."""
+        return self._hello
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a request would get a process, or at worst that of a resting conversation."""
+        return not self._slots.locked() or bool(self.spares or self.idle)
+
     async def hello(self) -> Json:
-        """What the CLI says of itself, without a model call: `models`, `account`.  The last answer of any process is
-        good; with none yet one process is started for it.  Raises ApiError when the CLI does not work."""
+        """What the CLI says of itself, without a model call: `models`, `account`.  The last answer
+        of any process is good; with none yet one process is started for it.  Raises ApiError when
+        the CLI does not work."""
         await self._queue(self._asking.acquire, "the claude CLI did not start")
         try:
             if not self._hello:
@@ -884,14 +1198,17 @@ class Pool:
             pin.release()
 
     async def _queue(self, room: Callable[[], Awaitable[object]], what: str) -> None:
-        """Wait for `room` in a line of at most `max_queue` requests, for at most `queue_secs`.  Raises ApiError 529."""
+        """Wait for `room` in a line of at most `max_queue` requests, for at most `queue_secs`.
+        Raises ApiError 529."""
         words = f"{what} within {self.config.queue_secs:g} seconds"
         if self._queued >= self.config.max_queue:
             words = f"{self._queued} requests wait for room already"
         self._queued += 1
         began = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(self.config.queue_secs if self._queued <= self.config.max_queue else 0):
+            async with asyncio.timeout(
+                self.config.queue_secs if self._queued <= self.config.max_queue else 0
+            ):
                 await room()
         except TimeoutError:
             after = max(1, round(self.config.queue_secs))
@@ -915,7 +1232,9 @@ class Pool:
         self._move(session, State.BUSY)
         self._remember(session, "busy")
         try:
-            lines = await self.compute(request.size, lambda: self._hot_lines(request, session, results is None))
+            lines = await self.compute(
+                request.size, lambda: self._hot_lines(request, session, results is None)
+            )
             is_ready = await self._is_ready(session.process)
         except BaseException:
             self.retire(session, "interrupted")
@@ -963,7 +1282,9 @@ class Pool:
     async def _is_ready(self, process: Process) -> bool:
         """Whether the process is done with its last turn, and has not spoken or died since."""
         try:
-            settled = process.settled is None or await asyncio.wait_for(process.settled, SETTLE_SECS)
+            settled = process.settled is None or await asyncio.wait_for(
+                process.settled, SETTLE_SECS
+            )
         except TimeoutError:
             return False
         for _ in range(2):  # of the event loop, for what the process has written to be read
@@ -1012,7 +1333,9 @@ class Pool:
                 raise
             self.retire(session, "model")  # the next one is started with --model
 
-    async def _set_up(self, session: Session, request: Request, tools: list[Json], query: bool) -> list[bytes]:
+    async def _set_up(
+        self, session: Session, request: Request, tools: list[Json], query: bool
+    ) -> list[bytes]:
         process = session.process
         process.listen()
         process.tools = tools
@@ -1020,7 +1343,9 @@ class Pool:
         session.parts = request.parts
         session.turn_id = str(uuid.uuid4())
         model = translate.listed_model(self._hello, request.model) or request.model
-        rows, lines = await self.compute(request.size, lambda: opening(request, model, session, query=query))
+        rows, lines = await self.compute(
+            request.size, lambda: opening(request, model, session, query=query)
+        )
         settings = translate.turn_settings(request)
         if not query:
             settings["ANTHROPIC_LOG"] = "info"
@@ -1035,29 +1360,36 @@ class Pool:
     async def _has_model(self, session: Session, name: str) -> bool:
         """Whether a process runs the model that it was given in its conversation, not with --model.
 
-        The CLI takes its default model for one that it cannot resume with, in silence, so each name is tried once.
+        The CLI takes its default model for one that it cannot resume with, in silence, so each name
+        is tried once.
         """
         if session.model or self._models.get(name):
             return True
         session.process.write(translate.control_line("get_settings", "get_settings"))
-        answer = await session.process.until(Translator(), lambda event: translate.response(event, "get_settings"))
-        runs = translate.applied_model(answer) == translate.listed_model(self._hello, name)
+        answer = await session.process.until(
+            Translator(), lambda event: translate.response(event, "get_settings")
+        )
+        wanted = translate.listed_model(session.process.hello, name) or name
+        runs = translate.applied_model(answer) == wanted
         self._models[name] = runs
         while len(self._models) > MAX_MODELS:
             self._models.popitem(last=False)
         return runs
 
     def _is_agent(self, request: Request) -> bool:
-        return bool(self.config.tools) and not request.tool_names  # a client that brings tools runs them itself
+        # A client that brings tools runs them itself.
+        return bool(self.config.tools) and not request.tool_names
 
     async def _take(self, model: str, agent: bool) -> Session:
-        """A process without a conversation: a spare, even one that is still starting, or else a fresh one.
+        """A process without a conversation: a spare, even one that is still starting, or else a
+        fresh one.
 
-        Most models are had without --model, so that any spare will do; their full names are known once a CLI has said
-        what it has.
+        A model is had without --model by its full name, so that any spare will do; that of an alias
+        is known once a CLI has said what it has.
         """
-        is_listed = bool(translate.listed_model(self._hello, model))
-        started_with = "" if is_listed and self._models.get(model, True) else model
+        full_name = translate.listed_model(self._hello, model) or model
+        has_full_name = full_name.startswith(translate.FULL_NAME)
+        started_with = "" if has_full_name and self._models.get(model, True) else model
         self._asked.append((started_with if self._hello else "", agent))
         for spare in list(self.spares):
             if spare.process.gone:
@@ -1070,12 +1402,16 @@ class Pool:
     async def _spawn(self, model: str, agent: bool) -> Session:
         if self._slots.locked():
             self._evict([*self._probes, *self.spares, *self.idle.values()])
-        await self._queue(self._room, f"all {self.config.max_sessions} processes were busy, none got free")
+        await self._queue(
+            self._room, f"all {self.config.max_sessions} processes were busy, none got free"
+        )
         try:
             self._folder = private_folder(self._folder)
             cwd = self._agent_cwd if agent else os.path.join(self._folder, "work")
             argv = arguments(self.config, model, agent=agent)
-            process = await Process.spawn(argv, self._environment, cwd, self._folder, self.config.watchdog_secs)
+            process = await Process.spawn(
+                argv, self._environment, cwd, self._folder, self.config.watchdog_secs
+            )
         except BaseException as error:
             self._starting.release()
             self._slots.release()
@@ -1128,7 +1464,8 @@ class Pool:
         except ApiError:
             return  # the next request will say it
         self.spares.append(session)
-        if self._waiting > len(self._ending):  # a request that arrived meanwhile found nothing to evict
+        # A request that arrived meanwhile found nothing to evict.
+        if self._waiting > len(self._ending):
             self._evict(self.spares)
 
     # What becomes of a session
@@ -1149,6 +1486,7 @@ class Pool:
         """File the session of a turn, or retire it."""
         session, translator = turn.session, turn.translator
         self._hello = turn.process.hello or self._hello
+        self.learn(translator)
         if turn.on_begin:
             self._refill()
         if session.state is not State.BUSY:
@@ -1171,11 +1509,14 @@ class Pool:
         if session.turns >= self.config.max_turns and not session.calls:
             self.retire(session, "max_turns")
             return
-        turn.process.settle(bool(translator.result or session.calls))
+        is_quiet = turn.process.settle(bool(translator.result), session.calls)
+        if turn.overran or not is_quiet:
+            self.retire(session, "unasked")
+            return
         if session.key in self.idle:
             self.retire(self.idle[session.key], "changed")
-        self._file(session, State.PARKED if session.calls else State.IDLE)
         self._remember(session, "pinned")  # the only reason not to find it while it is on file
+        self._file(session, State.PARKED if session.calls else State.IDLE)
 
     def _why_broken(self, process: Process) -> str:
         if process.ended:
@@ -1195,7 +1536,8 @@ class Pool:
             self.retire(session, "evicted")
 
     def retire(self, session: Session, reason: str) -> None:
-        """End a session's process in the background; its slot is free once the process is reaped."""
+        """End a session's process in the background; its slot is free once the process is
+        reaped."""
         if session.state is State.RETIRED:
             return
         self._move(session, State.RETIRED)
@@ -1241,11 +1583,11 @@ class Pool:
     async def count(self, request: Request) -> int:
         """The tokens of a request, as the API counts what a turn would send, without a model call.
 
-        Raises ApiError: as `turn` does, 401 when nobody is logged in, and the API's own failures.  The CLI passes off
-        an estimate as a count when the API does not count, so its log is watched for the API's answers.
+        Raises ApiError: as `turn` does, 401 when nobody is logged in, and the API's own failures.
+        The CLI passes off an estimate as a count when the API does not count, so its log is watched
+        for the API's answers.
         """
-        identity = [*request.parts.values(), request.past, request.newest]
-        key = translate.digest([part.hex() for part in identity])
+        key = await self.compute(request.size, lambda: translate.request_digest(request))
         if key in self._counts:
             return self._counts[key]
         await self._queue(self._counting.acquire, "other counts did not end")
@@ -1253,7 +1595,9 @@ class Pool:
             async with asyncio.timeout(COUNT_SECS):
                 tokens = await self._count(request)
         except TimeoutError:
-            raise ApiError(504, f"the claude CLI did not count within {COUNT_SECS:g} seconds") from None
+            raise ApiError(
+                504, f"the claude CLI did not count within {COUNT_SECS:g} seconds"
+            ) from None
         finally:
             self._counting.release()
             self._refill()
@@ -1287,27 +1631,61 @@ class Pool:
             if not translate.login_source(self._hello):
                 raise ApiError(401, f"the claude CLI is not logged in: {translate.LOGIN_CURE}")
             raise cli_error("the API did not answer the claude CLI's count")
-        return int(usage.get("totalTokens") or 0) + (TOOLS_PROMPT_TOKENS if request.tool_names else 0)
+        return int(usage.get("totalTokens") or 0) + (
+            TOOLS_PROMPT_TOKENS if request.tool_names else 0
+        )
 
 
-# ------------------------------------------------------------------------------------- appendix: metrics
+# ------------------------------------------------------------ appendix: metrics
 
 # What /metrics says, after claude_cli_bridge_: type and help.
 METRICS = {
-    "requests_total": ("counter", "HTTP requests by route and status; 499: the client left before there was one"),
-    "errors_total": ("counter", "Requests that failed, by error.type; client_left: before the end of the answer"),
-    "turns_total": ("counter", "Turns by conversation (hot, new, rebuilt) and the reason of a rebuild"),
-    "first_byte_seconds": ("histogram", "From a request for a message to the first event of its answer"),
+    "requests_total": (
+        "counter",
+        "HTTP requests by route and status; 499: the client left before there was one",
+    ),
+    "errors_total": (
+        "counter",
+        "Requests that failed, by error.type; client_left: before the end of the answer",
+    ),
+    "turns_total": (
+        "counter",
+        "Turns by conversation (hot, new, rebuilt) and the reason of a rebuild",
+    ),
+    "first_byte_seconds": (
+        "histogram",
+        "From a request for a message to the first event of its answer",
+    ),
     "turn_seconds": ("histogram", "From a request for a message to the end of its answer"),
-    "queue_seconds": ("histogram", "Time requests waited for a process slot or for others of their session"),
-    "tokens_total": ("counter", "Tokens by kind, as the API counted them in complete and broken answers"),
+    "queue_seconds": (
+        "histogram",
+        "Time requests waited for a process slot or for others of their session",
+    ),
+    "tokens_total": (
+        "counter",
+        "Tokens by kind, as the API counted them in complete and broken answers",
+    ),
     "processes": ("gauge", "Processes of the CLI by state"),
     "processes_started_total": ("counter", "Processes of the CLI that were started"),
     "processes_ended_total": ("counter", "Processes of the CLI that were retired, by reason"),
-    "process_restarts_total": ("counter", "Processes of the CLI that ended by themselves; the next turn starts one"),
+    "process_restarts_total": (
+        "counter",
+        "Processes of the CLI that ended by themselves; the next turn starts one",
+    ),
     "watchdog_fires_total": ("counter", "Turns that failed as the CLI was silent"),
-    "waiting_requests": ("gauge", "Requests that wait for a process, or for others of their session"),
+    "waiting_requests": (
+        "gauge",
+        "Requests that wait for a process, or for others of their session",
+    ),
     "connections": ("gauge", "Open connections of clients"),
+    "log_lines_lost_total": ("counter", "Log lines that were lost because nobody read them"),
+    "quota_utilization_ratio": ("gauge", "How much of a limit of the account is used, by the CLI"),
+    "quota_resets_at_seconds": ("gauge", "When a limit of the account is reset, in epoch seconds"),
+}
+# Key of what the CLI tells of a limit -> its metric.
+QUOTA_METRICS = {
+    "utilization": "quota_utilization_ratio",
+    "resetsAt": "quota_resets_at_seconds",
 }
 # Seconds: a hot turn to a long answer.
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -1316,7 +1694,8 @@ ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 class Metrics:
-    """Counts and times since the start, as Prometheus reads them (text-based exposition format, 0.0.4)."""
+    """Counts and times since the start, as Prometheus reads them (text-based exposition format,
+    0.0.4)."""
 
     def __init__(self) -> None:
         # By name, then by the rest of the name and the labels.
@@ -1324,7 +1703,9 @@ class Metrics:
         for name, (kind, _) in METRICS.items():
             if kind == "histogram":
                 bounds = [*map(str, BUCKETS), "+Inf"]
-                self._samples[name] = dict.fromkeys([f'_bucket{{le="{bound}"}}' for bound in bounds], 0)
+                self._samples[name] = dict.fromkeys(
+                    [f'_bucket{{le="{bound}"}}' for bound in bounds], 0
+                )
                 self._samples[name].update({"_sum": 0, "_count": 0})
         for name in ("processes_started_total", "process_restarts_total", "watchdog_fires_total"):
             self.add(name, 0)
@@ -1345,6 +1726,11 @@ class Metrics:
         samples['_bucket{le="+Inf"}'] += 1
         samples["_sum"] += seconds
         samples["_count"] += 1
+
+    def rows(self, name: str) -> list[tuple[str, str]]:
+        """The labels of each sample and its value, for people to read."""
+        samples = self._samples[name].items()
+        return [(labels.strip("{}").replace('"', ""), f"{value:g}") for labels, value in samples]
 
     def text(self) -> str:
         lines = []

@@ -1,9 +1,11 @@
 """Pure rules between the Messages API and the claude CLI: no I/O, no clock.
 
-The file follows the order of a turn: errors, the reading of a request, the fingerprint of a conversation, what is
-written to the CLI, what is read from it, and the translation of its events into the events of a Messages stream.
+The file follows the order of a turn: errors, the reading of a request, the fingerprint of a
+conversation, what is written to the CLI, what is read from it, and the translation of its events
+into the events of a Messages stream.
 
-"API" names a rule of the Messages API.  A name after "recording" is a file in tests/fixtures that shows the rule.
+"API" names a rule of the Messages API.  A name after "recording" is a file in tests/fixtures that
+shows the rule.
 """
 
 import binascii
@@ -18,6 +20,8 @@ from typing import Any, Required, TypedDict, cast
 
 import orjson
 
+__version__ = "0.2.0"
+
 # A JSON object that is passed on unread, or whose keys are checked where they are read.
 Json = dict[str, Any]
 
@@ -31,7 +35,8 @@ class Block(TypedDict, total=False):
     name: str
     input: Any
     tool_use_id: str
-    content: Any  # a string or a list of blocks
+    # A string or a list of blocks.
+    content: Any
     is_error: bool
     source: Any
     citations: Any
@@ -81,7 +86,7 @@ class CliEvent(TypedDict, total=False):
     usage: Any
 
 
-# ------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------ errors
 
 # The error.type of an HTTP status, as the SDKs map it (API: "Errors").
 ERROR_TYPES = {
@@ -110,10 +115,14 @@ class ApiError(Exception):
 
     status: int
     message: str
-    kind: str = ""  # error.type; by default that of the status
-    details: Json | None = None  # error.details
-    retry_after: int | None = None  # seconds
-    resets_at: float | None = None  # epoch second from which a rate limit allows requests again
+    # Error.type; by default that of the status.
+    kind: str = ""
+    # Error.details.
+    details: Json | None = None
+    # Seconds.
+    retry_after: int | None = None
+    # Epoch second from which a rate limit allows requests again.
+    resets_at: float | None = None
 
     def __post_init__(self) -> None:
         super().__init__(self.message)
@@ -138,8 +147,12 @@ def bad_request(place: str, message: str) -> ApiError:
     return ApiError(400, f"{place}: {message}")
 
 
-# How the CLI words an error of the API: an introduction, and the API's own message, as text or as the whole error body.
-API_ERROR = re.compile(r"(?:Failed to authenticate\. )?API Error: (?:\d{3} |Request rejected \(429\) · )?(.+)", re.DOTALL)
+# How the CLI words an error of the API: an introduction, and the API's own message, as text or as
+# the whole error body.
+API_ERROR = re.compile(
+    r"(?:Failed to authenticate\. )?API Error: (?:\d{3} |Request rejected \(429\) · )?(.+)",
+    re.DOTALL,
+)
 # What it adds to a 5xx.
 ADVICE = ". This is a server-side issue, usually temporary"
 # A second try of its own, without a part of the conversation that the API refused.
@@ -152,12 +165,14 @@ VERDICTS = {
 }
 
 
-def result_error(result: CliEvent, told: CliEvent | None = None, resets_at: float | None = None) -> ApiError:
+def result_error(
+    result: CliEvent, told: CliEvent | None = None, resets_at: float | None = None
+) -> ApiError:
     """The error that a `result` event with `is_error` stands for.
 
-    The CLI writes `subtype: success` on failures as well, so only `is_error`, `api_error_status` and the text count
-    (recordings error_401, error_429, error_529, not_logged_in).  `told` is the `assistant` event before it, in which
-    2.1.330 keeps the API's error.type and error_code.
+    The CLI writes `subtype: success` on failures as well, so only `is_error`, `api_error_status`
+    and the text count (recordings error_401, error_429, error_529, not_logged_in).  `told` is the
+    `assistant` event before it, in which 2.1.330 keeps the API's error.type and error_code.
     """
     errors = result.get("errors")
     text = result.get("result")
@@ -174,7 +189,8 @@ def result_error(result: CliEvent, told: CliEvent | None = None, resets_at: floa
     if status == 401:
         message = f"{message} (the claude CLI is not logged in: {LOGIN_CURE})"
     elif status == 404:
-        message = f"{message.partition(' Run --model')[0]} (GET /v1/models lists the models of this account)"
+        message = message.partition(" Run --model")[0]
+        message += " (GET /v1/models lists the models of this account)"
     details = {"error_code": code} if isinstance(code, str) else None
     return ApiError(status, message, kind, details, resets_at=resets_at if status == 429 else None)
 
@@ -197,7 +213,7 @@ def api_message(text: str, kind: str) -> tuple[str, str]:
     return message, kind
 
 
-# ------------------------------------------------------------------------------------- JSON
+# ------------------------------------------------------------ JSON
 
 # An integer that may not fit into 64 bits: orjson would read it as a float, and lose digits.
 LONG_INTEGER = re.compile(rb"[0-9]{19}")
@@ -231,21 +247,24 @@ def line(value: Json) -> bytes:
     return to_json(value) + b"\n"
 
 
-# ------------------------------------------------------------------------------------- requests
+# ------------------------------------------------------------ requests
 
-# A model name can end up in the CLI's argv, where a leading dash would make it a flag.  Brackets, slashes, colons and
-# @ occur in real names (sonnet[1m], Bedrock ARNs, Vertex versions).
+# A model name can end up in the CLI's argv, where a leading dash would make it a flag.  Brackets,
+# slashes, colons and @ occur in real names (sonnet[1m], Bedrock ARNs, Vertex versions).
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,255}")
 MODEL_PREFIX = "claude-cli/"
+# How full names begin; aliases (sonnet, opus[1m]) do not.
+FULL_NAME = "claude-"
 # Values of anthropic-beta: they reach the CLI as one list with commas.
 BETA_NAME = re.compile(r"[\x21-\x2b\x2d-\x7e]+")
 UNPRINTABLE = re.compile(r"[^\x21-\x2b\x2d-\x7e]")
-# What the bridge says to the CLI in other ways, or leaves to it.  All other fields of a request go to the API as sent.
-# A field `betas` would replace the CLI's own list, the one that an OAuth login needs among it; `metadata` is who the
-# CLI says it is.
+# What the bridge says to the CLI in other ways, or leaves to it.  All other fields of a request go
+# to the API as sent. A field `betas` would replace the CLI's own list, the one that an OAuth login
+# needs among it; `metadata` is who the CLI says it is.
 OWN_FIELDS = frozenset({"model", "messages", "system", "stream", "metadata", "betas"})
 THREAD_UNSUPPORTED = "thread_unsupported_request"
-# Claude Code's first system block: a hash that changes with every request, and that the CLI writes itself.
+# Claude Code's first system block: a hash that changes with every request, and that the CLI writes
+# itself.
 BILLING_LINE = "x-anthropic-billing-header:"
 TYPE_NAMES = {
     str: "string",
@@ -257,17 +276,20 @@ PREFILL = (
     "a conversation whose last message is the assistant's cannot be continued by this bridge "
     "(the claude CLI takes no prefill): end it with a user message"
 )
-# Tools whose entry in `tools` has no name of its own, and the names that the model calls (SDK: BetaComputerToolset*).
+# Tools whose entry in `tools` has no name of its own, and the names that the model calls (SDK:
+# BetaComputerToolset*).
 TOOLSETS = {
     "computer_toolset_": (
-        "cursor_position double_click hold_key key left_click left_click_drag left_mouse_down left_mouse_up "
-        "middle_click mouse_move right_click screenshot scroll triple_click type wait zoom"
+        "cursor_position double_click hold_key key left_click left_click_drag left_mouse_down "
+        "left_mouse_up middle_click mouse_move right_click screenshot scroll triple_click "
+        "type wait zoom"
     ),
     "browser_toolset_": (
-        "close_tab double_click file_upload find form_input get_page_text hold_key hover javascript_exec key "
-        "left_click left_click_drag left_mouse_down left_mouse_up list_tabs middle_click mouse_move navigate new_tab "
-        "read_console read_network read_page right_click screenshot scroll scroll_to switch_tab triple_click type "
-        "wait zoom"
+        "close_tab double_click file_upload find form_input get_page_text hold_key hover "
+        "javascript_exec key left_click left_click_drag left_mouse_down left_mouse_up "
+        "list_tabs middle_click mouse_move navigate new_tab read_console read_network "
+        "read_page right_click screenshot scroll scroll_to switch_tab triple_click type wait "
+        "zoom"
     ),
 }
 
@@ -276,21 +298,35 @@ TOOLSETS = {
 class Request:
     """A valid Messages request, in the form that the rest of the bridge works with."""
 
-    model: str  # as the CLI gets it: without a leading claude-cli/
-    system: list[str]  # the texts of the system prompt; empty: none
-    messages: list[Message]  # roles alternate, the last one is the user's
+    # As the CLI gets it: without a leading claude-cli/.
+    model: str
+    # The texts of the system prompt; empty: none.
+    system: list[str]
+    # Roles alternate, the last one is the user's.
+    messages: list[Message]
     stream: bool
-    tool_names: list[str]  # the client's tools, as the model calls them
-    body: Json  # the fields that go to the API as sent
-    betas: str  # the client's anthropic-beta, sorted
-    caching: str  # who sets the cache breakpoints of the messages: "cli" or "client"
-    not_sent: list[str]  # what cannot arrive as sent: fields and places
-    image_keys: list[str]  # places that are lost when the newest message goes to a running process as a line
-    size: int  # bytes of the body
-    parts: dict[str, bytes] = field(default_factory=dict)  # digests of what cannot change without a new process
-    sent_parts: dict[str, bytes] = field(default_factory=dict)  # those of them that the client sent
-    past: bytes = b""  # digest of all messages but the last one
-    newest: bytes = b""  # digest of the last message
+    # The client's tools, as the model calls them.
+    tool_names: list[str]
+    # The fields that go to the API as sent.
+    body: Json
+    # The client's anthropic-beta, sorted.
+    betas: str
+    # Who sets the cache breakpoints of the messages: "cli" or "client".
+    caching: str
+    # What cannot arrive as sent: fields and places.
+    not_sent: list[str]
+    # Places that are lost when the newest message goes to a running process as a line.
+    image_keys: list[str]
+    # Bytes of the body.
+    size: int
+    # Digests of what cannot change without a new process.
+    parts: dict[str, bytes] = field(default_factory=dict)
+    # Those of them that the client sent.
+    sent_parts: dict[str, bytes] = field(default_factory=dict)
+    # Digest of all messages but the last one.
+    past: bytes = b""
+    # Digest of the last message.
+    newest: bytes = b""
 
 
 def parse_request(
@@ -302,18 +338,21 @@ def parse_request(
     max_values: int = 300_000,
     counting: bool = False,
 ) -> Request:
-    """Read the body of POST /v1/messages; `betas` is the header anthropic-beta; `counting`: of .../count_tokens.
+    """Read the body of POST /v1/messages; `betas` is the header anthropic-beta; `counting`: of
+    .../count_tokens.
 
-    The API is the judge of a request, the bridge its carrier: it checks what it must know itself to be right, and what
-    the CLI would change in silence.  Raises ApiError 400, in the API's wording.
+    The API is the judge of a request, the bridge its carrier: it checks what it must know itself to
+    be right, and what the CLI would change in silence.  Raises ApiError 400, in the API's wording.
     """
     data = read_object(body, max_depth, max_values)
     if data.get("thread") is not None:
-        # The SDKs send the whole history after this error_code alone (anthropic lib/threads/_thread_state.py).
+        # The SDKs send the whole history after this error_code alone (anthropic
+        # lib/threads/_thread_state.py).
         details = {"error_code": THREAD_UNSUPPORTED}
         raise ApiError(400, "thread: not supported by this bridge", details=details)
-    for name in ("model", "messages") if counting else ("model", "max_tokens", "messages"):
-        if data.get(name) is None:
+    for name in ("model", "messages", "max_tokens"):
+        is_optional = counting and name == "max_tokens"
+        if data.get(name) is None and not is_optional:
             raise bad_request(name, "Field required")
     not_sent = [name for name in ("metadata", "betas") if data.get(name) is not None]
     stream = data.get("stream")
@@ -327,37 +366,41 @@ def parse_request(
         raise bad_request("messages", f"List should have at most {max_messages} items")
     caching = "client" if has_own_breakpoints(raw, tools, data) else "cli"
     tool_names = read_tool_names(tools)
-    loaded: set[str] = set()
-    messages, places = read_messages(raw, caching, not_sent, loaded)
+    reader = MessageReader(caching, not_sent)
+    reader.read(raw)
     fields = {name: value for name, value in data.items() if name not in OWN_FIELDS}
     if tools:
-        fields["tools"] = without_deferring(tools, loaded, not_sent)
+        fields["tools"] = without_deferring(tools, reader.loaded, not_sent)
     request = Request(
         model=read_model(data["model"]),
         system=system,
-        messages=messages,
+        messages=reader.messages,
         stream=bool(stream),
         tool_names=tool_names,
         body=fields,
         betas=read_betas(betas),
         caching=caching,
         not_sent=list(dict.fromkeys(not_sent)),
-        image_keys=image_keys(messages[-1], places),
+        image_keys=image_keys(reader.messages[-1], reader.places[-1]),
         size=len(body),
     )
     identify(request, data)
     return request
 
 
+def not_json(words: str) -> ApiError:
+    return ApiError(400, f"The request body is not valid JSON: {words}")
+
+
 def read_object(body: bytes, max_depth: int, max_values: int) -> Json:
     if has_more_values(body, max_values):
-        raise ApiError(400, f"The request body is not valid JSON: it holds more than {max_values} values")
+        raise not_json(f"it holds more than {max_values} values")
     try:
         data = from_json(body)
     except orjson.JSONDecodeError as error:
-        raise ApiError(400, f"The request body is not valid JSON: {error}") from None
+        raise not_json(str(error)) from None
     if is_deeper(data, max_depth):
-        raise ApiError(400, f"The request body is not valid JSON: it is nested more than {max_depth} levels deep")
+        raise not_json(f"it is nested more than {max_depth} levels deep")
     if not isinstance(data, dict):
         raise ApiError(400, "The request body is not a JSON object.")
     return data
@@ -407,7 +450,7 @@ def check_type(value: Any, kind: type, place: str) -> Any:
 def read_model(value: Any) -> str:
     name: str = check_type(value, str, "model").removeprefix(MODEL_PREFIX)
     if not MODEL_NAME.fullmatch(name):
-        words = "String should be a model name: letters, digits and . _ : / @ [ ] -, not beginning with -"
+        words = "String should be a model name: letters, digits and . _ : / @ [ ] -"
         raise bad_request("model", words)
     return name
 
@@ -416,12 +459,15 @@ def read_betas(header: str) -> str:
     names = {name.strip() for name in header.split(",")} - {""}
     for name in names:
         if not BETA_NAME.fullmatch(name):
-            raise bad_request("anthropic-beta", "names are visible ASCII characters, separated by commas")
+            raise bad_request(
+                "anthropic-beta", "names are visible ASCII characters, separated by commas"
+            )
     return ",".join(sorted(names))
 
 
 def read_system(system: Any, not_sent: list[str]) -> list[str]:
-    """The texts of `system`: a string or text blocks (API).  The CLI joins them, and keeps no other key of theirs."""
+    """The texts of `system`: a string or text blocks (API).  The CLI joins them, and keeps no other
+    key of theirs."""
     if system is None:
         return []
     if isinstance(system, str):
@@ -452,7 +498,8 @@ def printable(key: str) -> str:
 def read_tool_names(tools: list[Any]) -> list[str]:
     """The names by which the model may call a tool of the client.
 
-    The CLI has to know them to hand a call over (MCP); everything else about the tools goes to the API as sent.
+    The CLI has to know them to hand a call over (MCP); everything else about the tools goes to the
+    API as sent.
     """
     names: list[str] = []
     for number, tool in enumerate(tools):
@@ -468,12 +515,17 @@ def read_tool_names(tools: list[Any]) -> list[str]:
 
 def called_names(messages: list[Message]) -> list[str]:
     """The names of the tools that a conversation has called."""
-    return [block["name"] for message in messages for block in message["content"] if block["type"] == "tool_use"]
+    return [
+        block["name"]
+        for message in messages
+        for block in message["content"]
+        if block["type"] == "tool_use"
+    ]
 
 
 def without_deferring(tools: list[Any], loaded: set[str], not_sent: list[str]) -> list[Any]:
-    """The tools, those that a `tool_reference` has loaded without `defer_loading`: the CLI leaves such references out,
-    and the model would never see the tool."""
+    """The tools, those that a `tool_reference` has loaded without `defer_loading`: the CLI leaves
+    such references out, and the model would never see the tool."""
     kept = []
     for number, tool in enumerate(tools):
         if tool.get("defer_loading") and tool.get("name") in loaded:
@@ -483,58 +535,99 @@ def without_deferring(tools: list[Any], loaded: set[str], not_sent: list[str]) -
     return kept
 
 
-# ------------------------------------------------------------------------------------- messages
+# ------------------------------------------------------------ messages
 
 # How deep blocks may stand in blocks: in a tool_result, and in a document there (API).
 INNER_LEVELS = 2
 
 
-def read_messages(
-    raw: list[Any], caching: str, not_sent: list[str], loaded: set[str]
-) -> tuple[list[Message], list[str]]:
-    """The messages as block lists of alternating roles, and the places of the last one's blocks.
+class MessageReader:
+    """Reads messages into block lists of alternating roles.
 
-    Adds to `not_sent` the places of what the CLI leaves out, and to `loaded` the tools that results refer to.
-    Raises ApiError 400 in the API's wording, with the index of the message as the client numbered it.
+    It notes the places of what the CLI leaves out, and the tools that results refer to.
     """
-    if not raw:
-        raise bad_request("messages", "at least one message is required")
-    merged: list[Message] = []
-    places: list[list[str]] = []  # of each block, as the client numbered it
-    for number, message in enumerate(raw):
-        place = f"messages.{number}"
-        role, blocks = read_message(message, place)
-        for key, value in message.items():
-            if value is not None and key not in ("role", "content"):
-                not_sent.append(f"{place}.{printable(key)}")
-        if role == "assistant" and all(block["type"] in UNSAID for block in blocks):
-            not_sent.append(place)  # the CLI leaves out such a message
-            continue
-        if role == "system":
-            check_system_place(raw, number)
-            # The CLI's input knows the user's and the assistant's messages only.
-            not_sent.append(f"{place}.role")
-            text = "\n".join(block["text"] for block in blocks)
-            role, blocks = "user", [{"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}]
-        if caching == "cli":
-            blocks = [without_breakpoints(block, not_sent) for block in blocks]
-        homes = [f"{place}.content.{index}" for index in range(len(blocks))]
-        blocks = [
-            read_result(block, home, not_sent, loaded) if block["type"] == "tool_result" else block
-            for block, home in zip(blocks, homes, strict=True)
-        ]
-        if merged and merged[-1]["role"] == role:  # API: consecutive turns of one role are one turn
-            merged[-1]["content"].extend(blocks)
-            places[-1].extend(homes)
+
+    def __init__(self, caching: str, not_sent: list[str]) -> None:
+        self.messages: list[Message] = []
+        # Of each block its place, as the client numbered it.
+        self.places: list[list[str]] = []
+        self.not_sent = not_sent
+        # The names of the tools.
+        self.loaded: set[str] = set()
+        self._caching = caching
+
+    def read(self, raw: list[Any]) -> None:
+        """Raises ApiError 400 in the API's wording, with the index of the message as the client
+        numbered it."""
+        if not raw:
+            raise bad_request("messages", "at least one message is required")
+        for number, message in enumerate(raw):
+            place = f"messages.{number}"
+            role, blocks = read_message(message, place)
+            for key, value in message.items():
+                if value is not None and key not in ("role", "content"):
+                    self.not_sent.append(f"{place}.{printable(key)}")
+            if role == "system":
+                check_system_place(raw, number)
+                # The CLI's input knows the user's and the assistant's messages only.
+                self.not_sent.append(f"{place}.role")
+                role = "user"
+                blocks = [reminder(blocks)]
+            is_unsaid = all(block["type"] in UNSAID for block in blocks)
+            if role == "assistant" and is_unsaid:
+                self.not_sent.append(place)
+            else:
+                self._add(role, blocks, place)
+        check_pairs(self.messages, self.places)
+        if role == "assistant":
+            raise bad_request(place, PREFILL)
+        for message, homes in zip(self.messages, self.places, strict=True):
+            self.not_sent += left_out(message["content"], homes)
+
+    def _add(self, role: str, blocks: list[Block], place: str) -> None:
+        homes = []
+        kept = []
+        for index, block in enumerate(blocks):
+            home = f"{place}.content.{index}"
+            if self._caching == "cli":
+                block = without_breakpoints(block, self.not_sent)
+            if block["type"] == "tool_result":
+                block = self._read_result(block, home)
+            homes.append(home)
+            kept.append(block)
+        # API: consecutive messages of one role are one message.
+        if self.messages and self.messages[-1]["role"] == role:
+            self.messages[-1]["content"].extend(kept)
+            self.places[-1].extend(homes)
         else:
-            merged.append({"role": role, "content": list(blocks)})
-            places.append(homes)
-    check_pairs(merged, places)
-    if role == "assistant":
-        raise bad_request(place, PREFILL)
-    for message, homes in zip(merged, places, strict=True):
-        not_sent += left_out(message["content"], homes)
-    return merged, places[-1]
+            self.messages.append({"role": role, "content": kept})
+            self.places.append(homes)
+
+    def _read_result(self, block: Block, place: str) -> Block:
+        """A tool_result without what the CLI leaves out: references to tools, and all but text of
+        an error."""
+        content = block.get("content")
+        if not isinstance(content, list):
+            return block
+        result = block.copy()
+        result["content"] = []
+        for index, inner in enumerate(content):
+            kind = text_of(inner, "type")
+            if kind == "tool_reference":
+                name = text_of(inner, "tool_name")
+                self.loaded.add(name)
+                result["content"].append({"type": "text", "text": f"Tool loaded: {name}"})
+            elif kind == "text" or not block.get("is_error"):
+                result["content"].append(inner)
+                continue
+            self.not_sent.append(f"{place}.content.{index}")
+        return result
+
+
+def reminder(blocks: list[Block]) -> Block:
+    """A system message as the CLI's own reminders are written."""
+    text = "\n".join(block["text"] for block in blocks)
+    return {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
 
 
 # All that the CLI keeps of a tool_use.
@@ -542,49 +635,30 @@ CALL_KEYS = {"type", "id", "name", "input"}
 
 
 def left_out(blocks: list[Block], homes: list[str]) -> list[str]:
-    """The places of what some version of the CLI leaves out of an assistant message: marks of a fallback, the advisor's
-    words, keys of tool calls, citations of documents, and calls of server tools that wait for a client's tool, and so
-    have no result in the same message."""
+    """The places of what some version of the CLI leaves out of an assistant message: marks of a
+    fallback, the advisor's words, keys of tool calls, citations of documents, and calls of server
+    tools that wait for a client's tool, and so have no result in the same message."""
     answered = {str(block.get("tool_use_id")) for block in blocks}
     places = []
     for block, home in zip(blocks, homes, strict=True):
         kind = block["type"]
         is_server_call = kind in ("server_tool_use", "mcp_tool_use")
         is_pending = is_server_call and str(block.get("id")) not in answered
-        is_advice = kind == "advisor_tool_result" or (is_server_call and block.get("name") == "advisor")
-        if kind == "fallback" or is_pending or is_advice:
+        is_advisor = is_server_call and block.get("name") == "advisor"
+        citations = as_blocks(block.get("citations"))
+        if kind in ("fallback", "advisor_tool_result") or is_pending or is_advisor:
             places.append(home)
         elif kind == "tool_use":
             extra = [key for key in canonical_block(block) if key not in CALL_KEYS]
             places += [f"{home}.{printable(key)}" for key in extra]
-        elif kind == "text" and any(not is_from_web(citation) for citation in as_blocks(block.get("citations"))):
+        elif kind == "text" and not all(map(is_from_web, citations)):
             places.append(f"{home}.citations")
     return places
 
 
 def is_from_web(citation: Any) -> bool:
     """Whether it is one of the citations that 2.1.332 keeps."""
-    return isinstance(citation, dict) and citation.get("type") == "web_search_result_location"
-
-
-def read_result(block: Block, place: str, not_sent: list[str], loaded: set[str]) -> Block:
-    """A tool_result without what the CLI leaves out: references to tools, and all but text of an error."""
-    content = block.get("content")
-    if not isinstance(content, list):
-        return block
-    kept = []
-    for index, inner in enumerate(content):
-        kind = inner.get("type") if isinstance(inner, dict) else None
-        if kind == "tool_reference":
-            loaded.add(str(inner.get("tool_name")))
-            kept.append({"type": "text", "text": f"Tool loaded: {inner.get('tool_name')}"})
-        elif kind == "text" or not block.get("is_error"):
-            kept.append(inner)
-            continue
-        not_sent.append(f"{place}.content.{index}")
-    result = block.copy()
-    result["content"] = kept
-    return result
+    return text_of(citation, "type") == "web_search_result_location"
 
 
 def read_message(message: Any, place: str) -> tuple[str, list[Block]]:
@@ -597,7 +671,8 @@ def read_message(message: Any, place: str) -> tuple[str, list[Block]]:
     if content is None:
         raise bad_request(f"{place}.content", "Field required")
     if content in ("", []):
-        words = "all messages must have non-empty content except for the optional final assistant message"
+        words = "all messages must have non-empty content"
+        words += " except for the optional final assistant message"
         raise bad_request(place, words)
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
@@ -607,27 +682,38 @@ def read_message(message: Any, place: str) -> tuple[str, list[Block]]:
 
 
 def check_block(block: Any, role: str, message_place: str, place: str) -> None:
+    """Check what is read of a block; all else in it is the API's to judge."""
     check_type(block, dict, place)
     kind = check_type(block.get("type"), str, f"{place}.type")
     if kind == "text":
-        text = check_type(block.get("text"), str, f"{place}.text.text")
-        if not text.strip():  # the CLI would drop the block, or the message
-            words = "contain non-whitespace text" if text else "be non-empty"
-            raise bad_request("messages", f"text content blocks must {words} ({message_place})")
+        check_text(block, message_place, place)
     elif role == "system":
         raise bad_request(f"{place}.type", "Input should be 'text'")
     elif kind == "image":
         check_image(block, place)
     elif kind == "tool_use":
         check_role(role, "assistant", kind, place)
-        check_type(block.get("id"), str, f"{place}.tool_use.id")
-        name = check_type(block.get("name"), str, f"{place}.tool_use.name")
-        if len(name) > MAX_TOOL_NAME:
-            raise bad_request(f"{place}.tool_use.name", f"String should have at most {MAX_TOOL_NAME} characters")
-        check_type(block.get("input"), dict, f"{place}.tool_use.input")
+        check_call(block, f"{place}.tool_use")
     elif kind == "tool_result":
         check_role(role, "user", kind, place)
         check_type(block.get("tool_use_id"), str, f"{place}.tool_result.tool_use_id")
+
+
+def check_text(block: Block, message_place: str, place: str) -> None:
+    """The CLI would drop a block of white space, or its message."""
+    text = check_type(block.get("text"), str, f"{place}.text.text")
+    if not text.strip():
+        words = "contain non-whitespace text" if text else "be non-empty"
+        raise bad_request("messages", f"text content blocks must {words} ({message_place})")
+
+
+def check_call(block: Block, place: str) -> None:
+    check_type(block.get("id"), str, f"{place}.id")
+    name = check_type(block.get("name"), str, f"{place}.name")
+    if len(name) > MAX_TOOL_NAME:
+        words = f"String should have at most {MAX_TOOL_NAME} characters"
+        raise bad_request(f"{place}.name", words)
+    check_type(block.get("input"), dict, f"{place}.input")
 
 
 # Characters of a tool's name (API); the CLI would cut a longer one.
@@ -642,7 +728,8 @@ IMAGE_SIGNATURES = {
 
 
 def check_image(block: Block, place: str) -> None:
-    """API: base64 data is that of an image of its media type.  The CLI would replace what is not, in silence."""
+    """API: base64 data is that of an image of its media type.  The CLI would replace what is not,
+    in silence."""
     source = check_type(block.get("source"), dict, f"{place}.image.source")
     if source.get("type") != "base64":
         return
@@ -657,7 +744,9 @@ def check_image(block: Block, place: str) -> None:
         raise bad_request(f"{place}.data", "Input should be valid base64")
     for signature, kind in IMAGE_SIGNATURES.items():
         if data.startswith(signature) and declared != kind:
-            words = f"The image was specified using the {declared} media type, but appears to be {kind}"
+            words = (
+                f"The image was specified using the {declared} media type, but appears to be {kind}"
+            )
             raise bad_request(f"{place}.media_type", words)
 
 
@@ -667,20 +756,26 @@ def check_role(role: str, wanted: str, kind: str, place: str) -> None:
 
 
 def check_system_place(messages: list[Any], number: int) -> None:
-    """API: a system message follows a user turn, and precedes an assistant turn or ends the array."""
+    """API: a system message follows a user turn, and precedes an assistant turn or ends the
+    array."""
     if number == 0:
-        words = 'The Messages API accepts a top-level `system` parameter, not "system" as an input message role.'
-        raise bad_request("messages", f'Unexpected role "system". {words}')
+        words = (
+            'Unexpected role "system". The Messages API accepts a top-level `system` parameter, '
+        )
+        words += 'not "system" as an input message role.'
+        raise bad_request("messages", words)
     before = messages[number - 1]["role"]
     after = messages[number + 1] if number + 1 < len(messages) else {"role": "assistant"}
     precedes_assistant = isinstance(after, dict) and after.get("role") == "assistant"
     if before != "user" or not precedes_assistant:
-        words = "role 'system' must follow a user turn, and precede an 'assistant' message or end the array"
+        words = "role 'system' must follow a user turn,"
+        words += " and precede an 'assistant' message or end the array"
         raise bad_request(f"messages.{number}", words)
 
 
 def check_pairs(messages: list[Message], places: list[list[str]]) -> None:
-    """API: each tool_use is answered in the next message, each tool_result answers a tool_use of the previous one."""
+    """API: each tool_use is answered in the next message, each tool_result answers a tool_use of
+    the previous one."""
     called: dict[str, None] = {}
     seen: set[str] = set()
     for message, homes in zip(messages, places, strict=True):
@@ -690,13 +785,15 @@ def check_pairs(messages: list[Message], places: list[list[str]]) -> None:
                 continue
             results.add(block["tool_use_id"])
             if block["tool_use_id"] not in called:
-                words = f"unexpected `tool_use_id` found in `tool_result` blocks: {block['tool_use_id']}. "
-                words += "Each `tool_result` block must have a corresponding `tool_use` block in the previous message."
+                words = "unexpected `tool_use_id` found in `tool_result` blocks: "
+                words += f"{block['tool_use_id']}. Each `tool_result` block must have"
+                words += " a corresponding `tool_use` block in the previous message."
                 raise bad_request(home, words)
         missing = [tool_id for tool_id in called if tool_id not in results]
         if missing:
-            words = f"`tool_use` ids were found without `tool_result` blocks immediately after: {', '.join(missing)}. "
-            words += "Each `tool_use` block must have a corresponding `tool_result` block in the next message."
+            words = "`tool_use` ids were found without `tool_result` blocks immediately after: "
+            words += f"{', '.join(missing)}. Each `tool_use` block must have"
+            words += " a corresponding `tool_result` block in the next message."
             raise bad_request(homes[0].partition(".content.")[0], words)
         called = {}
         for block in message["content"]:
@@ -723,15 +820,16 @@ def is_base64_image(block: Block) -> bool:
     return block["type"] == "image" and isinstance(source, dict) and source.get("type") == "base64"
 
 
-# The API takes four cache breakpoints.  The CLI sets three of its own: two on the system prompt and one at the end of
-# the newest message, which is where most clients want theirs.
+# The API takes four cache breakpoints.  The CLI sets three of its own: two on the system prompt and
+# one at the end of the newest message, which is where most clients want theirs.
 API_BREAKPOINTS = 4
 CLI_BREAKPOINTS = 3
 
 
 def has_own_breakpoints(messages: list[Any], tools: list[Any], data: Json) -> bool:
-    """Whether the client sets cache breakpoints that the CLI's own are no match for: inside a message, such as behind a
-    document and before the question, or more on its tools than the CLI leaves."""
+    """Whether the client sets cache breakpoints that the CLI's own are no match for: inside a
+    message, such as behind a document and before the question, or more on its tools than the CLI
+    leaves."""
 
     def is_set(value: Any) -> bool:
         return isinstance(value, dict) and value.get("cache_control") is not None
@@ -740,7 +838,9 @@ def has_own_breakpoints(messages: list[Any], tools: list[Any], data: Json) -> bo
     if outside > API_BREAKPOINTS - CLI_BREAKPOINTS:
         return True
     contents = [message.get("content") for message in messages if isinstance(message, dict)]
-    return any(is_set(block) for content in contents if isinstance(content, list) for block in content[:-1])
+    return any(
+        is_set(block) for content in contents if isinstance(content, list) for block in content[:-1]
+    )
 
 
 def without_breakpoints(block: Any, not_sent: list[str], levels: int = INNER_LEVELS) -> Any:
@@ -754,14 +854,16 @@ def without_breakpoints(block: Any, not_sent: list[str], levels: int = INNER_LEV
     inner = holder.get("content")
     if levels and isinstance(inner, list):
         holder["content"] = [
-            without_breakpoints(item, not_sent, levels - 1) if isinstance(item, dict) else item for item in inner
+            without_breakpoints(item, not_sent, levels - 1) if isinstance(item, dict) else item
+            for item in inner
         ]
     return kept
 
 
-# ------------------------------------------------------------------------------------- fingerprints
+# ------------------------------------------------------------ fingerprints
 
-# Keys of a block that mean nothing to the model: SDKs and clients add, move and drop them when they echo a block.
+# Keys of a block that mean nothing to the model: SDKs and clients add, move and drop them when they
+# echo a block.
 NOISE = frozenset({"cache_control", "parsed_output"})
 # Values that mean the same as a key that is not there.
 DEFAULTS: dict[str, tuple[Any, ...]] = {
@@ -782,7 +884,8 @@ def digest(value: Any) -> bytes:
 
 
 def link(chain: bytes, message: bytes) -> bytes:
-    """The digest of a conversation that goes on from `chain` (b"": its start) with a message of that digest."""
+    """The digest of a conversation that goes on from `chain` (b"": its start) with a message of
+    that digest."""
     return hashlib.blake2b(chain + message, digest_size=16).digest()
 
 
@@ -807,11 +910,18 @@ def identify(request: Request, data: Json) -> None:
     request.newest = message_digest(request.messages[-1])
 
 
+def request_digest(request: Request) -> bytes:
+    """A digest of all that a count of tokens depends on."""
+    digests = [*request.parts.values(), request.past, request.newest, digest(request.body)]
+    return digest([item.hex() for item in digests])
+
+
 def canonical_blocks(role: str, blocks: list[Block]) -> list[Json]:
-    """Blocks without what clients change when they echo them: thinking, `NOISE`, nulls and defaults vanish, and an
-    assistant's neighbouring texts are one text without white space at its ends."""
+    """Blocks without what clients change when they echo them: thinking, `NOISE`, nulls and defaults
+    vanish, and an assistant's neighbouring texts are one text without white space at its ends."""
     canonical: list[Json] = []
-    run: list[str] = []  # neighbouring texts of the assistant
+    # Neighbouring texts of the assistant.
+    run: list[str] = []
 
     def end_run() -> None:
         text = "".join(run).strip()
@@ -850,7 +960,9 @@ def canonical_content(content: Any) -> Any:
     """The content of a tool_result or a document: a string is one text block (API)."""
     if not isinstance(content, str | list):
         return content
-    return [canonical_block(block) if isinstance(block, dict) else block for block in as_blocks(content)]
+    return [
+        canonical_block(block) if isinstance(block, dict) else block for block in as_blocks(content)
+    ]
 
 
 def as_blocks(content: Any) -> list[Any]:
@@ -859,14 +971,15 @@ def as_blocks(content: Any) -> list[Any]:
     return content if isinstance(content, list) else []
 
 
-# ------------------------------------------------------------------------------------- to the CLI
+# ------------------------------------------------------------ to the CLI
 
-# Ends every user line: a text that ends it would otherwise be searched for /commands and @files (recording
-# slash_command_unescaped).  The CLI drops it before the API call.
+# Ends every user line: a text that ends it would otherwise be searched for /commands and @files
+# (recording slash_command_unescaped).  The CLI drops it before the API call.
 GUARD: Block = {"type": "text", "text": "\n"}
 # The name of the MCP server that the bridge plays on the pipes of a process.
 MCP_SERVER = "client"
-# Lifts the CLI's limit on a tool's result from 50,000 characters to 500,000, and keeps the tool from being deferred.
+# Lifts the CLI's limit on a tool's result from 50,000 characters to 500,000, and keeps the tool
+# from being deferred.
 TOOL_META = {"anthropic/maxResultSizeChars": 1_000_000_000, "anthropic/alwaysLoad": True}
 # 2.1.197 wants a time in every row of a transcript, and neither version minds which.
 ROW_TIME = "2026-01-01T00:00:00.000Z"
@@ -875,9 +988,10 @@ ROW_TIME = "2026-01-01T00:00:00.000Z"
 def transcript(messages: list[Message], model: str) -> list[bytes]:
     """A conversation as the CLI reads it with --resume: a chain of rows, one JSON object a line.
 
-    The first row is one that the API does not see: without it the CLI refuses a conversation that has no message.  The
-    last one is an assistant message that the API does not see either (`isVirtual`): a process that was started without
-    --model takes the `model` of the last assistant message, and finds no turn that was interrupted.
+    The first row is one that the API does not see: without it the CLI refuses a conversation that
+    has no message.  The last one is an assistant message that the API does not see either
+    (`isVirtual`): a process that was started without --model takes the `model` of the last
+    assistant message, and finds no turn that was interrupted.
     """
     rows: list[bytes] = []
 
@@ -894,17 +1008,20 @@ def transcript(messages: list[Message], model: str) -> list[bytes]:
         if message["role"] == "user":
             add({"type": "user", "message": message})
         else:
-            # With apiBlockIndex, and CLAUDE_CODE_STELLAR_DRIFT, 2.1.330 keeps the order of texts and tool calls.
+            # With apiBlockIndex, and CLAUDE_CODE_STELLAR_DRIFT, 2.1.330 keeps the order of texts
+            # and tool calls.
             past = past_message(message["content"], model, len(rows))
             add({"type": "assistant", "apiBlockIndex": 0, "message": past})
     nothing: list[Block] = [{"type": "text", "text": "-"}]
-    add({"type": "assistant", "isVirtual": True, "message": past_message(nothing, model, len(rows))})
+    add(
+        {"type": "assistant", "isVirtual": True, "message": past_message(nothing, model, len(rows))}
+    )
     return rows
 
 
 def past_message(content: list[Block], model: str, number: int) -> Json:
-    """An assistant message of the past.  The CLI merges messages that share an id, so `number` must differ; it drops
-    the thinking of a message whose model is not its own."""
+    """An assistant message of the past.  The CLI merges messages that share an id, so `number` must
+    differ; it drops the thinking of a message whose model is not its own."""
     return {
         "id": f"msg_past_{number}",
         "type": "message",
@@ -918,15 +1035,17 @@ def past_message(content: list[Block], model: str, number: int) -> Json:
 
 
 def assistant_line(content: list[Block], model: str) -> bytes:
-    """An assistant message of the past, for a running process: of a transcript that ends with a call of a tool the CLI
-    would say that the call was interrupted."""
+    """An assistant message of the past, for a running process: of a transcript that ends with a
+    call of a tool the CLI would say that the call was interrupted."""
     message = past_message(content, model, 0)
-    return line({"type": "assistant", "message": message, "session_id": "", "parent_tool_use_id": None})
+    return line(
+        {"type": "assistant", "message": message, "session_id": "", "parent_tool_use_id": None}
+    )
 
 
 def user_line(content: list[Block], turn_id: str, *, query: bool = True) -> bytes:
-    """A user message, which starts a turn; without `query` it is only added to the conversation.  `turn_id` is a UUID
-    by which 2.1.330 says what its events answer."""
+    """A user message, which starts a turn; without `query` it is only added to the conversation.
+    `turn_id` is a UUID by which 2.1.330 says what its events answer."""
     event: Json = {
         "type": "user",
         "message": {"role": "user", "content": [*content, GUARD]},
@@ -940,9 +1059,11 @@ def user_line(content: list[Block], turn_id: str, *, query: bool = True) -> byte
 
 
 def split_at_images(blocks: list[Block]) -> tuple[list[Block], list[Block]]:
-    """A user message as what can be in a transcript and what must be a line, which the CLI joins to one message again.
+    """A user message as what can be in a transcript and what must be a line, which the CLI joins to
+    one message again.
 
-    The CLI scales the images of a user line, and leaves out their keys; those of a transcript stay as they are.
+    The CLI scales the images of a user line, and leaves out their keys; those of a transcript stay
+    as they are.
     """
     images = [index for index, block in enumerate(blocks) if is_base64_image(block)]
     after = images[-1] + 1 if images else 0
@@ -955,7 +1076,8 @@ def answers_tool_calls(message: Message) -> bool:
 
 
 def has_images_in_line(message: Message) -> bool:
-    """Whether a fresh process gets the images of the newest message in a line, not in its transcript."""
+    """Whether a fresh process gets the images of the newest message in a line, not in its
+    transcript."""
     return answers_tool_calls(message) or not split_at_images(message["content"])[0]
 
 
@@ -969,8 +1091,9 @@ def control_line(request_id: str, subtype: str, **fields: Any) -> bytes:
 
 
 def initialize_line(system: list[str], *, has_tools: bool, agent: bool = False) -> bytes:
-    """Gives a process its system prompt (an agent keeps its own before it) and, if there are tools, the name of their
-    MCP server.  Never through argv: a single argument may hold 128 KiB at most."""
+    """Gives a process its system prompt (an agent keeps its own before it) and, if there are
+    tools, the name of their MCP server.  Never through argv: a single argument may hold 128 KiB
+    at most."""
     fields: Json = {"hooks": None}
     if agent:
         fields["appendSystemPrompt"] = "\n\n".join(system)
@@ -982,16 +1105,18 @@ def initialize_line(system: list[str], *, has_tools: bool, agent: bool = False) 
 
 
 def settings_line(env: dict[str, str]) -> bytes:
-    """Environment settings of a running CLI, from its next API call on (recording turn_settings)."""
+    """Environment settings of a running CLI, from its next API call on (recording
+    turn_settings)."""
     return control_line("settings", "apply_flag_settings", settings={"env": env})
 
 
 def turn_settings(request: Request, *, has_listed_tools: bool = False) -> dict[str, str]:
     """What `settings_line` sets for a request.
 
-    The CLI merges CLAUDE_CODE_EXTRA_BODY over the body of its API calls: the client's fields arrive as sent, and are
-    gone with the next value.  It adds ANTHROPIC_BETAS to its own, those of the first call of a process for all others.
-    A request without tools in a process that has some listed must say so.
+    The CLI merges CLAUDE_CODE_EXTRA_BODY over the body of its API calls: the client's fields arrive
+    as sent, and are gone with the next value.  It adds ANTHROPIC_BETAS to its own, those of the
+    first call of a process for all others. A request without tools in a process that has some
+    listed must say so.
     """
     body = request.body
     if has_listed_tools and not body.get("tools"):
@@ -1004,9 +1129,15 @@ def turn_settings(request: Request, *, has_listed_tools: bool = False) -> dict[s
 
 
 def tool_call_id(event: CliEvent) -> str:
-    """The tool_use id of a control request that calls a client tool; empty: the event is something else."""
+    """The tool_use id of a control request that calls a client tool; empty: the event is something
+    else."""
     match event.get("request"):
-        case {"message": {"method": "tools/call", "params": {"_meta": {"claudecode/toolUseId": str(call)}}}}:
+        case {
+            "message": {
+                "method": "tools/call",
+                "params": {"_meta": {"claudecode/toolUseId": str(call)}},
+            }
+        }:
             return call
     return ""
 
@@ -1020,17 +1151,23 @@ def mcp_method(event: CliEvent) -> str:
 
 
 def control_answer(event: CliEvent, tools: list[Json], result: Json | None = None) -> bytes:
-    """The answer to a control request of the CLI: a tool's `result`, or what an MCP server of `tools` says of itself
-    (recordings client_tool); refused is what the bridge has no use for."""
+    """The answer to a control request of the CLI: a tool's `result`, or what an MCP server of
+    `tools` says of itself (recordings client_tool); refused is what the bridge has no use for."""
     request = event.get("request")
     message = request.get("message") if isinstance(request, dict) else None
-    response: Json = {"subtype": "error", "request_id": event.get("request_id"), "error": "not supported"}
+    response: Json = {
+        "subtype": "error",
+        "request_id": event.get("request_id"),
+        "error": "not supported",
+    }
     if isinstance(message, dict):
         method = message.get("method")
         params = message.get("params")
         if method == "initialize":
             result = {
-                "protocolVersion": params.get("protocolVersion") if isinstance(params, dict) else None,
+                "protocolVersion": params.get("protocolVersion")
+                if isinstance(params, dict)
+                else None,
                 "capabilities": {"tools": {}},
                 "serverInfo": {"name": MCP_SERVER, "version": "1"},
             }
@@ -1046,19 +1183,21 @@ def control_answer(event: CliEvent, tools: list[Json], result: Json | None = Non
 
 
 def listed_tool(name: str) -> Json:
-    """A tool as the CLI lists it for a turn: its name alone, since the API gets all of it as the client sent it."""
+    """A tool as the CLI lists it for a turn: its name alone, since the API gets all of it as the
+    client sent it."""
     return {"name": name, "inputSchema": {"type": "object"}, "_meta": TOOL_META}
 
 
 def listed_tools(request: Request) -> list[Json]:
-    """The tools of a request as the CLI lists them for a turn.  A name that the conversation has called is one even if
-    `tools` does not have it: a toolset has members without an entry."""
+    """The tools of a request as the CLI lists them for a turn.  A name that the conversation has
+    called is one even if `tools` does not have it: a toolset has members without an entry."""
     names = request.tool_names and [*request.tool_names, *called_names(request.messages)]
     return [listed_tool(name) for name in dict.fromkeys(names)]
 
 
 def described_tools(request: Request) -> list[Json]:
-    """The tools of a request as the CLI lists them for a count: it has them counted as they are listed."""
+    """The tools of a request as the CLI lists them for a count: it has them counted as they are
+    listed."""
     described = []
     for tool in request.body.get("tools") or []:
         name, schema = tool.get("name"), tool.get("input_schema")
@@ -1075,8 +1214,9 @@ MAX_RESULT = 400_000
 
 
 def tool_results(content: list[Block], calls: list[str]) -> dict[str, Json] | None:
-    """The results that answer `calls` in their process, by id, as MCP gives them; None: only a fresh process can carry
-    what the user message holds (text beside the results, a document, a result that is too long)."""
+    """The results that answer `calls` in their process, by id, as MCP gives them; None: only a
+    fresh process can carry what the user message holds (text beside the results, a document, a
+    result that is too long)."""
     results: dict[str, Json] = {}
     for block in content:
         result = mcp_result(block)
@@ -1118,10 +1258,10 @@ def mcp_part(block: Any) -> Json | None:
     return {"type": "image", "data": source["data"], "mimeType": source["media_type"]}
 
 
-# ------------------------------------------------------------------------------------- from the CLI
+# ------------------------------------------------------------ from the CLI
 
-# How the lines begin that carry an event of the stream, and a delta among them; and what they say further on when the
-# event is not a subagent's.
+# How the lines begin that carry an event of the stream, and a delta among them; and what they say
+# further on when the event is not a subagent's.
 STREAM_EVENT = b'{"type":"stream_event","event":'
 DELTA_START = STREAM_EVENT + b'{"type":"content_block_delta","index":'
 MAIN = b'"parent_tool_use_id":null'
@@ -1132,7 +1272,8 @@ LONE_SURROGATE = re.compile(r"(?<!\\)((?:\\\\)*)\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
 
 
 def decode(text: bytes) -> list[CliEvent]:
-    """The events of one line of the CLI's output: one as a rule, several when it glued them, none when it is noise.
+    """The events of one line of the CLI's output: one as a rule, several when it glued them, none
+    when it is noise.
 
     Raises ApiError when a part of the answer is lost.
     """
@@ -1156,7 +1297,8 @@ def glued(text: str) -> list[Any]:
     while text.startswith("{"):
         try:
             end = json.JSONDecoder().raw_decode(text)[1]
-            values.append(from_json(text[:end].encode()))  # json takes what orjson cannot write: NaN
+            # json takes what orjson cannot write: NaN.
+            values.append(from_json(text[:end].encode()))
         except (ValueError, RecursionError):
             break
         text = text[end:].lstrip()
@@ -1164,7 +1306,8 @@ def glued(text: str) -> list[Any]:
 
 
 def response(event: CliEvent, request_id: str) -> Json:
-    """The CLI's response to a control request, good or bad, if the event is that response; else empty."""
+    """The CLI's response to a control request, good or bad, if the event is that response; else
+    empty."""
     given = event.get("response")
     return given if isinstance(given, dict) and given.get("request_id") == request_id else {}
 
@@ -1184,7 +1327,8 @@ def applied_model(given: Json) -> str:
 
 
 def login_source(hello: Json) -> str:
-    """Where the CLI has its account from, by its answer to `initialize`; empty: nobody is logged in."""
+    """Where the CLI has its account from, by its answer to `initialize`; empty: nobody is logged
+    in."""
     account = hello.get("account")
     account = account if isinstance(account, dict) else {}
     for name in ("apiKeySource", "tokenSource"):
@@ -1194,7 +1338,8 @@ def login_source(hello: Json) -> str:
 
 
 def listed_model(hello: Json, name: str) -> str:
-    """The full id of a model, by the CLI's answer to `initialize`; empty: it does not list the name."""
+    """The full id of a model, by the CLI's answer to `initialize`; empty: it does not list the
+    name."""
     models = hello.get("models")
     for model in models if isinstance(models, list) else []:
         if isinstance(model, dict) and name in (model.get("value"), model.get("resolvedModel")):
@@ -1202,7 +1347,7 @@ def listed_model(hello: Json, name: str) -> str:
     return ""
 
 
-# ------------------------------------------------------------------------------------- translation
+# ------------------------------------------------------------ translation
 
 
 class State(enum.Enum):
@@ -1217,8 +1362,8 @@ class State(enum.Enum):
     DONE = "complete"
 
 
-# What may follow, by the grammar of the API's stream ("Streaming").  An event that a state does not have is out of
-# place, and fails the turn: the client gets a correct stream, or an error.
+# What may follow, by the grammar of the API's stream ("Streaming").  An event that a state does not
+# have is out of place, and fails the turn: the client gets a correct stream, or an error.
 NEXT = {
     State.WAITING: {"message_start": State.OPEN},
     State.OPEN: {"content_block_start": State.BLOCK, "message_delta": State.ENDED},
@@ -1293,6 +1438,8 @@ class Translator:
         self.result: CliEvent | None = None
         # What the CLI told of an account's limits, in the order it came.
         self.rate_limits: list[Json] = []
+        # The version of the CLI, once it has told it.
+        self.cli_version = ""
         self._agent = agent
         self._turn_id = turn_id
         # What comes belongs to this turn.
@@ -1354,6 +1501,8 @@ class Translator:
         info = event.get("rate_limit_info")
         if kind == "rate_limit_event" and isinstance(info, dict):
             self.rate_limits.append(info)
+        if event.get("subtype") == "init":
+            self.cli_version = text_of(event, "claude_code_version")
         if not self._is_ours:
             return []  # of a turn that the CLI made by itself
         if kind == "result":
@@ -1420,7 +1569,8 @@ class Translator:
         return handlers[kind](event)
 
     def _is_about_block(self, kind: str, event: Json) -> bool:
-        """Whether the index fits: a block begins when none is open, and its other events name it."""
+        """Whether the index fits: a block begins when none is open, and its other events name
+        it."""
         index = event.get("index")
         if type(index) is not int:
             return False
@@ -1542,7 +1692,9 @@ class Translator:
         ends["stop_sequence"] = sequence if sequence and reason == "stop_sequence" else None
         if not text_of(ends.get("stop_details"), "type"):
             ends.pop("stop_details", None)
-        final = {key: value for key, value in event.items() if key not in MESSAGE_KEYS | ends.keys()}
+        final = {
+            key: value for key, value in event.items() if key not in MESSAGE_KEYS | ends.keys()
+        }
         final = without_empties(final)
         final.pop("delta")
         self.stop_reason = reason
@@ -1610,7 +1762,8 @@ class Translator:
             return []
         is_echo = identity == self._id and not self._unstreamed
         is_between = self.state in (State.WAITING, State.WORKING) or bool(self._unstreamed)
-        if not identity or not isinstance(message["content"], list) or is_echo or not is_between:
+        is_whole = identity and isinstance(message.get("content"), list)
+        if not is_whole or is_echo or not is_between:
             return []
         events: list[StreamEvent] = []
         if self._unstreamed and identity != self._id:  # the CLI went on by itself
@@ -1671,6 +1824,43 @@ class Translator:
         return None
 
 
+# The names of limits in the API's headers, by their names in the CLI's events (its program text).
+LIMIT_NAMES = {
+    "five_hour": "5h",
+    "seven_day": "7d",
+    "seven_day_opus": "7d_opus",
+    "seven_day_sonnet": "7d_sonnet",
+    "seven_day_overage_included": "7d_oi",
+    "overage": "overage",
+}
+
+
+def quota_headers(limits: Mapping[str, Json]) -> list[tuple[str, str]]:
+    """The API's `anthropic-ratelimit-unified-*` headers, of what the CLI told last of each limit.
+
+    The limit that was told last of all is the one that `-status`, `-reset` and
+    `-representative-claim` speak of.
+    """
+    headers: dict[str, str] = {}
+    for name, info in limits.items():
+        short = LIMIT_NAMES.get(name, "")
+        status = text_of(info, "status")
+        resets_at: Any = info.get("resetsAt")
+        utilization: Any = info.get("utilization")
+        headers["status"] = status
+        if short:
+            headers["representative-claim"] = name
+            headers[f"{short}-status"] = status
+        if type(resets_at) in (int, float):
+            headers["reset"] = str(int(resets_at))
+            headers[f"{short}-reset"] = headers["reset"]
+        if type(utilization) in (int, float):
+            headers[f"{short}-utilization"] = f"{utilization:g}"
+    prefix = "anthropic-ratelimit-unified-"
+    known = {name: value for name, value in headers.items() if value and name[0] != "-"}
+    return [(prefix + name, value) for name, value in known.items() if BETA_NAME.fullmatch(value)]
+
+
 def text_of(value: Any, key: str) -> str:
     """The string under a key of an object; empty if there is none."""
     text = value.get(key) if isinstance(value, dict) else None
@@ -1725,7 +1915,7 @@ def deltas(values: Json) -> Iterator[Json]:
             yield {"type": kind, name: to_json(value).decode() if key == "input" else value}
 
 
-# ------------------------------------------------------------------------------------- usage
+# ------------------------------------------------------------ usage
 
 
 def token_count(value: Any, name: str) -> int:
@@ -1734,7 +1924,8 @@ def token_count(value: Any, name: str) -> int:
 
 
 def usage(value: Any, required: Iterable[str] = ("input_tokens", "output_tokens")) -> Json:
-    """The usage of a message, in which every known count is a number (Vercel AI SDK, `anthropic` in strict mode)."""
+    """The usage of a message, in which every known count is a number (Vercel AI SDK, `anthropic` in
+    strict mode)."""
     given = without_empties(value) if isinstance(value, dict) else {}
     counts: Json = {}
     for name, count in given.items():
@@ -1757,7 +1948,11 @@ def usage(value: Any, required: Iterable[str] = ("input_tokens", "output_tokens"
 
 
 def has_counts(value: Any, names: Iterable[str]) -> bool:
-    return isinstance(value, dict) and all(type(value.get(name)) is int for name in names)
+    """Whether an object has all these counts, none of them negative."""
+    if not isinstance(value, dict):
+        return False
+    counts = [value.get(name) for name in names]
+    return all(type(count) is int and count >= 0 for count in counts)
 
 
 def without_nulls(value: Mapping[str, Any]) -> Json:
@@ -1770,7 +1965,7 @@ def without_empties(value: Json) -> Json:
     return {key: inner for key, inner in value.items() if inner not in (None, {}, [])}
 
 
-# ------------------------------------------------------------------------------------- frames
+# ------------------------------------------------------------ frames
 
 
 def delta_head(kind: str, index: int) -> bytes:
@@ -1787,14 +1982,16 @@ def delta_head(kind: str, index: int) -> bytes:
 
 
 def same_block_deltas(lines: list[bytes], head: bytes) -> list[bytes]:
-    """The JSON strings, without their quotes, of lines that are all deltas of one block; empty: not all are.
+    """The JSON strings, without their quotes, of lines that are all deltas of one block; empty: not
+    all are.
 
-    `head` is how such a line begins, up to the opening quote of the piece.  Cut at the first `"}},`, a line is head,
-    piece and rest.  A JSON string holds no bare quote, so the cut is the end of the piece, if the piece is a string at
-    all: that is proved for all pieces by decoding them as one string, joined by spaces so that none can end inside an
-    escape.  What follows is proved by decoding all rests as one list of objects.  It must say once in each line that
-    the event is not a subagent's, end each line once, open no further object, so that nothing else hides in it, and
-    name no turn.
+    `head` is how such a line begins, up to the opening quote of the piece.  Cut at the first
+    `"}},`, a line is head, piece and rest.  A JSON string holds no bare quote, so the cut is the
+    end of the piece, if the piece is a string at all: that is proved for all pieces by decoding
+    them as one string, joined by spaces so that none can end inside an escape.  What follows is
+    proved by decoding all rests as one list of objects.  It must say once in each line that the
+    event is not a subagent's, end each line once, open no further object, so that nothing else
+    hides in it, and name no turn.
     """
     if not head or not lines:
         return []

@@ -109,7 +109,7 @@ class Client:
         if kind == "ping":
             return
         assert bool(self.message) == (kind != "message_start"), f"{at} at this place"
-        if kind.startswith("content_block_"):
+        if kind in EVENTS and kind.startswith("content_block_"):
             self._read_block_event(kind, event, at)
         elif kind == "message_start":
             self._start(event["message"], at)

@@ -1,4 +1,7 @@
-"""The code blocks of the README: each is run by a test, which takes it with `block`."""
+"""The code blocks of the README: each is run by a test, which takes it with `block`.
+
+Blocks of the language `text` are pictures, outputs and files that no test here can run.
+"""
 
 import re
 from pathlib import Path
@@ -9,8 +12,8 @@ TAKEN: set[str] = set()
 
 
 def blocks() -> list[tuple[str, str]]:
-    """All of them: language and text."""
-    return BLOCK.findall(README.read_text())
+    """All that are to be run: language and text."""
+    return [found for found in BLOCK.findall(README.read_text()) if found[0] != "text"]
 
 
 def block(words: str) -> str:
@@ -18,3 +21,13 @@ def block(words: str) -> str:
     [found] = [text for _, text in blocks() if words in text]
     TAKEN.add(found)
     return found
+
+
+def lines() -> list[str]:
+    return README.read_text().splitlines()
+
+
+def section(title: str) -> str:
+    """What stands under a heading, up to the next one of any level."""
+    _, _, rest = README.read_text().partition(f"\n{title}\n")
+    return rest.partition("\n#")[0]

@@ -358,7 +358,7 @@ def main() -> None:
             "request_id=",
             "listening on",
             "shutting down",
-            "the claude CLI is logged in",
+            "the claude CLI is",
             "the claude CLI does not",
         )
         wrong += [line.rstrip() for line in log if not any(words in line for words in usual)]

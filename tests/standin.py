@@ -25,15 +25,18 @@ Words in the last text of the user, alone or together:
     TOOL n                n calls of the first of the client's tools, if it has any; their last result is answered then
     STOP-REASON "text"    the answer ends with that stop_reason
     DIGEST                a digest of all texts of the conversation ends the answer
+    BEHIND                the end of the answer, its result and what $STANDIN_UNASKED says come in one write
 
 Models: exit-at-start, hang-at-start (answers nothing), slow-start (not before $STANDIN_GATE), ignore-sigterm (and the
 end of stdin), not-logged-in.  The model POINT.FAULT... does FAULT whenever it gets to POINT (see `Standin.fault`).
 The word PROBE calls the client's tool `probe` before the answer, which then echoes the result.
+With $STANDIN_UNASKED=kind it says on SIGUSR1, whatever it does, what nobody asked for (a kind of UNASKED).
 With $STANDIN_LOG=dir every line of stdin goes to dir/<pid>.ndjson, what it reads at its gate to dir/<pid>.rows, and argv,
 environment and working directory to dir/<pid>.json; `Log` reads them.  dir/<pid>.at.<model> appears when a process gets to its POINT.
 """
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -81,6 +84,9 @@ GARBAGE = {
         for parts in ((b'delta",', b',"delta":{"type":"text_delta","text":"stray"}'), (b'stop",', b""))
     ),
 }
+# What a process can say that nobody asked for: part of an answer, one with its result, a call of a tool with the
+# answer that calls it or alone, a message of its own, and the end of a turn.
+UNASKED = ("delta", "answer", "calling", "call", "assistant", "user", "result")
 USAGE = {"input_tokens": 10, "cache_creation_input_tokens": 3, "cache_read_input_tokens": 5, "output_tokens": 1}
 # A process that was started without --model, for a conversation whose model it does not know.
 DEFAULT_MODEL = "claude-opus-5-5"
@@ -230,6 +236,46 @@ class Standin:
     def stream(self, kind: str, **fields: Any) -> None:
         self.emit({"type": "stream_event", "event": {"type": kind, **fields}, "parent_tool_use_id": None})
 
+    def speak(self) -> None:
+        """Say what nobody asked for, in one write, and leave a mark of that in $STANDIN_LOG."""
+        kind, out = os.environ["STANDIN_UNASKED"], self.out
+        self.out = self.out if isinstance(out, io.BytesIO) else io.BytesIO()
+        message = {"id": f"msg_unasked_{os.getpid()}", "type": "message", "role": "assistant", "model": self.model}
+        message |= {"content": [], "stop_reason": None, "stop_sequence": None, "usage": USAGE}
+        block: Json = {"type": "text", "text": ""}
+        delta = {"type": "text_delta", "text": "said unasked"}
+        call = {"type": "tool_use", "id": f"toolu_unasked_{os.getpid()}", "name": "probe", "input": {}}
+        calls = kind == "calling"
+        if kind in ("answer", "calling"):
+            self.stream("message_start", message=message)
+            self.stream("content_block_start", index=0, content_block=call if calls else block)
+        if kind in ("delta", "answer"):
+            self.stream("content_block_delta", index=0, delta=delta)
+        if kind in ("answer", "calling"):
+            self.stream("content_block_stop", index=0)
+            ends = {"stop_reason": "tool_use" if calls else "end_turn", "stop_sequence": None}
+            self.stream("message_delta", delta=ends, usage=USAGE)
+            self.stream("message_stop")
+        if kind in ("answer", "assistant"):
+            said = {**message, "content": [{"type": "text", "text": "said unasked"}], "stop_reason": "end_turn"}
+            self.emit({"type": "assistant", "message": said, "parent_tool_use_id": None})
+        if kind == "user":
+            said = {"role": "user", "content": [{"type": "text", "text": "said unasked"}]}
+            self.emit({"type": "user", "message": said, "parent_tool_use_id": None})
+        if kind in ("calling", "call"):
+            params = {"name": "probe", "arguments": {}, "_meta": {"claudecode/toolUseId": call["id"]}}
+            asked: Json = {"subtype": "mcp_message", "server_name": "client"}
+            asked["message"] = {"jsonrpc": "2.0", "id": 9, "method": "tools/call", "params": params}
+            self.emit({"type": "control_request", "request_id": "unasked", "request": asked})
+        if kind in ("answer", "result"):
+            self.result(result="said unasked", stop_reason="end_turn")
+        if self.out is not out:
+            self.out, said = out, self.out.getvalue()
+            self.out.write(said)
+            self.out.flush()
+        if folder := os.environ.get("STANDIN_LOG"):
+            open(os.path.join(folder, f"{os.getpid()}.at.unasked"), "w").close()
+
     def result(self, **fields: Any) -> None:
         # "type" is not the first key, as with 2.1.330.
         usual = {"is_error": False, "num_turns": 1, "subtype": "success", "stop_reason": None, "usage": USAGE}
@@ -240,8 +286,7 @@ class Standin:
     def resume(self, path: str) -> None:
         """Take in the conversation of a file; it may be a pipe, at which this waits."""
         self.fault("gate")
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+        text = self.read_gate(path, self.kind if self.point == "gate" else "").decode()
         if folder := os.environ.get("STANDIN_LOG"):
             with open(os.path.join(folder, f"{os.getpid()}.rows"), "w", encoding="utf-8") as copy:
                 copy.write(text)
@@ -272,6 +317,25 @@ class Standin:
             self.gate()
         if self.messages:
             self.fault("past")
+
+    def read_gate(self, path: str, kind: str) -> bytes:
+        """What is in the file: late, after $STANDIN_GATE-late is there; reopened, after it was opened and closed;
+        twice, with nothing in it the second time; half of it, and then half-exit or half-deaf."""
+        while kind == "late" and not os.path.exists(os.environ["STANDIN_GATE"] + "-late"):
+            time.sleep(0.01)
+        if kind == "reopened":
+            open(path, "rb").close()
+        with open(path, "rb") as file:
+            if kind.startswith("half"):
+                file.read(2 << 20)
+                if kind == "half-exit":
+                    sys.exit("stand-in: told to exit")
+                signal.pause()
+            rows = file.read()
+        if kind == "twice":
+            with open(path, "rb") as file:
+                rows += file.read()
+        return rows
 
     def run(self, conversation: str | None) -> None:
         while self.model == "slow-start" and not os.path.exists(os.environ["STANDIN_GATE"]):
@@ -393,6 +457,9 @@ class Standin:
         self.stream("content_block_stop", index=0)
         reason = json.loads(text.partition("STOP-REASON ")[2] or '"end_turn"')
         ends = {"stop_reason": reason, "stop_sequence": None}
+        out = self.out
+        if "BEHIND" in words:
+            self.out = io.BytesIO()
         self.stream("message_delta", delta=ends, usage={"output_tokens": len(deltas)})
         self.stream("message_stop")
         self.fault("stopped")
@@ -404,6 +471,11 @@ class Standin:
             self.result(result="".join(self.said), stop_reason="end_turn")
         if "TWORESULTS" in words:
             self.result(result="".join(self.said), stop_reason="end_turn")
+        if "BEHIND" in words:
+            self.speak()
+            self.out, rest = out, self.out.getvalue()
+            self.out.write(rest)
+            self.out.flush()
         if "NOSTDIN" in words:
             signal.pause()
 
@@ -601,6 +673,8 @@ def main() -> None:
     if model == "ignore-sigterm":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     standin = Standin(model)
+    if "STANDIN_UNASKED" in os.environ:
+        signal.signal(signal.SIGUSR1, lambda *_: standin.speak())
     if folder := os.environ.get("STANDIN_LOG"):
         path = os.path.join(folder, str(os.getpid()))
         standin.log = os.open(path + ".ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

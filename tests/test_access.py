@@ -1,6 +1,7 @@
 """Who may talk to the port: the names in Host, the origins of web pages, the API key, the addresses to listen on."""
 
 import http.client
+import os
 import socket
 import stat
 from collections.abc import Callable
@@ -25,10 +26,14 @@ def ask(
     connection: socket.socket | None = None,
 ) -> Answer:
     """One request with exactly these header lines."""
-    head = [line.encode() if isinstance(line, str) else line for line in (request, *lines, "Content-Length: 0")]
+    head = [
+        line.encode() if isinstance(line, str) else line
+        for line in (request, *lines, "Content-Length: 0")
+    ]
     with closing(connection or server.connect()) as client:
         client.sendall(b"\r\n".join(head) + b"\r\n\r\n")
-        with closing(http.client.HTTPResponse(client)) as response:
+        method = request.partition(" ")[0]
+        with closing(http.client.HTTPResponse(client, method=method)) as response:
             response.begin()
             found = {name.lower(): value for name, value in response.getheaders()}
             return Answer(response.status, found, response.read())
@@ -62,13 +67,102 @@ def let_in(answer: Answer) -> bool:
             "my.localhost",
             "a.b.LOCALHOST:9",
         ),
-        *("127.0.0.1", "127.0.0.1:14001", "127.0.0.2", "127.255.255.254", "[::1]", "[::1]:14001", "[0:0::0:1]"),
-        *("bridge.example", "bridge.example:14001", "BRIDGE.example", "192.0.2.7", "192.0.2.7:80", "[2001:db8::7]:80"),
+        *(
+            "127.0.0.1",
+            "127.0.0.1:14001",
+            "127.0.0.2",
+            "127.255.255.254",
+            "[::1]",
+            "[::1]:14001",
+            "[0:0::0:1]",
+        ),
+        *(
+            "bridge.example",
+            "bridge.example:14001",
+            "BRIDGE.example",
+            "192.0.2.7",
+            "192.0.2.7:80",
+            "[2001:db8::7]:80",
+        ),
     ],
 )
-def test_loopback_names_and_allowed_hosts_are_served(serve: Callable[..., Server], host: str) -> None:
+def test_loopback_names_and_allowed_hosts_are_served(
+    serve: Callable[..., Server], host: str
+) -> None:
     server = serve(allowed_hosts=("bridge.example", "192.0.2.7", "2001:db8::7"))
     assert let_in(ask(server, f"Host: {host}"))
+
+
+@pytest.mark.parametrize("name", ["db", "cafe", "a", "d0", "bad.face", "deadbeef"])
+def test_a_name_of_hexadecimal_digits_is_no_address(
+    serve: Callable[..., Server], name: str
+) -> None:
+    server = serve(allowed_hosts=(name,))
+    assert let_in(ask(server, f"Host: {name}"))
+    assert let_in(ask(server, f"Host: {name}:14001"))
+    assert not let_in(ask(server, f"Host: {name}:99999"))
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("bridge.example:80", "db:80", "[::1]", "[::1]:80", "*", "*.example", "bridge.example."),
+        *(
+            "http://bridge.example",
+            "bridge.example/",
+            "user@bridge.example",
+            "br\xfccke.example",
+            "",
+        ),
+    ],
+)
+def test_an_allowed_host_that_no_request_can_have_is_refused_at_the_start(
+    serve: Callable[..., Server], host: str
+) -> None:
+    with pytest.raises(bridge.ConfigError, match=r"^CLAUDE_CLI_ALLOWED_HOSTS: ") as caught:
+        serve(allowed_hosts=("localhost", host))
+    assert f"{host!r} must be a name or address alone" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *(
+            "*",
+            "https://*",
+            "app.example",
+            "https://",
+            "https://app.example/",
+            "https://App.example",
+        ),
+        *("https://app.example/page", "https://app.example.", "HTTPS://app.example", "Null", ""),
+        *("https://app.example:443", "http://app.example:80", "https://app.example:x", "://a"),
+    ],
+)
+def test_an_allowed_origin_that_no_browser_sends_is_refused_at_the_start(
+    serve: Callable[..., Server], origin: str
+) -> None:
+    with pytest.raises(bridge.ConfigError, match=r"^CLAUDE_CLI_ALLOWED_ORIGINS: ") as caught:
+        serve(allowed_origins=("http://localhost:3000", origin))
+    assert f"{origin!r} must be scheme://host[:port]" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("null", "http://localhost:3000", "https://app.example", "https://app.example:80"),
+        *(
+            "http://[::1]:8080",
+            "http://127.0.0.1",
+            "chrome-extension://abcdef",
+            "app://obsidian.md",
+        ),
+    ],
+)
+def test_an_origin_that_browsers_send_can_be_allowed(
+    serve: Callable[..., Server], origin: str
+) -> None:
+    assert let_in(ask(serve(allowed_origins=(origin,)), "Host: localhost", f"Origin: {origin}"))
 
 
 def test_names_are_allowed_in_any_case(serve: Callable[..., Server]) -> None:
@@ -78,15 +172,76 @@ def test_names_are_allowed_in_any_case(serve: Callable[..., Server]) -> None:
 @pytest.mark.parametrize(
     "host",
     [
-        *("evil.example", "evil.example:14001", "localhost.evil.example", "localhostevil.example", "evil-localhost"),
-        *("evillocalhost", "127.0.0.1.nip.io", "127.0.0.1.evil.example", "1.0.0.127.in-addr.arpa", "0.0.0.0", "0"),
-        *("localhost.evil", "[::2]", "[::ffff:192.0.2.1]", "192.168.0.1", "10.0.0.1", "169.254.169.254", "[fe80::1]"),
-        *("bridge.example", "evil.example.", "127.0.0.1.nip.io.", "evil.example:localhost", "localhost,evil.example"),
-        *("localhost evil.example", "evil.example localhost", "evil.example/localhost", "evil.example#localhost"),
-        *("evil.example?localhost", "evil.example\\localhost", "localhost@evil.example", "localhost:1@evil.example"),
-        *("127.0.0.1:14001@evil.example:80", "evil.example#@localhost", "evil.example/@localhost", "%6cocalhost"),
-        *("", ":14001", ".", "..localhost.", "[::1", "::1]", "[]", "[localhost", "[evil.example]", "[v1.localhost]"),
-        *("127.0.0.1\xbd", "xn--localhost", "loc\xe4lhost", "null", "*", "http://localhost", "//localhost"),
+        *(
+            "evil.example",
+            "evil.example:14001",
+            "localhost.evil.example",
+            "localhostevil.example",
+            "evil-localhost",
+        ),
+        *(
+            "evillocalhost",
+            "127.0.0.1.nip.io",
+            "127.0.0.1.evil.example",
+            "1.0.0.127.in-addr.arpa",
+            "0.0.0.0",
+            "0",
+        ),
+        *(
+            "localhost.evil",
+            "[::2]",
+            "[::ffff:192.0.2.1]",
+            "192.168.0.1",
+            "10.0.0.1",
+            "169.254.169.254",
+            "[fe80::1]",
+        ),
+        *(
+            "bridge.example",
+            "evil.example.",
+            "127.0.0.1.nip.io.",
+            "evil.example:localhost",
+            "localhost,evil.example",
+        ),
+        *(
+            "localhost evil.example",
+            "evil.example localhost",
+            "evil.example/localhost",
+            "evil.example#localhost",
+        ),
+        *(
+            "evil.example?localhost",
+            "evil.example\\localhost",
+            "localhost@evil.example",
+            "localhost:1@evil.example",
+        ),
+        *(
+            "127.0.0.1:14001@evil.example:80",
+            "evil.example#@localhost",
+            "evil.example/@localhost",
+            "%6cocalhost",
+        ),
+        *(
+            "",
+            ":14001",
+            ".",
+            "..localhost.",
+            "[::1",
+            "::1]",
+            "[]",
+            "[localhost",
+            "[evil.example]",
+            "[v1.localhost]",
+        ),
+        *(
+            "127.0.0.1\xbd",
+            "xn--localhost",
+            "loc\xe4lhost",
+            "null",
+            "*",
+            "http://localhost",
+            "//localhost",
+        ),
     ],
 )
 def test_other_names_get_403(serve: Callable[..., Server], host: str) -> None:
@@ -120,13 +275,16 @@ def test_a_host_that_is_no_host_is_refused(serve: Callable[..., Server], host: s
 
 
 @pytest.mark.parametrize(
-    "hosts", [("localhost", "localhost"), ("localhost", "evil.example"), ("evil.example", "localhost")]
+    "hosts",
+    [("localhost", "localhost"), ("localhost", "evil.example"), ("evil.example", "localhost")],
 )
 def test_two_hosts_are_refused(serve: Callable[..., Server], hosts: tuple[str, str]) -> None:
     assert_refused(ask(serve(), *(f"Host: {host}" for host in hosts)), 400, "invalid_request_error")
 
 
-@pytest.mark.parametrize("target", ["http://evil.example/v1/messages", "//evil.example/v1/messages", "evil.example:80"])
+@pytest.mark.parametrize(
+    "target", ["http://evil.example/v1/messages", "//evil.example/v1/messages", "evil.example:80"]
+)
 def test_a_host_in_the_target_opens_nothing(serve: Callable[..., Server], target: str) -> None:
     assert not let_in(ask(serve(), "Host: localhost", request=f"POST {target} HTTP/1.1"))
 
@@ -146,7 +304,10 @@ def test_a_fold_cannot_add_a_name(serve: Callable[..., Server]) -> None:
 @settings(max_examples=400, derandomize=True, database=None, deadline=None)
 @given(
     host=st.lists(
-        st.sampled_from([*"[]:@/.%#?\\-_~!'\xbd\xff 01v", "localhost", "127.0.0.1", "::1", "evil.example"]), max_size=6
+        st.sampled_from(
+            [*"[]:@/.%#?\\-_~!'\xbd\xff 01v", "localhost", "127.0.0.1", "::1", "evil.example"]
+        ),
+        max_size=6,
     )
 )
 def check_host(server: Server, host: list[str]) -> None:
@@ -161,12 +322,15 @@ def test_no_host_is_too_strange_for_an_answer(serve: Callable[..., Server]) -> N
 
 
 @pytest.mark.parametrize(
-    ("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 404), ("none", 404)]
+    ("site", "status"),
+    [("cross-site", 403), ("same-site", 403), ("same-origin", 404), ("none", 404)],
 )
 def test_what_a_page_embeds_has_no_origin_but_says_where_it_comes_from(
     serve: Callable[..., Server], site: str, status: int
 ) -> None:
-    answer = serve().call("GET", "/no/such", headers={"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors"})
+    answer = serve().call(
+        "GET", "/no/such", headers={"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors"}
+    )
     assert answer.status == status
 
 
@@ -176,7 +340,14 @@ PAGE = "https://app.example"
 @pytest.mark.parametrize(
     "origin",
     [
-        *("null", "", "https://evil.example", "http://app.example", "https://app.example:8443", "https://app.example/"),
+        *(
+            "null",
+            "",
+            "https://evil.example",
+            "http://app.example",
+            "https://app.example:8443",
+            "https://app.example/",
+        ),
         *(
             "https://app.example.evil.example",
             "https://evilapp.example",
@@ -193,15 +364,24 @@ PAGE = "https://app.example"
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/messages", "/messages", "/nope", "/"])
-def test_pages_of_other_origins_get_403(serve: Callable[..., Server], origin: str, path: str) -> None:
+def test_pages_of_other_origins_get_403(
+    serve: Callable[..., Server], origin: str, path: str
+) -> None:
     server = serve(allowed_origins=(PAGE,))
-    answer = ask(server, "Host: localhost", f"Origin: {origin}".encode("latin-1"), request=f"POST {path} HTTP/1.1")
+    answer = ask(
+        server,
+        "Host: localhost",
+        f"Origin: {origin}".encode("latin-1"),
+        request=f"POST {path} HTTP/1.1",
+    )
     assert_refused(answer, 403, "permission_error")
     assert "CLAUDE_CLI_ALLOWED_ORIGINS" in answer.json["error"]["message"]
 
 
 @pytest.mark.parametrize("origins", [(), ("https://other.example",)])
-def test_no_page_is_allowed_by_default(serve: Callable[..., Server], origins: tuple[str, ...]) -> None:
+def test_no_page_is_allowed_by_default(
+    serve: Callable[..., Server], origins: tuple[str, ...]
+) -> None:
     server = serve(allowed_origins=origins)
     assert_refused(ask(server, "Host: localhost", f"Origin: {PAGE}"), 403, "permission_error")
 
@@ -209,7 +389,9 @@ def test_no_page_is_allowed_by_default(serve: Callable[..., Server], origins: tu
 def test_an_allowed_page_may_read_its_answers(serve: Callable[..., Server]) -> None:
     server = serve(allowed_origins=("https://other.example", PAGE))
     for fields in ({}, {"stream": True}, {"messages": "wrong"}):
-        answer = server.call("POST", "/v1/messages", {**request_body("hello"), **fields}, {"Origin": PAGE})
+        answer = server.call(
+            "POST", "/v1/messages", {**request_body("hello"), **fields}, {"Origin": PAGE}
+        )
         assert answer.status == (400 if "messages" in fields else 200)
         assert answer.headers["access-control-allow-origin"] == PAGE
         assert answer.headers["vary"].lower() == "origin"
@@ -230,6 +412,32 @@ def test_one_allowed_origin_of_two_is_not_enough(serve: Callable[..., Server]) -
 def test_without_an_origin_no_cors_header_is_sent(serve: Callable[..., Server]) -> None:
     answer = ask(serve(allowed_origins=(PAGE,)), "Host: localhost")
     assert not [name for name in answer.headers if name.startswith("access-control-")]
+
+
+@pytest.mark.parametrize(
+    ("asked", "allowed"),
+    [
+        (b"content-type, x-api-key", "content-type, x-api-key"),
+        (b"x-\xff\xfe", ""),
+        (b"\x80", ""),
+        ("sch\xf6n".encode(), ""),
+        (b"a\tb", ""),
+    ],
+)
+def test_a_preflight_allows_the_headers_asked_for_if_they_can_be_names(
+    serve: Callable[..., Server], asked: bytes, allowed: str
+) -> None:
+    answer = ask(
+        serve(allowed_origins=(PAGE,), api_key=KEY),
+        "Host: localhost",
+        f"Origin: {PAGE}",
+        b"Access-Control-Request-Headers: " + asked,
+        "Access-Control-Request-Method: POST",
+        request="OPTIONS /v1/messages HTTP/1.1",
+    )
+    assert answer.status == 204
+    assert answer.headers["access-control-allow-headers"] == allowed
+    assert answer.headers["access-control-allow-methods"] == "POST"
 
 
 # ---------------------------------------------------------------- API key
@@ -276,20 +484,29 @@ def test_the_scheme_is_read_in_any_case(locked: Server, scheme: str) -> None:
     "lines", [[f"x-api-key: {KEY}"], [f"authorization: Bearer {KEY}"]], ids=["x-api-key", "bearer"]
 )
 def test_every_route_opens_with_the_key(locked: Server, request_: str, lines: list[str]) -> None:
-    assert ask(locked, "Host: localhost", *lines, request=f"{request_} HTTP/1.1").status not in (401, 403, 500)
+    assert ask(locked, "Host: localhost", *lines, request=f"{request_} HTTP/1.1").status not in (
+        401,
+        403,
+        500,
+    )
 
 
 @pytest.mark.parametrize("request_", [route for route in ROUTES if not route.startswith("HEAD")])
 def test_no_route_opens_without_the_key(locked: Server, request_: str) -> None:
     answer = ask(locked, "Host: localhost", request=f"{request_} HTTP/1.1")
     assert_refused(answer, 401, "authentication_error")
-    assert answer.json["error"]["message"] == "x-api-key header is required"
+    assert "requires a key" in answer.json["error"]["message"]
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        *("x-api-key: another", f"x-api-key: {KEY}x", f"x-api-key: {KEY[:-1]}", f"x-api-key: {KEY.upper()}"),
+        *(
+            "x-api-key: another",
+            f"x-api-key: {KEY}x",
+            f"x-api-key: {KEY[:-1]}",
+            f"x-api-key: {KEY.upper()}",
+        ),
         *(
             f"x-api-key: Bearer {KEY}",
             "x-api-key: \xe9\xff",
@@ -302,25 +519,44 @@ def test_no_route_opens_without_the_key(locked: Server, request_: str) -> None:
             f"authorization: Basic {KEY}",
             f"authorization: Bearer{KEY}",
         ),
-        *(f"authorization: Bearer {KEY} {KEY}", f"authorization: Bearer {KEY}\xff", "authorization: Bearer another"),
+        *(
+            f"authorization: Bearer {KEY} {KEY}",
+            f"authorization: Bearer {KEY}\xff",
+            "authorization: Bearer another",
+        ),
     ],
 )
 def test_a_wrong_key_gets_401_that_does_not_tell_the_key(locked: Server, line: str) -> None:
     answer = ask(locked, "Host: localhost", line.encode("latin-1"))
     assert_refused(answer, 401, "authentication_error")
-    assert answer.json["error"]["message"] == "invalid x-api-key"
+    assert "does not match" in answer.json["error"]["message"]
     assert KEY.encode() not in answer.body
 
 
 @pytest.mark.parametrize("line", ["x-api-key:", "authorization:", "cookie: x-api-key=" + KEY])
 def test_an_empty_key_is_a_missing_key(locked: Server, line: str) -> None:
-    assert ask(locked, "Host: localhost", line).json["error"]["message"] == "x-api-key header is required"
+    answer = ask(locked, "Host: localhost", line)
+    assert "requires a key" in answer.json["error"]["message"]
 
 
 def test_without_a_key_any_key_will_do(serve: Callable[..., Server]) -> None:
     server = serve()
-    for line in ("x-api-key: any", "authorization: Bearer any", "authorization: Basic YTpi", "x-api-key:"):
+    for line in (
+        "x-api-key: any",
+        "authorization: Bearer any",
+        "authorization: Basic YTpi",
+        "x-api-key:",
+    ):
         assert let_in(ask(server, "Host: localhost", line))
+
+
+@pytest.mark.parametrize("key", ["sesame\udcff", "sesame\n", " sesame", "ses\0ame", "sesame\r\n x"])
+def test_a_key_that_no_header_can_hold_is_refused_at_the_start_and_not_shown(
+    serve: Callable[..., Server], key: str
+) -> None:
+    with pytest.raises(bridge.ConfigError, match=r"^CLAUDE_CLI_API_KEY: must be") as caught:
+        serve(api_key=key)
+    assert "sesame" not in str(caught.value)
 
 
 def test_a_key_beyond_ascii_works_or_is_refused_at_the_start(serve: Callable[..., Server]) -> None:
@@ -344,7 +580,7 @@ def test_health_is_open_to_all(locked: Server) -> None:
         ["Host: ["],
         ["Host: localhost", "x-api-key: no"],
     ):
-        assert ask(locked, *lines, request="GET /healthz HTTP/1.1").body == b"ok\n"
+        assert ask(locked, *lines, request="GET /healthz HTTP/1.1").body == b"ok"
 
 
 # ---------------------------------------------------------------- addresses
@@ -352,7 +588,16 @@ def test_health_is_open_to_all(locked: Server) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["0.0.0.0:1", "[::]:1", "192.0.2.1:1", "example.com:1", "localhost.example.com:1", "[2001:db8::1]:1", "*:1", "0:1"],
+    [
+        "0.0.0.0:1",
+        "[::]:1",
+        "192.0.2.1:1",
+        "example.com:1",
+        "localhost.example.com:1",
+        "[2001:db8::1]:1",
+        "*:1",
+        "0:1",
+    ],
 )
 def test_to_listen_beyond_loopback_takes_a_key(address: str) -> None:
     with pytest.raises(bridge.ConfigError, match="CLAUDE_CLI_API_KEY"):
@@ -368,15 +613,30 @@ def test_loopback_and_unix_sockets_take_no_key(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["", "1", ":1", "127.0.0.1", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:-1", "127.0.0.1:65536", "unix:"]
+    "address",
+    [
+        "",
+        "1",
+        ":1",
+        "127.0.0.1",
+        "127.0.0.1:",
+        "127.0.0.1:x",
+        "127.0.0.1:-1",
+        "127.0.0.1:65536",
+        "unix:",
+    ],
 )
 @pytest.mark.parametrize("key", ["", KEY])
-def test_what_is_no_address_is_refused_by_name(serve: Callable[..., Server], address: str, key: str) -> None:
+def test_what_is_no_address_is_refused_by_name(
+    serve: Callable[..., Server], address: str, key: str
+) -> None:
     with pytest.raises(bridge.ConfigError, match="CLAUDE_CLI_LISTEN_ADDR"):
         serve(listen_addr=address, api_key=key)
 
 
-def test_the_bridge_does_not_start_beyond_loopback_without_a_key(serve: Callable[..., Server]) -> None:
+def test_the_bridge_does_not_start_beyond_loopback_without_a_key(
+    serve: Callable[..., Server],
+) -> None:
     with pytest.raises(bridge.ConfigError, match="CLAUDE_CLI_API_KEY"):
         serve(listen_addr="0.0.0.0:0")
 
@@ -407,17 +667,66 @@ def test_a_unix_socket_can_be_listened_on(serve: Callable[..., Server], socket_p
     assert server.bridge.addresses == [f"unix:{socket_path}"]
     assert stat.S_ISSOCK(socket_path.stat().st_mode)
     assert let_in(ask(server, "Host: localhost", connection=dial(socket_path)))
-    assert_refused(ask(server, "Host: evil.example", connection=dial(socket_path)), 403, "permission_error")
+    assert_refused(
+        ask(server, "Host: evil.example", connection=dial(socket_path)), 403, "permission_error"
+    )
     assert_refused(ask(server, "Host: ", connection=dial(socket_path)), 403, "permission_error")
 
 
-def test_a_unix_socket_asks_for_the_key_if_there_is_one(serve: Callable[..., Server], socket_path: Path) -> None:
+def test_the_umask_stays_as_it_is_and_a_unix_socket_is_its_owners_alone(
+    serve: Callable[..., Server], socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It belongs to the whole program: a file that another thread makes meanwhile would get it."""
+    masks: list[int] = []
+    before = os.umask(0)
+    monkeypatch.setattr(os, "umask", masks.append)
+    try:
+        serve(listen_addr=f"unix:{socket_path}")
+        assert stat.S_IMODE(socket_path.stat().st_mode) == 0o600
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    assert masks == []
+
+
+def test_a_bridge_that_ends_leaves_the_socket_of_another_that_took_its_path(
+    serve: Callable[..., Server], socket_path: Path
+) -> None:
+    first = serve(listen_addr=f"unix:{socket_path}")
+    socket_path.unlink()
+    second = serve(listen_addr=f"unix:{socket_path}")
+    first.close()
+    assert let_in(ask(second, "Host: localhost", connection=dial(socket_path)))
+    second.close()
+    assert not socket_path.exists()
+
+
+def test_a_bridge_that_ends_leaves_a_file_that_took_the_place_of_its_socket(
+    serve: Callable[..., Server], socket_path: Path
+) -> None:
+    server = serve(listen_addr=f"unix:{socket_path}")
+    socket_path.unlink()
+    socket_path.write_text("mine")
+    server.close()
+    assert socket_path.read_text() == "mine"
+    with pytest.raises(bridge.ConfigError, match="there is a file that is no socket"):
+        serve(listen_addr=f"unix:{socket_path}")
+    assert socket_path.read_text() == "mine"
+
+
+def test_a_unix_socket_asks_for_the_key_if_there_is_one(
+    serve: Callable[..., Server], socket_path: Path
+) -> None:
     server = serve(listen_addr=f"unix:{socket_path}", api_key=KEY)
-    assert_refused(ask(server, "Host: localhost", connection=dial(socket_path)), 401, "authentication_error")
+    assert_refused(
+        ask(server, "Host: localhost", connection=dial(socket_path)), 401, "authentication_error"
+    )
     assert let_in(ask(server, "Host: localhost", f"x-api-key: {KEY}", connection=dial(socket_path)))
 
 
-def test_a_unix_socket_left_by_a_killed_bridge_is_no_obstacle(serve: Callable[..., Server], socket_path: Path) -> None:
+def test_a_unix_socket_left_by_a_killed_bridge_is_no_obstacle(
+    serve: Callable[..., Server], socket_path: Path
+) -> None:
     with socket.socket(socket.AF_UNIX) as old:
         old.bind(str(socket_path))
     server = serve(listen_addr=f"unix:{socket_path}")

@@ -1,5 +1,6 @@
 """Agent mode: the CLI's own tools run, and a turn of several API messages is one answer.  With the real CLI."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,62 @@ def test_pings_fill_the_time_of_a_tool_and_the_watchdog_lets_it_run(
     kinds = [event["type"] for event in answer.events]
     first_block = kinds.index("content_block_stop")
     assert kinds[first_block : kinds.index("content_block_start", first_block)].count("ping") >= 3
+
+
+# What could go on behind an answer: the calls, and how many requests to the API the turn takes.
+SCRIPT = "export const meta = {name:'n',description:'d',phases:[]}\nreturn await agent('SAY x')"
+BEHIND: dict[str, tuple[str, Json, int]] = {
+    "agent": ("Agent", {"description": "d", "prompt": "SAY from below"}, 3),
+    "agent-behind": (
+        "Agent",
+        {"description": "d", "prompt": "SAY from below", "run_in_background": True},
+        3,
+    ),
+    "command": ("Bash", {"command": "echo made", "run_in_background": True}, 2),
+    "command-too-long": ("Bash", {"command": "tail -f note.txt", "timeout": 1000}, 2),
+    "monitor": ("Monitor", {"command": "cat note.txt", "description": "d", "timeout_ms": 9000}, 2),
+    "cron": ("CronCreate", {"cron": "* * * * *", "prompt": "SAY cron", "recurring": True}, 2),
+    "wakeup": ("ScheduleWakeup", {"delaySeconds": 60, "prompt": "SAY up", "reason": "r"}, 2),
+    "workflow": ("Workflow", {"script": SCRIPT}, 2),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_nothing_goes_on_behind_an_answer(
+    agent: Callable[..., Server], since: Callable[[], list[Json]], name: str
+) -> None:
+    """A task in the background would ask the model when it ends: a call that nobody asked for, and
+    an answer that the next request could take for its own.  The turn after it lasts longer."""
+    server = agent(permission_mode="acceptEdits")
+    tool, value, calls = BEHIND[name]
+    long = 'USE_TOOL Bash INPUT={"command":"sleep 2; echo slept"}END'
+    conversation: list[object] = []
+    for words, said in (
+        (f"USE_TOOL {tool} INPUT={json.dumps(value)}END", "Tool said: "),
+        (long, "slept"),
+        ("SAY on", "on"),
+        ("SAY more", "more"),
+    ):
+        conversation.append({"role": "user", "content": words})
+        answer = server.post(conversation)
+        assert said in answer.text
+        assert answer.session == ("hot" if len(conversation) > 1 else "new")
+        conversation.append({"role": "assistant", "content": answer.message["content"]})
+    assert answer.text == "more"
+    server.close()
+    assert len(since()) == calls + 2 + 1 + 1
+
+
+def test_the_model_is_offered_no_tool_that_works_behind_an_answer(
+    agent: Callable[..., Server], since: Callable[[], list[Json]]
+) -> None:
+    """Nor one that promises to, and does not: with some permission modes they would run unasked."""
+    assert agent().post("SAY x").text == "x"
+    tools = {tool["name"]: tool for tool in since()[0]["body"]["tools"]}
+    assert {"Agent", "Bash", "Read"} <= tools.keys()
+    assert not ({tool for tool, _, _ in BEHIND.values()} - {"Agent", "Bash"}) & tools.keys()
+    for name in ("Agent", "Bash"):
+        assert "run_in_background" not in tools[name]["input_schema"]["properties"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root is refused")

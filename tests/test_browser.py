@@ -120,7 +120,10 @@ PAGES = {
     "of another port": ("http://127.0.0.1:{site}", "http://127.0.0.1:{bridge}"),
     "of another name": ("http://evil.example:{site}", "http://127.0.0.1:{bridge}"),
     "whose name leads here": ("http://evil.example:{site}", "http://evil.example:{bridge}"),
-    "whose name and port lead here": ("http://evil.example:{bridge}", "http://evil.example:{bridge}"),
+    "whose name and port lead here": (
+        "http://evil.example:{bridge}",
+        "http://evil.example:{bridge}",
+    ),
 }
 
 
@@ -188,8 +191,20 @@ def browse(tmp_path: Path) -> Iterator[Callable[[str], None]]:
 
         def start(url: str) -> None:
             rules = "MAP evil.example 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
-            flags = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-proxy-server")
-            command = [str(CHROMIUM), *flags, f"--host-resolver-rules={rules}", f"--user-data-dir={profile}", url]
+            flags = (
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                "--no-proxy-server",
+            )
+            command = [
+                str(CHROMIUM),
+                *flags,
+                f"--host-resolver-rules={rules}",
+                f"--user-data-dir={profile}",
+                url,
+            ]
             process = subprocess.Popen(
                 command,
                 env={**os.environ, "HOME": str(profile)},
@@ -216,17 +231,25 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture
 def visit(
-    browse: Callable[[str], None], site: Site, serve: Callable[..., Server], log: Log, tmp_path: Path
+    browse: Callable[[str], None],
+    site: Site,
+    serve: Callable[..., Server],
+    log: Log,
+    tmp_path: Path,
 ) -> Callable[..., None]:
     """Load a page, then start an agent for it to talk to, and let it go: visit(page, kind, **settings)."""
 
     def start(page: str, kind: str, **settings: object) -> None:
         with Site() as before:  # has the bridge's port until the page is there
             origin, target = (url.format(site=site.port, bridge=before.port) for url in PAGES[page])
-            query = urlencode({"bridge": target, "site": f"http://127.0.0.1:{site.port}", "kind": kind})
+            query = urlencode(
+                {"bridge": target, "site": f"http://127.0.0.1:{site.port}", "kind": kind}
+            )
             browse(f"{origin}/?{query}")
             assert site.loaded.wait(SECONDS)
-        serve(listen_addr=f"127.0.0.1:{before.port}", tools="default", cwd=str(tmp_path), **settings)
+        serve(
+            listen_addr=f"127.0.0.1:{before.port}", tools="default", cwd=str(tmp_path), **settings
+        )
         site.go.set()
 
     return start
@@ -239,7 +262,9 @@ def rows(caplog: pytest.LogCaptureFixture) -> Callable[[], list[Json]]:
     return lambda: [r.row for r in list(caplog.records) if getattr(r, "row", {}).get("route")]  # type: ignore[attr-defined]
 
 
-def assert_nothing_came_through(page: str, site: Site, log: Log, rows: Callable[[], list[Json]], number: int) -> None:
+def assert_nothing_came_through(
+    page: str, site: Site, log: Log, rows: Callable[[], list[Json]], number: int
+) -> None:
     """That all requests arrived, and were refused before the CLI; the page read no answer, or the refusal."""
     found = site.reports.get(timeout=SECONDS)
     assert isinstance(found, dict)
@@ -248,7 +273,7 @@ def assert_nothing_came_through(page: str, site: Site, log: Log, rows: Callable[
     assert {(row["status"], row.get("error")) for row in rows()} == {(403, "permission_error")}
     read = [text for text in found.values() if text]
     if page == "whose name and port lead here":  # the browser takes it for the page's own server
-        assert all("this Host is not allowed" in text for text in read)
+        assert all("Host 'evil.example:" in text and "is not allowed" in text for text in read)
     else:
         assert read == []
     assert log.started() == {}
@@ -271,7 +296,9 @@ def test_a_page_of_another_origin_cannot_embed_what_the_cli_says(
     assert_nothing_came_through(page, site, log, rows, READS)
 
 
-def test_the_same_requests_of_an_allowed_page_are_answered(visit: Callable[..., None], site: Site, log: Log) -> None:
+def test_the_same_requests_of_an_allowed_page_are_answered(
+    visit: Callable[..., None], site: Site, log: Log
+) -> None:
     visit("of another name", "write", allowed_origins=(f"http://evil.example:{site.port}",))
     found = site.reports.get(timeout=SECONDS)
     assert isinstance(found, dict)
@@ -279,7 +306,10 @@ def test_the_same_requests_of_an_allowed_page_are_answered(visit: Callable[..., 
         "fetch, a simple request",
         "fetch with a preflight",
     }
-    wait_until(lambda: len(log.started()) == 5, "those that cannot be read: without CORS, the form, the beacon")
+    wait_until(
+        lambda: len(log.started()) == 5,
+        "those that cannot be read: without CORS, the form, the beacon",
+    )
 
 
 def test_a_page_of_an_allowed_origin_streams_with_a_key(
@@ -290,8 +320,13 @@ def test_a_page_of_an_allowed_origin_streams_with_a_key(
     gate.touch()
     found = site.reports.get(timeout=SECONDS)
     assert isinstance(found, dict)
-    events = [json.loads(line[6:]) for line in found["a stream"].splitlines() if line.startswith("data: ")]
+    events = [
+        json.loads(line[6:]) for line in found["a stream"].splitlines() if line.startswith("data: ")
+    ]
     assert (events[0]["type"], events[-1]["type"]) == ("message_start", "message_stop")
-    assert "".join(e["delta"].get("text", "") for e in events if "delta" in e) == "echo: PAUSE; 1 messages"
-    assert json.loads(found["a refusal"])["error"]["message"] == "invalid x-api-key"
+    assert (
+        "".join(e["delta"].get("text", "") for e in events if "delta" in e)
+        == "echo: PAUSE; 1 messages"
+    )
+    assert "the key sent does not match" in json.loads(found["a refusal"])["error"]["message"]
     assert len(log.started()) == 1

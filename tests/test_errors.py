@@ -249,7 +249,7 @@ def test_a_rejected_rate_limit_says_when_it_ends(info: Any, resets_at: float | N
 # ---------------------------------------------------------------- any text
 
 
-@settings(max_examples=300, **QUICK)
+@settings(max_examples=120, **QUICK)
 @given(
     st.sampled_from(["", "API Error: ", "API Error: 500 ", "API Error: Request rejected (429) · "]),
     st.text()

@@ -381,7 +381,7 @@ SMALL = st.integers(0, 10**4)
 STEPS = st.lists(st.tuples(st.sampled_from(ECHOES), SMALL, SMALL), max_size=8)
 
 
-@settings(max_examples=400, **QUICK)
+@settings(max_examples=120, **QUICK)
 @given(conversations(), STEPS)
 def test_a_conversation_that_clients_echo_keeps_its_fingerprint(
     messages: list[Json], steps: Any
@@ -393,7 +393,7 @@ def test_a_conversation_that_clients_echo_keeps_its_fingerprint(
 CHANGES = st.sampled_from(["edit", "key", "drop", "swap", "role", "add", "error"])
 
 
-@settings(max_examples=400, **QUICK)
+@settings(max_examples=120, **QUICK)
 @given(conversations(), SMALL, CHANGES)
 def test_a_conversation_that_was_changed_has_another_fingerprint(
     messages: list[Json], number: int, change: str

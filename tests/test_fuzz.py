@@ -12,8 +12,8 @@ from messages import RESULT, TOOL, USE, role, text, user
 from test_relay import BEGIN, END, MESSAGE, TAIL, delta, event, outcome
 from test_relay import text as delta_of_text
 
-import bridge
 import translate
+from bridge import Config
 from translate import ApiError, parse_request
 
 Json = dict[str, Any]
@@ -91,21 +91,22 @@ def test_a_name_in_a_tool_choice_that_has_none_is_no_bug(kind: str, name: object
     used(request_body(tools=[TOOL], tool_choice={"type": kind, "name": name}))
 
 
-DEEPEST = bridge.LIMITS["max_depth"][1]  # levels of a body
+# Levels of a body, at most.
+DEEPEST = int(Config.__dataclass_fields__["max_depth"].metadata["most"])
 
 
 @pytest.mark.parametrize("more", [0, 1])
 def test_a_schema_that_can_be_read_can_be_listed(more: int) -> None:
     """Process._read answers tools/list inside asyncio's callback, where an error ends the pipe."""
-    levels = int(DEEPEST) - 4 + more  # four are around it
+    levels = DEEPEST - 4 + more  # four are around it
     schema = {"type": "object", "x": json.loads("[" * levels + "0" + "]" * levels)}
     body = request_body(tools=[{**TOOL, "input_schema": schema}])
     data = json.dumps(body).encode()
     if more:
         with pytest.raises(ApiError, match="levels deep"):
-            parse_request(data, max_depth=int(DEEPEST))
+            parse_request(data, max_depth=DEEPEST)
     else:
-        fuzz.check_use(parse_request(data, max_depth=int(DEEPEST)), body)
+        fuzz.check_use(parse_request(data, max_depth=DEEPEST), body)
 
 
 @pytest.mark.parametrize(
@@ -178,3 +179,8 @@ def test_a_tool_call_without_a_name_is_none_of_the_clients(name: object) -> None
     )
     events, _, error = fuzz.relayed([[BEGIN[0], call, *END]], raw=False)
     assert error or events[-1] == {"type": "message_stop"}
+
+
+def test_a_message_that_was_not_streamed_and_has_no_content_is_no_answer() -> None:
+    whole = json.dumps({"type": "assistant", "message": {"id": "msg_1"}}).encode()
+    assert fuzz.relayed([[whole, *BEGIN, *END]], raw=False)[2] == ""

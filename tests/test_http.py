@@ -11,6 +11,8 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import pytest
@@ -61,7 +63,10 @@ class Wire:
     def answer(self, method: str = "GET") -> Answer:
         answer = self.head()
         assert re.fullmatch(r"req_[0-9a-f]{32}", answer.headers["request-id"])
-        chunked, length = answer.headers.get("transfer-encoding"), answer.headers.get("content-length")
+        chunked, length = (
+            answer.headers.get("transfer-encoding"),
+            answer.headers.get("content-length"),
+        )
         assert not (chunked and length)
         if method == "HEAD":
             pass
@@ -95,7 +100,9 @@ def quiet() -> Iterator[None]:
     """No test makes the bridge or asyncio log an error: a bug, an exception nobody looked at."""
     errors: list[str] = []
     handler = logging.Handler(logging.ERROR)
-    handler.emit = lambda record: errors.append(f"{record.name}: {record.getMessage()} {record.exc_info}")  # type: ignore[method-assign]
+    handler.emit = lambda record: errors.append(
+        f"{record.name}: {record.getMessage()} {record.exc_info}"
+    )  # type: ignore[method-assign]
     logging.getLogger().addHandler(handler)
     yield
     gc.collect(1)  # exceptions of tasks that nobody awaited are reported when the task is collected
@@ -126,15 +133,24 @@ def wire(server: Server, connect: Callable[[Server], Wire]) -> Wire:
     return connect(server)
 
 
-def post(body: bytes | str = PROBE, *lines: bytes, path: str = "/v1/messages", stream: bool = False) -> bytes:
+def post(
+    body: bytes | str = PROBE, *lines: bytes, path: str = "/v1/messages", stream: bool = False
+) -> bytes:
     """A POST with its body; a text is what the user says."""
     if isinstance(body, str):
         body = json.dumps(request_body(body, stream=stream)).encode()
-    head = [f"POST {path} HTTP/1.1".encode(), b"Host: localhost", b"Content-Length: %d" % len(body), *lines]
+    head = [
+        f"POST {path} HTTP/1.1".encode(),
+        b"Host: localhost",
+        b"Content-Length: %d" % len(body),
+        *lines,
+    ]
     return b"\r\n".join([*head, b"", body])
 
 
-def chunked(*chunks: bytes, extension: bytes = b"", trailers: bytes = b"", lines: bytes = b"") -> bytes:
+def chunked(
+    *chunks: bytes, extension: bytes = b"", trailers: bytes = b"", lines: bytes = b""
+) -> bytes:
     head = b"POST /v1/messages HTTP/1.1\r\n" + HOST + lines + b"Transfer-Encoding: chunked\r\n\r\n"
     data = b"".join(b"%x%b\r\n%b\r\n" % (len(chunk), extension, chunk) for chunk in chunks)
     return head + data + b"0" + extension + b"\r\n" + trailers + b"\r\n"
@@ -162,7 +178,9 @@ def said(answer: Answer) -> str:
 def assert_error(answer: Answer, status: int, kind: str) -> None:
     assert said(answer)
     assert (answer.status, answer.json["error"]["type"]) == (status, kind)
-    assert answer.headers.get("x-should-retry") == ("false" if status < 500 and status != 429 else None)
+    assert answer.headers.get("x-should-retry") == (
+        "false" if status < 500 and status != 429 else None
+    )
 
 
 def assert_whole(answer: Answer) -> None:
@@ -171,13 +189,60 @@ def assert_whole(answer: Answer) -> None:
     assert said(answer).startswith("messages: ")
 
 
+# ---------------------------------------------------------------- answers
+
+
+def test_every_answer_has_a_date(wire: Wire) -> None:
+    """RFC 9110, 6.6.1: an origin server with a clock MUST generate a Date header."""
+    wire.send(GET, post("one"), post("two", stream=True), post(path="/nope"), b"bad\r\n\r\n")
+    for _ in range(5):
+        sent_at = parsedate_to_datetime(wire.answer().headers["date"])
+        assert abs((datetime.now(UTC) - sent_at).total_seconds()) < 3600
+
+
+@pytest.mark.parametrize(
+    ("request_", "line"),
+    [
+        (GET, b"HTTP/1.1 200 OK"),
+        (post("hello", stream=True), b"HTTP/1.1 200 OK"),
+        (post(), b"HTTP/1.1 400 Bad Request"),
+        (post(path="/nope"), b"HTTP/1.1 404 Not Found"),
+        (b"X" * (1 << 20), b"HTTP/1.1 431 Request Header Fields Too Large"),
+        (post("DIE-START"), b"HTTP/1.1 502 Bad Gateway"),
+        (post("REPLAY 2.1.330/error_529"), b"HTTP/1.1 529 Overloaded"),
+    ],
+    ids=lambda value: value[:25].decode(),
+)
+def test_every_status_line_has_a_reason_phrase(wire: Wire, request_: bytes, line: bytes) -> None:
+    wire.send(request_)
+    assert wire.file.readline() == line + b"\r\n"
+
+
+def test_streams_ask_proxies_not_to_hold_them_back_and_other_answers_do_not(wire: Wire) -> None:
+    wire.send(post("one", stream=True), post("two"))
+    assert wire.answer().headers["x-accel-buffering"] == "no"
+    assert "x-accel-buffering" not in wire.answer().headers
+
+
+@pytest.mark.parametrize("limit", [b"9" * 5000, b"0" * 5000, b"1_0", b"%C3%BF", b"-1", b""])
+@pytest.mark.parametrize("path", [b"/v1/models", b"/healthz"])
+def test_no_query_is_too_strange_for_an_answer(wire: Wire, path: bytes, limit: bytes) -> None:
+    wire.send(GET.replace(b"/healthz", path + b"?limit=" + limit))
+    answer = wire.answer()
+    if path == b"/healthz" or not limit:
+        assert answer.status == 200
+    else:
+        assert_error(answer, 400, "invalid_request_error")
+        assert said(answer).startswith("limit: ")
+
+
 # ---------------------------------------------------------------- connections
 
 
 def test_a_connection_serves_one_request_after_another(wire: Wire) -> None:
     for text in ("one", "two"):
         wire.send(GET)
-        assert wire.answer().body == b"ok\n"
+        assert wire.answer().body == b"ok"
         wire.send(post())
         assert_whole(wire.answer())
         wire.send(post(text))
@@ -187,15 +252,24 @@ def test_a_connection_serves_one_request_after_another(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 1 << 20])
-def test_pipelined_requests_are_answered_in_order_however_they_are_cut(wire: Wire, size: int) -> None:
-    requests = [GET, post("first"), post(b"{", path="/nope"), post("second", stream=True), post(b"no JSON"), GET]
+def test_pipelined_requests_are_answered_in_order_however_they_are_cut(
+    wire: Wire, size: int
+) -> None:
+    requests = [
+        GET,
+        post("first"),
+        post(b"{", path="/nope"),
+        post("second", stream=True),
+        post(b"no JSON"),
+        GET,
+    ]
     wire.send(*pieces(b"".join(requests), size))
-    assert wire.answer().body == b"ok\n"
+    assert wire.answer().body == b"ok"
     assert "echo: first;" in wire.answer().text
     assert_error(wire.answer(), 404, "not_found_error")
     assert "echo: second;" in wire.answer().text
     assert_error(wire.answer(), 400, "invalid_request_error")
-    assert wire.answer().body == b"ok\n"
+    assert wire.answer().body == b"ok"
 
 
 def test_many_pipelined_requests_in_one_segment_are_all_answered(wire: Wire) -> None:
@@ -213,7 +287,7 @@ def test_requests_sent_while_a_stream_runs_are_answered_after_it(wire: Wire, gat
     gate.touch()
     stream.body += b"".join(iter(wire.chunk, b""))
     assert stream.text.startswith("echo: PAUSE;")
-    assert wire.answer().body == b"ok\n"
+    assert wire.answer().body == b"ok"
     wire.send(post("next")[-5:])
     assert "echo: next;" in wire.answer().text
 
@@ -235,7 +309,7 @@ def test_the_connection_ends_after_an_answer_when_the_client_asks_for_it(
 @pytest.mark.parametrize("lines", [b"", HOST, b"Connection: keep-alive\r\n"])
 def test_http_1_0_gets_one_answer(wire: Wire, lines: bytes) -> None:
     wire.send(b"GET /healthz HTTP/1.0\r\n" + lines + b"\r\n")
-    assert wire.answer().body == b"ok\n"
+    assert wire.answer().body == b"ok"
     assert wire.ended()
 
 
@@ -243,17 +317,19 @@ def test_a_request_may_come_byte_by_byte(wire: Wire) -> None:
     wire.send(*pieces(post() + chunked(PROBE) + GET, 1))
     assert_whole(wire.answer())
     assert_whole(wire.answer())
-    assert wire.answer().body == b"ok\n"
+    assert wire.answer().body == b"ok"
 
 
 def test_a_client_that_ends_its_side_after_a_request_still_gets_the_answer(wire: Wire) -> None:
     wire.send(GET)
     wire.finish()
-    assert wire.answer().body == b"ok\n"
+    assert wire.answer().body == b"ok"
     assert wire.ended()
 
 
-def test_an_unused_connection_is_closed(serve: Callable[..., Server], connect: Callable[[Server], Wire]) -> None:
+def test_an_unused_connection_is_closed(
+    serve: Callable[..., Server], connect: Callable[[Server], Wire]
+) -> None:
     wire = connect(serve(idle_secs=0.05))
     wire.send(GET)
     assert wire.answer().status == 200
@@ -295,7 +371,7 @@ def test_a_chunked_body_may_be_cut_anywhere(wire: Wire) -> None:
 def test_every_form_of_chunked_bodies_is_read(wire: Wire, request_: bytes) -> None:
     wire.send(request_ + GET)
     assert_whole(wire.answer())
-    assert wire.answer().body == b"ok\n"
+    assert wire.answer().body == b"ok"
 
 
 def test_a_message_may_come_in_a_chunked_body(wire: Wire) -> None:
@@ -304,9 +380,12 @@ def test_a_message_may_come_in_a_chunked_body(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize(
-    "request_", [post(PROBE, b"Expect: 100-continue"), chunked(PROBE, lines=b"Expect: 100-continue\r\n")]
+    "request_",
+    [post(PROBE, b"Expect: 100-continue"), chunked(PROBE, lines=b"Expect: 100-continue\r\n")],
 )
-def test_a_client_that_expects_100_gets_it_before_its_body_is_sent(wire: Wire, request_: bytes) -> None:
+def test_a_client_that_expects_100_gets_it_before_its_body_is_sent(
+    wire: Wire, request_: bytes
+) -> None:
     head, _, body = request_.partition(b"\r\n\r\n")
     for _ in range(2):
         wire.send(head + b"\r\n\r\n")
@@ -319,7 +398,9 @@ def test_a_client_that_expects_100_gets_it_before_its_body_is_sent(wire: Wire, r
 @pytest.mark.parametrize(
     "request_",
     [
-        post(b"", b"Expect: 100-continue").replace(b"Length: 0", b"Length: %d" % (bridge.Config.max_body_bytes + 1)),
+        post(b"", b"Expect: 100-continue").replace(
+            b"Length: 0", b"Length: %d" % (bridge.Config.max_body_bytes + 1)
+        ),
         post(b"", b"Expect: 100-continue").replace(b"Length: 0", b"Length: -1"),
     ],
 )
@@ -331,7 +412,11 @@ def test_no_100_is_sent_for_a_body_that_is_refused(wire: Wire, request_: bytes) 
 
 
 def test_http_1_0_gets_no_100(wire: Wire) -> None:
-    head, _, body = post(PROBE, b"Expect: 100-continue").replace(b"HTTP/1.1", b"HTTP/1.0").partition(b"\r\n\r\n")
+    head, _, body = (
+        post(PROBE, b"Expect: 100-continue")
+        .replace(b"HTTP/1.1", b"HTTP/1.0")
+        .partition(b"\r\n\r\n")
+    )
     wire.send(head + b"\r\n\r\n", body)
     assert_whole(wire.answer())
 
@@ -391,7 +476,7 @@ NOT_HTTP = {
 @pytest.mark.parametrize("data", NOT_HTTP.values(), ids=NOT_HTTP)
 def test_what_is_not_http_gets_400_and_nothing_behind_it_is_served(wire: Wire, data: bytes) -> None:
     wire.send(GET + data + GET)
-    assert wire.answer().body == b"ok\n"
+    assert wire.answer().body == b"ok"
     answer = wire.answer()
     assert_error(answer, 400, "invalid_request_error")
     assert answer.headers["connection"] == "close"
@@ -422,8 +507,11 @@ def test_equal_lengths_are_one_length(wire: Wire) -> None:
 
 def test_a_folded_header_is_one_header(wire: Wire) -> None:
     """RFC 9112, 5.2: each fold is a space, so nothing after it can pass for a header."""
-    wire.send(GET.replace(HOST, HOST + b"X: a\r\n Content-Length: 9\r\n\tTransfer-Encoding: chunked\r\n") + GET)
-    assert [wire.answer().body, wire.answer().body] == [b"ok\n", b"ok\n"]
+    wire.send(
+        GET.replace(HOST, HOST + b"X: a\r\n Content-Length: 9\r\n\tTransfer-Encoding: chunked\r\n")
+        + GET
+    )
+    assert [wire.answer().body, wire.answer().body] == [b"ok", b"ok"]
 
 
 @pytest.mark.parametrize("data", [b"GET /healthz HT", GET[:-2], b"POST / HTTP/1.1\r\nHost"])
@@ -462,7 +550,7 @@ def test_headers_beyond_the_limit_get_431_and_no_reset(wire: Wire, data: bytes) 
 def test_headers_up_to_the_limit_are_taken(wire: Wire) -> None:
     size = bridge.Config.max_header_bytes - 200
     wire.send(GET.replace(HOST, HOST + b"X: " + b"x" * size + b"\r\n") + GET)
-    assert [wire.answer().body, wire.answer().body] == [b"ok\n", b"ok\n"]
+    assert [wire.answer().body, wire.answer().body] == [b"ok", b"ok"]
 
 
 def test_a_length_beyond_the_limit_gets_413_before_the_body_is_read(wire: Wire) -> None:
@@ -493,13 +581,42 @@ def test_a_body_up_to_the_limit_is_read(wire: Wire) -> None:
     assert_whole(wire.answer())
 
 
+def test_a_body_in_tiny_chunks_gets_400_before_its_end(wire: Wire) -> None:
+    request = chunked(*pieces(b" " * (bridge.MAX_CHUNKS + 1), 1))
+    wire.send(request.removesuffix(b"0\r\n\r\n"))
+    answer = wire.answer()
+    assert_error(answer, 400, "invalid_request_error")
+    assert "chunks that are too small" in said(answer)
+    wire.finish()
+    assert wire.ended()
+
+
+def test_a_body_in_many_chunks_that_are_large_enough_is_taken(wire: Wire) -> None:
+    count = bridge.MAX_CHUNKS + 50
+    size = 2 * bridge.MIN_CHUNK
+    wire.send(chunked(PROBE, *pieces(b" " * count * size, size)))
+    assert_whole(wire.answer())
+
+
+def test_others_are_answered_while_a_body_comes_in_tiny_chunks(
+    server: Server, connect: Callable[[Server], Wire]
+) -> None:
+    tiny, other = connect(server), connect(server)
+    request = chunked(*pieces(PROBE + b" " * 9000, 1))
+    for piece in pieces(request[:-5], 1000):
+        tiny.send(piece)
+        other.send(GET)
+        assert other.answer().body == b"ok"
+    tiny.send(request[-5:])
+    assert_whole(tiny.answer())
+
+
 # ---------------------------------------------------------------- routes
 
 
 @pytest.mark.parametrize(
     ("method", "path", "status", "kind"),
     [
-        ("GET", "/", 404, "not_found_error"),
         ("GET", "/nope", 404, "not_found_error"),
         ("POST", "/nope", 404, "not_found_error"),
         ("GET", "*", 404, "not_found_error"),
@@ -522,7 +639,7 @@ def test_unknown_paths_and_methods_are_refused_and_their_bodies_are_no_requests(
 ) -> None:
     wire.send(post(GET, path=path).replace(b"POST", method.encode(), 1), GET)
     assert_error(wire.answer(), status, kind)
-    assert wire.answer().body == b"ok\n"
+    assert wire.answer().body == b"ok"
 
 
 def test_a_405_says_what_is_allowed(wire: Wire) -> None:
@@ -537,25 +654,30 @@ def test_a_405_says_what_is_allowed(wire: Wire) -> None:
 def test_wrong_base_urls_work_and_queries_are_ignored(wire: Wire, path: str, query: str) -> None:
     wire.send(post(path=path + query) + GET.replace(b"/healthz", b"/healthz" + query.encode()))
     assert_whole(wire.answer())
-    assert wire.answer().body == b"ok\n"
+    assert wire.answer().body == b"ok"
 
 
-@pytest.mark.parametrize(("path", "status"), [("/", 200), ("/healthz", 200), ("/nope", 404), ("/v1/messages", 405)])
+@pytest.mark.parametrize(
+    ("path", "status"), [("/", 200), ("/healthz", 200), ("/nope", 404), ("/v1/messages", 405)]
+)
 def test_an_answer_to_head_has_no_body(wire: Wire, path: str, status: int) -> None:
     wire.send(f"HEAD {path} HTTP/1.1\r\n".encode() + HOST + b"\r\n" + GET)
     assert wire.answer("HEAD").status == status
-    assert wire.answer().body == b"ok\n"
+    assert wire.answer().body == b"ok"
 
 
 def test_head_says_what_get_would(wire: Wire) -> None:
     wire.send(GET.replace(b"GET", b"HEAD") + GET)
     head, answer = wire.answer("HEAD"), wire.answer()
-    del head.headers["request-id"], answer.headers["request-id"]
-    assert head.headers == answer.headers == {"content-type": "text/plain", "content-length": "3"}
+    for name in ("request-id", "date"):
+        del head.headers[name], answer.headers[name]
+    assert head.headers == answer.headers == {"content-type": "text/plain", "content-length": "2"}
 
 
 def test_every_answer_has_a_request_id_of_its_own(wire: Wire) -> None:
-    wire.send(GET, post(), post("one"), post("two", stream=True), post(path="/nope"), GET, b"bad\r\n\r\n")
+    wire.send(
+        GET, post(), post("one"), post("two", stream=True), post(path="/nope"), GET, b"bad\r\n\r\n"
+    )
     answers = [wire.answer() for _ in range(7)]
     assert [answer.status for answer in answers] == [200, 400, 200, 200, 404, 200, 400]
     assert len({answer.headers["request-id"] for answer in answers}) == 7
@@ -600,10 +722,12 @@ def test_a_message_is_json(wire: Wire) -> None:
     ],
     ids=lambda body: repr(body[:20]),
 )
-def test_a_body_that_is_no_json_object_gets_400_and_the_connection_stays(wire: Wire, body: bytes) -> None:
+def test_a_body_that_is_no_json_object_gets_400_and_the_connection_stays(
+    wire: Wire, body: bytes
+) -> None:
     wire.send(post(body) + GET)
     assert_error(wire.answer(), 400, "invalid_request_error")
-    assert wire.answer().body == b"ok\n"
+    assert wire.answer().body == b"ok"
 
 
 @pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br", b"zstd", b"gzip, identity"])
@@ -612,8 +736,8 @@ def test_a_compressed_body_is_refused(wire: Wire, coding: bytes) -> None:
     answer = wire.answer()
     assert answer.status in (400, 415)
     assert_error(answer, answer.status, "invalid_request_error")
-    assert "encoding" in said(answer)
-    assert wire.answer().body == b"ok\n"
+    assert "compressed request bodies are not supported" in said(answer)
+    assert wire.answer().body == b"ok"
 
 
 def test_a_body_in_identity_coding_is_taken(wire: Wire) -> None:
@@ -621,7 +745,9 @@ def test_a_body_in_identity_coding_is_taken(wire: Wire) -> None:
     assert_whole(wire.answer())
 
 
-@pytest.mark.parametrize("value", ["", "application/x-www-form-urlencoded", "text/plain; charset=utf-8"])
+@pytest.mark.parametrize(
+    "value", ["", "application/x-www-form-urlencoded", "text/plain; charset=utf-8"]
+)
 def test_any_content_type_is_taken(wire: Wire, value: str) -> None:
     wire.send(post(PROBE, f"Content-Type: {value}".encode()))
     assert_whole(wire.answer())
@@ -656,7 +782,10 @@ def test_a_stream_is_chunked_server_sent_events(wire: Wire) -> None:
     assert "content-length" not in answer.headers
     assert "content-encoding" not in answer.headers
     assert re.fullmatch(rb"(event: [a-z_]+\ndata: \{[^\n\r]*\}\n\n)+", answer.body)
-    assert [answer.events[0]["type"], answer.events[-1]["type"]] == ["message_start", "message_stop"]
+    assert [answer.events[0]["type"], answer.events[-1]["type"]] == [
+        "message_start",
+        "message_stop",
+    ]
 
 
 def test_line_ends_of_unicode_are_escaped_in_a_stream(wire: Wire) -> None:
@@ -671,7 +800,7 @@ def test_line_ends_of_unicode_are_escaped_in_a_stream(wire: Wire) -> None:
 def test_a_failure_before_the_first_event_is_a_status(wire: Wire) -> None:
     wire.send(post("DIE-START", stream=True) + GET)
     assert_error(wire.answer(), 502, "claude_cli_error")
-    assert wire.answer().body == b"ok\n"
+    assert wire.answer().body == b"ok"
 
 
 def test_a_failure_in_mid_stream_is_an_error_event_and_the_connection_stays(wire: Wire) -> None:
@@ -681,10 +810,12 @@ def test_a_failure_in_mid_stream_is_an_error_event_and_the_connection_stays(wire
     last = answer.events[-1]
     assert (last["type"], last["request_id"]) == ("error", answer.headers["request-id"])
     assert b"message_stop" not in answer.body
-    assert wire.answer().body == b"ok\n"
+    assert wire.answer().body == b"ok"
 
 
-def test_silence_in_a_stream_is_filled_with_pings(wire: Wire, gate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silence_in_a_stream_is_filled_with_pings(
+    wire: Wire, gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bridge, "PING_SECS", 0.02)
     wire.send(post("PAUSE-START", stream=True))
     answer = wire.head()
@@ -749,7 +880,9 @@ def test_at_shutdown_idle_connections_end_at_once_and_running_answers_are_comple
     assert busy.ended()
 
 
-def test_no_request_is_taken_during_shutdown(server: Server, connect: Callable[[Server], Wire], gate: Path) -> None:
+def test_no_request_is_taken_during_shutdown(
+    server: Server, connect: Callable[[Server], Wire], gate: Path
+) -> None:
     busy = connect(server)
     busy.send(post("PAUSE", stream=True))
     answer = busy.head()
@@ -794,10 +927,10 @@ def test_a_client_that_does_not_read_cannot_hold_up_the_shutdown(
 ) -> None:
     server = serve(drain_secs=0.1)
     wire = connect(server)
-    wire.socket.settimeout(0.5)
+    wire.socket.settimeout(2)  # of each piece
     wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
     with contextlib.suppress(TimeoutError):  # the pipeline is full
-        wire.send(request_)
+        wire.send(*pieces(request_, 1 << 14))
     wait_until(lambda: stuck(server), "a writer that waits for its client")
     closing = threading.Thread(target=server.close)
     closing.start()
@@ -811,7 +944,11 @@ def test_a_client_that_does_not_read_cannot_hold_up_the_shutdown(
 def stuck(server: Server) -> bool:
     """Whether an answer of this server waits in StreamWriter.drain."""
     assert server.loop
-    frames = [frame for task in asyncio.all_tasks(server.loop) for frame in coroutine_names(task.get_coro())]
+    frames = [
+        frame
+        for task in asyncio.all_tasks(server.loop)
+        for frame in coroutine_names(task.get_coro())
+    ]
     return "_drain_helper" in frames
 
 
@@ -866,7 +1003,9 @@ PHASES = {
 
 @pytest.mark.parametrize("way", ["close", "reset", "finish"])
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_client_that_leaves_at_any_point_leaves_nothing_behind(server: Server, phase: str, way: str) -> None:
+def test_a_client_that_leaves_at_any_point_leaves_nothing_behind(
+    server: Server, phase: str, way: str
+) -> None:
     assert server.loop
     tasks, files = asyncio.all_tasks(server.loop), open_files()
     wire = Wire(server)
@@ -874,7 +1013,9 @@ def test_a_client_that_leaves_at_any_point_leaves_nothing_behind(server: Server,
         wire.send(PHASES[phase])
         if phase.startswith("ans"):
             wait_until(server.processes, "the start of the answer")
-        elif phase == "asked to continue" or phase.startswith(("in a stream", "after", "in a refused")):
+        elif phase == "asked to continue" or phase.startswith(
+            ("in a stream", "after", "in a refused")
+        ):
             wire.head()
         getattr(wire, way)()
         if way == "finish":
@@ -900,17 +1041,64 @@ def test_a_reset_that_crosses_an_answer_is_no_bug(server: Server, data: bytes) -
 # ---------------------------------------------------------------- anything
 
 FRAGMENTS = [
-    *(b"GET ", b"POST ", b"PUT ", b"OPTIONS ", b"CONNECT ", b"/healthz", b"/v1/messages", b"/nope", b"*", b"?a=b"),
-    *(b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", b" HTTP/2.0\r\n", HOST, b"Host: [\r\n", b"Host: \r\n", b"\r\n", b"\n", b"\r"),
-    *(b"Content-Length: ", b"0", b"5", b"\r\n\r\n", b"Transfer-Encoding: chunked\r\n", b"0\r\n\r\n", b"5\r\nhello\r\n"),
-    *(b"Expect: 100-continue\r\n", b"Connection: close\r\n", b"Connection: upgrade\r\nUpgrade: h2c\r\n"),
+    *(
+        b"GET ",
+        b"POST ",
+        b"PUT ",
+        b"OPTIONS ",
+        b"CONNECT ",
+        b"/healthz",
+        b"/v1/messages",
+        b"/nope",
+        b"*",
+        b"?a=b",
+    ),
+    *(
+        b" HTTP/1.1\r\n",
+        b" HTTP/1.0\r\n",
+        b" HTTP/2.0\r\n",
+        HOST,
+        b"Host: [\r\n",
+        b"Host: \r\n",
+        b"\r\n",
+        b"\n",
+        b"\r",
+    ),
+    *(
+        b"Content-Length: ",
+        b"0",
+        b"5",
+        b"\r\n\r\n",
+        b"Transfer-Encoding: chunked\r\n",
+        b"0\r\n\r\n",
+        b"5\r\nhello\r\n",
+    ),
+    *(
+        b"Expect: 100-continue\r\n",
+        b"Connection: close\r\n",
+        b"Connection: upgrade\r\nUpgrade: h2c\r\n",
+    ),
     *(
         b"x-api-key: \xff\r\n",
         b"Origin: null\r\n",
         b"X-Arch-Claude-Cli-Session: \xe9\r\n",
         b"Content-Encoding: \xa0\r\n",
     ),
-    *(b"{}", b"null", b"[[", PROBE, b"\0", b"\xff", b" ", b"\t", b":", GET, post(), chunked(PROBE), post(b"")),
+    *(
+        b"{}",
+        b"null",
+        b"[[",
+        PROBE,
+        b"\0",
+        b"\xff",
+        b" ",
+        b"\t",
+        b":",
+        GET,
+        post(),
+        chunked(PROBE),
+        post(b""),
+    ),
 ]
 
 
@@ -932,16 +1120,24 @@ def statuses(data: bytes) -> Iterator[int]:
 def test_any_bytes_are_answered_in_http_or_the_connection_is_closed(server: Server) -> None:
     assert server.loop
     tasks = asyncio.all_tasks(server.loop)
-    strange = st.lists(st.sampled_from(FRAGMENTS) | st.binary(max_size=9), max_size=25).map(b"".join)
+    strange = st.lists(st.sampled_from(FRAGMENTS) | st.binary(max_size=9), max_size=25).map(
+        b"".join
+    )
 
     @settings(
-        max_examples=500, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        max_examples=500,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
     )
     @given(data=strange | st.binary(max_size=99), at=st.integers(0, 99))
     @example(data=b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", at=9)
     @example(data=b"GET / HTTP/1.1\r\nHost: [\r\n\r\n", at=0)
     @example(data=b"GET http://localhost/ HTTP/1.1\r\nHost: localhost\r\n\r\n", at=0)
-    @example(data=GET.replace(HOST, HOST + b"Connection: upgrade\r\nUpgrade: websocket\r\n") * 2, at=50)
+    @example(
+        data=GET.replace(HOST, HOST + b"Connection: upgrade\r\nUpgrade: websocket\r\n") * 2, at=50
+    )
     def check(data: bytes, at: int) -> None:
         got, whole = b"", False
         with server.connect() as client, contextlib.suppress(ConnectionError):
@@ -968,6 +1164,8 @@ def test_a_request_cut_at_any_two_places_is_the_same_request(server: Server) -> 
             answer = wire.head()
             while answer.status == 100:
                 answer = wire.head()
-            assert wire.file.read(int(answer.headers["content-length"])).startswith(b'{"type":"error"')
+            assert wire.file.read(int(answer.headers["content-length"])).startswith(
+                b'{"type":"error"'
+            )
             assert_whole(wire.answer())
-            assert wire.answer().body == b"ok\n"
+            assert wire.answer().body == b"ok"

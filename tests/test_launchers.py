@@ -28,7 +28,11 @@ import sessions
 
 INSTALLED = "/opt/claude-cli-bridge/.venv/bin/claude-cli-bridge"
 # The longest that a shutdown takes: new connections, answers, their last words, the ends of the processes.
-SHUTDOWN_SECS = bridge.Config().drain_secs + 2 * bridge.GRACE_SECS + sum(seconds for _, seconds in sessions.ENDING)
+SHUTDOWN_SECS = (
+    bridge.Config().drain_secs
+    + 2 * bridge.GRACE_SECS
+    + sum(seconds for _, seconds in sessions.ENDING)
+)
 CLAUDE = '[[model_providers]]\nmodel = "claude-cli/*"\n'
 OTHERS = '[[model_providers]]\nmodel = "openai/gpt-5"\n'
 
@@ -92,7 +96,9 @@ class Supervisor:
 
 
 @pytest.fixture
-def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Supervisor]]:
+def supervise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], Supervisor]]:
     """Start a supervisord with the README's section and this configuration file."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -117,7 +123,9 @@ def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
     def start(providers: str) -> Supervisor:
         (tmp_path / "bridge.toml").write_text(providers)
         command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(path)]
-        started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        started.append(
+            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        )
         wait_until((tmp_path / "bridge.log").exists, "a start", 30)
         return Supervisor(tmp_path, Client("127.0.0.1", port))
 
@@ -129,7 +137,11 @@ def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
 
 @pytest.mark.parametrize("way", ["restart", "kill"])
 def test_supervisord_restarts_the_bridge_without_an_orphan(
-    gate: Path, log: Log, supervise: Callable[..., Supervisor], background: ThreadPoolExecutor, way: str
+    gate: Path,
+    log: Log,
+    supervise: Callable[..., Supervisor],
+    background: ThreadPoolExecutor,
+    way: str,
 ) -> None:
     supervisor = supervise(CLAUDE)
     wait_until(lambda: supervisor.listeners, "the listener", 30)
@@ -202,8 +214,13 @@ def test_systemd_finds_no_fault_in_the_units_and_little_that_they_expose(tmp_pat
         return done.stderr
 
     assert analyze("verify", *(f"./{name}" for name in units)) == ""
-    if "--threshold" in subprocess.run(["systemd-analyze", "--help"], capture_output=True, text=True).stdout:
-        analyze("security", "--offline=yes", "--threshold=20", "./claude-cli-bridge.service")  # 2.0 of 10
+    if (
+        "--threshold"
+        in subprocess.run(["systemd-analyze", "--help"], capture_output=True, text=True).stdout
+    ):
+        analyze(
+            "security", "--offline=yes", "--threshold=20", "./claude-cli-bridge.service"
+        )  # 2.0 of 10
 
 
 def test_systemd_can_start_ask_and_stop_the_bridge_by_its_units(tmp_path: Path) -> None:
@@ -216,8 +233,10 @@ def test_systemd_can_start_ask_and_stop_the_bridge_by_its_units(tmp_path: Path) 
         assert answer.text == "echo: hello; 1 messages"
         process.terminate()
         assert process.stderr
-        assert f"listening on {host}:{listener.getsockname()[1]}" in process.stderr.read()
+        assert f"listening on http://{host}:{listener.getsockname()[1]}" in process.stderr.read()
         assert process.wait(30) == 0
         process.stderr.close()
     assert float(unit["TimeoutStopSec"]) > SHUTDOWN_SECS
-    assert unit["KillMode"] == "mixed"  # or else the CLIs get the signal, too, and running answers fail
+    assert (
+        unit["KillMode"] == "mixed"
+    )  # or else the CLIs get the signal, too, and running answers fail

@@ -1,4 +1,5 @@
-"""The bridge inside another program, copied into a package, and on a machine that has little of anything."""
+"""The bridge inside another program, copied into a package, and on a machine that has little of
+anything."""
 
 import asyncio
 import contextlib
@@ -11,23 +12,51 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 import pytest
 import readme
-from conftest import CLIS, KEEP, ROOT, STANDIN, Client, Program, Server, children, open_files, request_body, wait_until
+import uvloop
+from conftest import (
+    CLIS,
+    KEEP,
+    ROOT,
+    STANDIN,
+    Client,
+    Program,
+    Server,
+    children,
+    open_files,
+    request_body,
+    wait_until,
+)
+from standin import Log
 from test_processes import alive
 
 from bridge import Config, serve
 
+T = TypeVar("T")
+Run = Callable[[Coroutine[Any, Any, T]], T]
 EMBEDDED = readme.block("from bridge import Config, serve")
 FILES = ("bridge.py", "sessions.py", "translate.py")
 
 # ---------------------------------------------------------------- inside another asyncio program
+
+
+@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Run[Any]:
+    """asyncio.run with each kind of event loop."""
+
+    def start(work: Coroutine[Any, Any, Any]) -> Any:
+        with asyncio.Runner(loop_factory=request.param) as runner:
+            return runner.run(work)
+
+    return start
 
 
 def holds() -> tuple[set[object], set[int], dict[str, str]]:
@@ -59,21 +88,99 @@ async def host(config: Config) -> None:
                 assert answer.text == f"echo: {conversation[-1]}; {2 * number + 1} messages"
                 conversation += [answer.text, "and now"]
             held = await asyncio.to_thread(keep_alive, client)
-            assert all(after > earlier for after, earlier in zip(holds()[:2], before[:2], strict=True))
+            assert all(
+                after > earlier for after, earlier in zip(holds()[:2], before[:2], strict=True)
+            )
         held.close()
         assert holds() == before
     assert not work.done()
     work.cancel()
 
 
-def test_after_each_stop_a_host_program_has_the_tasks_children_and_files_it_had_before() -> None:
+def test_after_each_stop_a_host_program_has_the_tasks_children_and_files_it_had_before(
+    run: Run[None],
+) -> None:
     config = Config(bin=str(STANDIN), listen_addr="unix:/no/such/place")
     for _ in range(2):
-        asyncio.run(host(config))
+        run(host(config))
 
 
-@pytest.mark.skipif(sys.platform != "linux" or sys.version_info >= (3, 12), reason="no thread watches a child")
-def test_when_no_thread_can_watch_a_child_the_request_fails_and_the_child_ends(serve: Callable[..., Server]) -> None:
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "unix:{}/socket"])
+def test_a_host_program_can_leave_the_listening_to_the_bridge(
+    run: Run[None], tmp_path: Path, address: str
+) -> None:
+    def ask(where: str) -> bytes:
+        path = where.removeprefix("unix:")
+        family = socket.AF_INET if path == where else socket.AF_UNIX
+        host, _, port = where.rpartition(":")
+        with socket.socket(family) as client:
+            client.settimeout(30)
+            client.connect((host, int(port)) if path == where else path)
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            with client.makefile("rb") as file:
+                return file.read()
+
+    async def scenario() -> None:
+        for _ in range(2):
+            before = holds()
+            config = Config(bin=str(STANDIN), listen_addr=address.format(tmp_path))
+            async with serve(config) as bridge:
+                answer = await asyncio.to_thread(ask, bridge.addresses[0])
+                assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+                assert bridge.url.encode() in answer
+            assert holds() == before
+            assert not (tmp_path / "socket").exists()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+@pytest.mark.parametrize("words", ["hello", "PAUSE", "PAUSE-START"])
+def test_three_cancels_within_a_moment_leave_no_child_task_or_socket(
+    run: Run[None], gate: Path, log: Log, tmp_path: Path, words: str, steps: int
+) -> None:
+    path = tmp_path / "socket"
+
+    async def ask() -> None:
+        reader, writer = await asyncio.open_unix_connection(str(path))
+        with contextlib.closing(writer):
+            body = json.dumps(request_body(words, stream=True)).encode()
+            head = f"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+            writer.write(head.encode() + b"\r\n\r\n" + body)
+            with contextlib.suppress(OSError):
+                await reader.read()
+
+    async def host() -> None:
+        async with serve(Config(bin=str(STANDIN), listen_addr=f"unix:{path}", spares=2)):
+            started.set()
+            await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        task = asyncio.create_task(host())
+        await started.wait()
+        client = asyncio.create_task(ask())
+        await asyncio.to_thread(wait_until, lambda: log.got(words), "the turn")
+        for _ in range(3):
+            task.cancel()
+            for _ in range(steps):
+                await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert children() == []
+        await client
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert not path.exists()
+
+    started = asyncio.Event()
+    run(scenario())
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or sys.version_info >= (3, 12), reason="no thread watches a child"
+)
+def test_when_no_thread_can_watch_a_child_the_request_fails_and_the_child_ends(
+    serve: Callable[..., Server],
+) -> None:
     server = serve()
     threading.stack_size(1 << 46)
     try:
@@ -126,11 +233,21 @@ def test_a_copy_answers_and_imports_nothing_but_h11_orjson_and_the_standard_libr
     vendored: Path, module: str
 ) -> None:
     folder = vendored.parent if "." in module else vendored  # is what Python looks into first
-    command = [sys.executable, "-c", TURN.format(module=module), STANDIN, json.dumps(request_body())]
-    found = json.loads(subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, check=True, timeout=30).stdout)
+    command = [
+        sys.executable,
+        "-c",
+        TURN.format(module=module),
+        STANDIN,
+        json.dumps(request_body()),
+    ]
+    found = json.loads(
+        subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, check=True, timeout=30).stdout
+    )
     assert found["text"] == "echo: hello; 1 messages"
     assert found["file"] == str(vendored / "bridge.py")
-    ours = {"vendored"} if folder == vendored.parent else {name.removesuffix(".py") for name in FILES}
+    ours = (
+        {"vendored"} if folder == vendored.parent else {name.removesuffix(".py") for name in FILES}
+    )
     modules = {name.partition(".")[0] for name in found["modules"]}
     assert modules - sys.stdlib_module_names == {"h11", "orjson", *ours}
 
@@ -138,12 +255,16 @@ def test_a_copy_answers_and_imports_nothing_but_h11_orjson_and_the_standard_libr
 @pytest.mark.parametrize("way", ["vendored/bridge.py", "-m vendored.bridge"])
 def test_a_copy_is_a_program(vendored: Path, way: str) -> None:
     command = [sys.executable, *way.split()]
-    said = subprocess.run([*command, "--help"], cwd=vendored.parent, capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        [*command, "--help"], cwd=vendored.parent, capture_output=True, text=True, check=True
+    )
     assert "--listen-addr" in said.stdout
     command += ["--listen-addr", "127.0.0.1:0", "--bin", str(STANDIN)]
-    with subprocess.Popen(command, cwd=vendored.parent, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=vendored.parent, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr
-        port = re.search(r"listening on 127.0.0.1:(\d+)", process.stderr.readline())
+        port = re.search(r"listening on http://127.0.0.1:(\d+)", process.stderr.readline())
         assert port
         assert Client("127.0.0.1", int(port[1])).post().text == "echo: hello; 1 messages"
         process.terminate()
@@ -155,7 +276,9 @@ def test_the_readmes_host_program_runs_beside_the_three_files(vendored: Path) ->
     (vendored / "claude").symlink_to(STANDIN)
     environ = {**os.environ, "PATH": f"{vendored}{os.pathsep}{os.environ['PATH']}"}
     command = [sys.executable, vendored / "program.py"]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True, timeout=30)
+    done = subprocess.run(
+        command, env=environ, capture_output=True, text=True, check=True, timeout=30
+    )
     assert re.fullmatch(r"listening on 127.0.0.1:\d+\n", done.stdout)
     assert done.stderr == ""
 
@@ -182,13 +305,16 @@ exec ./start
 
 @pytest.fixture
 def confined(tmp_path: Path) -> Iterator[Callable[..., Program]]:
-    """The bridge as the README starts it under a limit, in a mount namespace: confined(cli, "no") without /proc."""
+    """The bridge as the README starts it under a limit, in a mount namespace: confined(cli, "no")
+    without /proc."""
     if sys.platform != "linux" or subprocess.run([*UNSHARE, "true"], check=False).returncode:
         pytest.skip("there are no mount namespaces here")
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / "tmp").mkdir()
     scripts = {"start": START, "claude-unlimited": UNLIMITED, "confine": CONFINE}
-    scripts[".venv/bin/claude-cli-bridge"] = f'#!/bin/sh\nexec {sys.executable} {ROOT / "bridge.py"} "$@"\n'
+    scripts[".venv/bin/claude-cli-bridge"] = (
+        f'#!/bin/sh\nexec {sys.executable} {ROOT / "bridge.py"} "$@"\n'
+    )
     for name, text in scripts.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -198,12 +324,17 @@ def confined(tmp_path: Path) -> Iterator[Callable[..., Program]]:
 
     def start(cli: Path, proc: str) -> Program:
         (tmp_path / "claude").symlink_to(cli)
-        variables = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "TMPDIR": str(tmp_path / "tmp")}
+        variables = {
+            "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+            "TMPDIR": str(tmp_path / "tmp"),
+        }
         variables |= {"PROC": proc, "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{port}"}
         variables |= {"CLAUDE_CLI_KEEP_ENV": ",".join(KEEP), "CLAUDE_CLI_MAX_IDLE": "16"}
         command = [*UNSHARE, "sh", tmp_path / "confine"]
         environ = {**os.environ, **variables}
-        process = subprocess.Popen(command, env=environ, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, env=environ, cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        )
         started.append(Program("127.0.0.1", port, process=process))
         assert process.stderr
         for line in process.stderr:
@@ -256,7 +387,9 @@ def test_without_home_or_a_disk_64_mb_are_enough(
     assert psutil.Process(program.process.pid).rlimit(resource.RLIMIT_AS)[0] == 64 << 20
     wait_until(lambda: set(limits(program)) == {resource.RLIM_INFINITY}, "children without a limit")
     assert converse(program, "hello", 4) == ["new", "hot", "hot", "hot"]
-    counted = program.call("POST", "/v1/messages/count_tokens", request_body(["hello", "yes", "and now"]))
+    counted = program.call(
+        "POST", "/v1/messages/count_tokens", request_body(["hello", "yes", "and now"])
+    )
     assert counted.json == {"input_tokens": 30}
     running = [background.submit(converse, program, f"{number} PAUSE", 3) for number in range(10)]
     wait_until(lambda: len(program.children()) > 10, "ten processes")

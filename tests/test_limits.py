@@ -49,13 +49,21 @@ def test_a_connection_too_many_gets_503_and_the_others_go_on(serve: Serve) -> No
 def test_limits_are_settings(serve: Serve) -> None:
     server = serve(max_body_bytes=1000, max_header_bytes=500, max_depth=12, max_messages=2)
     assert error(server.post("x" * 1000)) == (413, "request_too_large")
-    assert error(server.call("GET", "/healthz", headers={"x": "y" * 1000})) == (431, "invalid_request_error")
-    assert "12 levels" in server.post(metadata=json.loads("[" * 13 + "]" * 13)).json["error"]["message"]
+    assert error(server.call("GET", "/healthz", headers={"x": "y" * 1000})) == (
+        431,
+        "invalid_request_error",
+    )
+    assert (
+        "12 levels"
+        in server.post(metadata=json.loads("[" * 13 + "]" * 13)).json["error"]["message"]
+    )
     assert "at most 2 items" in server.post(["a", "b", "c"]).json["error"]["message"]
     assert (
         "12 levels"
         in server.call(
-            "POST", "/v1/messages/count_tokens", request_body(metadata=json.loads("[" * 13 + "]" * 13))
+            "POST",
+            "/v1/messages/count_tokens",
+            request_body(metadata=json.loads("[" * 13 + "]" * 13)),
         ).json["error"]["message"]
     )
     assert server.post().status == 200
@@ -76,7 +84,9 @@ def test_a_queue_that_is_full_gets_529_at_once(
     assert [request.result().status for request in requests] == [200] * 3
 
 
-def test_a_program_without_file_descriptors_fails_the_request_and_goes_on(launch: Callable[..., Program]) -> None:
+def test_a_program_without_file_descriptors_fails_the_request_and_goes_on(
+    launch: Callable[..., Program],
+) -> None:
     program = launch()
     used = len(os.listdir(f"/proc/{program.process.pid}/fd"))
     resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (used + 2, 4096))
@@ -88,7 +98,11 @@ def test_a_program_without_file_descriptors_fails_the_request_and_goes_on(launch
 
 
 def test_a_clock_that_jumps_disturbs_nobody(
-    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+    serve: Serve,
+    gate: Path,
+    log: Log,
+    background: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     server = serve()
     running = background.submit(server.post, "PAUSE", stream=True)
@@ -106,7 +120,11 @@ def test_a_clock_that_jumps_disturbs_nobody(
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_second_signal_cuts_running_answers_short(
-    launch: Callable[..., Program], gate: Path, log: Log, background: ThreadPoolExecutor, stream: bool
+    launch: Callable[..., Program],
+    gate: Path,
+    log: Log,
+    background: ThreadPoolExecutor,
+    stream: bool,
 ) -> None:
     program = launch(CLAUDE_CLI_DRAIN_SECS="60")
     running = background.submit(program.post, "PAUSE", stream=stream)
@@ -134,17 +152,19 @@ def listener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[socket.
 
 def activate(listener: socket.socket, *program: str) -> subprocess.Popen[str]:
     """Start the bridge as systemd does: the socket is file descriptor 3."""
-    code = (
-        "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))"
-    )
+    code = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))"
     code += "; os.execv(sys.argv[2], sys.argv[2:])"
     program = program or (sys.executable, str(ROOT / "bridge.py"))
     environ = {**os.environ, "CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_KEEP_ENV": ",".join(KEEP)}
     command = [sys.executable, "-c", code, str(listener.fileno()), *program]
-    return subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True, pass_fds=[listener.fileno()])
+    return subprocess.Popen(
+        command, env=environ, stderr=subprocess.PIPE, text=True, pass_fds=[listener.fileno()]
+    )
 
 
-def test_a_restart_behind_an_inherited_socket_refuses_no_connection(listener: socket.socket) -> None:
+def test_a_restart_behind_an_inherited_socket_refuses_no_connection(
+    listener: socket.socket,
+) -> None:
     address = listener.getsockname()
 
     def ask() -> str:
@@ -171,9 +191,11 @@ def test_a_restart_behind_an_inherited_socket_refuses_no_connection(listener: so
             assert program.wait(30) == 0
             program.stderr.close()
             where = address if isinstance(address, str) else f"127.0.0.1:{address[1]}"
-            assert f"listening on {'unix:' if isinstance(address, str) else ''}{where}" in said
+            assert (
+                f"listening on {'unix:' if isinstance(address, str) else 'http://'}{where}" in said
+            )
         program = activate(listener)
-        assert [answer.result() for answer in answers] == ["HTTP/1.1 200 "] * len(answers)
+        assert [answer.result() for answer in answers] == ["HTTP/1.1 200 OK"] * len(answers)
         program.terminate()
         assert program.stderr
         program.stderr.read()
@@ -209,7 +231,9 @@ def test_a_socket_that_other_machines_can_reach_needs_a_key() -> None:
             pass
 
     for address in ("0.0.0.0", "::"):
-        with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
+        with socket.create_server(
+            (address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET
+        ) as sock:
             with pytest.raises(bridge.ConfigError, match="CLAUDE_CLI_API_KEY"):
                 asyncio.run(scenario(""))
             asyncio.run(scenario("secret"))
@@ -239,10 +263,16 @@ def test_a_client_that_leaves_is_noticed_however_much_it_sent_ahead(
         assert client.recv(100)
         client.sendall(b"x" * ahead)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    wait_until(lambda: log.got("SLOW 1000") and "interrupt" in log.requests(log.got("SLOW 1000")), "the interrupt", 10)
+    wait_until(
+        lambda: log.got("SLOW 1000") and "interrupt" in log.requests(log.got("SLOW 1000")),
+        "the interrupt",
+        10,
+    )
 
 
-def test_what_a_turn_held_is_freed_when_its_client_leaves_and_not_by_the_garbage_collector(serve: Serve) -> None:
+def test_what_a_turn_held_is_freed_when_its_client_leaves_and_not_by_the_garbage_collector(
+    serve: Serve,
+) -> None:
     server = serve()
     assert server.bridge
     connections = server.bridge._connections
@@ -254,9 +284,17 @@ def test_what_a_turn_held_is_freed_when_its_client_leaves_and_not_by_the_garbage
         with server.connect() as client:
             client.sendall(head.encode() + body)
             assert client.recv(100)
-            client.sendall(b"x" * 300_000)  # so much that it is no longer read: a write finds out that it left
-            wait_until(lambda: not any(c.writer.transport.is_reading() for c in connections.values()), "its end")
-        wait_until(lambda: not any(isinstance(item, Turn) for item in gc.get_objects()), "the end of the turn")
+            client.sendall(
+                b"x" * 300_000
+            )  # so much that it is no longer read: a write finds out that it left
+            wait_until(
+                lambda: not any(c.writer.transport.is_reading() for c in connections.values()),
+                "its end",
+            )
+        wait_until(
+            lambda: not any(isinstance(item, Turn) for item in gc.get_objects()),
+            "the end of the turn",
+        )
     finally:
         gc.enable()
 
@@ -266,7 +304,9 @@ def test_an_embedding_program_may_bring_its_own_socket() -> None:
         for _ in range(2):
             with socket.create_server(("127.0.0.1", 0)) as sock:
                 port = sock.getsockname()[1]
-                config = bridge.Config(bin=str(STANDIN), listen_addr="unix:/no/such/place", spares=0)
+                config = bridge.Config(
+                    bin=str(STANDIN), listen_addr="unix:/no/such/place", spares=0
+                )
                 async with bridge.serve(config, sock) as running:
                     assert running.addresses == [f"127.0.0.1:{port}"]
                     answer = await asyncio.to_thread(Client("127.0.0.1", port).post)

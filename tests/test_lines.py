@@ -558,7 +558,7 @@ def test_the_log_lines_of_a_recorded_count_are_read() -> None:
         assert {event["response"] for event in calls} == {200}
 
 
-@settings(max_examples=300, **QUICK)
+@settings(max_examples=120, **QUICK)
 @given(
     st.binary()
     | st.text().map(str.encode)
@@ -703,7 +703,7 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, **QUICK)
+@settings(max_examples=120, **QUICK)
 @given(JSON_VALUES, texts)
 def test_a_frame_is_an_event_line_and_one_data_line_and_comes_back_equal(
     value: Any, key: str
@@ -723,7 +723,7 @@ def test_characters_that_split_lines_are_escaped_in_a_frame() -> None:
     assert translate.PING == b'event: ping\ndata: {"type":"ping"}\n\n'
 
 
-@settings(max_examples=300, **QUICK)
+@settings(max_examples=120, **QUICK)
 @given(JSON_VALUES)
 def test_json_comes_back_as_it_was_written(value: Any) -> None:
     assert translate.from_json(translate.to_json(value)) == value

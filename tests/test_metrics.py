@@ -1,6 +1,7 @@
 """/metrics, as Prometheus' own parser reads it."""
 
 import json
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import Client, Program, Server, request_body, wait_until
+from conftest import STANDIN, Client, Json, Program, Server, request_body, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from standin import Log
 
@@ -19,16 +20,24 @@ PREFIX = "claude_cli_bridge_"
 
 
 def measure(client: Client) -> Callable[..., float]:
-    """What a series is at now: found("requests_total", status="200"); the sum of those that have these labels."""
+    """What a series is at now: found("requests_total", status="200"); the sum of those with these
+    labels."""
     answer = client.call("GET", "/metrics")
-    assert (answer.status, answer.headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    assert (answer.status, answer.headers["content-type"]) == (
+        200,
+        "text/plain; version=0.0.4; charset=utf-8",
+    )
     families = list(text_string_to_metric_families(answer.body.decode()))
     assert len({family.name for family in families}) == len(families)
     assert all(family.documentation and family.name.startswith(PREFIX) for family in families)
     samples = [sample for family in families for sample in family.samples]
 
     def found(name: str, **labels: str) -> float:
-        fitting = [s.value for s in samples if s.name == PREFIX + name and s.labels.items() >= labels.items()]
+        fitting = [
+            s.value
+            for s in samples
+            if s.name == PREFIX + name and s.labels.items() >= labels.items()
+        ]
         assert fitting or labels, f"no {name}"
         return sum(fitting)
 
@@ -67,14 +76,21 @@ def test_times_are_histograms(serve: Serve) -> None:
     assert found("first_byte_seconds_sum") <= found("turn_seconds_sum")
 
 
-def test_processes_are_counted_by_state(serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor) -> None:
+def test_processes_are_counted_by_state(
+    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
     server = serve(spares=1)
     server.post("hello")
     running = background.submit(server.post, "PAUSE")
     wait_until(lambda: log.got("PAUSE"), "the turn")
     wait_until(lambda: measure(server)("processes", state="spare") == 1, "the next spare")
     found = measure(server)
-    assert [found("processes", state=state) for state in ("busy", "idle", "parked", "retired")] == [1, 1, 0, 0]
+    assert [found("processes", state=state) for state in ("busy", "idle", "parked", "retired")] == [
+        1,
+        1,
+        0,
+        0,
+    ]
     assert found("processes_started_total") == 3
     assert found("connections") >= 2
     gate.touch()
@@ -110,17 +126,23 @@ def test_a_client_that_leaves_and_a_stream_that_breaks_off_are_errors_whatever_t
     serve: Serve, gate: Path, log: Log, begun: bool
 ) -> None:
     server = serve()
-    assert "the claude CLI exited" in server.post("DIE 3", stream=True).events[-1]["error"]["message"]
+    assert (
+        "the claude CLI exited" in server.post("DIE 3", stream=True).events[-1]["error"]["message"]
+    )
     word = "PAUSE" if begun else "PAUSE-START"
     body = json.dumps(request_body(word, stream=True)).encode()
     with server.connect() as client:
         client.sendall(
-            b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+            % len(body)
+            + body
         )
         wait_until(lambda: log.got(word), "the turn")
         while begun and b"content_block_delta" not in client.recv(4096):
             pass
-    wait_until(lambda: measure(server)("errors_total", type="client_left") == 1, "the end of the request")
+    wait_until(
+        lambda: measure(server)("errors_total", type="client_left") == 1, "the end of the request"
+    )
     found = measure(server)
     assert found("requests_total", route="/v1/messages", status="499") == (not begun)
     assert found("errors_total", type="claude_cli_error") == 1
@@ -141,8 +163,82 @@ def test_a_label_can_hold_anything() -> None:
     metrics = Metrics()
     metrics.add("errors_total", type='a"b\\c\nd')
     families = text_string_to_metric_families(metrics.text())
-    samples = [sample for family in families for sample in family.samples if sample.name.endswith("errors_total")]
+    samples = [
+        sample
+        for family in families
+        for sample in family.samples
+        if sample.name.endswith("errors_total")
+    ]
     assert [sample.labels for sample in samples] == [{"type": 'a"b\\c\nd'}]
+
+
+# Behind the start of each answer.
+LIMITS: tuple[Json, ...] = (
+    {
+        "status": "allowed",
+        "rateLimitType": "five_hour",
+        "utilization": 0.25,
+        "resetsAt": 1700000000,
+    },
+    {"status": "allowed_warning", "rateLimitType": "seven_day", "utilization": 0.9},
+    {"status": "bad\nstatus", "rateLimitType": 'bad"type', "utilization": "much", "resetsAt": None},
+)
+
+
+@pytest.fixture
+def limited(tmp_path: Path, serve: Serve) -> Server:
+    """A bridge whose CLI tells of LIMITS."""
+    script = tmp_path / "claude"
+    events = [json.dumps({"type": "rate_limit_event", "rate_limit_info": info}) for info in LIMITS]
+    (tmp_path / "limits").write_text("".join(f"{event}\n" for event in events))
+    script.write_text(
+        f'#!/bin/sh\n{STANDIN} "$@" | sed -u \'/"message_start"/r {tmp_path}/limits\'\n'
+    )
+    script.chmod(0o755)
+    return serve(bin=script)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_cli_tells_of_the_accounts_limits_is_in_headers_as_of_the_api(
+    limited: Server, stream: bool
+) -> None:
+    prefix = "anthropic-ratelimit-unified-"
+    answers = [limited.post("hello", stream=stream) for _ in range(2)]
+    assert [answer.text for answer in answers] == ["echo: hello; 1 messages"] * 2
+    headers = answers[-1].headers
+    found = {name.removeprefix(prefix): headers[name] for name in headers if prefix in name}
+    assert found == {
+        "representative-claim": "seven_day",
+        "reset": "1700000000",
+        "5h-status": "allowed",
+        "5h-reset": "1700000000",
+        "5h-utilization": "0.25",
+        "7d-status": "allowed_warning",
+        "7d-utilization": "0.9",
+    }
+
+
+def test_what_the_cli_tells_of_the_accounts_limits_is_measured_and_on_the_page(
+    limited: Server,
+) -> None:
+    assert limited.post().status == 200
+    found = measure(limited)
+    assert found("quota_utilization_ratio", limit="five_hour") == 0.25
+    assert found("quota_utilization_ratio", limit="seven_day") == 0.9
+    assert found("quota_utilization_ratio") == 0.25 + 0.9
+    assert found("quota_resets_at_seconds") == 1700000000
+    page = limited.call("GET", "/").body.decode()
+    assert re.search(r"five_hour +allowed, 25% used\n", page)
+    assert re.search(r"seven_day +allowed_warning, 90% used\n", page)
+
+
+def test_a_limit_that_is_used_up_is_told_with_its_refusal(serve: Serve) -> None:
+    server = serve()
+    answer = server.post("RATELIMIT 4000000000")
+    assert answer.status == 429
+    assert answer.headers["anthropic-ratelimit-unified-status"] == "rejected"
+    assert answer.headers["anthropic-ratelimit-unified-5h-reset"] == "4000000000"
+    assert measure(server)("quota_resets_at_seconds", limit="five_hour") == 4000000000
 
 
 def test_nobody_waits_for_a_spare(serve: Serve) -> None:
@@ -151,7 +247,9 @@ def test_nobody_waits_for_a_spare(serve: Serve) -> None:
     assert measure(server)("queue_seconds_count") == 0
 
 
-def test_who_waits_is_counted(serve: Serve, log: Log, background: ThreadPoolExecutor, gate: Path) -> None:
+def test_who_waits_is_counted(
+    serve: Serve, log: Log, background: ThreadPoolExecutor, gate: Path
+) -> None:
     server = serve(max_sessions=1)
     running = background.submit(server.post, "PAUSE")
     wait_until(lambda: log.got("PAUSE"), "the turn")
@@ -174,7 +272,9 @@ def test_metrics_need_the_key_and_hold_no_name_of_a_client(serve: Serve) -> None
     assert b"sesame" not in answer.body
 
 
-def test_the_time_of_a_request_is_not_that_of_its_connection(launch: Callable[..., Program]) -> None:
+def test_the_time_of_a_request_is_not_that_of_its_connection(
+    launch: Callable[..., Program],
+) -> None:
     """It begins when the request does: as long as the client itself waited, at most."""
     program = launch("--log-format", "json")
     with program.connect() as connection:

@@ -260,7 +260,7 @@ def printed(events: list[Json]) -> list[Any]:
 
 
 # TRANSLATE-BUG: finds what is marked above.
-@settings(max_examples=1500, **QUICK)
+@settings(max_examples=400, **QUICK)
 @given(turn=st.sampled_from(SHORT_TURNS), steps=STEPS, agent=st.booleans())
 def test_a_mutated_turn_ends_in_a_message_or_an_error_by_the_grammar(
     turn: list[Json], steps: Any, agent: bool
@@ -286,7 +286,7 @@ JUNK_USAGE = st.dictionaries(
 
 
 # TRANSLATE-BUG: finds what test_blocks.py marks.
-@settings(max_examples=200, **QUICK)
+@settings(max_examples=80, **QUICK)
 @given(JUNK_USAGE | st.sampled_from(JUNK))
 def test_any_usage_holds_the_known_counts_and_no_null(value: Any) -> None:
     counts = usage(value)

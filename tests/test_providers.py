@@ -14,9 +14,9 @@ from conftest import ROOT, Json, Program
 Write = Callable[..., str]
 COMPLETE = {
     "base_url": "http://127.0.0.1:14001",
-    "name": "claude-cli",
+    "name": "claude-cli/*",
     "provider_interface": "claude-cli",
-    "access_key": "unused",
+    "access_key": "claude-cli-local",
     "model": "claude-cli/*",
 }
 OTHER = {"model": "openai/gpt-5", "access_key": "$OPENAI_API_KEY", "anything": {"else": None}}
@@ -28,7 +28,10 @@ def write(tmp_path: Path) -> Write:
 
     def write(*entries: Json, text: str = "", name: str = "gateway.json") -> str:
         path = tmp_path / name
-        path.write_text(text or json.dumps({"version": "v1", "listeners": [{"port": 1}], "model_providers": entries}))
+        path.write_text(
+            text
+            or json.dumps({"version": "v1", "listeners": [{"port": 1}], "model_providers": entries})
+        )
         return str(path)
 
     return write
@@ -36,7 +39,9 @@ def write(tmp_path: Path) -> Write:
 
 def run(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, str(ROOT / "bridge.py"), *arguments]
-    return subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, env={**os.environ, **environ}, capture_output=True, text=True, check=False
+    )
 
 
 def completed(path: str, *arguments: str, **environ: str) -> Any:
@@ -67,9 +72,76 @@ def test_one_line_is_completed_whatever_the_format(write: Write, name: str, text
 
 
 def test_what_the_file_sets_stays_and_other_providers_are_left_alone(write: Write) -> None:
-    mine = {"model": "claude-cli/opus", "base_url": "http://bridge:1", "access_key": "k", "default": True, "name": "o"}
+    mine = {
+        "model": "claude-cli/opus",
+        "base_url": "http://bridge:1",
+        "access_key": "k",
+        "default": True,
+        "name": "o",
+    }
     found = completed(write(OTHER, mine, {"model": "claude-cli/*", "name": None}))
     assert found == [OTHER, {**mine, "provider_interface": "claude-cli"}, COMPLETE]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model": "openai/*", "default": True},
+        {"model": "*"},
+        {"model": "arch/*", "name": "claude-cli", "base-url": 7, "extra": [{"a": None}]},
+        {"name": 5, "model": ["claude-cli/*"]},
+        {},
+    ],
+)
+def test_an_entry_of_another_provider_is_left_alone_whatever_it_holds(
+    write: Write, other: Json
+) -> None:
+    assert completed(write(other, MINE, other)) == [other, COMPLETE, other]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"model": "claude-cli/opus"},
+        {"model": "claude-cli/opus", "name": "mine"},
+        {"model": "claude-cli/opus", "provider_interface": "claude-cli"},
+    ],
+)
+def test_an_entrys_own_name_stays_and_its_default_name_is_its_model(
+    write: Write, entry: Json
+) -> None:
+    own = {**COMPLETE, "model": "claude-cli/opus", "name": "claude-cli/opus", **entry}
+    assert completed(write(entry)) == [own]
+
+
+def test_an_entry_with_a_host_of_its_own_gets_no_base_url(write: Write) -> None:
+    own = {**COMPLETE, "http_host": "bridge.example"}
+    del own["base_url"]
+    assert completed(write({**MINE, "http_host": "bridge.example"})) == [own]
+
+
+@pytest.mark.parametrize("key", ["", "sesame"])
+def test_an_entry_that_passes_the_clients_key_on_gets_no_key(write: Write, key: str) -> None:
+    own = {**COMPLETE, "passthrough_auth": True}
+    del own["access_key"]
+    entry = {**MINE, "passthrough_auth": True}
+    assert completed(write(entry), CLAUDE_CLI_API_KEY=key) == [own]
+    entry["passthrough_auth"] = False
+    found = completed(write(entry), CLAUDE_CLI_API_KEY=key)
+    assert found[0]["access_key"] == ("$CLAUDE_CLI_API_KEY" if key else "claude-cli-local")
+
+
+def test_the_older_list_is_read_as_well_and_named_in_errors(write: Write) -> None:
+    both = {"llm_providers": [MINE], "model_providers": [OTHER]}
+    assert completed(write(text=json.dumps(both))) == [OTHER, COMPLETE]
+    both["llm_providers"].append({**MINE, "base-url": "x"})
+    words = "llm_providers.1.base-url: Extra inputs are not permitted"
+    assert words in refused(write(text=json.dumps(both)), "providers")
+
+
+def test_the_one_entry_of_a_gateway_that_is_ours_by_its_interface_is_checked(write: Write) -> None:
+    entry = {"model": "openai/gpt", "provider_interface": "claude-cli"}
+    assert "model_providers.0.model: Input" in refused(write(entry), "providers")
 
 
 @pytest.mark.parametrize(
@@ -99,35 +171,57 @@ MINE = {"model": "claude-cli/*"}
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ([{"model": "openai/*"}], "model_providers.0.model: only claude-cli/* can be a wildcard"),
-        ([MINE, {"model": "*"}], "model_providers.1.model: only claude-cli/* can be a wildcard"),
         (
             [{"model": "openai/*", "provider_interface": "claude-cli"}],
             "model_providers.0.model: Input should be claude",
         ),
-        ([{"model": "openai/gpt", "name": "claude-cli"}], "model_providers.0.model: Input should be claude-cli/*"),
-        ([{"name": "claude-cli"}], "model_providers.0.model: Field required"),
-        ([{"model": "claude-cli"}], "model_providers.0.model: Input should be claude-cli/*"),
+        (
+            [{"model": "openai/gpt", "name": "claude-cli/a"}],
+            "model_providers.0.model: Input should be claude-cli/*",
+        ),
+        ([{"name": "claude-cli/a"}], "model_providers.0.model: Field required"),
+        ([{"model": "claude-cli/"}], "model_providers.0.model: Input should be claude-cli/*"),
+        (
+            [{**MINE, "default": True}],
+            "model_providers.0.default: a wildcard cannot be the default model",
+        ),
         ([{"model": "claude-cli/son*"}], "model_providers.0.model: Input should be claude-cli/*"),
         ([{"model": "claude-cli/--bare"}], "model_providers.0.model: Input should be claude-cli/*"),
-        ([OTHER, {**MINE, "base-url": "x"}], "model_providers.1.base-url: Extra inputs are not permitted"),
-        ([{**MINE, "access_key": 5}], "model_providers.0.access_key: Input should be a valid string"),
-        ([{**MINE, "provider_interface": "openai"}], "model_providers.0.provider_interface: Input should be 'claude-"),
-        ([MINE, {**MINE, "base_url": "http://x"}], "model_providers.1.base_url: contradicts model_providers.0"),
+        (
+            [OTHER, {**MINE, "base-url": "x"}],
+            "model_providers.1.base-url: Extra inputs are not permitted",
+        ),
+        (
+            [{**MINE, "access_key": 5}],
+            "model_providers.0.access_key: Input should be a valid string",
+        ),
+        (
+            [{**MINE, "provider_interface": "openai"}],
+            "model_providers.0.provider_interface: Input should be 'claude-",
+        ),
+        (
+            [MINE, {**MINE, "base_url": "http://x"}],
+            "model_providers.1.base_url: contradicts model_providers.0",
+        ),
         (
             [MINE, OTHER, {**MINE, "name": "b"}],
             "model_providers.2.name: contradicts model_providers.0, of the same model",
         ),
-        (
-            [{"model": "claude-cli/a", "access_key": "x"}, {"model": "claude-cli/b", "access_key": "y"}],
-            "model_providers.1.access_key: contradicts model_providers.0, of the same name",
-        ),
     ],
 )
-def test_a_wrong_entry_is_an_error_with_its_place(write: Write, entries: list[Json], words: str) -> None:
+def test_a_wrong_entry_is_an_error_with_its_place(
+    write: Write, entries: list[Json], words: str
+) -> None:
     path = write(*entries)
     assert words in refused(path, "providers")
     assert words in refused(path)
+
+
+@pytest.mark.parametrize("key", ["access_key", "base_url", "http_host"])
+def test_entries_of_one_name_lead_to_one_address_with_one_key(write: Write, key: str) -> None:
+    two = [{"model": f"claude-cli/{word}", "name": "n", key: word} for word in ("a", "b")]
+    words = f"model_providers.1.{key}: contradicts model_providers.0, of the same name"
+    assert words in refused(write(*two), "providers")
 
 
 def test_entries_that_agree_do_not_contradict_each_other(write: Write) -> None:
@@ -144,10 +238,16 @@ def test_entries_that_agree_do_not_contradict_each_other(write: Write) -> None:
         ("a.yaml", "a: [\nsesame: ]{", "not YAML, line 2"),
         ("a.json", "[]", "Input should be a valid object"),
         ("a.json", '{"model_providers": {}}', "model_providers: Input should be a valid list"),
-        ("a.json", '{"model_providers": ["claude-cli/*"]}', "model_providers.0: Input should be a valid object"),
+        (
+            "a.json",
+            '{"model_providers": ["claude-cli/*"]}',
+            "model_providers.0: Input should be a valid object",
+        ),
     ],
 )
-def test_a_file_that_cannot_be_read_says_where_without_its_text(write: Write, name: str, text: str, words: str) -> None:
+def test_a_file_that_cannot_be_read_says_where_without_its_text(
+    write: Write, name: str, text: str, words: str
+) -> None:
     line = refused(write(name=name, text=text))
     assert words in line
     assert "sesame" not in line
@@ -179,21 +279,28 @@ def test_an_empty_file_has_no_provider(write: Write, name: str) -> None:
 
 
 def test_the_ending_of_the_name_says_what_a_file_is(write: Write) -> None:
-    assert completed(write(name="A.YAML", text="model_providers: [{ model: claude-cli/* }]")) == [COMPLETE]
+    assert completed(write(name="A.YAML", text="model_providers: [{ model: claude-cli/* }]")) == [
+        COMPLETE
+    ]
 
 
 def test_a_wrong_listen_address_is_not_the_files_fault(write: Write) -> None:
     done = run("providers", "--config", write({"model": "claude-cli/*"}), "--listen-addr", "foo")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("claude-cli-bridge: CLAUDE_CLI_LISTEN_ADDR: 'foo' is neither")
+    assert done.stderr.startswith("claude-cli-bridge: CLAUDE_CLI_LISTEN_ADDR: expected host:port")
+    assert done.stderr.endswith("got 'foo'\n")
 
 
-@pytest.mark.parametrize("words", [("--api-key", "sesame"), ("--api-key=sesame",), ("sesame",), ("check", "sesame")])
+@pytest.mark.parametrize(
+    "words", [("--api-key", "sesame"), ("--api-key=sesame",), ("sesame",), ("check", "sesame")]
+)
 def test_what_is_no_option_is_not_repeated(words: tuple[str, ...]) -> None:
     done = run(*words)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "sesame" not in done.stderr
-    assert ("there is no --api-key" in done.stderr) == (words[0] != "check" and words[0].startswith("-"))
+    assert ("there is no --api-key" in done.stderr) == (
+        words[0] != "check" and words[0].startswith("-")
+    )
 
 
 def test_a_reader_that_left_is_no_crash(write: Write) -> None:
@@ -219,7 +326,9 @@ def test_without_pyyaml_yaml_is_an_error_that_names_it(write: Write, tmp_path: P
 
 
 @pytest.mark.parametrize("entries", [[], [OTHER]])
-def test_without_a_claude_cli_provider_nothing_starts_and_one_line_says_so(write: Write, entries: list[Json]) -> None:
+def test_without_a_claude_cli_provider_nothing_starts_and_one_line_says_so(
+    write: Write, entries: list[Json]
+) -> None:
     """Not even with a CLI that is not there: a launcher can always start the bridge."""
     done = run("--config", write(*entries), CLAUDE_CLI_BIN="/no/such/claude")
     assert (done.returncode, done.stdout) == (0, "")
@@ -227,15 +336,9 @@ def test_without_a_claude_cli_provider_nothing_starts_and_one_line_says_so(write
     assert "no claude-cli provider" in line
 
 
-def test_with_a_claude_cli_provider_the_listener_starts(launch: Callable[..., Program], write: Write) -> None:
+def test_with_a_claude_cli_provider_the_listener_starts(
+    launch: Callable[..., Program], write: Write
+) -> None:
     path = write(OTHER, MINE)
     assert launch("--config", path).post().text == "echo: hello; 1 messages"
     assert launch(CLAUDE_CLI_CONFIG=path).post().text == "echo: hello; 1 messages"
-
-
-def test_version_and_help() -> None:
-    assert run("--version").stdout.startswith("claude-cli-bridge 0.")
-    lines = run("--help", COLUMNS="80").stdout.splitlines()
-    assert len(lines) <= 24
-    assert max(map(len, lines)) <= 81
-    assert "--max-idle 8" in " ".join(lines)

@@ -106,6 +106,7 @@ def test_counting_and_agents_take_the_spare_of_their_mode(serve: Serve, log: Log
     agent = spare(server)
     tool = {"name": "t", "input_schema": {"type": "object"}}
     assert pid(server.post("tools", tools=[tool])) != agent  # a client that brings tools gets a plain model
+    wait_until(lambda: agent in log.started(), "what the agent was started with")
     assert "default" in log.started()[agent]["argv"]
     assert pid(server.post("another")) == agent
 

@@ -1,0 +1,383 @@
+"""What a user or a launcher does with the program: mistyped words, --help, signals, a log that
+nobody reads, `check --url`, `login`."""
+
+import dataclasses
+import fcntl
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, STANDIN, Client, Program, Server, wait_until
+from standin import Log
+from test_metrics import measure
+from test_program import alive, printed, refuses
+
+import bridge
+
+Launch = Callable[..., Program]
+BRIDGE = [sys.executable, str(ROOT / "bridge.py")]
+GET = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def run(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+    variables = {**os.environ, **environ}
+    command = [*BRIDGE, *arguments]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+
+
+# ---------------------------------------------------------------- words
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--max-idel", "3"], "there is no --max-idel; did you mean --max-idle?"),
+        (["--max_idle=3"], "there is no --max_idle; did you mean --max-idle?"),
+        (["--confg", "x"], "there is no --confg; did you mean --config?"),
+        (["--verzion"], "there is no --verzion; did you mean --version?"),
+        (["--xyzzy"], "there is no --xyzzy; see --help"),
+        (["chekc"], "there is no such command; did you mean check?"),
+        (["provider"], "there is no such command; did you mean providers?"),
+        (["sesame"], "there is no such command: check, login, providers"),
+        (["check", "sesame"], "there is no such command; did you mean check?"),
+        (["--help=sesame"], "--help: ignored explicit argument; see --help"),
+        (["--max-idle"], "--max-idle: expected one argument; see --help"),
+    ],
+)
+def test_a_mistyped_word_is_refused_with_what_was_probably_meant(
+    words: list[str], said: str
+) -> None:
+    with pytest.raises(bridge.ConfigError) as caught:
+        bridge.read_flags(words)
+    assert str(caught.value) == said
+
+
+def test_a_mistyped_word_ends_the_program_with_one_line() -> None:
+    done = run("--max-idel", "3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "claude-cli-bridge: there is no --max-idel; did you mean --max-idle?\n"
+
+
+def test_mistyped_variables_are_warned_of_at_the_start(launch: Launch) -> None:
+    program = launch(
+        CLAUDE_CLI_MAX_SESSION="3",
+        CLAUDE_CLI_XYZZY="sesame",
+        CLAUDE_CLI_CONFIG="",
+        CLAUDE_CLI_KEEP_ENV="ANTHROPIC_API_KEYS",
+    )
+    printed(program, "CLAUDE_CLI_MAX_SESSION is no setting; did you mean CLAUDE_CLI_MAX_SESSIONS?")
+    printed(program, "CLAUDE_CLI_XYZZY is no setting")
+    printed(program, "ANTHROPIC_API_KEYS is not set; did you mean ANTHROPIC_API_KEY?")
+    assert not [line for line in program.lines if "sesame" in line or "CONFIG is" in line]
+
+
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_says_all_there_is_in_lines_of_80_characters(word: str) -> None:
+    done = run(word, CLAUDE_CLI_MAX_IDLE="nonsense")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    first = [line.split()[0] for line in lines if re.match(r"  \S", line)]
+    settings = {"--" + item.name.replace("_", "-") for item in dataclasses.fields(bridge.Config)}
+    expected = settings - {"--api-key"} | {"CLAUDE_CLI_API_KEY", "check", "login", "providers"}
+    assert set(first) == expected | {"--config", "--url", "--version", "--help"}
+    assert len(first) == len(set(first))
+    assert "[127.0.0.1:14001]" in done.stdout
+    for group in bridge.GROUPS.values():
+        assert group in lines
+
+
+def test_version_is_printed() -> None:
+    assert run("--version").stdout == f"claude-cli-bridge {bridge.__version__}\n"
+
+
+def test_login_is_the_clis_own_in_this_terminal(tmp_path: Path) -> None:
+    script = tmp_path / "claude"
+    script.write_text('#!/bin/sh\necho "$@"; cat; exit 7\n')
+    script.chmod(0o755)
+    command = [*BRIDGE, "login", "--bin", str(script)]
+    done = subprocess.run(command, input="code", capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "auth login\ncode", "")
+    done = run("login", "--bin", "/no/such")
+    assert done.returncode == 2
+    assert done.stderr.startswith("claude-cli-bridge: CLAUDE_CLI_BIN: '/no/such' does not exist")
+
+
+def test_a_key_that_is_not_utf8_ends_the_start_and_is_not_printed(launch: Launch) -> None:
+    program = launch(wait=False, CLAUDE_CLI_API_KEY="sesame\udcff")
+    assert program.wait() == 2
+    wait_until(lambda: program.lines, "the line")
+    [line] = program.lines
+    assert line.startswith("claude-cli-bridge: CLAUDE_CLI_API_KEY: must be one line of UTF-8")
+    assert "sesame" not in line
+
+
+# ---------------------------------------------------------------- signals
+
+
+def test_sighup_completes_running_answers_and_ends_the_bridge(
+    launch: Launch, gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
+    program = launch(CLAUDE_CLI_DRAIN_SECS="1000")
+    running = background.submit(program.post, "PAUSE", stream=True)
+    wait_until(lambda: log.got("PAUSE"), "the turn")
+    program.process.send_signal(signal.SIGHUP)
+    printed(program, "waiting up to 1000 s for 1 running answers (Ctrl-C again to stop now)")
+    wait_until(lambda: refuses(program), "closed doors")
+    assert program.process.poll() is None
+    gate.touch()
+    assert running.result().message["stop_reason"] == "end_turn"
+    assert program.wait() == 0
+    assert not [pid for pid in log.started() if alive(pid)]
+
+
+def test_under_nohup_sighup_is_ignored(launch: Launch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; children inherit it
+    try:
+        program = launch()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    program.process.send_signal(signal.SIGHUP)
+    assert program.post().status == 200
+    assert not [line for line in program.lines if "shutting down" in line]
+    program.process.send_signal(signal.SIGTERM)
+    assert program.wait() == 0
+
+
+# ---------------------------------------------------------------- the log
+
+
+def unread(*arguments: str) -> tuple["subprocess.Popen[bytes]", Client]:
+    """The program with a stderr of which one line was read."""
+    environ = {**os.environ, "CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_SPARES": "0"}
+    command = [*BRIDGE, "--listen-addr", "127.0.0.1:0", *arguments]
+    process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, bufsize=0)
+    assert process.stderr
+    fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+    found = re.search(rb"listening on http://127.0.0.1:(\d+)", process.stderr.readline())
+    assert found
+    return process, Client("127.0.0.1", int(found[1]))
+
+
+def pipelined(client: Client, count: int) -> int:
+    """The answers to that many requests on one connection."""
+    with client.connect() as connection:
+        sender = threading.Thread(target=connection.sendall, args=(GET * count,))
+        sender.start()
+        with connection.makefile("rb") as file:
+            answers = 0
+            while answers < count:
+                answers += file.readline().endswith(b"HTTP/1.1 200 OK\r\n")
+        sender.join()
+    return answers
+
+
+def test_a_reader_of_the_log_that_stops_reading_loses_lines_that_are_counted_and_no_answer() -> None:
+    process, client = unread()
+    assert process.stderr
+    try:
+        count = bridge.MAX_LOG_LINES + 500
+        assert pipelined(client, count) == count
+        lost = measure(client)("log_lines_lost_total")
+        assert lost > 0
+        assert client.post().text == "echo: hello; 1 messages"
+        written = 0
+        while written < count - lost:  # all others are there once it reads again
+            line = process.stderr.readline()
+            assert line.endswith(b"\n")
+            written += b"route=/healthz" in line
+        process.terminate()
+        assert b"shutting down" in process.stderr.read()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.stderr.close()
+        process.wait()
+
+
+def test_a_reader_of_the_log_that_left_loses_lines_that_are_counted_and_no_answer() -> None:
+    process, client = unread("--log-format", "json")
+    assert process.stderr
+    process.stderr.close()
+    try:
+        assert [client.post().status for _ in range(3)] == [200] * 3
+        wait_until(lambda: measure(client)("log_lines_lost_total") >= 3, "the lines")
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_a_program_started_without_open_standard_files_works_and_writes_its_log_nowhere(
+    tmp_path: Path, closed: str
+) -> None:
+    """The next file opened would have been number 2, and a client would have got the log."""
+    path = tmp_path / "socket"
+    environ = {**os.environ, "CLAUDE_CLI_BIN": str(STANDIN)}
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", *BRIDGE, "--listen-addr", f"unix:{path}"]
+    process = subprocess.Popen(command, env=environ)
+    try:
+        wait_until(path.exists, "the start")
+        for number in range(3):
+            target = os.readlink(f"/proc/{process.pid}/fd/{number}")
+            assert number == 2 or closed == "2>&-" or target == "/dev/null"
+        assert os.readlink(f"/proc/{process.pid}/fd/2") == "/dev/null"
+        with socket.socket(socket.AF_UNIX) as client:
+            wait_until(lambda: not client.connect_ex(str(path)), "the listener")
+            client.sendall(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            with client.makefile("rb") as file:
+                assert file.read().endswith(b"\r\n\r\nok")
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+# ---------------------------------------------------------------- check --url
+
+KEY = "sesam\xe9"
+
+
+@pytest.fixture
+def proxy() -> Iterator[Callable[[Server, bytes | None], str]]:
+    """The address of a proxy that holds answers back to their end; or answers all with this."""
+    started: list[ThreadingHTTPServer] = []
+
+    def start(server: Server, body: bytes | None = None) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                answer = body
+                if answer is None:
+                    connection = HTTPConnection(server.host, server.port)
+                    connection.request("GET", self.path, headers=dict(self.headers))
+                    answer = connection.getresponse().read()
+                    connection.close()
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        started.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=started[-1].serve_forever, args=(0.01,)).start()
+        return f"http://127.0.0.1:{started[-1].server_port}"
+
+    yield start
+    for one in started:
+        one.shutdown()
+        one.server_close()
+
+
+def checked(url: str, key: str, capsys: pytest.CaptureFixture[str]) -> tuple[bool, list[str]]:
+    is_fine = bridge.check_url(url, key)
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "sesam" not in said.out
+    return is_fine, said.out.splitlines()
+
+
+@pytest.mark.parametrize("key", ["", "sesame", KEY])
+@pytest.mark.parametrize("end", ["", "/"])
+def test_a_bridge_that_can_be_used_from_here_passes(
+    serve: Callable[..., Server], capsys: pytest.CaptureFixture[str], log: Log, key: str, end: str
+) -> None:
+    server = serve(api_key=key)
+    fine = ["reachable: yes", "access: the key and Host are accepted"]
+    fine.append("streams: arrive as they are sent")
+    assert checked(server.url + end, key, capsys) == (True, fine)
+    assert [log.requests(pid) for pid in log.started()] == [["initialize"]]  # and no model
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [("", "this bridge requires a key"), ("another", "the key sent does not match")],
+)
+def test_a_wrong_key_fails_the_check_and_says_so(
+    serve: Callable[..., Server], capsys: pytest.CaptureFixture[str], given: str, words: str
+) -> None:
+    is_fine, said = checked(serve(api_key=KEY).url, given, capsys)
+    assert not is_fine
+    assert said[0] == "reachable: yes"
+    assert said[1].startswith(f"access: refused ({words}")
+    assert len(said) == 2
+
+
+def test_a_host_that_is_not_allowed_fails_the_check_and_says_so(
+    serve: Callable[..., Server], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = serve(listen_addr="0.0.0.0:0", api_key="sesame")
+    url = f"http://127.1:{server.port}"  # another name of this machine
+    is_fine, said = checked(url, "sesame", capsys)
+    assert not is_fine
+    assert said[1].startswith("access: refused (Host '127.1:")
+    assert "CLAUDE_CLI_ALLOWED_HOSTS" in said[1]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:1",
+        *("127.0.0.1:14001", "unix:/run/bridge", "https://127.0.0.1:1", "http://", "http://[::1"),
+        *(
+            "http://127.0.0.1:x",
+            "http://127.0.0.1:99999",
+            "http://127.0.0.1:1/\u20ac",
+            "http://a b",
+        ),
+    ],
+)
+def test_what_is_not_there_fails_the_check_in_one_line(
+    capsys: pytest.CaptureFixture[str], url: str
+) -> None:
+    is_fine, [line] = checked(url, KEY, capsys)
+    assert not is_fine
+    assert line.startswith("reachable: no (")
+
+
+def test_a_proxy_that_holds_streams_back_fails_the_check_and_is_named(
+    serve: Callable[..., Server],
+    capsys: pytest.CaptureFixture[str],
+    proxy: Callable[..., str],
+) -> None:
+    is_fine, said = checked(proxy(serve(api_key=KEY)), KEY, capsys)
+    assert not is_fine
+    assert said[1:] == [
+        "access: the key and Host are accepted",
+        "streams: are held back by a proxy",
+    ]
+
+
+@pytest.mark.parametrize("body", [b"", b"ok", b"\xff\n" * 9])
+def test_another_server_is_no_bridge_that_works(
+    serve: Callable[..., Server],
+    capsys: pytest.CaptureFixture[str],
+    proxy: Callable[..., str],
+    body: bytes,
+) -> None:
+    is_fine, _ = checked(proxy(serve(), body), KEY, capsys)
+    assert not is_fine
+
+
+def test_the_check_of_a_url_is_a_command(serve: Callable[..., Server]) -> None:
+    server = serve(api_key=KEY)
+    done = run("check", "--url", server.url, CLAUDE_CLI_API_KEY=KEY, CLAUDE_CLI_BIN="/no/such")
+    assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 3)
+    done = run("check", "--url", server.url, CLAUDE_CLI_API_KEY="another")
+    assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (1, "", 2)
+    done = run("check", "--url", server.url, CLAUDE_CLI_API_KEY="sesame\n")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "sesame" not in done.stderr
