@@ -40,7 +40,7 @@ import time
 import tomllib
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -1246,27 +1246,48 @@ async def serve(config: Config, sock: socket.socket | None = None) -> AsyncItera
         if not is_loopback(host) and not config.api_key:
             words = f"the socket {host_and_port(host, port)} can be reached from other machines"
             raise ConfigError(f"{words}: set {variable('api_key')}")
-    async with Pool(config) as pool:
-        bridge = Bridge(config, pool)
+    stack = contextlib.AsyncExitStack()
+    bridge = Bridge(config, await stack.enter_async_context(Pool(config)))
+    try:
         try:
             server = await bridge.listen(sock)
         except OSError as error:
             raise wrong("listen_addr", cannot_listen(config, error)) from error
         own = None if sock else identity(config.unix_path)
+        stack.push_async_callback(stop, bridge, server, own)
+        yield bridge
+    finally:
+        await to_its_end(stack.aclose(), bridge.hurry)
+
+
+async def stop(bridge: Bridge, server: asyncio.Server, own: tuple[int, int] | None) -> None:
+    """Stop listening, and end all connections; `own` is the bridge's own Unix socket."""
+    loop = asyncio.get_running_loop()
+    for listener in server.sockets:
+        loop.remove_reader(listener.fileno())
+    for _ in range(3):
+        # asyncio loses the connections that it is accepting when its listener closes.
+        await asyncio.sleep(0)
+    server.close()
+    await bridge.close()
+    # Not the socket of another bridge that has taken the path meanwhile.
+    if own and identity(bridge.config.unix_path) == own:
+        os.unlink(bridge.config.unix_path)
+
+
+async def to_its_end(work: Coroutine[Any, Any, None], hurry: Callable[[], None]) -> None:
+    """Await it however often this task is cancelled meanwhile; each cancel calls `hurry`."""
+    task = asyncio.create_task(work)
+    is_cancelled = False
+    while not task.done():
         try:
-            yield bridge
-        finally:
-            loop = asyncio.get_running_loop()
-            for listener in server.sockets:
-                loop.remove_reader(listener.fileno())
-            for _ in range(3):
-                # asyncio loses the connections that it is accepting when its listener closes.
-                await asyncio.sleep(0)
-            server.close()
-            await bridge.close()
-            # Not the socket of another bridge that has taken the path meanwhile.
-            if own and identity(config.unix_path) == own:
-                os.unlink(config.unix_path)
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            is_cancelled = True
+            hurry()
+    task.result()
+    if is_cancelled:
+        raise asyncio.CancelledError
 
 
 def cannot_listen(config: Config, error: OSError) -> str:
@@ -1835,7 +1856,7 @@ class Rehearsal:
         }
         begin = {"type": "message_start", "message": message}
         if CALL["id"] in str(asked["messages"]):
-            self.found["tools"] = "found" in str(asked["messages"])
+            self.found["tools"] = "violet" in str(asked["messages"])
             self.held.set()
             return [begin]
         said = []
@@ -1860,13 +1881,15 @@ class Rehearsal:
         messages: list[Json] = [{"role": role, "content": word} for role, word in SAID]
         async with self.turn(pool, messages) as first:
             await first.relay(lambda _: True, self.drain)
-        result = {"type": "tool_result", "tool_use_id": CALL["id"], "content": "found"}
+        result = {"type": "tool_result", "tool_use_id": CALL["id"], "content": "violet"}
         messages.append({"role": "assistant", "content": [CALL]})
         messages.append({"role": "user", "content": [result]})
         async with self.turn(pool, messages) as second:
             relay = asyncio.create_task(second.relay(lambda _: True, self.drain))
             try:
                 await self.held.wait()
+                # Otherwise it got the result as part of a new conversation.
+                self.found["tools"] &= second.how == "hot"
                 second.interrupt()
                 await self.left.wait()
                 self.found["interrupt"] = not second.process.ended

@@ -82,6 +82,8 @@ COUNT_SECS = 20.0
 THREAD_SIZE = 64 << 10
 # Fingerprints of lost sessions that are remembered, to say why a conversation was rebuilt.
 MAX_PAST = 4096
+# Seconds that a process waits for another count.
+COUNTER_SECS = 10.0
 # Answers of count_tokens that are remembered: Claude Code's /context asks 25 questions, some again.
 MAX_COUNTS = 256
 # Names of models of which it is known whether a process can take them without --model.
@@ -1040,6 +1042,10 @@ class Pool:
         self.spares: list[Session] = []
         # Processes that are asked who is logged in.
         self._probes: list[Session] = []
+        # Processes that have counted, and can again.
+        self._counters: list[Session] = []
+        # Whether a process can be given other tools.
+        self._swaps_tools = True
         # What the last requests needed, and so what spares are for: a model that needs --model, or
         # "", and the mode.
         self._asked: deque[tuple[str, bool]] = deque(maxlen=2 * config.spares)
@@ -1401,7 +1407,7 @@ class Pool:
 
     async def _spawn(self, model: str, agent: bool) -> Session:
         if self._slots.locked():
-            self._evict([*self._probes, *self.spares, *self.idle.values()])
+            self._evict([*self._probes, *self._counters, *self.spares, *self.idle.values()])
         await self._queue(
             self._room, f"all {self.config.max_sessions} processes were busy, none got free"
         )
@@ -1479,8 +1485,9 @@ class Pool:
             self.idle[session.key] = session
         elif self.idle.get(session.key) is session:
             del self.idle[session.key]
-        elif session in self.spares:
-            self.spares.remove(session)
+        for others in (self.spares, self._counters):
+            if session in others:
+                others.remove(session)
 
     def _finish(self, turn: Turn) -> None:
         """File the session of a turn, or retire it."""
@@ -1570,9 +1577,12 @@ class Pool:
         while True:
             await asyncio.sleep(max(0.05, min(ttl / 4, 5)) if ttl else 5)
             now = asyncio.get_running_loop().time()
-            for session in [*self.spares, *self.idle.values()]:
+            for session in [*self.spares, *self.idle.values(), *self._counters]:
                 if session.process.gone:
                     self.retire(session, "died")
+                elif session in self._counters:
+                    if now - session.idle_since >= COUNTER_SECS:
+                        self.retire(session, "counted")
                 elif ttl and now - session.idle_since >= ttl:
                     if session.state is State.SPARE:
                         self._asked.clear()  # the next comes when it is needed
@@ -1595,9 +1605,8 @@ class Pool:
             async with asyncio.timeout(COUNT_SECS):
                 tokens = await self._count(request)
         except TimeoutError:
-            raise ApiError(
-                504, f"the claude CLI did not count within {COUNT_SECS:g} seconds"
-            ) from None
+            words = f"the claude CLI did not count within {COUNT_SECS:g} seconds"
+            raise ApiError(504, words) from None
         finally:
             self._counting.release()
             self._refill()
@@ -1607,9 +1616,16 @@ class Pool:
         return tokens
 
     async def _count(self, request: Request) -> int:
-        session, lines = await self._open(request, translate.described_tools(request), query=False)
+        tools = translate.described_tools(request)
+        session = self._find_counter(request, tools)
+        is_reused = session is not None
+        if session:
+            lines = await self._set_up_again(session, request, tools)
+        else:
+            session, lines = await self._open(request, tools, query=False)
         process, translator = session.process, Translator()
         statuses: list[int] = []
+        is_free = False
 
         def find(event: CliEvent, wanted: str) -> Any:
             if event["type"] == "api_call":
@@ -1621,9 +1637,20 @@ class Pool:
             await process.until(translator, lambda event: find(event, "result"))
             process.write(translate.control_line("usage", "get_context_usage"))
             usage = await process.until(translator, lambda event: find(event, "usage"))
+            has_tools = translate.has_counted(usage, tools)
+            can_count_again = translate.is_one_line(request) and has_tools
+            if can_count_again and (self._swaps_tools or not tools):
+                is_free = await self._take_back(session)
         finally:
             self._hello = process.hello or self._hello
-            self.retire(session, "counted")
+            if is_free:
+                session.idle_since = asyncio.get_running_loop().time()
+                self._counters.append(session)
+            else:
+                self.retire(session, "counted")
+        if is_reused and not has_tools:  # 2.1.197 keeps the tools that were taken away
+            self._swaps_tools = False
+            return await self._count(request)
         failed = next((status for status in statuses if status >= 400), None)
         if failed:
             raise ApiError(failed, f"the API did not count: status {failed}")
@@ -1631,9 +1658,60 @@ class Pool:
             if not translate.login_source(self._hello):
                 raise ApiError(401, f"the claude CLI is not logged in: {translate.LOGIN_CURE}")
             raise cli_error("the API did not answer the claude CLI's count")
-        return int(usage.get("totalTokens") or 0) + (
-            TOOLS_PROMPT_TOKENS if request.tool_names else 0
-        )
+        tokens = int(usage.get("totalTokens") or 0)
+        return tokens + TOOLS_PROMPT_TOKENS if request.tool_names else tokens
+
+    def _find_counter(self, request: Request, tools: list[Json]) -> Session | None:
+        """A process that has counted one message and can count another: Claude Code's /context asks
+        for 24 counts.  All but the tools must be the same."""
+        if not translate.is_one_line(request):
+            return None
+        for session in self._counters:
+            names = request.parts.keys() - {"tools"}
+            is_same = all(session.parts[name] == request.parts[name] for name in names)
+            can_have_tools = self._swaps_tools or session.process.tools == tools
+            if is_same and can_have_tools and not session.process.gone:
+                self._counters.remove(session)
+                return session
+        return None
+
+    async def _set_up_again(
+        self, session: Session, request: Request, tools: list[Json]
+    ) -> list[bytes]:
+        """Give a process other tools; returns the line that adds the message to be counted."""
+        process = session.process
+        try:
+            if process.tools != tools:
+                process.tools = tools
+                for servers in translate.server_lists(has_tools=bool(tools)):
+                    process.has_listed = False
+                    process.write(
+                        translate.control_line("servers", "mcp_set_servers", servers=servers)
+                    )
+                    await process.until(
+                        Translator(), lambda event: translate.response(event, "servers")
+                    )
+                if tools and not process.has_listed:
+                    await process.until(Translator(), lambda event: process.has_listed)
+            session.turn_id = str(uuid.uuid4())
+            return [
+                translate.user_line(request.messages[0]["content"], session.turn_id, query=False)
+            ]
+        except BaseException:
+            self.retire(session, "failed")
+            raise
+
+    async def _take_back(self, session: Session) -> bool:
+        """Take back the message that was counted; False: this CLI does not."""
+        fields = {"target_message_uuid": session.turn_id}
+        session.process.write(translate.control_line("rewind", "rewind_conversation", **fields))
+        try:
+            answer = await session.process.until(
+                Translator(), lambda event: translate.response(event, "rewind")
+            )
+        except ApiError:
+            return False
+        return translate.text_of(answer, "subtype") == "success"
 
 
 # ------------------------------------------------------------ appendix: metrics

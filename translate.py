@@ -1071,6 +1071,26 @@ def split_at_images(blocks: list[Block]) -> tuple[list[Block], list[Block]]:
     return (blocks[:after], blocks[after:]) if is_followed_by_text else ([], blocks)
 
 
+def is_one_line(request: Request) -> bool:
+    """Whether a fresh process gets the whole conversation of a request as one line."""
+    return len(request.messages) == 1 and not split_at_images(request.messages[0]["content"])[0]
+
+
+def has_counted(usage: Json, tools: list[Json]) -> bool:
+    """Whether a process counted these tools and no others, by its answer to get_context_usage."""
+    counted = {text_of(tool, "name") for tool in as_blocks(usage.get("mcpTools"))}
+    return counted == {tool["name"] for tool in tools}
+
+
+def server_lists(*, has_tools: bool) -> list[Json]:
+    """The MCP servers that a process is told of, one list after another, for its tools to change:
+    none, and then the client's if there are tools."""
+    servers: list[Json] = [{}]
+    if has_tools:
+        servers.append({MCP_SERVER: {"type": "sdk", "name": MCP_SERVER}})
+    return servers
+
+
 def answers_tool_calls(message: Message) -> bool:
     return any(block["type"] == "tool_result" for block in message["content"])
 

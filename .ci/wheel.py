@@ -3,8 +3,8 @@ checkout, as one package.
 
 The three files choose their imports when they run, so that they work beside a script as well as
 inside a package.  A type checker always reads the first choice, and that one names modules which
-are not there when the package is installed.  So a wheel has it switched off; all lines keep their
-numbers.
+are not there when the package is installed.  So in a wheel a type checker never reads it; all
+lines keep their numbers.  (`if False` is not enough: mypy follows the imports behind it.)
 """
 
 import tempfile
@@ -17,7 +17,7 @@ PACKAGE = "claude_cli_bridge"
 OWN = ("__init__.py", "__main__.py")
 CHOICES = {"bridge.py": 1, "sessions.py": 1, "translate.py": 0}  # of imports, in each file
 CHOICE = "\nif TYPE_CHECKING or not __package__:\n"
-CHOSEN = "\nif False:  # TYPE_CHECKING or not __package__\n"
+CHOSEN = "\nif not TYPE_CHECKING and not __package__:\n"
 # What `pip install -e .` installs instead: the three files stay where they are.
 IMPORTS = "\nfrom .bridge import "
 IN_PLACE = "\n__path__.append({root!r})\n" + IMPORTS

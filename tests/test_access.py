@@ -1,4 +1,5 @@
-"""Who may talk to the port: the names in Host, the origins of web pages, the API key, the addresses to listen on."""
+"""Who may talk to the port: the names in Host, the origins of web pages, the API key, the addresses
+to listen on."""
 
 import http.client
 import os

@@ -1,13 +1,15 @@
 """Counting, the model list, and parameters that never mix.  With the real CLI; what arrives at the stub API counts."""
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Answer, Client, Json, Server, Stub, request_body
+from conftest import IMAGE, Answer, Client, Json, Server, Stub, request_body, text
 
 TOOL = {"name": "get_weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
 
@@ -139,3 +141,29 @@ def test_parameters_of_parallel_conversations_never_mix(real: Server, since: Cal
         assert f"conversation {number}" in str(body["messages"][0])
         assert body.get("temperature") == (number / 4 if turn % 2 else None)
         assert body.get("top_k") == (None if turn % 2 else number + 1)
+
+
+def test_a_process_that_has_counted_counts_other_messages_and_tools_as_a_fresh_one(
+    serve: Callable[..., Server], cli: Path
+) -> None:
+    """Claude Code's /context asks for 24 counts, most of them with another tool."""
+    long = {**TOOL, "name": "long", "description": "The weather. " * 100}
+    questions: list[dict[str, Any]] = [
+        {"messages": "one", "tools": [TOOL]},
+        {"messages": "two " * 200, "tools": [long]},
+        {"messages": "three", "tools": []},
+        {"messages": [{"role": "user", "content": [IMAGE, text("see")]}]},
+        {"messages": ["four", "yes", "and now"], "tools": [TOOL]},
+    ]
+    used = serve(bin=cli)
+    together = [count(used, **question).json["input_tokens"] for question in questions]
+    for question, tokens in zip(questions, together, strict=True):
+        with serve_alone(serve, cli) as fresh:
+            assert count(fresh, **question).json["input_tokens"] == tokens
+
+
+@contextlib.contextmanager
+def serve_alone(serve: Callable[..., Server], cli: Path) -> Iterator[Server]:
+    server = serve(bin=cli)
+    yield server
+    server.close()

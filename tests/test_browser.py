@@ -1,7 +1,9 @@
-"""A real browser: what pages of other origins can do to an agent on this machine (nothing), and that allowed ones work.
+"""A real browser: what pages of other origins can do to an agent on this machine (nothing), and
+that allowed ones work.
 
-Chromium loads each page from the test's own site.  The page waits until the site's port, or another, belongs to the
-bridge: that is how DNS rebinding looks to a browser, whose name for the attacker's server now leads to the bridge.
+Chromium loads each page from the test's own site.  The page waits until the site's port, or
+another, belongs to the bridge: that is how DNS rebinding looks to a browser, whose name for the
+attacker's server now leads to the bridge.
 """
 
 import json
@@ -112,7 +114,7 @@ for (const [name, attempt] of Object.entries(kinds[kind])) {
   try { found[name] = (await attempt()) ?? '' } catch (error) { found[name] = '' }
 }
 report(found);
-</script>""".replace("KEY", KEY)
+</script>""".replace("KEY", KEY)  # noqa: E501
 WRITES, READS = 8, 5  # requests that these attempts send
 
 # The page's origin, and the bridge as the page calls it.
@@ -177,7 +179,7 @@ class Site:
 
 
 def running(profile: Path) -> list[psutil.Process]:
-    """The browser's processes; its crash handlers leave its process group, and end by themselves."""
+    """The browser's processes; its crash handlers leave its process group and end by themselves."""
     found = psutil.process_iter(["cmdline", "status"])
     used = [p for p in found if any(str(profile) in word for word in p.info["cmdline"] or ())]
     return [p for p in used if p.info["status"] != psutil.STATUS_ZOMBIE]
@@ -237,7 +239,8 @@ def visit(
     log: Log,
     tmp_path: Path,
 ) -> Callable[..., None]:
-    """Load a page, then start an agent for it to talk to, and let it go: visit(page, kind, **settings)."""
+    """Load a page, then start an agent for it to talk to, and let it go: visit(page, kind,
+    **settings)."""
 
     def start(page: str, kind: str, **settings: object) -> None:
         with Site() as before:  # has the bridge's port until the page is there
@@ -265,7 +268,8 @@ def rows(caplog: pytest.LogCaptureFixture) -> Callable[[], list[Json]]:
 def assert_nothing_came_through(
     page: str, site: Site, log: Log, rows: Callable[[], list[Json]], number: int
 ) -> None:
-    """That all requests arrived, and were refused before the CLI; the page read no answer, or the refusal."""
+    """That all requests arrived, and were refused before the CLI; the page read no answer, or the
+    refusal."""
     found = site.reports.get(timeout=SECONDS)
     assert isinstance(found, dict)
     assert len(found) == number

@@ -1,4 +1,5 @@
-"""`claude-cli-bridge check`: with the real CLI, and with the real CLI behind a filter that takes one feature away."""
+"""`claude-cli-bridge check`: with the real CLI, and with the real CLI behind a filter that takes
+one feature away."""
 
 import json
 import os
@@ -109,7 +110,8 @@ def test_a_cli_that_never_answers_fails_in_time(tmp_path: Path, behaviour: str) 
 def test_an_administrators_settings_may_lead_to_an_api_but_to_no_model(
     cli: Path, since: Callable[[], list[Json]], tmp_path: Path
 ) -> None:
-    """What is asked of an API that the bridge did not choose must not be answered, and so not be paid."""
+    """What is asked of an API that the bridge did not choose must not be answered, and so not be
+    paid."""
     if os.geteuid() or not shutil.which("unshare"):
         pytest.skip("only root can have an /etc of its own")
     etc = tmp_path / "etc"

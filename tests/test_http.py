@@ -493,7 +493,8 @@ def test_what_is_not_http_gets_400_and_nothing_behind_it_is_served(wire: Wire, d
     ids=["beside a length", "beside a length, 1.0", "1.0"],
 )
 def test_doubtful_framing_ends_the_connection(wire: Wire, request_: bytes) -> None:
-    """RFC 9112, 6.1: such a request may be smuggled; the server MUST close the connection after its answer."""
+    """RFC 9112, 6.1: such a request may be smuggled; the server MUST close the connection after its
+    answer."""
     wire.send(request_)
     assert_error(wire.answer(), 400, "invalid_request_error")
     wire.send(GET)
@@ -931,7 +932,7 @@ def test_a_client_that_does_not_read_cannot_hold_up_the_shutdown(
     wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
     with contextlib.suppress(TimeoutError):  # the pipeline is full
         wire.send(*pieces(request_, 1 << 14))
-    wait_until(lambda: stuck(server), "a writer that waits for its client")
+    wait_until(lambda: stuck(server), "a writer that waits for its client", 60)
     closing = threading.Thread(target=server.close)
     closing.start()
     closing.join(5)

@@ -1,4 +1,5 @@
-"""The bridge under the launchers of the README: a real supervisord, and what systemd does with the units."""
+"""The bridge under the launchers of the README: a real supervisord, and what systemd does with the
+units."""
 
 import getpass
 import shlex
@@ -27,7 +28,8 @@ import bridge
 import sessions
 
 INSTALLED = "/opt/claude-cli-bridge/.venv/bin/claude-cli-bridge"
-# The longest that a shutdown takes: new connections, answers, their last words, the ends of the processes.
+# The longest that a shutdown takes: new connections, answers, their last words, the ends of the
+# processes.
 SHUTDOWN_SECS = (
     bridge.Config().drain_secs
     + 2 * bridge.GRACE_SECS
@@ -48,7 +50,8 @@ def installed(folder: Path) -> Path:
 # ---------------------------------------------------------------- supervisord
 
 SECTION = readme.block("[program:claude-cli-bridge]")
-# Beside it a program that ends as soon as it is started, which shows that supervisord had time to restart others.
+# Beside it a program that ends as soon as it is started, which shows that supervisord had time to
+# restart others.
 MAIN = """
 [unix_http_server]
 file = {folder}/socket

@@ -48,12 +48,22 @@ FILES = ("bridge.py", "sessions.py", "translate.py")
 # ---------------------------------------------------------------- inside another asyncio program
 
 
+@pytest.fixture(scope="module", autouse=True)
+def libuv() -> None:
+    """Its first loop opens a pipe that stays for the life of the program."""
+    uvloop.new_event_loop().close()
+
+
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 def run(request: pytest.FixtureRequest) -> Run[Any]:
-    """asyncio.run with each kind of event loop."""
+    """asyncio.run with each kind of loop; libuv keeps /dev/null open from its first stream."""
+
+    async def first_stream() -> None:
+        (await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)).close()
 
     def start(work: Coroutine[Any, Any, Any]) -> Any:
         with asyncio.Runner(loop_factory=request.param) as runner:
+            runner.run(first_stream())
             return runner.run(work)
 
     return start
@@ -156,6 +166,7 @@ def test_three_cancels_within_a_moment_leave_no_child_task_or_socket(
             await asyncio.Event().wait()
 
     async def scenario() -> None:
+        before = holds()
         task = asyncio.create_task(host())
         await started.wait()
         client = asyncio.create_task(ask())
@@ -166,9 +177,8 @@ def test_three_cancels_within_a_moment_leave_no_child_task_or_socket(
                 await asyncio.sleep(0)
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert children() == []
         await client
-        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert holds()[:2] == before[:2]
         assert not path.exists()
 
     started = asyncio.Event()

@@ -152,7 +152,8 @@ def listener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[socket.
 
 def activate(listener: socket.socket, *program: str) -> subprocess.Popen[str]:
     """Start the bridge as systemd does: the socket is file descriptor 3."""
-    code = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))"
+    code = "import os, sys; os.dup2(int(sys.argv[1]), 3)"
+    code += "; os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))"
     code += "; os.execv(sys.argv[2], sys.argv[2:])"
     program = program or (sys.executable, str(ROOT / "bridge.py"))
     environ = {**os.environ, "CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_KEEP_ENV": ",".join(KEEP)}

@@ -182,7 +182,9 @@ def pipelined(client: Client, count: int) -> int:
     return answers
 
 
-def test_a_reader_of_the_log_that_stops_reading_loses_lines_that_are_counted_and_no_answer() -> None:
+def test_a_reader_of_the_log_that_stops_reading_loses_lines_that_are_counted_and_no_answer() -> (
+    None
+):
     process, client = unread()
     assert process.stderr
     try:

@@ -169,8 +169,11 @@ def test_a_wheel_holds_one_package_with_the_three_files_line_by_line(wheel: Path
         lines = (ROOT / name).read_text().splitlines()
         pairs = list(zip(lines, parts[f"{PACKAGE}/{name}"].splitlines(), strict=True))
         changed = [pair for pair in pairs if pair[0] != pair[1]]
-        choice = "TYPE_CHECKING or not __package__"
-        assert changed == [(f"if {choice}:", f"if False:  # {choice}")] * (name != "translate.py")
+        choice = (
+            "if TYPE_CHECKING or not __package__:",
+            "if not TYPE_CHECKING and not __package__:",
+        )
+        assert changed == [choice] * (name != "translate.py")
 
 
 def test_an_sdist_makes_the_same_wheel_and_holds_no_tests(
@@ -228,13 +231,15 @@ def test_beside_modules_of_the_same_names_the_program_starts_and_answers(
     assert output(*command, "--version", cwd=crowded) == f"claude-cli-bridge {bridge.__version__}\n"
     command += ["--listen-addr", "127.0.0.1:0", "--bin", str(STANDIN)]
     with subprocess.Popen(command, cwd=crowded, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr
-        said = process.stderr.readline()
-        port = re.search(r"listening on 127.0.0.1:(\d+)", said)
-        assert port, said + process.stderr.read()
-        assert Client("127.0.0.1", int(port[1])).post().text == "echo: hello; 1 messages"
-        process.terminate()
+        try:
+            assert process.stderr
+            line = r"listening on (?:http://)?127.0.0.1:(\d+)"
+            port = next(found[1] for text in process.stderr if (found := re.search(line, text)))
+            answer = Client("127.0.0.1", int(port)).post()
+        finally:
+            process.terminate()
         assert process.wait(30) == 0
+    assert answer.text == "echo: hello; 1 messages"
 
 
 def test_beside_modules_of_the_same_names_another_program_can_embed_it(
