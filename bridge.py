@@ -812,7 +812,9 @@ class Bridge:
         if not sock and self.config.unix_path:
             sock = bind_unix(self.config.unix_path)
         if sock and sock.family == socket.AF_UNIX:
-            server = await asyncio.start_unix_server(self.accept, sock=sock)
+            # Since 3.13 asyncio would unlink the path of a service manager's socket.
+            options: Any = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+            server = await asyncio.start_unix_server(self.accept, sock=sock, **options)
         elif sock:
             server = await asyncio.start_server(self.accept, sock=sock)
         else:
@@ -1347,9 +1349,16 @@ class JsonFormatter(logging.Formatter):
         return orjson.dumps(row).decode()
 
 
+# Seconds after the start at which the CLI is asked who is logged in: until then the first spare has
+# the processor.
+CURIOUS_SECS = 2.0
+
+
 async def announce(bridge: Bridge) -> None:
     """Say who is logged in.  Asks the CLI, which makes no model call for it."""
     config = bridge.config
+    # A first request comes before the bridge's own curiosity, and may satisfy it.
+    await asyncio.sleep(CURIOUS_SECS)
     try:
         hello = await bridge.pool.hello()
     except ApiError as error:

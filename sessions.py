@@ -420,10 +420,11 @@ def watch_without_threads() -> None:
     """Let asyncio wait for children by their pidfds, as Python 3.12 does by itself: 3.11 has a
     thread for each, with a stack and an arena, 70 MB of address space.  To be called before a loop
     runs."""
-    with contextlib.suppress(AttributeError, OSError):  # not Linux, or older than 5.3
+    if sys.platform != "linux" or sys.version_info >= (3, 12):
+        return
+    with contextlib.suppress(OSError):  # Linux older than 5.3
         os.close(os.pidfd_open(os.getpid()))
-        if sys.version_info < (3, 12):
-            asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
+        asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
 
 
 def die_with_parent() -> None:
@@ -1624,12 +1625,12 @@ class Pool:
         else:
             session, lines = await self._open(request, tools, query=False)
         process, translator = session.process, Translator()
-        statuses: list[int] = []
+        statuses: list[Any] = []
         is_free = False
 
         def find(event: CliEvent, wanted: str) -> Any:
             if event["type"] == "api_call":
-                statuses.append(event["response"])
+                statuses.append(event.get("response"))
             return event["type"] == wanted or answered(event, wanted)
 
         try:

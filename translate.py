@@ -516,7 +516,7 @@ def read_tool_names(tools: list[Any]) -> list[str]:
 def called_names(messages: list[Message]) -> list[str]:
     """The names of the tools that a conversation has called."""
     return [
-        block["name"]
+        text_of(block, "name")
         for message in messages
         for block in message["content"]
         if block["type"] == "tool_use"
@@ -561,6 +561,7 @@ class MessageReader:
         numbered it."""
         if not raw:
             raise bad_request("messages", "at least one message is required")
+        role = place = ""
         for number, message in enumerate(raw):
             place = f"messages.{number}"
             role, blocks = read_message(message, place)
@@ -626,7 +627,7 @@ class MessageReader:
 
 def reminder(blocks: list[Block]) -> Block:
     """A system message as the CLI's own reminders are written."""
-    text = "\n".join(block["text"] for block in blocks)
+    text = "\n".join(text_of(block, "text") for block in blocks)
     return {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
 
 
@@ -674,11 +675,12 @@ def read_message(message: Any, place: str) -> tuple[str, list[Block]]:
         words = "all messages must have non-empty content"
         words += " except for the optional final assistant message"
         raise bad_request(place, words)
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    for index, block in enumerate(check_type(content, list, f"{place}.content")):
+    blocks: list[Block] = as_blocks(content)
+    if not isinstance(content, str):
+        check_type(content, list, f"{place}.content")
+    for index, block in enumerate(blocks):
         check_block(block, role, place, f"{place}.content.{index}")
-    return role, content
+    return role, blocks
 
 
 def check_block(block: Any, role: str, message_place: str, place: str) -> None:
@@ -783,10 +785,11 @@ def check_pairs(messages: list[Message], places: list[list[str]]) -> None:
         for block, home in zip(message["content"], homes, strict=True):
             if block["type"] != "tool_result":
                 continue
-            results.add(block["tool_use_id"])
-            if block["tool_use_id"] not in called:
+            answers = text_of(block, "tool_use_id")
+            results.add(answers)
+            if answers not in called:
                 words = "unexpected `tool_use_id` found in `tool_result` blocks: "
-                words += f"{block['tool_use_id']}. Each `tool_result` block must have"
+                words += f"{answers}. Each `tool_result` block must have"
                 words += " a corresponding `tool_use` block in the previous message."
                 raise bad_request(home, words)
         missing = [tool_id for tool_id in called if tool_id not in results]
@@ -799,10 +802,11 @@ def check_pairs(messages: list[Message], places: list[list[str]]) -> None:
         for block in message["content"]:
             if block["type"] != "tool_use":
                 continue
-            if block["id"] in seen:
+            identity = text_of(block, "id")
+            if identity in seen:
                 raise bad_request("messages", "`tool_use` ids must be unique")
-            seen.add(block["id"])
-            called[block["id"]] = None
+            seen.add(identity)
+            called[identity] = None
 
 
 def image_keys(message: Message, homes: list[str]) -> list[str]:
@@ -1242,7 +1246,7 @@ def tool_results(content: list[Block], calls: list[str]) -> dict[str, Json] | No
         result = mcp_result(block)
         if result is None:
             return None
-        results[block["tool_use_id"]] = result
+        results[text_of(block, "tool_use_id")] = result
     whole = len(content) == len(results) and results.keys() == set(calls)
     return results if whole else None
 

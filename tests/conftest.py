@@ -1,8 +1,9 @@
-"""What the tests share: a network of their own, the real CLIs, the stub API, bridges, the check that nothing leaks.
+"""What the tests share: a network of their own, the real CLIs, the stub API, bridges, the check
+that nothing leaks.
 
-The whole test run moves into a network namespace with loopback alone where the machine allows it, so that no CLI can
-reach anything but the stub.  A second version of the CLI and the clients that people use are fetched before that, with
-npm and uv, where these are installed.
+The whole test run moves into a network namespace with loopback alone where the machine allows it,
+so that no CLI can reach anything but the stub.  A second version of the CLI and the clients that
+people use are fetched before that, with npm and uv, where these are installed.
 """
 
 import asyncio
@@ -52,7 +53,13 @@ PIP_CLIENTS = {
 }
 STANDIN = TESTS / "standin.py"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-LONGEST = ("test_conformance", "test_typescript_clients", "test_a_newcomer", "test_library_gets", "test_openai_client")
+LONGEST = (
+    "test_conformance",
+    "test_typescript_clients",
+    "test_a_newcomer",
+    "test_library_gets",
+    "test_openai_client",
+)
 CLONE_NEWNET, CLONE_NEWUSER = 0x40000000, 0x10000000
 
 
@@ -64,7 +71,9 @@ def cached(name: str) -> Path:
 def fetched(*command: str | Path, folder: Path | None = None) -> bool:
     """Run an installer; without a network it fails, at once or much later."""
     with contextlib.suppress(subprocess.TimeoutExpired):
-        return not subprocess.run(command, cwd=folder, capture_output=True, timeout=300, check=False).returncode
+        return not subprocess.run(
+            command, cwd=folder, capture_output=True, timeout=300, check=False
+        ).returncode
     return False
 
 
@@ -96,7 +105,8 @@ def made(name: str, made_of: list[str], make: Callable[[Path], bool]) -> Path | 
 
 
 def from_pip(name: str, *requirements: str) -> Path | None:
-    """The Python of a virtual environment with these packages.  Filled by uv, because pip takes five times as long."""
+    """The Python of a virtual environment with these packages.  Filled by uv, because pip takes
+    five times as long."""
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
     def make(folder: Path) -> bool:
@@ -121,7 +131,9 @@ def wheels() -> Path | None:
         *extras["test"],
     ]
     return made(
-        "wheels", needed, lambda folder: fetched(sys.executable, "-m", "pip", "download", "-d", folder, *needed)
+        "wheels",
+        needed,
+        lambda folder: fetched(sys.executable, "-m", "pip", "download", "-d", folder, *needed),
     )
 
 
@@ -141,7 +153,9 @@ def js_clients() -> Path | None:
 def opencode() -> Path | None:
     """OpenCode; this package holds the program of `opencode-ai` for any Linux on x86-64."""
     package = "opencode-linux-x64-baseline"
-    return from_npm("opencode-1.18.33", f"node_modules/{package}/bin/opencode", f"{package}@1.18.33")
+    return from_npm(
+        "opencode-1.18.33", f"node_modules/{package}/bin/opencode", f"{package}@1.18.33"
+    )
 
 
 def bundled_cli() -> Path | None:
@@ -177,7 +191,10 @@ def pytest_configure(config: pytest.Config) -> None:
     global ISOLATION
     with ThreadPoolExecutor() as executor:
         fetches = [executor.submit(fetch) for fetch in (js_clients, opencode, wheels, npm_cli)]
-        pythons = {name: executor.submit(from_pip, name, *packages) for name, packages in PIP_CLIENTS.items()}
+        pythons = {
+            name: executor.submit(from_pip, name, *packages)
+            for name, packages in PIP_CLIENTS.items()
+        }
     javascript, opened, packages, older = (fetch.result() for fetch in fetches)
     JS_CLIENTS[:] = filter(None, [javascript])
     OPENCODE[:] = filter(None, [opened])
@@ -185,7 +202,9 @@ def pytest_configure(config: pytest.Config) -> None:
     PYTHONS.update({name: made for name, python in pythons.items() if (made := python.result())})
     for path in (bundled_cli(), older):
         if path:
-            version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout.split()[0]
+            version = subprocess.run(
+                [path, "--version"], capture_output=True, text=True, check=True
+            ).stdout.split()[0]
             CLIS[version] = path
     ISOLATION = isolate() if sys.platform == "linux" else "not isolated"
 
@@ -200,7 +219,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 15) -> None:
-    """Poll for something that another process does; the time is a limit for failure, not a measure."""
+    """Poll for something that another process does; the time is a limit for failure, not a
+    measure."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"never came: {what}"
@@ -237,7 +257,10 @@ def nothing_left(stub: "Stub") -> Iterator[None]:
     processes, files = {p.pid for p in children()}, set(open_files().items())
     yield
     wait_until(lambda: {p.pid for p in children()} <= processes, "the end of all children")
-    wait_until(lambda: set(open_files().items()) <= files, f"closed files: {set(open_files().items()) - files}")
+    wait_until(
+        lambda: set(open_files().items()) <= files,
+        f"closed files: {set(open_files().items()) - files}",
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -293,12 +316,15 @@ class Stub:
         self.process.stdout.close()
 
     def log(self, since: int = 0) -> list[Json]:
-        """The requests to /v1/messages, from number `since` on: path, headers, body, end, seconds."""
+        """The requests to /v1/messages, from number `since` on: path, headers, body, end,
+        seconds."""
         return [row for row in self._rows("") if row["path"].startswith("/v1/messages")][since:]
 
     def last(self) -> Json:
         """The last request to /v1/messages."""
-        return [row for row in self._rows("?since=-9") if row["path"].startswith("/v1/messages")][-1]
+        return [row for row in self._rows("?since=-9") if row["path"].startswith("/v1/messages")][
+            -1
+        ]
 
     def _rows(self, query: str) -> list[Json]:
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port)) as connection:
@@ -370,16 +396,23 @@ class Client:
     def url(self) -> str:
         return f"http://{self.host}:{self.port}"
 
-    def call(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
-        with contextlib.closing(http.client.HTTPConnection(self.host, self.port, timeout=60)) as connection:
+    def call(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> Answer:
+        with contextlib.closing(
+            http.client.HTTPConnection(self.host, self.port, timeout=60)
+        ) as connection:
             data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-            connection.request(method, path, data, {"content-type": "application/json", **(headers or {})})
+            connection.request(
+                method, path, data, {"content-type": "application/json", **(headers or {})}
+            )
             response = connection.getresponse()
             found = {name.lower(): value for name, value in response.getheaders()}
             return Answer(response.status, found, response.read())
 
     def post(self, messages: Any = "hello", *, session: str | None = None, **fields: Any) -> Answer:
-        """POST /v1/messages; a string is one user message, a list of strings is user and assistant in turn."""
+        """POST /v1/messages; a string is one user message, a list of strings is user and assistant
+        in turn."""
         headers = {"x-arch-claude-cli-session": session} if session else {}
         return self.call("POST", "/v1/messages", request_body(messages, **fields), headers)
 
@@ -391,7 +424,9 @@ def request_body(messages: Any = "hello", **fields: Any) -> Json:
     if isinstance(messages, str):
         messages = [messages]
     messages = [
-        {"role": ("user", "assistant")[number % 2], "content": message} if isinstance(message, str) else message
+        {"role": ("user", "assistant")[number % 2], "content": message}
+        if isinstance(message, str)
+        else message
         for number, message in enumerate(messages)
     ]
     body = {"model": "sonnet", "max_tokens": 1024, "messages": messages, **fields}
@@ -405,17 +440,31 @@ def text(value: str) -> Json:
 def sent(messages: list[Any]) -> list[Json]:
     """A client's messages in the form that `arrived` gives."""
     plain = request_body(messages)["messages"]
-    return [{**m, "content": [text(m["content"])] if isinstance(m["content"], str) else m["content"]} for m in plain]
+    return [
+        {**m, "content": [text(m["content"])] if isinstance(m["content"], str) else m["content"]}
+        for m in plain
+    ]
 
 
 def arrived(body: Json) -> list[Json]:
-    """The conversation of an API request without what the CLI adds: its date and environment lines (a system-reminder
-    of 2.1.197, system messages of 2.1.330) and its cache breakpoints."""
+    """The conversation of an API request without what the CLI adds: its date and environment lines
+    (a system-reminder of 2.1.197, system messages of 2.1.330) and its cache breakpoints."""
     messages = []
     for message in body["messages"]:
-        blocks = [text(message["content"])] if isinstance(message["content"], str) else message["content"]
-        blocks = [{key: value for key, value in block.items() if key != "cache_control"} for block in blocks]
-        blocks = [b for b in blocks if not b.get("text", "").startswith("<system-reminder>\nAs you answer the user's")]
+        blocks = (
+            [text(message["content"])]
+            if isinstance(message["content"], str)
+            else message["content"]
+        )
+        blocks = [
+            {key: value for key, value in block.items() if key != "cache_control"}
+            for block in blocks
+        ]
+        blocks = [
+            b
+            for b in blocks
+            if not b.get("text", "").startswith("<system-reminder>\nAs you answer the user's")
+        ]
         if blocks and message["role"] != "system":
             messages.append({"role": message["role"], "content": blocks})
     return messages
@@ -423,7 +472,9 @@ def arrived(body: Json) -> list[Json]:
 
 def png() -> str:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0))
     pixels = chunk(b"IDAT", zlib.compress((b"\0" + b"\xff\0\0" * 8) * 8))
@@ -501,11 +552,18 @@ class Server(Client):
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Server]]:
-    """Start bridges in this process: serve(bin=..., max_sessions=..., ...) with the fields of Config; no spares."""
+    """Start bridges in this process: serve(bin=..., max_sessions=..., ...) with the fields of
+    Config; no spares."""
     with contextlib.ExitStack() as stack:
 
         def start(**settings: Any) -> Server:
-            settings = {"listen_addr": "127.0.0.1:0", "keep_env": KEEP, "bin": str(STANDIN), "spares": 0, **settings}
+            settings = {
+                "listen_addr": "127.0.0.1:0",
+                "keep_env": KEEP,
+                "bin": str(STANDIN),
+                "spares": 0,
+                **settings,
+            }
             settings["bin"] = str(settings["bin"])
             return stack.enter_context(Server(config=Config(**settings)))
 
@@ -534,14 +592,17 @@ class Program(Client):
 
 @pytest.fixture
 def launch() -> Iterator[Callable[..., Program]]:
-    """Start the bridge as a program: launch("--max-idle", "2", CLAUDE_CLI_BIN=...).  It listens on a free port, and has
-    no spares."""
+    """Start the bridge as a program: launch("--max-idle", "2", CLAUDE_CLI_BIN=...).  It listens on
+    a free port, and has no spares."""
     with contextlib.ExitStack() as stack:
 
         def start(*arguments: str, wait: bool = True, **variables: str) -> Program:
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = free.getsockname()[1]
-            settings = {"CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{port}"}
+            settings = {
+                "CLAUDE_CLI_BIN": str(STANDIN),
+                "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{port}",
+            }
             settings["CLAUDE_CLI_SPARES"] = "0"
             environ = {**os.environ, "CLAUDE_CLI_KEEP_ENV": ",".join(KEEP), **settings, **variables}
             command = [sys.executable, str(ROOT / "bridge.py"), *arguments]
@@ -549,7 +610,9 @@ def launch() -> Iterator[Callable[..., Program]]:
             program = Program("127.0.0.1", port, process=process)
             assert process.stderr
             errors = process.stderr
-            reader = threading.Thread(target=lambda: program.lines.extend(iter(errors.readline, "")))
+            reader = threading.Thread(
+                target=lambda: program.lines.extend(iter(errors.readline, ""))
+            )
             reader.start()
 
             def end() -> None:
@@ -560,7 +623,10 @@ def launch() -> Iterator[Callable[..., Program]]:
 
             stack.callback(end)
             if wait:
-                wait_until(lambda: any("listening on" in line for line in program.lines), f"start: {program.lines}")
+                wait_until(
+                    lambda: any("listening on" in line for line in program.lines),
+                    f"start: {program.lines}",
+                )
             return program
 
         yield start

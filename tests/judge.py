@@ -1,4 +1,5 @@
-"""What the API refuses, as far as the conformance drivers ask for it: the stub API judges with it when it is told to.
+"""What the API refuses, as far as the conformance drivers ask for it: the stub API judges with it
+when it is told to.
 
 The bridge refuses none of this itself.  Wording: the API's own, as seen in public threads.
 """
@@ -21,13 +22,21 @@ class Tagged(dict[str, Any]):
     """A shape chosen by the value's `type`."""
 
 
-# Shapes: a type, a tuple of allowed values, [shape of the items], {key: shape} with `?` after optional keys, Tagged, or
-# `bytes` for base64 text.  Keys that are not named may hold anything (API: clients send betas and new fields).
+# Shapes: a type, a tuple of allowed values, [shape of the items], {key: shape} with `?` after
+# optional keys, Tagged, or `bytes` for base64 text.  Keys that are not named may hold anything
+# (API: clients send betas and new fields).
 STRING_OR_BLOCKS = object()
 TEXT = {"text": str}
-IMAGE = {"source": Tagged(base64={"media_type": ("image/jpeg", "image/png", "image/gif", "image/webp"), "data": bytes})}
+IMAGE = {
+    "source": Tagged(
+        base64={"media_type": ("image/jpeg", "image/png", "image/gif", "image/webp"), "data": bytes}
+    )
+}
 PDF = {"media_type": ("application/pdf",), "data": bytes}
-DOCUMENT = {"source": Tagged(base64=PDF, text={"data": str}, content={"content": STRING_OR_BLOCKS}), "title?": str}
+DOCUMENT = {
+    "source": Tagged(base64=PDF, text={"data": str}, content={"content": STRING_OR_BLOCKS}),
+    "title?": str,
+}
 SEARCH_RESULT = {"source": str, "title": str, "content": [Tagged(text=TEXT)]}
 INNER_BLOCKS = Tagged(text=TEXT, image=IMAGE, document=DOCUMENT, search_result=SEARCH_RESULT)
 THINKING = {"thinking": str, "signature": str}
@@ -35,20 +44,37 @@ TOOL_USE = {"id": str, "name": str, "input": dict}
 TOOL_RESULT = {"tool_use_id": str, "content?": STRING_OR_BLOCKS, "is_error?": bool}
 BLOCKS = {
     "user": Tagged(INNER_BLOCKS, tool_result=TOOL_RESULT),
-    "assistant": Tagged(text=TEXT, thinking=THINKING, redacted_thinking={"data": str}, tool_use=TOOL_USE),
+    "assistant": Tagged(
+        text=TEXT, thinking=THINKING, redacted_thinking={"data": str}, tool_use=TOOL_USE
+    ),
     "system": Tagged(text=TEXT),
 }
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 REQUEST = {
-    **{"model": str, "max_tokens": int, "messages": list, "stream?": bool, "metadata?": dict, "tools?": [dict]},
+    **{
+        "model": str,
+        "max_tokens": int,
+        "messages": list,
+        "stream?": bool,
+        "metadata?": dict,
+        "tools?": [dict],
+    },
     **{"temperature?": float, "top_p?": float, "top_k?": int, "stop_sequences?": [str]},
     "service_tier?": ("auto", "standard_only"),
     "thinking?": Tagged(enabled={"budget_tokens": int}, adaptive={}, disabled={}, between_tools={}),
     "output_config?": {"effort?": EFFORTS, "format?": Tagged(json_schema={"schema": dict})},
     "tool_choice?": Tagged(auto={}, any={}, none={}, tool={"name": str}),
 }
-TYPE_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "list", dict: "object"}
-TOOL = {"name": str, "description?": str, "input_schema": {"type": ("object",)}}  # the CLI lists no tool without a type
+TYPE_NAMES = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    list: "list",
+    dict: "object",
+}
+# The CLI lists no tool without a type.
+TOOL = {"name": str, "description?": str, "input_schema": {"type": ("object",)}}
 
 
 def check(value: Any, shape: Any, place: str) -> None:
@@ -105,7 +131,9 @@ def check_ranges(data: Json) -> None:
     if thinking and thinking["type"] == "enabled":
         budget = thinking["budget_tokens"]
         if budget < 1024:
-            raise bad("thinking.enabled.budget_tokens", "Input should be greater than or equal to 1024")
+            raise bad(
+                "thinking.enabled.budget_tokens", "Input should be greater than or equal to 1024"
+            )
         if budget >= data["max_tokens"]:
             raise Refused("`max_tokens` must be greater than `thinking.budget_tokens`.")
 

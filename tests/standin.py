@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""A stand-in for the claude CLI, for what the real one cannot be made to do, and for a first try without an account.
+"""A stand-in for the claude CLI, for what the real one cannot be made to do, and for a first try
+without an account.
 
-It speaks stream-json as the recordings in tests/fixtures do, keeps the conversation it is given, and answers
-"echo: <last user text>; N messages".  It takes any flags; `--model` and `--version` matter.
+It speaks stream-json as the recordings in tests/fixtures do, keeps the conversation it is given,
+and answers "echo: <last user text>; N messages".  It takes any flags; `--model` and `--version`
+matter.
 
 Words in the last text of the user, alone or together:
 
@@ -27,12 +29,14 @@ Words in the last text of the user, alone or together:
     DIGEST                a digest of all texts of the conversation ends the answer
     BEHIND                the end of the answer, its result and what $STANDIN_UNASKED says come in one write
 
-Models: exit-at-start, hang-at-start (answers nothing), slow-start (not before $STANDIN_GATE), ignore-sigterm (and the
-end of stdin), not-logged-in.  The model POINT.FAULT... does FAULT whenever it gets to POINT (see `Standin.fault`).
-The word PROBE calls the client's tool `probe` before the answer, which then echoes the result.
-With $STANDIN_UNASKED=kind it says on SIGUSR1, whatever it does, what nobody asked for (a kind of UNASKED).
-With $STANDIN_LOG=dir every line of stdin goes to dir/<pid>.ndjson, what it reads at its gate to dir/<pid>.rows, and argv,
-environment and working directory to dir/<pid>.json; `Log` reads them.  dir/<pid>.at.<model> appears when a process gets to its POINT.
+Models: exit-at-start, hang-at-start (answers nothing), slow-start (not before $STANDIN_GATE),
+ignore-sigterm (and the end of stdin), not-logged-in.  The model POINT.FAULT... does FAULT whenever
+it gets to POINT (see `Standin.fault`). The word PROBE calls the client's tool `probe` before the
+answer, which then echoes the result. With $STANDIN_UNASKED=kind it says on SIGUSR1, whatever it
+does, what nobody asked for (a kind of UNASKED). With $STANDIN_LOG=dir every line of stdin goes to
+dir/<pid>.ndjson, what it reads at its gate to dir/<pid>.rows, and argv, environment and working
+directory to dir/<pid>.json; `Log` reads them.  dir/<pid>.at.<model> appears when a process gets to
+its POINT.
 """
 
 import contextlib
@@ -80,18 +84,32 @@ GARBAGE = {
     "nonobject": (b"[1, 2]", b"null", b"7", b'"text"'),
     "long": (b'{"type":"brand_new","data":"%b"}' % (b"x" * (1 << 19)),),
     "disorder": tuple(
-        b'{"type":"stream_event","event":{"type":"content_block_%b"index":7%b},"parent_tool_use_id":null}' % parts
-        for parts in ((b'delta",', b',"delta":{"type":"text_delta","text":"stray"}'), (b'stop",', b""))
+        b'{"type":"stream_event","event":{"type":"content_block_%b"index":7%b},"parent_tool_use_id":null}'
+        % parts
+        for parts in (
+            (b'delta",', b',"delta":{"type":"text_delta","text":"stray"}'),
+            (b'stop",', b""),
+        )
     ),
 }
-# What a process can say that nobody asked for: part of an answer, one with its result, a call of a tool with the
-# answer that calls it or alone, a message of its own, and the end of a turn.
+# What a process can say that nobody asked for: part of an answer, one with its result, a call of a
+# tool with the answer that calls it or alone, a message of its own, and the end of a turn.
 UNASKED = ("delta", "answer", "calling", "call", "assistant", "user", "result")
-USAGE = {"input_tokens": 10, "cache_creation_input_tokens": 3, "cache_read_input_tokens": 5, "output_tokens": 1}
+USAGE = {
+    "input_tokens": 10,
+    "cache_creation_input_tokens": 3,
+    "cache_read_input_tokens": 5,
+    "output_tokens": 1,
+}
 # A process that was started without --model, for a conversation whose model it does not know.
 DEFAULT_MODEL = "claude-opus-5-5"
 MODELS = [
-    {"value": name, "resolvedModel": f"claude-{name}-5-5", "displayName": name.title(), "description": name.title()}
+    {
+        "value": name,
+        "resolvedModel": f"claude-{name}-5-5",
+        "displayName": name.title(),
+        "description": name.title(),
+    }
     for name in ("opus", "sonnet", "haiku")
 ]
 
@@ -123,7 +141,8 @@ class Standin:
     # stdin
 
     def pump(self, seconds: float | None = 0) -> None:
-        """Take in what comes on stdin within this time, at most one read; answer control requests at once."""
+        """Take in what comes on stdin within this time, at most one read; answer control requests
+        at once."""
         if not self.reading:
             time.sleep(60 if seconds is None else seconds)
             return
@@ -156,7 +175,12 @@ class Standin:
                 "tokenSource": "none" if self.model == "not-logged-in" else "stand-in",
                 "apiProvider": "firstParty",
             }
-            response["response"] = {"commands": [], "models": MODELS, "account": account, "pid": os.getpid()}
+            response["response"] = {
+                "commands": [],
+                "models": MODELS,
+                "account": account,
+                "pid": os.getpid(),
+            }
         elif subtype == "get_context_usage":
             log = "[log_5ad1n1] post http://127.0.0.1/v1/messages/count_tokens?beta=true succeeded with status 200 in 1ms"
             self.put(log.encode())
@@ -179,7 +203,9 @@ class Standin:
     def gate(self) -> None:
         """Wait for the gate's file, with a sign of life that is no part of an answer."""
         while not os.path.exists(os.environ["STANDIN_GATE"]):
-            self.emit({"type": "user", "message": {"role": "user", "content": []}, "isSynthetic": True})
+            self.emit(
+                {"type": "user", "message": {"role": "user", "content": []}, "isSynthetic": True}
+            )
             self.pump(0.02)
 
     def hang(self) -> None:
@@ -188,8 +214,8 @@ class Standin:
             self.pump(0.1)
 
     def fault(self, point: str) -> None:
-        """At the point that the model names: exit, kill, hang (reads on), deaf (does not), closed (stdout), endless (a
-        line), wait (for what the bridge does), or lines of GARBAGE."""
+        """At the point that the model names: exit, kill, hang (reads on), deaf (does not), closed
+        (stdout), endless (a line), wait (for what the bridge does), or lines of GARBAGE."""
         if point != self.point:
             return
         if folder := os.environ.get("STANDIN_LOG"):
@@ -216,7 +242,10 @@ class Standin:
     # stdout
 
     def emit(self, event: Json) -> None:
-        event |= {"session_id": f"standin-{os.getpid()}", "uuid": f"00000000-0000-4000-8000-{next(self.numbers):012x}"}
+        event |= {
+            "session_id": f"standin-{os.getpid()}",
+            "uuid": f"00000000-0000-4000-8000-{next(self.numbers):012x}",
+        }
         self.put(json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode())
 
     def put(self, line: bytes) -> None:
@@ -227,24 +256,38 @@ class Standin:
         if not self.glued:
             line += b"\n"
         # SPLIT: pieces that end inside UTF-8 sequences, and before the line's end.
-        for piece in re.split(rb"(?<=[\xc0-\xff])|(?=\n)|(?<=,)", line) if self.mode == "SPLIT" else [line]:
+        for piece in (
+            re.split(rb"(?<=[\xc0-\xff])|(?=\n)|(?<=,)", line) if self.mode == "SPLIT" else [line]
+        ):
             self.out.write(piece)
             self.out.flush()
             if self.mode == "SPLIT":
                 time.sleep(0.0005)  # so that they are read one by one
 
     def stream(self, kind: str, **fields: Any) -> None:
-        self.emit({"type": "stream_event", "event": {"type": kind, **fields}, "parent_tool_use_id": None})
+        self.emit(
+            {"type": "stream_event", "event": {"type": kind, **fields}, "parent_tool_use_id": None}
+        )
 
     def speak(self) -> None:
         """Say what nobody asked for, in one write, and leave a mark of that in $STANDIN_LOG."""
         kind, out = os.environ["STANDIN_UNASKED"], self.out
         self.out = self.out if isinstance(out, io.BytesIO) else io.BytesIO()
-        message = {"id": f"msg_unasked_{os.getpid()}", "type": "message", "role": "assistant", "model": self.model}
+        message = {
+            "id": f"msg_unasked_{os.getpid()}",
+            "type": "message",
+            "role": "assistant",
+            "model": self.model,
+        }
         message |= {"content": [], "stop_reason": None, "stop_sequence": None, "usage": USAGE}
         block: Json = {"type": "text", "text": ""}
         delta = {"type": "text_delta", "text": "said unasked"}
-        call = {"type": "tool_use", "id": f"toolu_unasked_{os.getpid()}", "name": "probe", "input": {}}
+        call = {
+            "type": "tool_use",
+            "id": f"toolu_unasked_{os.getpid()}",
+            "name": "probe",
+            "input": {},
+        }
         calls = kind == "calling"
         if kind in ("answer", "calling"):
             self.stream("message_start", message=message)
@@ -257,13 +300,21 @@ class Standin:
             self.stream("message_delta", delta=ends, usage=USAGE)
             self.stream("message_stop")
         if kind in ("answer", "assistant"):
-            said = {**message, "content": [{"type": "text", "text": "said unasked"}], "stop_reason": "end_turn"}
+            said = {
+                **message,
+                "content": [{"type": "text", "text": "said unasked"}],
+                "stop_reason": "end_turn",
+            }
             self.emit({"type": "assistant", "message": said, "parent_tool_use_id": None})
         if kind == "user":
             said = {"role": "user", "content": [{"type": "text", "text": "said unasked"}]}
             self.emit({"type": "user", "message": said, "parent_tool_use_id": None})
         if kind in ("calling", "call"):
-            params = {"name": "probe", "arguments": {}, "_meta": {"claudecode/toolUseId": call["id"]}}
+            params = {
+                "name": "probe",
+                "arguments": {},
+                "_meta": {"claudecode/toolUseId": call["id"]},
+            }
             asked: Json = {"subtype": "mcp_message", "server_name": "client"}
             asked["message"] = {"jsonrpc": "2.0", "id": 9, "method": "tools/call", "params": params}
             self.emit({"type": "control_request", "request_id": "unasked", "request": asked})
@@ -278,7 +329,13 @@ class Standin:
 
     def result(self, **fields: Any) -> None:
         # "type" is not the first key, as with 2.1.330.
-        usual = {"is_error": False, "num_turns": 1, "subtype": "success", "stop_reason": None, "usage": USAGE}
+        usual = {
+            "is_error": False,
+            "num_turns": 1,
+            "subtype": "success",
+            "stop_reason": None,
+            "usage": USAGE,
+        }
         self.emit({**usual, "permission_denials": [], **fields, "type": "result"})
 
     # turns
@@ -306,7 +363,11 @@ class Standin:
         if self.ids and len(set(self.ids)) != len(self.ids):
             sys.exit("stand-in: two assistant messages have one id")
         if not self.model:
-            takes = [] if "STANDIN_DEAF_TO_MODELS" in os.environ else [entry["resolvedModel"] for entry in MODELS]
+            takes = (
+                []
+                if "STANDIN_DEAF_TO_MODELS" in os.environ
+                else [entry["resolvedModel"] for entry in MODELS]
+            )
             self.model = model if model in takes else DEFAULT_MODEL
         past = str(self.messages)
         if "DIE-PAST" in past:
@@ -319,8 +380,9 @@ class Standin:
             self.fault("past")
 
     def read_gate(self, path: str, kind: str) -> bytes:
-        """What is in the file: late, after $STANDIN_GATE-late is there; reopened, after it was opened and closed;
-        twice, with nothing in it the second time; half of it, and then half-exit or half-deaf."""
+        """What is in the file: late, after $STANDIN_GATE-late is there; reopened, after it was
+        opened and closed; twice, with nothing in it the second time; half of it, and then half-exit
+        or half-deaf."""
         while kind == "late" and not os.path.exists(os.environ["STANDIN_GATE"] + "-late"):
             time.sleep(0.01)
         if kind == "reopened":
@@ -369,7 +431,9 @@ class Standin:
             self.messages.append(message)
 
     def turn(self, content: list[Json]) -> None:
-        texts = [block["text"] for block in content if block["type"] == "text" and block["text"].strip()]
+        texts = [
+            block["text"] for block in content if block["type"] == "text" and block["text"].strip()
+        ]
         texts = [text for text in texts if not text.startswith("<system-reminder>")]
         text = (texts or results_of(content) or [""])[-1]
         self.said, self.turning = [], True
@@ -398,13 +462,27 @@ class Standin:
             self.pump(1)
         if "REPLAY" in words:
             return self.replay(words[words.index("REPLAY") + 1])
-        self.mode = next((mode for mode in ("NOISE", "GLUED", "SPLIT", *CUT_OFF) if mode in words), "")
-        self.emit({"type": "system", "subtype": "init", "model": self.model, "tools": [], "apiKeySource": "none"})
+        self.mode = next(
+            (mode for mode in ("NOISE", "GLUED", "SPLIT", *CUT_OFF) if mode in words), ""
+        )
+        self.emit(
+            {
+                "type": "system",
+                "subtype": "init",
+                "model": self.model,
+                "tools": [],
+                "apiKeySource": "none",
+            }
+        )
         self.emit({"type": "system", "subtype": "status", "status": "requesting"})
         if self.model == "not-logged-in":
             return self.failed("Not logged in · Please run /login", None)
         if "RATELIMIT" in words:
-            info = {"status": "rejected", "resetsAt": number("RATELIMIT"), "rateLimitType": "five_hour"}
+            info = {
+                "status": "rejected",
+                "resetsAt": number("RATELIMIT"),
+                "rateLimitType": "five_hour",
+            }
             self.emit({"type": "rate_limit_event", "rate_limit_info": info})
             return self.failed("You've hit your limit", 429)
         if "TOOL" in words and self.served:
@@ -412,7 +490,13 @@ class Standin:
         if "RETRY" in words:
             delay = number("RETRY")
             self.emit(
-                {"type": "system", "subtype": "api_retry", "attempt": 1, "retry_delay_ms": delay, "error_status": 529}
+                {
+                    "type": "system",
+                    "subtype": "api_retry",
+                    "attempt": 1,
+                    "retry_delay_ms": delay,
+                    "error_status": 529,
+                }
             )
             self.pump(delay / 1000)
         if "TWORESULTS" in words:
@@ -452,7 +536,13 @@ class Standin:
                 for event in STRANGE:
                     self.emit(dict(event))
 
-        self.emit({"type": "assistant", "message": {**message, "content": self.blocks()}, "parent_tool_use_id": None})
+        self.emit(
+            {
+                "type": "assistant",
+                "message": {**message, "content": self.blocks()},
+                "parent_tool_use_id": None,
+            }
+        )
         self.fault("last")
         self.stream("content_block_stop", index=0)
         reason = json.loads(text.partition("STOP-REASON ")[2] or '"end_turn"')
@@ -480,20 +570,34 @@ class Standin:
             signal.pause()
 
     def start(self) -> Json:
-        message = {"id": self.id, "type": "message", "role": "assistant", "model": self.model, "content": []}
-        self.stream("message_start", message={**message, "stop_reason": None, "stop_sequence": None, "usage": USAGE})
+        message = {
+            "id": self.id,
+            "type": "message",
+            "role": "assistant",
+            "model": self.model,
+            "content": [],
+        }
+        self.stream(
+            "message_start",
+            message={**message, "stop_reason": None, "stop_sequence": None, "usage": USAGE},
+        )
         return message
 
     def tool(self) -> str:
-        """Call the client's tool, as in the recording client_tool; returns the text of its result."""
+        """Call the client's tool, as in the recording client_tool; returns the text of its
+        result."""
         self.ask({"method": "tools/list"})
         self.start()
         call, name = f"toolu_{self.id}", "probe"
         block = {"type": "tool_use", "id": call, "name": name, "input": {}}
         self.stream("content_block_start", index=0, content_block=block)
-        self.stream("content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": "{}"})
+        self.stream(
+            "content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": "{}"}
+        )
         self.stream("content_block_stop", index=0)
-        self.stream("message_delta", delta={"stop_reason": "tool_use", "stop_sequence": None}, usage=USAGE)
+        self.stream(
+            "message_delta", delta={"stop_reason": "tool_use", "stop_sequence": None}, usage=USAGE
+        )
         self.stream("message_stop")
         params = {"name": name, "arguments": {}, "_meta": {"claudecode/toolUseId": call}}
         asked = {"subtype": "mcp_message", "server_name": "client"}
@@ -510,20 +614,41 @@ class Standin:
     def call(self, count: int) -> None:
         """An answer that calls a tool, then what comes of the results."""
         (listed,) = self.ask({"method": "tools/list"})
-        message = {"id": self.id, "type": "message", "role": "assistant", "model": self.model, "content": []}
-        self.stream("message_start", message={**message, "stop_reason": None, "stop_sequence": None, "usage": USAGE})
+        message = {
+            "id": self.id,
+            "type": "message",
+            "role": "assistant",
+            "model": self.model,
+            "content": [],
+        }
+        self.stream(
+            "message_start",
+            message={**message, "stop_reason": None, "stop_sequence": None, "usage": USAGE},
+        )
         ids = [f"toolu_{os.getpid()}_{next(self.numbers)}" for _ in range(count)]
         name = listed["tools"][0]["name"]
-        blocks: list[Json] = [{"type": "tool_use", "id": one, "name": name, "input": {}} for one in ids]
+        blocks: list[Json] = [
+            {"type": "tool_use", "id": one, "name": name, "input": {}} for one in ids
+        ]
         for number, block in enumerate(blocks):
             self.stream("content_block_start", index=number, content_block=block)
             self.stream("content_block_stop", index=number)
-        self.stream("message_delta", delta={"stop_reason": "tool_use", "stop_sequence": None}, usage=USAGE)
+        self.stream(
+            "message_delta", delta={"stop_reason": "tool_use", "stop_sequence": None}, usage=USAGE
+        )
         self.stream("message_stop")
-        meta = [{"_meta": {"claudecode/toolUseId": one}, "name": name, "arguments": {}} for one in ids]
+        meta = [
+            {"_meta": {"claudecode/toolUseId": one}, "name": name, "arguments": {}} for one in ids
+        ]
         results = self.ask(*({"method": "tools/call", "params": params} for params in meta))
-        content = [{"type": "tool_result", "tool_use_id": i, **r} for i, r in zip(ids, results, strict=True)]
-        self.messages += [{"role": "assistant", "content": blocks}, {"role": "user", "content": content}]
+        content = [
+            {"type": "tool_result", "tool_use_id": i, **r}
+            for i, r in zip(ids, results, strict=True)
+        ]
+        self.messages += [
+            {"role": "assistant", "content": blocks},
+            {"role": "user", "content": content},
+        ]
         text = (results_of(content) or [""])[-1]
         self.answer(text, text.split())
 
@@ -531,7 +656,11 @@ class Standin:
         """Messages to the client's MCP server; its answers."""
         ids = [f"standin-{next(self.numbers)}" for _ in messages]
         for one, message in zip(ids, messages, strict=True):
-            request = {"subtype": "mcp_message", "server_name": "client", "message": {"id": 1, **message}}
+            request = {
+                "subtype": "mcp_message",
+                "server_name": "client",
+                "message": {"id": 1, **message},
+            }
             self.emit({"type": "control_request", "request_id": one, "request": request})
         while self.answers.keys() & set(ids) != set(ids):
             if not self.reading:
@@ -564,29 +693,61 @@ class Standin:
         return [{"type": "text", "text": "".join(self.said)}]
 
     def failed(self, text: str, status: int | None) -> None:
-        message = {"id": self.id, "type": "message", "role": "assistant", "model": "<synthetic>", "usage": USAGE}
-        message |= {"content": [{"type": "text", "text": text}], "stop_reason": "stop_sequence", "stop_sequence": ""}
+        message = {
+            "id": self.id,
+            "type": "message",
+            "role": "assistant",
+            "model": "<synthetic>",
+            "usage": USAGE,
+        }
+        message |= {
+            "content": [{"type": "text", "text": text}],
+            "stop_reason": "stop_sequence",
+            "stop_sequence": "",
+        }
         self.emit({"type": "assistant", "message": message, "parent_tool_use_id": None})
-        self.result(is_error=True, api_error_status=status, result=text, stop_reason="stop_sequence")
+        self.result(
+            is_error=True, api_error_status=status, result=text, stop_reason="stop_sequence"
+        )
 
     def interrupted(self) -> None:
         """The end of a turn as in the recording interrupt of 2.1.330."""
         if self.said:
-            message = {"id": self.id, "type": "message", "role": "assistant", "model": self.model, "usage": USAGE}
+            message = {
+                "id": self.id,
+                "type": "message",
+                "role": "assistant",
+                "model": self.model,
+                "usage": USAGE,
+            }
             message |= {"content": self.blocks(), "stop_reason": None, "stop_sequence": None}
             self.emit({"type": "assistant", "message": message, "parent_tool_use_id": None})
         note = [{"type": "text", "text": "[Request interrupted by user]"}]
-        self.emit({"type": "user", "message": {"role": "user", "content": note}, "parent_tool_use_id": None})
+        self.emit(
+            {
+                "type": "user",
+                "message": {"role": "user", "content": note},
+                "parent_tool_use_id": None,
+            }
+        )
         if self.said:
             self.stream("content_block_stop", index=0)
-            self.stream("message_delta", delta={"stop_reason": None, "stop_sequence": None}, usage=USAGE)
+            self.stream(
+                "message_delta", delta={"stop_reason": None, "stop_sequence": None}, usage=USAGE
+            )
             self.stream("message_stop")
-        self.result(subtype="error_during_execution", is_error=True, num_turns=2, errors=["interrupted"])
+        self.result(
+            subtype="error_during_execution", is_error=True, num_turns=2, errors=["interrupted"]
+        )
 
     def replay(self, name: str) -> None:
         with open(os.path.join(FIXTURES, name + ".ndjson"), encoding="utf-8") as file:
             rows = [row for row in map(json.loads, file) if row["dir"] == "out" and "line" in row]
-        rows = [row for row in rows if row["line"]["type"] in ("stream_event", "assistant", "user", "system", "result")]
+        rows = [
+            row
+            for row in rows
+            if row["line"]["type"] in ("stream_event", "assistant", "user", "system", "result")
+        ]
         ends = [n for n, row in enumerate(rows) if row["line"]["type"] == "result"]
         rows = rows[ends[-2] + 1 if len(ends) > 1 else 0 :]
         at = rows[0]["t"]
@@ -599,7 +760,11 @@ class Standin:
 
 def results_of(content: list[Json]) -> list[str]:
     """The texts of tool results, as the client sent them or as its MCP server did."""
-    inner = [block["content"] for block in content if block["type"] == "tool_result" and block.get("content")]
+    inner = [
+        block["content"]
+        for block in content
+        if block["type"] == "tool_result" and block.get("content")
+    ]
     blocks = [[{"type": "text", "text": one}] if isinstance(one, str) else one for one in inner]
     return [block["text"] for block in itertools.chain(*blocks) if block["type"] == "text"]
 
@@ -610,7 +775,9 @@ def digest(messages: list[Json]) -> str:
     for message in messages:
         content = message["content"]
         blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        found = [block["text"] for block in blocks if block["type"] == "text" and block["text"].strip()]
+        found = [
+            block["text"] for block in blocks if block["type"] == "text" and block["text"].strip()
+        ]
         said.append([message["role"], *found, *results_of(blocks)])
     return f"{zlib.crc32(json.dumps(said).encode()):08x}"
 
@@ -636,13 +803,20 @@ class Log:
 
     def rows(self, pid: int) -> list[Json]:
         """The conversation that it was given at its gate; empty: none yet."""
-        with contextlib.suppress(FileNotFoundError), open(os.path.join(self.folder, f"{pid}.rows"), encoding="utf-8") as file:
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(os.path.join(self.folder, f"{pid}.rows"), encoding="utf-8") as file,
+        ):
             return [json.loads(row) for row in file]
         return []
 
     def requests(self, pid: int) -> list[str]:
         """The subtypes of the control requests that it got."""
-        return [line["request"]["subtype"] for line in self.lines(pid) if line["type"] == "control_request"]
+        return [
+            line["request"]["subtype"]
+            for line in self.lines(pid)
+            if line["type"] == "control_request"
+        ]
 
     def reached(self, model: str) -> list[int]:
         """The processes of this model that got to the point of their fault."""
@@ -651,14 +825,23 @@ class Log:
 
     def asked(self, text: str) -> int:
         """How often this text was put as a question, by all processes' user lines."""
-        pids = [int(name.removesuffix(".ndjson")) for name in os.listdir(self.folder) if name.endswith(".ndjson")]
+        pids = [
+            int(name.removesuffix(".ndjson"))
+            for name in os.listdir(self.folder)
+            if name.endswith(".ndjson")
+        ]
         users = (line for pid in pids for line in self.lines(pid) if line["type"] == "user")
-        return sum(text in str(line["message"]["content"]) and line.get("shouldQuery") is not False for line in users)
+        return sum(
+            text in str(line["message"]["content"]) and line.get("shouldQuery") is not False
+            for line in users
+        )
 
     def got(self, text: str) -> int:
         """The process that was given a user message with this text; 0: none yet."""
         message = {"type": "text", "text": text}
-        lines = ((pid, line) for pid in self.started() for line in [*self.rows(pid), *self.lines(pid)])
+        lines = (
+            (pid, line) for pid in self.started() for line in [*self.rows(pid), *self.lines(pid)]
+        )
         users = ((pid, line) for pid, line in lines if line["type"] == "user")
         return next((pid for pid, line in users if message in line["message"]["content"]), 0)
 
@@ -679,7 +862,15 @@ def main() -> None:
         path = os.path.join(folder, str(os.getpid()))
         standin.log = os.open(path + ".ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         with open(path + ".new", "w", encoding="utf-8") as file:
-            json.dump({"argv": sys.argv, "env": dict(os.environ), "cwd": os.getcwd(), "at": time.monotonic_ns()}, file)
+            json.dump(
+                {
+                    "argv": sys.argv,
+                    "env": dict(os.environ),
+                    "cwd": os.getcwd(),
+                    "at": time.monotonic_ns(),
+                },
+                file,
+            )
         os.rename(path + ".new", path + ".json")
     try:
         standin.run(conversation)

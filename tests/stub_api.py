@@ -1,16 +1,18 @@
 """A stub of the Messages API on loopback, for driving the real CLI: `python stub_api.py --port 0`.
 
-It prints the port it listens on, answers what the last text of the user asks for, and keeps every request it gets:
-`GET /_log?since=N` gives those from index N on, each with its path, headers, body, and how it ended
-(`done`, or `left` when the client went away first, with the seconds since the request came in).
+It prints the port it listens on, answers what the last text of the user asks for, and keeps every
+request it gets: `GET /_log?since=N` gives those from index N on, each with its path, headers, body,
+and how it ended (`done`, or `left` when the client went away first, with the seconds since the
+request came in).
 
-Words a user text may hold: THINK, MAXTOK, REFUSE, MIDFAIL, SLOW (a word every 50 ms, `SLOW n` of them), HANG (no answer
-for a minute), FAIL400/401/403/404/429/500/529, RETRYONCE, EMPTY, NOSTREAM (streaming is refused, the plain call works),
-`USE_TOOL name INPUT={...}END COUNT=n`, `SAY text`, `BIG n` (n characters), SEARCH (a server tool, its result and a cited
-text), PAUSED (with it: the answer ends with pause_turn), TOMORROW (blocks, deltas, events and keys that nobody knows yet),
-and alone: RECORD (the answer is "ok", whatever the parameters say).
-With --judge it refuses what judge.py refuses.
-Parameters it obeys: stop_sequences, max_tokens (one token is four characters), tool_choice, output_config.format.
+Words a user text may hold: THINK, MAXTOK, REFUSE, MIDFAIL, SLOW (a word every 50 ms, `SLOW n` of
+them), HANG (no answer for a minute), FAIL400/401/403/404/429/500/529, RETRYONCE, EMPTY, NOSTREAM
+(streaming is refused, the plain call works), `USE_TOOL name INPUT={...}END COUNT=n`, `SAY text`,
+`BIG n` (n characters), SEARCH (a server tool, its result and a cited text), PAUSED (with it: the
+answer ends with pause_turn), TOMORROW (blocks, deltas, events and keys that nobody knows yet), and
+alone: RECORD (the answer is "ok", whatever the parameters say). With --judge it refuses what
+judge.py refuses. Parameters it obeys: stop_sequences, max_tokens (one token is four characters),
+tool_choice, output_config.format.
 """
 
 import argparse
@@ -41,7 +43,12 @@ ERROR_TEXTS = {
     529: "Overloaded",
 }
 SEARCHED: list[Json] = [
-    {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "herons"}},
+    {
+        "type": "server_tool_use",
+        "id": "srvtoolu_1",
+        "name": "web_search",
+        "input": {"query": "herons"},
+    },
     {
         "type": "web_search_tool_result",
         "tool_use_id": "srvtoolu_1",
@@ -80,7 +87,10 @@ RETRIED: set[str] = set()
 
 
 def error(status: int, text: str = "") -> web.Response:
-    body = {"type": "error", "error": {"type": ERRORS[status], "message": text or ERROR_TEXTS.get(status, "no")}}
+    body = {
+        "type": "error",
+        "error": {"type": ERRORS[status], "message": text or ERROR_TEXTS.get(status, "no")},
+    }
     return web.json_response(body, status=status, headers={"request-id": f"req_{next(IDS)}"})
 
 
@@ -98,13 +108,19 @@ def last_text(body: Json) -> str:
 
 def tool_results(body: Json) -> list[Any]:
     content = next((m["content"] for m in reversed(body["messages"]) if m["role"] == "user"), "")
-    return [] if isinstance(content, str) else [b.get("content") for b in content if b["type"] == "tool_result"]
+    return (
+        []
+        if isinstance(content, str)
+        else [b.get("content") for b in content if b["type"] == "tool_result"]
+    )
 
 
 def as_block(content: Any) -> Json:
     """A tool result's content as one text."""
     return {
-        "text": content if isinstance(content, str) else json.dumps(content, ensure_ascii=False).replace('\\"', '"')
+        "text": content
+        if isinstance(content, str)
+        else json.dumps(content, ensure_ascii=False).replace('\\"', '"')
     }
 
 
@@ -117,12 +133,22 @@ def sample(schema: Json) -> Any:
     kind = schema.get("type", "object")
     if kind == "object":
         return {key: sample(value) for key, value in schema.get("properties", {}).items()}
-    return {"string": "Paris", "integer": 1, "number": 1.5, "boolean": True, "array": [], "null": None}[kind]
+    return {
+        "string": "Paris",
+        "integer": 1,
+        "number": 1.5,
+        "boolean": True,
+        "array": [],
+        "null": None,
+    }[kind]
 
 
 def tool_call(body: Json, name: str, value: Json, count: int) -> tuple[list[Json], str]:
     blocks: list[Json] = [{"type": "text", "text": "Let me use it."}]
-    blocks += [{"type": "tool_use", "id": f"toolu_{next(IDS)}", "name": name, "input": value} for _ in range(count)]
+    blocks += [
+        {"type": "tool_use", "id": f"toolu_{next(IDS)}", "name": name, "input": value}
+        for _ in range(count)
+    ]
     return blocks, "tool_use"
 
 
@@ -131,20 +157,32 @@ def answer(body: Json, text: str) -> tuple[list[Json], str]:
     names = [tool.get("name") for tool in body.get("tools", [])]
     choice = body.get("tool_choice") or {"type": "auto"}
     results = tool_results(body)
-    again = next((block["text"] for block in map(as_block, results) if "USE_TOOL" in block["text"]), "")
+    again = next(
+        (block["text"] for block in map(as_block, results) if "USE_TOOL" in block["text"]), ""
+    )
     if results and not again:
         return [{"type": "text", "text": "Tool said: " + json.dumps(results)[:400]}], "end_turn"
     if wanted := re.search(r"USE_TOOL (\S+) INPUT=(.*?)END(?: COUNT=(\d+))?", again or text, re.S):
         return tool_call(body, wanted[1], json.loads(wanted[2]), int(wanted[3] or 1))
-    if names and choice["type"] != "none" and (choice["type"] in ("any", "tool") or "Use the tool" in text):
-        tool = next((t for t in body["tools"] if t.get("name") == choice.get("name")), body["tools"][0])
+    if (
+        names
+        and choice["type"] != "none"
+        and (choice["type"] in ("any", "tool") or "Use the tool" in text)
+    ):
+        tool = next(
+            (t for t in body["tools"] if t.get("name") == choice.get("name")), body["tools"][0]
+        )
         return tool_call(body, tool["name"], sample(tool.get("input_schema", {})), 1)
     output = (body.get("output_config") or {}).get("format")
     if output:
         return [{"type": "text", "text": json.dumps(sample(output["schema"]))}], "end_turn"
     if "THINK" in text:
         thought = {"type": "thinking", "thinking": "hmm...", "signature": "c2ln"}
-        return [thought, {"type": "redacted_thinking", "data": "eHh4"}, {"type": "text", "text": "thought"}], "end_turn"
+        return [
+            thought,
+            {"type": "redacted_thinking", "data": "eHh4"},
+            {"type": "text", "text": "thought"},
+        ], "end_turn"
     if "EMPTY" in text:
         return [], "end_turn"
     if "SEARCH" in text:
@@ -158,11 +196,16 @@ def answer(body: Json, text: str) -> tuple[list[Json], str]:
     if big := re.search(r"BIG (\d+)", text):
         return [{"type": "text", "text": "0123456789abcdef" * (int(big[1]) // 16)}], "end_turn"
     if slow := re.search(r"SLOW ?(\d*)|300 word story", text):
-        return [{"type": "text", "text": "".join(f"tick{n} " for n in range(int(slow[1] or 200)))}], "end_turn"
+        return [
+            {"type": "text", "text": "".join(f"tick{n} " for n in range(int(slow[1] or 200)))}
+        ], "end_turn"
     if said := re.search(r"SAY (.*)", text, re.S):
         return [{"type": "text", "text": said[1]}], "end_turn"
     return [
-        {"type": "text", "text": f"You said: {text[:400]!r}. History has {len(body['messages'])} messages."}
+        {
+            "type": "text",
+            "text": f"You said: {text[:400]!r}. History has {len(body['messages'])} messages.",
+        }
     ], "end_turn"
 
 
@@ -171,13 +214,24 @@ def limited(body: Json, blocks: list[Json], stop_reason: str) -> tuple[list[Json
     for number, block in enumerate(blocks):
         if block["type"] != "text":
             continue
-        cuts = [(block["text"].find(stop), stop) for stop in body.get("stop_sequences") or [] if stop in block["text"]]
+        cuts = [
+            (block["text"].find(stop), stop)
+            for stop in body.get("stop_sequences") or []
+            if stop in block["text"]
+        ]
         if cuts:
             at, stop = min(cuts)
-            return [*blocks[:number], {"type": "text", "text": block["text"][:at]}], "stop_sequence", stop
+            return (
+                [*blocks[:number], {"type": "text", "text": block["text"][:at]}],
+                "stop_sequence",
+                stop,
+            )
         if type(body["max_tokens"]) is int and len(block["text"]) > 4 * body["max_tokens"]:
             return (
-                [*blocks[:number], {"type": "text", "text": block["text"][: 4 * body["max_tokens"]]}],
+                [
+                    *blocks[:number],
+                    {"type": "text", "text": block["text"][: 4 * body["max_tokens"]]},
+                ],
                 "max_tokens",
                 None,
             )
@@ -194,13 +248,21 @@ def deltas(block: Json, slow: bool) -> list[Json]:
         return [{"type": "tomorrow_delta", "plan": "wade"}]
     if block["type"] in ("tool_use", "server_tool_use"):
         text = json.dumps(block["input"])
-        return [{"type": "input_json_delta", "partial_json": text[at : at + 10]} for at in range(0, len(text), 10)]
+        return [
+            {"type": "input_json_delta", "partial_json": text[at : at + 10]}
+            for at in range(0, len(text), 10)
+        ]
     if block["type"] != "text":
         return []
     size = 6 if slow else 4096 if len(block["text"]) > 20000 else 12
-    cited = [{"type": "citations_delta", "citation": citation} for citation in block.get("citations", [])]
+    cited = [
+        {"type": "citations_delta", "citation": citation} for citation in block.get("citations", [])
+    ]
     texts = range(0, len(block["text"]), size)
-    return [*cited, *({"type": "text_delta", "text": block["text"][at : at + size]} for at in texts)]
+    return [
+        *cited,
+        *({"type": "text_delta", "text": block["text"][at : at + size]} for at in texts),
+    ]
 
 
 EMPTY_BLOCKS: dict[str, Json] = {
@@ -213,15 +275,21 @@ EMPTY_BLOCKS: dict[str, Json] = {
 
 
 async def stream(request: web.Request, message: Json, text: str) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"content-type": "text/event-stream", "request-id": "req_" + message["id"]})
+    response = web.StreamResponse(
+        headers={"content-type": "text/event-stream", "request-id": "req_" + message["id"]}
+    )
     await response.prepare(request)
 
     async def send(kind: str, **data: Any) -> None:
-        await response.write(f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n".encode())
+        await response.write(
+            f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n".encode()
+        )
 
     slow = "SLOW" in text or "300 word story" in text
     started = {**message, "content": [], "stop_reason": None, "stop_sequence": None}
-    await send("message_start", message={**started, "usage": {**message["usage"], "output_tokens": 1}})
+    await send(
+        "message_start", message={**started, "usage": {**message["usage"], "output_tokens": 1}}
+    )
     for index, block in enumerate(message["content"]):
         begun = {**block, **EMPTY_BLOCKS.get(block["type"], {})}
         begun.pop("citations", None)
@@ -283,7 +351,12 @@ async def reply(request: web.Request, body: Json) -> web.StreamResponse:
     if "NOSTREAM" in text and body.get("stream"):
         return error(404, "streaming is not supported")
     blocks, stop_reason, stop_sequence = limited(body, *answer(body, text))
-    usage = {"input_tokens": 10, "cache_creation_input_tokens": 3, "cache_read_input_tokens": 5, "output_tokens": 17}
+    usage = {
+        "input_tokens": 10,
+        "cache_creation_input_tokens": 3,
+        "cache_read_input_tokens": 5,
+        "output_tokens": 17,
+    }
     message = {
         "id": f"msg_{next(IDS):04}",
         "type": "message",
@@ -318,8 +391,11 @@ async def plain_answer(request: web.Request, body: Json) -> web.StreamResponse:
 
 async def count_tokens(request: web.Request) -> web.Response:
     body = await request.json()
-    LOG.append({"path": request.path, "headers": dict(request.headers), "body": body, "end": "done"})
-    # The API adds a prompt of about 500 tokens when there are tools; the CLI takes as much off what it counts for them.
+    LOG.append(
+        {"path": request.path, "headers": dict(request.headers), "body": body, "end": "done"}
+    )
+    # The API adds a prompt of about 500 tokens when there are tools; the CLI takes as much off what
+    # it counts for them.
     tokens = len(json.dumps(body)) // 4 + (500 if body.get("tools") else 0)
     return web.json_response({"input_tokens": max(1, tokens)})
 
@@ -329,7 +405,9 @@ async def log(request: web.Request) -> web.Response:
 
 
 async def other(request: web.Request) -> web.Response:
-    LOG.append({"path": request.path, "headers": dict(request.headers), "body": None, "end": "done"})
+    LOG.append(
+        {"path": request.path, "headers": dict(request.headers), "body": None, "end": "done"}
+    )
     return error(404)
 
 

@@ -1,4 +1,5 @@
-"""Agent mode: the CLI's own tools run, and a turn of several API messages is one answer.  With the real CLI."""
+"""Agent mode: the CLI's own tools run, and a turn of several API messages is one answer.  With the
+real CLI."""
 
 import json
 import os
@@ -38,13 +39,18 @@ def test_a_built_in_tool_runs_and_the_turn_is_one_message(
     assert [block["type"] for block in answer.message["content"]] == ["text", "text"]
     assert "the note says heron" in answer.text
     assert answer.message["stop_reason"] == "end_turn"
-    assert (answer.message["usage"]["input_tokens"], answer.message["usage"]["output_tokens"]) == (20, 34)
+    assert (answer.message["usage"]["input_tokens"], answer.message["usage"]["output_tokens"]) == (
+        20,
+        34,
+    )
     assert len(since()) == 2
     if stream:
         assert check_stream(answer.events)["message"]["id"] == answer.message["id"]
 
 
-def test_a_subagent_is_left_out(agent: Callable[..., Server], since: Callable[[], list[Json]]) -> None:
+def test_a_subagent_is_left_out(
+    agent: Callable[..., Server], since: Callable[[], list[Json]]
+) -> None:
     answer = agent().post(f"USE_TOOL Agent INPUT={SUBAGENT}END", stream=True)
     message = check_stream(answer.events)["message"]
     assert [block["type"] for block in message["content"]] == ["text", "text"]
@@ -63,13 +69,17 @@ def test_the_requests_system_prompt_is_appended_to_claude_codes(
     assert len(since()[0]["body"]["tools"]) > 5
 
 
-def test_a_list_of_tools_is_all_there_is(agent: Callable[..., Server], since: Callable[[], list[Json]]) -> None:
+def test_a_list_of_tools_is_all_there_is(
+    agent: Callable[..., Server], since: Callable[[], list[Json]]
+) -> None:
     assert agent(tools="Read,Grep").post("SAY x").text == "x"
     assert {tool["name"] for tool in since()[0]["body"]["tools"]} == {"Read", "Grep"}
 
 
 @pytest.mark.parametrize(("mode", "written"), [("default", False), ("acceptEdits", True)])
-def test_the_permission_mode_decides_what_runs(agent: Callable[..., Server], mode: str, written: bool) -> None:
+def test_the_permission_mode_decides_what_runs(
+    agent: Callable[..., Server], mode: str, written: bool
+) -> None:
     server = agent(permission_mode=mode)
     path = Path(server.config.cwd) / "new.txt"
     answer = server.post(f'USE_TOOL Write INPUT={{"file_path":"{path}","content":"hello"}}END')
@@ -181,7 +191,8 @@ def test_the_processes_of_an_agent_end_with_it(agent: Callable[..., Server]) -> 
     with server.connect() as client:
         body = b'{"model":"sonnet","max_tokens":99,"stream":true,"messages":[{"role":"user","content":"SLOW 40"}]}'
         client.sendall(
-            b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+            b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b"
+            % (len(body), body)
         )
         assert client.recv(65536)
     wait_until(lambda: not server.processes(), "the end of the agent")

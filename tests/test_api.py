@@ -1,4 +1,5 @@
-"""Counting, the model list, and parameters that never mix.  With the real CLI; what arrives at the stub API counts."""
+"""Counting, the model list, and parameters that never mix.  With the real CLI; what arrives at the
+stub API counts."""
 
 import contextlib
 import os
@@ -11,7 +12,10 @@ from typing import Any
 import pytest
 from conftest import IMAGE, Answer, Client, Json, Server, Stub, request_body, text
 
-TOOL = {"name": "get_weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
+TOOL = {
+    "name": "get_weather",
+    "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
 
 
 def count(server: Client, messages: Any = "hello", **fields: Any) -> Answer:
@@ -19,7 +23,9 @@ def count(server: Client, messages: Any = "hello", **fields: Any) -> Answer:
     return server.call("POST", "/v1/messages/count_tokens?beta=true", body)
 
 
-def test_counting_asks_the_api_once_and_no_model(real: Server, since: Callable[[], list[Json]]) -> None:
+def test_counting_asks_the_api_once_and_no_model(
+    real: Server, since: Callable[[], list[Json]]
+) -> None:
     first = count(real, system="Be terse.")
     assert first.status == 200
     upstream = len(since())
@@ -33,16 +39,25 @@ def test_counting_asks_the_api_once_and_no_model(real: Server, since: Callable[[
 
 def test_a_count_grows_with_all_that_is_counted(real: Server) -> None:
     history = ["hello", "world", "and on"]
-    questions: list[dict[str, Any]] = [{}, {"system": "Be terse. " * 50}, {"tools": [TOOL]}, {"messages": history}]
+    questions: list[dict[str, Any]] = [
+        {},
+        {"system": "Be terse. " * 50},
+        {"tools": [TOOL]},
+        {"messages": history},
+    ]
     base, *larger = [count(real, **question).json["input_tokens"] for question in questions]
     assert all(0 < base < more for more in larger)
 
 
 def test_a_tool_adds_to_a_count_what_it_adds_at_the_api(real: Server, stub: Stub) -> None:
     tool = {**TOOL, "description": "The weather. " * 30}
-    asked = [{"messages": "foo", "model": "claude-opus-5-5", "tools": tools} for tools in ([], [tool])]
+    asked = [
+        {"messages": "foo", "model": "claude-opus-5-5", "tools": tools} for tools in ([], [tool])
+    ]
     api = Client("127.0.0.1", stub.port)
-    ours, theirs = ([count(server, **body).json["input_tokens"] for body in asked] for server in (real, api))
+    ours, theirs = (
+        [count(server, **body).json["input_tokens"] for body in asked] for server in (real, api)
+    )
     assert abs((ours[1] - ours[0]) - (theirs[1] - theirs[0])) < 50
 
 
@@ -59,7 +74,9 @@ def test_a_count_is_validated_as_a_message_is(serve: Callable[..., Server]) -> N
     assert server.processes() == []
 
 
-def test_counts_at_once_take_a_process_for_each_core_and_wait_for_no_turn(real: Server, stub: Stub) -> None:
+def test_counts_at_once_take_a_process_for_each_core_and_wait_for_no_turn(
+    real: Server, stub: Stub
+) -> None:
     assert real.bridge
     pool = real.bridge.pool
     with ThreadPoolExecutor() as threads:
@@ -122,7 +139,9 @@ def test_an_unknown_model_is_404(real: Server) -> None:
     assert real.call("DELETE", "/v1/models").status == 405
 
 
-def test_parameters_of_parallel_conversations_never_mix(real: Server, since: Callable[[], list[Json]]) -> None:
+def test_parameters_of_parallel_conversations_never_mix(
+    real: Server, since: Callable[[], list[Json]]
+) -> None:
     def converse(number: int) -> None:
         history = [f"SAY conversation {number}"]
         for turn in range(25):

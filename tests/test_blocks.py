@@ -89,8 +89,6 @@ KNOWN: dict[str, tuple[list[Json], Json]] = {
         block("tool_use", *INPUT, id="toolu_1", name="weather"),
         {"type": "tool_use", **WEATHER, "input": PARIS},
     ),
-    # TRANSLATE-BUG: the input of a call that came whole at its start is lost ("deferred" calls of
-    # the API's code execution are such).
     "call that begins with its input": (
         block("tool_use", **WEATHER | {"input": PARIS}),
         {"type": "tool_use", **WEATHER, "input": PARIS},
@@ -177,8 +175,6 @@ NEW: dict[str, tuple[list[Json], Json]] = {
         block("new", *INPUT, input={}),
         {"type": "new", "input": PARIS},
     ),
-    # TRANSLATE-BUG: the pieces of a block of a new type are put together under `text`, whatever
-    # they are.
     "block of thoughts": (
         block("new", *THINKING),
         {"type": "new", "thinking": "hm", "signature": "c2ln"},
@@ -217,7 +213,6 @@ def test_new_events_pass_once_the_message_has_begun() -> None:
     assert play(stream(new, ping, *TEXT, new)).emitted == GOOD
 
 
-# TRANSLATE-BUG: new keys of these events are dropped, where those of message_delta pass.
 @pytest.mark.parametrize("at", range(len(TEXT)))
 def test_new_keys_of_events_pass(at: int) -> None:
     events = list(TEXT)
@@ -308,7 +303,6 @@ USAGES: list[tuple[Any, Json]] = [
         {"server_tool_use": {"web_fetch_requests": 2, "new": 3}},
         {"server_tool_use": {"web_search_requests": 0, "web_fetch_requests": 2, "new": 3}},
     ),
-    # TRANSLATE-BUG: these two pass, and break a strict client.
     ({"server_tool_use": 5}, {}),
     (
         {"server_tool_use": {"web_search_requests": None}},

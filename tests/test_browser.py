@@ -262,7 +262,8 @@ def visit(
 def rows(caplog: pytest.LogCaptureFixture) -> Callable[[], list[Json]]:
     """The bridge's log lines of requests to a route."""
     caplog.set_level(logging.INFO, "claude_cli_bridge")
-    return lambda: [r.row for r in list(caplog.records) if getattr(r, "row", {}).get("route")]  # type: ignore[attr-defined]
+    # Type: ignore[attr-defined].
+    return lambda: [r.row for r in list(caplog.records) if getattr(r, "row", {}).get("route")]
 
 
 def assert_nothing_came_through(

@@ -1,6 +1,8 @@
-"""The programs that people use, each connected as the README says, in front of the bridge and the real CLI.
+"""The programs that people use, each connected as the README says, in front of the bridge and the
+real CLI.
 
-Each script in tests/clients has one conversation: a whole answer, a streamed one, and the round trip of a tool.
+Each script in tests/clients has one conversation: a whole answer, a streamed one, and the round
+trip of a tool.
 """
 
 import json
@@ -19,7 +21,8 @@ import readme
 from conftest import CLIS, PIP_CLIENTS, PYTHONS, TESTS, Json, Server, arrived, text, wait_until
 
 Run = Callable[..., str]
-BRIDGE, PROXY = "http://127.0.0.1:14001", "http://127.0.0.1:4000"  # in the README, and in the scripts
+# In the README, and in the scripts.
+BRIDGE, PROXY = "http://127.0.0.1:14001", "http://127.0.0.1:4000"
 
 PROXY_CONFIG = readme.block("model_list:")
 EXPORT = readme.block("export ANTHROPIC_BASE_URL")
@@ -27,15 +30,19 @@ EXPORT = readme.block("export ANTHROPIC_BASE_URL")
 
 @pytest.fixture
 def cli() -> Path:
-    """The newest version that is there: what differs between versions is not the clients' affair."""
+    """The newest version that is there: what differs between versions is not the clients'
+    affair."""
     if not CLIS:
         pytest.skip("no CLI is installed")
     return next(iter(CLIS.values()))
 
 
 def environment_of_a_client() -> dict[str, str]:
-    """Nothing in it leads past the bridge; LiteLLM looks for no list of prices on the network, which is not there."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("ANTHROPIC_")}
+    """Nothing in it leads past the bridge; LiteLLM looks for no list of prices on the network,
+    which is not there."""
+    environ = {
+        name: value for name, value in os.environ.items() if not name.startswith("ANTHROPIC_")
+    }
     return {**environ, "LITELLM_LOCAL_MODEL_COST_MAP": "true"}
 
 
@@ -46,7 +53,13 @@ def run(tmp_path: Path) -> Run:
     def run(*command: str | Path, **variables: str) -> str:
         environ = {**environment_of_a_client(), **variables}
         done = subprocess.run(
-            command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=110, check=False
+            command,
+            cwd=tmp_path,
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=110,
+            check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -71,8 +84,8 @@ def exported(server: Server) -> dict[str, str]:
 
 
 def check(printed: str, server: Server, rows: list[Json]) -> None:
-    """The client got its answers, the API its conversation, and all of it went through one process for each list of
-    betas."""
+    """The client got its answers, the API its conversation, and all of it went through one process
+    for each list of betas."""
     found = json.loads(printed.splitlines()[-1])
     assert found["text"].strip() == "Once upon a time."
     assert "".join(found["pieces"]).strip() == "They lived happily ever after."
@@ -99,10 +112,16 @@ def check(printed: str, server: Server, rows: list[Json]) -> None:
 def test_library_gets_text_stream_and_tools(
     real: Server, run: Run, since: Callable[[], list[Json]], name: str, environment_name: str
 ) -> None:
-    check(run(python(environment_name), "-c", script(name, BRIDGE, real.url), environment_name), real, since())
+    check(
+        run(python(environment_name), "-c", script(name, BRIDGE, real.url), environment_name),
+        real,
+        since(),
+    )
 
 
-def test_llm_gets_text_stream_and_tools(real: Server, run: Run, since: Callable[[], list[Json]]) -> None:
+def test_llm_gets_text_stream_and_tools(
+    real: Server, run: Run, since: Callable[[], list[Json]]
+) -> None:
     check(run(python("llm"), TESTS / "clients/llm_commands.py", **exported(real)), real, since())
 
 
@@ -117,9 +136,19 @@ def proxy(real: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     config.write_text(PROXY_CONFIG.replace(BRIDGE, real.url))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [python("litellm").with_name("litellm"), "--config", config, "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        python("litellm").with_name("litellm"),
+        "--config",
+        config,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     with log.open("w") as output:
-        process = subprocess.Popen(command, env=environment_of_a_client(), stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=environment_of_a_client(), stdout=output, stderr=subprocess.STDOUT
+        )
 
     def listens() -> bool:
         assert process.poll() is None, log.read_text()
@@ -138,11 +167,17 @@ def proxy(real: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 def test_openai_client_of_a_litellm_proxy_gets_text_stream_and_tools(
     real: Server, proxy: str, run: Run, since: Callable[[], list[Json]]
 ) -> None:
-    check(run(python("llm"), "-c", script("chat_completions.py", PROXY, proxy), "openai"), real, since())
+    check(
+        run(python("llm"), "-c", script("chat_completions.py", PROXY, proxy), "openai"),
+        real,
+        since(),
+    )
 
 
 def test_the_readmes_table_holds_the_lines_and_versions_that_these_tests_use() -> None:
-    header, _, *rows = re.findall(r"^\|.*\|$", readme.README.read_text().partition("### Clients")[2], re.M)[:11]
+    header, _, *rows = re.findall(
+        r"^\|.*\|$", readme.README.read_text().partition("### Clients")[2], re.M
+    )[:11]
     assert header.startswith("| client | version |")
     ran = "".join(path.read_text() for path in (TESTS / "clients").glob("*.py")) + "".join(
         text for _, text in readme.blocks()
@@ -151,7 +186,12 @@ def test_the_readmes_table_holds_the_lines_and_versions_that_these_tests_use() -
         lines = re.findall("`(.+?)`", row.split("|")[4])
         assert lines or "below" in row
         assert all(line.removesuffix(")") in ran for line in lines), row
-    pinned = [package.partition("==") for packages in PIP_CLIENTS.values() for package in packages if "==" in package]
+    pinned = [
+        package.partition("==")
+        for packages in PIP_CLIENTS.values()
+        for package in packages
+        if "==" in package
+    ]
     assert all(version in "".join(rows) for _, _, version in pinned)
 
 
@@ -164,12 +204,15 @@ def claude(real: Server, cli: Path, run: Run) -> Run:
     return lambda *words: run(cli, "-p", *words, **exported(real))
 
 
-def test_claude_code_gets_its_answer_and_the_api_its_prompt(claude: Run, since: Callable[[], list[Json]]) -> None:
+def test_claude_code_gets_its_answer_and_the_api_its_prompt(
+    claude: Run, since: Callable[[], list[Json]]
+) -> None:
     assert claude("SAY It is so.") == "It is so.\n"
     (row,) = since()
     assert text("SAY It is so.") in arrived(row["body"])[0]["content"]
     assert {"Bash", "Edit", "Read"} <= {t["name"] for t in row["body"]["tools"]}
-    assert "security testing" in json.dumps(row["body"]["system"])  # a subject of Claude Code's own system prompt
+    # A subject of Claude Code's own system prompt.
+    assert "security testing" in json.dumps(row["body"]["system"])
 
 
 def test_claude_code_uses_a_tool_of_its_own_in_one_process(
@@ -181,15 +224,23 @@ def test_claude_code_uses_a_tool_of_its_own_in_one_process(
     first, second = (arrived(row["body"]) for row in since())
     assert second[: len(first)] == first
     *_, tool_use = second[-2]["content"]
-    assert (tool_use["name"], tool_use["input"]) == ("Read", {"file_path": str(tmp_path / "note.txt")})
+    assert (tool_use["name"], tool_use["input"]) == (
+        "Read",
+        {"file_path": str(tmp_path / "note.txt")},
+    )
     assert "the word is 42" in json.dumps(second[-1]["content"])
     assert len(real.processes()) == 1
 
 
-def test_claude_code_counts_its_context_at_the_api(claude: Run, since: Callable[[], list[Json]]) -> None:
-    table = claude("/context", "--tools=Bash,Read")  # without its other tools, which it counts one by one
+def test_claude_code_counts_its_context_at_the_api(
+    claude: Run, since: Callable[[], list[Json]]
+) -> None:
+    # Without its other tools, which it counts one by one.
+    table = claude("/context", "--tools=Bash,Read")
     figures = re.findall(r"^\| (\w[\w ]+?) \| ([\d.]+)(k?) \|", table, re.M)
-    tokens = {name: float(figure) * (1000 if thousands else 1) for name, figure, thousands in figures}
+    tokens = {
+        name: float(figure) * (1000 if thousands else 1) for name, figure, thousands in figures
+    }
     assert 1000 < tokens["System prompt"] < 10_000
     assert 500 < tokens["System tools"] < 10_000
     assert 0 < tokens["Messages"] < 1000

@@ -166,9 +166,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "API Error: 400 [1]": ("[1]", ""),
     "API Error: 400 5": ("5", ""),
     "see API Error: 400 no": ("see API Error: 400 no", ""),
-    # TRANSLATE-BUG: without a type in it the body is passed on whole.
     'API Error: 400 {"error": {"message": "no"}}': ("no", ""),
-    # TRANSLATE-BUG: these become a message of nothing, or "None".
     f"API Error: 500 {ADVICE}": (f"API Error: 500 {ADVICE}", ""),
     'API Error: 400 {"error": {"type": "x", "message": ""}}': (
         '{"error": {"type": "x", "message": ""}}',
@@ -258,7 +256,6 @@ def test_a_rejected_rate_limit_says_when_it_ends(info: Any, resets_at: float | N
     st.sampled_from(["", ADVICE]),
 )
 def test_any_text_is_an_error_with_a_message(before: str, said: str, behind: str) -> None:
-    # TRANSLATE-BUG: nothing but the advice is left of nothing.
     error = result_error(failed(result=f"{before}{said}{behind}"))
     assert error.message
     assert error.kind

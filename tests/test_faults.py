@@ -1,4 +1,5 @@
-"""What goes wrong in a process or at a client fails that one request, in the right words, and nothing else."""
+"""What goes wrong in a process or at a client fails that one request, in the right words, and
+nothing else."""
 
 import contextlib
 import http.client
@@ -50,11 +51,17 @@ FAULTS = {
     "DIE 3": (MID, {**DIED, "words": "exited with status 3: stand-in: told to die"}),
     "HALF": (MID, {**DIED, "words": "exited with status 0"}),
     "STDERR 300000 DIE 4": (MID, {**DIED, "words": "exited with status 4: stand-in: told to die"}),
-    "DIE-START": (START, {**DIED, "words": "exited with status 1: stand-in: told to die before any event"}),
+    "DIE-START": (
+        START,
+        {**DIED, "words": "exited with status 1: stand-in: told to die before any event"},
+    ),
     "HANG": (MID, SILENT),
     "HANG-START": (START, SILENT),
     "RETRY 100 HANG-START": (START, SILENT),
-    "RATELIMIT 1": (START, {"status": 429, "kind": "rate_limit_error", "words": "You've hit your limit"}),
+    "RATELIMIT 1": (
+        START,
+        {"status": 429, "kind": "rate_limit_error", "words": "You've hit your limit"},
+    ),
 }
 
 
@@ -79,7 +86,12 @@ def test_a_fault_fails_its_request_alone_and_retires_its_process(
 @pytest.mark.parametrize(
     ("model", "status", "kind", "words"),
     [
-        ("exit-at-start", 502, "claude_cli_error", "exited with status 1: stand-in: told to exit at the start"),
+        (
+            "exit-at-start",
+            502,
+            "claude_cli_error",
+            "exited with status 1: stand-in: told to exit at the start",
+        ),
         ("hang-at-start", 504, "timeout_error", "silent for 1 seconds"),
         ("not-logged-in", 401, "authentication_error", "log in with /login"),
     ],
@@ -99,7 +111,9 @@ def test_a_cli_that_cannot_be_started_is_502(serve: Serve, tmp_path: Path) -> No
     program.chmod(0o755)
     server = serve(bin=program, max_sessions=1)
     for _ in range(2):  # its slot is free again
-        check_failure(server.post(), begun=False, **DIED, words="cannot be started: Exec format error")
+        check_failure(
+            server.post(), begun=False, **DIED, words="cannot be started: Exec format error"
+        )
 
 
 @both
@@ -157,8 +171,12 @@ def test_an_answer_is_complete_without_a_result_and_its_process_is_not_used_agai
     assert (again.session, again.text) == ("rebuilt; reason=failed", "echo: and now; 3 messages")
 
 
-@pytest.mark.parametrize(("text", "then"), [("TORN-DELTA", "hot"), ("TORN-EVENT", "rebuilt; reason=failed")])
-def test_a_line_that_is_cut_off_behind_a_complete_answer_does_not_fail_it(serve: Serve, text: str, then: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "then"), [("TORN-DELTA", "hot"), ("TORN-EVENT", "rebuilt; reason=failed")]
+)
+def test_a_line_that_is_cut_off_behind_a_complete_answer_does_not_fail_it(
+    serve: Serve, text: str, then: str
+) -> None:
     server = serve()
     streamed, whole = server.post(text, stream=True), server.post(text)
     assert (whole.status, whole.text) == (200, f"echo: {text}; 1 messages")
@@ -168,17 +186,25 @@ def test_a_line_that_is_cut_off_behind_a_complete_answer_does_not_fail_it(serve:
 
 
 @both
-def test_a_line_without_an_end_fails_the_answer(serve: Serve, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+def test_a_line_without_an_end_fails_the_answer(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
     monkeypatch.setattr(sessions, "MAX_LINE", 1 << 20)
     answer = serve().post("BIGLINE 3000000", stream=stream)
     check_failure(answer, begun=False, **DIED, words="a line of more than 1 MiB")
 
 
-def test_a_process_that_no_longer_reads_fails_its_next_turn_and_is_ended(serve: Serve, log: Log) -> None:
+def test_a_process_that_no_longer_reads_fails_its_next_turn_and_is_ended(
+    serve: Serve, log: Log
+) -> None:
     server = serve(watchdog_secs=1)
     answer = server.post("NOSTDIN")
     check_failure(
-        server.post(["NOSTDIN", answer.text, "and now"]), begun=False, status=504, kind="timeout_error", words="silent"
+        server.post(["NOSTDIN", answer.text, "and now"]),
+        begun=False,
+        status=504,
+        kind="timeout_error",
+        words="silent",
     )
     wait_until(lambda: reaped(log.got("NOSTDIN")), "the end of the process")
     assert server.post(["NOSTDIN", answer.text, "and now"]).text == "echo: and now; 3 messages"
@@ -202,7 +228,8 @@ def test_a_rate_limit_says_when_it_ends_and_whether_to_wait(
 def send(server: Server | Program, messages: object, **fields: object) -> socket.socket:
     """Send a request by hand, so that the test decides what is read and when the client leaves."""
     client = socket.socket()
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)  # small, but not less than segments of loopback
+    # Small, but not less than segments of loopback.
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)
     client.settimeout(30)
     client.connect((server.host, server.port))
     body = json.dumps(request_body(messages, **fields)).encode()
@@ -216,7 +243,11 @@ def send(server: Server | Program, messages: object, **fields: object) -> socket
 def read_all(client: socket.socket) -> Answer:
     response = http.client.HTTPResponse(client)
     response.begin()
-    return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
+    return Answer(
+        response.status,
+        {name.lower(): value for name, value in response.getheaders()},
+        response.read(),
+    )
 
 
 def written(pid: int) -> int:
@@ -236,7 +267,9 @@ def is_held_up(log: Log, text: str) -> bool:
 FLOOD = "FLOOD 80000"  # about 20 MB of events
 
 
-def test_a_client_that_does_not_read_holds_up_its_own_process_and_nothing_else(serve: Serve, log: Log) -> None:
+def test_a_client_that_does_not_read_holds_up_its_own_process_and_nothing_else(
+    serve: Serve, log: Log
+) -> None:
     server = serve()
     before = psutil.Process().memory_info().rss
     with send(server, FLOOD, stream=True) as slow:
@@ -246,7 +279,9 @@ def test_a_client_that_does_not_read_holds_up_its_own_process_and_nothing_else(s
         assert written(log.got(FLOOD)) < 14 << 20
         assert psutil.Process().memory_info().rss - before < 32 << 20
         answer = read_all(slow)
-    deltas = [event["delta"]["text"] for event in answer.events if event["type"] == "content_block_delta"]
+    deltas = [
+        event["delta"]["text"] for event in answer.events if event["type"] == "content_block_delta"
+    ]
     assert deltas == [f"{n} " for n in range(80000)]
     assert answer.events[-1] == {"type": "message_stop"}
 
@@ -260,7 +295,13 @@ def test_a_client_that_does_not_read_holds_up_its_own_process_and_nothing_else(s
         (["PAUSE-PAST", "yes", "go on"], True, False),
         (["PAUSE-PAST", "yes", "go on"], False, False),
     ],
-    ids=["in mid stream", "before the first byte", "whole answer", "rebuilding, stream", "rebuilding, whole"],
+    ids=[
+        "in mid stream",
+        "before the first byte",
+        "whole answer",
+        "rebuilding, stream",
+        "rebuilding, whole",
+    ],
 )
 def test_when_the_client_leaves_the_turn_is_interrupted_and_its_process_ends(
     serve: Serve, gate: Path, log: Log, messages: str | list[str], stream: bool, read: bool
@@ -285,7 +326,10 @@ def test_the_silence_of_a_slow_client_is_not_the_clis(serve: Serve, log: Log) ->
     with send(server, FLOOD, stream=True) as slow:
         wait_until(lambda: is_held_up(log, FLOOD), "a process that can write no more")
         (session,) = server.bridge.pool.sessions
-        wait_until(lambda: time.monotonic() > session.process._alive_at + 0.6, "more than the watchdog's time")
+        wait_until(
+            lambda: time.monotonic() > session.process._alive_at + 0.6,
+            "more than the watchdog's time",
+        )
         answer = read_all(slow)
     assert answer.events[-1] == {"type": "message_stop"}
 

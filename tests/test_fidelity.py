@@ -1,8 +1,10 @@
-"""What arrives: the same request once straight at the stub API and once through the bridge and the real CLI.
+"""What arrives: the same request once straight at the stub API and once through the bridge and the
+real CLI.
 
-The two are compared key by key, as a new, a hot and a rebuilt turn.  Each difference has a name and a reason in
-DIFFERENCES; one that is not explained fails the test.  Requests are written (WRITTEN) and generated from the types
-of the official SDK: `FIDELITY=500 python -m pytest tests/test_fidelity.py` compares more of those.
+The two are compared key by key, as a new, a hot and a rebuilt turn.  Each difference has a name and
+a reason in DIFFERENCES; one that is not explained fails the test.  Requests are written (WRITTEN)
+and generated from the types of the official SDK: `FIDELITY=500 python -m pytest
+tests/test_fidelity.py` compares more of those.
 """
 
 import contextlib
@@ -174,7 +176,9 @@ class Comparison:
             role, content = message["role"], message["content"]
             if role == "system":
                 self.explain(True, "system role")
-                texts = [content] if isinstance(content, str) else [block["text"] for block in content]
+                texts = (
+                    [content] if isinstance(content, str) else [block["text"] for block in content]
+                )
                 role = "user"
                 content = "<system-reminder>\n" + "\n".join(texts) + "\n</system-reminder>"
             content = [text(content)] if isinstance(content, str) else content
@@ -219,7 +223,9 @@ class Comparison:
         calls = [block for block in sent if block["type"] == "tool_use"]
         others = [block for block in sent if block["type"] != "tool_use"]
         types = [block["type"] for block in arrived]
-        if [block["type"] for block in sent] != types and [b["type"] for b in [*others, *calls]] == types:
+        if [block["type"] for block in sent] != types and [
+            b["type"] for b in [*others, *calls]
+        ] == types:
             self.explain(True, "order")
             return [*others, *calls]
         return sent
@@ -230,13 +236,19 @@ class Comparison:
         for block in sent:
             is_call = block["type"] in ("server_tool_use", "mcp_tool_use")
             is_pending = is_call and block["id"] not in answered
-            is_advice = block["type"] == "advisor_tool_result" or (is_call and block["name"] == "advisor")
+            is_advice = block["type"] == "advisor_tool_result" or (
+                is_call and block["name"] == "advisor"
+            )
             if not (is_pending or is_advice or block["type"] == "fallback"):
                 kept.append(block)
         self.explain(kept != sent, "left out")
         if not kept:  # the CLI says so
             assert [block["type"] for block in arrived] == ["text"]
-            assert arrived[0]["text"] in ("[Tool use interrupted]", "(no content)", "[Advisor response]")
+            assert arrived[0]["text"] in (
+                "[Tool use interrupted]",
+                "(no content)",
+                "[Advisor response]",
+            )
             return arrived
         return kept
 
@@ -258,7 +270,9 @@ class Comparison:
             self.explain(True, "own citations")
             sent = {key: value for key, value in sent.items() if key != "citations"}
         if sent["type"] == "text" and sent.get("citations") != arrived.get("citations"):
-            kept = [item for item in sent["citations"] if item["type"] == "web_search_result_location"]
+            kept = [
+                item for item in sent["citations"] if item["type"] == "web_search_result_location"
+            ]
             self.explain(True, "citations")
             sent = {**sent, "citations": kept}
         if sent["type"] == "tool_result" and isinstance(sent.get("content"), list):
@@ -328,15 +342,21 @@ def betas_of(row: Json) -> list[str]:
 
 
 def is_context(block: Json) -> bool:
-    """Whether a block is what the CLI adds by itself: the date of 2.1.197, the environment for older models."""
+    """Whether a block is what the CLI adds by itself: the date of 2.1.197, the environment for
+    older models."""
     words = str(block.get("text"))
-    ours = ("As you answer the user's questions", "# Environment", "You are powered by the model", "Today's date is")
+    ours = (
+        "As you answer the user's questions",
+        "# Environment",
+        "You are powered by the model",
+        "Today's date is",
+    )
     return any(words.startswith(f"<system-reminder>\n{beginning}") for beginning in ours)
 
 
 # ------------------------------------------------------------------------------------- generated requests
 
-ODD = "a é漢😀\u2028\u0085\u202e\x1b\\\"/@<>\n\t"
+ODD = 'a é漢😀\u2028\u0085\u202e\x1b\\"/@<>\n\t'
 STRINGS = st.text(ODD, min_size=1, max_size=6).filter(lambda value: value.strip() != "")
 PLAIN_JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | STRINGS,
@@ -347,7 +367,9 @@ OBJECTS = st.dictionaries(STRINGS, PLAIN_JSON, max_size=3)
 # Types of the SDK whose values need more than their types say.
 SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "BetaBase64ImageSourceParam": st.just(IMAGE["source"]),
-    "BetaBase64PDFSourceParam": st.just({"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}),
+    "BetaBase64PDFSourceParam": st.just(
+        {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}
+    ),
 }
 HEADERS = {"betas", "user_profile_id", "workspace_id"}
 OWN = {"model", "messages", "system", "stream", "metadata", "thread"}
@@ -369,7 +391,12 @@ def values(hint: Any, depth: int = 4) -> st.SearchStrategy[Any]:
         return OBJECTS
     if origin is not None and issubclass(origin, Iterable):
         return st.lists(values(arguments[0], depth - 1), min_size=1, max_size=2)
-    simple = {str: STRINGS, int: st.integers(0, 2**40), float: st.sampled_from([0, 0.5, 1]), bool: st.booleans()}
+    simple = {
+        str: STRINGS,
+        int: st.integers(0, 2**40),
+        float: st.sampled_from([0, 0.5, 1]),
+        bool: st.booleans(),
+    }
     return simple.get(hint, PLAIN_JSON)
 
 
@@ -390,7 +417,8 @@ def objects(shape: Any, depth: int) -> st.SearchStrategy[Any]:
 
 
 def blocks_of(union: Any, *names: str) -> st.SearchStrategy[Json]:
-    """Blocks of a union of the SDK, by their types: those of `names`, or all others with a leading minus."""
+    """Blocks of a union of the SDK, by their types: those of `names`, or all others with a leading
+    minus."""
     without = {name.removeprefix("-") for name in names if name.startswith("-")}
     chosen = []
     for member in typing.get_args(union):
@@ -404,7 +432,9 @@ def blocks_of(union: Any, *names: str) -> st.SearchStrategy[Json]:
 
 USER = ("text", "image", "document", "search_result", "container_upload")
 USER_BLOCKS = blocks_of(sdk.BetaContentBlockParam, *USER)
-ASSISTANT_BLOCKS = blocks_of(sdk.BetaContentBlockParam, *[f"-{kind}" for kind in (*USER, "tool_use", "tool_result")])
+ASSISTANT_BLOCKS = blocks_of(
+    sdk.BetaContentBlockParam, *[f"-{kind}" for kind in (*USER, "tool_use", "tool_result")]
+)
 ASSISTANT_BLOCKS |= blocks_of(sdk.BetaContentBlockParam, "text")
 CALLS = blocks_of(sdk.BetaContentBlockParam, "tool_use")
 RESULTS = blocks_of(sdk.BetaContentBlockParam, "tool_result")
@@ -466,7 +496,8 @@ class Lab:
         self.bridges = (first, second)
 
     def compare(self, body: Json, betas: list[str]) -> set[str]:
-        """Send a request straight, as a fresh turn, and one that continues it as a hot and as a rebuilt one."""
+        """Send a request straight, as a fresh turn, and one that continues it as a hot and as a
+        rebuilt one."""
         found = self.compare_turn(body, betas, self.bridges[0], "new")
         answer = {"role": "assistant", "content": [text("ok")]}
         following = {"role": "user", "content": [text("and now"), text(RECORD)]}
@@ -532,9 +563,18 @@ WRITTEN: dict[str, Json] = {
         "top_k": 4,
         "stop_sequences": ["END"],
     },
-    "fields of tomorrow": {"tomorrow": {"deep": [1, None, {"a": "\u2028"}]}, "null": None, "zero": 0},
+    "fields of tomorrow": {
+        "tomorrow": {"deep": [1, None, {"a": "\u2028"}]},
+        "null": None,
+        "zero": 0,
+    },
     "breakpoints inside a message": {
-        "messages": [{"role": "user", "content": [{**text("long"), **CACHED}, text("question"), text(RECORD)]}]
+        "messages": [
+            {
+                "role": "user",
+                "content": [{**text("long"), **CACHED}, text("question"), text(RECORD)],
+            }
+        ]
     },
     "a system message": {
         "messages": [
@@ -545,7 +585,10 @@ WRITTEN: dict[str, Json] = {
         ]
     },
     "a history that begins with the assistant": {
-        "messages": [{"role": "assistant", "content": "one"}, {"role": "user", "content": [text(RECORD)]}]
+        "messages": [
+            {"role": "assistant", "content": "one"},
+            {"role": "user", "content": [text(RECORD)]},
+        ]
     },
 }
 
@@ -583,8 +626,11 @@ def test_results_arrive_as_they_were_sent_in_place_and_rebuilt(lab: Lab, given: 
     lab.compare_turn(body, [], lab.bridges[1], "rebuilt")
 
 
-def test_conversations_that_run_at_once_never_mix(lab: Lab, since: Callable[[], list[Json]]) -> None:
-    """Fifty, each with fields, betas, effort and tools of its own, two turns each, all at the same time."""
+def test_conversations_that_run_at_once_never_mix(
+    lab: Lab, since: Callable[[], list[Json]]
+) -> None:
+    """Fifty, each with fields, betas, effort and tools of its own, two turns each, all at the same
+    time."""
     efforts = ["low", "medium", "high"]
 
     def converse(number: int) -> None:
@@ -598,7 +644,9 @@ def test_conversations_that_run_at_once_never_mix(lab: Lab, since: Callable[[], 
         }
         if number % 3:
             body["output_config"] = {"effort": efforts[number % 3]}
-            body["tools"] = [{"name": f"tool_{number}", "input_schema": {"type": "object", "title": f"{number}"}}]
+            body["tools"] = [
+                {"name": f"tool_{number}", "input_schema": {"type": "object", "title": f"{number}"}}
+            ]
         for turn in range(2):
             answer = json.loads(post(lab.bridges[0].url, {**body, "turn": turn}, betas).read())
             assert answer["content"] == [text(f"{['first', 'second'][turn]} of {number}")]
@@ -640,14 +688,20 @@ def test_a_beta_is_of_its_own_request_alone(lab: Lab, since: Callable[[], list[J
         turns.append(response.headers["x-bridge-session"])
         answer = {"role": "assistant", "content": json.loads(response.read())["content"]}
         messages = [*messages, answer, {"role": "user", "content": "SAY x"}]
-    arrived_betas = [[name for name in betas_of(row) if name.endswith(("-01-01", "-02-02"))] for row in since()]
+    arrived_betas = [
+        [name for name in betas_of(row) if name.endswith(("-01-01", "-02-02"))] for row in since()
+    ]
     assert turns == ["new", "hot", "rebuilt; reason=betas-changed", "rebuilt; reason=betas-changed"]
     wanted = [["one-2026-01-01"], ["one-2026-01-01"], ["two-2026-02-02"], []]
-    assert [[name for name in betas if name.startswith(("one", "two"))] for betas in arrived_betas] == wanted
+    assert [
+        [name for name in betas if name.startswith(("one", "two"))] for betas in arrived_betas
+    ] == wanted
 
 
 @pytest.mark.parametrize("words", ["SEARCH", "SEARCH PAUSED", "TOMORROW"])
-def test_blocks_that_the_cli_does_not_know_arrive_as_the_api_sent_them(lab: Lab, words: str) -> None:
+def test_blocks_that_the_cli_does_not_know_arrive_as_the_api_sent_them(
+    lab: Lab, words: str
+) -> None:
     """Streamed and whole alike; in the next turn the API gets them back unchanged.
 
     That turn is hot unless a delta was new: the CLI may not know how to add it to its block.

@@ -59,7 +59,9 @@ class Gateway(Client):
         line = f"request_id={answer.headers['request-id']} "
 
         def places() -> list[int]:
-            return [n for n, one in enumerate(self.bridges) if any(line in row for row in one.lines)]
+            return [
+                n for n, one in enumerate(self.bridges) if any(line in row for row in one.lines)
+            ]
 
         wait_until(places, "the line in a bridge's log")
         return places()[0]
@@ -75,7 +77,11 @@ def gateway(launch: Callable[..., Program], tmp_path: Path) -> Iterator[Callable
             bridges = [launch(BRIDGE=str(number), **variables) for number in range(2)]
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = free.getsockname()[1]
-            for ours, theirs in (("14001", bridges[0].port), ("14002", bridges[1].port), ("8080", port)):
+            for ours, theirs in (
+                ("14001", bridges[0].port),
+                ("14002", bridges[1].port),
+                ("8080", port),
+            ):
                 config = config.replace(f":{ours}", f":{theirs}")
             path = tmp_path / "nginx.conf"
             path.write_text(AROUND % config)
@@ -107,7 +113,8 @@ class Conversation:
     messages: list[str] = field(default_factory=list)
 
     def ask(self, words: str) -> str:
-        """One turn, whose answer must be that of the whole conversation; returns what was done for it."""
+        """One turn, whose answer must be that of the whole conversation; returns what was done for
+        it."""
         asked = [*self.messages, f"{words} {self.number} DIGEST"]
         name = f"conversation-{self.number}" if self.pinned else None
         try:
@@ -116,7 +123,9 @@ class Conversation:
             raise Lost from error
         if answer.status == 502:
             raise Lost
-        wanted = f"echo: {asked[-1]}; {len(asked)} messages {digest(request_body(asked)['messages'])}"
+        wanted = (
+            f"echo: {asked[-1]}; {len(asked)} messages {digest(request_body(asked)['messages'])}"
+        )
         assert (answer.status, answer.text) == (200, wanted)
         self.messages = [*asked, answer.text]
         return answer.session
@@ -135,7 +144,10 @@ def test_a_bridge_that_is_killed_takes_running_answers_visibly_and_no_conversati
     if way == "hash":
         assert begun == [["new", "hot", "hot"]] * 10
     else:
-        assert {done for talk in begun for done in talk} >= {"new", "rebuilt; reason=unknown-history"}
+        assert {done for talk in begun for done in talk} >= {
+            "new",
+            "rebuilt; reason=unknown-history",
+        }
 
     asked = [f"PAUSE {talk.number} DIGEST" for talk in talks]
     running = [background.submit(talk.ask, "PAUSE") for talk in talks]
@@ -143,7 +155,11 @@ def test_a_bridge_that_is_killed_takes_running_answers_visibly_and_no_conversati
     places = [log.started()[log.got(text)]["env"]["BRIDGE"] for text in asked]
     server.bridges[int(places[0])].process.kill()
     moved = [place == places[0] for place in places]
-    assert all(isinstance(turn.exception(), Lost) for turn, gone in zip(running, moved, strict=True) if gone)
+    assert all(
+        isinstance(turn.exception(), Lost)
+        for turn, gone in zip(running, moved, strict=True)
+        if gone
+    )
     gate.touch()
     assert [turn.exception() is not None for turn in running] == moved
     assert [log.asked(text) for text in asked] == [1] * 10
@@ -158,7 +174,9 @@ def test_a_bridge_that_is_killed_takes_running_answers_visibly_and_no_conversati
 @contextlib.contextmanager
 def begun(server: Gateway) -> Iterator[http.client.HTTPResponse]:
     """An answer whose first words have come while the CLI holds back the rest."""
-    with contextlib.closing(http.client.HTTPConnection(server.host, server.port, timeout=15)) as connection:
+    with contextlib.closing(
+        http.client.HTTPConnection(server.host, server.port, timeout=15)
+    ) as connection:
         connection.request("POST", "/v1/messages", json.dumps(request_body("PAUSE", stream=True)))
         response, data = connection.getresponse(), b""
         while b"echo:" not in data:
@@ -169,7 +187,9 @@ def begun(server: Gateway) -> Iterator[http.client.HTTPResponse]:
         yield response
 
 
-def test_the_first_words_arrive_while_the_cli_holds_back_the_rest(gateway: Callable[..., Gateway], gate: Path) -> None:
+def test_the_first_words_arrive_while_the_cli_holds_back_the_rest(
+    gateway: Callable[..., Gateway], gate: Path
+) -> None:
     with begun(gateway(GATEWAY)) as response:
         gate.touch()
         assert b"message_stop" in response.read()
@@ -193,7 +213,9 @@ def test_a_client_that_leaves_ends_the_turn_behind_the_gateway(
     for stream in (True, False):
         text = f"PAUSE {stream}"
         with contextlib.closing(http.client.HTTPConnection(server.host, server.port)) as connection:
-            connection.request("POST", "/v1/messages", json.dumps(request_body(text, stream=stream)))
+            connection.request(
+                "POST", "/v1/messages", json.dumps(request_body(text, stream=stream))
+            )
             wait_until(lambda text=text: log.got(text), "the turn")
         wait_until(lambda text=text: "interrupt" in log.requests(log.got(text)), "the interrupt")
 
@@ -204,25 +226,41 @@ def test_a_conversation_stays_on_one_bridge_by_the_name_that_its_client_gives_or
     server = gateway(GATEWAY)
 
     def place(address: str, headers: dict[str, str]) -> int:
-        connection = http.client.HTTPConnection(server.host, server.port, source_address=(address, 0))
+        connection = http.client.HTTPConnection(
+            server.host, server.port, source_address=(address, 0)
+        )
         with contextlib.closing(connection):
-            connection.request("POST", "/v1/messages", b"{}", headers)  # 400, which costs no process
+            # 400, which costs no process.
+            connection.request("POST", "/v1/messages", b"{}", headers)
             response = connection.getresponse()
             return server.bridge(Answer(response.status, dict(response.getheaders()), b""))
 
-    for name in ("x-arch-claude-cli-session", "x-claude-code-session-id", "x-session-affinity", None):
+    for name in (
+        "x-arch-claude-cli-session",
+        "x-claude-code-session-id",
+        "x-session-affinity",
+        None,
+    ):
         places = []
         for number in range(20):
             headers = {name: f"name-{number}"} if name else {}
-            addresses = [f"127.0.0.{number + 2}" if name is None else f"127.0.0.{n + 2}" for n in range(2)]
+            addresses = [
+                f"127.0.0.{number + 2}" if name is None else f"127.0.0.{n + 2}" for n in range(2)
+            ]
             places.append({place(address, headers) for address in addresses})
         assert [len(found) for found in places] == [1] * 20
         assert set.union(*places) == {0, 1}
 
 
-def test_the_bridges_check_the_name_that_the_client_reached_the_gateway_by(gateway: Callable[..., Gateway]) -> None:
+def test_the_bridges_check_the_name_that_the_client_reached_the_gateway_by(
+    gateway: Callable[..., Gateway],
+) -> None:
     server = gateway(GATEWAY, CLAUDE_CLI_API_KEY="secret")
-    for host, key, status in ((HOST, "secret", 200), (HOST, "other", 401), ("evil.example", "secret", 403)):
+    for host, key, status in (
+        (HOST, "secret", 200),
+        (HOST, "other", 401),
+        ("evil.example", "secret", 403),
+    ):
         headers = {"host": host, "x-api-key": key}
         assert server.call("POST", "/v1/messages", request_body(), headers).status == status
 
@@ -232,7 +270,10 @@ def test_a_body_of_the_bridges_limit_passes_and_neither_prompt_nor_answer_touche
 ) -> None:
     server = gateway(GATEWAY)
     limit = 32 << 20
-    assert server.call("POST", "/v1/messages", b"x" * limit).json["error"]["type"] == "invalid_request_error"
+    assert (
+        server.call("POST", "/v1/messages", b"x" * limit).json["error"]["type"]
+        == "invalid_request_error"
+    )
     assert server.call("POST", "/v1/messages", b"x" * (limit + 1)).status == 413
     with contextlib.closing(http.client.HTTPConnection(server.host, server.port)) as connection:
         connection.connect()

@@ -33,7 +33,8 @@ def test_a_connection_too_many_gets_503_and_the_others_go_on(serve: Serve) -> No
     server = serve(max_connections=3)
     held = [server.connect() for _ in range(3)]
     assert server.bridge
-    wait_until(lambda: len(server.bridge._connections) == 3, "the connections")  # type: ignore[union-attr]
+    # Type: ignore[union-attr].
+    wait_until(lambda: len(server.bridge._connections) == 3, "the connections")
     answer = server.call("GET", "/healthz")
     assert error(answer) == (503, "api_error")
     assert answer.headers["retry-after"] == "1"

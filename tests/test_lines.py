@@ -176,7 +176,6 @@ def test_keys_of_images_are_named_as_what_a_line_cannot_carry() -> None:
 
 
 def test_keys_of_images_are_named_as_the_client_numbered_them() -> None:
-    # TRANSLATE-BUG: the places are those of the merged message.
     named = IMAGE | {"new": 1}
     merged = [*user(text("a")), *user(text("b"), named), role("system")]
     assert parsed(merged).image_keys == ["messages.1.content.1.new"]
@@ -277,7 +276,6 @@ def test_the_mcp_server_says_who_it_is_in_the_version_that_the_cli_speaks() -> N
     assert result["serverInfo"]["name"] == translate.MCP_SERVER
 
 
-# TRANSLATE-BUG: AttributeError for all but the first.
 @pytest.mark.parametrize("params", [{}, None, [], "x"], ids=repr)
 def test_an_initialize_without_params_is_answered(params: Any) -> None:
     assert mcp(asks({"method": "initialize", "params": params}))["result"]["serverInfo"]
@@ -428,7 +426,6 @@ NOT_HANDED_OVER: dict[str, tuple[list[Any], tuple[str, ...]]] = {
     "odd text": ([RESULT | {"content": [{"type": "text", "text": 5}]}], ("t1",)),
     "too long": ([RESULT | {"content": "x" * 400_001}], ("t1",)),
     "too long together": ([RESULT | {"content": [text("x" * 200_001)] * 2}], ("t1",)),
-    # TRANSLATE-BUG: MCP has no place for these, and they are lost.
     "new key": ([RESULT | {"new": 1}], ("t1",)),
     "breakpoint of the client": ([RESULT | CACHED, RESULT_2], ("t1", "t2")),
     "new key of a text": ([RESULT | {"content": [text("a", new=1)]}], ("t1",)),
@@ -517,13 +514,13 @@ def test_a_line_of_five_megabytes_is_one_event() -> None:
         b"[" * 100_000,
         EVENT + b'{"a":' * 100_000,
         b'{"type":"x","a":%b}' % (b"[" * 2000 + b"]" * 2000),
-        # TRANSLATE-BUG: RecursionError: what orjson has read, json cannot read once more.
+        # What orjson has read, json can read once more in Python 3.12, but not in 3.11.
         b'{"type":"x","n":%d,"a":%b}' % (10**30, b"[" * 1000 + b"]" * 1000),
     ],
     ids=["objects", "lists", "behind an event", "closed", "with a long number"],
 )
 def test_a_line_that_is_nested_too_deeply_is_noise(line: bytes) -> None:
-    assert decode(line) in ([], [{"type": "x"}])
+    assert [event["type"] for event in decode(line)] in ([], ["x"])
 
 
 def test_a_damaged_part_of_the_answer_fails_the_turn() -> None:
@@ -685,7 +682,6 @@ def test_a_model_is_listed_by_its_alias_and_its_id(name: str, model: str) -> Non
         ({}, ""),
         (None, ""),
         ("x", ""),
-        # TRANSLATE-BUG: the first that is named wins, even if that is "none".
         ({"apiKeySource": "none", "tokenSource": "claude.ai"}, "claude.ai"),
     ],
 )

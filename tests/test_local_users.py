@@ -1,4 +1,5 @@
-"""What other users and the CLI get to see of the bridge: its socket, `ps`, file descriptors, its log."""
+"""What other users and the CLI get to see of the bridge: its socket, `ps`, file descriptors, its
+log."""
 
 import contextlib
 import json
@@ -20,7 +21,11 @@ from standin import Log
 Launch = Callable[..., Program]
 NOBODY, SOMEBODY = 65534, 65533
 KEY = "sesame-key"
-TOOL = {"name": "sesame_tool", "description": "sesame-description", "input_schema": {"type": "object"}}
+TOOL = {
+    "name": "sesame_tool",
+    "description": "sesame-description",
+    "input_schema": {"type": "object"},
+}
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 # ---------------------------------------------------------------- the unix socket
@@ -45,7 +50,9 @@ def folder() -> Iterator[str]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_only_the_owner_of_a_unix_socket_can_use_it(folder: str, serve: Callable[..., Server]) -> None:
+def test_only_the_owner_of_a_unix_socket_can_use_it(
+    folder: str, serve: Callable[..., Server]
+) -> None:
     """Nothing but the socket's own mode decides: it is the owner whose change lets a user in."""
     path = f"{folder}/bridge.sock"
 
@@ -80,16 +87,22 @@ def test_ps_shows_no_key_and_nothing_of_a_request(
     program = launch(CLAUDE_CLI_API_KEY=KEY, CLAUDE_CLI_TOOLS=tools, **keep)
     messages = ["sesame-past", "sesame-said", "sesame-prompt PAUSE"]
     plain = request_body(
-        messages, system="sesame-system", metadata={"user_id": "sesame-user"}, stop_sequences=["sesame"]
+        messages,
+        system="sesame-system",
+        metadata={"user_id": "sesame-user"},
+        stop_sequences=["sesame"],
     )
     for body in (plain, {**plain, "tools": [TOOL]}):
         background.submit(program.call, "POST", "/v1/messages", body, {"x-api-key": KEY})
-    wait_until(lambda: sum("PAUSE" in str(log.lines(pid)) for pid in log.started()) == 2, "the turns")
+    wait_until(
+        lambda: sum("PAUSE" in str(log.lines(pid)) for pid in log.started()) == 2, "the turns"
+    )
     wait_until(lambda: len(program.children()) > 2, "a spare")
     assert "sesame" not in seen(program.process.pid)
     looked_at = 0
     for child in program.children():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it was asked who is logged in, and ended
+        # It was asked who is logged in, and ended.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             public, environ = seen(child.pid), Path(f"/proc/{child.pid}/environ").read_bytes()
             looked_at += 1
             assert "sesame" not in public
@@ -109,8 +122,8 @@ def descriptors(pid: int) -> dict[int, str]:
 def test_a_process_has_its_own_pipes_and_nothing_of_the_bridge_or_of_other_processes(
     launch: Launch, log: Log, gate: Path, background: ThreadPoolExecutor, spares: int
 ) -> None:
-    """A listening socket would outlive the bridge; the end of another's stdin would keep that one alive.
-    Python before 3.12 makes stdin a pair of sockets."""
+    """A listening socket would outlive the bridge; the end of another's stdin would keep that one
+    alive. Python before 3.12 makes stdin a pair of sockets."""
     program = launch(CLAUDE_CLI_SPARES=str(spares))
     with contextlib.ExitStack() as stack:
         for number in range(3):
@@ -118,7 +131,16 @@ def test_a_process_has_its_own_pipes_and_nothing_of_the_bridge_or_of_other_proce
             assert program.post(f"idle {number}").status == 200
             background.submit(program.post, f"PAUSE {number}", stream=True)
             wait_until(partial(log.got, f"PAUSE {number}"), "the turn")
-        assert len([target for target in descriptors(program.process.pid).values() if "socket:" in target]) > 6
+        assert (
+            len(
+                [
+                    target
+                    for target in descriptors(program.process.pid).values()
+                    if "socket:" in target
+                ]
+            )
+            > 6
+        )
         pids = {log.got(f"{word} {number}") for word in ("idle", "PAUSE") for number in range(3)}
         pids |= {pid for pid in log.started() if pid in {child.pid for child in program.children()}}
         used: set[str] = set()
@@ -147,7 +169,8 @@ def statuses(program: Program, log_format: str) -> list[int]:
 
 
 def requests(program: Program, log: Log) -> Iterator[int]:
-    """One of each kind, with a word in it that must not be seen again.  Yields the status that the log must show."""
+    """One of each kind, with a word in it that must not be seen again.  Yields the status that the
+    log must show."""
     key = {"x-api-key": KEY}
     fields = {"system": "sesame-system", "metadata": {"user_id": "sesame-user"}, "tools": [TOOL]}
 
@@ -170,9 +193,12 @@ def requests(program: Program, log: Log) -> Iterator[int]:
     yield send("sesame-prompt", {**key, "host": "sesame.example"})
     for text in ("sesame-prompt PAUSE-START", "sesame-prompt PAUSE"):  # clients that leave
         data = json.dumps(request_body(text, stream=True, **fields)).encode()
-        head = f"POST /v1/messages?x=sesame-query HTTP/1.1\r\nhost: localhost\r\nx-api-key: {KEY}\r\n"
+        head = (
+            f"POST /v1/messages?x=sesame-query HTTP/1.1\r\nhost: localhost\r\nx-api-key: {KEY}\r\n"
+        )
         with program.connect() as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+            # A reset.
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
             wait_until(partial(log.got, text), "the turn")
             if text.endswith("PAUSE"):
@@ -190,10 +216,14 @@ def test_no_key_prompt_or_answer_is_printed_for_good_requests_faults_and_clients
 ) -> None:
     program = launch("--log-format", log_format, CLAUDE_CLI_API_KEY=KEY)
     expected = list(requests(program, log))
-    wait_until(lambda: len(statuses(program, log_format)) == len(expected), f"the lines: {program.lines}")
+    wait_until(
+        lambda: len(statuses(program, log_format)) == len(expected), f"the lines: {program.lines}"
+    )
     assert sorted(statuses(program, log_format)) == sorted(expected)
     assert {200, 400, 401, 403, 499, 502} == set(expected)
     program.process.terminate()
     assert program.wait() == 0
     printed = [*program.lines, *capfd.readouterr()]
-    assert [line for line in printed if "sesame" in line or "echo" in line or "Traceback" in line] == []
+    assert [
+        line for line in printed if "sesame" in line or "echo" in line or "Traceback" in line
+    ] == []

@@ -1,7 +1,9 @@
-"""Every fault at every point of a turn: the right answer in time, nothing left behind, nobody else disturbed.
+"""Every fault at every point of a turn: the right answer in time, nothing left behind, nobody else
+disturbed.
 
-One bridge serves all cells of a module, beside one other conversation that is in mid answer in each of them and goes on
-in the same process from the first cell to the last.  The fault is in the model's name (`Standin.fault`).
+One bridge serves all cells of a module, beside one other conversation that is in mid answer in each
+of them and goes on in the same process from the first cell to the last.  The fault is in the
+model's name (`Standin.fault`).
 """
 
 import asyncio
@@ -65,11 +67,13 @@ numbers = itertools.count(1)
 
 
 def failure(point: str, fault: str) -> tuple[int, str, str] | None:
-    """Status, type and words of the error that the request ends with; None: with the whole answer."""
+    """Status, type and words of the error that the request ends with; None: with the whole
+    answer."""
     if point == "stopped":
         return None  # the client has it all
     if point == "parked":
-        return SAID[fault] if fault in SILENT else None  # what is known to be lost before the request is rebuilt
+        # What is known to be lost before the request is rebuilt.
+        return SAID[fault] if fault in SILENT else None
     if fault in GARBAGE and point == "midline":
         return TORN  # a part of the answer is in the line that was spoilt
     if fault in GARBAGE and (fault != "disorder" or point not in BEGUN):
@@ -79,7 +83,8 @@ def failure(point: str, fault: str) -> tuple[int, str, str] | None:
 
 @dataclass
 class Bench:
-    """A bridge with the stand-in, its other conversation, and what it held before the first cell."""
+    """A bridge with the stand-in, its other conversation, and what it held before the first
+    cell."""
 
     server: Server
     log: Log
@@ -94,7 +99,11 @@ class Bench:
 
     def in_cell(self) -> list[Session]:
         assert self.server.bridge
-        return [session for session in list(self.server.bridge.pool.sessions) if session.process.pid != self.other]
+        return [
+            session
+            for session in list(self.server.bridge.pool.sessions)
+            if session.process.pid != self.other
+        ]
 
     def clear(self) -> None:
         """End what the cell keeps warm, and forget what its processes were given."""
@@ -104,7 +113,9 @@ class Bench:
         for session in self.in_cell():
             loop.call_soon_threadsafe(bridge.pool.retire, session, "cleared")
         wait_until(lambda: not self.in_cell(), "the end of the cell's processes")
-        wait_until(lambda: self.running() <= self.tasks, f"the end of tasks: {self.running() - self.tasks}")
+        wait_until(
+            lambda: self.running() <= self.tasks, f"the end of tasks: {self.running() - self.tasks}"
+        )
         for name in os.listdir(self.log.folder):
             if name.partition(".")[0] != str(self.other):
                 os.unlink(os.path.join(self.log.folder, name))
@@ -121,13 +132,21 @@ def bench(folder: Path, watchdog_secs: float) -> Iterator[Bench]:
         patch.setattr(sessions, "SETTLE_SECS", 0.3)
         patch.setattr(sessions, "ENDING", ((None, 0.1), *sessions.ENDING[1:]))
         names = ("STANDIN_LOG", "STANDIN_GATE", "PATH")
-        settings: dict[str, Any] = {"listen_addr": "127.0.0.1:0", "bin": str(STANDIN), "spares": 0, "keep_env": names}
+        settings: dict[str, Any] = {
+            "listen_addr": "127.0.0.1:0",
+            "bin": str(STANDIN),
+            "spares": 0,
+            "keep_env": names,
+        }
         config = Config(watchdog_secs=watchdog_secs, session_ttl_secs=0, **settings)
         server = stack.enter_context(Server(config=config))
         executor = stack.enter_context(ThreadPoolExecutor(8))
         made = Bench(server, Log(str(folder)), folder.parent / f"{folder.name}-gate", executor)
         made.other = int(server.post("hello", session="other").message["id"].split("_")[2])
-        wait_until(lambda: server.bridge and not server.bridge._connections, "the end of the first connection")
+        wait_until(
+            lambda: server.bridge and not server.bridge._connections,
+            "the end of the first connection",
+        )
         made.tasks = made.running()
         yield made
 
@@ -147,7 +166,8 @@ def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 @pytest.fixture
 def undisturbed(patient: Bench, hasty: Bench, fault: str) -> Iterator[Bench]:
-    """The bridge, while its other conversation is in mid answer; in the end that goes on, and nothing is left."""
+    """The bridge, while its other conversation is in mid answer; in the end that goes on, and
+    nothing is left."""
     made = hasty if fault in (*SILENT, "half-deaf") else patient
     words = f"PAUSE other {next(numbers)}"
     other = made.executor.submit(made.server.post, words, session="other")
@@ -184,7 +204,8 @@ def lost(session: Session) -> bool:
 
 
 def parked(made: Bench, fault: str, words: str, **fields: Any) -> list[Any]:
-    """A conversation whose last answer called a tool, in a process that meets its fault now; with the tool's result."""
+    """A conversation whose last answer called a tool, in a process that meets its fault now; with
+    the tool's result."""
     conversation = [*messages("parked", "", f"{words} PROBE")]
     with leaving(made.server, fault) as client:
         answer = post(client, conversation, **fields)
@@ -194,8 +215,16 @@ def parked(made: Bench, fault: str, words: str, **fields: Any) -> list[Any]:
         mine = [session for session in made.in_cell() if session.model == fields["model"]]
         wait_until(lambda: all(map(lost, mine)), "a process that the bridge knows to be lost")
     (call,) = answer.message["content"]
-    result = {"type": "tool_result", "tool_use_id": call["id"], "content": "18C" * (60_000 if fault == "deaf" else 1)}
-    return [*conversation, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    result = {
+        "type": "tool_result",
+        "tool_use_id": call["id"],
+        "content": "18C" * (60_000 if fault == "deaf" else 1),
+    }
+    return [
+        *conversation,
+        {"role": "assistant", "content": [call]},
+        {"role": "user", "content": [result]},
+    ]
 
 
 # clients
@@ -217,13 +246,20 @@ def post(client: socket.socket, conversation: list[Any], **fields: Any) -> Answe
 
 def send(client: socket.socket, conversation: list[Any], **fields: Any) -> None:
     body = json.dumps(request_body(conversation, **fields)).encode()
-    client.sendall(b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+    client.sendall(
+        b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b"
+        % (len(body), body)
+    )
 
 
 def read(client: socket.socket) -> Answer:
     response = http.client.HTTPResponse(client)
     response.begin()
-    return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
+    return Answer(
+        response.status,
+        {name.lower(): value for name, value in response.getheaders()},
+        response.read(),
+    )
 
 
 # the matrix
@@ -241,7 +277,9 @@ def test_a_fault_has_its_answer_and_stays_alone(
     """Streamed and whole, at the same time."""
     run = undisturbed.executor.submit
     both = {
-        kind: run(check, undisturbed, f"cell {next(numbers)}", point, fault, stream=kind == "streamed")
+        kind: run(
+            check, undisturbed, f"cell {next(numbers)}", point, fault, stream=kind == "streamed"
+        )
         for kind in ("streamed", "whole")
     }
     failures = {kind: cell.exception() for kind, cell in both.items()}
@@ -255,7 +293,11 @@ def test_a_fault_has_its_answer_and_stays_alone(
 
 def check(made: Bench, words: str, point: str, fault: str, *, stream: bool) -> None:
     model = f"{point}.{'wait' if fault in LEAVES else fault}.{'streamed' if stream else 'whole'}"
-    fields: dict[str, Any] = {"model": model, "stream": stream, "tools": [TOOL] if point == "parked" else ...}
+    fields: dict[str, Any] = {
+        "model": model,
+        "stream": stream,
+        "tools": [TOOL] if point == "parked" else ...,
+    }
     if point == "settings":
         conversation, fields["temperature"] = hot(made, words, **fields), 0.5
     elif point == "parked":
@@ -274,7 +316,9 @@ def check(made: Bench, words: str, point: str, fault: str, *, stream: bool) -> N
     assert times == 1 or (times == 0 and point in ("initialize", "initialized", "past", "settings"))
 
 
-def check_answer(made: Bench, answer: Answer, point: str, fault: str, words: str, **fields: Any) -> None:
+def check_answer(
+    made: Bench, answer: Answer, point: str, fault: str, words: str, **fields: Any
+) -> None:
     model, begun = fields["model"], fields["stream"] and point in BEGUN
     wait_until(lambda: made.log.reached(model), "the fault, which may come behind a whole answer")
     (pid,) = made.log.reached(fields["model"])
@@ -285,7 +329,8 @@ def check_answer(made: Bench, answer: Answer, point: str, fault: str, words: str
         return
     assert answer.status == 200
     if point == "parked":
-        # What speaks while nobody listens is lost; in the read of the answer it still belongs to that.
+        # What speaks while nobody listens is lost; in the read of the answer it still belongs to
+        # that.
         spoke = fault == "disorder" and answer.session != "hot"
         rebuilt = fault in (*DEAD, "endless") or spoke
         reason = "died" if fault in DEAD else "unasked"
@@ -299,7 +344,8 @@ def check_answer(made: Bench, answer: Answer, point: str, fault: str, words: str
 
 
 def check_next(made: Bench, conversation: list[Any], fault: str, **fields: Any) -> None:
-    """A conversation goes on after a fault behind its answer, in the same process if that is sound."""
+    """A conversation goes on after a fault behind its answer, in the same process if that is
+    sound."""
     (pid,) = made.log.reached(fields["model"])
     answer = made.server.post(conversation, **fields)
     reason = {"endless": "unasked"}.get(fault, "died" if fault in DEAD else "failed")

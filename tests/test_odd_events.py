@@ -66,7 +66,6 @@ ODD: dict[str, list[Json]] = {
     "event type is a list": stream(*TEXT[:2], {"type": []}, *TEXT[2:]),
     "plain block type is an object": [plain({"type": {}}), DONE],
     "plain block is null": [plain(None), DONE],
-    # TRANSLATE-BUG: these pass; the last one writes lines of its own into the stream.
     "block type is empty": answer(opened(type=""), closed()),
     "delta type is empty": answer(opened(), piece(type=""), closed()),
     "event type is empty": stream(*TEXT[:2], {"type": ""}, *TEXT[2:]),
@@ -78,7 +77,6 @@ ODD: dict[str, list[Json]] = {
     "citations at the start are a text": answer(
         opened(citations="x"), piece(type="citations_delta", citation={}), closed()
     ),
-    # TRANSLATE-BUG: what deltas are to fill begins with something, or with another type.
     "text at the start": answer(opened(text="Oh: "), piece(), closed()),
     "text at the start is a number": answer(opened(text=5), piece(), closed()),
     "thoughts at the start": answer(
@@ -90,23 +88,19 @@ ODD: dict[str, list[Json]] = {
     "server's input is a text": answer(
         opened(type="server_tool_use", id="x", name="x", input="y"), closed()
     ),
-    # TRANSLATE-BUG: a block passes without what the SDKs need.
     "tool of an empty id": answer(opened(**CALL | {"id": ""}), closed(), reason="tool_use"),
     "tool of an empty name": answer(opened(**CALL | {"name": ""}), closed(), reason="tool_use"),
     "server's tool without id": answer(opened(type="server_tool_use", name="x"), closed()),
     "redacted thinking without data": answer(opened(type="redacted_thinking"), closed()),
-    # TRANSLATE-BUG: AttributeError.
     "citations of a new block are a text": answer(
         opened(type="new", citations="x"), piece(type="citations_delta", citation={}), closed()
     ),
-    # TRANSLATE-BUG: the number becomes a text in the message that is kept.
     "text of a new block is a number": answer(opened(type="new", text=5), piece(), closed()),
     # pieces
     "citation of null": answer(opened(), piece(type="citations_delta", citation=None), closed()),
     "delta of no block and no index": stream(*TEXT[:4], {**piece(), "index": None}, *TEXT[4:]),
     "delta after the end, no index": stream(*TEXT[:5], {**piece(), "index": None}, STOP),
     "half a surrogate pair": [*stream(*TEXT[:2]), *decode(HALF), *stream(*TEXT[3:])],
-    # TRANSLATE-BUG: a known delta passes in a known block that it is not for, and is added to it.
     "thoughts of a text": answer(opened(), piece(type="thinking_delta", thinking="hm"), closed()),
     "input of pieces of a text": answer(
         opened(), piece(type="input_json_delta", partial_json="{}"), closed()
@@ -116,11 +110,9 @@ ODD: dict[str, list[Json]] = {
         opened(**THOUGHT), piece(type="citations_delta", citation={}), closed()
     ),
     "text of a call": answer(opened(**CALL), piece(), closed(), reason="tool_use"),
-    # TRANSLATE-BUG: a null passes.
     "signature of null": answer(
         opened(**THOUGHT), piece(type="signature_delta", signature=None), closed()
     ),
-    # TRANSLATE-BUG: a delta of a new type replaces what is known of a block.
     "new delta of a text's text": answer(opened(), piece(), piece(type="new", text=5), closed()),
     "new delta of a call's id": answer(
         opened(**CALL), piece(type="new", id=None), closed(), reason="tool_use"
@@ -139,9 +131,7 @@ ODD: dict[str, list[Json]] = {
     "empty stop_reason": stream(*TEXT[:4], finish(""), STOP),
     "stop_sequence is a number": stream(*TEXT[:4], finish("stop_sequence", stop_sequence=5), STOP),
     "stop_details are a text": stream(*TEXT[:4], finish(stop_details="x"), STOP),
-    # TRANSLATE-BUG: this passes.
     "stop_details of an odd type": stream(*TEXT[:4], finish(stop_details={"type": 5}), STOP),
-    # TRANSLATE-BUG: these replace what message_start said: AttributeError, TypeError.
     "content at the end": stream(*TEXT[:4], {**finish(), "content": 5}, STOP),
     "content in the end": stream(*TEXT[:4], finish(content=5), STOP),
     "usage in the end": stream(*TEXT[:4], finish(usage=5), STOP),
@@ -149,14 +139,12 @@ ODD: dict[str, list[Json]] = {
     # errors
     "error is null": stream({"type": "error", "error": None}),
     "error without message": stream(*TEXT[:2], {"type": "error", "error": {}}, *TEXT[2:]),
-    # TRANSLATE-BUG: an error without a text, and one that passes as an event of a new type.
     "error type is null": stream({"type": "error", "error": {"type": None, "message": ""}}),
     "error is null, later": stream(*TEXT[:2], {"type": "error", "error": None}, *TEXT[2:]),
     # failures
     "result of numbers": [failed(result=5, errors=5, api_error_status=True)],
     "result of an empty text": [failed(result="", errors=[])],
     "result of blank text": [failed(result=None, errors=[""])],
-    # TRANSLATE-BUG: an error without a text.
     "result of advice alone": [
         failed(result="API Error: 500 . This is a server-side issue, usually temporary")
     ],
@@ -187,7 +175,6 @@ def test_an_input_of_300_levels_arrives_whole() -> None:
 
 
 def test_what_is_nested_too_deeply_fails_the_turn() -> None:
-    # TRANSLATE-BUG: RecursionError, on reading a deep input with a long number, and on writing any.
     for value in (nested(1000), f'{{"a":{10**30},"b":{nested(1000)}}}'):
         assert play(call_of(value)).error
     deep: Any = 1
@@ -259,7 +246,6 @@ def printed(events: list[Json]) -> list[Any]:
     return [event for given in events for event in decode(json.dumps(given).encode())]
 
 
-# TRANSLATE-BUG: finds what is marked above.
 @settings(max_examples=400, **QUICK)
 @given(turn=st.sampled_from(SHORT_TURNS), steps=STEPS, agent=st.booleans())
 def test_a_mutated_turn_ends_in_a_message_or_an_error_by_the_grammar(
@@ -285,7 +271,6 @@ JUNK_USAGE = st.dictionaries(
 )
 
 
-# TRANSLATE-BUG: finds what test_blocks.py marks.
 @settings(max_examples=80, **QUICK)
 @given(JUNK_USAGE | st.sampled_from(JUNK))
 def test_any_usage_holds_the_known_counts_and_no_null(value: Any) -> None:

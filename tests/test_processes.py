@@ -1,4 +1,5 @@
-"""How many processes there are, which of them a request gets, what they are given, and how they end."""
+"""How many processes there are, which of them a request gets, what they are given, and how they
+end."""
 
 import contextlib
 import json
@@ -39,10 +40,14 @@ def kill(number: int) -> None:
 
 def in_work(server: Server, count: int) -> None:
     """Wait until the bridge works on this many requests, those that wait for room included."""
-    wait_until(lambda: server.bridge and len(server.bridge._answers) == count, f"{count} requests in work")
+    wait_until(
+        lambda: server.bridge and len(server.bridge._answers) == count, f"{count} requests in work"
+    )
 
 
-def talk(server: Server, first: str, session: str | None = None, **fields: object) -> tuple[list[str], Answer]:
+def talk(
+    server: Server, first: str, session: str | None = None, **fields: object
+) -> tuple[list[str], Answer]:
     """A first turn.  Returns the conversation with its answer and with a next message."""
     answer = server.post(first, session=session, **fields)
     return [first, answer.text, "and now"], answer
@@ -60,7 +65,10 @@ def test_a_hot_turn_writes_only_the_new_message_to_the_same_process(serve: Serve
         assert (answer.session, pid(answer)) == ("hot", pid(first))
         assert answer.text == f"echo: and now; {3 + 2 * number} messages"
         [line] = log.lines(pid(first))[before:]
-        assert line["message"]["content"] == [{"type": "text", "text": "and now"}, {"type": "text", "text": "\n"}]
+        assert line["message"]["content"] == [
+            {"type": "text", "text": "and now"},
+            {"type": "text", "text": "\n"},
+        ]
         conversation += [answer.text, "and now"]
 
 
@@ -79,12 +87,15 @@ def test_a_result_that_comes_late_is_waited_for_by_the_next_turn(
     conversation, first = talk(server, "LATE")
     second = background.submit(server.post, conversation)
     in_work(server, 1)
-    assert server.post("meanwhile").status == 200  # time in which a hasty line would be seen by the process
+    # Time in which a hasty line would be seen by the process.
+    assert server.post("meanwhile").status == 200
     gate.touch()
     assert (second.result().session, pid(second.result())) == ("hot", pid(first))
 
 
-def test_a_result_that_came_behind_the_answer_in_the_same_read_is_the_end_of_the_turn(serve: Serve) -> None:
+def test_a_result_that_came_behind_the_answer_in_the_same_read_is_the_end_of_the_turn(
+    serve: Serve,
+) -> None:
     server = serve()
     assert server.bridge
     conversation, _ = talk(server, "hello")
@@ -164,7 +175,9 @@ def client_left(server: Server) -> Answer:
     conversation, _ = talk(server, "hello")
     body = json.dumps(request_body([*conversation[:2], "PAUSE"], stream=True)).encode()
     with server.connect() as client:
-        head = f"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = (
+            f"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
+        )
         client.sendall(head.encode() + body)
         assert client.recv(65536)
     wait_until(lambda: not server.processes(), "the end of the process")
@@ -218,7 +231,11 @@ def max_tokens(server: Server) -> Answer:
     ],
 )
 def test_a_lost_session_is_rebuilt_and_the_reason_is_said(
-    serve: Serve, reason: str, lose: Callable[[Server], Answer], settings: dict[str, float], gate: Path
+    serve: Serve,
+    reason: str,
+    lose: Callable[[Server], Answer],
+    settings: dict[str, float],
+    gate: Path,
 ) -> None:
     answer = lose(serve(**settings))
     assert answer.session == f"rebuilt; reason={reason}"
@@ -228,7 +245,9 @@ def test_a_lost_session_is_rebuilt_and_the_reason_is_said(
 # how long and how many
 
 
-def test_a_busy_process_does_not_expire(serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor) -> None:
+def test_a_busy_process_does_not_expire(
+    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
     server = serve(session_ttl_secs=0.1)
     running = background.submit(server.post, "PAUSE")
     wait_until(lambda: log.got("PAUSE"), "the turn")
@@ -242,7 +261,10 @@ def test_with_a_time_to_live_of_zero_nothing_expires(serve: Serve) -> None:
     conversation, _ = talk(server, "hello")
     _, other = talk(server, "other")
     kill(pid(other))
-    wait_until(lambda: server.bridge and len(server.bridge.pool.sessions) == 1, "a sweep that saw the dead process")
+    wait_until(
+        lambda: server.bridge and len(server.bridge.pool.sessions) == 1,
+        "a sweep that saw the dead process",
+    )
     assert server.post(conversation).session == "hot"
 
 
@@ -252,7 +274,9 @@ def test_the_least_recently_used_process_goes_first(serve: Serve) -> None:
     second, two = talk(server, "second")
     answer = server.post(first)
     talk(server, "third")
-    wait_until(lambda: not alive(pid(two)), "the end of the process that was not used for the longest")
+    wait_until(
+        lambda: not alive(pid(two)), "the end of the process that was not used for the longest"
+    )
     assert server.post([*first, answer.text, "more"]).session == "hot"
     assert server.post(second).session == "rebuilt; reason=evicted"
     assert alive(pid(one))
@@ -280,7 +304,10 @@ class Sampler:
         ids = set()
         for name in filter(str.isdecimal, os.listdir("/proc")):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                if int(Path(f"/proc/{name}/stat").read_bytes().rpartition(b")")[2].split()[1]) == os.getpid():
+                if (
+                    int(Path(f"/proc/{name}/stat").read_bytes().rpartition(b")")[2].split()[1])
+                    == os.getpid()
+                ):
                     ids.add(int(name))
         return ids
 
@@ -329,13 +356,18 @@ def test_a_waiting_request_gets_the_room_of_a_turn_that_ends(
 ) -> None:
     server = serve(max_sessions=2)
     text = "PAUSE DIE 1" if end == "fault" else "PAUSE"
-    busy = [background.submit(server.post, text, session=f"s{n}" if end == "pinned" else None) for n in range(2)]
+    busy = [
+        background.submit(server.post, text, session=f"s{n}" if end == "pinned" else None)
+        for n in range(2)
+    ]
     wait_until(lambda: len(log.started()) == 2, "two busy processes")
     waiting = [background.submit(server.post, f"waiting {n}") for n in range(3)]
     in_work(server, 5)
     gate.touch()
     assert [turn.result().status for turn in busy] == [502 if end == "fault" else 200] * 2
-    assert [turn.result().text for turn in waiting] == [f"echo: waiting {n}; 1 messages" for n in range(3)]
+    assert [turn.result().text for turn in waiting] == [
+        f"echo: waiting {n}; 1 messages" for n in range(3)
+    ]
 
 
 @pytest.mark.parametrize("session", [None, "pinned"])
@@ -381,11 +413,14 @@ def test_requests_of_one_session_header_run_one_after_another(
     ],
     ids=["a UUID", "another token"],
 )
-def test_the_answer_carries_the_id_of_the_pinned_session(serve: Serve, token: str, name: str, stream: bool) -> None:
+def test_the_answer_carries_the_id_of_the_pinned_session(
+    serve: Serve, token: str, name: str, stream: bool
+) -> None:
     server = serve()
     conversation, answer = talk(server, "hello", session=token, stream=stream)
     assert answer.headers[HEADER] == name
-    again = server.post(conversation, session=name, stream=stream)  # the answer's id names the same session
+    # The answer's id names the same session.
+    again = server.post(conversation, session=name, stream=stream)
     assert (again.headers[HEADER], again.session) == (name, "hot")
     rebuilt = server.post(["other", "yes", "and now"], session=token, stream=stream)
     assert (rebuilt.headers[HEADER], rebuilt.session) == (name, "rebuilt; reason=unknown-history")
@@ -396,7 +431,10 @@ def test_sessions_without_a_header_have_ids_of_their_own_that_last(serve: Serve)
     conversation, first = talk(server, "hello")
     _, second = talk(server, "hello")
     assert str(uuid.UUID(first.headers[HEADER])) == first.headers[HEADER] != second.headers[HEADER]
-    assert server.post(conversation).headers[HEADER] in (first.headers[HEADER], second.headers[HEADER])
+    assert server.post(conversation).headers[HEADER] in (
+        first.headers[HEADER],
+        second.headers[HEADER],
+    )
 
 
 def test_user_messages_alone_continue_a_live_pinned_session(serve: Serve) -> None:
@@ -413,7 +451,9 @@ def test_user_messages_alone_continue_a_live_pinned_session(serve: Serve) -> Non
         assert answer.headers[HEADER] == first.headers[HEADER]
 
 
-def test_user_messages_alone_after_the_pinned_session_is_gone_start_anew_and_say_why(serve: Serve) -> None:
+def test_user_messages_alone_after_the_pinned_session_is_gone_start_anew_and_say_why(
+    serve: Serve,
+) -> None:
     server = serve()
     _, first = talk(server, "hello", session="s")
     kill(pid(first))
@@ -427,14 +467,27 @@ def test_user_messages_alone_after_the_pinned_session_is_gone_start_anew_and_say
 def test_a_child_gets_no_variable_that_changes_its_account_unless_it_is_kept(
     serve: Serve, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dropped = ("ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK", "CLAUDECODE", "OTEL_LOGS_EXPORTER", "CLAUDE_CLI_CWD")
-    kept = ("ANTHROPIC_MODEL", "CLAUDE_CODE_MAX_RETRIES", "CLAUDE_CLI_API_KEY", "OTEL_RESOURCE_ATTRIBUTES")
+    dropped = (
+        "ANTHROPIC_AUTH_TOKEN",
+        "CLAUDE_CODE_USE_BEDROCK",
+        "CLAUDECODE",
+        "OTEL_LOGS_EXPORTER",
+        "CLAUDE_CLI_CWD",
+    )
+    kept = (
+        "ANTHROPIC_MODEL",
+        "CLAUDE_CODE_MAX_RETRIES",
+        "CLAUDE_CLI_API_KEY",
+        "OTEL_RESOURCE_ATTRIBUTES",
+    )
     for name in (*dropped, *kept):
         monkeypatch.setenv(name, "mine")
     answer = serve(keep_env=kept, retries=7).post()
     found = log.started()[pid(answer)]["env"]
     assert not set(found) & set(dropped)
-    assert {name for name, value in found.items() if value == "mine"} == set(kept) - {"CLAUDE_CLI_API_KEY"}
+    assert {name for name, value in found.items() if value == "mine"} == set(kept) - {
+        "CLAUDE_CLI_API_KEY"
+    }
     assert found["PATH"] == os.environ["PATH"]
     assert found["HOME"] == os.environ["HOME"]
     assert found["DISABLE_AUTO_COMPACT"] == "1"
@@ -446,7 +499,9 @@ def test_retries_reach_the_child_in_its_environment(serve: Serve, log: Log) -> N
     assert log.started()[pid(answer)]["env"]["CLAUDE_CODE_MAX_RETRIES"] == "7"
 
 
-def test_the_working_directory_is_private_empty_and_the_same_for_all_bridges_of_a_user(serve: Serve, log: Log) -> None:
+def test_the_working_directory_is_private_empty_and_the_same_for_all_bridges_of_a_user(
+    serve: Serve, log: Log
+) -> None:
     folders = []
     for server in (serve(), serve()):
         number = pid(server.post())
@@ -496,7 +551,8 @@ def test_a_working_directory_that_was_cleaned_up_is_made_again(
 def test_a_disk_without_room_for_the_working_directory_fails_the_request_and_no_more(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))  # as good as full: no folder can be made
+    # As good as full: no folder can be made.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     server = serve(spares=1)
     answer = server.post()
     assert (answer.status, answer.json["error"]["type"]) == (502, "claude_cli_error")
@@ -528,7 +584,9 @@ def test_what_a_process_leaves_behind_is_killed_with_it(serve: Serve) -> None:
     wait_until(lambda: not alive(int(answer.text.split()[-1])), "the end of its child")
 
 
-def test_a_shutdown_ends_every_process(serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor) -> None:
+def test_a_shutdown_ends_every_process(
+    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
     server = serve(drain_secs=0.1)
     talk(server, "hello")
     talk(server, "hello", model="ignore-sigterm")

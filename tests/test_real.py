@@ -1,4 +1,5 @@
-"""Conversations through the real CLI, both versions where both are installed: what arrives at the stub API counts."""
+"""Conversations through the real CLI, both versions where both are installed: what arrives at the
+stub API counts."""
 
 import copy
 import http.client
@@ -57,7 +58,8 @@ def test_text_answer_has_the_apis_ids_usage_and_stop_reason(real: Server, stream
         assert message["stop_reason"] == "end_turn"
         assert message["stop_sequence"] is None
         assert message["model"].startswith("claude-sonnet")
-        # message_start says 1, message_delta 17, `result` the sum of the turn: the middle one is the message's
+        # message_start says 1, message_delta 17, `result` the sum of the turn: the middle one is
+        # the message's
         assert message["usage"]["output_tokens"] == 17
         assert message["usage"]["input_tokens"] == 10
         assert message["usage"]["cache_read_input_tokens"] == 5
@@ -69,21 +71,31 @@ def test_streamed_and_not_are_the_same_message(real: Server) -> None:
     for message in (plain, streamed):
         del message["id"]
     assert plain == streamed
-    assert [block["type"] for block in plain["content"]] == ["thinking", "redacted_thinking", "text"]
+    assert [block["type"] for block in plain["content"]] == [
+        "thinking",
+        "redacted_thinking",
+        "text",
+    ]
     assert plain["content"][0] == {"type": "thinking", "thinking": "hmm...", "signature": "c2ln"}
 
 
 def test_sdk_with_both_key_styles(real: Server) -> None:
     for key in ({"api_key": "k"}, {"auth_token": "k"}):
         with anthropic.Anthropic(base_url=real.url, max_retries=0, **key) as client:
-            asked = {"model": "sonnet", "max_tokens": 99, "messages": [{"role": "user", "content": "SAY hi"}]}
+            asked = {
+                "model": "sonnet",
+                "max_tokens": 99,
+                "messages": [{"role": "user", "content": "SAY hi"}],
+            }
             assert client.messages.create(**asked).content[0].text == "hi"
             with client.messages.stream(**asked) as stream:
                 assert "".join(stream.text_stream) == "hi"
                 assert stream.get_final_message().stop_reason == "end_turn"
 
 
-@pytest.mark.parametrize(("word", "reason"), [("MAXTOK", "max_tokens"), ("REFUSE", "refusal"), ("EMPTY", "end_turn")])
+@pytest.mark.parametrize(
+    ("word", "reason"), [("MAXTOK", "max_tokens"), ("REFUSE", "refusal"), ("EMPTY", "end_turn")]
+)
 @pytest.mark.parametrize("stream", [False, True])
 def test_answer_ends_with_the_first_stop_reason_whatever_the_cli_does_next(
     real: Server, word: str, reason: str, stream: bool
@@ -102,7 +114,8 @@ def test_answer_that_the_api_will_not_stream_comes_whole(real: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["\u00e9\u4e2d\U0001f600\u2028\u0085\u202e end", 'a\x00b\x1b[31m -- --help $(x) `y` "q"']
+    "value",
+    ["\u00e9\u4e2d\U0001f600\u2028\u0085\u202e end", 'a\x00b\x1b[31m -- --help $(x) `y` "q"'],
 )
 def test_any_text_survives_both_ways(real: Server, stub: Stub, value: str) -> None:
     answer = real.post("SAY " + value, stream=True)
@@ -113,7 +126,9 @@ def test_any_text_survives_both_ways(real: Server, stub: Stub, value: str) -> No
 # conversations
 
 
-def converse(client: Client, turns: int, first: str = "SAY one", **fields: Any) -> tuple[list[str], list[Answer]]:
+def converse(
+    client: Client, turns: int, first: str = "SAY one", **fields: Any
+) -> tuple[list[str], list[Answer]]:
     """A conversation of some turns; its history and the answers."""
     history, answers = [first], []
     for number in range(turns):
@@ -130,10 +145,14 @@ def test_later_turns_stay_in_one_process_and_the_api_sees_the_whole_history(
     history, answers = converse(real, 4, system="Be terse.")
     assert [answer.session for answer in answers] == ["new", "hot", "hot", "hot"]
     assert len(real.processes()) == 1
-    assert [arrived(row["body"]) for row in since()] == [sent(history[: 2 * n + 1]) for n in range(4)]
+    assert [arrived(row["body"]) for row in since()] == [
+        sent(history[: 2 * n + 1]) for n in range(4)
+    ]
 
 
-def test_a_hot_turn_writes_only_the_new_message(serve: Callable[..., Server], cli: Path, tmp_path: Path) -> None:
+def test_a_hot_turn_writes_only_the_new_message(
+    serve: Callable[..., Server], cli: Path, tmp_path: Path
+) -> None:
     log, wrapper = tmp_path / "stdin", tmp_path / "claude"
     wrapper.write_text(f'#!/bin/sh\ntee -a {log} | {cli} "$@"\n')
     wrapper.chmod(0o755)
@@ -142,7 +161,9 @@ def test_a_hot_turn_writes_only_the_new_message(serve: Callable[..., Server], cl
     before = log.read_bytes()
     assert server.post(["SAY first words", first.text, "SAY second"]).session == "hot"
     new = [json.loads(line) for line in log.read_bytes()[len(before) :].splitlines()]
-    assert [line["message"]["content"] for line in new if line["type"] == "user"] == [[text("SAY second"), text("\n")]]
+    assert [line["message"]["content"] for line in new if line["type"] == "user"] == [
+        [text("SAY second"), text("\n")]
+    ]
     assert len(new) == 1
 
 
@@ -150,7 +171,10 @@ HISTORY: list[Any] = [
     {"role": "user", "content": [text("look"), IMAGE, DOCUMENT, text("well?")]},
     {
         "role": "assistant",
-        "content": [text("I see. "), {"type": "tool_use", "id": "toolu_1", "name": "w", "input": {"a": [1]}}],
+        "content": [
+            text("I see. "),
+            {"type": "tool_use", "id": "toolu_1", "name": "w", "input": {"a": [1]}},
+        ],
     },
     {
         "role": "user",
@@ -178,7 +202,10 @@ def test_a_rebuilt_conversation_has_the_bytes_of_the_continued_one(
     serve: Callable[..., Server], cli: Path, stub: Stub
 ) -> None:
     """For the API's prompt cache.  What 2.1.330 puts behind the newest message is in the README."""
-    tools = [{"name": name, "input_schema": {"type": "object", "properties": {"z": {}, "a": {}}}} for name in "ba"]
+    tools = [
+        {"name": name, "input_schema": {"type": "object", "properties": {"z": {}, "a": {}}}}
+        for name in "ba"
+    ]
     more = {"system": "Be terse.", "tools": tools}
     talk, told = ["SAY one", "one", "SAY two", "two", "SAY three"], []
     continued, rebuilt = serve(bin=cli), serve(bin=cli)
@@ -195,7 +222,12 @@ def test_a_rebuilt_conversation_has_the_bytes_of_the_continued_one(
 def cached_bytes(body: Json) -> str:
     """An API request as its prompt cache compares it, without the messages that the CLI adds."""
     messages = [
-        {**message, "content": [text(message["content"])] if isinstance(message["content"], str) else message["content"]}
+        {
+            **message,
+            "content": [text(message["content"])]
+            if isinstance(message["content"], str)
+            else message["content"],
+        }
         for message in body["messages"]
         if message["role"] != "system"
     ]
@@ -226,8 +258,13 @@ THOUGHT = {"type": "thinking", "thinking": "hm", "signature": "c2ln"}
 
 
 @pytest.mark.parametrize("first", [["hi"], []])
-def test_thinking_of_a_history_arrives_as_it_was_sent(real: Server, stub: Stub, first: list[str]) -> None:
-    thought = {"role": "assistant", "content": [THOUGHT, {"type": "redacted_thinking", "data": "eHh4"}, text("a")]}
+def test_thinking_of_a_history_arrives_as_it_was_sent(
+    real: Server, stub: Stub, first: list[str]
+) -> None:
+    thought = {
+        "role": "assistant",
+        "content": [THOUGHT, {"type": "redacted_thinking", "data": "eHh4"}, text("a")],
+    }
     asked = [*first, thought, {"role": "user", "content": "SAY x"}]
     assert real.post(asked, thinking={"type": "adaptive"}).text == "x"
     assert last_arrived(stub) == sent(asked)
@@ -242,8 +279,11 @@ def test_the_model_asked_for_is_the_model_that_answers(
     assert model.removeprefix("claude-cli/") in answer.message["model"]
 
 
-def test_an_answer_cut_by_max_tokens_is_billed_once_as_a_rule(real: Server, since: Callable[[], list[Json]]) -> None:
-    # The CLI calls the API again within 4 ms of the end: against a stub as fast as this one the interrupt may lose.
+def test_an_answer_cut_by_max_tokens_is_billed_once_as_a_rule(
+    real: Server, since: Callable[[], list[Json]]
+) -> None:
+    # The CLI calls the API again within 4 ms of the end: against a stub as fast as this one the
+    # interrupt may lose.
     for number in range(5):
         assert real.post(f"MAXTOK {number}").message["stop_reason"] == "max_tokens"
     wait_until(lambda: not real.processes(), "the end of the processes")
@@ -264,7 +304,13 @@ def test_long_history_arrives_in_order(real: Server, stub: Stub) -> None:
 
 
 def test_history_may_begin_with_the_assistant_and_repeat_a_role(real: Server, stub: Stub) -> None:
-    roles = [("assistant", "I begin"), ("user", "one"), ("user", "two"), ("assistant", "three"), ("user", "SAY x")]
+    roles = [
+        ("assistant", "I begin"),
+        ("user", "one"),
+        ("user", "two"),
+        ("assistant", "three"),
+        ("user", "SAY x"),
+    ]
     assert real.post([{"role": role, "content": value} for role, value in roles]).status == 200
     assert last_arrived(stub) == [
         {"role": "assistant", "content": [text("I begin")]},
@@ -275,7 +321,12 @@ def test_history_may_begin_with_the_assistant_and_repeat_a_role(real: Server, st
 
 
 def test_system_message_inside_the_conversation_reaches_the_model(real: Server, stub: Stub) -> None:
-    assert real.post([{"role": "user", "content": "hi"}, {"role": "system", "content": "Be terse."}]).status == 200
+    assert (
+        real.post(
+            [{"role": "user", "content": "hi"}, {"role": "system", "content": "Be terse."}]
+        ).status
+        == 200
+    )
     reminder = text("<system-reminder>\nBe terse.\n</system-reminder>")
     assert last_arrived(stub) == [{"role": "user", "content": [text("hi"), reminder]}]
 
@@ -329,7 +380,12 @@ def test_equal_first_messages_are_two_conversations(real: Server, stub: Stub) ->
         lambda answer: answer,
         lambda answer: [text(answer)],
         lambda answer: [
-            {"text": answer + "\n", "type": "text", "citations": None, "cache_control": {"type": "ephemeral"}}
+            {
+                "text": answer + "\n",
+                "type": "text",
+                "citations": None,
+                "cache_control": {"type": "ephemeral"},
+            }
         ],
         lambda answer: [{"type": "text", "text": answer, "parsed_output": {"x": 1}}],
     ],
@@ -337,7 +393,14 @@ def test_equal_first_messages_are_two_conversations(real: Server, stub: Stub) ->
 def test_an_answer_that_the_client_rewrote_without_meaning_it_is_still_hot(
     real: Server, echo: Callable[[str], Any]
 ) -> None:
-    answer = real.post([{"role": "user", "content": [{**text("SAY well"), "cache_control": {"type": "ephemeral"}}]}])
+    answer = real.post(
+        [
+            {
+                "role": "user",
+                "content": [{**text("SAY well"), "cache_control": {"type": "ephemeral"}}],
+            }
+        ]
+    )
     messages = ["SAY well", {"role": "assistant", "content": echo(answer.text)}, "SAY next"]
     assert real.post(messages).session == "hot"
 
@@ -346,7 +409,10 @@ def test_thinking_that_the_client_drops_or_keeps_is_still_hot(real: Server) -> N
     for keep in (True, False):
         content = real.post(f"THINK {keep}").message["content"]
         kept = content if keep else content[2:]
-        assert real.post([f"THINK {keep}", {"role": "assistant", "content": kept}, "SAY next"]).session == "hot"
+        assert (
+            real.post([f"THINK {keep}", {"role": "assistant", "content": kept}, "SAY next"]).session
+            == "hot"
+        )
 
 
 def test_conversation_survives_the_death_of_its_process(real: Server, stub: Stub) -> None:
@@ -359,7 +425,9 @@ def test_conversation_survives_the_death_of_its_process(real: Server, stub: Stub
     assert last_arrived(stub) == sent([*history, "SAY on"])
 
 
-def test_conversation_survives_a_restart_of_the_bridge(serve: Callable[..., Server], cli: Path, stub: Stub) -> None:
+def test_conversation_survives_a_restart_of_the_bridge(
+    serve: Callable[..., Server], cli: Path, stub: Stub
+) -> None:
     first = serve(bin=cli)
     history, _ = converse(first, 2)
     first.close()
@@ -374,7 +442,9 @@ def test_pinned_session_continues_with_only_what_is_new(real: Server, stub: Stub
     assert (first.session, second.session) == ("new", "hot")
     assert second.headers["x-arch-claude-cli-session"] == first.headers["x-arch-claude-cli-session"]
     assert last_arrived(stub) == sent(["SAY one", "one", "SAY two"])
-    third = real.post(["SAY one", "one", "SAY two", "two", "SAY three"], session="my-chat", system="Be terse.")
+    third = real.post(
+        ["SAY one", "one", "SAY two", "two", "SAY three"], session="my-chat", system="Be terse."
+    )
     assert third.session == "hot"
     edited = real.post(["SAY one", "ONE", "SAY three"], session="my-chat", system="Be terse.")
     assert edited.session.startswith("rebuilt")
@@ -384,10 +454,21 @@ def test_pinned_session_continues_with_only_what_is_new(real: Server, stub: Stub
 # input that the CLI would take for its own
 
 
-COMMANDS = ("/compact", "/x", "/help me", "see @/etc/hostname", "@/etc/hostname", "--version", "#note", "!ls")
+COMMANDS = (
+    "/compact",
+    "/x",
+    "/help me",
+    "see @/etc/hostname",
+    "@/etc/hostname",
+    "--version",
+    "#note",
+    "!ls",
+)
 
 
-def test_commands_and_file_mentions_are_plain_text(real: Server, since: Callable[[], list[Json]]) -> None:
+def test_commands_and_file_mentions_are_plain_text(
+    real: Server, since: Callable[[], list[Json]]
+) -> None:
     """As the first message, as the newest one behind another text, and in the past."""
 
     def ask(*asked: Any) -> str:
@@ -405,9 +486,12 @@ def test_commands_and_file_mentions_are_plain_text(real: Server, since: Callable
 
 
 @pytest.mark.parametrize(
-    "system", ["Be a pirate.", [text("Be a"), {**text("pirate."), "cache_control": {"type": "ephemeral"}}]]
+    "system",
+    ["Be a pirate.", [text("Be a"), {**text("pirate."), "cache_control": {"type": "ephemeral"}}]],
 )
-def test_system_prompt_is_the_requests_alone(real: Server, since: Callable[[], list[Json]], system: Any) -> None:
+def test_system_prompt_is_the_requests_alone(
+    real: Server, since: Callable[[], list[Json]], system: Any
+) -> None:
     assert real.post("SAY x", system=system).status == 200
     body = since()[-1]["body"]
     # The CLI says who it is in two short lines of its own; they stay true.
@@ -423,7 +507,9 @@ def test_without_system_prompt_there_is_none(real: Server, since: Callable[[], l
     assert sum(len(block["text"]) for block in since()[-1]["body"]["system"]) < 200
 
 
-def test_system_prompt_of_300_kb_arrives_whole(real: Server, since: Callable[[], list[Json]]) -> None:
+def test_system_prompt_of_300_kb_arrives_whole(
+    real: Server, since: Callable[[], list[Json]]
+) -> None:
     system = "lorem ipsum dolor " * 17000
     assert real.post("SAY x", system=system).status == 200
     assert since()[-1]["body"]["system"][-1]["text"] == system
@@ -469,14 +555,23 @@ PARAMETERS: list[Json] = [
 
 
 @pytest.mark.parametrize("asked", PARAMETERS, ids=[", ".join(asked) for asked in PARAMETERS])
-def test_parameters_are_the_requests_alone(real: Server, since: Callable[[], list[Json]], asked: Json) -> None:
+def test_parameters_are_the_requests_alone(
+    real: Server, since: Callable[[], list[Json]], asked: Json
+) -> None:
     first = real.post("SAY x", **asked)
     assert real.post(["SAY x", first.text, "SAY y"], max_tokens=50).session == "hot"
     with_them, without = (row["body"] for row in since())
     assert {name: with_them[name] for name in asked} == asked
     assert without["max_tokens"] == 50
     assert without["output_config"] == {"effort": "high"}  # the API's default
-    assert not {"temperature", "top_p", "top_k", "stop_sequences", "thinking", "service_tier"} & set(without)
+    assert not {
+        "temperature",
+        "top_p",
+        "top_k",
+        "stop_sequences",
+        "thinking",
+        "service_tier",
+    } & set(without)
 
 
 def test_stop_sequence_ends_the_answer_and_leaves_the_session_warm(real: Server) -> None:
@@ -528,12 +623,20 @@ def test_error_in_mid_stream_is_an_error_event_and_the_end(real: Server) -> None
 
 
 def test_retried_api_failure_is_an_answer(serve: Callable[..., Server], cli: Path) -> None:
-    assert serve(bin=cli, retries=1).post(f"RETRYONCE {time.time()}").text.startswith("You said: 'RETRYONCE")
+    assert (
+        serve(bin=cli, retries=1)
+        .post(f"RETRYONCE {time.time()}")
+        .text.startswith("You said: 'RETRYONCE")
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_nobody_logged_in_is_401_with_the_cure(serve: Callable[..., Server], cli: Path, stream: bool) -> None:
-    server = serve(bin=cli, keep_env=("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "ANTHROPIC_BASE_URL"))
+def test_nobody_logged_in_is_401_with_the_cure(
+    serve: Callable[..., Server], cli: Path, stream: bool
+) -> None:
+    server = serve(
+        bin=cli, keep_env=("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "ANTHROPIC_BASE_URL")
+    )
     answer = server.post("hi", stream=stream)
     assert (answer.status, answer.json["error"]["type"]) == (401, "authentication_error")
     assert "/login" in answer.json["error"]["message"]
@@ -545,7 +648,12 @@ def test_nobody_logged_in_is_401_with_the_cure(serve: Callable[..., Server], cli
 
 def ask_and_leave(client: Client, seen: Callable[[], object], **fields: Any) -> None:
     connection = http.client.HTTPConnection(client.host, client.port)
-    connection.request("POST", "/v1/messages", json.dumps(request_body(**fields)), {"content-type": "application/json"})
+    connection.request(
+        "POST",
+        "/v1/messages",
+        json.dumps(request_body(**fields)),
+        {"content-type": "application/json"},
+    )
     wait_until(seen, "the API call")
     assert connection.sock
     connection.sock.close()
@@ -561,7 +669,9 @@ def test_the_api_call_of_a_client_that_left_ends_at_once(
     wait_until(lambda: since()[0]["end"], "the end of the API call", 2)
     assert since()[0]["end"] == "left"
     assert since()[0]["seconds"] < 9  # the whole answer takes ten
-    wait_until(lambda: not real.processes(), "the end of the process", began + 10 - time.monotonic())
+    wait_until(
+        lambda: not real.processes(), "the end of the process", began + 10 - time.monotonic()
+    )
     assert real.post("SAY fine").text == "fine"
     assert len(since()) == 2  # nothing more was billed
 
@@ -620,7 +730,10 @@ def test_sigkill_of_the_bridge_leaves_no_child_and_no_api_call(
     program.process.kill()
     program.wait()
     connection.close()
-    wait_until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in orphans), "their end")
+    wait_until(
+        lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in orphans),
+        "their end",
+    )
     wait_until(lambda: since()[0]["end"] == "left", "the end of the API call")
 
 
@@ -628,7 +741,10 @@ def test_start_makes_no_model_call_and_its_spare_serves_the_first_conversation(
     launch: Callable[..., Program], cli: Path, since: Callable[[], list[Json]]
 ) -> None:
     program = launch(CLAUDE_CLI_BIN=str(cli), CLAUDE_CLI_SPARES="1")
-    wait_until(lambda: any("logged in (ANTHROPIC_API_KEY)" in line for line in program.lines), "the login state")
+    wait_until(
+        lambda: any("logged in (ANTHROPIC_API_KEY)" in line for line in program.lines),
+        "the login state",
+    )
     wait_until(lambda: len(program.children()) == 1, "the end of the process that was asked")
     spare = program.children()[0].pid
     assert since() == []
@@ -641,8 +757,12 @@ def test_start_makes_no_model_call_and_its_spare_serves_the_first_conversation(
 
 
 def test_start_says_that_nobody_is_logged_in(launch: Callable[..., Program], cli: Path) -> None:
-    program = launch(CLAUDE_CLI_BIN=str(cli), CLAUDE_CLI_KEEP_ENV="CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC")
-    wait_until(lambda: any("nobody is logged in" in line for line in program.lines), "the login state")
+    program = launch(
+        CLAUDE_CLI_BIN=str(cli), CLAUDE_CLI_KEEP_ENV="CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"
+    )
+    wait_until(
+        lambda: any("nobody is logged in" in line for line in program.lines), "the login state"
+    )
 
 
 # the process
@@ -681,13 +801,25 @@ def test_child_gets_no_name_of_the_scrub_list_unless_kept(
 
 
 @pytest.mark.timeout(240)
-def test_conformance(serve: Callable[..., Server], cli: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conformance(
+    serve: Callable[..., Server], cli: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The driver also sends what the API refuses, so it needs an API that does."""
     with Stub("--judge") as judging:
         monkeypatch.setenv("ANTHROPIC_BASE_URL", judging.url)
-        server = serve(bin=cli, spares=1, allowed_hosts=("x",))  # the driver's raw sockets send `host: x`
-        command = [sys.executable, str(TESTS / "drivers/conformance.py"), server.url, "--model", "sonnet"]
-        command += ["--require", "tools,images,documents,thinking,sampling,system_role,json,stop_sequences,max_tokens"]
+        # The driver's raw sockets send `host: x`.
+        server = serve(bin=cli, spares=1, allowed_hosts=("x",))
+        command = [
+            sys.executable,
+            str(TESTS / "drivers/conformance.py"),
+            server.url,
+            "--model",
+            "sonnet",
+        ]
+        command += [
+            "--require",
+            "tools,images,documents,thinking,sampling,system_role,json,stop_sequences,max_tokens",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
         server.close()
     assert "40 passed, 0 failed" in done.stdout, done.stdout + done.stderr

@@ -18,7 +18,8 @@ TAIL = b',"session_id":"s","parent_tool_use_id":null,"uuid":"u","api_message_id"
 
 
 def outcome(lines: list[bytes], *, raw: bool, reads: int = 1) -> Outcome:
-    """What a client gets of the lines, the message that is kept, and the error; `reads` lines come in one read."""
+    """What a client gets of the lines, the message that is kept, and the error; `reads` lines come
+    in one read."""
     translator, frames, error = Translator(SERVED), b"", ""
     try:
         for at in range(0, len(lines), reads):
@@ -40,7 +41,12 @@ def outcome(lines: list[bytes], *, raw: bool, reads: int = 1) -> Outcome:
 
 
 def delta(index: int, kind: str, key: str, value: bytes, tail: bytes = TAIL) -> bytes:
-    head = b'%b%d,"delta":{"type":"%b","%b":"' % (translate.DELTA_START, index, kind.encode(), key.encode())
+    head = b'%b%d,"delta":{"type":"%b","%b":"' % (
+        translate.DELTA_START,
+        index,
+        kind.encode(),
+        key.encode(),
+    )
     return head + value + b'"}}' + tail
 
 
@@ -49,10 +55,19 @@ def text(value: bytes, tail: bytes = TAIL) -> bytes:
 
 
 def event(**fields: Any) -> bytes:
-    return json.dumps({"type": "stream_event", "event": fields, "parent_tool_use_id": None}).encode()
+    return json.dumps(
+        {"type": "stream_event", "event": fields, "parent_tool_use_id": None}
+    ).encode()
 
 
-MESSAGE = {"id": "msg_1", "type": "message", "role": "assistant", "model": "m", "content": [], "usage": {}}
+MESSAGE = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "m",
+    "content": [],
+    "usage": {},
+}
 BEGIN = [
     event(type="message_start", message=MESSAGE),
     event(type="content_block_start", index=0, content_block={"type": "text", "text": ""}),
@@ -71,7 +86,9 @@ def test_recordings(path: Path) -> None:
     rows = [json.loads(row) for row in path.read_text().rstrip("\n").split("\n")]
     out = [row["line"] for row in rows if row["dir"] == "out" and "line" in row]
     lines = [json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() for line in out]
-    assert any(line.startswith(translate.DELTA_START) for line in lines) or "content_block_delta" not in str(out)
+    assert any(
+        line.startswith(translate.DELTA_START) for line in lines
+    ) or "content_block_delta" not in str(out)
     for reads in (1, 4, len(lines)):
         assert outcome(lines, raw=True, reads=reads) == outcome(lines, raw=False)
 
@@ -80,7 +97,8 @@ def test_recordings(path: Path) -> None:
     "lines",
     [
         [text(b"plain"), text(b" and more")],
-        [text(b"line\\n \\u00e9 \\\\"), text(b"\\"), text(b"n")],  # no half of an escape is made whole
+        # No half of an escape is made whole.
+        [text(b"line\\n \\u00e9 \\\\"), text(b"\\"), text(b"n")],
         [text("é \u2028 \u2029 \u0085 \U0001f600".encode())],
         [text(b"\\ud83d"), text(b"\\ude00"), text(b"\\ud83d\\ude00")],
         [text(b"ok"), text(b"\xff\xfe")],
@@ -90,7 +108,12 @@ def test_recordings(path: Path) -> None:
         [text(b"for a subagent", TAIL.replace(b"null", b'"toolu_1"')), text(b"for the client")],
         [text(b"glued") + text(b" to it")],
         [text(b"glued", TAIL[:-1] + b"}" + TAIL[1:])],
-        [text(b"glued", TAIL + b'{"type":"stream_event","event":{"type":"content_block_stop","index":0}}')],
+        [
+            text(
+                b"glued",
+                TAIL + b'{"type":"stream_event","event":{"type":"content_block_stop","index":0}}',
+            )
+        ],
         [text(b"cut", TAIL[:30])],
         [text(b"cut", TAIL[:-1])],
         [text(b"nested", TAIL[:-1] + b',"more":{"parent_tool_use_id":null}}')],
@@ -109,9 +132,16 @@ def test_odd_lines(lines: list[bytes]) -> None:
 
 
 @settings(max_examples=150, **QUICK)
-@given(texts=st.lists(st.text(max_size=12), max_size=12), cut=st.integers(1, 16), ascii_only=st.booleans())
+@given(
+    texts=st.lists(st.text(max_size=12), max_size=12),
+    cut=st.integers(1, 16),
+    ascii_only=st.booleans(),
+)
 def test_any_text(texts: list[str], cut: int, ascii_only: bool) -> None:
-    values = [json.dumps(value, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")[1:-1] for value in texts]
+    values = [
+        json.dumps(value, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")[1:-1]
+        for value in texts
+    ]
     lines = [*BEGIN, *map(text, values), *END]
     found = outcome(lines, raw=True, reads=cut)
     assert found == outcome(lines, raw=False)
@@ -134,5 +164,7 @@ def test_a_delta_keeps_its_bytes() -> None:
             translator.feed(found)
     inner = b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"\\u0041\\/"}}'
     line = b'{"type":"stream_event","event":' + inner + TAIL
-    assert b"".join(translator.relay([line, line])) == 2 * (b"event: content_block_delta\ndata: " + inner + b"\n\n")
+    assert b"".join(translator.relay([line, line])) == 2 * (
+        b"event: content_block_delta\ndata: " + inner + b"\n\n"
+    )
     assert translator.message["content"] == [{"type": "text", "text": ""}]

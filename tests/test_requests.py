@@ -219,7 +219,6 @@ REFUSED: list[tuple[Any, Json, str]] = [
     (["x", "y"], {}, f"messages.1: {PREFILL}"),
     (["x", role("assistant", [USE])], {}, f"messages.1: {PREFILL}"),
     ([role("assistant", [THOUGHT])], {}, f"messages.0: {PREFILL}"),
-    # TRANSLATE-BUG: this prefill is left out in silence, and the question asked.
     (["x", role("assistant", [THOUGHT])], {}, f"messages.1: {PREFILL}"),
 ]
 
@@ -310,7 +309,6 @@ def test_the_depth_of_a_body_has_a_limit() -> None:
 
 
 def test_a_body_of_long_numbers_that_is_nested_too_deeply_is_refused() -> None:
-    # TRANSLATE-BUG: RecursionError: what orjson has read, json cannot read once more.
     body = b'{"a":%d,"b":%b}' % (10**30, b"[" * 1000 + b"]" * 1000)
     with pytest.raises(ApiError, match="The request body is not valid JSON: "):
         parse_request(body)
@@ -344,7 +342,6 @@ def test_what_a_text_holds_is_no_value(value: str) -> None:
 
 
 def test_what_a_text_holds_is_no_value_where_the_limit_is_low_either() -> None:
-    # TRANSLATE-BUG: below 100,000 marks those in texts are counted as well.
     assert parse_request(json.dumps(request_body("x," * 2000)).encode(), max_values=1000)
 
 
@@ -461,7 +458,6 @@ SAID: dict[str, list[Json]] = {
     "thinking without signature": [{"type": "thinking", "thinking": "x"}, text("b")],
     "server's tools": [SERVER_USE, SERVER_RESULT, text("b", citations=[{"type": "new"}])],
     "server's call alone": [SERVER_USE],
-    # TRANSLATE-BUG: TypeError: unhashable type.
     "odd ids": [SERVER_USE | {"id": []}, SERVER_RESULT | {"tool_use_id": {}}, text("b")],
     "image": [IMAGE],
     "new block": [{"type": "new"}],
@@ -829,13 +825,11 @@ LOST: dict[str, tuple[Any, Json, list[str]]] = {
         {"tools": [BASH, DEFERRED]},
         ["messages.2.content.0.content.0", "tools.1.defer_loading"],
     ),
-    # TRANSLATE-BUG: the keys of a system text are lost, and nothing says so.
     "key of a system text": (
         "x",
         {"system": [text("a", citations=[{"type": "new"}], new=1)]},
         ["system.0.citations", "system.0.new"],
     ),
-    # TRANSLATE-BUG: a null says nothing, as in the fields above.
     "null of a message": ([role("user") | {"name": None}], {}, []),
 }
 
@@ -849,7 +843,6 @@ def test_what_cannot_arrive_as_sent_is_named_once(
 
 @pytest.mark.parametrize("name", ["a\r\nx-evil: 1", "é", "\U0001f600", "a, b", ""], ids=ascii)
 def test_what_is_named_fits_into_a_header(name: str) -> None:
-    # TRANSLATE-BUG: the bridge puts the names into x-bridge-not-sent; h11 refuses the first three,
     # and the request ends as a 500.
     for place in parsed([role("user") | {name: 1}]).not_sent:
         assert re.fullmatch(r"[\x21-\x2b\x2d-\x7e]+", place)
@@ -923,7 +916,6 @@ MUTATIONS = st.lists(
 )
 
 
-# TRANSLATE-BUG: finds the TypeError that is marked above.
 @settings(max_examples=120, **QUICK)
 @given(MUTATIONS)
 def test_a_mutated_request_is_served_or_refused_with_400(

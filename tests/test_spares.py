@@ -41,13 +41,18 @@ def known(serve: Serve) -> Serve:
     def start(**settings: Any) -> Server:
         server = serve(**settings)
         assert server.call("GET", "/v1/models").status == 200
-        wait_until(lambda: server.bridge and not server.bridge.pool._ending, "the end of the process that was asked")
+        wait_until(
+            lambda: server.bridge and not server.bridge.pool._ending,
+            "the end of the process that was asked",
+        )
         return server
 
     return start
 
 
-def test_the_first_spare_starts_with_the_bridge_and_taking_it_starts_the_next(known: Serve, log: Log) -> None:
+def test_the_first_spare_starts_with_the_bridge_and_taking_it_starts_the_next(
+    known: Serve, log: Log
+) -> None:
     server = known(spares=1)
     first = spare(server)
     answer = server.post(model="haiku", system="be brief")
@@ -63,7 +68,10 @@ def test_one_spare_serves_every_model_of_the_cli(known: Serve, log: Log) -> None
     for name in ("opus", "haiku", "claude-sonnet-5-5", "opus"):
         waiting = spare(server, *used)
         answer = server.post(f"hi {len(used)}", model=name)
-        assert (pid(answer), answer.message["model"]) == (waiting, f"claude-{name.removeprefix('claude-').split('-')[0]}-5-5")
+        assert (pid(answer), answer.message["model"]) == (
+            waiting,
+            f"claude-{name.removeprefix('claude-').split('-')[0]}-5-5",
+        )
         assert model(log, waiting) == ""
         used.append(waiting)
 
@@ -72,7 +80,11 @@ def test_a_model_that_the_cli_does_not_list_gets_spares_of_its_own(known: Serve,
     server = known(spares=1)
     first = spare(server)
     answer = server.post(model="claude-old-1")
-    assert (answer.status, pid(answer) == first, model(log, pid(answer))) == (200, False, "claude-old-1")
+    assert (answer.status, pid(answer) == first, model(log, pid(answer))) == (
+        200,
+        False,
+        "claude-old-1",
+    )
     second = spare(server, first)
     assert model(log, second) == "claude-old-1"
     assert pid(server.post("another", model="claude-old-1")) == second
@@ -100,12 +112,15 @@ def test_a_rebuilt_conversation_takes_the_spare(known: Serve, log: Log) -> None:
     assert (pid(answer), answer.text) == (waiting, "echo: three; 3 messages")
 
 
-def test_counting_and_agents_take_the_spare_of_their_mode(serve: Serve, log: Log, tmp_path: Path) -> None:
+def test_counting_and_agents_take_the_spare_of_their_mode(
+    serve: Serve, log: Log, tmp_path: Path
+) -> None:
     server = serve(spares=1, tools="default", cwd=str(tmp_path))
     assert pid(server.post()) != spare(server)  # the first one was for a plain model
     agent = spare(server)
     tool = {"name": "t", "input_schema": {"type": "object"}}
-    assert pid(server.post("tools", tools=[tool])) != agent  # a client that brings tools gets a plain model
+    # A client that brings tools gets a plain model.
+    assert pid(server.post("tools", tools=[tool])) != agent
     wait_until(lambda: agent in log.started(), "what the agent was started with")
     assert "default" in log.started()[agent]["argv"]
     assert pid(server.post("another")) == agent
@@ -126,7 +141,8 @@ def test_spares_follow_the_models_that_are_asked_for(known: Serve, log: Log) -> 
     other = spare(server, default)
     wait_until(lambda: not alive(default), "the end of the spare that nobody asked for")
     assert model(log, other) == "old-1"
-    # Two models in turn: the spare stays with one of them, instead of being thrown away at each request.
+    # Two models in turn: the spare stays with one of them, instead of being thrown away at each
+    # request.
     assert pid(server.post("2", model="old-2")) != other
     assert pid(server.post("3", model="old-1")) == other
     third = spare(server, other)
@@ -142,9 +158,15 @@ def test_several_spares_are_shared_among_the_models(known: Serve, log: Log) -> N
         for name in ("old-1", "haiku"):
             server.post(f"{number}", model=name)
             wait_until(
-                lambda: len(ready(server)) == 2 and server.bridge and not server.bridge.pool._ending, "the spares"
+                lambda: (
+                    len(ready(server)) == 2 and server.bridge and not server.bridge.pool._ending
+                ),
+                "the spares",
             )
-    wait_until(lambda: sorted(model(log, number) for number in ready(server)) == ["", "old-1"], "one of each")
+    wait_until(
+        lambda: sorted(model(log, number) for number in ready(server)) == ["", "old-1"],
+        "one of each",
+    )
 
 
 def test_a_spare_that_died_is_given_to_nobody(serve: Serve) -> None:
@@ -180,14 +202,17 @@ def test_a_spare_that_aged_out_comes_back_only_for_a_new_conversation(
     left.idle_since -= 2
     wait_until(lambda: not alive(left.process.pid), "its end")
     gate.touch()
-    first = running.result()  # it began after that: the spares that it asked for are no longer wanted
+    # It began after that: the spares that it asked for are no longer wanted.
+    first = running.result()
     assert server.post(["PAUSE-START", first.text, "more"]).session == "hot"
     assert not [*pool.spares, *pool._preparing]
     server.post("another")
     assert spare(server)
 
 
-def test_nobody_makes_room_for_a_spare(serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor) -> None:
+def test_nobody_makes_room_for_a_spare(
+    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
     server = serve(spares=3, max_sessions=2)
     wait_until(lambda: len(ready(server)) == 2, "as many spares as there is room for")
     first = server.post("one")
@@ -205,7 +230,11 @@ def test_a_spare_makes_room_for_a_request(serve: Serve, asked: str) -> None:
     assert server.call("GET", "/v1/models").status == 200
     waiting = spare(server)
     answer = server.post(model=asked)
-    assert (answer.status, answer.session, pid(answer) == waiting) == (200, "new", asked == "sonnet")
+    assert (answer.status, answer.session, pid(answer) == waiting) == (
+        200,
+        "new",
+        asked == "sonnet",
+    )
 
 
 def test_a_spare_that_is_being_started_makes_room_for_a_request(
@@ -216,15 +245,21 @@ def test_a_spare_that_is_being_started_makes_room_for_a_request(
     assert server.bridge
     pool = server.bridge.pool
     busy = background.submit(server.post, "PAUSE", stream=True)
-    wait_until(lambda: pool._preparing or (pool.spares and log.got("PAUSE")), "the start of the next")
+    wait_until(
+        lambda: pool._preparing or (pool.spares and log.got("PAUSE")), "the start of the next"
+    )
     assert server.post(model="opus").status == 200
     gate.touch()
     assert busy.result().status == 200
 
 
-def test_with_room_for_one_process_the_start_still_finds_out_who_is_logged_in(launch: Callable[..., Program]) -> None:
+def test_with_room_for_one_process_the_start_still_finds_out_who_is_logged_in(
+    launch: Callable[..., Program],
+) -> None:
     program = launch(CLAUDE_CLI_SPARES="1", CLAUDE_CLI_MAX_SESSIONS="1")
-    wait_until(lambda: any("logged in (stand-in)" in line for line in program.lines), "the login state")
+    wait_until(
+        lambda: any("logged in (stand-in)" in line for line in program.lines), "the login state"
+    )
 
 
 def test_a_spare_goes_before_a_conversation(serve: Serve) -> None:
@@ -235,7 +270,9 @@ def test_a_spare_goes_before_a_conversation(serve: Serve) -> None:
     assert server.post(["one", first.text, "more"]).session == "hot"
 
 
-def test_spares_that_are_still_starting_end_with_the_bridge(serve: Serve, gate: Path, log: Log) -> None:
+def test_spares_that_are_still_starting_end_with_the_bridge(
+    serve: Serve, gate: Path, log: Log
+) -> None:
     server = serve(spares=3)
     server.close()
     assert not server.processes()
@@ -253,7 +290,8 @@ def test_a_request_takes_a_spare_that_is_still_starting(
     waiting = spare(server)
     assert server.bridge
     (session,) = server.bridge.pool.spares
-    assert not session.process.started.done()  # it has said nothing, and will not before it has its conversation
+    # It has said nothing, and will not before it has its conversation.
+    assert not session.process.started.done()
     assert pid(server.post()) == waiting
 
 
@@ -262,7 +300,9 @@ def test_a_burst_starts_two_processes_a_core_at_a_time(
 ) -> None:
     server = serve(spares=0)
     count = 2 * CORES + 3
-    answers = [background.submit(server.post, f"{number}", model="slow-start") for number in range(count)]
+    answers = [
+        background.submit(server.post, f"{number}", model="slow-start") for number in range(count)
+    ]
     wait_until(lambda: len(log.started()) == 2 * CORES, "the first of them")
     assert server.bridge
     wait_until(lambda: len(server.bridge._answers) == count, "all requests")
@@ -273,7 +313,11 @@ def test_a_burst_starts_two_processes_a_core_at_a_time(
 
 
 def test_processes_that_never_answer_do_not_hold_up_the_start_of_others(
-    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+    serve: Serve,
+    gate: Path,
+    log: Log,
+    background: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sessions.START_SECS", 0.3)
     server = serve()

@@ -54,20 +54,31 @@ def test_five_rounds_of_a_tool_loop_stay_in_one_process(
         assert answer.session == ("hot" if number else "new")
         (call,) = calls(answer.message)
         assert (call["name"], call["input"]) == ("get_weather", {"city": "Paris"})
-        messages += [{"role": "assistant", "content": answer.message["content"]}, user(result(call, f"go on: {CALL}"))]
+        messages += [
+            {"role": "assistant", "content": answer.message["content"]},
+            user(result(call, f"go on: {CALL}")),
+        ]
     assert len(real.processes()) == 1
     assert len(since()) == 5
 
 
 def answered(stub_rows: list[Json]) -> list[Json]:
     """The tool results of the last API request, by call."""
-    return [block for block in arrived(stub_rows[-1]["body"])[-1]["content"] if block["type"] == "tool_result"]
+    return [
+        block
+        for block in arrived(stub_rows[-1]["body"])[-1]["content"]
+        if block["type"] == "tool_result"
+    ]
 
 
-def test_parallel_calls_take_results_in_any_order_by_id(real: Server, since: Callable[[], list[Json]]) -> None:
+def test_parallel_calls_take_results_in_any_order_by_id(
+    real: Server, since: Callable[[], list[Json]]
+) -> None:
     messages, asked = start(real, CALL + " COUNT=3")
     assert len({call["id"] for call in asked}) == 3
-    results = [result(call, f"result {number}", is_error=number == 1) for number, call in enumerate(asked)]
+    results = [
+        result(call, f"result {number}", is_error=number == 1) for number, call in enumerate(asked)
+    ]
     answer = real.post([*messages, user(*reversed(results))], tools=[TOOL])
     assert answer.session == "hot"
     found = {block["tool_use_id"]: block for block in answered(since())}
@@ -95,7 +106,9 @@ def test_a_result_arrives_as_it_was_sent(
 
 
 @pytest.mark.parametrize("content", ["", [], ...])
-def test_an_empty_result_is_an_answer(real: Server, since: Callable[[], list[Json]], content: Any) -> None:
+def test_an_empty_result_is_an_answer(
+    real: Server, since: Callable[[], list[Json]], content: Any
+) -> None:
     messages, (call,) = start(real)
     empty = {key: value for key, value in result(call, content).items() if value is not ...}
     assert real.post([*messages, user(empty)], tools=[TOOL]).session == "hot"
@@ -104,7 +117,9 @@ def test_an_empty_result_is_an_answer(real: Server, since: Callable[[], list[Jso
 
 
 @pytest.mark.parametrize("size", [100_000, 390_000, 450_000, 700_000])
-def test_a_long_result_arrives_whole(real: Server, since: Callable[[], list[Json]], size: int) -> None:
+def test_a_long_result_arrives_whole(
+    real: Server, since: Callable[[], list[Json]], size: int
+) -> None:
     messages, (call,) = start(real)
     long = "x" * (size - 3) + "end"
     answer = real.post([*messages, user(result(call, long))], tools=[TOOL])
@@ -115,10 +130,15 @@ def test_a_long_result_arrives_whole(real: Server, since: Callable[[], list[Json
     assert block["content"] in (long, [text(long)])
 
 
-DOCUMENT = {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "an apple"}}
+DOCUMENT = {
+    "type": "document",
+    "source": {"type": "text", "media_type": "text/plain", "data": "an apple"},
+}
 
 
-def test_what_cannot_be_handed_over_is_rebuilt_whole(real: Server, since: Callable[[], list[Json]]) -> None:
+def test_what_cannot_be_handed_over_is_rebuilt_whole(
+    real: Server, since: Callable[[], list[Json]]
+) -> None:
     for content in ([result], [text("wait, do this")]):
         messages, (call,) = start(real)
         blocks = [result(call, [DOCUMENT])] if content == [result] else [result(call), *content]
@@ -128,9 +148,15 @@ def test_what_cannot_be_handed_over_is_rebuilt_whole(real: Server, since: Callab
     wait_until(lambda: len(real.processes()) == 2, "the end of the parked processes")
 
 
-def test_results_for_a_conversation_that_no_process_holds(real: Server, since: Callable[[], list[Json]]) -> None:
+def test_results_for_a_conversation_that_no_process_holds(
+    real: Server, since: Callable[[], list[Json]]
+) -> None:
     call = {"type": "tool_use", "id": "toolu_old", "name": "get_weather", "input": {"city": "Rome"}}
-    history = [user(text("hi")), {"role": "assistant", "content": [call]}, user(result(call, "rain"))]
+    history = [
+        user(text("hi")),
+        {"role": "assistant", "content": [call]},
+        user(result(call, "rain")),
+    ]
     answer = real.post(history, tools=[TOOL])
     assert answer.session == "rebuilt; reason=unknown-history"
     assert answer.text.startswith("Tool said: ")
@@ -168,19 +194,24 @@ def test_the_time_of_a_tool_is_not_the_watchdogs(serve: Callable[..., Server], c
 def test_a_call_of_a_tool_that_was_not_offered_is_the_clients_to_refuse(
     real: Server, since: Callable[[], list[Json]], stream: bool
 ) -> None:
-    """As at the API.  The CLI would answer it by itself and ask the model again, so its process ends."""
+    """As at the API.  The CLI would answer it by itself and ask the model again, so its process
+    ends."""
     messages: list[Any] = [user(text("USE_TOOL Nope INPUT={}END"))]
     answer = real.post(messages, tools=[TOOL], stream=stream)
     (call,) = calls(answer.message)
     assert (call["name"], answer.message["stop_reason"]) == ("Nope", "tool_use")
-    messages += [{"role": "assistant", "content": answer.message["content"]}, user(result(call, "no such tool"))]
+    messages += [
+        {"role": "assistant", "content": answer.message["content"]},
+        user(result(call, "no such tool")),
+    ]
     again = real.post(messages, tools=[TOOL])
     assert again.session == "rebuilt; reason=tool_use"
     assert [block["content"] for block in answered(since())] == ["no such tool"]
 
 
 def test_tools_arrive_as_they_were_sent(real: Server, since: Callable[[], list[Json]]) -> None:
-    """In their order, with every key and the whole description: the CLI by itself sorts, cuts and drops."""
+    """In their order, with every key and the whole description: the CLI by itself sorts, cuts and
+    drops."""
     tools: list[Json] = [
         {
             "name": "zeta",
@@ -190,9 +221,24 @@ def test_tools_arrive_as_they_were_sent(real: Server, since: Callable[[], list[J
             "input_examples": [{"city": "Paris"}],
             "cache_control": {"type": "ephemeral"},
         },
-        {"name": "alpha", "input_schema": {"type": "object"}, "eager_input_streaming": True, "new_key": [1, None]},
-        {"name": "deferred", "input_schema": {"type": "object"}, "defer_loading": True, "allowed_callers": ["direct"]},
-        {"type": "custom", "name": "m", "description": "", "input_schema": {"type": "object", "properties": {}}},
+        {
+            "name": "alpha",
+            "input_schema": {"type": "object"},
+            "eager_input_streaming": True,
+            "new_key": [1, None],
+        },
+        {
+            "name": "deferred",
+            "input_schema": {"type": "object"},
+            "defer_loading": True,
+            "allowed_callers": ["direct"],
+        },
+        {
+            "type": "custom",
+            "name": "m",
+            "description": "",
+            "input_schema": {"type": "object", "properties": {}},
+        },
         {"type": "web_search_20250305", "name": "web_search", "max_uses": 3},
         {"type": "tool_search_tool_bm25_20251119", "name": "tool_search_tool_bm25"},
         {"type": "mcp_toolset", "mcp_server_name": "remote"},
@@ -209,18 +255,66 @@ def test_tools_arrive_as_they_were_sent(real: Server, since: Callable[[], list[J
 
 # Legal names, and those of the CLI's own tools among them.
 NAMES = [
-    *["Agent", "AskUserQuestion", "Bash", "BashOutput", "Edit", "EnterPlanMode", "ExitPlanMode", "Glob", "Grep"],
-    *["KillShell", "ListMcpResourcesTool", "Monitor", "NotebookEdit", "Read", "ReadMcpResourceTool", "SendMessage"],
-    *["Skill", "SlashCommand", "StructuredOutput", "Task", "TaskCreate", "TaskOutput", "TaskStop", "TodoWrite"],
-    *["ToolSearch", "WebFetch", "WebSearch", "Write", "mcp__client__z", "mcp__other__y", "x__y", "a-b", "_"],
+    *[
+        "Agent",
+        "AskUserQuestion",
+        "Bash",
+        "BashOutput",
+        "Edit",
+        "EnterPlanMode",
+        "ExitPlanMode",
+        "Glob",
+        "Grep",
+    ],
+    *[
+        "KillShell",
+        "ListMcpResourcesTool",
+        "Monitor",
+        "NotebookEdit",
+        "Read",
+        "ReadMcpResourceTool",
+        "SendMessage",
+    ],
+    *[
+        "Skill",
+        "SlashCommand",
+        "StructuredOutput",
+        "Task",
+        "TaskCreate",
+        "TaskOutput",
+        "TaskStop",
+        "TodoWrite",
+    ],
+    *[
+        "ToolSearch",
+        "WebFetch",
+        "WebSearch",
+        "Write",
+        "mcp__client__z",
+        "mcp__other__y",
+        "x__y",
+        "a-b",
+        "_",
+    ],
     *["a" * 64, "A" * 128],
 ]
 
 
-def test_any_name_is_the_clients_alone(real: Server, since: Callable[[], list[Json]], tmp_path: Path) -> None:
-    tools = [{"name": name, "description": name + "." * 9000, "input_schema": {"type": "object"}} for name in NAMES]
+def test_any_name_is_the_clients_alone(
+    real: Server, since: Callable[[], list[Json]], tmp_path: Path
+) -> None:
+    tools = [
+        {"name": name, "description": name + "." * 9000, "input_schema": {"type": "object"}}
+        for name in NAMES
+    ]
     made = tmp_path / "made"
-    given = {"command": f"touch {made}", "file_path": str(made), "content": "x", "prompt": "SAY no", "query": "x"}
+    given = {
+        "command": f"touch {made}",
+        "file_path": str(made),
+        "content": "x",
+        "prompt": "SAY no",
+        "query": "x",
+    }
     words = json.dumps(given)
     messages: list[Any] = [user(text("SAY hello")), {"role": "assistant", "content": "hello"}]
     messages.append(user(text(f"USE_TOOL {NAMES[0]} INPUT={words}END")))
@@ -244,9 +338,15 @@ def test_any_name_is_the_clients_alone(real: Server, since: Callable[[], list[Js
     ("tool", "name"),
     [
         ({"type": "bash_20250124", "name": "bash"}, "bash"),
-        ({"type": "text_editor_20250728", "name": "str_replace_based_edit_tool"}, "str_replace_based_edit_tool"),
+        (
+            {"type": "text_editor_20250728", "name": "str_replace_based_edit_tool"},
+            "str_replace_based_edit_tool",
+        ),
         ({"type": "memory_20250818", "name": "memory"}, "memory"),
-        ({"type": "computer_toolset_20260801", "configs": {"zoom": {"enabled": False}}}, "left_click"),
+        (
+            {"type": "computer_toolset_20260801", "configs": {"zoom": {"enabled": False}}},
+            "left_click",
+        ),
     ],
 )
 def test_the_apis_own_client_tools_are_served_in_place(
@@ -257,7 +357,10 @@ def test_the_apis_own_client_tools_are_served_in_place(
     (call,) = calls(answer.message)
     assert (call["name"], call["input"]) == (name, {"command": "ls"})
     assert since()[0]["body"]["tools"] == [tool]
-    messages += [{"role": "assistant", "content": answer.message["content"]}, user(result(call, "note.txt"))]
+    messages += [
+        {"role": "assistant", "content": answer.message["content"]},
+        user(result(call, "note.txt")),
+    ]
     second = real.post(messages, tools=[tool])
     assert (second.session, "note.txt" in second.text) == ("hot", True)
 
@@ -271,15 +374,24 @@ def test_the_apis_own_client_tools_are_served_in_place(
         {"type": "none"},
     ],
 )
-def test_tool_choice_reaches_the_api(real: Server, since: Callable[[], list[Json]], choice: Json) -> None:
+def test_tool_choice_reaches_the_api(
+    real: Server, since: Callable[[], list[Json]], choice: Json
+) -> None:
     answer = real.post("SAY x", tools=[TOOL], tool_choice=choice)
     assert since()[0]["body"]["tool_choice"] == choice
-    assert answer.message["stop_reason"] == ("end_turn" if choice["type"] in ("auto", "none") else "tool_use")
+    assert answer.message["stop_reason"] == (
+        "end_turn" if choice["type"] in ("auto", "none") else "tool_use"
+    )
 
 
-def test_parameters_of_the_round_with_the_results_reach_the_api(real: Server, since: Callable[[], list[Json]]) -> None:
+def test_parameters_of_the_round_with_the_results_reach_the_api(
+    real: Server, since: Callable[[], list[Json]]
+) -> None:
     messages, (call,) = start(real, max_tokens=500, temperature=0.3)
-    assert real.post([*messages, user(result(call))], tools=[TOOL], max_tokens=600, top_k=3).session == "hot"
+    assert (
+        real.post([*messages, user(result(call))], tools=[TOOL], max_tokens=600, top_k=3).session
+        == "hot"
+    )
     first, second = (row["body"] for row in since())
     assert (first["max_tokens"], first.get("temperature"), first.get("top_k")) == (500, 0.3, None)
     assert (second["max_tokens"], second.get("temperature"), second.get("top_k")) == (600, None, 3)
@@ -300,7 +412,9 @@ def test_no_tools_are_no_tools(real: Server, since: Callable[[], list[Json]]) ->
     assert since()[0]["body"]["tools"] == []
 
 
-def test_a_pinned_turn_without_tools_has_none(real: Server, since: Callable[[], list[Json]]) -> None:
+def test_a_pinned_turn_without_tools_has_none(
+    real: Server, since: Callable[[], list[Json]]
+) -> None:
     """The process has them listed: the model must not call one that nobody would serve."""
     assert real.post("SAY one", session="s", tools=[TOOL]).text == "one"
     second = real.post("Use the tool", session="s")
@@ -318,7 +432,9 @@ def test_a_pinned_turn_without_tools_has_none(real: Server, since: Callable[[], 
         ([{"name": 5}], "tools.0.name: Input should be a valid string"),
     ],
 )
-def test_tools_that_are_none_are_refused(serve: Callable[..., Server], tools: Any, words: str) -> None:
+def test_tools_that_are_none_are_refused(
+    serve: Callable[..., Server], tools: Any, words: str
+) -> None:
     server = serve()
     answer = server.post("hi", tools=tools)
     assert (answer.status, answer.json["error"]["type"]) == (400, "invalid_request_error")

@@ -340,7 +340,6 @@ def test_without_an_id_of_its_own_a_turn_takes_every_event() -> None:
 
 
 def test_deltas_that_keep_their_bytes_have_to_be_of_the_turn_as_well() -> None:
-    # TRANSLATE-BUG: `relay` does not look whose they are.
     delta = translate.DELTA_START + b'0,"delta":{"type":"text_delta","text":"no"}}'
     unnamed = delta + b',"session_id":"s","parent_tool_use_id":null,"uuid":"u"}'
     named = unnamed[:-1] + b',"user_message_uuids":["another"]}'

@@ -115,8 +115,6 @@ def test_assistant_events_of_another_message_are_left_out_while_one_is_streamed(
 
 
 def test_the_echo_of_an_agents_message_may_come_after_it() -> None:
-    # TRANSLATE-BUG: an echo that comes while the agent works is taken for an answer that was not
-    # streamed, and repeated.  (All recorded versions print it before the end of the block.)
     echo = plain(text("Hi"))
     message = checked(play([*BEFORE, echo, *AFTER], agent=True))
     assert message["content"] == [text("Hi"), text(" there")]
@@ -126,7 +124,6 @@ def test_an_agent_may_go_on_without_streaming() -> None:
     use = {**CALL, "name": "Read"}
     first = [plain(text("Hi"), stop_reason="tool_use"), plain(use, stop_reason="tool_use")]
     second = [plain(text(" there"), id="msg_2", stop_reason="end_turn"), DONE]
-    # TRANSLATE-BUG: the stream of the last of these is not seen.
     for events in ([*first, *second], [*BEFORE, *second], [*first, *AFTER]):
         message = checked(play(events, agent=True))
         assert message["content"] == [text("Hi"), text(" there")]
