@@ -347,6 +347,14 @@ CHILD_DEFAULTS = {
 }
 
 
+# Of model mode: a client's tool named Bash or Agent must not bring Claude Code's own words about
+# commits and about its subagents into the request.
+MODEL_MODE = {
+    "CLAUDE_AGENT_SDK_DISABLE_BUILTIN_AGENTS": "1",
+    "CLAUDE_CODE_DISABLE_GIT_INSTRUCTIONS": "1",
+}
+
+
 def child_environment(config: PoolConfig, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of a process: `environ` without the names that would change what it does, and
     what it needs."""
@@ -1416,9 +1424,9 @@ class Pool:
             self._folder = private_folder(self._folder)
             cwd = self._agent_cwd if agent else os.path.join(self._folder, "work")
             argv = arguments(self.config, model, agent=agent)
-            process = await Process.spawn(
-                argv, self._environment, cwd, self._folder, self.config.watchdog_secs
-            )
+            environment = self._environment if agent else self._environment | MODEL_MODE
+            watchdog_secs = self.config.watchdog_secs
+            process = await Process.spawn(argv, environment, cwd, self._folder, watchdog_secs)
         except BaseException as error:
             self._starting.release()
             self._slots.release()

@@ -162,6 +162,7 @@ VERDICTS = {
     "Not logged in": 401,
     "Prompt is too long": 400,
     "API Error: Overloaded": 529,
+    "API Error: Both output_format and output_config": 400,
 }
 
 
@@ -257,6 +258,16 @@ MODEL_PREFIX = "claude-cli/"
 FULL_NAME = "claude-"
 # Values of anthropic-beta: they reach the CLI as one list with commas.
 BETA_NAME = re.compile(r"[\x21-\x2b\x2d-\x7e]+")
+# Betas of its own that 2.1.332 keeps to itself, whoever asks for them.
+LOST_BETAS = frozenset(
+    {
+        "afk-mode-2026-01-31",
+        "inline-tools-2026-09-15",
+        "mid-conversation-system-2026-04-07",
+        "mid-conversation-tool-changes-2026-07-01",
+        "tool-provenance-2026-10-26",
+    }
+)
 UNPRINTABLE = re.compile(r"[^\x21-\x2b\x2d-\x7e]")
 # What the bridge says to the CLI in other ways, or leaves to it.  All other fields of a request go
 # to the API as sent. A field `betas` would replace the CLI's own list, the one that an OAuth login
@@ -366,6 +377,7 @@ def parse_request(
         raise bad_request("messages", f"List should have at most {max_messages} items")
     caching = "client" if has_own_breakpoints(raw, tools, data) else "cli"
     tool_names = read_tool_names(tools)
+    names = read_betas(betas, not_sent)
     reader = MessageReader(caching, not_sent)
     reader.read(raw)
     fields = {name: value for name, value in data.items() if name not in OWN_FIELDS}
@@ -378,7 +390,7 @@ def parse_request(
         stream=bool(stream),
         tool_names=tool_names,
         body=fields,
-        betas=read_betas(betas),
+        betas=names,
         caching=caching,
         not_sent=list(dict.fromkeys(not_sent)),
         image_keys=image_keys(reader.messages[-1], reader.places[-1]),
@@ -455,13 +467,14 @@ def read_model(value: Any) -> str:
     return name
 
 
-def read_betas(header: str) -> str:
+def read_betas(header: str, not_sent: list[str]) -> str:
+    """The names in anthropic-beta, sorted."""
     names = {name.strip() for name in header.split(",")} - {""}
     for name in names:
         if not BETA_NAME.fullmatch(name):
-            raise bad_request(
-                "anthropic-beta", "names are visible ASCII characters, separated by commas"
-            )
+            words = "names are visible ASCII characters, separated by commas"
+            raise bad_request("anthropic-beta", words)
+    not_sent += [f"anthropic-beta.{name}" for name in sorted(names & LOST_BETAS)]
     return ",".join(sorted(names))
 
 

@@ -114,7 +114,7 @@ for (const [name, attempt] of Object.entries(kinds[kind])) {
   try { found[name] = (await attempt()) ?? '' } catch (error) { found[name] = '' }
 }
 report(found);
-</script>""".replace("KEY", KEY)  # noqa: E501
+</script>""".replace("KEY", KEY)
 WRITES, READS = 8, 5  # requests that these attempts send
 
 # The page's origin, and the bridge as the page calls it.
