@@ -969,7 +969,7 @@ def canonical_block(block: Any) -> Json:
         kept["content"] = canonical_content(kept["content"])
     source = kept.get("source")
     if isinstance(source, dict) and "content" in source:
-        kept["source"] = {**source, "content": canonical_content(source["content"])}
+        kept["source"] = source | {"content": canonical_content(source["content"])}
     return kept
 
 
@@ -1123,7 +1123,7 @@ def has_thinking(messages: list[Message]) -> bool:
 
 
 def control_line(request_id: str, subtype: str, **fields: Any) -> bytes:
-    request = {"subtype": subtype, **fields}
+    request = {"subtype": subtype} | fields
     return line({"type": "control_request", "request_id": request_id, "request": request})
 
 
@@ -1157,7 +1157,7 @@ def turn_settings(request: Request, *, has_listed_tools: bool = False) -> dict[s
     """
     body = request.body
     if has_listed_tools and not body.get("tools"):
-        body = {**body, "tools": []}
+        body = body | {"tools": []}
     return {
         "CLAUDE_CODE_EXTRA_BODY": to_json(body).decode(),
         "ANTHROPIC_BETAS": request.betas,

@@ -215,7 +215,16 @@ def pytest_report_header() -> str:
 
 # Of these each test runs with one version of the CLI, half of them with each, as a start of the CLI
 # takes most of their time; `CLIS=all python -m pytest` runs them with both.
-IN_TURN = ("test_real", "test_tools", "test_agent", "test_api", "test_environment")
+IN_TURN = (
+    "test_agent",
+    "test_api",
+    "test_check",
+    "test_environment",
+    "test_js_clients",
+    "test_real",
+    "test_tools",
+    "test_unasked",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -157,7 +157,10 @@ def test_strange_output_does_not_fail_an_answer(serve: Serve, text: str, stream:
     assert answer.text == expected
     assert answer.message["stop_reason"] == "end_turn"
     again = server.post([text, answer.text, "and now"], stream=stream)
-    assert (again.session, again.text) == ("hot", "echo: and now; 3 messages")
+    # A second result that comes in a read of its own is one that nobody asked for.
+    spoke = text == "TWORESULTS" and again.session == "rebuilt; reason=unasked"
+    assert again.session == "hot" or spoke
+    assert again.text == "echo: and now; 3 messages"
 
 
 def test_an_answer_is_complete_without_a_result_and_its_process_is_not_used_again(

@@ -101,6 +101,7 @@ def test_a_result_that_came_behind_the_answer_in_the_same_read_is_the_end_of_the
     conversation, _ = talk(server, "hello")
     (session,) = server.bridge.pool.sessions
     process = session.process
+    wait_until(lambda: process.settled is None or process.settled.done(), "its first result")
     process.listen()
     process._events.append({"type": "result"})
     process.settle(False)
