@@ -600,9 +600,8 @@ class Connection:
 
     def check_head(self, exchange: Exchange, request: h11.Request) -> None:
         size = sum(len(name) + len(value) for name, value in request.headers)
-        if (
-            size > self.bridge.config.max_header_bytes
-        ):  # h11 counts only what comes in several reads
+        # h11 counts only what comes in several reads.
+        if size > self.bridge.config.max_header_bytes:
             raise ApiError(431, "the headers are too large")
         length = exchange.header(b"content-length")
         if length and exchange.header(b"transfer-encoding"):
@@ -1610,7 +1609,7 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
     sessions = []
     for session in sorted(pool.sessions, key=lambda item: item.state.value):
         age = max(0, now - session.idle_since)
-        words = f"{session.turns} turns"
+        words = f"turns: {session.turns}"
         if session.state in (State.IDLE, State.PARKED, State.SPARE):
             words += f", waits for {age:.0f} s"
         sessions.append((session.state.value, words))
@@ -1808,6 +1807,8 @@ def check_agreement(entry: Json, other: Json, place: str, other_place: str) -> N
 
 # Seconds for `check`; 2 were measured.
 REHEARSAL_SECS = 30.0
+# ECMA-48, 8.3.41: EL.
+ERASE_LINE = "\x1b[2K"
 # The history and the question of the rehearsal.
 SAID = [("user", "red"), ("assistant", "green"), ("user", "blue")]
 CALL: Json = {"type": "tool_use", "id": "toolu_probe", "name": "probe", "input": {}}
@@ -1966,8 +1967,10 @@ async def check(config: Config) -> bool:
         async with Pool(config) as pool, asyncio.timeout(limit):
             source = translate.login_source(await pool.hello())
     except (ApiError, OSError) as error:  # TimeoutError among them
+        doing("")
         print(f"start: does not work ({str(error) or 'no answer in time'})")
         return False
+    doing("")
     print(f"login: {source or 'nobody is logged in: ' + login_cure(config, os.environ)}")
     found = dict.fromkeys(FEATURES, False)
     rehearsal = Rehearsal(found)
@@ -1978,6 +1981,7 @@ async def check(config: Config) -> bool:
             await rehearse(config, rehearsal)
     except (ApiError, OSError) as error:
         failure = f" ({str(error) or 'no answer in time'})"
+    doing("")
     print(f"version: {rehearsal.version or 'unknown'}")
     for name, meaning in FEATURES.items():
         missing = f"does not work: this CLI is not known to be one that {meaning}{failure}"
@@ -1986,9 +1990,9 @@ async def check(config: Config) -> bool:
 
 
 def doing(words: str) -> None:
-    """On a terminal say what is being done, in a line that the next one overwrites."""
+    """On a terminal say what is being done, until `doing("")` erases it."""
     if sys.stdout.isatty():
-        print(words, end="\r", flush=True)
+        print(f"{ERASE_LINE}{words}", end="\r", flush=True)
 
 
 def check_url(url: str, key: str) -> bool:

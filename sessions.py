@@ -8,6 +8,7 @@ two requests never share one; whatever goes wrong in it retires it alone.
 
     SPARE ──its conversation──> BUSY ──answer complete──> IDLE ──hot turn──> BUSY
                                 BUSY ──client tools called──> PARKED ──their results──> BUSY
+                                BUSY ──tokens counted──> COUNTER ──another count──> BUSY
     any of them ──fault, disconnect, TTL, LRU, shutdown──> RETIRED, until its group is reaped
 
 `Pool._move` is the only place that changes a state, and TRANSITIONS is what it allows.
@@ -110,14 +111,16 @@ class State(enum.Enum):
     SPARE = "spare"  # started, no conversation yet
     BUSY = "busy"  # answers a request
     IDLE = "idle"  # on file, waits for the next message of its conversation
+    COUNTER = "counter"  # has counted tokens, and can again
     PARKED = "parked"  # on file, waits for the results of client tools inside the CLI's tools/call
     RETIRED = "retired"  # is being ended; counts until its process is reaped
 
 
 TRANSITIONS = {
     State.SPARE: {State.BUSY, State.RETIRED},
-    State.BUSY: {State.IDLE, State.PARKED, State.RETIRED},
+    State.BUSY: {State.IDLE, State.PARKED, State.COUNTER, State.RETIRED},
     State.IDLE: {State.BUSY, State.RETIRED},
+    State.COUNTER: {State.BUSY, State.RETIRED},
     State.PARKED: {State.BUSY, State.RETIRED},
     State.RETIRED: set(),
 }
@@ -377,7 +380,7 @@ def private_folder(last: str = "") -> str:
     2.1.330 states its working directory to the API, whose prompt cache compares bytes: it is the
     same for all bridges of a user, unless others can or did write to it.
     """
-    if last and os.path.isdir(os.path.join(last, "work")):
+    if last and all(os.path.isdir(os.path.join(last, name)) for name in ("work", "gates")):
         return last
     shared = os.path.join(tempfile.gettempdir(), f"claude-cli-bridge-{os.getuid()}")
     with contextlib.suppress(OSError):
@@ -858,7 +861,7 @@ class Process(asyncio.SubprocessProtocol):
             self.exited.set_result(self._transport.get_returncode() or 0)
 
     def _kill(self, number: signal.Signals) -> None:
-        # MacOS: EPERM for a group of zombies.
+        # EPERM on macOS, for a group of zombies.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
@@ -1016,24 +1019,6 @@ class Turn:
         self.process.write(translate.control_line("interrupt", "interrupt"))
 
 
-def opening(
-    request: Request, model: str, session: Session, *, query: bool
-) -> tuple[list[bytes], list[bytes]]:
-    """What brings a request into a fresh process: the rows of its conversation, and the lines that
-    start the turn."""
-    *past, newest = request.messages
-    lines: list[bytes] = []
-    content = newest["content"]
-    if past and translate.answers_tool_calls(newest):
-        lines.append(translate.assistant_line(past.pop()["content"], model))
-    else:
-        begun, content = translate.split_at_images(content)
-        if begun:
-            past.append({"role": "user", "content": begun})
-    lines.append(translate.user_line(content, session.turn_id, query=query))
-    return translate.transcript(past, model), lines
-
-
 # ------------------------------------------------------------ all of them
 
 
@@ -1169,7 +1154,7 @@ class Pool:
     @property
     def has_room(self) -> bool:
         """Whether a request would get a process, or at worst that of a resting conversation."""
-        return not self._slots.locked() or bool(self.spares or self.idle)
+        return not self._slots.locked() or bool(self.spares or self.idle or self._counters)
 
     async def hello(self) -> Json:
         """What the CLI says of itself, without a model call: `models`, `account`.  The last answer
@@ -1215,15 +1200,15 @@ class Pool:
     async def _queue(self, room: Callable[[], Awaitable[object]], what: str) -> None:
         """Wait for `room` in a line of at most `max_queue` requests, for at most `queue_secs`.
         Raises ApiError 529."""
-        words = f"{what} within {self.config.queue_secs:g} seconds"
+        patience = self.config.queue_secs
+        words = f"{what} within {patience:g} seconds"
         if self._queued >= self.config.max_queue:
+            patience = 0  # it may still be had at once
             words = f"{self._queued} requests wait for room already"
         self._queued += 1
         began = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(
-                self.config.queue_secs if self._queued <= self.config.max_queue else 0
-            ):
+            async with asyncio.timeout(patience):
                 await room()
         except TimeoutError:
             after = max(1, round(self.config.queue_secs))
@@ -1358,8 +1343,9 @@ class Pool:
         session.parts = request.parts
         session.turn_id = str(uuid.uuid4())
         model = translate.listed_model(self._hello, request.model) or request.model
+        turn_id = session.turn_id
         rows, lines = await self.compute(
-            request.size, lambda: opening(request, model, session, query=query)
+            request.size, lambda: translate.opening(request, model, turn_id, query=query)
         )
         settings = translate.turn_settings(request)
         if not query:
@@ -1589,7 +1575,7 @@ class Pool:
             for session in [*self.spares, *self.idle.values(), *self._counters]:
                 if session.process.gone:
                     self.retire(session, "died")
-                elif session in self._counters:
+                elif session.state is State.COUNTER:
                     if now - session.idle_since >= COUNTER_SECS:
                         self.retire(session, "counted")
                 elif ttl and now - session.idle_since >= ttl:
@@ -1626,38 +1612,25 @@ class Pool:
 
     async def _count(self, request: Request) -> int:
         tools = translate.described_tools(request)
-        session = self._find_counter(request, tools)
-        is_reused = session is not None
-        if session:
-            lines = await self._set_up_again(session, request, tools)
+        counter = self._find_counter(request, tools)
+        if counter:
+            session, lines = counter, await self._set_up_again(counter, request, tools)
         else:
             session, lines = await self._open(request, tools, query=False)
-        process, translator = session.process, Translator()
-        statuses: list[Any] = []
         is_free = False
-
-        def find(event: CliEvent, wanted: str) -> Any:
-            if event["type"] == "api_call":
-                statuses.append(event.get("response"))
-            return event["type"] == wanted or answered(event, wanted)
-
         try:
-            process.write(*lines)
-            await process.until(translator, lambda event: find(event, "result"))
-            process.write(translate.control_line("usage", "get_context_usage"))
-            usage = await process.until(translator, lambda event: find(event, "usage"))
+            usage, statuses = await self._ask_usage(session.process, lines)
             has_tools = translate.has_counted(usage, tools)
             can_count_again = translate.is_one_line(request) and has_tools
             if can_count_again and (self._swaps_tools or not tools):
                 is_free = await self._take_back(session)
         finally:
-            self._hello = process.hello or self._hello
+            self._hello = session.process.hello or self._hello
             if is_free:
-                session.idle_since = asyncio.get_running_loop().time()
-                self._counters.append(session)
+                self._put_aside(session)
             else:
                 self.retire(session, "counted")
-        if is_reused and not has_tools:  # 2.1.197 keeps the tools that were taken away
+        if counter and not has_tools:  # 2.1.197 keeps the tools that were taken away
             self._swaps_tools = False
             return await self._count(request)
         failed = next((status for status in statuses if status >= 400), None)
@@ -1670,6 +1643,31 @@ class Pool:
         tokens = int(usage.get("totalTokens") or 0)
         return tokens + TOOLS_PROMPT_TOKENS if request.tool_names else tokens
 
+    async def _ask_usage(self, process: Process, lines: list[bytes]) -> tuple[Json, list[Any]]:
+        """What a process says of its context, and the API's statuses for the counts it asked."""
+        translator = Translator()
+        statuses: list[Any] = []
+
+        def find(event: CliEvent, wanted: str) -> Any:
+            if event["type"] == "api_call":
+                statuses.append(event.get("response"))
+            return event["type"] == wanted or answered(event, wanted)
+
+        process.write(*lines)
+        await process.until(translator, lambda event: find(event, "result"))
+        process.write(translate.control_line("usage", "get_context_usage"))
+        usage: Json = await process.until(translator, lambda event: find(event, "usage"))
+        return usage, statuses
+
+    def _put_aside(self, session: Session) -> None:
+        """Keep a process that can count again, one for each core."""
+        session.process.settle(True)
+        session.idle_since = asyncio.get_running_loop().time()
+        self._move(session, State.COUNTER)
+        self._counters.append(session)
+        if len(self._counters) > (os.cpu_count() or 1):
+            self.retire(self._counters[0], "counted")
+
     def _find_counter(self, request: Request, tools: list[Json]) -> Session | None:
         """A process that has counted one message and can count another: Claude Code's /context asks
         for 24 counts.  All but the tools must be the same."""
@@ -1680,7 +1678,8 @@ class Pool:
             is_same = all(session.parts[name] == request.parts[name] for name in names)
             can_have_tools = self._swaps_tools or session.process.tools == tools
             if is_same and can_have_tools and not session.process.gone:
-                self._counters.remove(session)
+                self._move(session, State.BUSY)
+                session.process.listen()
                 return session
         return None
 

@@ -106,7 +106,7 @@ ERROR_TYPES = {
 }
 # Statuses where a retry cannot help.  The SDKs retry 5xx twice unless they are told not to.
 FINAL_STATUSES = {400, 401, 402, 403, 404, 405, 413, 415, 422, 431}
-LOGIN_CURE = "run the CLI that the bridge named at its start in a terminal, and log in with /login"
+LOGIN_CURE = "run `claude-cli-bridge login`, or log in with /login in the claude CLI itself"
 
 
 @dataclass(eq=False)
@@ -115,11 +115,11 @@ class ApiError(Exception):
 
     status: int
     message: str
-    # Error.type; by default that of the status.
+    # `error.type`; by default that of the status.
     kind: str = ""
-    # Error.details.
+    # `error.details`.
     details: Json | None = None
-    # Seconds.
+    # Seconds after which a client may try again.
     retry_after: int | None = None
     # Epoch second from which a rate limit allows requests again.
     resets_at: float | None = None
@@ -356,15 +356,7 @@ def parse_request(
     be right, and what the CLI would change in silence.  Raises ApiError 400, in the API's wording.
     """
     data = read_object(body, max_depth, max_values)
-    if data.get("thread") is not None:
-        # The SDKs send the whole history after this error_code alone (anthropic
-        # lib/threads/_thread_state.py).
-        details = {"error_code": THREAD_UNSUPPORTED}
-        raise ApiError(400, "thread: not supported by this bridge", details=details)
-    for name in ("model", "messages", "max_tokens"):
-        is_optional = counting and name == "max_tokens"
-        if data.get(name) is None and not is_optional:
-            raise bad_request(name, "Field required")
+    check_required(data, counting)
     not_sent = [name for name in ("metadata", "betas") if data.get(name) is not None]
     stream = data.get("stream")
     if stream is not None:
@@ -400,6 +392,18 @@ def parse_request(
     return request
 
 
+def check_required(data: Json, counting: bool) -> None:
+    if data.get("thread") is not None:
+        # The SDKs send the whole history after this error_code alone (anthropic
+        # lib/threads/_thread_state.py).
+        details = {"error_code": THREAD_UNSUPPORTED}
+        raise ApiError(400, "thread: not supported by this bridge", details=details)
+    for name in ("model", "messages", "max_tokens"):
+        is_optional = counting and name == "max_tokens"
+        if data.get(name) is None and not is_optional:
+            raise bad_request(name, "Field required")
+
+
 def not_json(words: str) -> ApiError:
     return ApiError(400, f"The request body is not valid JSON: {words}")
 
@@ -425,10 +429,10 @@ STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 def has_more_values(body: bytes, limit: int) -> bool:
     """Whether a JSON text holds more values than `limit`, about: each can take a hundred times its
     bytes of memory."""
-    if count_marks(body) <= limit:
-        return False
-    in_strings = sum(count_marks(match[0]) for match in STRING.finditer(body))
-    return count_marks(body) - in_strings > limit
+    marks = count_marks(body)
+    if marks > limit:  # strings can hold marks too
+        marks -= sum(count_marks(match[0]) for match in STRING.finditer(body))
+    return marks > limit
 
 
 def count_marks(text: bytes) -> int:
@@ -759,9 +763,8 @@ def check_image(block: Block, place: str) -> None:
         raise bad_request(f"{place}.data", "Input should be valid base64")
     for signature, kind in IMAGE_SIGNATURES.items():
         if data.startswith(signature) and declared != kind:
-            words = (
-                f"The image was specified using the {declared} media type, but appears to be {kind}"
-            )
+            words = f"The image was specified using the {declared} media type,"
+            words += f" but appears to be {kind}"
             raise bad_request(f"{place}.media_type", words)
 
 
@@ -774,10 +777,8 @@ def check_system_place(messages: list[Any], number: int) -> None:
     """API: a system message follows a user turn, and precedes an assistant turn or ends the
     array."""
     if number == 0:
-        words = (
-            'Unexpected role "system". The Messages API accepts a top-level `system` parameter, '
-        )
-        words += 'not "system" as an input message role.'
+        words = 'Unexpected role "system". The Messages API accepts a top-level `system`'
+        words += ' parameter, not "system" as an input message role.'
         raise bad_request("messages", words)
     before = messages[number - 1]["role"]
     after = messages[number + 1] if number + 1 < len(messages) else {"role": "assistant"}
@@ -1030,9 +1031,8 @@ def transcript(messages: list[Message], model: str) -> list[bytes]:
             past = past_message(message["content"], model, len(rows))
             add({"type": "assistant", "apiBlockIndex": 0, "message": past})
     nothing: list[Block] = [{"type": "text", "text": "-"}]
-    add(
-        {"type": "assistant", "isVirtual": True, "message": past_message(nothing, model, len(rows))}
-    )
+    last = past_message(nothing, model, len(rows))
+    add({"type": "assistant", "isVirtual": True, "message": last})
     return rows
 
 
@@ -1110,6 +1110,24 @@ def server_lists(*, has_tools: bool) -> list[Json]:
 
 def answers_tool_calls(message: Message) -> bool:
     return any(block["type"] == "tool_result" for block in message["content"])
+
+
+def opening(
+    request: Request, model: str, turn_id: str, *, query: bool
+) -> tuple[list[bytes], list[bytes]]:
+    """What brings a request into a fresh process: the rows of its conversation, and the lines that
+    start the turn.  `turn_id` and `query` are those of `user_line`."""
+    *past, newest = request.messages
+    lines: list[bytes] = []
+    content = newest["content"]
+    if past and answers_tool_calls(newest):
+        lines.append(assistant_line(past.pop()["content"], model))
+    else:
+        begun, content = split_at_images(content)
+        if begun:
+            past.append({"role": "user", "content": begun})
+    lines.append(user_line(content, turn_id, query=query))
+    return transcript(past, model), lines
 
 
 def has_images_in_line(message: Message) -> bool:
@@ -1199,12 +1217,9 @@ def control_answer(event: CliEvent, tools: list[Json], result: Json | None = Non
     }
     if isinstance(message, dict):
         method = message.get("method")
-        params = message.get("params")
         if method == "initialize":
             result = {
-                "protocolVersion": params.get("protocolVersion")
-                if isinstance(params, dict)
-                else None,
+                "protocolVersion": text_of(message.get("params"), "protocolVersion"),
                 "capabilities": {"tools": {}},
                 "serverInfo": {"name": MCP_SERVER, "version": "1"},
             }

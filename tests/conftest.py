@@ -44,12 +44,13 @@ from bridge import serve as serve_bridge  # noqa: E402
 
 Json = dict[str, Any]
 NPM_VERSION = "2.1.197"
-# What tests/test_clients.py drives: environments, because these packages do not go together.
+# What tests/test_clients.py and tests/test_plano.py drive: environments, because these packages do not go together.
 PIP_CLIENTS = {
     "anthropic-0": ("anthropic==0.125.0",),
     "langchain": ("langchain-anthropic==1.7.7", "anthropic>=2.12,<3"),
     "llm": ("llm==0.36", "llm-anthropic==0.30", "openai==3.54.0"),
     "litellm": ("litellm[proxy]==1.106.2",),
+    "planoai": ("planoai==0.4.39",),
 }
 STANDIN = TESTS / "standin.py"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
@@ -121,14 +122,14 @@ def from_pip(name: str, *requirements: str) -> Path | None:
 
 
 def wheels() -> Path | None:
-    """All that the README's two commands install, for a pip without a network."""
+    """All that the README's first command installs, for a pip without a network."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]
     needed = [
         *project["build-system"]["requires"],
         *project["project"]["dependencies"],
         *extras["cli"],
-        *extras["test"],
+        *(one for one in extras["test"] if one.startswith("editables")),
     ]
     return made(
         "wheels",

@@ -43,7 +43,7 @@ from messages import (
 
 import translate
 from bridge import Config
-from sessions import Turn, opening
+from sessions import Turn
 from translate import ApiError, Request, cli_error, frame, parse_request
 
 Json = dict[str, Any]
@@ -278,8 +278,8 @@ def check_use(request: Request, body: Json) -> None:
 
 def check_opening(request: Request, *, query: bool) -> None:
     """A fresh process gets the whole conversation: the CLI joins neighbours of one role."""
-    session: Any = SimpleNamespace(turn_id="00000000-0000-4000-8000-000000000000")
-    given, lines = opening(request, request.model, session, query=query)
+    turn_id = "00000000-0000-4000-8000-000000000000"
+    given, lines = translate.opening(request, request.model, turn_id, query=query)
     check_json_lines([*given, *lines])
     rows = [json.loads(row) for row in given]
     parents = [None, *(row["uuid"] for row in rows)]

@@ -16,6 +16,11 @@ def blocks() -> list[tuple[str, str]]:
     return [found for found in BLOCK.findall(README.read_text()) if found[0] != "text"]
 
 
+def files() -> list[str]:
+    """The texts of the language `text`."""
+    return [text for language, text in BLOCK.findall(README.read_text()) if language == "text"]
+
+
 def block(words: str) -> str:
     """The text of the one block that holds `words`."""
     [found] = [text for _, text in blocks() if words in text]

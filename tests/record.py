@@ -129,7 +129,9 @@ class Recorder:
         listed = [translate.listed_tool(name) for name in request.tool_names]
         self.tools = listed if query else translate.described_tools(request)
         self.session.turn_id = str(uuid.uuid4())
-        rows, lines = sessions.opening(request, self.model or ALIAS, self.session, query=query)
+        rows, lines = translate.opening(
+            request, self.model or ALIAS, self.session.turn_id, query=query
+        )
         settings = {**translate.turn_settings(request), **more}
         given = {name: value for name, value in settings.items() if value}
         system, agent, has_tools = request.system, self.session.agent, bool(self.tools)

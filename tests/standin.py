@@ -614,17 +614,7 @@ class Standin:
     def call(self, count: int) -> None:
         """An answer that calls a tool, then what comes of the results."""
         (listed,) = self.ask({"method": "tools/list"})
-        message = {
-            "id": self.id,
-            "type": "message",
-            "role": "assistant",
-            "model": self.model,
-            "content": [],
-        }
-        self.stream(
-            "message_start",
-            message={**message, "stop_reason": None, "stop_sequence": None, "usage": USAGE},
-        )
+        self.start()
         ids = [f"toolu_{os.getpid()}_{next(self.numbers)}" for _ in range(count)]
         name = listed["tools"][0]["name"]
         blocks: list[Json] = [

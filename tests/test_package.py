@@ -33,7 +33,7 @@ ARROWS = {
 }
 # The standard library that translate.py uses: nothing that reads, writes, waits or knows the time.
 PURE = {"binascii", "collections", "dataclasses", "enum", "hashlib", "json", "re", "typing", "uuid"}
-BOUNDED = re.compile(r"[\w-]+>=[\d.]+,<[\d.]+")
+BOUNDED = re.compile(r"[\w-]+>=[\d.]+,<[\d.]+(; .+)?")
 
 # ---------------------------------------------------------------- the checkout
 

@@ -156,6 +156,8 @@ def refuses(program: Program) -> bool:
         program.connect().close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # at the very moment
+        return False
     return False
 
 
