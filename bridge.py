@@ -258,7 +258,11 @@ def suggestion(name: str, known: Any) -> str:
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
-def parse_setting(name: str, kind: type, text: str) -> Any:
+def parse_setting(
+    name: str,
+    kind: type,
+    text: str,
+) -> Any:
     if kind is tuple:
         return tuple(text.replace(",", " ").split())
     try:
@@ -701,7 +705,11 @@ def response(status: int, headers: list[tuple[str, str]]) -> h11.Response:
     """RFC 9110, 6.6.1: with a Date; RFC 9112, 4: with a reason phrase."""
     reason = http.client.responses.get(status, "Overloaded" if status == 529 else "")
     date = ("date", email.utils.formatdate(usegmt=True))
-    return h11.Response(status_code=status, headers=[date, *headers], reason=reason)
+    return h11.Response(
+        status_code=status,
+        headers=[date, *headers],
+        reason=reason,
+    )
 
 
 class Stream:
@@ -710,7 +718,13 @@ class Stream:
     The status line is held back for the first of them, and pings fill the silence between them.
     """
 
-    def __init__(self, connection: Connection, exchange: Exchange, *, pings: bool) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        exchange: Exchange,
+        *,
+        pings: bool,
+    ) -> None:
         self.connection = connection
         self.exchange = exchange
         self._pings = pings
@@ -741,7 +755,10 @@ class Stream:
             self.exchange.status = 200
             self.exchange.streaming = True
             # nginx must not hold the stream back.
-            more = {"cache_control": "no-cache", "x_accel_buffering": "no"}
+            more = {
+                "cache_control": "no-cache",
+                "x_accel_buffering": "no",
+            }
             headers = connection.bridge.headers(self.exchange, "text/event-stream", more)
             head = connection.h11.send(response(200, headers)) or b""
         connection.writer.write(head + (connection.h11.send(h11.Data(data=data)) or b""))
@@ -813,7 +830,11 @@ class Bridge:
         if sock and sock.family == socket.AF_UNIX:
             # Since 3.13 asyncio would unlink the path of a service manager's socket.
             options: Any = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
-            server = await asyncio.start_unix_server(self.accept, sock=sock, **options)
+            server = await asyncio.start_unix_server(
+                self.accept,
+                sock=sock,
+                **options,
+            )
         elif sock:
             server = await asyncio.start_server(self.accept, sock=sock)
         else:
@@ -959,7 +980,13 @@ class Bridge:
                 "access_control_allow_methods": ", ".join(methods),
                 "access_control_allow_headers": asked if PRINTABLE.fullmatch(asked) else "",
             }
-            await connection.respond(exchange, 204, "text/plain", b"", **allowed)
+            await connection.respond(
+                exchange,
+                204,
+                "text/plain",
+                b"",
+                **allowed,
+            )
             return
         handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
         if handler is None:
@@ -987,7 +1014,12 @@ class Bridge:
             return
         problem = await self.problem() if exchange.query.get("deep") == "1" else ""
         status = 503 if problem else 200
-        await connection.respond(exchange, status, "text/plain", (problem or "ok").encode())
+        await connection.respond(
+            exchange,
+            status,
+            "text/plain",
+            (problem or "ok").encode(),
+        )
 
     async def problem(self) -> str:
         """What keeps the bridge from answering; empty: nothing.  Makes no model call."""
@@ -1017,7 +1049,12 @@ class Bridge:
         handlers = logging.getLogger().handlers
         lost = sum(item.lost for item in handlers if isinstance(item, LogWriter))
         metrics.set("log_lines_lost_total", lost)
-        await connection.respond(exchange, 200, METRICS_TYPE, self.pool.measure().encode())
+        await connection.respond(
+            exchange,
+            200,
+            METRICS_TYPE,
+            self.pool.measure().encode(),
+        )
 
     async def root(self, connection: Connection, exchange: Exchange) -> None:
         """The page for people; Claude Code as a client asks HEAD / first."""
@@ -1027,7 +1064,13 @@ class Bridge:
         else:
             page = page_text(self).encode()
             kind = "text/plain; charset=utf-8"
-        await connection.respond(exchange, 200, kind, page, content_security_policy=PAGE_POLICY)
+        await connection.respond(
+            exchange,
+            200,
+            kind,
+            page,
+            content_security_policy=PAGE_POLICY,
+        )
 
     async def messages(self, connection: Connection, exchange: Exchange) -> None:
         request = await self.read(exchange)
@@ -1040,27 +1083,47 @@ class Bridge:
             await connection.send(h11.EndOfMessage())
             return
         message = translate.to_json(turn.translator.message)
-        await connection.respond(exchange, 200, "application/json", message)
+        await connection.respond(
+            exchange,
+            200,
+            "application/json",
+            message,
+        )
 
     async def read(self, exchange: Exchange, *, counting: bool = False) -> translate.Request:
         betas, body = exchange.header(b"anthropic-beta") or "", exchange.body
         exchange.body = b""
 
         def parse() -> translate.Request:
-            return translate.parse_request(body, betas, **self.json_limits, counting=counting)
+            return translate.parse_request(
+                body,
+                betas,
+                **self.json_limits,
+                counting=counting,
+            )
 
         return await self.pool.compute(len(body), parse)
 
     async def count_tokens(self, connection: Connection, exchange: Exchange) -> None:
         request = await self.read(exchange, counting=True)
         answer = {"input_tokens": await self.pool.count(request)}
-        await connection.respond(exchange, 200, "application/json", orjson.dumps(answer))
+        await connection.respond(
+            exchange,
+            200,
+            "application/json",
+            orjson.dumps(answer),
+        )
 
     async def models(self, connection: Connection, exchange: Exchange) -> None:
         models = model_list(await self.pool.hello())
         name = unquote(exchange.path.removeprefix(MODELS).removeprefix("/"))
         answer = find_model(models, name) if name else model_page(models, exchange.query)
-        await connection.respond(exchange, 200, "application/json", orjson.dumps(answer))
+        await connection.respond(
+            exchange,
+            200,
+            "application/json",
+            orjson.dumps(answer),
+        )
 
     # The log
 
@@ -1069,7 +1132,10 @@ class Bridge:
         now = time.monotonic()
         self.count(exchange, now)
         turn = exchange.turn
-        row: Json = {"request_id": exchange.id, "route": exchange.route or None}
+        row: Json = {
+            "request_id": exchange.id,
+            "route": exchange.route or None,
+        }
         if turn:
             row["session"] = turn.session.id
             row["conversation"] = turn.how
@@ -1091,14 +1157,22 @@ class Bridge:
         """Add a request to the metrics."""
         metrics = self.pool.metrics
         route, status = exchange.route or "none", exchange.status or 499
-        metrics.add("requests_total", route=route, status=status)
+        metrics.add(
+            "requests_total",
+            route=route,
+            status=status,
+        )
         if exchange.failure:
             metrics.add("errors_total", type=exchange.failure)
         if exchange.first_byte:
             metrics.time("first_byte_seconds", exchange.first_byte - exchange.began)
         turn = exchange.turn
         if turn:
-            metrics.add("turns_total", conversation=turn.how, reason=turn.reason)
+            metrics.add(
+                "turns_total",
+                conversation=turn.how,
+                reason=turn.reason,
+            )
             metrics.time("turn_seconds", now - exchange.began)
         for kind, number in tokens(turn).items():
             metrics.add("tokens_total", number, kind=kind.removesuffix("_tokens"))
@@ -1255,13 +1329,22 @@ async def serve(config: Config, sock: socket.socket | None = None) -> AsyncItera
         except OSError as error:
             raise wrong("listen_addr", cannot_listen(config, error)) from error
         own = None if sock else identity(config.unix_path)
-        stack.push_async_callback(stop, bridge, server, own)
+        stack.push_async_callback(
+            stop,
+            bridge,
+            server,
+            own,
+        )
         yield bridge
     finally:
         await to_its_end(stack.aclose(), bridge.hurry)
 
 
-async def stop(bridge: Bridge, server: asyncio.Server, own: tuple[int, int] | None) -> None:
+async def stop(
+    bridge: Bridge,
+    server: asyncio.Server,
+    own: tuple[int, int] | None,
+) -> None:
     """Stop listening, and end all connections; `own` is the bridge's own Unix socket."""
     loop = asyncio.get_running_loop()
     for listener in server.sockets:
@@ -1312,7 +1395,10 @@ class LogWriter(logging.Handler):
         super().__init__()
         self.lost = 0
         self._lines: queue.Queue[bytes] = queue.Queue(MAX_LOG_LINES)
-        self._thread = threading.Thread(target=self._write, daemon=True)
+        self._thread = threading.Thread(
+            target=self._write,
+            daemon=True,
+        )
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -1515,7 +1601,10 @@ def read_flags(words: list[str]) -> dict[str, str | None]:
     """The command, if there is one, and the flags, by setting.  Raises ConfigError."""
     names = [item.name.replace("_", "-") for item in dataclasses.fields(Config)]
     names.remove("api-key")
-    parser = Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(
+        add_help=False,
+        allow_abbrev=False,
+    )
     parser.add_argument("command", nargs="?")
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--version", action="store_true")
@@ -1542,7 +1631,11 @@ def read_flags(words: list[str]) -> dict[str, str | None]:
     return flags
 
 
-def execute(config: Config, flags: Mapping[str, str | None], path: str) -> None:
+def execute(
+    config: Config,
+    flags: Mapping[str, str | None],
+    path: str,
+) -> None:
     """Run a command of the command line; `path` is the configuration file's."""
     command = flags["command"]
     if command == "check":
@@ -1562,7 +1655,10 @@ def execute(config: Config, flags: Mapping[str, str | None], path: str) -> None:
     writer = LogWriter()
     form = "%(asctime)s %(levelname)s %(message)s"
     writer.setFormatter(JsonFormatter() if config.log_format == "json" else logging.Formatter(form))
-    logging.basicConfig(level=logging.INFO, handlers=[writer])
+    logging.basicConfig(
+        level=logging.INFO,
+        handlers=[writer],
+    )
     if path and not any(map(is_own, providers)):
         log.info("there is no claude-cli provider in %s: nothing to do", path)
         return
@@ -1755,7 +1851,12 @@ def complete_providers(entries: Mapping[str, Json], config: Config) -> list[Json
             check_entry(entry, place)
             own[place] = completed[place] = complete_entry(entry, config)
             for other_place, other in own.items():
-                check_agreement(own[place], other, place, other_place)
+                check_agreement(
+                    own[place],
+                    other,
+                    place,
+                    other_place,
+                )
     return list(completed.values())
 
 
@@ -1791,7 +1892,12 @@ def complete_entry(entry: Json, config: Config) -> Json:
     return completed | given
 
 
-def check_agreement(entry: Json, other: Json, place: str, other_place: str) -> None:
+def check_agreement(
+    entry: Json,
+    other: Json,
+    place: str,
+    other_place: str,
+) -> None:
     """Entries of one model must be the same, those of one name lead to the same address."""
     for same, keys in (
         ("model", entry.keys() | other.keys()),
@@ -1811,7 +1917,12 @@ REHEARSAL_SECS = 30.0
 ERASE_LINE = "\x1b[2K"
 # The history and the question of the rehearsal.
 SAID = [("user", "red"), ("assistant", "green"), ("user", "blue")]
-CALL: Json = {"type": "tool_use", "id": "toolu_probe", "name": "probe", "input": {}}
+CALL: Json = {
+    "type": "tool_use",
+    "id": "toolu_probe",
+    "name": "probe",
+    "input": {},
+}
 # What the rehearsal looks at, and what does not work without it.
 FEATURES = {
     "history": "takes a conversation at the gate",
@@ -1864,7 +1975,10 @@ class Rehearsal:
             "model": asked["model"],
             "usage": {"input_tokens": 1, "output_tokens": 1},
         }
-        begin = {"type": "message_start", "message": message}
+        begin = {
+            "type": "message_start",
+            "message": message,
+        }
         if CALL["id"] in str(asked["messages"]):
             self.found["tools"] = "violet" in str(asked["messages"])
             self.held.set()
@@ -1891,7 +2005,11 @@ class Rehearsal:
         messages: list[Json] = [{"role": role, "content": word} for role, word in SAID]
         async with self.turn(pool, messages) as first:
             await first.relay(lambda _: True, self.drain)
-        result = {"type": "tool_result", "tool_use_id": CALL["id"], "content": "violet"}
+        result = {
+            "type": "tool_result",
+            "tool_use_id": CALL["id"],
+            "content": "violet",
+        }
         messages.append({"role": "assistant", "content": [CALL]})
         messages.append({"role": "user", "content": [result]})
         async with self.turn(pool, messages) as second:
@@ -1944,7 +2062,12 @@ async def rehearse(config: Config, rehearsal: Rehearsal) -> None:
         for name in ("NO_PROXY", "no_proxy"):
             environ[name] = "127.0.0.1"
         names = tuple(kept)
-        config = dataclasses.replace(config, keep_env=names, setting_sources="", tools="")
+        config = dataclasses.replace(
+            config,
+            keep_env=names,
+            setting_sources="",
+            tools="",
+        )
         async with server, Pool(config, environ) as pool:
             await rehearsal.play(pool)
 
@@ -1992,7 +2115,11 @@ async def check(config: Config) -> bool:
 def doing(words: str) -> None:
     """On a terminal say what is being done, until `doing("")` erases it."""
     if sys.stdout.isatty():
-        print(f"{ERASE_LINE}{words}", end="\r", flush=True)
+        print(
+            f"{ERASE_LINE}{words}",
+            end="\r",
+            flush=True,
+        )
 
 
 def check_url(url: str, key: str) -> bool:
@@ -2017,7 +2144,13 @@ def check_url(url: str, key: str) -> bool:
     return is_live
 
 
-def ask(url: str, path: str, key: str, *, by_line: bool = False) -> list[tuple[float, str]]:
+def ask(
+    url: str,
+    path: str,
+    key: str,
+    *,
+    by_line: bool = False,
+) -> list[tuple[float, str]]:
     """GET a path of a running bridge.
 
     Returns its lines with the times they came at; or one pair: the status, and what the body says.

@@ -147,7 +147,10 @@ def setting(
         "most": most,
         "choices": choices,
     }
-    return field(default=default, metadata=metadata)
+    return field(
+        default=default,
+        metadata=metadata,
+    )
 
 
 @dataclass(kw_only=True)
@@ -236,7 +239,12 @@ class PoolConfig:
     )
 
 
-def arguments(config: PoolConfig, model: str, *, agent: bool) -> list[str]:
+def arguments(
+    config: PoolConfig,
+    model: str,
+    *,
+    agent: bool,
+) -> list[str]:
     """The command line of a process: no settings, nothing on disk; in model mode no tools but the
     client's.
 
@@ -940,7 +948,11 @@ class Turn:
         self.process = self.session.process
         agent, turn_id = self.session.agent, self.session.turn_id
         handed_over = [tool["name"] for tool in self.process.tools]
-        self.translator = Translator(handed_over, agent=agent, turn_id=turn_id)
+        self.translator = Translator(
+            handed_over,
+            agent=agent,
+            turn_id=turn_id,
+        )
         # The process went on by itself behind the `result`.
         self.overran = False
 
@@ -1244,7 +1256,14 @@ class Pool:
             return None
         session.process.listen()
         session.is_pinned = bool(key)
-        return Turn(request, session, "hot", "", lines, results)
+        return Turn(
+            request,
+            session,
+            "hot",
+            "",
+            lines,
+            results,
+        )
 
     def _by_name(self, request: Request, key: str) -> Session | None:
         session = self.idle.get(key)
@@ -1265,7 +1284,12 @@ class Pool:
                     return session
         return None
 
-    def _hot_lines(self, request: Request, session: Session, with_message: bool) -> list[bytes]:
+    def _hot_lines(
+        self,
+        request: Request,
+        session: Session,
+        with_message: bool,
+    ) -> list[bytes]:
         settings = translate.turn_settings(request, has_listed_tools=bool(session.process.tools))
         changed = {}
         for name, value in settings.items():
@@ -1291,13 +1315,25 @@ class Pool:
             await asyncio.sleep(0)
         return settled and not process.gone
 
-    async def _fresh_turn(self, request: Request, key: str, token: str | None) -> Turn:
+    async def _fresh_turn(
+        self,
+        request: Request,
+        key: str,
+        token: str | None,
+    ) -> Turn:
         how, reason = self._why(request, key)
         session, lines = await self._open(request, translate.listed_tools(request))
         session.id = session_id(token) if token else session.id
         session.key = key or session.id
         session.is_pinned = bool(key)
-        return Turn(request, session, how, reason, lines, on_begin=self._refill)
+        return Turn(
+            request,
+            session,
+            how,
+            reason,
+            lines,
+            on_begin=self._refill,
+        )
 
     def _why(self, request: Request, key: str) -> tuple[str, str]:
         """Why a turn is not hot: `new`, or `rebuilt` with a reason that its user can act on."""
@@ -1325,7 +1361,12 @@ class Pool:
             session = await self._take(request.model, agent)
             self._move(session, State.BUSY)
             try:
-                lines = await self._set_up(session, request, tools, query)
+                lines = await self._set_up(
+                    session,
+                    request,
+                    tools,
+                    query,
+                )
                 if await self._has_model(session, request.model):
                     return session, lines
             except BaseException:
@@ -1412,7 +1453,13 @@ class Pool:
             argv = arguments(self.config, model, agent=agent)
             environment = self._environment if agent else self._environment | MODEL_MODE
             watchdog_secs = self.config.watchdog_secs
-            process = await Process.spawn(argv, environment, cwd, self._folder, watchdog_secs)
+            process = await Process.spawn(
+                argv,
+                environment,
+                cwd,
+                self._folder,
+                watchdog_secs,
+            )
         except BaseException as error:
             self._starting.release()
             self._slots.release()
@@ -1420,7 +1467,12 @@ class Pool:
                 raise cli_error(f"the claude CLI cannot be started: {error.strerror}") from error
             raise
         process.started.add_done_callback(lambda _: self._starting.release())
-        session = Session(str(uuid.uuid4()), process, model, agent)
+        session = Session(
+            str(uuid.uuid4()),
+            process,
+            model,
+            agent,
+        )
         session.key = session.id
         session.idle_since = asyncio.get_running_loop().time()
         process.on_fault = lambda: self.retire(session, "unasked")

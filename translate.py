@@ -132,10 +132,17 @@ class ApiError(Exception):
 
     def body(self, request_id: str) -> Json:
         """The API's error envelope; as a stream event it is the `error` event."""
-        error: Json = {"type": self.kind, "message": self.message}
+        error: Json = {
+            "type": self.kind,
+            "message": self.message,
+        }
         if self.details:
             error["details"] = self.details
-        return {"type": "error", "error": error, "request_id": request_id}
+        return {
+            "type": "error",
+            "error": error,
+            "request_id": request_id,
+        }
 
 
 def cli_error(message: str) -> ApiError:
@@ -193,7 +200,13 @@ def result_error(
         message = message.partition(" Run --model")[0]
         message += " (GET /v1/models lists the models of this account)"
     details = {"error_code": code} if isinstance(code, str) else None
-    return ApiError(status, message, kind, details, resets_at=resets_at if status == 429 else None)
+    return ApiError(
+        status,
+        message,
+        kind,
+        details,
+        resets_at=resets_at if status == 429 else None,
+    )
 
 
 def api_message(text: str, kind: str) -> tuple[str, str]:
@@ -238,7 +251,12 @@ def to_json(value: Any, options: int = 0) -> bytes:
     except TypeError:  # an integer of more than 64 bits, or more than 254 levels
         sort_keys = bool(options & orjson.OPT_SORT_KEYS)
     try:
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=sort_keys)
+        text = json.dumps(
+            value,
+            ensure_ascii=False,
+            separators=(",", ":"),
+            sort_keys=sort_keys,
+        )
     except RecursionError:
         raise cli_error("the claude CLI wrote JSON that is nested too deeply") from None
     return text.encode()
@@ -408,7 +426,11 @@ def not_json(words: str) -> ApiError:
     return ApiError(400, f"The request body is not valid JSON: {words}")
 
 
-def read_object(body: bytes, max_depth: int, max_values: int) -> Json:
+def read_object(
+    body: bytes,
+    max_depth: int,
+    max_values: int,
+) -> Json:
     if has_more_values(body, max_values):
         raise not_json(f"it holds more than {max_values} values")
     try:
@@ -456,7 +478,11 @@ def is_deeper(value: Any, levels: int) -> bool:
     return True
 
 
-def check_type(value: Any, kind: type, place: str) -> Any:
+def check_type(
+    value: Any,
+    kind: type,
+    place: str,
+) -> Any:
     """The value.  Raises ApiError 400, in the API's wording, unless it is of that type."""
     if type(value) is not kind:
         raise bad_request(place, f"Input should be a valid {TYPE_NAMES[kind]}")
@@ -540,7 +566,11 @@ def called_names(messages: list[Message]) -> list[str]:
     ]
 
 
-def without_deferring(tools: list[Any], loaded: set[str], not_sent: list[str]) -> list[Any]:
+def without_deferring(
+    tools: list[Any],
+    loaded: set[str],
+    not_sent: list[str],
+) -> list[Any]:
     """The tools, those that a `tool_reference` has loaded without `defer_loading`: the CLI leaves
     such references out, and the model would never see the tool."""
     kept = []
@@ -602,7 +632,12 @@ class MessageReader:
         for message, homes in zip(self.messages, self.places, strict=True):
             self.not_sent += left_out(message["content"], homes)
 
-    def _add(self, role: str, blocks: list[Block], place: str) -> None:
+    def _add(
+        self,
+        role: str,
+        blocks: list[Block],
+        place: str,
+    ) -> None:
         homes = []
         kept = []
         for index, block in enumerate(blocks):
@@ -645,7 +680,10 @@ class MessageReader:
 def reminder(blocks: list[Block]) -> Block:
     """A system message as the CLI's own reminders are written."""
     text = "\n".join(text_of(block, "text") for block in blocks)
-    return {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
+    return {
+        "type": "text",
+        "text": f"<system-reminder>\n{text}\n</system-reminder>",
+    }
 
 
 # All that the CLI keeps of a tool_use.
@@ -696,11 +734,21 @@ def read_message(message: Any, place: str) -> tuple[str, list[Block]]:
     if not isinstance(content, str):
         check_type(content, list, f"{place}.content")
     for index, block in enumerate(blocks):
-        check_block(block, role, place, f"{place}.content.{index}")
+        check_block(
+            block,
+            role,
+            place,
+            f"{place}.content.{index}",
+        )
     return role, blocks
 
 
-def check_block(block: Any, role: str, message_place: str, place: str) -> None:
+def check_block(
+    block: Any,
+    role: str,
+    message_place: str,
+    place: str,
+) -> None:
     """Check what is read of a block; all else in it is the API's to judge."""
     check_type(block, dict, place)
     kind = check_type(block.get("type"), str, f"{place}.type")
@@ -711,14 +759,28 @@ def check_block(block: Any, role: str, message_place: str, place: str) -> None:
     elif kind == "image":
         check_image(block, place)
     elif kind == "tool_use":
-        check_role(role, "assistant", kind, place)
+        check_role(
+            role,
+            "assistant",
+            kind,
+            place,
+        )
         check_call(block, f"{place}.tool_use")
     elif kind == "tool_result":
-        check_role(role, "user", kind, place)
+        check_role(
+            role,
+            "user",
+            kind,
+            place,
+        )
         check_type(block.get("tool_use_id"), str, f"{place}.tool_result.tool_use_id")
 
 
-def check_text(block: Block, message_place: str, place: str) -> None:
+def check_text(
+    block: Block,
+    message_place: str,
+    place: str,
+) -> None:
     """The CLI would drop a block of white space, or its message."""
     text = check_type(block.get("text"), str, f"{place}.text.text")
     if not text.strip():
@@ -768,7 +830,12 @@ def check_image(block: Block, place: str) -> None:
             raise bad_request(f"{place}.media_type", words)
 
 
-def check_role(role: str, wanted: str, kind: str, place: str) -> None:
+def check_role(
+    role: str,
+    wanted: str,
+    kind: str,
+    place: str,
+) -> None:
     if role != wanted:
         raise bad_request(place, f"`{kind}` blocks can only be in `{wanted}` messages")
 
@@ -844,7 +911,11 @@ API_BREAKPOINTS = 4
 CLI_BREAKPOINTS = 3
 
 
-def has_own_breakpoints(messages: list[Any], tools: list[Any], data: Json) -> bool:
+def has_own_breakpoints(
+    messages: list[Any],
+    tools: list[Any],
+    data: Json,
+) -> bool:
     """Whether the client sets cache breakpoints that the CLI's own are no match for: inside a
     message, such as behind a document and before the question, or more on its tools than the CLI
     leaves."""
@@ -861,7 +932,11 @@ def has_own_breakpoints(messages: list[Any], tools: list[Any], data: Json) -> bo
     )
 
 
-def without_breakpoints(block: Any, not_sent: list[str], levels: int = INNER_LEVELS) -> Any:
+def without_breakpoints(
+    block: Any,
+    not_sent: list[str],
+    levels: int = INNER_LEVELS,
+) -> Any:
     """A block, and the blocks in it, without `cache_control`."""
     kept: Json = dict(block)
     if kept.pop("cache_control", None) is not None:
@@ -993,12 +1068,18 @@ def as_blocks(content: Any) -> list[Any]:
 
 # Ends every user line: a text that ends it would otherwise be searched for /commands and @files
 # (recording slash_command_unescaped).  The CLI drops it before the API call.
-GUARD: Block = {"type": "text", "text": "\n"}
+GUARD: Block = {
+    "type": "text",
+    "text": "\n",
+}
 # The name of the MCP server that the bridge plays on the pipes of a process.
 MCP_SERVER = "client"
 # Lifts the CLI's limit on a tool's result from 50,000 characters to 500,000, and keeps the tool
 # from being deferred.
-TOOL_META = {"anthropic/maxResultSizeChars": 1_000_000_000, "anthropic/alwaysLoad": True}
+TOOL_META = {
+    "anthropic/maxResultSizeChars": 1_000_000_000,
+    "anthropic/alwaysLoad": True,
+}
 # 2.1.197 wants a time in every row of a transcript, and neither version minds which.
 ROW_TIME = "2026-01-01T00:00:00.000Z"
 
@@ -1036,7 +1117,11 @@ def transcript(messages: list[Message], model: str) -> list[bytes]:
     return rows
 
 
-def past_message(content: list[Block], model: str, number: int) -> Json:
+def past_message(
+    content: list[Block],
+    model: str,
+    number: int,
+) -> Json:
     """An assistant message of the past.  The CLI merges messages that share an id, so `number` must
     differ; it drops the thinking of a message whose model is not its own."""
     return {
@@ -1060,7 +1145,12 @@ def assistant_line(content: list[Block], model: str) -> bytes:
     )
 
 
-def user_line(content: list[Block], turn_id: str, *, query: bool = True) -> bytes:
+def user_line(
+    content: list[Block],
+    turn_id: str,
+    *,
+    query: bool = True,
+) -> bytes:
     """A user message, which starts a turn; without `query` it is only added to the conversation.
     `turn_id` is a UUID by which 2.1.330 says what its events answer."""
     event: Json = {
@@ -1145,7 +1235,12 @@ def control_line(request_id: str, subtype: str, **fields: Any) -> bytes:
     return line({"type": "control_request", "request_id": request_id, "request": request})
 
 
-def initialize_line(system: list[str], *, has_tools: bool, agent: bool = False) -> bytes:
+def initialize_line(
+    system: list[str],
+    *,
+    has_tools: bool,
+    agent: bool = False,
+) -> bytes:
     """Gives a process its system prompt (an agent keeps its own before it) and, if there are
     tools, the name of their MCP server.  Never through argv: a single argument may hold 128 KiB
     at most."""
@@ -1205,7 +1300,11 @@ def mcp_method(event: CliEvent) -> str:
     return ""
 
 
-def control_answer(event: CliEvent, tools: list[Json], result: Json | None = None) -> bytes:
+def control_answer(
+    event: CliEvent,
+    tools: list[Json],
+    result: Json | None = None,
+) -> bytes:
     """The answer to a control request of the CLI: a tool's `result`, or what an MCP server of
     `tools` says of itself (recordings client_tool); refused is what the bridge has no use for."""
     request = event.get("request")
@@ -1225,7 +1324,11 @@ def control_answer(event: CliEvent, tools: list[Json], result: Json | None = Non
             }
         elif method == "tools/list":
             result = {"tools": tools}
-        answer = {"jsonrpc": "2.0", "id": message.get("id", 0), "result": result or {}}
+        answer = {
+            "jsonrpc": "2.0",
+            "id": message.get("id", 0),
+            "result": result or {},
+        }
         response = {
             "subtype": "success",
             "request_id": event.get("request_id"),
@@ -1237,7 +1340,11 @@ def control_answer(event: CliEvent, tools: list[Json], result: Json | None = Non
 def listed_tool(name: str) -> Json:
     """A tool as the CLI lists it for a turn: its name alone, since the API gets all of it as the
     client sent it."""
-    return {"name": name, "inputSchema": {"type": "object"}, "_meta": TOOL_META}
+    return {
+        "name": name,
+        "inputSchema": {"type": "object"},
+        "_meta": TOOL_META,
+    }
 
 
 def listed_tools(request: Request) -> list[Json]:
@@ -1292,7 +1399,10 @@ def mcp_result(block: Block) -> Json | None:
     is_odd = rest or type(is_error) is not bool or not isinstance(content, str | list)
     if is_odd or None in parts or length > MAX_RESULT:
         return None
-    return {"content": parts, "isError": is_error}
+    return {
+        "content": parts,
+        "isError": is_error,
+    }
 
 
 def mcp_part(block: Any) -> Json | None:
@@ -1307,7 +1417,11 @@ def mcp_part(block: Any) -> Json | None:
         return None
     if source.keys() != {"type", "data", "media_type"} or source["type"] != "base64":
         return None
-    return {"type": "image", "data": source["data"], "mimeType": source["media_type"]}
+    return {
+        "type": "image",
+        "data": source["data"],
+        "mimeType": source["media_type"],
+    }
 
 
 # ------------------------------------------------------------ from the CLI
@@ -1697,7 +1811,12 @@ class Translator:
             self._new_delta = True
         return [renewed(event, index=len(self.message["content"]) - 1)]
 
-    def _add_piece(self, block: Json, kind: str, delta: Json) -> None:
+    def _add_piece(
+        self,
+        block: Json,
+        kind: str,
+        delta: Json,
+    ) -> None:
         key, name, shape = DELTAS[kind]
         piece = delta.get(name)
         if type(piece) is not shape:
@@ -1753,7 +1872,11 @@ class Translator:
         self.message.update(ends)
         self.message.update(final)
         self.message["usage"].update(counts)
-        last: Any = {"type": "message_delta", "delta": ends, "usage": counts}
+        last: Any = {
+            "type": "message_delta",
+            "delta": ends,
+            "usage": counts,
+        }
         last.update(final)
         if self.rests:
             return [last]
@@ -1841,7 +1964,11 @@ class Translator:
         ends: Json = {"stop_reason": reason}
         for key in ("stop_sequence", "stop_details"):
             ends[key] = message.get(key)
-        final = {"type": "message_delta", "delta": ends, "usage": message.get("usage")}
+        final = {
+            "type": "message_delta",
+            "delta": ends,
+            "usage": message.get("usage"),
+        }
         events = self._stream_event(final)
         if self.state is State.ENDED:
             events += self._stream_event({"type": "message_stop"})
@@ -1962,9 +2089,15 @@ def deltas(values: Json) -> Iterator[Json]:
         if key == "citations":
             for citation in value or ():
                 if isinstance(citation, dict):
-                    yield {"type": kind, name: citation}
+                    yield {
+                        "type": kind,
+                        name: citation,
+                    }
         elif value:
-            yield {"type": kind, name: to_json(value).decode() if key == "input" else value}
+            yield {
+                "type": kind,
+                name: to_json(value).decode() if key == "input" else value,
+            }
 
 
 # ------------------------------------------------------------ usage
@@ -2023,7 +2156,10 @@ def without_empties(value: Json) -> Json:
 def delta_head(kind: str, index: int) -> bytes:
     """How the CLI begins a line that holds a delta of an open block; empty: such deltas are always
     decoded."""
-    delta_kinds = {"text": "text_delta", "thinking": "thinking_delta"}
+    delta_kinds = {
+        "text": "text_delta",
+        "thinking": "thinking_delta",
+    }
     if "input" in FILLED.get(kind, ()):
         delta_kinds[kind] = "input_json_delta"
     if kind not in delta_kinds:

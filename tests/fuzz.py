@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from conftest import IMAGE, STANDIN, Answer, Server, isolate, request_body
+from client import IMAGE, Answer, request_body
 from grammar import check_stream
+from host import STANDIN, isolate
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from messages import (
@@ -40,6 +41,7 @@ from messages import (
     text,
     user,
 )
+from servers import Server
 
 import translate
 from bridge import Config

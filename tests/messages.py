@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conftest import request_body
+from client import request_body
 from grammar import check_stream
 from hypothesis import HealthCheck
 

@@ -17,8 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import conftest
-from conftest import Json, text
+import client
+import host
+import servers
+import stubs
+from client import Json, text
 
 import sessions
 import translate
@@ -176,7 +179,7 @@ def is_streamed(event: CliEvent) -> bool:
 
 
 def asked(*messages: Any, betas: str = "", **fields: Any) -> Request:
-    body = conftest.request_body([*messages], system="You are terse.", **fields)
+    body = client.request_body([*messages], system="You are terse.", **fields)
     return translate.parse_request(json.dumps(body).encode(), betas)
 
 
@@ -324,11 +327,11 @@ def record(cli: str, name: str, model: str, run: Callable[[Recorder], T]) -> tup
     """What the scenario returns, and its rows."""
     config = PoolConfig(
         bin=cli,
-        keep_env=conftest.KEEP,
+        keep_env=servers.KEEP,
         retries=1 if name == "retry_then_success" else 0,
         tools="default" if name in AGENT else "",
     )
-    with conftest.Stub() as stub, tempfile.TemporaryDirectory() as home:
+    with stubs.Stub() as stub, tempfile.TemporaryDirectory() as home:
         environ = {
             "PATH": os.environ["PATH"],
             "HOME": home,
@@ -347,7 +350,7 @@ def record(cli: str, name: str, model: str, run: Callable[[Recorder], T]) -> tup
 
 def main() -> None:
     cli, *names = sys.argv[1:]
-    how = conftest.isolate()
+    how = host.isolate()
     if how.startswith("not"):
         sys.exit(how)
     version = subprocess.check_output([cli, "--version"], text=True).split()[0]

@@ -25,8 +25,9 @@ from typing import Any
 
 import aiohttp
 import psutil
-from conftest import ROOT, STANDIN, assemble, children, isolate
+from client import assemble
 from grammar import check_stream
+from host import ROOT, STANDIN, children, isolate
 from standin import digest
 
 Json = dict[str, Any]

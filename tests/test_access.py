@@ -10,9 +10,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import STANDIN, Answer, Server, request_body
+from client import Answer, request_body
+from host import STANDIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from servers import Server
 from test_http import quiet  # noqa: F401 - an autouse fixture
 
 import bridge

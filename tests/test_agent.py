@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Json, Program, Server, arrived, sent, wait_until
+from client import Json, arrived, sent
 from grammar import check_stream
+from host import wait_until
+from servers import Program, Server
 
 SUBAGENT = '{"description":"d","prompt":"SAY from below","subagent_type":"general-purpose","run_in_background":false}'
 
@@ -113,8 +115,8 @@ def test_pings_fill_the_time_of_a_tool_and_the_watchdog_lets_it_run(
     agent: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bridge.PING_SECS", 0.2)
-    server = agent(tools="Bash", watchdog_secs=1.5)
-    answer = server.post('USE_TOOL Bash INPUT={"command":"sleep 3; echo slept"}END', stream=True)
+    server = agent(tools="Bash", watchdog_secs=5)
+    answer = server.post('USE_TOOL Bash INPUT={"command":"sleep 7; echo slept"}END', stream=True)
     assert check_stream(answer.events)["message"]["stop_reason"] == "end_turn"
     assert "slept" in answer.text
     kinds = [event["type"] for event in answer.events]

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import IMAGE, Answer, Client, Json, Server, Stub, request_body, text
+from client import IMAGE, Answer, Client, Json, request_body, text
+from servers import Server
+from stubs import Stub
 
 TOOL = {
     "name": "get_weather",

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from conftest import assemble
+from client import assemble
 from grammar import check_stream
 from messages import (
     CALL,

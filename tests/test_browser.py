@@ -23,7 +23,8 @@ from urllib.parse import urlencode
 
 import psutil
 import pytest
-from conftest import Server, wait_until
+from host import wait_until
+from servers import Server
 from standin import Log
 from test_http import quiet  # noqa: F401 - an autouse fixture
 

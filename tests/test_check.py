@@ -10,7 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import CLIS, KEEP, ROOT, Json
+from client import Json
+from host import ROOT
+from installed import CLIS
+from servers import KEEP
 
 FEATURES = ("history", "settings", "tools", "interrupt")
 

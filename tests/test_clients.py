@@ -18,7 +18,10 @@ from pathlib import Path
 
 import pytest
 import readme
-from conftest import CLIS, PIP_CLIENTS, PYTHONS, TESTS, Json, Server, arrived, text, wait_until
+from client import Json, arrived, text
+from host import TESTS, wait_until
+from installed import CLIS, PIP_CLIENTS, PYTHONS
+from servers import Server
 
 Run = Callable[..., str]
 # In the README, and in the scripts.

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import KEEP, Json, Program, Server, wait_until
+from client import Json
+from host import wait_until
+from servers import KEEP, Program, Server
 from standin import Log
 from test_processes import alive
 from test_tools import TOOL, result, start, user

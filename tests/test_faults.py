@@ -13,7 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Answer, Program, Server, request_body, wait_until
+from client import Answer, request_body
+from host import wait_until
+from servers import Program, Server
 from standin import Log
 
 import sessions

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import assemble
+from client import assemble
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from messages import (

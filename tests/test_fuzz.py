@@ -7,8 +7,9 @@ from typing import Any
 
 import fuzz
 import pytest
-from conftest import Server, request_body
+from client import request_body
 from messages import RESULT, TOOL, USE, role, text, user
+from servers import Server
 from test_relay import BEGIN, END, MESSAGE, TAIL, delta, event, outcome
 from test_relay import text as delta_of_text
 

@@ -15,8 +15,11 @@ from pathlib import Path
 
 import pytest
 import readme
-from conftest import Answer, Client, Program, Stub, arrived, request_body, sent, wait_until
+from client import Answer, Client, arrived, request_body, sent
+from host import wait_until
+from servers import Program
 from standin import Log, digest
+from stubs import Stub
 
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 pytestmark = pytest.mark.skipif(not NGINX, reason="nginx is not installed")

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import readme
-from conftest import JS_CLIENTS, OPENCODE, TESTS, Json, Program, Server, arrived
+from client import Json, arrived
+from host import TESTS
+from installed import JS_CLIENTS, OPENCODE
+from servers import Program, Server
 
 SDK = readme.block("import Anthropic from")
 AI_SDK = readme.block("createAnthropic({")

@@ -18,7 +18,9 @@ from xmlrpc.client import ServerProxy
 import psutil
 import pytest
 import readme
-from conftest import KEEP, ROOT, STANDIN, Client, Json, children, wait_until
+from client import Client, Json
+from host import ROOT, STANDIN, children, wait_until
+from servers import KEEP
 from standin import Log
 from supervisor.xmlrpc import SupervisorTransport
 from test_limits import activate

@@ -22,19 +22,10 @@ import psutil
 import pytest
 import readme
 import uvloop
-from conftest import (
-    CLIS,
-    KEEP,
-    ROOT,
-    STANDIN,
-    Client,
-    Program,
-    Server,
-    children,
-    open_files,
-    request_body,
-    wait_until,
-)
+from client import Client, request_body
+from host import ROOT, STANDIN, children, open_files, wait_until
+from installed import CLIS
+from servers import KEEP, Program, Server
 from standin import Log
 from test_processes import alive
 
@@ -161,7 +152,9 @@ def test_three_cancels_within_a_moment_leave_no_child_task_or_socket(
                 await reader.read()
 
     async def host() -> None:
-        async with serve(Config(bin=str(STANDIN), listen_addr=f"unix:{path}", spares=2)):
+        async with serve(
+            Config(bin=str(STANDIN), listen_addr=f"unix:{path}", spares=2, drain_secs=1)
+        ):
             started.set()
             await asyncio.Event().wait()
 

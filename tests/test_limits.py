@@ -15,7 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import KEEP, ROOT, STANDIN, Answer, Client, Program, Server, request_body, wait_until
+from client import Answer, Client, request_body
+from host import ROOT, STANDIN, wait_until
+from servers import KEEP, Program, Server
 from standin import Log
 from test_processes import in_work
 

@@ -15,7 +15,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import Program, Server, request_body, wait_until
+from client import request_body
+from host import wait_until
+from servers import Program, Server
 from standin import Log
 
 Launch = Callable[..., Program]

@@ -26,7 +26,9 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import STANDIN, Answer, Server, request_body, text, wait_until
+from client import Answer, request_body, text
+from host import STANDIN, wait_until
+from servers import Server
 from standin import GARBAGE, Log
 from test_faults import check_failure
 

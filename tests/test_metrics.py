@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import STANDIN, Client, Json, Program, Server, request_body, wait_until
+from client import Client, Json, request_body
+from host import STANDIN, wait_until
 from prometheus_client.parser import text_string_to_metric_families
+from servers import Program, Server
 from standin import Log
 
 from sessions import Metrics

@@ -17,7 +17,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, STANDIN, Client, Program, Server, wait_until
+from client import Client
+from host import ROOT, STANDIN, wait_until
+from servers import Program, Server
 from standin import Log
 from test_metrics import measure
 from test_program import alive, printed, refuses

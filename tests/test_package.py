@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, STANDIN, WHEELS, Client, request_body
+from client import Client, request_body
+from host import ROOT, STANDIN
+from installed import WHEELS
 from test_library import FILES, TURN
 
 import bridge

@@ -8,7 +8,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import STANDIN, Answer, Server, request_body, wait_until
+from client import Answer, request_body
+from host import STANDIN, wait_until
+from servers import Server
 from standin import Log
 from test_access import ask
 from test_http import quiet  # noqa: F401 - an autouse fixture

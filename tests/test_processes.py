@@ -14,7 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Answer, Server, request_body, wait_until
+from client import Answer, request_body
+from host import wait_until
+from servers import Server
 from standin import Log
 
 Serve = Callable[..., Server]

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import STANDIN, Answer, Program, request_body, wait_until
+from client import Answer, request_body
+from host import STANDIN, wait_until
+from servers import Program
 from standin import Log
 
 Launch = Callable[..., Program]

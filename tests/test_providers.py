@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Json, Program
+from client import Json
+from host import ROOT
+from servers import Program
 
 Write = Callable[..., str]
 COMPLETE = {

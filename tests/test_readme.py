@@ -20,7 +20,11 @@ from typing import Any
 
 import pytest
 import readme
-from conftest import CACHE, CLIS, KEEP, ROOT, WHEELS, Client, Json, Server, Stub, wait_until
+from client import Client, Json
+from host import ROOT, wait_until
+from installed import CACHE, CLIS, WHEELS
+from servers import KEEP, Server
+from stubs import Stub
 from test_fidelity import DIFFERENCES, TOLD
 
 from bridge import COMMANDS, GROUPS, Config, variable

@@ -16,22 +16,10 @@ from typing import Any
 import anthropic
 import psutil
 import pytest
-from conftest import (
-    IMAGE,
-    KEEP,
-    TESTS,
-    Answer,
-    Client,
-    Json,
-    Program,
-    Server,
-    Stub,
-    arrived,
-    request_body,
-    sent,
-    text,
-    wait_until,
-)
+from client import IMAGE, Answer, Client, Json, arrived, request_body, sent, text
+from host import TESTS, wait_until
+from servers import KEEP, Program, Server
+from stubs import Stub
 
 DOCUMENT = {
     "type": "document",

@@ -9,7 +9,7 @@ from typing import Any
 
 import anthropic.types
 import pytest
-from conftest import request_body
+from client import request_body
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from messages import (

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Answer, Program, Server, wait_until
+from client import Answer
+from host import wait_until
+from servers import Program, Server
 from standin import Log
 from test_processes import alive, kill, pid
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import IMAGE, Json, Server, arrived, text, wait_until
+from client import IMAGE, Json, arrived, text
+from host import wait_until
+from servers import Server
 
 SCHEMA = {
     "type": "object",

@@ -7,7 +7,7 @@ import copy
 from typing import Any
 
 import pytest
-from conftest import assemble
+from client import assemble
 from grammar import check_stream
 from messages import (
     CALL,

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Answer, Server, request_body, wait_until
+from client import Answer, request_body
+from host import wait_until
+from servers import Server
 from standin import UNASKED, Log
 from test_processes import HEADER, alive, pid
 from test_spares import spare

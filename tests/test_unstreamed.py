@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from conftest import assemble
+from client import assemble
 from messages import (
     CALL,
     DONE,

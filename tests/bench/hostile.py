@@ -137,8 +137,12 @@ def main() -> None:
     for name in BODIES:
         for senders in SENDERS:
             found = measure_one(name, senders)
-            times = " | ".join(f"{found[key] * 1000:.1f} ms" for key in ("median", "p99", "longest"))
-            print(f"| {name} | {senders} | {times} | {found['peak']:.0f} MB | {found['kept']:.0f} MB |")
+            times = " | ".join(
+                f"{found[key] * 1000:.1f} ms" for key in ("median", "p99", "longest")
+            )
+            print(
+                f"| {name} | {senders} | {times} | {found['peak']:.0f} MB | {found['kept']:.0f} MB |"
+            )
 
 
 if __name__ == "__main__":

@@ -16,9 +16,12 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-import conftest  # noqa: E402
 import cost  # noqa: E402
+import host  # noqa: E402
+import installed  # noqa: E402
 import relay  # noqa: E402
+import servers  # noqa: E402
+import stubs  # noqa: E402
 import turns  # noqa: E402
 from program import spread  # noqa: E402
 
@@ -143,20 +146,20 @@ def cost_rows(found: Measured) -> list[Row]:
 
 def measured_rows(rounds: int, cli: Path) -> Iterator[Row]:
     """The rows of the table, those of a part as soon as it is measured."""
-    with conftest.Stub() as stub, tempfile.TemporaryDirectory() as home:
+    with stubs.Stub() as stub, tempfile.TemporaryDirectory() as home:
         os.environ |= {"HOME": home, "ANTHROPIC_BASE_URL": stub.url, "ANTHROPIC_API_KEY": "sk-stub"}
         os.environ |= {"DISABLE_TELEMETRY": "1", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
-        yield from turn_rows(turns.measure(rounds, cli, home, conftest.KEEP))
+        yield from turn_rows(turns.measure(rounds, cli, home, servers.KEEP))
     yield from relay_rows(relay.measure(rounds))
     yield from cost_rows(cost.measure(rounds))
 
 
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 7
-    cli = conftest.bundled_cli() or sys.exit("the extra `cli` is not installed")
+    cli = installed.bundled_cli() or sys.exit("the extra `cli` is not installed")
     said = subprocess.run([cli, "--version"], capture_output=True, text=True, check=True).stdout
     version = said.split()[0]
-    conftest.isolate()
+    host.isolate()
     machine = f"{os.cpu_count()} cores, CLI {version}, Python {sys.version.split()[0]}"
     print(f"{datetime.date.today()}, {machine}, {rounds} rounds\n")
     print("| measure | against | median (lowest to highest) | goal |\n|---|---|---|---|")

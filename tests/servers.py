@@ -1,0 +1,89 @@
+"""The bridge, in a thread of this process or as a program."""
+
+import asyncio
+import contextlib
+import subprocess
+import threading
+from dataclasses import dataclass, field
+
+import psutil
+from client import Client
+from host import children
+
+from bridge import Bridge, Config
+from bridge import serve as serve_bridge
+
+KEEP = ("ANTHROPIC_BASE_URL", "ANTHROPIC_API_KEY", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC")
+
+
+@dataclass
+class Server(Client):
+    """A bridge in a thread of this process, with an event loop of its own."""
+
+    host: str = ""
+    port: int = 0
+    config: Config = field(default_factory=Config)
+    bridge: Bridge | None = None
+    loop: asyncio.AbstractEventLoop | None = None
+
+    def __enter__(self) -> "Server":
+        self._ready = threading.Event()
+        self._stop: asyncio.Event | None = None
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self._thread.start()
+        self._ready.wait()
+        if self._failure:
+            self._thread.join()
+            raise self._failure
+        return self
+
+    async def _run(self) -> None:
+        try:
+            self.loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+            async with serve_bridge(self.config) as self.bridge:
+                self.host, _, port = self.bridge.addresses[0].rpartition(":")
+                self.port = int(port) if port.isdecimal() else 0
+                self._ready.set()
+                await self._stop.wait()
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            assert not left, f"tasks left: {left}"
+        except BaseException as error:  # noqa: BLE001 - handed to the test
+            self._failure = error
+            self._ready.set()
+
+    def close(self) -> None:
+        """Ask the bridge to shut down, and wait for it."""
+        assert self.loop
+        assert self._stop
+        with contextlib.suppress(RuntimeError):  # the loop is closed already
+            self.loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+        if self._failure:
+            raise self._failure
+
+    def processes(self) -> list[psutil.Process]:
+        """The bridge's children: those of this process that run its CLI."""
+        found = []
+        for child in children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if self.config.bin in child.cmdline():
+                    found.append(child)
+        return found
+
+
+@dataclass
+class Program(Client):
+    """The bridge as a user starts it: a process with arguments and an environment."""
+
+    process: subprocess.Popen[str] = field(kw_only=True)
+    lines: list[str] = field(default_factory=list)  # what it printed on stderr
+
+    def wait(self) -> int:
+        return self.process.wait(30)
+
+    def children(self) -> list[psutil.Process]:
+        return children(self.process.pid)
