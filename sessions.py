@@ -1866,9 +1866,12 @@ class Metrics:
         samples["_count"] += 1
 
     def rows(self, name: str) -> list[tuple[str, str]]:
-        """The labels of each sample and its value, for people to read."""
-        samples = self._samples[name].items()
-        return [(labels.strip("{}").replace('"', ""), f"{value:g}") for labels, value in samples]
+        """What each sample counts, by its labels, and its value: for people to read."""
+        rows = []
+        for labels, value in self._samples[name].items():
+            words = labels.split('"')[1::2]
+            rows.append((", ".join(filter(None, words)), f"{value:g}"))
+        return rows
 
     def text(self) -> str:
         lines = []

@@ -24,6 +24,7 @@ from urllib.parse import urlencode
 import psutil
 import pytest
 from host import wait_until
+from PIL import Image, ImageChops
 from servers import Server
 from standin import Log
 from test_http import quiet  # noqa: F401 - an autouse fixture
@@ -130,6 +131,15 @@ PAGES = {
 }
 
 
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-proxy-server",
+)
+
+
 class Site:
     """Serves PAGE at any path; takes what the page finds."""
 
@@ -194,16 +204,9 @@ def browse(tmp_path: Path) -> Iterator[Callable[[str], None]]:
 
         def start(url: str) -> None:
             rules = "MAP evil.example 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
-            flags = (
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-dev-shm-usage",
-                "--no-proxy-server",
-            )
             command = [
                 str(CHROMIUM),
-                *flags,
+                *FLAGS,
                 f"--host-resolver-rules={rules}",
                 f"--user-data-dir={profile}",
                 url,
@@ -336,3 +339,27 @@ def test_a_page_of_an_allowed_origin_streams_with_a_key(
     )
     assert "the key sent does not match" in json.loads(found["a refusal"])["error"]["message"]
     assert len(log.started()) == 1
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_the_page_for_people_fits_a_window(
+    serve: Callable[..., Server], tmp_path: Path, width: int
+) -> None:
+    """Nothing of it reaches the right edge, where it would be cut off."""
+    server = serve()
+    server.post()
+    profile, picture = tmp_path / "chromium", tmp_path / "page.png"
+    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", "--hide-scrollbars"]
+    command += [f"--window-size={width},1600", f"--screenshot={picture}", server.url]
+    environ = {**os.environ, "HOME": str(profile)}
+    subprocess.run(command, env=environ, capture_output=True, timeout=SECONDS, check=True)
+    wait_until(lambda: not running(profile), "the end of the browser")
+    image = Image.open(picture).convert("L")
+    background = Image.new("L", image.size, image.getpixel((0, 0)))
+    written = ImageChops.difference(image, background).getbbox()
+    assert image.width == width
+    assert written
+    left, _, right, bottom = written
+    assert left >= 4
+    assert right <= width - 4
+    assert bottom > 400
