@@ -67,7 +67,7 @@ def made(name: str, made_of: list[str], make: Callable[[Path], bool]) -> Path | 
         return folder
 
 
-def from_pip(name: str, *requirements: str, base: str = sys.executable) -> Path | None:
+def from_pip(name: str, *requirements: str, base: str = "") -> Path | None:
     """The Python of a virtual environment with these packages.  Filled by uv, because pip takes
     five times as long."""
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -75,11 +75,11 @@ def from_pip(name: str, *requirements: str, base: str = sys.executable) -> Path 
     def make(folder: Path) -> bool:
         return (
             uv is not None
-            and fetched(base, "-m", "venv", "--without-pip", folder)
+            and fetched(base or sys.executable, "-m", "venv", "--without-pip", folder)
             and fetched(uv, "pip", "install", "--python", folder / "bin/python", *requirements)
         )
 
-    folder = made(name, [base, *requirements], make)
+    folder = made(name, [*filter(None, [base]), *requirements], make)
     return folder and folder / "bin/python"
 
 

@@ -28,7 +28,7 @@ import psutil
 from client import assemble
 from grammar import check_stream
 from host import ROOT, STANDIN, children, isolate
-from standin import digest
+from stand_in import digest
 
 Json = dict[str, Any]
 CLIENTS = 50

@@ -26,7 +26,7 @@ import pytest
 from host import wait_until
 from PIL import Image, ImageChops
 from servers import Server
-from standin import Log
+from stand_in import Log
 from test_http import quiet  # noqa: F401 - an autouse fixture
 
 CHROMIUM = shutil.which("chromium")

@@ -76,7 +76,7 @@ def test_a_cli_without_a_feature_fails_and_names_it(
     wrapper = tmp_path / "claude"
     wrapper.write_text(f"#!/bin/sh\nCLI={next(iter(CLIS.values()))}\n{script}\n")
     wrapper.chmod(0o755)
-    status, said = check(wrapper, CLAUDE_CLI_WATCHDOG_SECS="8")
+    status, said = check(wrapper, CLAUDE_CLI_WATCHDOG_SECS="15")
     assert status == 1
     assert [name for name in FEATURES if said[name].startswith("does not work")] == [feature]
 

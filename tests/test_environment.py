@@ -14,7 +14,7 @@ import pytest
 from client import Json
 from host import wait_until
 from servers import KEEP, Program, Server
-from standin import Log
+from stand_in import Log
 from test_processes import alive
 from test_tools import TOOL, result, start, user
 

@@ -16,7 +16,7 @@ import pytest
 from client import Answer, request_body
 from host import wait_until
 from servers import Program, Server
-from standin import Log
+from stand_in import Log
 
 import sessions
 

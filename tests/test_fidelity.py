@@ -28,7 +28,7 @@ from stubs import Stub
 
 import translate
 
-EXAMPLES = int(os.environ.get("FIDELITY", "10"))
+EXAMPLES = int(os.environ.get("FIDELITY", "5"))
 
 # Why what arrives is not what was sent.  The README has a row for each (test_readme.py).
 DIFFERENCES = {

@@ -18,7 +18,7 @@ import readme
 from client import Answer, Client, arrived, request_body, sent
 from host import wait_until
 from servers import Program
-from standin import Log, digest
+from stand_in import Log, digest
 from stubs import Stub
 
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")

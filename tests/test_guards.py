@@ -9,17 +9,8 @@ from host import ROOT, TESTS
 from installed import OTHER_PYTHON
 
 FILES = ("bridge.py", "sessions.py", "translate.py")
-# Those that start nothing: they need no fixture of conftest.py.
-PURE = (
-    "test_blocks.py",
-    "test_fingerprints.py",
-    "test_grammar.py",
-    "test_lines.py",
-    "test_odd_events.py",
-    "test_requests.py",
-    "test_translation.py",
-    "test_unstreamed.py",
-)
+# Some that start nothing: they need no fixture of conftest.py.
+PURE = ("test_lines.py", "test_odd_events.py", "test_requests.py", "test_translation.py")
 
 
 def check(*command: str | Path) -> None:

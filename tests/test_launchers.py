@@ -21,7 +21,7 @@ import readme
 from client import Client, Json
 from host import ROOT, STANDIN, children, wait_until
 from servers import KEEP
-from standin import Log
+from stand_in import Log
 from supervisor.xmlrpc import SupervisorTransport
 from test_limits import activate
 from test_processes import alive, pid

@@ -26,7 +26,7 @@ from client import Client, request_body
 from host import ROOT, STANDIN, children, open_files, wait_until
 from installed import CLIS
 from servers import KEEP, Program, Server
-from standin import Log
+from stand_in import Log
 from test_processes import alive
 
 from bridge import Config, serve

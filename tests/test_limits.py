@@ -18,7 +18,7 @@ import pytest
 from client import Answer, Client, request_body
 from host import ROOT, STANDIN, wait_until
 from servers import KEEP, Program, Server
-from standin import Log
+from stand_in import Log
 from test_processes import in_work
 
 import bridge

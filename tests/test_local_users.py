@@ -18,7 +18,7 @@ import pytest
 from client import request_body
 from host import wait_until
 from servers import Program, Server
-from standin import Log
+from stand_in import Log
 
 Launch = Callable[..., Program]
 NOBODY, SOMEBODY = 65534, 65533

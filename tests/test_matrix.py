@@ -29,7 +29,7 @@ import pytest
 from client import Answer, request_body, text
 from host import STANDIN, wait_until
 from servers import Server
-from standin import GARBAGE, Log
+from stand_in import GARBAGE, Log
 from test_faults import check_failure
 
 import sessions
@@ -150,6 +150,8 @@ def bench(folder: Path, watchdog_secs: float) -> Iterator[Bench]:
             "the end of the first connection",
         )
         made.tasks = made.running()
+        gc.collect()
+        gc.freeze()  # what is there now need not be looked at after each cell
         yield made
 
 

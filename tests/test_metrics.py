@@ -13,7 +13,7 @@ from client import Client, Json, request_body
 from host import STANDIN, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from servers import Program, Server
-from standin import Log
+from stand_in import Log
 
 from sessions import Metrics
 

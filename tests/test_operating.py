@@ -20,7 +20,7 @@ import pytest
 from client import Client
 from host import ROOT, STANDIN, wait_until
 from servers import Program, Server
-from standin import Log
+from stand_in import Log
 from test_metrics import measure
 from test_program import alive, printed, refuses
 

@@ -11,7 +11,7 @@ import pytest
 from client import Answer, request_body
 from host import STANDIN, wait_until
 from servers import Server
-from standin import Log
+from stand_in import Log
 from test_access import ask
 from test_http import quiet  # noqa: F401 - an autouse fixture
 
@@ -174,7 +174,8 @@ def test_a_deep_look_asks_the_cli_but_no_model(serve: Serve, log: Log) -> None:
 def test_a_deep_look_says_why_nothing_can_be_answered(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, model: str, words: str
 ) -> None:
-    monkeypatch.setattr(bridge, "HELLO_SECS", 0.5)
+    if model == "hang-at-start":
+        monkeypatch.setattr(bridge, "HELLO_SECS", 0.5)
     monkeypatch.delenv("ANTHROPIC_API_KEY")
     server = serve(model=model)
     status, said = deep(server)

@@ -17,7 +17,7 @@ import pytest
 from client import Answer, request_body
 from host import wait_until
 from servers import Server
-from standin import Log
+from stand_in import Log
 
 Serve = Callable[..., Server]
 HEADER = "x-arch-claude-cli-session"

@@ -14,7 +14,7 @@ import pytest
 from client import Answer, request_body
 from host import STANDIN, wait_until
 from servers import Program
-from standin import Log
+from stand_in import Log
 
 Launch = Callable[..., Program]
 HEADER = "x-arch-claude-cli-session"

@@ -10,7 +10,7 @@ import pytest
 from client import Answer
 from host import wait_until
 from servers import Program, Server
-from standin import Log
+from stand_in import Log
 from test_processes import alive, kill, pid
 
 Serve = Callable[..., Server]

@@ -14,7 +14,7 @@ import pytest
 from client import Answer, request_body
 from host import wait_until
 from servers import Server
-from standin import UNASKED, Log
+from stand_in import UNASKED, Log
 from test_processes import HEADER, alive, pid
 from test_spares import spare
 from test_tools import CALL, start, user
