@@ -45,13 +45,18 @@ from stubs import Stub
 
 from bridge import Config
 
+# The longest begin, so that no worker waits for another at the end.
 LONGEST = (
-    "test_conformance",
     "test_typescript_clients",
     "test_a_newcomer",
     "test_conversations_that_run_at_once",
     "test_library_gets",
-    "test_openai_client",
+)
+# What these show, others show as well, or it is about other people's programs: with `CLIS=all` alone.
+LONG = (
+    "test_conformance",
+    "test_openai_client_of_a_litellm_proxy",
+    "test_opencode",
 )
 
 ISOLATION = ""
@@ -110,11 +115,11 @@ WITH_BOTH = ("test_generated_requests",)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The longest first, so that no worker waits for another at the end."""
+    """The longest first; some are left to a run with `CLIS=all`."""
     items.sort(key=lambda item: not item.name.startswith(LONGEST))
     if os.environ.get("CLIS") == "all":
         return
-    left_out = [item for item in items if is_of_other_version(item)]
+    left_out = [item for item in items if item.name.startswith(LONG) or is_of_other_version(item)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
 

@@ -5,8 +5,9 @@
 The bridge runs as a program with the stand-in as its CLI.  Every complete answer must be that of
 the conversation that was sent: it repeats the last text, the number of messages and a digest of all
 of them.  At the end the bridge must be at rest with the descriptors, threads and children that it
-had after the warm-up, and about the memory that it had after half of the time.  Exit status 1 when
-anything is wrong.
+had after the warm-up, and about the memory that it had after half of the time.  Then it is
+restarted while its clients go on: they may be refused, and get no wrong answer.  Exit status 1
+when anything is wrong.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from typing import Any
+from typing import IO, Any
 
 import aiohttp
 import psutil
@@ -41,6 +42,18 @@ GROWTH_IN_ALL = 8 << 20
 # is more after 2,048 answers.
 GROWTH, GROWTH_PER_ANSWER = 1 << 20, 512
 TOOL = {"name": "t", "input_schema": {"type": "object"}}
+USER = b'{"role":"user","content":[%b]}'
+BODY = b'{"model":"sonnet","max_tokens":9,"messages":[%b]}'
+# What a client may send to cost much: each gets an error of its own, and disturbs nobody.
+HOSTILE = (
+    b"",
+    b"[" * 100_000,
+    b'{"model":"sonnet","messages":[' + b"9" * 1_000_000 + b"]}",
+    BODY % (USER % b",".join([b'{"type":"text","text":""}'] * 50_000)),
+    BODY % (USER % (b'{"type":"text","text":"a","x":[' + b"[]," * 600_000 + b"[]]}")),
+    BODY % b",".join([USER % b'{"type":"tool_result","tool_use_id":"t"}'] * 5_000),
+    b"\xff" * 3_000_000,
+)
 SETTINGS = {
     "CLAUDE_CLI_SESSION_TTL_SECS": "5",
     "CLAUDE_CLI_MAX_IDLE": "16",
@@ -58,6 +71,7 @@ class Load:
     def __init__(self, url: str, bridge: psutil.Process) -> None:
         self.url = url
         self.bridge = bridge
+        self.is_restarted = False
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
 
@@ -103,6 +117,11 @@ class Client:
             except Left:
                 self.load.counts["leaves"] += 1
                 self.fresh()  # what its process holds by now is not known
+            except aiohttp.ClientConnectionError:
+                if not self.load.is_restarted:
+                    self.load.wrong.append("a connection failed")
+                self.load.counts["refused in the restart"] += 1
+                self.fresh()
             except Exception as error:  # noqa: BLE001 - each is counted as wrong
                 self.load.wrong.append(f"{type(error).__name__}: {error}"[:500])
                 self.fresh()
@@ -112,7 +131,9 @@ class Client:
 
     async def act(self, chance: float) -> None:
         asked = self.messages[:-1]  # the last request, its answer not included
-        if chance < 0.10 and asked:
+        if chance < 0.02:
+            await self.attack(random.choice(HOSTILE))
+        elif chance < 0.10 and asked:
             self.load.counts["retries"] += 1
             await self.ask(asked)
         elif chance < 0.16 and asked and not (self.pin and len(asked) == 1):
@@ -145,6 +166,13 @@ class Client:
             await self.ask([*self.settled(), self.user(f"SLOW {random.randrange(2, 30)}")])
         else:
             await self.ask([*self.messages, self.results() if self.calls() else self.user("next")])
+
+    async def attack(self, data: bytes) -> None:
+        async with self.http.post(self.load.url, data=data) as answer:
+            error = json.loads(await answer.read())["error"]
+        is_told = answer.status in (400, 413) or (answer.status == 503 and self.load.is_restarted)
+        assert is_told, (answer.status, error)
+        self.load.counts["hostile bodies"] += 1
 
     def user(self, words: str) -> Json:
         return {
@@ -207,6 +235,9 @@ class Client:
         counts[f"session {how}"] += 1
         if answer.status != 200:
             error = json.loads(data)["error"]
+            if answer.status == 503 and self.load.is_restarted:
+                counts["refused in the restart"] += 1
+                return self.fresh()
             assert answer.status == 502, (answer.status, error)
             counts["died"] += 1
             return self.fresh()
@@ -214,6 +245,9 @@ class Client:
             blocks = data.decode().split("\n\n")[:-1]
             events = [json.loads(block.split("\ndata: ")[1]) for block in blocks]
             error = check_stream(events)["error"]
+            if error and self.load.is_restarted and "shutting down" in error["error"]["message"]:
+                counts["cut short by the restart"] += 1
+                return self.fresh()
             if error:
                 assert "the claude CLI" in error["error"]["message"], error
                 counts["died in mid stream"] += 1
@@ -287,7 +321,59 @@ async def rest(bridge: psutil.Process) -> dict[str, int]:
     return measure(bridge)
 
 
-async def soak(minutes: float, warm_up: float, url: str, bridge: psutil.Process) -> list[str]:
+class Program:
+    """The bridge as a program, which can be started again at the same address."""
+
+    def __init__(self, log: IO[str]) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.log = log
+        self.wrong: list[str] = []
+        self.start()
+
+    def start(self) -> None:
+        environ = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("CLAUDE", "ANTHROPIC_"))
+        }
+        environ |= {
+            **SETTINGS,
+            "CLAUDE_CLI_BIN": str(STANDIN),
+            "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{self.port}",
+        }
+        environ["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{environ['PATH']}"
+        command = [sys.executable, str(ROOT / "bridge.py")]
+        self.process = subprocess.Popen(command, env=environ, stderr=self.log)
+        while socket.socket().connect_ex(("127.0.0.1", self.port)):
+            assert self.process.poll() is None, "the bridge did not start"
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        if status := self.process.wait(30):
+            self.wrong.append(f"the bridge ended with status {status}")
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+
+async def restarted(program: Program, url: str, minutes: float) -> Load:
+    """Clients go on while the bridge is restarted."""
+    load = Load(url, psutil.Process(program.process.pid))
+    load.is_restarted = True
+    running = asyncio.create_task(load.run(60 * minutes))
+    await asyncio.sleep(30 * minutes)
+    await asyncio.to_thread(program.restart)
+    load.bridge = psutil.Process(program.process.pid)
+    await running
+    return load
+
+
+async def soak(minutes: float, warm_up: float, program: Program) -> list[str]:
+    url = f"http://127.0.0.1:{program.port}/v1/messages"
+    bridge = psutil.Process(program.process.pid)
     loads, rests = [], []
     for part in (warm_up, minutes / 2, minutes / 2):
         loads.append(Load(url, bridge))
@@ -295,7 +381,10 @@ async def soak(minutes: float, warm_up: float, url: str, bridge: psutil.Process)
         rests.append(await rest(bridge))
         complete = loads[-1].counts["complete"]
         print(f"{part:g} minutes: {complete} complete answers; at rest {rests[-1]}", flush=True)
-    counts = loads[1].counts + loads[2].counts
+    loads.append(await restarted(program, url, warm_up))
+    last = await rest(loads[-1].bridge)
+    print(f"with a restart: {loads[-1].counts['complete']} complete answers; at rest {last}")
+    counts = loads[1].counts + loads[2].counts + loads[3].counts
     wrong = [line for load in loads for line in load.wrong]
     for name, count in sorted(counts.items()):
         print(f"{name:45} {count:8}")
@@ -312,6 +401,9 @@ async def soak(minutes: float, warm_up: float, url: str, bridge: psutil.Process)
             wrong.append(
                 f"{name} grew from {before[name]} over {middle[name]} to {count}; {most} at most"
             )
+    for name in ("fds", "threads", "children", "connections"):
+        if last[name] > before[name]:
+            wrong.append(f"{name} after the restart: {last[name]}, {before[name]} before")
     # A kill takes at most the one answer that its process was giving.
     for load in loads:
         died = load.counts["died"] + load.counts["died in mid stream"]
@@ -324,35 +416,15 @@ def main() -> None:
     minutes = float(sys.argv[1]) if len(sys.argv) > 1 else 30.0
     warm_up = float(sys.argv[2]) if len(sys.argv) > 2 else WARM_UP
     print(isolate())
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    environ = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("CLAUDE", "ANTHROPIC_"))
-    }
-    environ |= {
-        **SETTINGS,
-        "CLAUDE_CLI_BIN": str(STANDIN),
-        "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{port}",
-    }
-    environ["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{environ['PATH']}"
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "bridge.py")], env=environ, stderr=log
-        )
+        program = Program(log)
         try:
-            while socket.socket().connect_ex(("127.0.0.1", port)):
-                assert process.poll() is None, "the bridge did not start"
-                time.sleep(0.05)
-            url = f"http://127.0.0.1:{port}/v1/messages"
-            wrong = asyncio.run(soak(minutes, warm_up, url, psutil.Process(process.pid)))
-            process.terminate()
-            if status := process.wait(30):
-                wrong.append(f"the bridge ended with status {status}")
+            wrong = asyncio.run(soak(minutes, warm_up, program))
+            program.stop()
+            wrong += program.wrong
         finally:
-            process.kill()
-            process.wait()
+            program.process.kill()
+            program.process.wait()
         log.seek(0)
         # Besides a line for each request, and how it began and ended, nothing is to be said.
         usual = (

@@ -191,9 +191,9 @@ def test_the_readmes_table_holds_the_lines_and_versions_that_these_tests_use() -
         assert all(line.removesuffix(")") in ran for line in lines), row
     pinned = [
         package.partition("==")
-        for packages in PIP_CLIENTS.values()
+        for name, packages in PIP_CLIENTS.items()
         for package in packages
-        if "==" in package
+        if "==" in package and name != "planoai"
     ]
     assert all(version in "".join(rows) for _, _, version in pinned)
 
