@@ -47,16 +47,16 @@ from bridge import Config
 
 # The longest begin, so that no worker waits for another at the end.
 LONGEST = (
-    "test_typescript_clients",
     "test_a_newcomer",
     "test_conversations_that_run_at_once",
-    "test_library_gets",
 )
 # What these show, others show as well, or it is about other people's programs: with `CLIS=all` alone.
 LONG = (
     "test_conformance",
     "test_openai_client_of_a_litellm_proxy",
     "test_opencode",
+    "test_typescript_clients",
+    "test_library_gets",
 )
 
 ISOLATION = ""

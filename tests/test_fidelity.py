@@ -28,7 +28,7 @@ from stubs import Stub
 
 import translate
 
-EXAMPLES = int(os.environ.get("FIDELITY", "4"))
+EXAMPLES = int(os.environ.get("FIDELITY", "3"))
 AT_ONCE = 50 if os.environ.get("CLIS") == "all" else 20
 
 # Why what arrives is not what was sent.  The README has a row for each (test_readme.py).
