@@ -87,7 +87,11 @@ def ask(program: Program, until: float) -> Iterator[float]:
         while time.monotonic() < until:
             began = time.perf_counter()
             client.sendall(PING)
-            assert client.recv(4096).startswith(b"HTTP/1.1 200")
+            answer = b""
+            while not answer.endswith(b"ok"):
+                part = client.recv(4096)
+                assert part, answer
+                answer += part
             yield time.perf_counter() - began
             time.sleep(0.005)
 
