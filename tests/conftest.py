@@ -47,16 +47,12 @@ from bridge import Config
 
 # The longest begin, so that no worker waits for another at the end.
 LONGEST = (
+    "test_conformance",
+    "test_typescript_clients",
     "test_a_newcomer",
     "test_conversations_that_run_at_once",
-)
-# What these show, others show as well, or it is about other people's programs: with `CLIS=all` alone.
-LONG = (
-    "test_conformance",
-    "test_openai_client_of_a_litellm_proxy",
-    "test_opencode",
-    "test_typescript_clients",
     "test_library_gets",
+    "test_openai_client",
 )
 
 ISOLATION = ""
@@ -64,7 +60,7 @@ ISOLATION = ""
 
 def pytest_configure(config: pytest.Config) -> None:
     global ISOLATION
-    # A shell's background job ignores it, and so would all that the tests start.
+    # In a background job of a shell SIGINT is ignored, and then by all that the tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Python programs start faster when they may keep their compiled form.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -115,11 +111,11 @@ WITH_BOTH = ("test_generated_requests",)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The longest first; some are left to a run with `CLIS=all`."""
+    """The longest first, and of the real CLI one version for each test."""
     items.sort(key=lambda item: not item.name.startswith(LONGEST))
     if os.environ.get("CLIS") == "all":
         return
-    left_out = [item for item in items if item.name.startswith(LONG) or is_of_other_version(item)]
+    left_out = [item for item in items if is_of_other_version(item)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
 

@@ -4,6 +4,7 @@ Each sender is a process of its own, so that what it costs to send is not taken 
 receive; on a machine of few cores they still compete with the bridge for them.
 """
 
+import socket
 import statistics
 import subprocess
 import sys
@@ -67,8 +68,6 @@ BODIES: dict[str, Callable[[], bytes]] = {
 
 def send(port: int, name: str, until: float) -> None:
     """Send one body over and over, each on a new connection, and read what comes."""
-    import socket
-
     data = BODIES[name]()
     while time.monotonic() < until:
         with socket.create_connection(("127.0.0.1", port)) as client:
