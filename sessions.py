@@ -1382,9 +1382,8 @@ class Pool:
         process.tools = tools
         process.hello = process.hello or self._hello
         session.parts = request.parts
-        session.turn_id = str(uuid.uuid4())
+        session.turn_id = turn_id = str(uuid.uuid4())
         model = translate.listed_model(self._hello, request.model) or request.model
-        turn_id = session.turn_id
         rows, lines = await self.compute(
             request.size, lambda: translate.opening(request, model, turn_id, query=query)
         )
@@ -1666,7 +1665,8 @@ class Pool:
         tools = translate.described_tools(request)
         counter = self._find_counter(request, tools)
         if counter:
-            session, lines = counter, await self._set_up_again(counter, request, tools)
+            session = counter
+            lines = await self._set_up_again(session, request, tools)
         else:
             session, lines = await self._open(request, tools, query=False)
         is_free = False
