@@ -50,10 +50,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING or not __package__:
     import translate
-    from translate import ApiError, CliEvent, Json, Request, Translator, answered, cli_error
+    from translate import ApiError, CliEvent, Json, Request, Translator, cli_error, control_result
 else:  # copied into a package
     from . import translate
-    from .translate import ApiError, CliEvent, Json, Request, Translator, answered, cli_error
+    from .translate import ApiError, CliEvent, Json, Request, Translator, cli_error, control_result
 
 __version__ = "0.2.0"
 log = logging.getLogger("claude_cli_bridge")
@@ -837,7 +837,7 @@ class Process(asyncio.SubprocessProtocol):
             if kind == "control_request":
                 self._answer_control(event)
             elif kind == "control_response":
-                self.hello = answered(event, "initialize") or self.hello
+                self.hello = control_result(event, "initialize") or self.hello
             elif kind == "result" and not self.listening:
                 if self.settled and not self.settled.done():
                     self.settled.set_result(not event.get("is_error"))
@@ -963,7 +963,7 @@ class Turn:
             in_line = self.results is None
         else:
             in_line = translate.has_images_in_line(self.request.messages[-1])
-        return self.request.not_sent + (self.request.image_keys if in_line else [])
+        return self.request.not_sent + (self.request.image_places if in_line else [])
 
     async def relay(
         self, send: Callable[[bytes], bool], drain: Callable[[], Awaitable[None]]
@@ -1187,7 +1187,9 @@ class Pool:
             session.process.listen()
             session.process.open_gate(translate.transcript([], self.config.model))
             session.process.write(translate.initialize_line([], has_tools=False))
-            await session.process.until(Translator(), lambda event: answered(event, "initialize"))
+            await session.process.until(
+                Translator(), lambda event: control_result(event, "initialize")
+            )
             self._hello = session.process.hello
         finally:
             self._probes.remove(session)
@@ -1408,7 +1410,7 @@ class Pool:
             return True
         session.process.write(translate.control_line("get_settings", "get_settings"))
         answer = await session.process.until(
-            Translator(), lambda event: translate.response(event, "get_settings")
+            Translator(), lambda event: translate.control_response(event, "get_settings")
         )
         wanted = translate.listed_model(session.process.hello, name) or name
         runs = translate.applied_model(answer) == wanted
@@ -1703,7 +1705,7 @@ class Pool:
         def find(event: CliEvent, wanted: str) -> Any:
             if event["type"] == "api_call":
                 statuses.append(event.get("response"))
-            return event["type"] == wanted or answered(event, wanted)
+            return event["type"] == wanted or control_result(event, wanted)
 
         process.write(*lines)
         await process.until(translator, lambda event: find(event, "result"))
@@ -1749,7 +1751,7 @@ class Pool:
                         translate.control_line("servers", "mcp_set_servers", servers=servers)
                     )
                     await process.until(
-                        Translator(), lambda event: translate.response(event, "servers")
+                        Translator(), lambda event: translate.control_response(event, "servers")
                     )
                 if tools and not process.has_listed:
                     await process.until(Translator(), lambda event: process.has_listed)
@@ -1767,7 +1769,7 @@ class Pool:
         session.process.write(translate.control_line("rewind", "rewind_conversation", **fields))
         try:
             answer = await session.process.until(
-                Translator(), lambda event: translate.response(event, "rewind")
+                Translator(), lambda event: translate.control_response(event, "rewind")
             )
         except ApiError:
             return False

@@ -1,8 +1,8 @@
 """Pure rules between the Messages API and the claude CLI: no I/O, no clock.
 
 The file follows the order of a turn: errors, the reading of a request, the fingerprint of a
-conversation, what is written to the CLI, what is read from it, and the translation of its events
-into the events of a Messages stream.
+conversation, what is written to the CLI, what is read from it, the translation of its events
+into the events of a Messages stream, and the headers that tell of rate limits.
 
 "API" names a rule of the Messages API.  A name after "recording" is a file in tests/fixtures that
 shows the rule.
@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Required, TypedDict, cast
 
@@ -88,7 +88,7 @@ class CliEvent(TypedDict, total=False):
 
 # ------------------------------------------------------------ errors
 
-# The error.type of an HTTP status, as the SDKs map it (API: "Errors").
+# The error.type of an HTTP status, as the SDKs map it (API: "Errors"); 502 is the bridge's own.
 ERROR_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -126,8 +126,8 @@ class ApiError(Exception):
 
     def __post_init__(self) -> None:
         super().__init__(self.message)
-        by_class = 500 if self.status >= 500 else 400
-        self.kind = self.kind or ERROR_TYPES.get(self.status, ERROR_TYPES[by_class])
+        default = 500 if self.status >= 500 else 400
+        self.kind = self.kind or ERROR_TYPES.get(self.status, ERROR_TYPES[default])
         self.retry = self.status not in FINAL_STATUSES
 
     def body(self, request_id: str) -> Json:
@@ -160,11 +160,11 @@ API_ERROR = re.compile(
     r"(?:Failed to authenticate\. )?API Error: (?:\d{3} |Request rejected \(429\) · )?(.+)",
     re.DOTALL,
 )
-# What it adds to a 5xx.
+# What the CLI adds to the message of a 5xx.
 ADVICE = ". This is a server-side issue, usually temporary"
-# A second try of its own, without a part of the conversation that the API refused.
+# What it says when it tries once more, without a part of the conversation that the API refused.
 REMOVAL = re.compile(r"API Error: (.+ could not be processed) and was removed")
-# Its own verdicts carry no status (recordings not_logged_in, mid_stream_error of 2.1.197).
+# The CLI's own verdicts carry no status (recordings not_logged_in, mid_stream_error of 2.1.197).
 VERDICTS = {
     "Not logged in": 401,
     "Prompt is too long": 400,
@@ -190,16 +190,14 @@ def result_error(
     status = result.get("api_error_status")
     if not isinstance(status, int) or not 400 <= status <= 599:
         status = next((code for words, code in VERDICTS.items() if text.startswith(words)), 502)
-    told = told or {"type": ""}
-    kind = told.get("api_error_type") or ""
-    code = told.get("api_error_code")
-    message, kind = api_message(text, str(kind))
+    message, kind = api_message(text, text_of(told, "api_error_type"))
     if status == 401:
         message = f"{message} (the claude CLI is not logged in: {LOGIN_CURE})"
     elif status == 404:
         message = message.partition(" Run --model")[0]
         message += " (GET /v1/models lists the models of this account)"
-    details = {"error_code": code} if isinstance(code, str) else None
+    code = text_of(told, "api_error_code")
+    details = {"error_code": code} if code else None
     return ApiError(
         status,
         message,
@@ -229,7 +227,7 @@ def api_message(text: str, kind: str) -> tuple[str, str]:
 
 # ------------------------------------------------------------ JSON
 
-# An integer that may not fit into 64 bits: orjson would read it as a float, and lose digits.
+# An integer of 19 digits may exceed 64 bits: orjson would read a float, and lose digits.
 LONG_INTEGER = re.compile(rb"[0-9]{19}")
 
 
@@ -244,19 +242,15 @@ def from_json(text: bytes) -> Any:
         raise orjson.JSONDecodeError(str(error), "", 0) from None
 
 
-def to_json(value: Any, options: int = 0) -> bytes:
-    """One line of JSON.  `options` are those of orjson.  Raises ApiError for about 1,000 levels."""
+def to_json(value: Any, *, sort_keys: bool = False) -> bytes:
+    """One line of JSON.  Raises ApiError when it is nested too deeply for Python (about 1,000)."""
     try:
-        return orjson.dumps(value, option=options)
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS if sort_keys else None)
     except TypeError:  # an integer of more than 64 bits, or more than 254 levels
-        sort_keys = bool(options & orjson.OPT_SORT_KEYS)
+        pass
+    separators = (",", ":")
     try:
-        text = json.dumps(
-            value,
-            ensure_ascii=False,
-            separators=(",", ":"),
-            sort_keys=sort_keys,
-        )
+        text = json.dumps(value, ensure_ascii=False, separators=separators, sort_keys=sort_keys)
     except RecursionError:
         raise cli_error("the claude CLI wrote JSON that is nested too deeply") from None
     return text.encode()
@@ -264,6 +258,32 @@ def to_json(value: Any, options: int = 0) -> bytes:
 
 def line(value: Json) -> bytes:
     return to_json(value) + b"\n"
+
+
+def text_of(value: Any, key: str) -> str:
+    """The string under a key of an object; empty if there is none."""
+    text = value.get(key) if isinstance(value, dict) else None
+    return text if isinstance(text, str) else ""
+
+
+def as_blocks(content: Any) -> list[Any]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}] if content else []
+    return content if isinstance(content, list) else []
+
+
+def without(value: Mapping[str, Any], keys: Collection[str]) -> Json:
+    return {key: inner for key, inner in value.items() if key not in keys}
+
+
+def without_nulls(value: Mapping[str, Any]) -> Json:
+    """The Vercel AI SDK fails on `citations: null` and `caller: null`."""
+    return {key: inner for key, inner in value.items() if inner is not None}
+
+
+def without_empties(value: Json) -> Json:
+    """The Vercel AI SDK fails on `context_management: {}` and adds up `iterations: []`."""
+    return {key: inner for key, inner in value.items() if inner not in (None, {}, [])}
 
 
 # ------------------------------------------------------------ requests
@@ -274,9 +294,10 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,255}")
 MODEL_PREFIX = "claude-cli/"
 # How full names begin; aliases (sonnet, opus[1m]) do not.
 FULL_NAME = "claude-"
-# Values of anthropic-beta: they reach the CLI as one list with commas.
-BETA_NAME = re.compile(r"[\x21-\x2b\x2d-\x7e]+")
-# Betas of its own that 2.1.332 keeps to itself, whoever asks for them.
+# What can stand in a header's list with commas: visible ASCII without a comma.
+HEADER_WORD = re.compile(r"[\x21-\x2b\x2d-\x7e]+")
+NOT_IN_HEADER = re.compile(r"[^\x21-\x2b\x2d-\x7e]")
+# Betas that 2.1.332 reserves for itself: it sends them for no client.
 LOST_BETAS = frozenset(
     {
         "afk-mode-2026-01-31",
@@ -286,12 +307,10 @@ LOST_BETAS = frozenset(
         "tool-provenance-2026-10-26",
     }
 )
-UNPRINTABLE = re.compile(r"[^\x21-\x2b\x2d-\x7e]")
-# What the bridge says to the CLI in other ways, or leaves to it.  All other fields of a request go
-# to the API as sent. A field `betas` would replace the CLI's own list, the one that an OAuth login
-# needs among it; `metadata` is who the CLI says it is.
+# Fields that the bridge passes on in another way, or leaves to the CLI.  All others go to the API
+# as sent.  `betas` would replace the CLI's own list, which an OAuth login needs; `metadata`
+# identifies the CLI.
 OWN_FIELDS = frozenset({"model", "messages", "system", "stream", "metadata", "betas"})
-THREAD_UNSUPPORTED = "thread_unsupported_request"
 # Claude Code's first system block: a hash that changes with every request, and that the CLI writes
 # itself.
 BILLING_LINE = "x-anthropic-billing-header:"
@@ -337,20 +356,20 @@ class Request:
     # The client's tools, as the model calls them.
     tool_names: list[str]
     # The fields that go to the API as sent.
-    body: Json
+    fields: Json
     # The client's anthropic-beta, sorted.
     betas: str
     # Who sets the cache breakpoints of the messages: "cli" or "client".
     caching: str
-    # What cannot arrive as sent: fields and places.
+    # Fields and places that cannot arrive as sent (header x-bridge-not-sent).
     not_sent: list[str]
-    # Places that are lost when the newest message goes to a running process as a line.
-    image_keys: list[str]
-    # Bytes of the body.
+    # Places in the newest message that are lost as well when it goes to the CLI as a user line.
+    image_places: list[str]
+    # Bytes of the request as it came.
     size: int
-    # Digests of what cannot change without a new process.
+    # Digests of what is fixed for the life of a process.
     parts: dict[str, bytes] = field(default_factory=dict)
-    # Those of them that the client sent.
+    # Those of them that the client's request sets.
     sent_parts: dict[str, bytes] = field(default_factory=dict)
     # Digest of all messages but the last one.
     past: bytes = b""
@@ -367,14 +386,14 @@ def parse_request(
     max_values: int = 300_000,
     counting: bool = False,
 ) -> Request:
-    """Read the body of POST /v1/messages; `betas` is the header anthropic-beta; `counting`: of
-    .../count_tokens.
+    """Read the body of POST /v1/messages, or of .../count_tokens if `counting`.  `betas` is the
+    header anthropic-beta; the limits are those of `Config`.
 
-    The API is the judge of a request, the bridge its carrier: it checks what it must know itself to
-    be right, and what the CLI would change in silence.  Raises ApiError 400, in the API's wording.
+    It checks only what the bridge itself depends on, and what the CLI would change silently; the
+    API judges the rest.  Raises ApiError 400, worded like the API's.
     """
     data = read_object(body, max_depth, max_values)
-    check_required(data, counting)
+    check_fields(data, counting)
     not_sent = [name for name in ("metadata", "betas") if data.get(name) is not None]
     stream = data.get("stream")
     if stream is not None:
@@ -387,10 +406,10 @@ def parse_request(
         raise bad_request("messages", f"List should have at most {max_messages} items")
     caching = "client" if has_own_breakpoints(raw, tools, data) else "cli"
     tool_names = read_tool_names(tools)
-    names = read_betas(betas, not_sent)
+    betas = read_betas(betas, not_sent)
     reader = MessageReader(caching, not_sent)
     reader.read(raw)
-    fields = {name: value for name, value in data.items() if name not in OWN_FIELDS}
+    fields = without(data, OWN_FIELDS)
     if tools:
         fields["tools"] = without_deferring(tools, reader.loaded, not_sent)
     request = Request(
@@ -399,22 +418,22 @@ def parse_request(
         messages=reader.messages,
         stream=bool(stream),
         tool_names=tool_names,
-        body=fields,
-        betas=names,
+        fields=fields,
+        betas=betas,
         caching=caching,
         not_sent=list(dict.fromkeys(not_sent)),
-        image_keys=image_keys(reader.messages[-1], reader.places[-1]),
+        image_places=image_places(reader.messages[-1], reader.places[-1]),
         size=len(body),
     )
     identify(request, data)
     return request
 
 
-def check_required(data: Json, counting: bool) -> None:
+def check_fields(data: Json, counting: bool) -> None:
     if data.get("thread") is not None:
         # The SDKs send the whole history after this error_code alone (anthropic
         # lib/threads/_thread_state.py).
-        details = {"error_code": THREAD_UNSUPPORTED}
+        details = {"error_code": "thread_unsupported_request"}
         raise ApiError(400, "thread: not supported by this bridge", details=details)
     for name in ("model", "messages", "max_tokens"):
         is_optional = counting and name == "max_tokens"
@@ -449,8 +468,8 @@ STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
 
 def has_more_values(body: bytes, limit: int) -> bool:
-    """Whether a JSON text holds more values than `limit`, about: each can take a hundred times its
-    bytes of memory."""
+    """Whether a JSON text holds more than about `limit` values: parsed, each can take a hundred
+    times its bytes of memory."""
     marks = count_marks(body)
     if marks > limit:  # strings can hold marks too
         marks -= sum(count_marks(match[0]) for match in STRING.finditer(body))
@@ -478,11 +497,7 @@ def is_deeper(value: Any, levels: int) -> bool:
     return True
 
 
-def check_type(
-    value: Any,
-    kind: type,
-    place: str,
-) -> Any:
+def check_type(value: Any, kind: type, place: str) -> Any:
     """The value.  Raises ApiError 400, in the API's wording, unless it is of that type."""
     if type(value) is not kind:
         raise bad_request(place, f"Input should be a valid {TYPE_NAMES[kind]}")
@@ -501,7 +516,7 @@ def read_betas(header: str, not_sent: list[str]) -> str:
     """The names in anthropic-beta, sorted."""
     names = {name.strip() for name in header.split(",")} - {""}
     for name in names:
-        if not BETA_NAME.fullmatch(name):
+        if not HEADER_WORD.fullmatch(name):
             words = "names are visible ASCII characters, separated by commas"
             raise bad_request("anthropic-beta", words)
     not_sent += [f"anthropic-beta.{name}" for name in sorted(names & LOST_BETAS)]
@@ -526,16 +541,22 @@ def read_system(system: Any, not_sent: list[str]) -> list[str]:
             not_sent.append(place)
         elif text:
             texts.append(text)
-        for key, value in block.items():
-            if value is None or key in ("type", "text"):
-                continue
-            not_sent.append(key if key == "cache_control" else f"{place}.{printable(key)}")
+        not_sent += lost_keys(block, place)
     return texts
+
+
+def lost_keys(block: Block, place: str) -> list[str]:
+    """The keys of a system block besides its text: none of them reaches the API."""
+    return [
+        key if key == "cache_control" else f"{place}.{printable(key)}"
+        for key, value in block.items()
+        if value is not None and key not in ("type", "text")
+    ]
 
 
 def printable(key: str) -> str:
     """A key as a header can hold it (x-bridge-not-sent)."""
-    return UNPRINTABLE.sub("?", key) or "?"
+    return NOT_IN_HEADER.sub("?", key) or "?"
 
 
 def read_tool_names(tools: list[Any]) -> list[str]:
@@ -571,19 +592,23 @@ def without_deferring(
     loaded: set[str],
     not_sent: list[str],
 ) -> list[Any]:
-    """The tools, those that a `tool_reference` has loaded without `defer_loading`: the CLI leaves
-    such references out, and the model would never see the tool."""
+    """The tools, without the `defer_loading` of those that a `tool_reference` has loaded: the CLI
+    drops the reference, so the model would never see them."""
     kept = []
     for number, tool in enumerate(tools):
         if tool.get("defer_loading") and tool.get("name") in loaded:
             not_sent.append(f"tools.{number}.defer_loading")
-            tool = {key: value for key, value in tool.items() if key != "defer_loading"}
+            tool = without(tool, {"defer_loading"})
         kept.append(tool)
     return kept
 
 
 # ------------------------------------------------------------ messages
 
+# The API takes no account of the thinking of earlier turns, and clients drop it.
+THOUGHTS = frozenset({"thinking", "redacted_thinking"})
+# Blocks that are no answer if an assistant message holds nothing else.
+UNSAID = THOUGHTS | {"fallback"}
 # How deep blocks may stand in blocks: in a tool_result, and in a document there (API).
 INNER_LEVELS = 2
 
@@ -596,10 +621,10 @@ class MessageReader:
 
     def __init__(self, caching: str, not_sent: list[str]) -> None:
         self.messages: list[Message] = []
-        # Of each block its place, as the client numbered it.
+        # The place of each block, as the client numbered it.
         self.places: list[list[str]] = []
         self.not_sent = not_sent
-        # The names of the tools.
+        # Names of the tools that a tool_reference has loaded.
         self.loaded: set[str] = set()
         self._caching = caching
 
@@ -619,6 +644,8 @@ class MessageReader:
                 check_system_place(raw, number)
                 # The CLI's input knows the user's and the assistant's messages only.
                 self.not_sent.append(f"{place}.role")
+                for index, block in enumerate(blocks):
+                    self.not_sent += lost_keys(block, f"{place}.content.{index}")
                 role = "user"
                 blocks = [reminder(blocks)]
             is_unsaid = all(block["type"] in UNSAID for block in blocks)
@@ -629,36 +656,36 @@ class MessageReader:
         check_pairs(self.messages, self.places)
         if role == "assistant":
             raise bad_request(place, PREFILL)
-        for message, homes in zip(self.messages, self.places, strict=True):
-            self.not_sent += left_out(message["content"], homes)
+        for message, places in zip(self.messages, self.places, strict=True):
+            self.not_sent += left_out(message["content"], places)
 
     def _add(
         self,
         role: str,
         blocks: list[Block],
-        place: str,
+        message_place: str,
     ) -> None:
-        homes = []
+        places = []
         kept = []
         for index, block in enumerate(blocks):
-            home = f"{place}.content.{index}"
+            place = f"{message_place}.content.{index}"
             if self._caching == "cli":
                 block = without_breakpoints(block, self.not_sent)
             if block["type"] == "tool_result":
-                block = self._read_result(block, home)
-            homes.append(home)
+                block = self._read_result(block, place)
+            places.append(place)
             kept.append(block)
         # API: consecutive messages of one role are one message.
         if self.messages and self.messages[-1]["role"] == role:
             self.messages[-1]["content"].extend(kept)
-            self.places[-1].extend(homes)
+            self.places[-1].extend(places)
         else:
             self.messages.append({"role": role, "content": kept})
-            self.places.append(homes)
+            self.places.append(places)
 
     def _read_result(self, block: Block, place: str) -> Block:
-        """A tool_result without what the CLI leaves out: references to tools, and all but text of
-        an error."""
+        """A tool_result without what the CLI drops: tool references, and all but text in an
+        error."""
         content = block.get("content")
         if not isinstance(content, list):
             return block
@@ -666,14 +693,16 @@ class MessageReader:
         result["content"] = []
         for index, inner in enumerate(content):
             kind = text_of(inner, "type")
-            if kind == "tool_reference":
+            is_reference = kind == "tool_reference"
+            is_kept = kind == "text" or not block.get("is_error")
+            if is_reference:
                 name = text_of(inner, "tool_name")
                 self.loaded.add(name)
                 result["content"].append({"type": "text", "text": f"Tool loaded: {name}"})
-            elif kind == "text" or not block.get("is_error"):
+            elif is_kept:
                 result["content"].append(inner)
-                continue
-            self.not_sent.append(f"{place}.content.{index}")
+            if is_reference or not is_kept:
+                self.not_sent.append(f"{place}.content.{index}")
         return result
 
 
@@ -690,26 +719,26 @@ def reminder(blocks: list[Block]) -> Block:
 CALL_KEYS = {"type", "id", "name", "input"}
 
 
-def left_out(blocks: list[Block], homes: list[str]) -> list[str]:
+def left_out(blocks: list[Block], places: list[str]) -> list[str]:
     """The places of what some version of the CLI leaves out of an assistant message: marks of a
     fallback, the advisor's words, keys of tool calls, citations of documents, and calls of server
     tools that wait for a client's tool, and so have no result in the same message."""
-    answered = {str(block.get("tool_use_id")) for block in blocks}
-    places = []
-    for block, home in zip(blocks, homes, strict=True):
+    have_results = {str(block.get("tool_use_id")) for block in blocks}
+    lost = []
+    for block, place in zip(blocks, places, strict=True):
         kind = block["type"]
         is_server_call = kind in ("server_tool_use", "mcp_tool_use")
-        is_pending = is_server_call and str(block.get("id")) not in answered
+        is_pending = is_server_call and str(block.get("id")) not in have_results
         is_advisor = is_server_call and block.get("name") == "advisor"
         citations = as_blocks(block.get("citations"))
         if kind in ("fallback", "advisor_tool_result") or is_pending or is_advisor:
-            places.append(home)
+            lost.append(place)
         elif kind == "tool_use":
             extra = [key for key in canonical_block(block) if key not in CALL_KEYS]
-            places += [f"{home}.{printable(key)}" for key in extra]
+            lost += [f"{place}.{printable(key)}" for key in extra]
         elif kind == "text" and not all(map(is_from_web, citations)):
-            places.append(f"{home}.citations")
-    return places
+            lost.append(f"{place}.citations")
+    return lost
 
 
 def is_from_web(citation: Any) -> bool:
@@ -730,16 +759,11 @@ def read_message(message: Any, place: str) -> tuple[str, list[Block]]:
         words = "all messages must have non-empty content"
         words += " except for the optional final assistant message"
         raise bad_request(place, words)
-    blocks: list[Block] = as_blocks(content)
     if not isinstance(content, str):
         check_type(content, list, f"{place}.content")
+    blocks: list[Block] = as_blocks(content)
     for index, block in enumerate(blocks):
-        check_block(
-            block,
-            role,
-            place,
-            f"{place}.content.{index}",
-        )
+        check_block(block, role, place, f"{place}.content.{index}")
     return role, blocks
 
 
@@ -759,20 +783,10 @@ def check_block(
     elif kind == "image":
         check_image(block, place)
     elif kind == "tool_use":
-        check_role(
-            role,
-            "assistant",
-            kind,
-            place,
-        )
+        check_role(role, "assistant", kind, place)
         check_call(block, f"{place}.tool_use")
     elif kind == "tool_result":
-        check_role(
-            role,
-            "user",
-            kind,
-            place,
-        )
+        check_role(role, "user", kind, place)
         check_type(block.get("tool_use_id"), str, f"{place}.tool_result.tool_use_id")
 
 
@@ -788,6 +802,10 @@ def check_text(
         raise bad_request("messages", f"text content blocks must {words} ({message_place})")
 
 
+# Characters of a tool's name (API); the CLI would cut a longer one.
+MAX_TOOL_NAME = 200
+
+
 def check_call(block: Block, place: str) -> None:
     check_type(block.get("id"), str, f"{place}.id")
     name = check_type(block.get("name"), str, f"{place}.name")
@@ -797,8 +815,6 @@ def check_call(block: Block, place: str) -> None:
     check_type(block.get("input"), dict, f"{place}.input")
 
 
-# Characters of a tool's name (API); the CLI would cut a longer one.
-MAX_TOOL_NAME = 200
 # How the base64 of an image begins.
 IMAGE_SIGNATURES = {
     "iVBORw0KGgo": "image/png",
@@ -809,8 +825,8 @@ IMAGE_SIGNATURES = {
 
 
 def check_image(block: Block, place: str) -> None:
-    """API: base64 data is that of an image of its media type.  The CLI would replace what is not,
-    in silence."""
+    """API: base64 data must be an image of its media type.  The CLI would silently replace what is
+    not."""
     source = check_type(block.get("source"), dict, f"{place}.image.source")
     if source.get("type") != "base64":
         return
@@ -856,14 +872,14 @@ def check_system_place(messages: list[Any], number: int) -> None:
         raise bad_request(f"messages.{number}", words)
 
 
-def check_pairs(messages: list[Message], places: list[list[str]]) -> None:
+def check_pairs(messages: list[Message], all_places: list[list[str]]) -> None:
     """API: each tool_use is answered in the next message, each tool_result answers a tool_use of
     the previous one."""
     called: dict[str, None] = {}
     seen: set[str] = set()
-    for message, homes in zip(messages, places, strict=True):
+    for message, places in zip(messages, all_places, strict=True):
         results = set()
-        for block, home in zip(message["content"], homes, strict=True):
+        for block, place in zip(message["content"], places, strict=True):
             if block["type"] != "tool_result":
                 continue
             answers = text_of(block, "tool_use_id")
@@ -872,13 +888,13 @@ def check_pairs(messages: list[Message], places: list[list[str]]) -> None:
                 words = "unexpected `tool_use_id` found in `tool_result` blocks: "
                 words += f"{answers}. Each `tool_result` block must have"
                 words += " a corresponding `tool_use` block in the previous message."
-                raise bad_request(home, words)
+                raise bad_request(place, words)
         missing = [tool_id for tool_id in called if tool_id not in results]
         if missing:
             words = "`tool_use` ids were found without `tool_result` blocks immediately after: "
             words += f"{', '.join(missing)}. Each `tool_use` block must have"
             words += " a corresponding `tool_result` block in the next message."
-            raise bad_request(homes[0].partition(".content.")[0], words)
+            raise bad_request(places[0].partition(".content.")[0], words)
         called = {}
         for block in message["content"]:
             if block["type"] != "tool_use":
@@ -890,14 +906,14 @@ def check_pairs(messages: list[Message], places: list[list[str]]) -> None:
             called[identity] = None
 
 
-def image_keys(message: Message, homes: list[str]) -> list[str]:
+def image_places(message: Message, places: list[str]) -> list[str]:
     """The places of what the CLI leaves out of the images in a user line: all but their data."""
-    places = []
-    for block, home in zip(message["content"], homes, strict=True):
+    lost = []
+    for block, place in zip(message["content"], places, strict=True):
         if is_base64_image(block):
             extra = block.keys() - {"type", "source", "cache_control"}
-            places += [f"{home}.{printable(key)}" for key in sorted(extra)]
-    return places
+            lost += [f"{place}.{printable(key)}" for key in sorted(extra)]
+    return lost
 
 
 def is_base64_image(block: Block) -> bool:
@@ -916,9 +932,9 @@ def has_own_breakpoints(
     tools: list[Any],
     data: Json,
 ) -> bool:
-    """Whether the client sets cache breakpoints that the CLI's own are no match for: inside a
-    message, such as behind a document and before the question, or more on its tools than the CLI
-    leaves."""
+    """Whether the client sets cache breakpoints that the CLI's own cannot replace: inside a
+    message, such as between a document and the question, or more on its tools than the CLI leaves
+    room for."""
 
     def is_set(value: Any) -> bool:
         return isinstance(value, dict) and value.get("cache_control") is not None
@@ -926,7 +942,11 @@ def has_own_breakpoints(
     outside = sum(map(is_set, tools)) + is_set(data)
     if outside > API_BREAKPOINTS - CLI_BREAKPOINTS:
         return True
-    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    contents = [
+        message.get("content")
+        for message in messages
+        if isinstance(message, dict) and message.get("role") != "system"
+    ]
     return any(
         is_set(block) for content in contents if isinstance(content, list) for block in content[:-1]
     )
@@ -965,15 +985,11 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
     "content": ("", []),
     "caller": ({"type": "direct"},),
 }
-# The API takes no account of the thinking of earlier turns, and clients drop it.
-THOUGHTS = frozenset({"thinking", "redacted_thinking"})
-# Blocks that are no answer if an assistant message holds nothing else.
-UNSAID = THOUGHTS | {"fallback"}
 
 
 def digest(value: Any) -> bytes:
     """A 16-byte digest of a JSON value that does not depend on the order of keys."""
-    return hashlib.blake2b(to_json(value, orjson.OPT_SORT_KEYS), digest_size=16).digest()
+    return hashlib.blake2b(to_json(value, sort_keys=True), digest_size=16).digest()
 
 
 def link(chain: bytes, message: bytes) -> bytes:
@@ -1005,7 +1021,7 @@ def identify(request: Request, data: Json) -> None:
 
 def request_digest(request: Request) -> bytes:
     """A digest of all that a count of tokens depends on."""
-    digests = [*request.parts.values(), request.past, request.newest, digest(request.body)]
+    digests = [*request.parts.values(), request.past, request.newest, digest(request.fields)]
     return digest([item.hex() for item in digests])
 
 
@@ -1056,12 +1072,6 @@ def canonical_content(content: Any) -> Any:
     return [
         canonical_block(block) if isinstance(block, dict) else block for block in as_blocks(content)
     ]
-
-
-def as_blocks(content: Any) -> list[Any]:
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}] if content else []
-    return content if isinstance(content, list) else []
 
 
 # ------------------------------------------------------------ to the CLI
@@ -1137,8 +1147,8 @@ def past_message(
 
 
 def assistant_line(content: list[Block], model: str) -> bytes:
-    """An assistant message of the past, for a running process: of a transcript that ends with a
-    call of a tool the CLI would say that the call was interrupted."""
+    """An assistant message of the past, sent to a running process: if the transcript ended with a
+    tool call, the CLI would report the call as interrupted."""
     message = past_message(content, model, 0)
     return line(
         {"type": "assistant", "message": message, "session_id": "", "parent_tool_use_id": None}
@@ -1183,15 +1193,15 @@ def is_one_line(request: Request) -> bool:
     return len(request.messages) == 1 and not split_at_images(request.messages[0]["content"])[0]
 
 
-def has_counted(usage: Json, tools: list[Json]) -> bool:
+def has_counted(context: Json, tools: list[Json]) -> bool:
     """Whether a process counted these tools and no others, by its answer to get_context_usage."""
-    counted = {text_of(tool, "name") for tool in as_blocks(usage.get("mcpTools"))}
+    counted = {text_of(tool, "name") for tool in as_blocks(context.get("mcpTools"))}
     return counted == {tool["name"] for tool in tools}
 
 
 def server_lists(*, has_tools: bool) -> list[Json]:
-    """The MCP servers that a process is told of, one list after another, for its tools to change:
-    none, and then the client's if there are tools."""
+    """The lists to send one after the other with mcp_set_servers, so that a process reads its tools
+    anew: an empty one, then the client's server if there are tools."""
     servers: list[Json] = [{}]
     if has_tools:
         servers.append({MCP_SERVER: {"type": "sdk", "name": MCP_SERVER}})
@@ -1263,12 +1273,12 @@ def settings_line(env: dict[str, str]) -> bytes:
 def turn_settings(request: Request, *, has_listed_tools: bool = False) -> dict[str, str]:
     """What `settings_line` sets for a request.
 
-    The CLI merges CLAUDE_CODE_EXTRA_BODY over the body of its API calls: the client's fields arrive
-    as sent, and are gone with the next value.  It adds ANTHROPIC_BETAS to its own, those of the
-    first call of a process for all others. A request without tools in a process that has some
-    listed must say so.
+    The CLI merges CLAUDE_CODE_EXTRA_BODY into the body of each API call, so the client's fields
+    arrive as sent; the next value replaces them.  It adds ANTHROPIC_BETAS to its own betas, but
+    keeps to those of a process's first call.  If the process has tools listed and the request has
+    none, the body must say so.
     """
-    body = request.body
+    body = request.fields
     if has_listed_tools and not body.get("tools"):
         body = body | {"tools": []}
     return {
@@ -1309,11 +1319,7 @@ def control_answer(
     `tools` says of itself (recordings client_tool); refused is what the bridge has no use for."""
     request = event.get("request")
     message = request.get("message") if isinstance(request, dict) else None
-    response: Json = {
-        "subtype": "error",
-        "request_id": event.get("request_id"),
-        "error": "not supported",
-    }
+    response: Json = {"request_id": event.get("request_id")}
     if isinstance(message, dict):
         method = message.get("method")
         if method == "initialize":
@@ -1329,11 +1335,11 @@ def control_answer(
             "id": message.get("id", 0),
             "result": result or {},
         }
-        response = {
-            "subtype": "success",
-            "request_id": event.get("request_id"),
-            "response": {"mcp_response": answer},
-        }
+        response["subtype"] = "success"
+        response["response"] = {"mcp_response": answer}
+    else:
+        response["subtype"] = "error"
+        response["error"] = "not supported"
     return line({"type": "control_response", "response": response})
 
 
@@ -1350,15 +1356,17 @@ def listed_tool(name: str) -> Json:
 def listed_tools(request: Request) -> list[Json]:
     """The tools of a request as the CLI lists them for a turn.  A name that the conversation has
     called is one even if `tools` does not have it: a toolset has members without an entry."""
-    names = request.tool_names and [*request.tool_names, *called_names(request.messages)]
+    if not request.tool_names:
+        return []
+    names = [*request.tool_names, *called_names(request.messages)]
     return [listed_tool(name) for name in dict.fromkeys(names)]
 
 
 def described_tools(request: Request) -> list[Json]:
-    """The tools of a request as the CLI lists them for a count: it has them counted as they are
-    listed."""
+    """The tools of a request as the CLI lists them for a count of tokens, which counts exactly what
+    is listed."""
     described = []
-    for tool in request.body.get("tools") or []:
+    for tool in request.fields.get("tools") or []:
         name, schema = tool.get("name"), tool.get("input_schema")
         if isinstance(name, str):
             listed = listed_tool(name)
@@ -1388,16 +1396,16 @@ def tool_results(content: list[Block], calls: list[str]) -> dict[str, Json] | No
 
 def mcp_result(block: Block) -> Json | None:
     """A tool_result as MCP has it; None: MCP has no place for all that it holds."""
-    match without_nulls(block):
-        case {"type": "tool_result", "tool_use_id": _, **rest}:
-            content = rest.pop("content", "")
-            is_error = rest.pop("is_error", False)
-        case _:
-            return None
+    rest = without_nulls(block)
+    content = rest.pop("content", "")
+    is_error = rest.pop("is_error", False)
+    if rest.keys() != {"type", "tool_use_id"} or rest["type"] != "tool_result":
+        return None
+    if type(is_error) is not bool or not isinstance(content, str | list):
+        return None
     parts = [mcp_part(part) for part in as_blocks(content)]
     length = sum(len(part.get("text", "")) for part in parts if part)
-    is_odd = rest or type(is_error) is not bool or not isinstance(content, str | list)
-    if is_odd or None in parts or length > MAX_RESULT:
+    if None in parts or length > MAX_RESULT:
         return None
     return {
         "content": parts,
@@ -1426,10 +1434,10 @@ def mcp_part(block: Any) -> Json | None:
 
 # ------------------------------------------------------------ from the CLI
 
-# How the lines begin that carry an event of the stream, and a delta among them; and what they say
-# further on when the event is not a subagent's.
+# How a line with an event of the stream begins, and one with a delta.
 STREAM_EVENT = b'{"type":"stream_event","event":'
 DELTA_START = STREAM_EVENT + b'{"type":"content_block_delta","index":'
+# In a line whose event is not a subagent's.
 MAIN = b'"parent_tool_use_id":null'
 # What the SDK inside the CLI logs of a count at the API, with ANTHROPIC_LOG=info.
 COUNT_CALL = re.compile(rb"\[log_[^]]*\] post \S+/count_tokens\S* \w+(?: with status (\d{3}))?")
@@ -1452,8 +1460,7 @@ def decode(text: bytes) -> list[CliEvent]:
         values = glued(text.decode(errors="replace").strip())
         if not values and text.startswith(STREAM_EVENT):
             raise cli_error("the claude CLI wrote a damaged line") from None
-    events: list[Any] = [value for value in values if isinstance(value, dict)]
-    return [event for event in events if isinstance(event.get("type"), str)]
+    return [value for value in values if text_of(value, "type")]
 
 
 def glued(text: str) -> list[Any]:
@@ -1471,16 +1478,16 @@ def glued(text: str) -> list[Any]:
     return values
 
 
-def response(event: CliEvent, request_id: str) -> Json:
+def control_response(event: CliEvent, request_id: str) -> Json:
     """The CLI's response to a control request, good or bad, if the event is that response; else
     empty."""
     given = event.get("response")
     return given if isinstance(given, dict) and given.get("request_id") == request_id else {}
 
 
-def answered(event: CliEvent, request_id: str) -> Json:
+def control_result(event: CliEvent, request_id: str) -> Json:
     """What the CLI answered to a control request, if the event is that answer; else empty."""
-    answer = response(event, request_id).get("response")
+    answer = control_response(event, request_id).get("response")
     return answer if isinstance(answer, dict) else {}
 
 
@@ -1519,13 +1526,20 @@ def listed_model(hello: Json, name: str) -> str:
 class State(enum.Enum):
     """Where an answer stands."""
 
-    WAITING = "nothing of it has come"
-    OPEN = "between the blocks of a message"
-    BLOCK = "inside a block"
-    HIDDEN = "inside a block that is the CLI's own business"
-    ENDED = "the message has its stop_reason"
-    WORKING = "the CLI runs a tool of its own, and goes on in another message"
-    DONE = "complete"
+    # Nothing of it has come.
+    WAITING = enum.auto()
+    # Between the blocks of a message.
+    OPEN = enum.auto()
+    # Inside a block.
+    BLOCK = enum.auto()
+    # Inside a block that is the CLI's own business.
+    HIDDEN = enum.auto()
+    # The message has its stop_reason.
+    ENDED = enum.auto()
+    # The CLI runs a tool of its own, and goes on in another message.
+    WORKING = enum.auto()
+    # Complete.
+    DONE = enum.auto()
 
 
 # What may follow, by the grammar of the API's stream ("Streaming").  An event that a state does not
@@ -1550,8 +1564,8 @@ TOKENS = (
 )
 CREATION = ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
 SERVER_TOOLS = ("web_search_requests", "web_fetch_requests")
-# The block types that clients know, and of each the values that deltas fill, as they begin: in its
-# content_block_start they are empty (API; SDKs fail without them).
+# The block types that clients know, each with the values that deltas fill.  A content_block_start
+# must carry them empty (API; SDKs fail without them), but for citations.
 FILLED: dict[str, Json] = {
     "text": {"text": "", "citations": []},
     "thinking": {"thinking": "", "signature": ""},
@@ -1574,6 +1588,14 @@ DELTAS: dict[str, tuple[str, str, type]] = {
     "signature_delta": ("signature", "signature", str),
     "input_json_delta": ("input", "partial_json", str),
     "citations_delta": ("citations", "citation", dict),
+}
+# Block type -> the type of its deltas that may be relayed as bytes.
+RELAYED = {
+    "text": "text_delta",
+    "thinking": "thinking_delta",
+    "tool_use": "input_json_delta",
+    "server_tool_use": "input_json_delta",
+    "mcp_tool_use": "input_json_delta",
 }
 # Keys of a block that no delta of a new type may replace.
 BLOCK_KEYS = {"type", "id", "name", "data", "text", "thinking", "signature", "input", "citations"}
@@ -1608,7 +1630,7 @@ class Translator:
         self.cli_version = ""
         self._agent = agent
         self._turn_id = turn_id
-        # What comes belongs to this turn.
+        # Whether the events that come now belong to this turn.
         self._is_ours = True
         self._tool_names = frozenset(tool_names)
         # The model called a tool that the CLI cannot hand over.
@@ -1620,8 +1642,9 @@ class Translator:
         self._usage: Json = {}
         # Tokens of the API messages before it.
         self._spent: Json = {}
-        # The CLI's index of the open block, and its strings so far, by the value that they fill.
+        # The CLI's index of the open block.
         self._index = 0
+        # The string deltas of the open block so far, by the key that they fill.
         self._pieces: dict[str, list[str]] = {}
         # An input that came whole, and is not passed on yet.
         self._given_input: Json = {}
@@ -1631,6 +1654,14 @@ class Translator:
         self._unstreamed: Json = {}
         # The `assistant` event by which the CLI tells of a failure.
         self._failure: CliEvent | None = None
+        self._handlers = {
+            "message_start": self._message_start,
+            "content_block_start": self._block_start,
+            "content_block_delta": self._block_delta,
+            "content_block_stop": self._block_stop,
+            "message_delta": self._message_delta,
+            "message_stop": self._message_stop,
+        }
 
     @property
     def done(self) -> bool:
@@ -1681,7 +1712,7 @@ class Translator:
         if kind == "assistant":
             return self._assistant(event)
         if kind == "control_request" and self._unstreamed and tool_call_id(event):
-            return self._end_unstreamed({"type": ""})
+            return self._end_unstreamed()
         if kind == "control_response":
             self._check_control(event)
         return []
@@ -1703,14 +1734,13 @@ class Translator:
         if self._unstreamed:
             if kind != "message_start":
                 return []
-            ended = self._end_unstreamed({"type": ""})
+            ended = self._end_unstreamed()
             return ended if self.done else ended + self._stream_event(event)
         if self.state is State.WAITING and kind != "message_start":
             return []  # of a message that began before the turn
         if kind not in GRAMMAR:
             is_seen = self.state in (State.OPEN, State.BLOCK, State.ENDED)
-            new: Any = event
-            return [new] if is_seen else []
+            return [renewed(event)] if is_seen else []
         if kind == "message_delta" and not ends_message(event):
             return []  # an interrupted answer ends so (recording interrupt of 2.1.330)
         is_inside = self.state in (State.OPEN, State.BLOCK, State.HIDDEN)
@@ -1718,31 +1748,17 @@ class Translator:
             words = "The API ended the answer before it was complete."
             raise ApiError(502, words, kind="api_error")
         following = NEXT[self.state].get(kind)
-        is_astray = kind.startswith("content_block_") and not self._is_about_block(kind, event)
-        if following is None or is_astray:
+        index: Any = event.get("index")
+        if kind == "content_block_start":
+            self._index = index
+        if kind.startswith("content_block_") and (type(index) is not int or index != self._index):
+            following = None
+        if following is None:
             raise cli_error(f"the claude CLI sent a {kind} out of place")
         before, self.state = self.state, following
         if before is State.HIDDEN:
             return []
-        handlers = {
-            "message_start": self._message_start,
-            "content_block_start": self._block_start,
-            "content_block_delta": self._block_delta,
-            "content_block_stop": self._block_stop,
-            "message_delta": self._message_delta,
-            "message_stop": self._message_stop,
-        }
-        return handlers[kind](event)
-
-    def _is_about_block(self, kind: str, event: Json) -> bool:
-        """Whether the index fits: a block begins when none is open, and its other events name
-        it."""
-        index = event.get("index")
-        if type(index) is not int:
-            return False
-        if kind == "content_block_start":
-            self._index = index
-        return index == self._index
+        return self._handlers[kind](event)
 
     def _message_start(self, event: Json) -> list[StreamEvent]:
         message: Any = event.get("message")
@@ -1806,8 +1822,7 @@ class Translator:
         if kind in DELTAS:
             self._add_piece(block, kind, delta)
         else:  # a delta of a new type: its keys are the block's
-            new = {key: value for key, value in delta.items() if key not in BLOCK_KEYS}
-            block.update(new)
+            block.update(without(delta, BLOCK_KEYS))
             self._new_delta = True
         return [renewed(event, index=len(self.message["content"]) - 1)]
 
@@ -1856,18 +1871,13 @@ class Translator:
             self.state = State.WORKING
             self._spent = {name: counts.get(name, 0) for name in TOKENS}
             return []
-        ends = {key: value for key, value in given.items() if key not in MESSAGE_KEYS}
-        ends = without_empties(ends)
+        ends = without_empties(without(given, MESSAGE_KEYS))
         sequence = text_of(given, "stop_sequence")
         ends["stop_reason"] = reason
         ends["stop_sequence"] = sequence if sequence and reason == "stop_sequence" else None
         if not text_of(ends.get("stop_details"), "type"):
             ends.pop("stop_details", None)
-        final = {
-            key: value for key, value in event.items() if key not in MESSAGE_KEYS | ends.keys()
-        }
-        final = without_empties(final)
-        final.pop("delta")
+        final = without_empties(without(event, {"delta"} | MESSAGE_KEYS | ends.keys()))
         self.stop_reason = reason
         self.message.update(ends)
         self.message.update(final)
@@ -1912,11 +1922,11 @@ class Translator:
         pieces = same_block_deltas(lines, self._delta_head) if self._is_ours else []
         if pieces:
             block = self.message["content"][-1]
-            key = "input" if "input" in block else block["type"]
+            key = DELTAS[RELAYED[block["type"]]][0]
             self._pieces.setdefault(key, []).append(orjson.loads(b'"%b"' % b"".join(pieces)))
             head = b"event: content_block_delta\ndata: "
             head += self._delta_head.removeprefix(STREAM_EVENT)
-            yield ascii_lines(head + (b'"}}\n\n' + head).join(pieces) + b'"}}\n\n')
+            yield escape_line_breaks(head + (b'"}}\n\n' + head).join(pieces) + b'"}}\n\n')
             return
         for text in lines:
             for event in () if self.done else decode(text):
@@ -1935,14 +1945,14 @@ class Translator:
             if removal := REMOVAL.match(synthetic_text(message)):
                 raise ApiError(400, removal[1])
             return []
-        is_echo = identity == self._id and not self._unstreamed
-        is_between = self.state in (State.WAITING, State.WORKING) or bool(self._unstreamed)
-        is_whole = identity and isinstance(message.get("content"), list)
-        if not is_whole or is_echo or not is_between:
+        if not identity or not isinstance(message.get("content"), list):
+            return []
+        is_expected = self.state in (State.WAITING, State.WORKING) and identity != self._id
+        if not is_expected and not self._unstreamed:
             return []
         events: list[StreamEvent] = []
         if self._unstreamed and identity != self._id:  # the CLI went on by itself
-            events += self._end_unstreamed({"type": ""})
+            events += self._end_unstreamed()
             if self.done:
                 return events
         stream: list[Json] = []
@@ -1958,12 +1968,14 @@ class Translator:
         self._unstreamed = message
         return events
 
-    def _end_unstreamed(self, result: CliEvent) -> list[StreamEvent]:
+    def _end_unstreamed(self, result: CliEvent | None = None) -> list[StreamEvent]:
         message, self._unstreamed = self._unstreamed, {}
         reason = text_of(message, "stop_reason") or text_of(result, "stop_reason") or "end_turn"
-        ends: Json = {"stop_reason": reason}
-        for key in ("stop_sequence", "stop_details"):
-            ends[key] = message.get(key)
+        ends = {
+            "stop_reason": reason,
+            "stop_sequence": message.get("stop_sequence"),
+            "stop_details": message.get("stop_details"),
+        }
         final = {
             "type": "message_delta",
             "delta": ends,
@@ -2001,49 +2013,6 @@ class Translator:
             if info.get("status") == "rejected" and isinstance(resets_at, int | float):
                 return resets_at
         return None
-
-
-# The names of limits in the API's headers, by their names in the CLI's events (its program text).
-LIMIT_NAMES = {
-    "five_hour": "5h",
-    "seven_day": "7d",
-    "seven_day_opus": "7d_opus",
-    "seven_day_sonnet": "7d_sonnet",
-    "seven_day_overage_included": "7d_oi",
-    "overage": "overage",
-}
-
-
-def quota_headers(limits: Mapping[str, Json]) -> list[tuple[str, str]]:
-    """The API's `anthropic-ratelimit-unified-*` headers, of what the CLI told last of each limit.
-
-    The limit that was told last of all is the one that `-status`, `-reset` and
-    `-representative-claim` speak of.
-    """
-    headers: dict[str, str] = {}
-    for name, info in limits.items():
-        short = LIMIT_NAMES.get(name, "")
-        status = text_of(info, "status")
-        resets_at: Any = info.get("resetsAt")
-        utilization: Any = info.get("utilization")
-        headers["status"] = status
-        if short:
-            headers["representative-claim"] = name
-            headers[f"{short}-status"] = status
-        if type(resets_at) in (int, float):
-            headers["reset"] = str(int(resets_at))
-            headers[f"{short}-reset"] = headers["reset"]
-        if type(utilization) in (int, float):
-            headers[f"{short}-utilization"] = f"{utilization:g}"
-    prefix = "anthropic-ratelimit-unified-"
-    known = {name: value for name, value in headers.items() if value and name[0] != "-"}
-    return [(prefix + name, value) for name, value in known.items() if BETA_NAME.fullmatch(value)]
-
-
-def text_of(value: Any, key: str) -> str:
-    """The string under a key of an object; empty if there is none."""
-    text = value.get(key) if isinstance(value, dict) else None
-    return text if isinstance(text, str) else ""
 
 
 def renewed(event: Json, **values: Any) -> StreamEvent:
@@ -2103,51 +2072,32 @@ def deltas(values: Json) -> Iterator[Json]:
 # ------------------------------------------------------------ usage
 
 
+def is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
 def token_count(value: Any, name: str) -> int:
-    count = value.get(name) if isinstance(value, dict) else None
-    return count if type(count) is int and count >= 0 else 0
+    count: Any = value.get(name) if isinstance(value, dict) else None
+    return count if is_count(count) else 0
 
 
 def usage(value: Any, required: Iterable[str] = ("input_tokens", "output_tokens")) -> Json:
     """The usage of a message, in which every known count is a number (Vercel AI SDK, `anthropic` in
     strict mode)."""
     given = without_empties(value) if isinstance(value, dict) else {}
-    counts: Json = {}
-    for name, count in given.items():
-        is_count = type(count) is int and count >= 0
-        if is_count or name not in TOKENS:
-            counts[name] = count
+    counts = {name: count for name, count in given.items() if name not in TOKENS or is_count(count)}
     for name in required:
         counts.setdefault(name, 0)
-    creation = counts.get("cache_creation")
-    if creation is not None and not has_counts(creation, CREATION):
-        del counts["cache_creation"]
+    creation = counts.pop("cache_creation", None)
+    if isinstance(creation, dict) and all(is_count(creation.get(name)) for name in CREATION):
+        counts["cache_creation"] = creation
     tools = counts.pop("server_tool_use", None)
     if isinstance(tools, dict):
-        for name in SERVER_TOOLS:
-            tools = tools | {name: token_count(tools, name)}
-        counts["server_tool_use"] = tools
+        requests = {name: token_count(tools, name) for name in SERVER_TOOLS}
+        counts["server_tool_use"] = tools | requests
     if counts.get("service_tier") not in ("standard", "priority", "batch"):
         counts.pop("service_tier", None)
     return counts
-
-
-def has_counts(value: Any, names: Iterable[str]) -> bool:
-    """Whether an object has all these counts, none of them negative."""
-    if not isinstance(value, dict):
-        return False
-    counts = [value.get(name) for name in names]
-    return all(type(count) is int and count >= 0 for count in counts)
-
-
-def without_nulls(value: Mapping[str, Any]) -> Json:
-    """The Vercel AI SDK fails on `citations: null` and `caller: null`."""
-    return {key: inner for key, inner in value.items() if inner is not None}
-
-
-def without_empties(value: Json) -> Json:
-    """The Vercel AI SDK fails on `context_management: {}` and adds up `iterations: []`."""
-    return {key: inner for key, inner in value.items() if inner not in (None, {}, [])}
 
 
 # ------------------------------------------------------------ frames
@@ -2156,15 +2106,9 @@ def without_empties(value: Json) -> Json:
 def delta_head(kind: str, index: int) -> bytes:
     """How the CLI begins a line that holds a delta of an open block; empty: such deltas are always
     decoded."""
-    delta_kinds = {
-        "text": "text_delta",
-        "thinking": "thinking_delta",
-    }
-    if "input" in FILLED.get(kind, ()):
-        delta_kinds[kind] = "input_json_delta"
-    if kind not in delta_kinds:
+    delta_kind = RELAYED.get(kind)
+    if not delta_kind:
         return b""
-    delta_kind = delta_kinds[kind]
     name = DELTAS[delta_kind][1]
     return DELTA_START + f'{index},"delta":{{"type":"{delta_kind}","{name}":"'.encode()
 
@@ -2173,23 +2117,21 @@ def same_block_deltas(lines: list[bytes], head: bytes) -> list[bytes]:
     """The JSON strings, without their quotes, of lines that are all deltas of one block; empty: not
     all are.
 
-    `head` is how such a line begins, up to the opening quote of the piece.  Cut at the first
-    `"}},`, a line is head, piece and rest.  A JSON string holds no bare quote, so the cut is the
-    end of the piece, if the piece is a string at all: that is proved for all pieces by decoding
-    them as one string, joined by spaces so that none can end inside an escape.  What follows is
-    proved by decoding all rests as one list of objects.  It must say once in each line that the
-    event is not a subagent's, end each line once, open no further object, so that nothing else
-    hides in it, and name no turn.
+    `head` is how such a line begins, up to the opening quote.  All lines are proved right at once,
+    by decoding what is joined of them.
     """
     if not head or not lines:
         return []
     pieces, rests = [], []
     for text in lines:
+        # A JSON string holds no bare quote, so the first `"}},` is the end of the piece.
         inner, _, rest = text.partition(b'"}},')
         if not inner.startswith(head):
             return []
         pieces.append(inner[len(head) :])
         rests.append(rest)
+    # In each line one event, which is not a subagent's, opens no further object in which something
+    # else could hide, and names no turn.
     rest = b"\n".join([*rests, b""])
     ours = rest.count(MAIN) == len(lines)
     one_event_each = rest.count(b"}\n") == len(lines)
@@ -2198,6 +2140,7 @@ def same_block_deltas(lines: list[bytes], head: bytes) -> list[bytes]:
     if not ours or not one_event_each or nested or named:
         return []
     try:
+        # The spaces keep a piece from ending inside an escape.
         orjson.loads(b'"%b"' % b" ".join(pieces))
         orjson.loads(b"[{%b]" % b",{".join(rests))
     except orjson.JSONDecodeError:
@@ -2207,11 +2150,11 @@ def same_block_deltas(lines: list[bytes], head: bytes) -> list[bytes]:
 
 def frame(event: StreamEvent | Json) -> bytes:
     """One server-sent event."""
-    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), ascii_lines(to_json(event)))
+    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), escape_line_breaks(to_json(event)))
 
 
-def ascii_lines(data: bytes) -> bytes:
-    """U+2028, U+2029 and U+0085 escaped: some clients split lines at them (LiteLLM)."""
+def escape_line_breaks(data: bytes) -> bytes:
+    """Escape U+2028, U+2029 and U+0085: some clients split lines at them (LiteLLM)."""
     if data.isascii():
         return data
     data = data.replace(b"\xe2\x80\xa8", b"\\u2028")
@@ -2220,3 +2163,46 @@ def ascii_lines(data: bytes) -> bytes:
 
 
 PING = frame({"type": "ping"})
+
+
+# ------------------------------------------------------------ rate limits
+
+# The names of limits in the API's headers, by their names in the CLI's events (its program text).
+LIMIT_NAMES = {
+    "five_hour": "5h",
+    "seven_day": "7d",
+    "seven_day_opus": "7d_opus",
+    "seven_day_sonnet": "7d_sonnet",
+    "seven_day_overage_included": "7d_oi",
+    "overage": "overage",
+}
+
+
+def quota_headers(limits: Mapping[str, Json]) -> list[tuple[str, str]]:
+    """The API's `anthropic-ratelimit-unified-*` headers, of what the CLI told last of each limit.
+
+    The limit that was told last of all is the one that `-status`, `-reset` and
+    `-representative-claim` speak of.
+    """
+    headers: dict[str, str] = {}
+    newest: dict[str, str] = {}
+    for name, info in limits.items():
+        resets_at: Any = info.get("resetsAt")
+        utilization: Any = info.get("utilization")
+        newest = {"status": text_of(info, "status")}
+        if type(resets_at) in (int, float):
+            newest["reset"] = str(int(resets_at))
+        short = LIMIT_NAMES.get(name)
+        if not short:
+            continue
+        for key, value in newest.items():
+            headers[f"{short}-{key}"] = value
+        if type(utilization) in (int, float):
+            headers[f"{short}-utilization"] = f"{utilization:g}"
+        newest["representative-claim"] = name
+    headers.update(newest)
+    return [
+        (f"anthropic-ratelimit-unified-{name}", value)
+        for name, value in headers.items()
+        if HEADER_WORD.fullmatch(value)
+    ]

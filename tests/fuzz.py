@@ -324,10 +324,10 @@ def check_settings(request: Request, body: Json, *, has_listed_tools: bool) -> N
 
 def check_not_sent(request: Request, body: Json) -> None:
     """What cannot arrive as sent is named once, in what a header can hold, and is in the body."""
-    named = request.not_sent + request.image_keys
+    named = request.not_sent + request.image_places
     assert len(set(named)) == len(named)
     for place in named:
-        assert not translate.UNPRINTABLE.search(place), place
+        assert not translate.NOT_IN_HEADER.search(place), place
         if place == "cache_control":  # wherever it is
             assert any(key == place for _, key in places(body))
         else:
@@ -421,7 +421,7 @@ def is_block(value: Any) -> bool:
 def not_sent(request: Request) -> list[str]:
     """What a fresh process cannot be given as sent."""
     in_line = translate.has_images_in_line(request.messages[-1])
-    return request.not_sent + (request.image_keys if in_line else [])
+    return request.not_sent + (request.image_places if in_line else [])
 
 
 def check_counted(server: Server, body: bytes) -> None:

@@ -158,13 +158,13 @@ class Recorder:
 
 def shortened(event: CliEvent) -> CliEvent:
     """The event without the long lists and descriptions in the answers to two control requests."""
-    hello = translate.answered(event, "initialize")
+    hello = translate.control_result(event, "initialize")
     if hello:
         hello["commands"] = []
         hello["agents"] = [{"name": agent["name"]} for agent in hello["agents"]]
         for model in hello["models"]:
             model["description"] = model["displayName"]
-    usage = translate.answered(event, "usage")
+    usage = translate.control_result(event, "usage")
     if usage:
         usage["gridRows"] = []
     return event
@@ -222,7 +222,7 @@ def count(recorder: Recorder) -> None:
         recorder.send(line)
     recorder.until(is_result)
     recorder.send(translate.control_line("usage", "get_context_usage"))
-    recorder.until(lambda event: translate.response(event, "usage"))
+    recorder.until(lambda event: translate.control_response(event, "usage"))
 
 
 def slash_command(recorder: Recorder) -> None:
@@ -237,14 +237,14 @@ def get_settings(recorder: Recorder) -> None:
     """As Pool._has_model."""
     recorder.set_up(asked("hello"))
     recorder.send(translate.control_line("get_settings", "get_settings"))
-    recorder.until(lambda event: translate.response(event, "get_settings"))
+    recorder.until(lambda event: translate.control_response(event, "get_settings"))
 
 
 def initialize(recorder: Recorder) -> Json:
     """As Pool._probe."""
     recorder.open_gate(translate.transcript([], ALIAS))
     recorder.send(translate.initialize_line([], has_tools=False))
-    hello: Json = recorder.until(lambda event: translate.answered(event, "initialize"))
+    hello: Json = recorder.until(lambda event: translate.control_result(event, "initialize"))
     return hello
 
 

@@ -168,17 +168,17 @@ def test_a_message_is_split_behind_its_images_if_a_text_follows(
 
 def test_keys_of_images_are_named_as_what_a_line_cannot_carry() -> None:
     named = IMAGE | {"title": "t", "new": 1}
-    assert parsed([*user(named), "b", *user(text("a"), named, IMAGE)]).image_keys == [
+    assert parsed([*user(named), "b", *user(text("a"), named, IMAGE)]).image_places == [
         "messages.2.content.1.new",
         "messages.2.content.1.title",
     ]
-    assert parsed(user(IMAGE | CACHED, URL_IMAGE | {"new": 1}, text("a"))).image_keys == []
+    assert parsed(user(IMAGE | CACHED, URL_IMAGE | {"new": 1}, text("a"))).image_places == []
 
 
 def test_keys_of_images_are_named_as_the_client_numbered_them() -> None:
     named = IMAGE | {"new": 1}
     merged = [*user(text("a")), *user(text("b"), named), role("system")]
-    assert parsed(merged).image_keys == ["messages.1.content.1.new"]
+    assert parsed(merged).image_places == ["messages.1.content.1.new"]
 
 
 # ---------------------------------------------------------------- settings of the CLI
@@ -248,7 +248,7 @@ def test_a_request_without_tools_says_so_where_the_process_has_some_listed() -> 
         request = parsed(tools=tools)
         assert extra_body(request, listed=True) == {"max_tokens": 1024, "tools": []}
         assert "tools" not in extra_body(request) or extra_body(request)["tools"] == tools
-        assert request.body.get("tools") in (None, [])
+        assert request.fields.get("tools") in (None, [])
 
 
 # ---------------------------------------------------------------- control requests of the CLI
@@ -580,7 +580,7 @@ def answer(request_id: Any, answer: Any = ..., **keys: Any) -> Any:
 
 
 def test_an_answer_belongs_to_its_control_request_alone() -> None:
-    assert translate.answered(answer("a", {"models": []}), "a") == {"models": []}
+    assert translate.control_result(answer("a", {"models": []}), "a") == {"models": []}
     nothing: list[Any] = [
         {"type": "x"},
         {"type": "x", "response": None},
@@ -591,23 +591,25 @@ def test_an_answer_belongs_to_its_control_request_alone() -> None:
         answer("a", [1]),
         answer(None, {"x": 1}),
     ]
-    assert all(translate.answered(event, "a") == {} for event in nothing)
+    assert all(translate.control_result(event, "a") == {} for event in nothing)
 
 
 def test_a_response_belongs_to_its_control_request_be_it_good_or_bad() -> None:
     refused = answer("a", subtype="error", error="no")
-    assert translate.response(refused, "a") == {
+    assert translate.control_response(refused, "a") == {
         "subtype": "error",
         "request_id": "a",
         "error": "no",
     }
-    assert translate.response(refused, "b") == {}
+    assert translate.control_response(refused, "b") == {}
 
 
 def hello(turn: Recorded) -> Json:
     """The answer to `initialize` in a recording."""
     events: list[Any] = turn.events
-    [found] = [found for event in events if (found := translate.answered(event, "initialize"))]
+    [found] = [
+        found for event in events if (found := translate.control_result(event, "initialize"))
+    ]
     return found
 
 
@@ -626,7 +628,9 @@ def test_the_recorded_answers_say_the_model_and_the_login() -> None:
 def test_the_recorded_settings_say_which_model_runs() -> None:
     for version, turn in first_turns("get_settings").items():
         events: list[Any] = turn.events
-        [told] = [told for event in events if (told := translate.response(event, "get_settings"))]
+        [told] = [
+            told for event in events if (told := translate.control_response(event, "get_settings"))
+        ]
         model = translate.applied_model(told)
         assert model == translate.listed_model(hello(turn), "sonnet"), version
 

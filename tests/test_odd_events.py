@@ -135,6 +135,7 @@ ODD: dict[str, list[Json]] = {
     "content at the end": stream(*TEXT[:4], {**finish(), "content": 5}, STOP),
     "content in the end": stream(*TEXT[:4], finish(content=5), STOP),
     "usage in the end": stream(*TEXT[:4], finish(usage=5), STOP),
+    "delta in the end": stream(*TEXT[:4], finish(delta=1), STOP),
     "id at the end": stream(*TEXT[:4], {**finish(), "id": "msg_9"}, STOP),
     # errors
     "error is null": stream({"type": "error", "error": None}),

@@ -131,6 +131,16 @@ def test_odd_lines(lines: list[bytes]) -> None:
     assert raw == decoded or (raw[2] == decoded[2] != "" and raw[0] == decoded[0][: len(raw[0])])
 
 
+def test_deltas_of_a_text_that_has_the_key_of_a_call_are_text() -> None:
+    begun = event(
+        type="content_block_start", index=0, content_block={"type": "text", "text": "", "input": {}}
+    )
+    lines = [BEGIN[0], begun, text(b"a"), text(b"b"), *END]
+    for raw in (True, False):
+        _, message, error = outcome(lines, raw=raw, reads=5)
+        assert (message["content"][0]["text"], error) == ("ab", "")
+
+
 @settings(max_examples=150, **QUICK)
 @given(
     texts=st.lists(st.text(max_size=12), max_size=12),

@@ -242,7 +242,7 @@ def test_a_prefill_is_refused_as_what_the_bridge_cannot_do() -> None:
 
 def test_a_count_needs_no_max_tokens() -> None:
     body = json.dumps(request_body("x", max_tokens=...)).encode()
-    assert "max_tokens" not in parse_request(body, counting=True).body
+    assert "max_tokens" not in parse_request(body, counting=True).fields
     with pytest.raises(ApiError, match="max_tokens: Field required"):
         parse_request(body)
 
@@ -331,7 +331,7 @@ def test_the_number_of_values_has_a_limit() -> None:
         body = json.dumps(request_body("hi", new=value)).encode()
         with pytest.raises(ApiError, match="it holds more than 300000 values"):
             parse_request(body)
-        assert parse_request(body, max_values=400_000).body["new"] == value
+        assert parse_request(body, max_values=400_000).fields["new"] == value
 
 
 @pytest.mark.parametrize("value", ["x,", "[{,", '",', '\\",', "\\\\,"], ids=repr)
@@ -350,7 +350,7 @@ def test_numbers_keep_their_digits() -> None:
     use = USE | {"input": {"n": [number, -number]}}
     request = parsed(answered(use, RESULT), new={"n": number})
     assert request.messages[1]["content"] == [use]
-    assert request.body["new"] == {"n": number}
+    assert request.fields["new"] == {"n": number}
 
 
 # ---------------------------------------------------------------- what the API judges
@@ -402,7 +402,7 @@ FIELDS: dict[str, Json] = {
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS.keys())
 def test_fields_that_the_bridge_does_not_read_go_to_the_api_as_sent(fields: Json) -> None:
     request = parsed(**fields)
-    assert request.body == {"max_tokens": 1024, **fields}
+    assert request.fields == {"max_tokens": 1024, **fields}
     assert request.messages == user(text("hello"))
     assert (request.model, request.system, request.stream) == ("sonnet", [], False)
     assert request.not_sent == []
@@ -410,7 +410,7 @@ def test_fields_that_the_bridge_does_not_read_go_to_the_api_as_sent(fields: Json
 
 def test_what_the_bridge_says_to_the_cli_in_other_ways_is_no_part_of_the_body() -> None:
     request = parsed(system="a", stream=True, metadata={"user_id": "x"}, betas=["b"])
-    assert request.body == {"max_tokens": 1024}
+    assert request.fields == {"max_tokens": 1024}
     assert (request.system, request.stream) == (["a"], True)
 
 
@@ -659,11 +659,11 @@ def test_a_tool_that_a_reference_has_loaded_is_deferred_no_more() -> None:
     """The CLI leaves the references out, and the model would never see the tool."""
     tools = [DEFERRED, DEFERRED | {"name": "other"}, BASH]
     loaded = parsed(answered(USE, RESULT | {"content": [REFERENCE, text("a")]}), tools=tools)
-    assert loaded.body["tools"] == [TOOL, *tools[1:]]
+    assert loaded.fields["tools"] == [TOOL, *tools[1:]]
     assert loaded.messages[-1]["content"] == [
         RESULT | {"content": [text("Tool loaded: weather"), text("a")]}
     ]
-    assert parsed(answered(USE, RESULT), tools=tools).body["tools"] == tools
+    assert parsed(answered(USE, RESULT), tools=tools).fields["tools"] == tools
 
 
 def test_of_the_result_of_an_error_its_texts_arrive() -> None:
@@ -689,6 +689,7 @@ CLI: dict[str, tuple[Any, Json]] = {
     "inside a result": (answered(USE, RESULT | {"content": [text("x", **CACHED), text("y")]}), {}),
     "inside a document": (user(DOCUMENT, text("a")), {}),
     "system": ("hello", {"system": [text("a", **CACHED), text("b", **CACHED)]}),
+    "role of the system": ([role("user"), role("system", [text("a", **CACHED), text("b")])], {}),
     "one tool": ("hello", {"tools": [TOOL, TOOL | CACHED]}),
     "the whole request": ("hello", CACHED),
 }
@@ -732,7 +733,7 @@ def test_other_breakpoints_are_the_clients(messages: Any, fields: Json) -> None:
 
 def test_the_breakpoints_of_tools_and_of_the_whole_request_go_to_the_api() -> None:
     for fields in ({"tools": [TOOL | CACHED]}, CACHED):
-        assert parsed(**fields).body == {"max_tokens": 1024, **fields}
+        assert parsed(**fields).fields == {"max_tokens": 1024, **fields}
 
 
 def test_breakpoints_are_found_where_blocks_stand_and_nowhere_else() -> None:
@@ -765,6 +766,11 @@ LOST: dict[str, tuple[Any, Json, list[str]]] = {
         ["system.0"],
     ),
     "role": ([role("user"), role("system")], {}, ["messages.1.role"]),
+    "keys of the system's texts": (
+        [role("user"), role("system", [text("a", **CACHED), text("b", new=1)])],
+        {},
+        ["messages.1.role", "cache_control", "messages.1.content.1.new"],
+    ),
     "thinking alone": (["x", role("assistant", [THOUGHT]), role("user")], {}, ["messages.1"]),
     "mark of a fallback alone": (
         ["x", role("assistant", [REDACTED, FALLBACK]), role("user")],
