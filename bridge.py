@@ -1445,7 +1445,7 @@ async def announce(bridge: Bridge) -> None:
     # A first request comes before the bridge's own curiosity, and may satisfy it.
     await asyncio.sleep(CURIOUS_SECS)
     try:
-        hello = await bridge.pool.hello()
+        hello = await bridge.pool.hello(is_curious=True)
     except ApiError as error:
         words = "the claude CLI (%s) cannot be used: %s; try `claude-cli-bridge check`"
         log.warning(words, config.bin, error.message)
@@ -1701,12 +1701,12 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
     login = "not known yet"
     if hello:
         login = translate.login_source(hello) or f"nobody: {login_cure(bridge.config, os.environ)}"
-    now = asyncio.get_running_loop().time()
+    now = time.monotonic()
     sessions = []
     for session in sorted(pool.sessions, key=lambda item: item.state.value):
-        age = max(0, now - session.idle_since)
+        age = now - session.since
         words = f"turns: {session.turns}"
-        if session.state in (State.IDLE, State.PARKED, State.SPARE):
+        if session.state not in (State.BUSY, State.RETIRED):
             words += f", waits for {age:.0f} s"
         sessions.append((session.state.value, words))
     quota = []

@@ -13,11 +13,14 @@ two requests never share one; whatever goes wrong in it retires it alone.
 
 `Pool._move` is the only place that changes a state, and TRANSITIONS is what it allows.
 
+    model mode   the CLI has no tools but the client's: the default
+    agent mode   the CLI runs tools of its own
     session      one process and the conversation in it
     process      a running CLI, with its pipes
     turn         one request in one session
     spare        a process that was started ahead of need, and waits at the gate
     gate         a pipe in place of the file that the CLI resumes from: it starts, and waits there
+    on file      idle or parked: a later request can find it
     parked       waiting, inside the CLI, for the results of client tools
     pinned       named by the client's session header
     fingerprint  a digest of a conversation, or of what a process cannot change: model, system
@@ -40,10 +43,11 @@ import signal
 import stat
 import sys
 import tempfile
+import time
 import uuid
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -68,8 +72,8 @@ MAX_LINE = 64 << 20
 MAX_UNREAD = 1 << 20
 # Bytes of stderr that are kept, to say why a process died.
 STDERR_TAIL = 2048
-# How a process is ended, step by step: what is done, and the seconds it then gets.  The CLI leaves
-# 0.1 s after its stdin closes when it is idle, and ends a running API call on SIGTERM.
+# How a process is ended, step by step: what is done, and the seconds it then gets.  An idle CLI
+# exits 0.1 s after its stdin closes; on SIGTERM it ends a running API call.
 ENDING = ((None, 0.5), (signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0))
 # Seconds after which a process that has said nothing no longer holds up the start of others; 1.2
 # were measured.
@@ -78,8 +82,8 @@ START_SECS = 2.0
 SETTLE_SECS = 5.0
 # Seconds for a count of tokens; 0.5 were measured.
 COUNT_SECS = 20.0
-# Bytes of a request from which it is read and written in a thread: each megabyte takes 10 to 100
-# ms.
+# Requests of this many bytes or more are read and written in a thread: a megabyte takes 10 to
+# 100 ms.
 THREAD_SIZE = 64 << 10
 # Fingerprints of lost sessions that are remembered, to say why a conversation was rebuilt.
 MAX_PAST = 4096
@@ -89,8 +93,7 @@ COUNTER_SECS = 10.0
 MAX_COUNTS = 256
 # Names of models of which it is known whether a process can take them without --model.
 MAX_MODELS = 256
-# Tokens of the prompt that the API adds for tools: the CLI takes so many off what it counts for
-# them.
+# Tokens of the prompt that the API adds for tools: the CLI subtracts them, so they are added back.
 TOOLS_PROMPT_TOKENS = 500
 # Only these show that a turn is alive; status lines and keep-alives come from a half-open stream as
 # well.
@@ -104,6 +107,7 @@ SIGNS_OF_LIFE = {
 }
 # What a process never says unless a turn asked for it.
 ANSWERS = {"stream_event", "assistant", "user"}
+CORES = os.cpu_count() or 1
 PRCTL: Any = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
@@ -147,10 +151,7 @@ def setting(
         "most": most,
         "choices": choices,
     }
-    return field(
-        default=default,
-        metadata=metadata,
-    )
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)
@@ -183,7 +184,7 @@ class PoolConfig:
     )
     max_sessions: int = setting(
         64,
-        "CLI processes at most, each takes about 200 MB",
+        "most CLI processes at a time; each takes about 200 MB",
         least=1,
     )
     max_idle: int = setting(
@@ -205,7 +206,7 @@ class PoolConfig:
     )
     max_queue: int = setting(
         1000,
-        "requests that wait for room at most; more get 529 at once",
+        "most requests that may wait for room; more get 529 at once",
     )
     retries: int = setting(
         0,
@@ -258,22 +259,21 @@ def arguments(
     argv += ["--allowedTools", f"mcp__{translate.MCP_SERVER}__*"]
     if agent:
         argv += ["--tools", config.tools, "--permission-mode", config.permission_mode]
-        # They go on behind an answer, or promise to, whatever CHILD_DEFAULTS say.
+        # These go on after an answer, or promise to; CHILD_DEFAULTS do not stop them.
         argv += ["--disallowedTools", "Monitor,ScheduleWakeup"]
         if config.mcp_config:
             argv += ["--mcp-config", os.path.abspath(config.mcp_config)]
     else:
         argv += ["--tools", "", "--permission-mode", "default"]
-    # The API's own default: without it 2.1.330 asks for less effort than a client that names none
-    # expects.
+    # The API's default; without the flag 2.1.330 asks for less.
     argv += ["--effort", "high"]
     if model:
         argv += ["--model", model]
     return argv
 
 
-# How the names of the CLI's own settings begin, as its program text reads them: they change what a
-# child does, or its account, so it gets them only when kept (tests/test_environment.py).
+# How the variables begin that the CLI's program text reads: they change what a child does, or its
+# account, so it gets them only through keep_env (tests/test_environment.py).
 SCRUBBED = (
     "AGENT_PROXY_",
     "AI_AGENT",
@@ -352,14 +352,13 @@ CHILD_DEFAULTS = {
     "CLAUDE_CODE_DISABLE_WORKFLOWS": "1",
     # The conversation is the client's.
     "DISABLE_AUTO_COMPACT": "1",
+    # No updates, and no tools but those of the request.
     "DISABLE_AUTOUPDATER": "1",
     "ENABLE_CLAUDEAI_MCP_SERVERS": "0",
     "ENABLE_TOOL_SEARCH": "false",
 }
-
-
-# Of model mode: a client's tool named Bash or Agent must not bring Claude Code's own words about
-# commits and about its subagents into the request.
+# In model mode only: a client's tool named Bash or Agent must not bring Claude Code's own words
+# about commits and about its subagents into the request.
 MODEL_MODE = {
     "CLAUDE_AGENT_SDK_DISABLE_BUILTIN_AGENTS": "1",
     "CLAUDE_CODE_DISABLE_GIT_INSTRUCTIONS": "1",
@@ -367,12 +366,13 @@ MODEL_MODE = {
 
 
 def child_environment(config: PoolConfig, environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process: `environ` without the names that would change what it does, and
-    what it needs."""
+    """The environment of a process: `environ` without the variables that change what the CLI does,
+    plus those that the bridge sets."""
     child = {name: value for name, value in environ.items() if not name.startswith(SCRUBBED)}
     child.update(CHILD_DEFAULTS)
     child["CLAUDE_CODE_MAX_RETRIES"] = str(config.retries)
     for name in (*LOGIN_FOLDERS, *config.keep_env):
+        # Never the bridge's own, such as its key.
         if name in environ and not name.startswith("CLAUDE_CLI_"):
             child[name] = environ[name]
     return child
@@ -382,11 +382,11 @@ PRIVATE_PREFIX = "claude-cli-bridge-private-"
 
 
 def private_folder(last: str = "") -> str:
-    """A folder that nobody else can write to, the `last` one as long as it is there: in it `work`,
-    the empty working directory of model mode, and `gates`.  Raises OSError.
+    """A folder that only this user can write to, with `work`, the empty working directory of model
+    mode, and `gates`.  The `last` one is returned as long as it is complete.  Raises OSError.
 
-    2.1.330 states its working directory to the API, whose prompt cache compares bytes: it is the
-    same for all bridges of a user, unless others can or did write to it.
+    2.1.330 tells its working directory to the API, whose prompt cache compares bytes: all bridges
+    of a user share one, unless others can or did write to it.
     """
     if last and all(os.path.isdir(os.path.join(last, name)) for name in ("work", "gates")):
         return last
@@ -447,7 +447,8 @@ def watch_without_threads() -> None:
 
 
 def die_with_parent() -> None:
-    """In a new child: be killed when the bridge dies, even by SIGKILL (prctl(2), PR_SET_PDEATHSIG).
+    """Run in a new child: it is killed when the bridge dies, even by SIGKILL (prctl(2),
+    PR_SET_PDEATHSIG).
     A CLI that only sees its stdin close finishes a running turn first, and 2.1.330 calls the API
     once more for a parked tool call."""
     PRCTL(1, signal.SIGKILL)
@@ -483,9 +484,9 @@ class Process(asyncio.SubprocessProtocol):
     def __init__(self, watchdog_secs: float) -> None:
         self.loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self.loop.create_future()
-        # It has said something, or never will.
+        # Done when it has said something, has ended, or START_SECS have passed.
         self.started: asyncio.Future[None] = self.loop.create_future()
-        self.loop.call_later(START_SECS, self._start)
+        self.loop.call_later(START_SECS, self._set_started)
         # A turn is running: events are kept for it.
         self.listening = False
         # The CLI's answer to `initialize`: models, account.
@@ -512,24 +513,23 @@ class Process(asyncio.SubprocessProtocol):
         self._events: list[Event] = []
         # Bytes of what was read since _events was empty.
         self._unread = 0
-        # Takes the events instead.
+        # Where a turn wants its events at once, instead of in _events.
         self._sink: Callable[[list[Event]], bool] | None = None
-        # Pieces of a line whose end has not come.
-        self._partial: list[bytes] = []
-        self._partial_size = 0
+        # The beginning of a line whose end has not come.
+        self._partial = bytearray()
         self._stderr = b""
         self._eof = False
         self._paused = False
         self._waiter: asyncio.Future[None] | None = None
         self._failure: Exception | None = None
-        # Nothing will tell of its end.
+        # The spawn failed: connection_made must kill and reap it.
         self._is_orphan = False
-        # Calls of the last answer, which may come late.
+        # Client tools that the last answer called: the calls themselves may come later.
         self._due: frozenset[str] = frozenset()
-        # The writing end of the gate, until the conversation is through.
+        # The writing end of the gate; -1: closed.
         self._gate = -1
         self._gate_path = ""
-        # Of the conversation, still to be written.
+        # What of the conversation is still to be written.
         self._rows: deque[memoryview] = deque()
 
     @classmethod
@@ -573,10 +573,12 @@ class Process(asyncio.SubprocessProtocol):
 
     @property
     def ended(self) -> bool:
+        """It is dead or dying, whether or not asyncio knows."""
         return self._eof or self.exited.done() or exiting(self.pid)
 
     @property
     def gone(self) -> bool:
+        """It cannot take another turn: it failed or ended."""
         return self._failure is not None or self.ended
 
     # The gate
@@ -619,12 +621,13 @@ class Process(asyncio.SubprocessProtocol):
     def listen(self) -> None:
         """Begin a turn: the watchdog runs, events are kept."""
         self.listening = True
+        self._due = frozenset()
         self._alive_at = self.loop.time()
 
     def settle(self, seen: bool, calls: Iterable[str] = ()) -> bool:
-        """End a turn that called the client's tools `calls`.  Unless its `result` was `seen`, or
-        came behind the answer, or is yet far, the next turn waits for it.  Returns whether the
-        process said nothing behind the `result`."""
+        """End a turn whose answer called the client tools `calls`.  `seen`: its `result` has come.
+        If it has not, and no tool call holds it back, `settled` becomes a future for it.  Returns
+        False when the process said something after the `result`."""
         self.listening = False
         self._due = frozenset(calls)
         is_quiet = True
@@ -655,12 +658,13 @@ class Process(asyncio.SubprocessProtocol):
         else:
             self._calls[call] = event
 
-    async def until(self, translator: Translator, find: Callable[[CliEvent], Any]) -> Any:
-        """Read on to what `find` finds in an event that is no delta, and return it.
+    async def until(self, find: Callable[[CliEvent], Any]) -> Any:
+        """Read until `find` returns something for an event that is no delta, and return that.
 
-        Raises ApiError: what `feed` raises, 504 after the watchdog's time without a sign of life,
-        502 when the process is gone.
+        Raises ApiError: that of a failed turn, 504 after the watchdog's time without a sign of
+        life, 502 when the process is gone.
         """
+        translator = Translator()  # it raises what fails
         found = None
         while not found:
             await self._more()
@@ -670,8 +674,15 @@ class Process(asyncio.SubprocessProtocol):
                     found = found or find(event)
         return found
 
-    async def relay(self, sink: Callable[[list[Event]], bool]) -> None:
-        """Hand the events of each read to `sink`, within that read, until it returns False.  Raises
+    async def ask(self, name: str, subtype: str, **fields: Any) -> Json:
+        """Send a control request under a name of its own; returns the CLI's response, good or bad.
+        Raises as `until`."""
+        self.write(translate.control_line(name, subtype, **fields))
+        answer: Json = await self.until(lambda event: translate.control_response(event, name))
+        return answer
+
+    async def pump(self, sink: Callable[[list[Event]], bool]) -> None:
+        """Pass the events of each read to `sink` as they arrive, until it returns False.  Raises
         as `until`, and what `sink` raises."""
         self._sink = sink
         try:
@@ -702,7 +713,7 @@ class Process(asyncio.SubprocessProtocol):
         return events
 
     async def _more(self) -> None:
-        """Wait for events, or for what `relay` waits for."""
+        """Wait until there are events, or until `_wake`.  Raises what ended the process."""
         if self._events:
             return
         if self._failure:
@@ -732,7 +743,7 @@ class Process(asyncio.SubprocessProtocol):
         said = self._stderr.decode(errors="replace").strip().rpartition("\n")[2][:300]
         return cli_error(f"the claude CLI {status}" + (f": {said}" if said else ""))
 
-    def _start(self) -> None:
+    def _set_started(self) -> None:
         if not self.started.done():
             self.started.set_result(None)
 
@@ -763,44 +774,36 @@ class Process(asyncio.SubprocessProtocol):
         if fd == 2:
             self._stderr = (self._stderr + data)[-STDERR_TAIL:]
             return
-        self._start()
+        self._set_started()
         *lines, rest = data.split(b"\n")
         if lines:
-            lines[0] = b"".join([*self._partial, lines[0]])
-            self._partial = []
-            self._partial_size = 0
-        if rest:
-            self._partial.append(rest)
-            self._partial_size += len(rest)
+            lines[0] = bytes(self._partial) + lines[0]
+            self._partial.clear()
+        self._partial += rest
         events: list[Event] = []
         failure: ApiError | None = None
-        now = self.loop.time()
         try:
             for line in lines:
-                if line.startswith(translate.DELTA_START):
-                    self._alive_at = now
-                    events.append(line)
-                else:
-                    events += self._read(line)
+                new = self._read(line)
+                if not self.listening and self.is_unasked(new):
+                    raise cli_error("the claude CLI spoke unasked")
+                events += new
         except ApiError as error:
             failure = error
-        if self._partial_size > MAX_LINE:
+        if len(self._partial) > MAX_LINE:
             failure = cli_error(f"the claude CLI wrote a line of more than {MAX_LINE >> 20} MiB")
-            self._partial = []
-            self._partial_size = 0
+            self._partial.clear()
         if self.listening:
             self._keep(events, len(data))
-        elif self.is_unasked(events):
-            failure = cli_error("the claude CLI spoke unasked")
         if failure:
             self._fail(failure)  # after what came before it
             if self.on_fault and not self.listening:
                 self.on_fault()
 
-    def is_unasked(self, events: list[Event]) -> bool:
-        """Whether events that no turn listens to show that the process goes on by itself.  Before
-        the `result` of the last turn they may be the rest of it, but for another answer of the
-        model."""
+    def is_unasked(self, events: Sequence[Event]) -> bool:
+        """Whether events outside a turn show that the process goes on by itself.  Until the last
+        turn's `result` has come they may still be that turn's, except another answer of the model
+        and the call of a tool that was not announced."""
         is_settled = self.settled is None or self.settled.done()
         unasked = ANSWERS if is_settled else {"stream_event"}
         for event in events:
@@ -822,8 +825,11 @@ class Process(asyncio.SubprocessProtocol):
             self._transport.get_pipe_transport(1).pause_reading()
         self._wake()
 
-    def _read(self, line: bytes) -> list[CliEvent]:
-        """The events of a line, after what is to be done at once: control requests are answered."""
+    def _read(self, line: bytes) -> Sequence[Event]:
+        """Decode a line, and act on it at once: answer control requests, note signs of life."""
+        if line.startswith(translate.DELTA_START):
+            self._alive_at = self.loop.time()
+            return [line]
         events = translate.decode(line)
         for event in events:
             kind = event["type"]
@@ -857,7 +863,7 @@ class Process(asyncio.SubprocessProtocol):
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
         if fd == 1:
             self._eof = True
-            self._start()
+            self._set_started()
             if self.settled and not self.settled.done():
                 self.settled.set_result(False)
             self._wake()
@@ -881,9 +887,10 @@ class Process(asyncio.SubprocessProtocol):
         """
         self._close_gate()
         stdin = self._transport.get_pipe_transport(0)
-        if stdin and not self._calls:
+        is_parked = self._calls or self._due
+        if stdin and not is_parked:
             stdin.close()
-        for number, seconds in ENDING[-1:] if self._calls else ENDING:
+        for number, seconds in ENDING[-1:] if is_parked else ENDING:
             if number:
                 self._kill(number)
             await asyncio.wait({self.exited}, timeout=seconds)
@@ -902,9 +909,9 @@ class Session:
 
     id: str
     process: Process
-    # That it was started with; empty: it takes any.
+    # Its --model; empty: it runs any.
     model: str
-    # It has tools of its own.
+    # Started in agent mode.
     agent: bool
     state: State = State.SPARE
     # What it is filed under.
@@ -915,16 +922,16 @@ class Session:
     parts: dict[str, bytes] = field(default_factory=dict)
     # Digest of the messages in it, its own answers included.
     chain: bytes = b""
-    # Digests of what apply_flag_settings set last.
+    # Digests of the settings that it was given last, by name.
     settings: dict[str, bytes] = field(default_factory=dict)
     # Ids of the client tools that its last answer called.
     calls: list[str] = field(default_factory=list)
     # Answers that it has given.
     turns: int = 0
-    # Of the user line that started its last turn.
+    # The UUID of the user line that started its last turn.
     turn_id: str = ""
-    # In the loop's time; of a spare: when it was started.
-    idle_since: float = 0.0
+    # Monotonic time of its last change of state.
+    since: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -937,22 +944,18 @@ class Turn:
     how: str
     # Why it was rebuilt; empty otherwise.
     reason: str
-    # What starts it.
+    # What is written to start it.
     lines: list[bytes]
-    # Of tool calls, when they are all that is new.
+    # By id the results of tool calls, when they are all that is new.
     results: dict[str, Json] | None = None
     # Called when the answer has begun.
     on_begin: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         self.process = self.session.process
-        agent, turn_id = self.session.agent, self.session.turn_id
-        handed_over = [tool["name"] for tool in self.process.tools]
-        self.translator = Translator(
-            handed_over,
-            agent=agent,
-            turn_id=turn_id,
-        )
+        session = self.session
+        names = [tool["name"] for tool in self.process.tools]
+        self.translator = Translator(names, agent=session.agent, turn_id=session.turn_id)
         # The process went on by itself behind the `result`.
         self.overran = False
 
@@ -968,9 +971,9 @@ class Turn:
     async def relay(
         self, send: Callable[[bytes], bool], drain: Callable[[], Awaitable[None]]
     ) -> None:
-        """Start the turn, and bring its answer to `send`: the frames of each read, within that
-        read; empty unless the request streams.  While `send` returns False, `drain` is awaited and
-        the child held up.
+        """Start the turn, and pass its frames to `send`, one call for each read; b"" unless the
+        request streams.  When `send` returns False, `drain` is awaited, and the child is not read
+        meanwhile.
 
         Raises ApiError when the turn fails; what was sent before stays a correct beginning.
         """
@@ -999,7 +1002,7 @@ class Turn:
             if not is_ready:
                 await drain()
             try:
-                await self.process.relay(take)
+                await self.process.pump(take)
             except ApiError:
                 # What fails behind a complete answer is the next turn's matter.
                 if not translator.done:
@@ -1034,6 +1037,14 @@ class Turn:
 # ------------------------------------------------------------ all of them
 
 
+def keep(cache: OrderedDict[Any, Any], key: object, value: object, most: int) -> None:
+    """Add an entry to a cache, and drop the oldest beyond `most`."""
+    cache[key] = value
+    cache.move_to_end(key)
+    if len(cache) > most:
+        cache.popitem(last=False)
+
+
 class Pool:
     """All sessions, at most `max_sessions` processes at any time."""
 
@@ -1043,37 +1054,37 @@ class Pool:
         # Every process that is not reaped.
         self.sessions: set[Session] = set()
         # By key, the least recently used first.
-        self.idle: OrderedDict[str, Session] = OrderedDict()
+        self.on_file: OrderedDict[str, Session] = OrderedDict()
         # The oldest first.
         self.spares: list[Session] = []
-        # Processes that are asked who is logged in.
-        self._probes: list[Session] = []
+        # Processes that nobody but the bridge itself asks who is logged in.
+        self._curious: list[Session] = []
         # Processes that have counted, and can again.
         self._counters: list[Session] = []
         # Whether a process can be given other tools.
         self._swaps_tools = True
         # What the last requests needed, and so what spares are for: a model that needs --model, or
         # "", and the mode.
-        self._asked: deque[tuple[str, bool]] = deque(maxlen=2 * config.spares)
+        self._kinds: deque[tuple[str, bool]] = deque(maxlen=2 * config.spares)
         # Spares that are being started.
         self._preparing: dict[asyncio.Task[None], tuple[str, bool]] = {}
-        # More at once start later, each of them.
-        self._starting = asyncio.Semaphore(2 * (os.cpu_count() or 1))
+        # More that start at once start later, each of them.
+        self._starting = asyncio.Semaphore(2 * CORES)
         self._slots = asyncio.Semaphore(config.max_sessions)
-        self._counting = asyncio.Semaphore(os.cpu_count() or 1)
-        # For `hello`.
-        self._asking = asyncio.Semaphore(1)
+        self._counting = asyncio.Semaphore(CORES)
+        # One caller of `hello` at a time.
+        self._hello_lock = asyncio.Lock()
         self._environment = child_environment(config, environ)
         self._agent_cwd = os.path.abspath(config.cwd)
         # `private_folder`, once it is needed.
         self._folder = ""
-        # Requests that wait for something.
+        # Requests that wait for something, and spares that are being started.
         self._queued = 0
         # Those of them that wait for a slot.
-        self._waiting = 0
+        self._waiting_for_slot = 0
         self._ending: set[asyncio.Task[None]] = set()
         self._hello: Json = {}
-        # Of the account, by type, as the CLI told last.
+        # Limits of the account by type, the one told last at the end.
         self.rate_limits: dict[str, Json] = {}
         # Once a turn has told it.
         self.cli_version = ""
@@ -1081,22 +1092,22 @@ class Pool:
         self._models: OrderedDict[str, bool] = OrderedDict()
         # Answers of `count`.
         self._counts: OrderedDict[bytes, int] = OrderedDict()
-        # By key, while a request of that session header runs or waits: they run one after another.
+        # A lock for each session header in use: its requests run one after another.
         self._pins: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        # Where a lost conversation was last seen: by fingerprint and by key, its parts and why it
-        # cannot go on.
-        self._past: OrderedDict[bytes | str, tuple[dict[str, bytes], str]] = OrderedDict()
+        # By fingerprint and by key, the parts of the session that held a conversation last, and why
+        # a request may not find it there.
+        self._last_seen: OrderedDict[bytes | str, tuple[dict[str, bytes], str]] = OrderedDict()
         self._executor: ThreadPoolExecutor | None = None
 
     async def __aenter__(self) -> "Pool":
         self._sweeper = asyncio.create_task(self._sweep())
-        self._asked.append(("", False))
+        self._kinds.append(("", False))
         self._refill()
-        self._asked.clear()  # from here on it is what clients ask for
+        self._kinds.clear()  # from here on it is what clients ask for
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._asked.clear()
+        self._kinds.clear()
         for task in (self._sweeper, *self._preparing):
             task.cancel()
         await asyncio.wait({self._sweeper, *self._preparing})
@@ -1166,33 +1177,36 @@ class Pool:
     @property
     def has_room(self) -> bool:
         """Whether a request would get a process, or at worst that of a resting conversation."""
-        return not self._slots.locked() or bool(self.spares or self.idle or self._counters)
+        return not self._slots.locked() or bool(self.spares or self.on_file or self._counters)
 
-    async def hello(self) -> Json:
-        """What the CLI says of itself, without a model call: `models`, `account`.  The last answer
-        of any process is good; with none yet one process is started for it.  Raises ApiError when
-        the CLI does not work."""
-        await self._queue(self._asking.acquire, "the claude CLI did not start")
+    async def hello(self, *, anew: bool = False, is_curious: bool = False) -> Json:
+        """What the CLI says of itself, without a model call: `models`, `account`.
+
+        The last answer of any process is good, unless it is asked `anew` and there is room; else
+        one process is started for it.  That of who `is_curious` gives way to any request.  Raises
+        ApiError when the CLI does not work.
+        """
+        await self._queue(self._hello_lock.acquire, "the claude CLI did not start")
         try:
-            if not self._hello:
-                await self._probe()
+            if not self._hello or (anew and not self._slots.locked()):
+                await self._probe(is_curious)
             return self._hello
         finally:
-            self._asking.release()
+            self._hello_lock.release()
 
-    async def _probe(self) -> None:
+    async def _probe(self, is_curious: bool) -> None:
         session = await self._spawn(self.config.model, False)
-        self._probes.append(session)
+        if is_curious:
+            self._curious.append(session)
         try:
             session.process.listen()
             session.process.open_gate(translate.transcript([], self.config.model))
             session.process.write(translate.initialize_line([], has_tools=False))
-            await session.process.until(
-                Translator(), lambda event: control_result(event, "initialize")
-            )
+            await session.process.until(lambda event: control_result(event, "initialize"))
             self._hello = session.process.hello
         finally:
-            self._probes.remove(session)
+            if is_curious:
+                self._curious.remove(session)
             self.retire(session, "probe")
 
     # Finding a session
@@ -1220,7 +1234,7 @@ class Pool:
             patience = 0  # it may still be had at once
             words = f"{self._queued} requests wait for room already"
         self._queued += 1
-        began = asyncio.get_running_loop().time()
+        began = time.monotonic()
         try:
             async with asyncio.timeout(patience):
                 await room()
@@ -1230,7 +1244,7 @@ class Pool:
         finally:
             self._queued -= 1
             if asyncio.current_task() not in self._preparing:  # nobody waits for a spare
-                self.metrics.time("queue_seconds", asyncio.get_running_loop().time() - began)
+                self.metrics.time("queue_seconds", time.monotonic() - began)
 
     async def _hot_turn(self, request: Request, key: str) -> Turn | None:
         """A turn of the warm session that holds the request's history, if there is one."""
@@ -1254,24 +1268,17 @@ class Pool:
             self.retire(session, "interrupted")
             raise
         if not is_ready:
-            self.retire(session, "died" if session.process.ended else "failed")
+            self.retire(session, "failed")
             return None
         session.process.listen()
-        session.is_pinned = bool(key)
-        return Turn(
-            request,
-            session,
-            "hot",
-            "",
-            lines,
-            results,
-        )
+        return Turn(request, session, "hot", "", lines, results)
 
     def _by_name(self, request: Request, key: str) -> Session | None:
-        session = self.idle.get(key)
+        session = self.on_file.get(key)
         if not session:
             return None
         continues = (session.chain, session.parts) == (request.past, request.parts)
+        # A client that names its conversation may leave out what it said before.
         only_what_is_new = not request.past and session.parts.items() >= request.sent_parts.items()
         if continues or only_what_is_new:
             return session
@@ -1279,11 +1286,10 @@ class Pool:
         return None
 
     def _by_history(self, request: Request) -> Session | None:
-        if request.past:
-            for session in self.idle.values():
-                holds_it = (session.chain, session.parts) == (request.past, request.parts)
-                if holds_it and not session.is_pinned:
-                    return session
+        for session in self.on_file.values():
+            holds_it = (session.chain, session.parts) == (request.past, request.parts)
+            if holds_it and not session.is_pinned:
+                return session
         return None
 
     def _hot_lines(
@@ -1300,8 +1306,9 @@ class Pool:
                 session.settings[name] = known
                 changed[name] = value
         lines = [translate.settings_line(changed)] if changed else []
-        session.turn_id = str(uuid.uuid4()) if with_message else ""
+        session.turn_id = ""
         if with_message:
+            session.turn_id = str(uuid.uuid4())
             lines.append(translate.user_line(request.messages[-1]["content"], session.turn_id))
         return lines
 
@@ -1313,7 +1320,7 @@ class Pool:
             )
         except TimeoutError:
             return False
-        for _ in range(2):  # of the event loop, for what the process has written to be read
+        for _ in range(2):  # rounds of the event loop, to read what the process has written
             await asyncio.sleep(0)
         return settled and not process.gone
 
@@ -1325,21 +1332,15 @@ class Pool:
     ) -> Turn:
         how, reason = self._why(request, key)
         session, lines = await self._open(request, translate.listed_tools(request))
-        session.id = session_id(token) if token else session.id
-        session.key = key or session.id
-        session.is_pinned = bool(key)
-        return Turn(
-            request,
-            session,
-            how,
-            reason,
-            lines,
-            on_begin=self._refill,
-        )
+        if token:
+            session.id = session_id(token)
+            session.key = key
+            session.is_pinned = True
+        return Turn(request, session, how, reason, lines, on_begin=self._refill)
 
     def _why(self, request: Request, key: str) -> tuple[str, str]:
         """Why a turn is not hot: `new`, or `rebuilt` with a reason that its user can act on."""
-        past = self._past.get(request.past) or self._past.get(key)
+        past = self._last_seen.get(request.past) or self._last_seen.get(key)
         if not past:
             return ("rebuilt", "unknown-history") if request.past else ("new", "")
         parts, reason = past
@@ -1355,7 +1356,8 @@ class Pool:
     async def _open(
         self, request: Request, tools: list[Json], *, query: bool = True
     ) -> tuple[Session, list[bytes]]:
-        """A process that holds the history of the request, and the lines that start its turn."""
+        """A process that holds the history of the request, and the lines that start its turn.
+        Without `query` the message is only added, to be counted."""
         agent = self._is_agent(request)
         if not self._hello and translate.has_thinking(request.messages):
             await self.hello()  # thinking is kept only beside the full name of the model
@@ -1363,16 +1365,11 @@ class Pool:
             session = await self._take(request.model, agent)
             self._move(session, State.BUSY)
             try:
-                lines = await self._set_up(
-                    session,
-                    request,
-                    tools,
-                    query,
-                )
+                lines = await self._set_up(session, request, tools, query)
                 if await self._has_model(session, request.model):
                     return session, lines
             except BaseException:
-                self.retire(session, "died" if session.process.ended else "failed")
+                self.retire(session, "failed")
                 raise
             self.retire(session, "model")  # the next one is started with --model
 
@@ -1391,6 +1388,7 @@ class Pool:
         )
         settings = translate.turn_settings(request)
         if not query:
+            # Its log tells how the API answered (`count`).
             settings["ANTHROPIC_LOG"] = "info"
         session.settings = {name: translate.digest(value) for name, value in settings.items()}
         process.open_gate(rows)
@@ -1401,22 +1399,18 @@ class Pool:
         return lines
 
     async def _has_model(self, session: Session, name: str) -> bool:
-        """Whether a process runs the model that it was given in its conversation, not with --model.
+        """Whether a process that was started without --model runs the one that its conversation
+        names.
 
-        The CLI takes its default model for one that it cannot resume with, in silence, so each name
-        is tried once.
+        For a model that it cannot resume with, the CLI silently takes its default: each name is
+        checked once.
         """
         if session.model or self._models.get(name):
             return True
-        session.process.write(translate.control_line("get_settings", "get_settings"))
-        answer = await session.process.until(
-            Translator(), lambda event: translate.control_response(event, "get_settings")
-        )
+        answer = await session.process.ask("get_settings", "get_settings")
         wanted = translate.listed_model(session.process.hello, name) or name
         runs = translate.applied_model(answer) == wanted
-        self._models[name] = runs
-        while len(self._models) > MAX_MODELS:
-            self._models.popitem(last=False)
+        keep(self._models, name, runs, MAX_MODELS)
         return runs
 
     def _is_agent(self, request: Request) -> bool:
@@ -1427,39 +1421,32 @@ class Pool:
         """A process without a conversation: a spare, even one that is still starting, or else a
         fresh one.
 
-        A model is had without --model by its full name, so that any spare will do; that of an alias
-        is known once a CLI has said what it has.
+        A full model name needs no --model, so any spare will do.  That of an alias is known once a
+        CLI has listed its models.
         """
         full_name = translate.listed_model(self._hello, model) or model
         has_full_name = full_name.startswith(translate.FULL_NAME)
         started_with = "" if has_full_name and self._models.get(model, True) else model
-        self._asked.append((started_with if self._hello else "", agent))
+        self._kinds.append((started_with if self._hello else "", agent))
         for spare in list(self.spares):
             if spare.process.gone:
                 self.retire(spare, "died")
             elif (spare.model, spare.agent) == (started_with, agent):
-                self.spares.remove(spare)
                 return spare
         return await self._spawn(started_with, agent)
 
     async def _spawn(self, model: str, agent: bool) -> Session:
-        if self._slots.locked():
-            self._evict([*self._probes, *self._counters, *self.spares, *self.idle.values()])
-        await self._queue(
-            self._room, f"all {self.config.max_sessions} processes were busy, none got free"
-        )
+        if self._slots.locked() and self._waiting_for_slot >= len(self._ending):
+            self._evict([*self._curious, *self._counters, *self.spares, *self.on_file.values()])
+        words = f"all {self.config.max_sessions} processes were busy, none got free"
+        await self._queue(self._take_slot, words)
         try:
             self._folder = private_folder(self._folder)
             cwd = self._agent_cwd if agent else os.path.join(self._folder, "work")
             argv = arguments(self.config, model, agent=agent)
             environment = self._environment if agent else self._environment | MODEL_MODE
-            watchdog_secs = self.config.watchdog_secs
             process = await Process.spawn(
-                argv,
-                environment,
-                cwd,
-                self._folder,
-                watchdog_secs,
+                argv, environment, cwd, self._folder, self.config.watchdog_secs
             )
         except BaseException as error:
             self._starting.release()
@@ -1468,25 +1455,19 @@ class Pool:
                 raise cli_error(f"the claude CLI cannot be started: {error.strerror}") from error
             raise
         process.started.add_done_callback(lambda _: self._starting.release())
-        session = Session(
-            str(uuid.uuid4()),
-            process,
-            model,
-            agent,
-        )
+        session = Session(str(uuid.uuid4()), process, model, agent)
         session.key = session.id
-        session.idle_since = asyncio.get_running_loop().time()
         process.on_fault = lambda: self.retire(session, "unasked")
         self.sessions.add(session)
         self.metrics.add("processes_started_total")
         return session
 
-    async def _room(self) -> None:
-        self._waiting += 1
+    async def _take_slot(self) -> None:
+        self._waiting_for_slot += 1
         try:
             await self._slots.acquire()
         finally:
-            self._waiting -= 1
+            self._waiting_for_slot -= 1
         try:
             await self._starting.acquire()
         except BaseException:
@@ -1495,14 +1476,14 @@ class Pool:
 
     def _refill(self) -> None:
         """Start the missing spares, each of the recently requested kind that has fewest."""
-        if not self._asked:
+        if not self._kinds:
             return
         for spare in list(self.spares):
-            if (spare.model, spare.agent) not in self._asked:
+            if (spare.model, spare.agent) not in self._kinds:
                 self.retire(spare, "unwanted")
         have = [(spare.model, spare.agent) for spare in self.spares]
         have += self._preparing.values()
-        latest = list(reversed(self._asked))
+        latest = list(reversed(self._kinds))
         for _ in range(self.config.spares - len(have)):
             kind = min(latest, key=have.count)
             task = asyncio.create_task(self._prepare(*kind))
@@ -1519,7 +1500,7 @@ class Pool:
             return  # the next request will say it
         self.spares.append(session)
         # A request that arrived meanwhile found nothing to evict.
-        if self._waiting > len(self._ending):
+        if self._waiting_for_slot > len(self._ending):
             self._evict(self.spares)
 
     # What becomes of a session
@@ -1529,10 +1510,11 @@ class Pool:
         if state not in TRANSITIONS[session.state]:
             raise RuntimeError(f"a session cannot go from {session.state} to {state}")
         session.state = state
+        session.since = time.monotonic()
         if state in (State.IDLE, State.PARKED):
-            self.idle[session.key] = session
-        elif self.idle.get(session.key) is session:
-            del self.idle[session.key]
+            self.on_file[session.key] = session
+        elif self.on_file.get(session.key) is session:
+            del self.on_file[session.key]
         for others in (self.spares, self._counters):
             if session in others:
                 others.remove(session)
@@ -1548,7 +1530,8 @@ class Pool:
             return
         if not translator.done:
             turn.interrupt()
-            self.retire(session, self._why_broken(turn.process))
+            is_broken = turn.process.gone or turn.process.silent
+            self.retire(session, "failed" if is_broken else "interrupted")
             return
         self._remember(session, "continued")
         start = session.chain if turn.how == "hot" else turn.request.past
@@ -1568,33 +1551,28 @@ class Pool:
         if turn.overran or not is_quiet:
             self.retire(session, "unasked")
             return
-        if session.key in self.idle:
-            self.retire(self.idle[session.key], "changed")
-        self._remember(session, "pinned")  # the only reason not to find it while it is on file
+        self._remember(session, "pinned")  # only a request without its header can miss it
         self._file(session, State.PARKED if session.calls else State.IDLE)
 
-    def _why_broken(self, process: Process) -> str:
-        if process.ended:
-            return "died"
-        return "failed" if process.gone or process.silent else "interrupted"
-
     def _file(self, session: Session, state: State) -> None:
-        session.idle_since = asyncio.get_running_loop().time()
         self._move(session, state)
-        resting = sum(other.state is State.IDLE for other in self.idle.values())
-        if resting > self.config.max_idle or self._waiting > len(self._ending):
-            self._evict([*self.idle.values()])
+        resting = sum(other.state is State.IDLE for other in self.on_file.values())
+        if resting > self.config.max_idle or self._waiting_for_slot > len(self._ending):
+            self._evict([*self.on_file.values()])
 
     def _evict(self, sessions: list[Session]) -> None:
         """Retire the first of the sessions that is not PARKED, or else the first."""
-        for session in sorted(sessions, key=lambda session: session.state is State.PARKED)[:1]:
-            self.retire(session, "evicted")
+        if sessions:
+            first = min(sessions, key=lambda session: session.state is State.PARKED)
+            self.retire(first, "evicted")
 
     def retire(self, session: Session, reason: str) -> None:
         """End a session's process in the background; its slot is free once the process is
         reaped."""
         if session.state is State.RETIRED:
             return
+        if reason == "failed" and session.process.ended:
+            reason = "died"
         self._move(session, State.RETIRED)
         self._remember(session, reason)
         self.metrics.add("processes_ended_total", reason=reason)
@@ -1614,26 +1592,23 @@ class Pool:
     def _remember(self, session: Session, reason: str) -> None:
         for key in (session.chain, session.key if session.is_pinned else b""):
             if key:
-                self._past[key] = (session.parts, reason)
-                self._past.move_to_end(key)
-        while len(self._past) > MAX_PAST:
-            self._past.popitem(last=False)
+                keep(self._last_seen, key, (session.parts, reason), MAX_PAST)
 
     async def _sweep(self) -> None:
         """Retire the idle sessions that died or whose time is up."""
         ttl = self.config.session_ttl_secs
         while True:
             await asyncio.sleep(max(0.05, min(ttl / 4, 5)) if ttl else 5)
-            now = asyncio.get_running_loop().time()
-            for session in [*self.spares, *self.idle.values(), *self._counters]:
+            now = time.monotonic()
+            for session in [*self.spares, *self.on_file.values(), *self._counters]:
                 if session.process.gone:
                     self.retire(session, "died")
                 elif session.state is State.COUNTER:
-                    if now - session.idle_since >= COUNTER_SECS:
+                    if now - session.since >= COUNTER_SECS:
                         self.retire(session, "counted")
-                elif ttl and now - session.idle_since >= ttl:
+                elif ttl and now - session.since >= ttl:
                     if session.state is State.SPARE:
-                        self._asked.clear()  # the next comes when it is needed
+                        self._kinds.clear()  # the next comes when it is needed
                     self.retire(session, "expired")
 
     # Counting
@@ -1650,40 +1625,41 @@ class Pool:
             return self._counts[key]
         await self._queue(self._counting.acquire, "other counts did not end")
         try:
-            async with asyncio.timeout(COUNT_SECS):
-                tokens = await self._count(request)
+            tokens = await self._count(request)
         except TimeoutError:
             words = f"the claude CLI did not count within {COUNT_SECS:g} seconds"
             raise ApiError(504, words) from None
         finally:
             self._counting.release()
             self._refill()
-        self._counts[key] = tokens
-        while len(self._counts) > MAX_COUNTS:
-            self._counts.popitem(last=False)
+        keep(self._counts, key, tokens, MAX_COUNTS)
         return tokens
 
     async def _count(self, request: Request) -> int:
         tools = translate.described_tools(request)
-        counter = self._find_counter(request, tools)
-        if counter:
-            session = counter
-            lines = await self._set_up_again(session, request, tools)
-        else:
+        lines: list[bytes] = []
+        counter = self._take_counter(request, tools)
+        session = counter
+        if not session:
             session, lines = await self._open(request, tools, query=False)
-        is_free = False
         try:
-            usage, statuses = await self._ask_usage(session.process, lines)
-            has_tools = translate.has_counted(usage, tools)
-            can_count_again = translate.is_one_line(request) and has_tools
-            if can_count_again and (self._swaps_tools or not tools):
-                is_free = await self._take_back(session)
-        finally:
-            self._hello = session.process.hello or self._hello
-            if is_free:
-                self._put_aside(session)
-            else:
-                self.retire(session, "counted")
+            # The wait for a process is not the CLI's.
+            async with asyncio.timeout(COUNT_SECS):
+                if counter:
+                    lines = await self._set_up_again(session, request, tools)
+                usage, statuses = await self._ask_usage(session.process, lines)
+                has_tools = translate.has_counted(usage, tools)
+                can_count_again = translate.is_one_line(request) and has_tools
+                can_have_tools = self._swaps_tools or not tools
+                is_free = can_count_again and can_have_tools and await self._take_back(session)
+        except BaseException:
+            self.retire(session, "failed")
+            raise
+        self._hello = session.process.hello or self._hello
+        if is_free:
+            self._put_aside(session)
+        else:
+            self.retire(session, "counted")
         if counter and not has_tools:  # 2.1.197 keeps the tools that were taken away
             self._swaps_tools = False
             return await self._count(request)
@@ -1697,41 +1673,42 @@ class Pool:
         tokens = int(usage.get("totalTokens") or 0)
         return tokens + TOOLS_PROMPT_TOKENS if request.tool_names else tokens
 
-    async def _ask_usage(self, process: Process, lines: list[bytes]) -> tuple[Json, list[Any]]:
+    async def _ask_usage(self, process: Process, lines: list[bytes]) -> tuple[Json, list[int]]:
         """What a process says of its context, and the API's statuses for the counts it asked."""
-        translator = Translator()
-        statuses: list[Any] = []
+        statuses: list[int] = []
 
-        def find(event: CliEvent, wanted: str) -> Any:
+        def find(event: CliEvent) -> Json:
             if event["type"] == "api_call":
-                statuses.append(event.get("response"))
-            return event["type"] == wanted or control_result(event, wanted)
+                statuses.append(event.get("response") or 0)
+            return control_result(event, "usage")
 
         process.write(*lines)
-        await process.until(translator, lambda event: find(event, "result"))
+        await process.until(lambda event: event["type"] == "result")
         process.write(translate.control_line("usage", "get_context_usage"))
-        usage: Json = await process.until(translator, lambda event: find(event, "usage"))
-        return usage, statuses
+        return await process.until(find), statuses
 
     def _put_aside(self, session: Session) -> None:
         """Keep a process that can count again, one for each core."""
         session.process.settle(True)
-        session.idle_since = asyncio.get_running_loop().time()
         self._move(session, State.COUNTER)
         self._counters.append(session)
-        if len(self._counters) > (os.cpu_count() or 1):
+        if len(self._counters) > CORES:
             self.retire(self._counters[0], "counted")
+        elif self._waiting_for_slot > len(self._ending):
+            self._evict(self._counters)
 
-    def _find_counter(self, request: Request, tools: list[Json]) -> Session | None:
+    def _take_counter(self, request: Request, tools: list[Json]) -> Session | None:
         """A process that has counted one message and can count another: Claude Code's /context asks
         for 24 counts.  All but the tools must be the same."""
         if not translate.is_one_line(request):
             return None
-        for session in self._counters:
+        for session in list(self._counters):
             names = request.parts.keys() - {"tools"}
             is_same = all(session.parts[name] == request.parts[name] for name in names)
             can_have_tools = self._swaps_tools or session.process.tools == tools
-            if is_same and can_have_tools and not session.process.gone:
+            if session.process.gone:
+                self.retire(session, "died")
+            elif is_same and can_have_tools:
                 self._move(session, State.BUSY)
                 session.process.listen()
                 return session
@@ -1742,35 +1719,22 @@ class Pool:
     ) -> list[bytes]:
         """Give a process other tools; returns the line that adds the message to be counted."""
         process = session.process
-        try:
-            if process.tools != tools:
-                process.tools = tools
-                for servers in translate.server_lists(has_tools=bool(tools)):
-                    process.has_listed = False
-                    process.write(
-                        translate.control_line("servers", "mcp_set_servers", servers=servers)
-                    )
-                    await process.until(
-                        Translator(), lambda event: translate.control_response(event, "servers")
-                    )
-                if tools and not process.has_listed:
-                    await process.until(Translator(), lambda event: process.has_listed)
-            session.turn_id = str(uuid.uuid4())
-            return [
-                translate.user_line(request.messages[0]["content"], session.turn_id, query=False)
-            ]
-        except BaseException:
-            self.retire(session, "failed")
-            raise
+        if process.tools != tools:
+            process.tools = tools
+            for servers in translate.server_lists(has_tools=bool(tools)):
+                process.has_listed = False
+                await process.ask("servers", "mcp_set_servers", servers=servers)
+            if tools and not process.has_listed:
+                await process.until(lambda event: process.has_listed)
+        session.turn_id = str(uuid.uuid4())
+        content = request.messages[0]["content"]
+        return [translate.user_line(content, session.turn_id, query=False)]
 
     async def _take_back(self, session: Session) -> bool:
         """Take back the message that was counted; False: this CLI does not."""
         fields = {"target_message_uuid": session.turn_id}
-        session.process.write(translate.control_line("rewind", "rewind_conversation", **fields))
         try:
-            answer = await session.process.until(
-                Translator(), lambda event: translate.control_response(event, "rewind")
-            )
+            answer = await session.process.ask("rewind", "rewind_conversation", **fields)
         except ApiError:
             return False
         return translate.text_of(answer, "subtype") == "success"

@@ -16,7 +16,7 @@ import re
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Required, TypedDict, cast
+from typing import Any, ClassVar, Required, TypedDict, cast
 
 import orjson
 
@@ -1654,14 +1654,6 @@ class Translator:
         self._unstreamed: Json = {}
         # The `assistant` event by which the CLI tells of a failure.
         self._failure: CliEvent | None = None
-        self._handlers = {
-            "message_start": self._message_start,
-            "content_block_start": self._block_start,
-            "content_block_delta": self._block_delta,
-            "content_block_stop": self._block_stop,
-            "message_delta": self._message_delta,
-            "message_stop": self._message_stop,
-        }
 
     @property
     def done(self) -> bool:
@@ -1758,7 +1750,7 @@ class Translator:
         before, self.state = self.state, following
         if before is State.HIDDEN:
             return []
-        return self._handlers[kind](event)
+        return self.HANDLERS[kind](self, event)
 
     def _message_start(self, event: Json) -> list[StreamEvent]:
         message: Any = event.get("message")
@@ -1896,6 +1888,15 @@ class Translator:
 
     def _message_stop(self, event: Json) -> list[StreamEvent]:
         return [renewed(event)] if self.done else []
+
+    HANDLERS: ClassVar = {
+        "message_start": _message_start,
+        "content_block_start": _block_start,
+        "content_block_delta": _block_delta,
+        "content_block_stop": _block_stop,
+        "message_delta": _message_delta,
+        "message_stop": _message_stop,
+    }
 
     def _counts(self, final: Any) -> Json:
         """The usage of a message_delta: cumulative over the message (API), and over all messages of

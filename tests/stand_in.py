@@ -184,9 +184,11 @@ class Standin:
             log = "[log_5ad1n1] post http://127.0.0.1/v1/messages/count_tokens?beta=true succeeded with status 200 in 1ms"
             self.put(log.encode())
             response["response"] = {"totalTokens": 10 * len(self.messages)}
+        elif subtype == "rewind_conversation":
+            self.messages.pop()
         elif subtype == "get_settings":
             response["response"] = {"applied": {"model": self.model}}
-        elif subtype not in ("interrupt", "apply_flag_settings"):
+        elif subtype not in ("interrupt", "apply_flag_settings", "mcp_set_servers"):
             response |= {"subtype": "error", "error": f"the stand-in knows no {subtype}"}
         if subtype == "initialize":
             self.fault("initialize")
@@ -212,13 +214,17 @@ class Standin:
             self.emit({"type": "system", "subtype": "status", "status": "requesting"})
             self.pump(0.1)
 
+    def mark(self, what: str) -> None:
+        """Leave a file in $STANDIN_LOG that says what this process has come to."""
+        if folder := os.environ.get("STANDIN_LOG"):
+            open(os.path.join(folder, f"{os.getpid()}.at.{what}"), "w").close()
+
     def fault(self, point: str) -> None:
         """At the point that the model names: exit, kill, hang (reads on), deaf (does not), closed
         (stdout), endless (a line), wait (for what the bridge does), or lines of GARBAGE."""
         if point != self.point:
             return
-        if folder := os.environ.get("STANDIN_LOG"):
-            open(os.path.join(folder, f"{os.getpid()}.at.{self.model}"), "w").close()
+        self.mark(self.model)
         if self.kind == "exit":
             sys.exit("stand-in: told to exit")
         if self.kind == "kill":
@@ -235,6 +241,8 @@ class Standin:
                 self.pump(None)
         while self.kind in ("endless", "wait") and self.reading and not self.results:
             self.pump(None)
+        if not self.reading:
+            self.mark("eof")
         for line in GARBAGE.get(self.kind, ()):
             self.put(line)
 
@@ -323,8 +331,7 @@ class Standin:
             self.out, said = out, self.out.getvalue()
             self.out.write(said)
             self.out.flush()
-        if folder := os.environ.get("STANDIN_LOG"):
-            open(os.path.join(folder, f"{os.getpid()}.at.unasked"), "w").close()
+        self.mark("unasked")
 
     def result(self, **fields: Any) -> None:
         # "type" is not the first key, as with 2.1.330.
@@ -535,13 +542,12 @@ class Standin:
                 for event in STRANGE:
                     self.emit(dict(event))
 
-        self.emit(
-            {
-                "type": "assistant",
-                "message": {**message, "content": self.blocks()},
-                "parent_tool_use_id": None,
-            }
-        )
+        said = {
+            "type": "assistant",
+            "message": {**message, "content": self.blocks()},
+            "parent_tool_use_id": None,
+        }
+        self.emit(said.copy())
         self.fault("last")
         self.stream("content_block_stop", index=0)
         reason = json.loads(text.partition("STOP-REASON ")[2] or '"end_turn"')
@@ -556,12 +562,17 @@ class Standin:
             self.gate()
             if self.waiting:
                 sys.exit("stand-in: a line came before the result of the turn before it")
+        if "TAIL" in words:  # the rest of the turn is late, and comes in one write
+            self.gate()
+            self.out = io.BytesIO()
+            self.emit(said)
         if "NORESULT" not in words:
             self.result(result="".join(self.said), stop_reason="end_turn")
         if "TWORESULTS" in words:
             self.result(result="".join(self.said), stop_reason="end_turn")
         if "BEHIND" in words:
             self.speak()
+        if isinstance(self.out, io.BytesIO):
             self.out, rest = out, self.out.getvalue()
             self.out.write(rest)
             self.out.flush()
@@ -598,6 +609,7 @@ class Standin:
             "message_delta", delta={"stop_reason": "tool_use", "stop_sequence": None}, usage=USAGE
         )
         self.stream("message_stop")
+        self.fault("called")
         params = {"name": name, "arguments": {}, "_meta": {"claudecode/toolUseId": call}}
         asked = {"subtype": "mcp_message", "server_name": "client"}
         asked["message"] = {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": params}

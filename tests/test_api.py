@@ -14,6 +14,7 @@ from client import IMAGE, Answer, Client, Json, request_body, text
 from servers import Server
 from stubs import Stub
 
+import sessions
 from sessions import State
 
 TOOL = {
@@ -112,7 +113,7 @@ def test_a_process_that_has_counted_waits_for_the_next_count_one_for_each_core(
     assert count(real, "two").status == 200
     assert counters() == [first]
     with ThreadPoolExecutor() as threads:
-        monkeypatch.setattr(os, "cpu_count", lambda: 1)
+        monkeypatch.setattr(sessions, "CORES", 1)
         at_once = [threads.submit(count, real, f"question {number}") for number in range(2)]
         assert [done.result().status for done in at_once] == [200, 200]
     assert len(counters()) == 1

@@ -21,6 +21,7 @@ from stand_in import Log
 
 Serve = Callable[..., Server]
 HEADER = "x-arch-claude-cli-session"
+PROBE = {"name": "probe", "input_schema": {"type": "object"}}
 
 
 def pid(answer: Answer) -> int:
@@ -109,6 +110,17 @@ def test_a_result_that_came_behind_the_answer_in_the_same_read_is_the_end_of_the
     process.settle(False)
     assert process.settled is None
     assert server.post(conversation).session == "hot"
+
+
+def test_the_rest_of_a_turn_that_comes_late_and_in_one_read_is_no_fault(
+    serve: Serve, gate: Path, log: Log
+) -> None:
+    server = serve()
+    conversation, first = talk(server, "TAIL")
+    gate.touch()
+    answer = server.post(conversation)
+    assert (answer.session, answer.text) == ("hot", "echo: and now; 3 messages")
+    assert pid(answer) == pid(first)
 
 
 def test_equal_conversations_never_share_a_process(
@@ -392,6 +404,30 @@ def test_a_request_that_finds_no_room_in_time_gets_529(
 # the session header
 
 
+def test_a_request_that_gets_the_room_of_a_process_that_ends_costs_no_other_its_own(
+    serve: Serve,
+) -> None:
+    server = serve(max_sessions=2)
+    conversation, _ = talk(server, "keep this one")
+    server.post("hello", session="s")
+    edited = server.post(["hullo", "who?", "and now"], session="s")
+    assert edited.session == "rebuilt; reason=unknown-history"
+    assert server.post(conversation).session == "hot"
+
+
+def test_a_question_who_is_logged_in_gives_way_to_no_request_that_came_later(
+    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
+    server = serve(max_sessions=1, model="slow-start")
+    models = background.submit(server.call, "GET", "/v1/models")
+    wait_until(lambda: log.started(), "the process that is asked")
+    answer = background.submit(server.post, "hello")
+    in_work(server, 2)
+    gate.touch()
+    assert models.result().status == 200
+    assert answer.result().text == "echo: hello; 1 messages"
+
+
 def test_requests_of_one_session_header_run_one_after_another(
     serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
 ) -> None:
@@ -579,6 +615,16 @@ def test_a_process_that_ignores_the_end_of_its_input_and_sigterm_is_killed(serve
     answer = serve(max_idle=0).post(model="ignore-sigterm")
     assert answer.status == 200
     wait_until(lambda: not psutil.pid_exists(pid(answer)), "the end of the process")
+
+
+def test_a_process_whose_tool_call_is_yet_to_come_is_killed_at_once(serve: Serve, log: Log) -> None:
+    """It would call the API once more when its stdin closes."""
+    server = serve()
+    answer = server.post("PROBE", tools=[PROBE], model="called.wait")
+    assert answer.message["stop_reason"] == "tool_use"
+    wait_until(lambda: log.reached("called.wait"), "the process")
+    server.close()
+    assert log.reached("eof") == []
 
 
 def test_what_a_process_leaves_behind_is_killed_with_it(serve: Serve) -> None:

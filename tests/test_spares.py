@@ -201,7 +201,7 @@ def test_a_spare_that_aged_out_comes_back_only_for_a_new_conversation(
     assert server.bridge
     pool = server.bridge.pool
     (left,) = pool.spares
-    left.idle_since -= 2
+    left.since -= 2
     wait_until(lambda: not alive(left.process.pid), "its end")
     gate.touch()
     # It began after that: the spares that it asked for are no longer wanted.
