@@ -1,12 +1,9 @@
-"""The HTTP face of the bridge: settings, access rules, the connection loop, routes, the command
-line.
+"""The HTTP server of the bridge.
 
-Embedding: `async with serve(Config()) as bridge: ...` runs the server inside another asyncio
-program.
+To embed it in an asyncio program: `async with serve(Config()) as bridge: ...`.
 
-The file goes from what a reader needs first to details: settings, access, one connection, the
-server and its routes, `serve`, the program; and last, as appendices, the page for people, the
-providers of a gateway's file, and `check`.
+In this file: settings, access, a connection, the server and its routes, `serve`, the program; then,
+as appendices, the page for people, the providers of a gateway's file, and `check`.
 """
 
 import argparse
@@ -40,8 +37,9 @@ import time
 import tomllib
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -113,50 +111,52 @@ class Config(PoolConfig):
     )
     max_header_bytes: int = setting(
         64 << 10,
-        "of a request, 431 beyond; Node takes 16 KiB, nginx 32",
+        "bytes of a request's target and headers; more get 431 (Node takes 16 KiB, nginx 32)",
         "limits",
         least=1,
     )
     max_body_bytes: int = setting(
         32 << 20,
-        "of a request, 413 beyond, before it is read; the API's own limit",
+        "bytes of a request's body; more get 413, unread; the API's own limit",
         "limits",
         least=1,
     )
     max_connections: int = setting(
         1000,
-        "503 beyond; each can cost a file descriptor and a body",
+        "open connections, each with a file descriptor and a body; more get 503",
         "limits",
         least=1,
     )
     max_depth: int = setting(
         200,
-        "levels of JSON in a request, 400 beyond",
+        "levels of JSON in a request; more get 400",
         "limits",
         least=10,
         most=240,
     )
     max_messages: int = setting(
         100_000,
-        "messages of a request, 400 beyond; the API's own limit",
+        "messages of a request; more get 400; the API's own limit",
         "limits",
         least=1,
     )
     max_values: int = setting(
         300_000,
-        "values of JSON in a request, 400 beyond; each can take 100 times its bytes of memory",
+        "values of JSON in a request; more get 400; each can take 100 times its bytes of memory",
         "limits",
         least=1,
     )
     send_secs: float = setting(
         60.0,
-        "seconds for a client to send a request, 408 beyond",
+        "seconds a client may take to send a request; then 408",
         "limits",
+        least=0.01,
     )
     idle_secs: float = setting(
         75.0,
-        "seconds before an unused connection is closed",
+        "seconds before a connection is closed that is unused, or whose client reads nothing",
         "limits",
+        least=0.01,
     )
 
     @classmethod
@@ -198,8 +198,8 @@ class Config(PoolConfig):
     @property
     def unix_path(self) -> str:
         """The path of a Unix socket; empty: it is an address."""
-        prefix, _, path = self.listen_addr.partition("unix:")
-        return path if not prefix else ""
+        is_unix = self.listen_addr.startswith("unix:")
+        return self.listen_addr.removeprefix("unix:") if is_unix else ""
 
     @property
     def address(self) -> tuple[str, int]:
@@ -210,7 +210,7 @@ class Config(PoolConfig):
         if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
             words = "expected host:port or unix:/path, such as 127.0.0.1:8080"
             raise wrong("listen_addr", f"{words}; got {self.listen_addr!r}")
-        return host.strip("[]"), int(port)
+        return host.strip("[]").lower(), int(port)
 
     @property
     def base_url(self) -> str:
@@ -218,14 +218,10 @@ class Config(PoolConfig):
         if self.unix_path:
             return self.listen_addr
         host, port = self.address
-        if host == "0.0.0.0":
-            host = "127.0.0.1"
-        if host == "::":
-            host = "::1"
-        return f"http://{host_and_port(host, port)}"
+        return local_url(host_and_port(host, port))
 
     def warnings(self, environ: Mapping[str, str]) -> list[str]:
-        """What is set, and can hardly be meant."""
+        """Settings that are probably mistakes."""
         found = []
         known = [variable(item.name) for item in dataclasses.fields(self)]
         known.append(variable("config"))
@@ -249,6 +245,7 @@ def variable(name: str) -> str:
 
 
 def wrong(name: str, words: str) -> ConfigError:
+    """The error of one setting, to be raised."""
     return ConfigError(f"{variable(name)}: {words}")
 
 
@@ -258,11 +255,8 @@ def suggestion(name: str, known: Any) -> str:
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
-def parse_setting(
-    name: str,
-    kind: type,
-    text: str,
-) -> Any:
+def parse_setting(name: str, kind: type, text: str) -> Any:
+    """A setting from its text.  Raises ConfigError."""
     if kind is tuple:
         return tuple(text.replace(",", " ").split())
     try:
@@ -273,6 +267,7 @@ def parse_setting(
 
 
 def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
+    """Raises ConfigError for a value that its field does not allow."""
     rules = item.metadata
     if isinstance(value, int | float):
         if not math.isfinite(value):
@@ -306,10 +301,22 @@ def check_origins(origins: tuple[str, ...]) -> None:
         scheme, _, host = origin.partition("://")
         match = re.fullmatch("[a-z][a-z0-9+.-]*", scheme) and HOST.fullmatch(host)
         is_usual = match and (scheme, match[2]) in (("http", "80"), ("https", "443"))
-        is_sent = match and not is_usual and origin == origin.lower() and not host.endswith(".")
+        is_name = match and int(match[2] or 0) < 65536 and ("[" in host or ":" not in match[1])
+        is_sent = is_name and not is_usual and origin == origin.lower() and not host.endswith(".")
         if origin != "null" and not is_sent:
             words = "must be scheme://host[:port] in lower case, without path, * or usual port"
             raise wrong("allowed_origins", f"{origin!r} {words}")
+
+
+def as_url(address: str) -> str:
+    return address if address.startswith("unix:") else f"http://{address}"
+
+
+def local_url(address: str) -> str:
+    """The URL by which this machine reaches an address that the bridge listens on."""
+    url = as_url(address)
+    url = url.replace("//0.0.0.0:", "//127.0.0.1:")
+    return url.replace("//[::]:", "//[::1]:")
 
 
 def host_and_port(host: str, port: int) -> str:
@@ -328,10 +335,8 @@ def find_cli(given: str) -> str:
     if not path and wheel and wheel.origin:
         path = shutil.which(Path(wheel.origin).parent / "_bundled" / "claude")
     if not path:
-        words = (
-            "the claude CLI was not found: install Claude Code, or `pip install claude-agent-sdk`"
-        )
-        raise wrong("bin", f"{words}, or name the program here")
+        words = "the claude CLI was not found: install Claude Code, or `pip install"
+        raise wrong("bin", f"{words} claude-agent-sdk`, or name the program here")
     return os.path.abspath(path)
 
 
@@ -347,8 +352,8 @@ def login_cure(config: Config, environ: Mapping[str, str]) -> str:
 # ------------------------------------------------------------ access
 
 # RFC 9112, 3.2.2: a target in absolute form.
-ABSOLUTE = re.compile("https?://([^/?]*)")
-# RFC 9110, 7.2: a name or address, and perhaps a port.
+ABSOLUTE = re.compile("^https?://([^/?]*)", re.I)
+# RFC 9110, 7.2: a name or address, an IPv6 one with brackets or without, and perhaps a port.
 HOST = re.compile(
     r"(\[[0-9a-f:.]+\]|[0-9a-f]*:[0-9a-f]*:[0-9a-f:]*|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*)\.?"
     r"(?::([0-9]{1,5}))?",
@@ -382,7 +387,7 @@ class Exchange:
 
     @property
     def owner(self) -> str:
-        """A digest of the key that the client sent: session names are its own."""
+        """A digest of the key that the client sent: two clients may use one session name."""
         given = f"{self.header(b'x-api-key')} {self.header(b'authorization')}"
         return hashlib.blake2b(given.encode("latin-1"), digest_size=16).hexdigest()
 
@@ -472,12 +477,9 @@ def check_key(exchange: Exchange, config: Config) -> None:
         words = "this bridge requires a key: send its CLAUDE_CLI_API_KEY"
         raise ApiError(401, f"{words} as x-api-key or Authorization: Bearer")
     scheme, _, token = (authorization or "").partition(" ")
-    given = [(key or "").encode("latin-1")]
-    if scheme.lower() == "bearer":
-        given.append(token.encode("latin-1"))
+    given = [key or "", token if scheme.lower() == "bearer" else ""]
     expected = config.api_key.encode()
-    matches = [hmac.compare_digest(item, expected) for item in given]
-    if not any(matches):
+    if not any(hmac.compare_digest(item.encode("latin-1"), expected) for item in given):
         raise ApiError(401, "the key sent does not match this bridge's CLAUDE_CLI_API_KEY")
 
 
@@ -496,10 +498,11 @@ def is_loopback(host: str) -> bool:
 READ_SIZE = 64 << 10
 # Bytes that are read ahead while an answer is given.
 MAX_PIPELINED = 64 << 10
-# A body in more chunks than this, and of fewer bytes each, is refused: each chunk costs 20 us.
+# A body of more than MAX_CHUNKS chunks is refused when they average fewer than MIN_CHUNK bytes:
+# each chunk costs 20 us.
 MAX_CHUNKS = 10_000
 MIN_CHUNK = 64
-# Chunks after which others have their turn.
+# Chunks after which other connections have their turn.
 CHUNKS_AT_ONCE = 50
 # Seconds to go on reading a refused body, and to flush a closing connection, so that the client
 # gets the answer and not a reset.
@@ -523,10 +526,10 @@ class Connection:
         self.reader = reader
         self.writer = writer
         max_size = bridge.config.max_header_bytes
-        self.h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=max_size)
+        self.http = h11.Connection(h11.SERVER, max_incomplete_event_size=max_size)
         # A request is being answered.
         self.answering = False
-        # It is not the first one.
+        # One has been answered.
         self.answered = False
 
     async def serve(self) -> None:
@@ -537,10 +540,10 @@ class Connection:
                 return
             while await self.next_request():
                 self.answered = True
-                is_done = self.h11.our_state is h11.DONE and self.h11.their_state is h11.DONE
+                is_done = self.http.our_state is h11.DONE and self.http.their_state is h11.DONE
                 if not is_done or self.bridge.closing:
                     break
-                self.h11.start_next_cycle()
+                self.http.start_next_cycle()
         except (Disconnected, OSError):
             pass  # the client is gone, or sent nothing in time
         finally:
@@ -553,8 +556,8 @@ class Connection:
         connection.
         """
         async with asyncio.timeout(self.bridge.config.idle_secs):
-            if not self.h11.trailing_data[0]:
-                self.h11.receive_data(await self.reader.read(READ_SIZE))
+            if not self.http.trailing_data[0]:
+                self.http.receive_data(await self.reader.read(READ_SIZE))
         exchange = Exchange()
         try:
             async with asyncio.timeout(self.bridge.config.send_secs):
@@ -577,14 +580,14 @@ class Connection:
         body = bytearray()
         chunks = 0
         while True:
-            event = self.h11.next_event()
+            event = self.http.next_event()
             if event is h11.NEED_DATA:
-                if self.h11.they_are_waiting_for_100_continue:
+                if self.http.they_are_waiting_for_100_continue:
                     await self.send(h11.InformationalResponse(status_code=100, headers=[]))
                 data = await self.reader.read(READ_SIZE)
                 if not data and exchange.request:
                     raise Disconnected
-                self.h11.receive_data(data)
+                self.http.receive_data(data)
             elif isinstance(event, h11.Request):
                 exchange.request = event
                 self.check_head(exchange, event)
@@ -603,8 +606,9 @@ class Connection:
                 return False
 
     def check_head(self, exchange: Exchange, request: h11.Request) -> None:
-        size = sum(len(name) + len(value) for name, value in request.headers)
-        # h11 counts only what comes in several reads.
+        """Raises ApiError 401, 403, 413 or 431, or RemoteProtocolError."""
+        size = len(request.target) + sum(len(name) + len(value) for name, value in request.headers)
+        # h11 counts only a head that comes in several reads.
         if size > self.bridge.config.max_header_bytes:
             raise ApiError(431, "the headers are too large")
         length = exchange.header(b"content-length")
@@ -622,15 +626,30 @@ class Connection:
 
     async def send(self, event: h11.Event) -> None:
         """Write an h11 event; waits while the client is slow to read."""
-        data = self.h11.send(event)
+        data = self.http.send(event)
         if data:
             self.writer.write(data)
-            await self.writer.drain()
+            await self.drain()
+
+    async def drain(self) -> None:
+        """Wait while the client is slow to read.  Raises Disconnected when it is gone, or reads
+        nothing at all."""
+        try:
+            async with asyncio.timeout(self.bridge.config.idle_secs):
+                await self.writer.drain()
+        except OSError:
+            raise Disconnected from None
 
     async def respond(
-        self, exchange: Exchange, status: int, kind: str, body: bytes, **headers: str
+        self,
+        exchange: Exchange,
+        body: bytes,
+        kind: str = "application/json",
+        status: int = 200,
+        **headers: str,
     ) -> None:
-        """Send a whole answer; keyword names become header names with dashes."""
+        """Send a whole answer; `kind` is its content type, keyword names become header names with
+        dashes."""
         exchange.status = status
         head = self.bridge.headers(exchange, kind, headers)
         if status != 204:
@@ -644,7 +663,7 @@ class Connection:
         """Send an error as a whole answer, or as the last event of a stream that has begun."""
         exchange.failure = error.kind
         body = error.body(exchange.id)
-        if self.h11.our_state is h11.SEND_BODY:
+        if self.http.our_state is h11.SEND_BODY:
             if not exchange.streaming:
                 return  # in the middle of a whole answer: closing is all that can be said
             await self.send(h11.Data(data=translate.frame(body)))
@@ -659,14 +678,12 @@ class Connection:
         # SDKs sleep through any retry-after: a limit that resets in an hour is the user's to see.
         if not error.retry or (after or 0) > 60:
             headers["x_should_retry"] = "false"
-        await self.respond(
-            exchange, error.status, "application/json", orjson.dumps(body), **headers
-        )
+        await self.respond(exchange, orjson.dumps(body), status=error.status, **headers)
 
     async def refuse(self, exchange: Exchange, error: ApiError) -> None:
         """Answer a request that is not read to its end, then read on for a moment: closing on
         unread bytes is a reset, which can overtake the answer."""
-        if self.h11.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+        if self.http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return
         exchange.last = True
         try:
@@ -682,12 +699,12 @@ class Connection:
     async def gone(self) -> None:
         """Return when the client closes its side; meanwhile keep what it sends ahead for the next
         request."""
-        while len(self.h11.trailing_data[0]) < MAX_PIPELINED:
+        while len(self.http.trailing_data[0]) < MAX_PIPELINED:
             data = await self.reader.read(READ_SIZE)
-            self.h11.receive_data(data)
+            self.http.receive_data(data)
             if not data:
                 return
-        await asyncio.Event().wait()  # a write will fail when it leaves
+        await asyncio.Event().wait()  # whether it has left, only a write can tell now
 
     async def close(self) -> None:
         self.writer.close()
@@ -695,14 +712,14 @@ class Connection:
             async with asyncio.timeout(LINGER_SECS):
                 await self.writer.wait_closed()
         except OSError as error:  # the client is gone, or does not read
-            # asyncio keeps the error, and the error the frames with the whole turn.
+            # asyncio keeps the error, and its traceback would keep the whole turn.
             error.__traceback__ = None
         finally:
             self.writer.transport.abort()
 
 
 def response(status: int, headers: list[tuple[str, str]]) -> h11.Response:
-    """RFC 9110, 6.6.1: with a Date; RFC 9112, 4: with a reason phrase."""
+    """The head of an answer, with a Date (RFC 9110, 6.6.1) and a reason phrase (RFC 9112, 4)."""
     reason = http.client.responses.get(status, "Overloaded" if status == 529 else "")
     date = ("date", email.utils.formatdate(usegmt=True))
     return h11.Response(
@@ -715,7 +732,7 @@ def response(status: int, headers: list[tuple[str, str]]) -> h11.Response:
 class Stream:
     """The events of one answer on their way out.
 
-    The status line is held back for the first of them, and pings fill the silence between them.
+    The status line goes out with the first of them, or with the first ping; pings fill silences.
     """
 
     def __init__(
@@ -743,7 +760,7 @@ class Stream:
 
     def _tick(self) -> None:
         silent = self._loop.time() - self._wrote_at
-        if silent >= PING_SECS - 0.01:
+        if silent >= PING_SECS - 0.01:  # a timer may be a little early
             self._write(translate.PING)
             silent = 0
         self._timer = self._loop.call_later(PING_SECS - silent, self._tick)
@@ -751,7 +768,7 @@ class Stream:
     def _write(self, data: bytes) -> None:
         connection = self.connection
         head = b""
-        if connection.h11.our_state is h11.SEND_RESPONSE:
+        if connection.http.our_state is h11.SEND_RESPONSE:
             self.exchange.status = 200
             self.exchange.streaming = True
             # nginx must not hold the stream back.
@@ -760,8 +777,8 @@ class Stream:
                 "x_accel_buffering": "no",
             }
             headers = connection.bridge.headers(self.exchange, "text/event-stream", more)
-            head = connection.h11.send(response(200, headers)) or b""
-        connection.writer.write(head + (connection.h11.send(h11.Data(data=data)) or b""))
+            head = connection.http.send(response(200, headers)) or b""
+        connection.writer.write(head + (connection.http.send(h11.Data(data=data)) or b""))
         self._wrote_at = self._loop.time()
 
     def send(self, frames: bytes) -> bool:
@@ -777,10 +794,14 @@ class Stream:
 
 # ------------------------------------------------------------ the server
 
-# Seconds to send the error event of answers that a shutdown cuts short.
+# Seconds to send the error of answers that a shutdown cuts short, and for new connections to send
+# their request.
 GRACE_SECS = 1.0
-# Seconds for which an answer of /healthz?deep=1 is good.
-HEALTH_SECS = 5.0
+# Seconds for which an answer of /healthz?deep=1 is good: asking costs the start of a CLI.
+HEALTHY_SECS = 60.0
+PROBLEM_SECS = 5.0
+# Seconds between the two events of /healthz?stream=1.
+STREAM_GAP_SECS = 0.5
 # Seconds that it waits for the CLI; 1.2 were measured.
 HELLO_SECS = 10.0
 MODELS = "/v1/models"
@@ -816,7 +837,7 @@ class Bridge:
         self._connections: dict[asyncio.Task[None], Connection] = {}
         # Requests that are being answered.
         self._answers: set[asyncio.Task[None]] = set()
-        # What was wrong at the last deep look, and until when that is good.
+        # What was wrong when /healthz?deep=1 was asked last, and until when that is good.
         self._problem = ""
         self._problem_until = 0.0
 
@@ -830,11 +851,7 @@ class Bridge:
         if sock and sock.family == socket.AF_UNIX:
             # Since 3.13 asyncio would unlink the path of a service manager's socket.
             options: Any = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
-            server = await asyncio.start_unix_server(
-                self.accept,
-                sock=sock,
-                **options,
-            )
+            server = await asyncio.start_unix_server(self.accept, sock=sock, **options)
         elif sock:
             server = await asyncio.start_server(self.accept, sock=sock)
         else:
@@ -842,8 +859,11 @@ class Bridge:
             server = await asyncio.start_server(self.accept, host, port)
         for listener in server.sockets:
             name = listener.getsockname()
-            is_path = isinstance(name, str)
-            self.addresses.append(f"unix:{name}" if is_path else host_and_port(*name[:2]))
+            if listener.family == socket.AF_UNIX:
+                # Of an abstract name (unix(7)) the first byte is NUL.
+                self.addresses.append("unix:" + os.fsdecode(name).replace("\0", "@"))
+            else:
+                self.addresses.append(host_and_port(*name[:2]))
         return server
 
     @property
@@ -853,8 +873,7 @@ class Bridge:
     @property
     def url(self) -> str:
         """The base URL for clients on this machine."""
-        where = self.addresses[0] if self.addresses else self.config.listen_addr
-        return where if where.startswith("unix:") else f"http://{where}"
+        return local_url(self.addresses[0])
 
     @property
     def running(self) -> int:
@@ -881,6 +900,7 @@ class Bridge:
         for task, connection in list(self._connections.items()):
             if not connection.answering:
                 task.cancel()
+        # A first cancel becomes a 503; where that cannot be sent in time, the next one ends it.
         for seconds in (self.config.drain_secs, GRACE_SECS):
             if self._answers:
                 await asyncio.wait(self._answers, timeout=seconds)
@@ -913,7 +933,7 @@ class Bridge:
             self._answers.discard(answer)
             connection.answering = False
             error = None if answer.cancelled() else answer.exception()
-            if answer.cancelled() or isinstance(error, Disconnected | OSError):
+            if answer.cancelled() or isinstance(error, Disconnected):
                 exchange.failure = "client_left"
             self.report(exchange)
         if error and exchange.failure != "client_left":
@@ -926,7 +946,7 @@ class Bridge:
         """Route a request, and turn every failure into an answer."""
         try:
             try:
-                await self.route(connection, exchange)
+                await self.dispatch(connection, exchange)
             except asyncio.CancelledError:
                 if not self.closing:
                     raise
@@ -934,8 +954,8 @@ class Bridge:
                 raise ApiError(503, words) from None
         except ApiError as error:
             await connection.fail(exchange, error)
-        except OSError:
-            raise Disconnected from None
+        except Disconnected:
+            raise
         except Exception as error:  # noqa: BLE001 - a bug must end as a 500 of this request alone
             # Without the message, which can hold a prompt.
             where = "".join(traceback.format_tb(error.__traceback__))
@@ -948,7 +968,7 @@ class Bridge:
         head = [("content-type", kind), ("request-id", exchange.id)]
         turn = exchange.turn
         if turn:
-            self.pool.learn(turn.translator)
+            self.pool.learn(turn.translator)  # of what quota_headers tells
             reason = f"; reason={turn.reason}" if turn.reason else ""
             head.append((SESSION_HEADER.decode(), turn.session.id))
             head.append(("x-bridge-session", turn.how + reason))
@@ -970,7 +990,7 @@ class Bridge:
 
     # Routes
 
-    async def route(self, connection: Connection, exchange: Exchange) -> None:
+    async def dispatch(self, connection: Connection, exchange: Exchange) -> None:
         methods = ROUTES.get(exchange.route)
         if methods is None:
             raise self.not_found(exchange)
@@ -980,19 +1000,14 @@ class Bridge:
                 "access_control_allow_methods": ", ".join(methods),
                 "access_control_allow_headers": asked if PRINTABLE.fullmatch(asked) else "",
             }
-            await connection.respond(
-                exchange,
-                204,
-                "text/plain",
-                b"",
-                **allowed,
-            )
+            await connection.respond(exchange, b"", "text/plain", 204, **allowed)
             return
         handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
         if handler is None:
-            exchange.allow = ", ".join(methods)
+            exchange.allow = ", ".join(methods).replace("GET", "GET, HEAD")
             raise ApiError(405, f"{exchange.route} takes {exchange.allow}")
-        if exchange.header(b"content-encoding") not in (None, "identity"):
+        encoding = exchange.header(b"content-encoding") or "identity"
+        if encoding.lower() != "identity":
             raise ApiError(415, "compressed request bodies are not supported; send it uncompressed")
         await handler(self, connection, exchange)
 
@@ -1014,27 +1029,23 @@ class Bridge:
             return
         problem = await self.problem() if exchange.query.get("deep") == "1" else ""
         status = 503 if problem else 200
-        await connection.respond(
-            exchange,
-            status,
-            "text/plain",
-            (problem or "ok").encode(),
-        )
+        await connection.respond(exchange, (problem or "ok").encode(), "text/plain", status)
 
     async def problem(self) -> str:
         """What keeps the bridge from answering; empty: nothing.  Makes no model call."""
-        now = time.monotonic()
-        if now >= self._problem_until:
-            self._problem = await self.look()
-            self._problem_until = time.monotonic() + HEALTH_SECS
-        return self._problem
-
-    async def look(self) -> str:
         if not self.pool.has_room:  # asking takes a process itself
             return f"all {self.config.max_sessions} processes are busy"
+        if time.monotonic() >= self._problem_until:
+            self._problem = await self._find_problem()
+            seconds = PROBLEM_SECS if self._problem else HEALTHY_SECS
+            self._problem_until = time.monotonic() + seconds
+        return self._problem
+
+    async def _find_problem(self) -> str:
+        """Ask the CLI what is wrong."""
         try:
             async with asyncio.timeout(HELLO_SECS):
-                hello = await self.pool.hello()
+                hello = await self.pool.hello(anew=True)
         except ApiError as error:
             return f"the claude CLI does not work: {error.message}"
         except TimeoutError:
@@ -1049,12 +1060,7 @@ class Bridge:
         handlers = logging.getLogger().handlers
         lost = sum(item.lost for item in handlers if isinstance(item, LogWriter))
         metrics.set("log_lines_lost_total", lost)
-        await connection.respond(
-            exchange,
-            200,
-            METRICS_TYPE,
-            self.pool.measure().encode(),
-        )
+        await connection.respond(exchange, self.pool.measure().encode(), METRICS_TYPE)
 
     async def root(self, connection: Connection, exchange: Exchange) -> None:
         """The page for people; Claude Code as a client asks HEAD / first."""
@@ -1064,73 +1070,44 @@ class Bridge:
         else:
             page = page_text(self).encode()
             kind = "text/plain; charset=utf-8"
-        await connection.respond(
-            exchange,
-            200,
-            kind,
-            page,
-            content_security_policy=PAGE_POLICY,
-        )
+        await connection.respond(exchange, page, kind, content_security_policy=PAGE_POLICY)
 
     async def messages(self, connection: Connection, exchange: Exchange) -> None:
-        request = await self.read(exchange)
+        request = await self.parse(exchange)
         token = exchange.header(SESSION_HEADER)
         async with self.pool.turn(request, token, exchange.owner) as turn:
             exchange.turn = turn
             with Stream(connection, exchange, pings=request.stream) as stream:
-                await turn.relay(stream.send, connection.writer.drain)
+                await turn.relay(stream.send, connection.drain)
         if request.stream:
             await connection.send(h11.EndOfMessage())
             return
-        message = translate.to_json(turn.translator.message)
-        await connection.respond(
-            exchange,
-            200,
-            "application/json",
-            message,
-        )
+        await connection.respond(exchange, translate.to_json(turn.translator.message))
 
-    async def read(self, exchange: Exchange, *, counting: bool = False) -> translate.Request:
-        betas, body = exchange.header(b"anthropic-beta") or "", exchange.body
-        exchange.body = b""
-
-        def parse() -> translate.Request:
-            return translate.parse_request(
-                body,
-                betas,
-                **self.json_limits,
-                counting=counting,
-            )
-
+    async def parse(self, exchange: Exchange, *, counting: bool = False) -> translate.Request:
+        body, exchange.body = exchange.body, b""  # so that it is freed once it is parsed
+        betas = exchange.header(b"anthropic-beta") or ""
+        limits = self.json_limits
+        parse = partial(translate.parse_request, body, betas, counting=counting, **limits)
         return await self.pool.compute(len(body), parse)
 
     async def count_tokens(self, connection: Connection, exchange: Exchange) -> None:
-        request = await self.read(exchange, counting=True)
-        answer = {"input_tokens": await self.pool.count(request)}
-        await connection.respond(
-            exchange,
-            200,
-            "application/json",
-            orjson.dumps(answer),
-        )
+        request = await self.parse(exchange, counting=True)
+        found = {"input_tokens": await self.pool.count(request)}
+        await connection.respond(exchange, orjson.dumps(found))
 
     async def models(self, connection: Connection, exchange: Exchange) -> None:
         models = model_list(await self.pool.hello())
         name = unquote(exchange.path.removeprefix(MODELS).removeprefix("/"))
-        answer = find_model(models, name) if name else model_page(models, exchange.query)
-        await connection.respond(
-            exchange,
-            200,
-            "application/json",
-            orjson.dumps(answer),
-        )
+        found = find_model(models, name) if name else model_page(models, exchange.query)
+        await connection.respond(exchange, orjson.dumps(found))
 
     # The log
 
     def report(self, exchange: Exchange) -> None:
-        """Log one line for one request, and count it; nothing that a client or the model wrote."""
+        """Log one line for one request, and count it; never a prompt or an answer."""
         now = time.monotonic()
-        self.count(exchange, now)
+        self.measure(exchange, now)
         turn = exchange.turn
         row: Json = {
             "request_id": exchange.id,
@@ -1153,33 +1130,23 @@ class Bridge:
         text = " ".join(f"{name}={value}" for name, value in row.items())
         log.info("%s", text, extra={"row": row})
 
-    def count(self, exchange: Exchange, now: float) -> None:
+    def measure(self, exchange: Exchange, now: float) -> None:
         """Add a request to the metrics."""
         metrics = self.pool.metrics
         route, status = exchange.route or "none", exchange.status or 499
-        metrics.add(
-            "requests_total",
-            route=route,
-            status=status,
-        )
+        metrics.add("requests_total", route=route, status=status)
         if exchange.failure:
             metrics.add("errors_total", type=exchange.failure)
         if exchange.first_byte:
             metrics.time("first_byte_seconds", exchange.first_byte - exchange.began)
         turn = exchange.turn
         if turn:
-            metrics.add(
-                "turns_total",
-                conversation=turn.how,
-                reason=turn.reason,
-            )
+            metrics.add("turns_total", conversation=turn.how, reason=turn.reason)
             metrics.time("turn_seconds", now - exchange.began)
         for kind, number in tokens(turn).items():
             metrics.add("tokens_total", number, kind=kind.removesuffix("_tokens"))
 
 
-# Seconds between the two events of /healthz?stream=1.
-STREAM_GAP_SECS = 0.5
 Handler = Callable[[Bridge, Connection, Exchange], Any]
 ROUTES: dict[str, dict[str, Handler]] = {
     "/": {"GET": Bridge.root},
@@ -1251,7 +1218,7 @@ def model_list(hello: Json) -> list[Json]:
     found: dict[str, Json] = {}
     for model in hello.get("models") or []:
         alias, full = model.get("value"), model.get("resolvedModel")
-        names = [full, f"claude-cli/{alias}" if alias else None]
+        names = [full, translate.MODEL_PREFIX + alias if alias else None]
         for name in names:
             if not name or name in found:
                 continue
@@ -1268,7 +1235,8 @@ def model_list(hello: Json) -> list[Json]:
 
 def find_model(models: list[Json], name: str) -> Json:
     """The model of an id or alias, with or without claude-cli/.  Raises ApiError 404."""
-    wanted = {name, "claude-cli/" + name, name.removeprefix("claude-cli/")}
+    prefix = translate.MODEL_PREFIX
+    wanted = {name, prefix + name, name.removeprefix(prefix)}
     for model in models:
         if model["id"] in wanted:
             return model
@@ -1283,22 +1251,17 @@ def model_page(models: list[Json], query: dict[str, str]) -> Json:
     if not 1 <= limit <= 1000:
         raise translate.bad_request("limit", "Input should be a valid integer from 1 to 1000")
     ids = [model["id"] for model in models]
-    start, end = 0, len(ids)
     for name in ("after_id", "before_id"):
         if name in query and query[name] not in ids:
             raise translate.bad_request(name, f"no such model: {query[name]}")
-    if "after_id" in query:
-        start = ids.index(query["after_id"]) + 1
-    if "before_id" in query:
-        end = ids.index(query["before_id"])
-    has_more = end - start > limit
-    if "before_id" in query and "after_id" not in query:
-        data = models[max(0, end - limit) : end]
-    else:
-        data = models[start:end][:limit]
+    start = ids.index(query["after_id"]) + 1 if "after_id" in query else 0
+    end = ids.index(query["before_id"]) if "before_id" in query else len(ids)
+    found = models[start:end]
+    is_backwards = "before_id" in query and "after_id" not in query
+    data = found[-limit:] if is_backwards else found[:limit]
     return {
         "data": data,
-        "has_more": has_more,
+        "has_more": len(found) > limit,
         "first_id": data[0]["id"] if data else None,
         "last_id": data[-1]["id"] if data else None,
     }
@@ -1315,12 +1278,11 @@ async def serve(config: Config, sock: socket.socket | None = None) -> AsyncItera
     names the setting, for invalid settings and an address that cannot be bound.  At the end no new
     request is taken, running answers get `config.drain_secs`, and no child is left.
     """
-    config.check()
     if sock and sock.family != socket.AF_UNIX:
-        host, port = sock.getsockname()[:2]
-        if not is_loopback(host) and not config.api_key:
-            words = f"the socket {host_and_port(host, port)} can be reached from other machines"
-            raise ConfigError(f"{words}: set {variable('api_key')}")
+        # Its address is the one that a Host may have.
+        where = host_and_port(*sock.getsockname()[:2])
+        config = dataclasses.replace(config, listen_addr=where)
+    config.check()
     stack = contextlib.AsyncExitStack()
     bridge = Bridge(config, await stack.enter_async_context(Pool(config)))
     try:
@@ -1329,12 +1291,7 @@ async def serve(config: Config, sock: socket.socket | None = None) -> AsyncItera
         except OSError as error:
             raise wrong("listen_addr", cannot_listen(config, error)) from error
         own = None if sock else identity(config.unix_path)
-        stack.push_async_callback(
-            stop,
-            bridge,
-            server,
-            own,
-        )
+        stack.push_async_callback(stop, bridge, server, own)
         yield bridge
     finally:
         await to_its_end(stack.aclose(), bridge.hurry)
@@ -1350,7 +1307,7 @@ async def stop(
     for listener in server.sockets:
         loop.remove_reader(listener.fileno())
     for _ in range(3):
-        # asyncio loses the connections that it is accepting when its listener closes.
+        # From accept() asyncio takes so many rounds to a connection: closing earlier loses it.
         await asyncio.sleep(0)
     server.close()
     await bridge.close()
@@ -1360,7 +1317,8 @@ async def stop(
 
 
 async def to_its_end(work: Coroutine[Any, Any, None], hurry: Callable[[], None]) -> None:
-    """Await it however often this task is cancelled meanwhile; each cancel calls `hurry`."""
+    """Finish `work` even if this task is cancelled; each cancel calls `hurry`, and is raised at the
+    end."""
     task = asyncio.create_task(work)
     is_cancelled = False
     while not task.done():
@@ -1388,17 +1346,14 @@ MAX_LOG_LINES = 1000
 
 
 class LogWriter(logging.Handler):
-    """Writes lines to stderr from a thread: where nobody reads on, lines are lost and not
-    answers."""
+    """Writes lines to stderr from a thread: when nobody reads it, lines are lost and answers go
+    on."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lost = 0
         self._lines: queue.Queue[bytes] = queue.Queue(MAX_LOG_LINES)
-        self._thread = threading.Thread(
-            target=self._write,
-            daemon=True,
-        )
+        self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -1430,19 +1385,20 @@ class JsonFormatter(logging.Formatter):
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
             "level": record.levelname,
         }
-        row.update(getattr(record, "row", None) or {"message": record.getMessage()})
+        # A path can hold bytes that are not UTF-8.
+        words = record.getMessage().encode(errors="replace").decode()
+        row.update(getattr(record, "row", None) or {"message": words})
         return orjson.dumps(row).decode()
 
 
 # Seconds after the start at which the CLI is asked who is logged in: until then the first spare has
-# the processor.
+# the processor, and the process of a first request may have told it.
 CURIOUS_SECS = 2.0
 
 
 async def announce(bridge: Bridge) -> None:
     """Say who is logged in.  Asks the CLI, which makes no model call for it."""
     config = bridge.config
-    # A first request comes before the bridge's own curiosity, and may satisfy it.
     await asyncio.sleep(CURIOUS_SECS)
     try:
         hello = await bridge.pool.hello(is_curious=True)
@@ -1468,27 +1424,26 @@ def inherited_socket() -> socket.socket | None:
 
 async def run(config: Config) -> None:
     """Serve until SIGTERM, SIGINT or SIGHUP; a second one cuts running answers short."""
-    stop = asyncio.Event()
-    running: list[Bridge] = []
+    stopping = asyncio.Event()
+    bridge: Bridge | None = None
 
     def signalled() -> None:
-        if stop.is_set():
-            for bridge in running:
-                bridge.hurry()
-        stop.set()
+        if stopping.is_set() and bridge:
+            bridge.hurry()
+        stopping.set()
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
             asyncio.get_running_loop().add_signal_handler(number, signalled)
-    async with serve(config, inherited_socket()) as bridge:
-        running.append(bridge)
-        for where in bridge.addresses:
-            log.info("listening on %s", where if where.startswith("unix:") else f"http://{where}")
-        log.info("the claude CLI is %s", config.bin)
-        for words in config.warnings(os.environ):
+    async with serve(config, inherited_socket()) as started:
+        bridge = started
+        for address in bridge.addresses:
+            log.info("listening on %s", as_url(address))
+        log.info("the claude CLI is %s", bridge.config.bin)
+        for words in bridge.config.warnings(os.environ):
             log.warning("%s", words)
         login = asyncio.create_task(announce(bridge))
-        await stop.wait()
+        await stopping.wait()
         words = "shutting down"
         if bridge.running:
             words += f"; waiting up to {config.drain_secs:g} s for {bridge.running} running answers"
@@ -1554,8 +1509,8 @@ def help_rows(name: str, meaning: str) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says a mistake in one line, without the words that it does not know: a key can be among
-    them."""
+    """Reports a mistake in one line, without quoting words that it does not know: one may be a
+    key."""
 
     def error(self, message: str) -> NoReturn:
         flag = re.search(r"--[a-z-]+", message)
@@ -1571,13 +1526,15 @@ def main() -> None:
     """
     open_standard_files()
     try:
-        flags = read_flags(sys.argv[1:])
-        path = flags.pop("config")
-        if path is None:
-            path = os.environ.get(variable("config"), "")
-        execute(Config.read(os.environ, flags), flags, path)
-        if sys.stdout:  # None: it was closed at the start
-            sys.stdout.flush()
+        try:
+            flags = read_flags(sys.argv[1:])
+            path = flags.pop("config")
+            if path is None:
+                path = os.environ.get(variable("config"), "")
+            execute(Config.read(os.environ, flags), flags, path)
+        finally:
+            if sys.stdout:  # None: it was closed at the start
+                sys.stdout.flush()
     except ConfigError as error:
         print(f"claude-cli-bridge: {error}", file=sys.stderr)
         sys.exit(2)
@@ -1589,7 +1546,7 @@ def main() -> None:
 
 
 def open_standard_files() -> None:
-    """Where a launcher closed one of them, the next file opened would get the log."""
+    """Open those that a launcher closed on /dev/null: the next file opened would get the log."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -1601,10 +1558,7 @@ def read_flags(words: list[str]) -> dict[str, str | None]:
     """The command, if there is one, and the flags, by setting.  Raises ConfigError."""
     names = [item.name.replace("_", "-") for item in dataclasses.fields(Config)]
     names.remove("api-key")
-    parser = Parser(
-        add_help=False,
-        allow_abbrev=False,
-    )
+    parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("command", nargs="?")
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--version", action="store_true")
@@ -1618,10 +1572,11 @@ def read_flags(words: list[str]) -> dict[str, str | None]:
         hint = suggestion(unknown[0], ["--" + name for name in (*names, *flag_names)])
         raise ConfigError(f"there is no {unknown[0]}{hint or '; see --help'}")
     command = flags["command"]
-    if others or (command and command not in COMMANDS):
-        nearest = difflib.get_close_matches(command or "", COMMANDS, 1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    if command and command not in COMMANDS:
+        hint = suggestion(command, COMMANDS)
         raise ConfigError(f"there is no such command{hint or ': ' + ', '.join(COMMANDS)}")
+    if others:
+        raise ConfigError(f"{command} takes nothing but flags; see --help")
     if flags.pop("help"):
         print(help_text(), end="")
         sys.exit(0)
@@ -1649,16 +1604,12 @@ def execute(
         raise wrong("config", "providers needs a configuration file")
     providers = read_providers(path, config) if path else []
     if command == "providers":
-        text = orjson.dumps(providers, option=orjson.OPT_INDENT_2)
-        sys.stdout.buffer.write(text + b"\n")
+        print(orjson.dumps(providers, option=orjson.OPT_INDENT_2).decode())
         return
     writer = LogWriter()
     form = "%(asctime)s %(levelname)s %(message)s"
     writer.setFormatter(JsonFormatter() if config.log_format == "json" else logging.Formatter(form))
-    logging.basicConfig(
-        level=logging.INFO,
-        handlers=[writer],
-    )
+    logging.basicConfig(level=logging.INFO, handlers=[writer])
     if path and not any(map(is_own, providers)):
         log.info("there is no claude-cli provider in %s: nothing to do", path)
         return
@@ -1727,7 +1678,7 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
         "Requests by route and status": pool.metrics.rows("requests_total"),
         "Conversations": pool.metrics.rows("turns_total"),
         "Errors by type": pool.metrics.rows("errors_total") or [("none", "")],
-        "Quota of the account": quota or [("the CLI has told of no limit", "")],
+        "Quota of the account": quota or [("none reported", "")],
     }
 
 
@@ -1798,7 +1749,7 @@ def read_providers(path: str, config: Config) -> list[Json]:
 
 
 def read_entries(path: Path) -> dict[str, Json]:
-    """The providers of a file, by their places in it."""
+    """The providers of a file, by their places in it.  Raises OSError, ValueError or ApiError."""
     data = path.read_bytes()
     kind = path.suffix.lower()
     document: Any
@@ -1851,12 +1802,7 @@ def complete_providers(entries: Mapping[str, Json], config: Config) -> list[Json
             check_entry(entry, place)
             own[place] = completed[place] = complete_entry(entry, config)
             for other_place, other in own.items():
-                check_agreement(
-                    own[place],
-                    other,
-                    place,
-                    other_place,
-                )
+                check_agreement(own[place], other, place, other_place)
     return list(completed.values())
 
 
@@ -1898,7 +1844,7 @@ def check_agreement(
     place: str,
     other_place: str,
 ) -> None:
-    """Entries of one model must be the same, those of one name lead to the same address."""
+    """Entries of one model must be equal; those of one name must lead to one address."""
     for same, keys in (
         ("model", entry.keys() | other.keys()),
         ("name", {"base_url", "http_host", "access_key"}),
@@ -1935,8 +1881,8 @@ FEATURES = {
 class Rehearsal:
     """The fake API that `check` starts on loopback; it costs nothing.
 
-    Its first answer calls a tool, the second one is held back.  It sets in `found` what the CLI
-    does of all that the bridge relies on.
+    Its first answer calls a tool, the second one is held back.  It notes in `found` which FEATURES
+    the CLI has.
     """
 
     def __init__(self, found: dict[str, bool]) -> None:
@@ -1967,6 +1913,7 @@ class Rehearsal:
                     self.left.set()
 
     def answer(self, asked: Json) -> list[Json]:
+        """The events that answer a request."""
         message = {
             "id": "msg_1",
             "type": "message",
@@ -2001,7 +1948,7 @@ class Rehearsal:
         ]
 
     async def play(self, pool: Pool) -> None:
-        """Raises ApiError when the CLI does not play along to the end."""
+        """Raises ApiError when a turn fails."""
         messages: list[Json] = [{"role": role, "content": word} for role, word in SAID]
         async with self.turn(pool, messages) as first:
             await first.relay(lambda _: True, self.drain)
@@ -2014,8 +1961,11 @@ class Rehearsal:
         messages.append({"role": "user", "content": [result]})
         async with self.turn(pool, messages) as second:
             relay = asyncio.create_task(second.relay(lambda _: True, self.drain))
+            relay.add_done_callback(lambda _: self.held.set())  # it failed
             try:
                 await self.held.wait()
+                if relay.done():
+                    relay.result()
                 # Otherwise it got the result as part of a new conversation.
                 self.found["tools"] &= second.how == "hot"
                 second.interrupt()
@@ -2045,8 +1995,8 @@ class Rehearsal:
 
 
 async def rehearse(config: Config, rehearsal: Rehearsal) -> None:
-    """Run a Rehearsal.  Nothing of the user's own: neither the login nor another address may come
-    from their files."""
+    """Run a Rehearsal with an empty home: the user's files must supply neither a login nor another
+    address."""
     server = await asyncio.start_server(rehearsal.serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     kept = {
@@ -2075,13 +2025,13 @@ async def rehearse(config: Config, rehearsal: Rehearsal) -> None:
 async def check(config: Config) -> bool:
     """Print in plain words whether the CLI is there, is logged in and does what is needed; True if
     all is well.  It costs no token."""
-    for words in config.warnings(os.environ):
-        print(f"warning: {words}")
     try:
         config.check()
     except ConfigError as error:
         print(f"settings: {error}")
         return False
+    for words in config.warnings(os.environ):
+        print(f"warning: {words}")
     print(f"CLI: {config.bin}")
     config = dataclasses.replace(config, spares=0)
     limit = min(REHEARSAL_SECS, config.watchdog_secs)
@@ -2107,7 +2057,7 @@ async def check(config: Config) -> bool:
     doing("")
     print(f"version: {rehearsal.version or 'unknown'}")
     for name, meaning in FEATURES.items():
-        missing = f"does not work: this CLI is not known to be one that {meaning}{failure}"
+        missing = f"does not work: there is no sign that this CLI {meaning}{failure}"
         print(f"{name}: {'works' if found[name] else missing}")
     return bool(source) and all(found.values())
 
@@ -2115,11 +2065,7 @@ async def check(config: Config) -> bool:
 def doing(words: str) -> None:
     """On a terminal say what is being done, until `doing("")` erases it."""
     if sys.stdout.isatty():
-        print(
-            f"{ERASE_LINE}{words}",
-            end="\r",
-            flush=True,
-        )
+        print(f"{ERASE_LINE}{words}", end="\r", flush=True)
 
 
 def check_url(url: str, key: str) -> bool:
@@ -2129,32 +2075,29 @@ def check_url(url: str, key: str) -> bool:
     """
     check_own_key(key)
     try:
-        stream = [at for at, _ in ask(url, "/healthz?stream=1", key, by_line=True)]
-        status, models = ask(url, MODELS, key)[-1]
+        with ask(url, "/healthz?stream=1", key) as answer:
+            times = [time.monotonic() for _ in answer]
+        with ask(url, MODELS, key) as answer:
+            status, text = answer.status, answer.read().decode(errors="replace")
     except (OSError, http.client.HTTPException, ValueError) as error:
         print(f"reachable: no ({error})")
         return False
     print("reachable: yes")
     if status != 200:
-        print(f"access: refused ({models})")
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            text = orjson.loads(text)["error"]["message"]
+        print(f"access: refused ({text})")
         return False
     print("access: the key and Host are accepted")
-    is_live = bool(stream) and stream[-1] - stream[0] > STREAM_GAP_SECS / 2
+    is_live = bool(times) and times[-1] - times[0] > STREAM_GAP_SECS / 2
     print(f"streams: {'arrive as they are sent' if is_live else 'are held back by a proxy'}")
     return is_live
 
 
-def ask(
-    url: str,
-    path: str,
-    key: str,
-    *,
-    by_line: bool = False,
-) -> list[tuple[float, str]]:
-    """GET a path of a running bridge.
-
-    Returns its lines with the times they came at; or one pair: the status, and what the body says.
-    """
+@contextlib.contextmanager
+def ask(url: str, path: str, key: str) -> Iterator[http.client.HTTPResponse]:
+    """GET a path of a running bridge.  Raises OSError, HTTPException, and ValueError for the
+    URL."""
     where = urlsplit(url)
     if where.scheme != "http" or not where.hostname:
         raise ValueError("give http://host:port")
@@ -2162,14 +2105,7 @@ def ask(
     with contextlib.closing(connection):
         headers = {"x-api-key": key.encode()}
         connection.request("GET", where.path.rstrip("/") + path, headers=headers)
-        answer = connection.getresponse()
-        if by_line and answer.status == 200:
-            return [(time.monotonic(), line.decode()) for line in answer]
-        text = answer.read().decode(errors="replace")
-        if answer.status != 200:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                text = orjson.loads(text)["error"]["message"]
-        return [(float(answer.status), text)]
+        yield connection.getresponse()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Who may talk to the port: the names in Host, the origins of web pages, the API key, the addresses
 to listen on."""
 
+import asyncio
 import http.client
 import os
 import socket
 import stat
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -140,6 +142,7 @@ def test_an_allowed_host_that_no_request_can_have_is_refused_at_the_start(
         ),
         *("https://app.example/page", "https://app.example.", "HTTPS://app.example", "Null", ""),
         *("https://app.example:443", "http://app.example:80", "https://app.example:x", "://a"),
+        *("http://localhost:99999", "http://::1"),
     ],
 )
 def test_an_allowed_origin_that_no_browser_sends_is_refused_at_the_start(
@@ -609,7 +612,11 @@ def test_to_listen_beyond_loopback_takes_a_key(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["127.0.0.1:0", "127.0.0.9:1", "localhost:1", "[::1]:65535", "unix:/tmp/x", "unix:x"]
+    "address",
+    [
+        *("127.0.0.1:0", "127.0.0.9:1", "localhost:1", "LocalHost:1", "[::1]:65535"),
+        *("unix:/tmp/x", "unix:x"),
+    ],
 )
 def test_loopback_and_unix_sockets_take_no_key(address: str) -> None:
     bridge.Config(listen_addr=address, bin=str(STANDIN)).check()
@@ -734,3 +741,36 @@ def test_a_unix_socket_left_by_a_killed_bridge_is_no_obstacle(
         old.bind(str(socket_path))
     server = serve(listen_addr=f"unix:{socket_path}")
     assert let_in(ask(server, "Host: localhost", connection=dial(socket_path)))
+
+
+async def ask_through(sock: socket.socket, family: int, host: str) -> tuple[str, bytes]:
+    """The bridge's own URL behind a socket that it was given, and how it answers to a Host."""
+    config = bridge.Config(bin=str(STANDIN), spares=0, api_key=KEY)
+    async with bridge.serve(config, sock) as running:
+        with socket.socket(family) as client:
+            client.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(client, sock.getsockname())
+            reader, writer = await asyncio.open_connection(sock=client)
+            writer.write(f"GET / HTTP/1.0\r\nHost: {host}\r\nx-api-key: {KEY}\r\n\r\n".encode())
+            said = await reader.readline()
+            writer.close()
+            await writer.wait_closed()
+        return running.url, said
+
+
+def test_the_address_of_a_socket_that_it_was_given_is_a_good_host() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as sock:
+        port = sock.getsockname()[1]
+        url, said = asyncio.run(ask_through(sock, socket.AF_INET, "0.0.0.0"))
+    assert url == f"http://127.0.0.1:{port}"
+    assert said == b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="unix(7): abstract names are Linux's")
+def test_a_socket_of_an_abstract_name_can_be_listened_on() -> None:
+    name = f"claude-cli-bridge-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind("\0" + name)
+        sock.listen()
+        url, said = asyncio.run(ask_through(sock, socket.AF_UNIX, "localhost"))
+    assert (url, said) == (f"unix:@{name}", b"HTTP/1.1 200 OK\r\n")

@@ -340,6 +340,15 @@ def test_the_silence_of_a_slow_client_is_not_the_clis(serve: Serve, log: Log) ->
     assert answer.events[-1] == {"type": "message_stop"}
 
 
+def test_a_client_that_never_reads_on_loses_its_connection_and_frees_its_process(
+    serve: Serve, log: Log
+) -> None:
+    server = serve(max_sessions=1, idle_secs=1)
+    with send(server, FLOOD, stream=True):
+        wait_until(lambda: is_held_up(log, FLOOD), "a process that can write no more")
+        assert server.post("next").text == "echo: next; 1 messages"
+
+
 def test_a_client_that_leaves_without_reading_frees_its_process(serve: Serve, log: Log) -> None:
     server = serve(max_sessions=1)
     with send(server, FLOOD, stream=True):

@@ -649,7 +649,15 @@ def test_a_405_says_what_is_allowed(wire: Wire) -> None:
     """RFC 9110, 15.5.6: the server MUST generate an Allow header."""
     wire.send(GET.replace(b"/healthz", b"/v1/messages"), post(path="/healthz"))
     assert wire.answer().headers["allow"] == "POST"
-    assert "GET" in wire.answer().headers["allow"]
+    assert wire.answer().headers["allow"] == "GET, HEAD"
+
+
+def test_a_target_may_be_absolute_and_only_at_its_beginning(wire: Wire) -> None:
+    """RFC 9112, 3.2.2; a scheme is the same in any case (RFC 3986, 3.1)."""
+    wire.send(GET.replace(b"/healthz", b"HTTP://localhost/healthz"))
+    assert wire.answer().body == b"ok"
+    wire.send(GET.replace(b"/healthz", b"/healthzhttp://localhost"))
+    assert wire.answer().status == 404
 
 
 @pytest.mark.parametrize("path", ["/messages", "/v1/messages", "/v1/v1/messages"])
@@ -744,8 +752,9 @@ def test_a_compressed_body_is_refused(wire: Wire, coding: bytes) -> None:
 
 
 def test_a_body_in_identity_coding_is_taken(wire: Wire) -> None:
-    wire.send(post(PROBE, b"Content-Encoding: identity"))
-    assert_whole(wire.answer())
+    for coding in (b"identity", b"Identity"):
+        wire.send(post(PROBE, b"Content-Encoding: " + coding))
+        assert_whole(wire.answer())
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def test_limits_are_settings(serve: Serve) -> None:
         431,
         "invalid_request_error",
     )
+    assert error(server.call("GET", "/healthz?" + "y" * 1000)) == (431, "invalid_request_error")
     assert (
         "12 levels"
         in server.post(metadata=json.loads("[" * 13 + "]" * 13)).json["error"]["message"]

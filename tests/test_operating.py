@@ -51,7 +51,7 @@ def run(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
         (["chekc"], "there is no such command; did you mean check?"),
         (["provider"], "there is no such command; did you mean providers?"),
         (["sesame"], "there is no such command: check, login, providers"),
-        (["check", "sesame"], "there is no such command; did you mean check?"),
+        (["check", "sesame"], "check takes nothing but flags; see --help"),
         (["--help=sesame"], "--help: ignored explicit argument; see --help"),
         (["--max-idle"], "--max-idle: expected one argument; see --help"),
     ],
@@ -101,6 +101,42 @@ def test_help_says_all_there_is_in_lines_of_80_characters(word: str) -> None:
 
 def test_version_is_printed() -> None:
     assert run("--version").stdout == f"claude-cli-bridge {bridge.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "closed", "status"),
+    [
+        (["--version"], "| (exec <&-)", 141),
+        (["--help"], "| (exec <&-)", 141),
+        (["--version"], ">&-", 0),
+        (["providers", "--config", "{file}"], ">&-", 0),
+    ],
+)
+def test_an_output_that_nobody_reads_is_no_traceback(
+    tmp_path: Path, words: list[str], closed: str, status: int
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text("{}")
+    script = f'set -o pipefail; {{ sleep 0.5; "$@"; }} {closed}'
+    command = ["bash", "-c", script, "bash", *BRIDGE, *(word.format(file=file) for word in words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (status, "")
+
+
+def test_a_path_that_is_not_utf_8_can_be_logged_as_json(launch: Launch, tmp_path: Path) -> None:
+    cli = os.fsencode(tmp_path) + b"/cl\xffaude"
+    os.symlink(STANDIN, cli)
+    program = launch("--log-format", "json", CLAUDE_CLI_BIN=os.fsdecode(cli))
+    printed(program, "cl?aude")
+    assert program.post().status == 200
+
+
+@pytest.mark.parametrize("words", [["check", "--listen-addr", "nowhere"], ["chekc"]])
+def test_a_mistake_is_said_in_one_line_by_check_and_before_it(words: list[str]) -> None:
+    done = run(*words)
+    said = (done.stdout + done.stderr).splitlines()
+    assert len(said) == 1
+    assert "settings: CLAUDE_CLI_LISTEN_ADDR: " in said[0] or "did you mean check?" in said[0]
 
 
 def test_login_is_the_clis_own_in_this_terminal(tmp_path: Path) -> None:

@@ -197,9 +197,7 @@ def test_a_deep_look_says_that_there_is_no_room(
     gate: Path,
     log: Log,
     background: ThreadPoolExecutor,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bridge, "HEALTH_SECS", 0)
     server = serve(max_sessions=1)
     assert deep(server) == (200, "ok")
     running = background.submit(server.post, "PAUSE")
@@ -214,10 +212,24 @@ def test_a_deep_look_is_good_for_a_while(
     serve: Serve, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many ask: a process is started for one of them."""
-    monkeypatch.setattr(bridge, "HEALTH_SECS", 1000)
+    monkeypatch.setattr(bridge, "PROBLEM_SECS", 1000)
     server = serve(model="exit-at-start")
     assert len({deep(server) for _ in range(5)}) == 1
     assert len(log.started()) == 1
+
+
+def test_a_deep_look_finds_that_a_cli_that_worked_works_no_more(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli = tmp_path / "claude"
+    cli.symlink_to(STANDIN)
+    server = serve(bin=cli)
+    assert deep(server) == (200, "ok")
+    cli.unlink()
+    assert deep(server) == (200, "ok")  # for a while
+    assert server.bridge
+    server.bridge._problem_until = 0
+    assert deep(server)[0] == 503
 
 
 def test_a_stream_of_two_events_shows_whether_a_proxy_holds_them_back(serve: Serve) -> None:
