@@ -2,8 +2,9 @@
 
 To embed it in an asyncio program: `async with serve(Config()) as bridge: ...`.
 
-In this file: settings, access, a connection, the server and its routes, `serve`, the program; then,
-as appendices, the page for people, the providers of a gateway's file, and `check`.
+In this file: settings, access, a connection, the server and its routes, `serve`, the
+program; then, as appendices, the page for people, the providers of a gateway's file,
+and `check`.
 """
 
 import argparse
@@ -74,7 +75,8 @@ class ConfigError(ValueError):
 class Config(PoolConfig):
     """All settings.
 
-    The environment variable CLAUDE_CLI_NAME, the flag --name and the field name are the same.
+    The environment variable CLAUDE_CLI_NAME, the flag --name and the field name are the
+    same.
     """
 
     listen_addr: str = setting(
@@ -160,8 +162,11 @@ class Config(PoolConfig):
     )
 
     @classmethod
-    def read(cls, environ: Mapping[str, str], flags: Mapping[str, str | None]) -> "Config":
-        """Settings from flags, else from the environment.  Raises ConfigError, which names one."""
+    def read(
+        cls, environ: Mapping[str, str], flags: Mapping[str, str | None]
+    ) -> "Config":
+        """Settings from flags, else from the environment.  Raises ConfigError, which
+        names one."""
         values: dict[str, Any] = {}
         for item in dataclasses.fields(cls):
             text = flags.get(item.name)
@@ -172,13 +177,21 @@ class Config(PoolConfig):
         return cls(**values)
 
     def check(self) -> None:
-        """Check the settings, and find the CLI.  Raises ConfigError, which names the wrong one."""
+        """Check the settings, and find the CLI.  Raises ConfigError, which names the
+        wrong one."""
         for item in dataclasses.fields(self):
             check_bounds(item, getattr(self, item.name))
         if not translate.MODEL_NAME.fullmatch(self.model):
             raise wrong("model", f"{self.model!r} is not a model name")
-        if self.tools and self.permission_mode == "bypassPermissions" and os.geteuid() == 0:
-            raise wrong("permission_mode", "the CLI refuses bypassPermissions when it runs as root")
+        if (
+            self.tools
+            and self.permission_mode == "bypassPermissions"
+            and os.geteuid() == 0
+        ):
+            raise wrong(
+                "permission_mode",
+                "the CLI refuses bypassPermissions when it runs as root",
+            )
         if self.tools and not os.path.isdir(self.cwd or "."):
             raise wrong("cwd", f"{self.cwd!r} is not a directory")
         if self.mcp_config and not os.path.isfile(self.mcp_config):
@@ -192,7 +205,9 @@ class Config(PoolConfig):
                 words = f"{host} can be reached from other machines: set {variable('api_key')}"
                 raise wrong("listen_addr", words)
         if not os.path.isdir("/dev/fd"):
-            raise ConfigError("there is no /dev/fd, which the CLI needs: is /proc mounted?")
+            raise ConfigError(
+                "there is no /dev/fd, which the CLI needs: is /proc mounted?"
+            )
         self.bin = find_cli(self.bin)
 
     @property
@@ -235,7 +250,9 @@ class Config(PoolConfig):
         host = "" if self.unix_path else self.address[0]
         if host in ("0.0.0.0", "::") and not self.allowed_hosts:
             words = "clients that reach this machine by name or address get 403"
-            found.append(f"{words} until {variable('allowed_hosts')} holds that name or address")
+            found.append(
+                f"{words} until {variable('allowed_hosts')} holds that name or address"
+            )
         return found
 
 
@@ -277,7 +294,9 @@ def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
         if value > rules["most"]:
             raise wrong(item.name, f"must be at most {rules['most']}, got {value}")
     elif rules["choices"] and value not in rules["choices"]:
-        raise wrong(item.name, f"must be one of {', '.join(rules['choices'])}, got {value!r}")
+        raise wrong(
+            item.name, f"must be one of {', '.join(rules['choices'])}, got {value!r}"
+        )
 
 
 def check_own_key(key: str) -> None:
@@ -301,8 +320,17 @@ def check_origins(origins: tuple[str, ...]) -> None:
         scheme, _, host = origin.partition("://")
         match = re.fullmatch("[a-z][a-z0-9+.-]*", scheme) and HOST.fullmatch(host)
         is_usual = match and (scheme, match[2]) in (("http", "80"), ("https", "443"))
-        is_name = match and int(match[2] or 0) < 65536 and ("[" in host or ":" not in match[1])
-        is_sent = is_name and not is_usual and origin == origin.lower() and not host.endswith(".")
+        is_name = (
+            match
+            and int(match[2] or 0) < 65536
+            and ("[" in host or ":" not in match[1])
+        )
+        is_sent = (
+            is_name
+            and not is_usual
+            and origin == origin.lower()
+            and not host.endswith(".")
+        )
         if origin != "null" and not is_sent:
             words = "must be scheme://host[:port] in lower case, without path, * or usual port"
             raise wrong("allowed_origins", f"{origin!r} {words}")
@@ -324,7 +352,8 @@ def host_and_port(host: str, port: int) -> str:
 
 
 def find_cli(given: str) -> str:
-    """The path of the CLI: `given`, or claude on PATH, or the one in the claude-agent-sdk wheel."""
+    """The path of the CLI: `given`, or claude on PATH, or the one in the
+    claude-agent-sdk wheel."""
     if given:
         path = shutil.which(given)
         if not path:
@@ -342,7 +371,11 @@ def find_cli(given: str) -> str:
 
 def login_cure(config: Config, environ: Mapping[str, str]) -> str:
     """What to do when nobody is logged in."""
-    for name in ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN"):
+    for name in (
+        "ANTHROPIC_API_KEY",
+        "ANTHROPIC_AUTH_TOKEN",
+        "CLAUDE_CODE_OAUTH_TOKEN",
+    ):
         if name in environ and name not in config.keep_env:
             words = f"{name} is set, but not passed on to the CLI"
             return f"{words}: {variable('keep_env')}={name} passes it on"
@@ -353,7 +386,8 @@ def login_cure(config: Config, environ: Mapping[str, str]) -> str:
 
 # RFC 9112, 3.2.2: a target in absolute form.
 ABSOLUTE = re.compile("^https?://([^/?]*)", re.I)
-# RFC 9110, 7.2: a name or address, an IPv6 one with brackets or without, and perhaps a port.
+# RFC 9110, 7.2: a name or address, an IPv6 one with brackets or without, and perhaps a
+# port.
 HOST = re.compile(
     r"(\[[0-9a-f:.]+\]|[0-9a-f]*:[0-9a-f]*:[0-9a-f:]*|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*)\.?"
     r"(?::([0-9]{1,5}))?",
@@ -387,7 +421,8 @@ class Exchange:
 
     @property
     def owner(self) -> str:
-        """A digest of the key that the client sent: two clients may use one session name."""
+        """A digest of the key that the client sent: two clients may use one session
+        name."""
         given = f"{self.header(b'x-api-key')} {self.header(b'authorization')}"
         return hashlib.blake2b(given.encode("latin-1"), digest_size=16).hexdigest()
 
@@ -401,7 +436,8 @@ class Exchange:
 
     @property
     def path(self) -> str:
-        """The path without its query (clients add ?beta=true), and with one slash at its start."""
+        """The path without its query (clients add ?beta=true), and with one slash at
+        its start."""
         path = ABSOLUTE.sub("", self.target, 1).partition("?")[0]
         return "/" + path.lstrip("/")
 
@@ -416,14 +452,16 @@ class Exchange:
         return path if path in ROUTES else ""
 
     def header(self, name: bytes) -> str | None:
-        """The value of a header, several joined by commas (RFC 9110, 5.3); `name` in lower case."""
+        """The value of a header, several joined by commas (RFC 9110, 5.3); `name` in
+        lower case."""
         headers = self.request.headers if self.request else ()
         values = [value.decode("latin-1") for key, value in headers if key == name]
         return ", ".join(values) if values else None
 
 
 def check_access(exchange: Exchange, config: Config) -> None:
-    """Who may talk to this port.  Raises ApiError 401 or 403.  /healthz alone is open to all."""
+    """Who may talk to this port.  Raises ApiError 401 or 403.  /healthz alone is open
+    to all."""
     if exchange.path == "/healthz" and not exchange.query:
         return
     check_host(exchange, config)
@@ -434,8 +472,9 @@ def check_access(exchange: Exchange, config: Config) -> None:
 def check_host(exchange: Exchange, config: Config) -> None:
     """Only a loopback name, the address listened on or an allowed host may lead here.
 
-    A web page can make its own name lead to this port (DNS rebinding), but not to another name.
-    The host of a target in absolute form counts before the header (RFC 9112, 3.2.2).
+    A web page can make its own name lead to this port (DNS rebinding), but not to
+    another name.  The host of a target in absolute form counts before the header (RFC
+    9112, 3.2.2).
     """
     absolute = ABSOLUTE.match(exchange.target)
     host = absolute[1] if absolute else exchange.header(b"host")
@@ -454,8 +493,8 @@ def check_host(exchange: Exchange, config: Config) -> None:
 def check_origin(exchange: Exchange, config: Config) -> None:
     """No web page may talk to this port unless its origin is allowed (RFC 6454).
 
-    Images, scripts and frames of a page send no Origin, but say that they come from another site
-    (Fetch Metadata, Sec-Fetch-Site).
+    Images, scripts and frames of a page send no Origin, but say that they come from
+    another site (Fetch Metadata, Sec-Fetch-Site).
     """
     origin = exchange.header(b"origin")
     if origin is None:
@@ -468,11 +507,17 @@ def check_origin(exchange: Exchange, config: Config) -> None:
 
 
 def check_key(exchange: Exchange, config: Config) -> None:
-    """The bridge's key, where it has one, as x-api-key or as a Bearer token (RFC 6750, 2.1)."""
-    is_preflight = exchange.method == "OPTIONS" and exchange.header(b"origin") is not None
+    """The bridge's key, where it has one, as x-api-key or as a Bearer token (RFC 6750,
+    2.1)."""
+    is_preflight = (
+        exchange.method == "OPTIONS" and exchange.header(b"origin") is not None
+    )
     if not config.api_key or is_preflight:  # browsers send a preflight without the key
         return
-    key, authorization = exchange.header(b"x-api-key"), exchange.header(b"authorization")
+    key, authorization = (
+        exchange.header(b"x-api-key"),
+        exchange.header(b"authorization"),
+    )
     if not key and not authorization:
         words = "this bridge requires a key: send its CLAUDE_CLI_API_KEY"
         raise ApiError(401, f"{words} as x-api-key or Authorization: Bearer")
@@ -480,11 +525,14 @@ def check_key(exchange: Exchange, config: Config) -> None:
     given = [key or "", token if scheme.lower() == "bearer" else ""]
     expected = config.api_key.encode()
     if not any(hmac.compare_digest(item.encode("latin-1"), expected) for item in given):
-        raise ApiError(401, "the key sent does not match this bridge's CLAUDE_CLI_API_KEY")
+        raise ApiError(
+            401, "the key sent does not match this bridge's CLAUDE_CLI_API_KEY"
+        )
 
 
 def is_loopback(host: str) -> bool:
-    """RFC 6761, 6.3: localhost and all names below it; RFC 1122 and 4291: 127.0.0.0/8 and ::1."""
+    """RFC 6761, 6.3: localhost and all names below it; RFC 1122 and 4291: 127.0.0.0/8
+    and ::1."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -498,14 +546,14 @@ def is_loopback(host: str) -> bool:
 READ_SIZE = 64 << 10
 # Bytes that are read ahead while an answer is given.
 MAX_PIPELINED = 64 << 10
-# A body of more than MAX_CHUNKS chunks is refused when they average fewer than MIN_CHUNK bytes:
-# each chunk costs 20 us.
+# A body of more than MAX_CHUNKS chunks is refused when they average fewer than
+# MIN_CHUNK bytes: each chunk costs 20 us.
 MAX_CHUNKS = 10_000
 MIN_CHUNK = 64
 # Chunks after which other connections have their turn.
 CHUNKS_AT_ONCE = 50
-# Seconds to go on reading a refused body, and to flush a closing connection, so that the client
-# gets the answer and not a reset.
+# Seconds to go on reading a refused body, and to flush a closing connection, so that
+# the client gets the answer and not a reset.
 LINGER_SECS = 5.0
 # Seconds of silence before a ping is sent; proxies time out after 30 to 60.
 PING_SECS = 10.0
@@ -520,7 +568,10 @@ class Connection:
     """One client: its socket and its h11 state."""
 
     def __init__(
-        self, bridge: "Bridge", reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        bridge: "Bridge",
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> None:
         self.bridge = bridge
         self.reader = reader
@@ -536,11 +587,16 @@ class Connection:
         """Requests in order until either side ends the connection."""
         try:
             if self.bridge.is_full:
-                await self.refuse(Exchange(), ApiError(503, "too many connections", retry_after=1))
+                await self.refuse(
+                    Exchange(), ApiError(503, "too many connections", retry_after=1)
+                )
                 return
             while await self.next_request():
                 self.answered = True
-                is_done = self.http.our_state is h11.DONE and self.http.their_state is h11.DONE
+                is_done = (
+                    self.http.our_state is h11.DONE
+                    and self.http.their_state is h11.DONE
+                )
                 if not is_done or self.bridge.closing:
                     break
                 self.http.start_next_cycle()
@@ -552,8 +608,8 @@ class Connection:
     async def next_request(self) -> bool:
         """Read a request and answer it; False at the end of the connection.
 
-        What is not HTTP, too large or not allowed is answered without reading on, and ends the
-        connection.
+        What is not HTTP, too large or not allowed is answered without reading on, and
+        ends the connection.
         """
         async with asyncio.timeout(self.bridge.config.idle_secs):
             if not self.http.trailing_data[0]:
@@ -563,10 +619,14 @@ class Connection:
             async with asyncio.timeout(self.bridge.config.send_secs):
                 is_whole = await self.read_request(exchange)
         except TimeoutError:
-            await self.refuse(exchange, ApiError(408, "the request was not sent in time"))
+            await self.refuse(
+                exchange, ApiError(408, "the request was not sent in time")
+            )
         except h11.RemoteProtocolError as error:
             status = 431 if error.error_status_hint == 431 else 400
-            await self.refuse(exchange, ApiError(status, f"The request is not valid HTTP: {error}"))
+            await self.refuse(
+                exchange, ApiError(status, f"The request is not valid HTTP: {error}")
+            )
         except ApiError as error:
             await self.refuse(exchange, error)
         else:
@@ -583,7 +643,9 @@ class Connection:
             event = self.http.next_event()
             if event is h11.NEED_DATA:
                 if self.http.they_are_waiting_for_100_continue:
-                    await self.send(h11.InformationalResponse(status_code=100, headers=[]))
+                    await self.send(
+                        h11.InformationalResponse(status_code=100, headers=[])
+                    )
                 data = await self.reader.read(READ_SIZE)
                 if not data and exchange.request:
                     raise Disconnected
@@ -607,7 +669,9 @@ class Connection:
 
     def check_head(self, exchange: Exchange, request: h11.Request) -> None:
         """Raises ApiError 401, 403, 413 or 431, or RemoteProtocolError."""
-        size = len(request.target) + sum(len(name) + len(value) for name, value in request.headers)
+        size = len(request.target) + sum(
+            len(name) + len(value) for name, value in request.headers
+        )
         # h11 counts only a head that comes in several reads.
         if size > self.bridge.config.max_header_bytes:
             raise ApiError(431, "the headers are too large")
@@ -632,8 +696,8 @@ class Connection:
             await self.drain()
 
     async def drain(self) -> None:
-        """Wait while the client is slow to read.  Raises Disconnected when it is gone, or reads
-        nothing at all."""
+        """Wait while the client is slow to read.  Raises Disconnected when it is gone,
+        or reads nothing at all."""
         try:
             async with asyncio.timeout(self.bridge.config.idle_secs):
                 await self.writer.drain()
@@ -648,8 +712,8 @@ class Connection:
         status: int = 200,
         **headers: str,
     ) -> None:
-        """Send a whole answer; `kind` is its content type, keyword names become header names with
-        dashes."""
+        """Send a whole answer; `kind` is its content type, keyword names become header
+        names with dashes."""
         exchange.status = status
         head = self.bridge.headers(exchange, kind, headers)
         if status != 204:
@@ -660,7 +724,8 @@ class Connection:
         await self.send(h11.EndOfMessage())
 
     async def fail(self, exchange: Exchange, error: ApiError) -> None:
-        """Send an error as a whole answer, or as the last event of a stream that has begun."""
+        """Send an error as a whole answer, or as the last event of a stream that has
+        begun."""
         exchange.failure = error.kind
         body = error.body(exchange.id)
         if self.http.our_state is h11.SEND_BODY:
@@ -675,14 +740,15 @@ class Connection:
             after = max(1, round(error.resets_at - time.time()))
         if after is not None:
             headers["retry_after"] = str(after)
-        # SDKs sleep through any retry-after: a limit that resets in an hour is the user's to see.
+        # SDKs sleep through any retry-after: a limit that resets in an hour is the
+        # user's to see.
         if not error.retry or (after or 0) > 60:
             headers["x_should_retry"] = "false"
         await self.respond(exchange, orjson.dumps(body), status=error.status, **headers)
 
     async def refuse(self, exchange: Exchange, error: ApiError) -> None:
-        """Answer a request that is not read to its end, then read on for a moment: closing on
-        unread bytes is a reset, which can overtake the answer."""
+        """Answer a request that is not read to its end, then read on for a moment:
+        closing on unread bytes is a reset, which can overtake the answer."""
         if self.http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return
         exchange.last = True
@@ -697,8 +763,8 @@ class Connection:
                 pass
 
     async def gone(self) -> None:
-        """Return when the client closes its side; meanwhile keep what it sends ahead for the next
-        request."""
+        """Return when the client closes its side; meanwhile keep what it sends ahead
+        for the next request."""
         while len(self.http.trailing_data[0]) < MAX_PIPELINED:
             data = await self.reader.read(READ_SIZE)
             self.http.receive_data(data)
@@ -719,28 +785,22 @@ class Connection:
 
 
 def response(status: int, headers: list[tuple[str, str]]) -> h11.Response:
-    """The head of an answer, with a Date (RFC 9110, 6.6.1) and a reason phrase (RFC 9112, 4)."""
+    """The head of an answer, with a Date (RFC 9110, 6.6.1) and a reason phrase (RFC
+    9112, 4)."""
     reason = http.client.responses.get(status, "Overloaded" if status == 529 else "")
     date = ("date", email.utils.formatdate(usegmt=True))
-    return h11.Response(
-        status_code=status,
-        headers=[date, *headers],
-        reason=reason,
-    )
+    return h11.Response(status_code=status, headers=[date, *headers], reason=reason)
 
 
 class Stream:
     """The events of one answer on their way out.
 
-    The status line goes out with the first of them, or with the first ping; pings fill silences.
+    The status line goes out with the first of them, or with the first ping; pings fill
+    silences.
     """
 
     def __init__(
-        self,
-        connection: Connection,
-        exchange: Exchange,
-        *,
-        pings: bool,
+        self, connection: Connection, exchange: Exchange, *, pings: bool
     ) -> None:
         self.connection = connection
         self.exchange = exchange
@@ -776,9 +836,13 @@ class Stream:
                 "cache_control": "no-cache",
                 "x_accel_buffering": "no",
             }
-            headers = connection.bridge.headers(self.exchange, "text/event-stream", more)
+            headers = connection.bridge.headers(
+                self.exchange, "text/event-stream", more
+            )
             head = connection.http.send(response(200, headers)) or b""
-        connection.writer.write(head + (connection.http.send(h11.Data(data=data)) or b""))
+        connection.writer.write(
+            head + (connection.http.send(h11.Data(data=data)) or b"")
+        )
         self._wrote_at = self._loop.time()
 
     def send(self, frames: bytes) -> bool:
@@ -787,17 +851,20 @@ class Stream:
         if frames:
             self._write(frames)
         transport = self.connection.writer.transport
-        is_slow = transport.get_write_buffer_size() > transport.get_write_buffer_limits()[1]
+        is_slow = (
+            transport.get_write_buffer_size() > transport.get_write_buffer_limits()[1]
+        )
         # drain() raises when the client has disconnected.
         return not is_slow and not transport.is_closing()
 
 
 # ------------------------------------------------------------ the server
 
-# Seconds to send the error of answers that a shutdown cuts short, and for new connections to send
-# their request.
+# Seconds to send the error of answers that a shutdown cuts short, and for new
+# connections to send their request.
 GRACE_SECS = 1.0
-# Seconds for which an answer of /healthz?deep=1 is good: asking costs the start of a CLI.
+# Seconds for which an answer of /healthz?deep=1 is good: asking costs the start of a
+# CLI.
 HEALTHY_SECS = 60.0
 PROBLEM_SECS = 5.0
 # Seconds between the two events of /healthz?stream=1.
@@ -808,7 +875,13 @@ MODELS = "/v1/models"
 # Prometheus' text-based exposition format.
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # How paths of the OpenAI API begin.
-OPENAI = ("/v1/chat/", "/v1/responses", "/v1/completions", "/v1/embeddings", "/chat/completions")
+OPENAI = (
+    "/v1/chat/",
+    "/v1/responses",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/chat/completions",
+)
 # Places that x-bridge-not-sent names, and bytes of each.
 MAX_PLACES = 50
 MAX_PLACE = 100
@@ -831,13 +904,14 @@ class Bridge:
         self.closing = False
         # As clients reach it: host:port or unix:/path.
         self.addresses: list[str] = []
-        # Seconds at shutdown for connections that have sent nothing yet; only with an inherited
-        # listener, where no client may be refused.
+        # Seconds at shutdown for connections that have sent nothing yet; only with an
+        # inherited listener, where no client may be refused.
         self._patience = 0.0
         self._connections: dict[asyncio.Task[None], Connection] = {}
         # Requests that are being answered.
         self._answers: set[asyncio.Task[None]] = set()
-        # What was wrong when /healthz?deep=1 was asked last, and until when that is good.
+        # What was wrong when /healthz?deep=1 was asked last, and until when that is
+        # good.
         self._problem = ""
         self._problem_until = 0.0
 
@@ -850,7 +924,9 @@ class Bridge:
             sock = bind_unix(self.config.unix_path)
         if sock and sock.family == socket.AF_UNIX:
             # Since 3.13 asyncio would unlink the path of a service manager's socket.
-            options: Any = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+            options: Any = (
+                {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+            )
             server = await asyncio.start_unix_server(self.accept, sock=sock, **options)
         elif sock:
             server = await asyncio.start_server(self.accept, sock=sock)
@@ -880,15 +956,17 @@ class Bridge:
         """How many requests are being answered."""
         return len(self._answers)
 
-    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def accept(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         connection = Connection(self, reader, writer)
         task = asyncio.get_running_loop().create_task(connection.serve())
         self._connections[task] = connection
         task.add_done_callback(self._connections.pop)
 
     async def close(self) -> None:
-        """End all connections: idle ones now, running answers when they are done or after
-        `drain_secs`."""
+        """End all connections: idle ones now, running answers when they are done or
+        after `drain_secs`."""
         self.closing = True
         new = [
             task
@@ -900,7 +978,8 @@ class Bridge:
         for task, connection in list(self._connections.items()):
             if not connection.answering:
                 task.cancel()
-        # A first cancel becomes a 503; where that cannot be sent in time, the next one ends it.
+        # A first cancel becomes a 503; where that cannot be sent in time, the next one
+        # ends it.
         for seconds in (self.config.drain_secs, GRACE_SECS):
             if self._answers:
                 await asyncio.wait(self._answers, timeout=seconds)
@@ -917,8 +996,8 @@ class Bridge:
             answer.cancel()
 
     async def handle(self, connection: Connection, exchange: Exchange) -> None:
-        """Answer one request.  Raises Disconnected when the client leaves before the answer is
-        complete."""
+        """Answer one request.  Raises Disconnected when the client leaves before the
+        answer is complete."""
         answer = asyncio.create_task(self.answer(connection, exchange))
         gone = asyncio.create_task(connection.gone())
         self._answers.add(answer)
@@ -959,8 +1038,12 @@ class Bridge:
         except Exception as error:  # noqa: BLE001 - a bug must end as a 500 of this request alone
             # Without the message, which can hold a prompt.
             where = "".join(traceback.format_tb(error.__traceback__))
-            log.error("bug in request %s: %s\n%s", exchange.id, type(error).__name__, where)
-            await connection.fail(exchange, ApiError(500, "internal error of the bridge"))
+            log.error(
+                "bug in request %s: %s\n%s", exchange.id, type(error).__name__, where
+            )
+            await connection.fail(
+                exchange, ApiError(500, "internal error of the bridge")
+            )
 
     def headers(
         self, exchange: Exchange, kind: str, more: Mapping[str, str]
@@ -998,7 +1081,9 @@ class Bridge:
             asked = exchange.header(b"access-control-request-headers") or ""
             allowed = {
                 "access_control_allow_methods": ", ".join(methods),
-                "access_control_allow_headers": asked if PRINTABLE.fullmatch(asked) else "",
+                "access_control_allow_headers": asked
+                if PRINTABLE.fullmatch(asked)
+                else "",
             }
             await connection.respond(exchange, b"", "text/plain", 204, **allowed)
             return
@@ -1008,18 +1093,25 @@ class Bridge:
             raise ApiError(405, f"{exchange.route} takes {exchange.allow}")
         encoding = exchange.header(b"content-encoding") or "identity"
         if encoding.lower() != "identity":
-            raise ApiError(415, "compressed request bodies are not supported; send it uncompressed")
+            raise ApiError(
+                415, "compressed request bodies are not supported; send it uncompressed"
+            )
         await handler(self, connection, exchange)
 
     def not_found(self, exchange: Exchange) -> ApiError:
         if exchange.path.startswith(OPENAI):
             words = "this is the Anthropic Messages API, not OpenAI's"
             return ApiError(404, f"{words}; LiteLLM can translate, as the README shows")
-        words = "this is the Anthropic Messages API (POST /v1/messages); the base URL is"
-        return ApiError(404, f"no route for {exchange.path[:100]!a}: {words} {self.url}")
+        words = (
+            "this is the Anthropic Messages API (POST /v1/messages); the base URL is"
+        )
+        return ApiError(
+            404, f"no route for {exchange.path[:100]!a}: {words} {self.url}"
+        )
 
     async def health(self, connection: Connection, exchange: Exchange) -> None:
-        """`ok`; with ?deep=1 what is wrong, or `ok`; with ?stream=1 a stream of two events."""
+        """`ok`; with ?deep=1 what is wrong, or `ok`; with ?stream=1 a stream of two
+        events."""
         if exchange.query.get("stream") == "1" and exchange.method == "GET":
             with Stream(connection, exchange, pings=False) as stream:
                 stream.send(translate.PING)
@@ -1029,10 +1121,13 @@ class Bridge:
             return
         problem = await self.problem() if exchange.query.get("deep") == "1" else ""
         status = 503 if problem else 200
-        await connection.respond(exchange, (problem or "ok").encode(), "text/plain", status)
+        await connection.respond(
+            exchange, (problem or "ok").encode(), "text/plain", status
+        )
 
     async def problem(self) -> str:
-        """What keeps the bridge from answering; empty: nothing.  Makes no model call."""
+        """What keeps the bridge from answering; empty: nothing.  Makes no model
+        call."""
         if not self.pool.has_room:  # asking takes a process itself
             return f"all {self.config.max_sessions} processes are busy"
         if time.monotonic() >= self._problem_until:
@@ -1070,7 +1165,9 @@ class Bridge:
         else:
             page = page_text(self).encode()
             kind = "text/plain; charset=utf-8"
-        await connection.respond(exchange, page, kind, content_security_policy=PAGE_POLICY)
+        await connection.respond(
+            exchange, page, kind, content_security_policy=PAGE_POLICY
+        )
 
     async def messages(self, connection: Connection, exchange: Exchange) -> None:
         request = await self.parse(exchange)
@@ -1084,11 +1181,17 @@ class Bridge:
             return
         await connection.respond(exchange, translate.to_json(turn.translator.message))
 
-    async def parse(self, exchange: Exchange, *, counting: bool = False) -> translate.Request:
-        body, exchange.body = exchange.body, b""  # so that it is freed once it is parsed
+    async def parse(
+        self, exchange: Exchange, *, counting: bool = False
+    ) -> translate.Request:
+        body = exchange.body
+        # So that it is freed once it is parsed.
+        exchange.body = b""
         betas = exchange.header(b"anthropic-beta") or ""
         limits = self.json_limits
-        parse = partial(translate.parse_request, body, betas, counting=counting, **limits)
+        parse = partial(
+            translate.parse_request, body, betas, counting=counting, **limits
+        )
         return await self.pool.compute(len(body), parse)
 
     async def count_tokens(self, connection: Connection, exchange: Exchange) -> None:
@@ -1154,7 +1257,8 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/metrics": {"GET": Bridge.metrics},
     MODELS: {"GET": Bridge.models},
     "/v1/messages": {"POST": Bridge.messages},
-    # The two common wrong base URLs: with /v1 for SDKs that add it, without it for the others.
+    # The two common wrong base URLs: with /v1 for SDKs that add it, without it for the
+    # others.
     "/v1/v1/messages": {"POST": Bridge.messages},
     "/messages": {"POST": Bridge.messages},
     "/v1/messages/count_tokens": {"POST": Bridge.count_tokens},
@@ -1164,7 +1268,8 @@ ROUTES: dict[str, dict[str, Handler]] = {
 
 
 def listing(places: list[str]) -> str:
-    """The first of many places: clients take 16 KiB of headers (Node), 64 KiB a line (Python)."""
+    """The first of many places: clients take 16 KiB of headers (Node), 64 KiB a line
+    (Python)."""
     more = len(places) - MAX_PLACES
     rest = [f"and-{more}-more"] if more > 0 else []
     return ", ".join([place[:MAX_PLACE] for place in places[:MAX_PLACES]] + rest)
@@ -1179,8 +1284,8 @@ def tokens(turn: Turn | None) -> dict[str, int]:
 def bind_unix(path: str) -> socket.socket:
     """A socket at a path that only this user can connect to.  Raises OSError.
 
-    Nobody can connect before it listens, so its mode is right by then.  What does not answer at the
-    path is a socket that a killed bridge left, and is replaced.
+    Nobody can connect before it listens, so its mode is right by then.  What does not
+    answer at the path is a socket that a killed bridge left, and is replaced.
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):
@@ -1213,8 +1318,8 @@ def identity(path: str) -> tuple[int, int] | None:
 
 
 def model_list(hello: Json) -> list[Json]:
-    """The CLI's own models in the API's shape: each under its full id (all that Claude Code's
-    discovery keeps) and as claude-cli/<alias>."""
+    """The CLI's own models in the API's shape: each under its full id (all that Claude
+    Code's discovery keeps) and as claude-cli/<alias>."""
     found: dict[str, Json] = {}
     for model in hello.get("models") or []:
         alias, full = model.get("value"), model.get("resolvedModel")
@@ -1234,7 +1339,8 @@ def model_list(hello: Json) -> list[Json]:
 
 
 def find_model(models: list[Json], name: str) -> Json:
-    """The model of an id or alias, with or without claude-cli/.  Raises ApiError 404."""
+    """The model of an id or alias, with or without claude-cli/.  Raises ApiError
+    404."""
     prefix = translate.MODEL_PREFIX
     wanted = {name, prefix + name, name.removeprefix(prefix)}
     for model in models:
@@ -1244,12 +1350,14 @@ def find_model(models: list[Json], name: str) -> Json:
 
 
 def model_page(models: list[Json], query: dict[str, str]) -> Json:
-    """A page of models: `limit` (1 to 1000, default 20), `after_id`, `before_id` (API: "List
-    models")."""
+    """A page of models: `limit` (1 to 1000, default 20), `after_id`, `before_id` (API:
+    "List models")."""
     text = query.get("limit", "20")
     limit = int(text) if re.fullmatch("[0-9]{1,4}", text) else 0
     if not 1 <= limit <= 1000:
-        raise translate.bad_request("limit", "Input should be a valid integer from 1 to 1000")
+        raise translate.bad_request(
+            "limit", "Input should be a valid integer from 1 to 1000"
+        )
     ids = [model["id"] for model in models]
     for name in ("after_id", "before_id"):
         if name in query and query[name] not in ids:
@@ -1271,12 +1379,15 @@ def model_page(models: list[Json], query: dict[str, str]) -> Json:
 
 
 @contextlib.asynccontextmanager
-async def serve(config: Config, sock: socket.socket | None = None) -> AsyncIterator[Bridge]:
+async def serve(
+    config: Config, sock: socket.socket | None = None
+) -> AsyncIterator[Bridge]:
     """Run the bridge inside an asyncio program until the block ends.
 
-    `sock` is a listening socket to use instead of `config.listen_addr`.  Raises ConfigError, which
-    names the setting, for invalid settings and an address that cannot be bound.  At the end no new
-    request is taken, running answers get `config.drain_secs`, and no child is left.
+    `sock` is a listening socket to use instead of `config.listen_addr`.  Raises
+    ConfigError, which names the setting, for invalid settings and an address that
+    cannot be bound.  At the end no new request is taken, running answers get
+    `config.drain_secs`, and no child is left.
     """
     if sock and sock.family != socket.AF_UNIX:
         # Its address is the one that a Host may have.
@@ -1298,16 +1409,16 @@ async def serve(config: Config, sock: socket.socket | None = None) -> AsyncItera
 
 
 async def stop(
-    bridge: Bridge,
-    server: asyncio.Server,
-    own: tuple[int, int] | None,
+    bridge: Bridge, server: asyncio.Server, own: tuple[int, int] | None
 ) -> None:
-    """Stop listening, and end all connections; `own` is the bridge's own Unix socket."""
+    """Stop listening, and end all connections; `own` is the bridge's own Unix
+    socket."""
     loop = asyncio.get_running_loop()
     for listener in server.sockets:
         loop.remove_reader(listener.fileno())
     for _ in range(3):
-        # From accept() asyncio takes so many rounds to a connection: closing earlier loses it.
+        # From accept() asyncio takes so many rounds to a connection: closing earlier
+        # loses it.
         await asyncio.sleep(0)
     server.close()
     await bridge.close()
@@ -1316,9 +1427,11 @@ async def stop(
         os.unlink(bridge.config.unix_path)
 
 
-async def to_its_end(work: Coroutine[Any, Any, None], hurry: Callable[[], None]) -> None:
-    """Finish `work` even if this task is cancelled; each cancel calls `hurry`, and is raised at the
-    end."""
+async def to_its_end(
+    work: Coroutine[Any, Any, None], hurry: Callable[[], None]
+) -> None:
+    """Finish `work` even if this task is cancelled; each cancel calls `hurry`, and is
+    raised at the end."""
     task = asyncio.create_task(work)
     is_cancelled = False
     while not task.done():
@@ -1346,8 +1459,8 @@ MAX_LOG_LINES = 1000
 
 
 class LogWriter(logging.Handler):
-    """Writes lines to stderr from a thread: when nobody reads it, lines are lost and answers go
-    on."""
+    """Writes lines to stderr from a thread: when nobody reads it, lines are lost and
+    answers go on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1391,8 +1504,8 @@ class JsonFormatter(logging.Formatter):
         return orjson.dumps(row).decode()
 
 
-# Seconds after the start at which the CLI is asked who is logged in: until then the first spare has
-# the processor, and the process of a first request may have told it.
+# Seconds after the start at which the CLI is asked who is logged in: until then the
+# first spare has the processor, and the process of a first request may have told it.
 CURIOUS_SECS = 2.0
 
 
@@ -1413,8 +1526,8 @@ async def announce(bridge: Bridge) -> None:
 
 
 def inherited_socket() -> socket.socket | None:
-    """The socket of a service manager (sd_listen_fds(3)): it goes on listening while the bridge
-    restarts."""
+    """The socket of a service manager (sd_listen_fds(3)): it goes on listening while
+    the bridge restarts."""
     is_ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
     if os.environ.pop("LISTEN_FDS", "0") == "0" or not is_ours:
         return None
@@ -1423,7 +1536,8 @@ def inherited_socket() -> socket.socket | None:
 
 
 async def run(config: Config) -> None:
-    """Serve until SIGTERM, SIGINT or SIGHUP; a second one cuts running answers short."""
+    """Serve until SIGTERM, SIGINT or SIGHUP; a second one cuts running answers
+    short."""
     stopping = asyncio.Event()
     bridge: Bridge | None = None
 
@@ -1474,9 +1588,13 @@ GROUPS = {
 
 
 def help_text() -> str:
-    """What --help prints: each command, flag and setting, with its default and meaning."""
+    """What --help prints: each command, flag and setting, with its default and
+    meaning."""
     lines = ["Answer the Anthropic Messages API with the claude CLI.", ""]
-    lines += ["usage: claude-cli-bridge [check | login | providers] [--SETTING VALUE]...", ""]
+    lines += [
+        "usage: claude-cli-bridge [check | login | providers] [--SETTING VALUE]...",
+        "",
+    ]
     for name, meaning in COMMANDS.items():
         lines += help_rows(name, meaning)
     for name, meaning in FLAGS.items():
@@ -1509,8 +1627,8 @@ def help_rows(name: str, meaning: str) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, without quoting words that it does not know: one may be a
-    key."""
+    """Reports a mistake in one line, without quoting words that it does not know: one
+    may be a key."""
 
     def error(self, message: str) -> NoReturn:
         flag = re.search(r"--[a-z-]+", message)
@@ -1522,7 +1640,8 @@ class Parser(argparse.ArgumentParser):
 def main() -> None:
     """The command line.
 
-    Exit status 2 and one line on stderr for settings that cannot work, 1 for a failed check.
+    Exit status 2 and one line on stderr for settings that cannot work, 1 for a failed
+    check.
     """
     open_standard_files()
     try:
@@ -1541,12 +1660,14 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would write the rest at its end
+        # Python would write the rest at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
 
 
 def open_standard_files() -> None:
-    """Open those that a launcher closed on /dev/null: the next file opened would get the log."""
+    """Open those that a launcher closed on /dev/null: the next file opened would get
+    the log."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -1574,7 +1695,9 @@ def read_flags(words: list[str]) -> dict[str, str | None]:
     command = flags["command"]
     if command and command not in COMMANDS:
         hint = suggestion(command, COMMANDS)
-        raise ConfigError(f"there is no such command{hint or ': ' + ', '.join(COMMANDS)}")
+        raise ConfigError(
+            f"there is no such command{hint or ': ' + ', '.join(COMMANDS)}"
+        )
     if others:
         raise ConfigError(f"{command} takes nothing but flags; see --help")
     if flags.pop("help"):
@@ -1586,11 +1709,7 @@ def read_flags(words: list[str]) -> dict[str, str | None]:
     return flags
 
 
-def execute(
-    config: Config,
-    flags: Mapping[str, str | None],
-    path: str,
-) -> None:
+def execute(config: Config, flags: Mapping[str, str | None], path: str) -> None:
     """Run a command of the command line; `path` is the configuration file's."""
     command = flags["command"]
     if command == "check":
@@ -1608,7 +1727,9 @@ def execute(
         return
     writer = LogWriter()
     form = "%(asctime)s %(levelname)s %(message)s"
-    writer.setFormatter(JsonFormatter() if config.log_format == "json" else logging.Formatter(form))
+    writer.setFormatter(
+        JsonFormatter() if config.log_format == "json" else logging.Formatter(form)
+    )
     logging.basicConfig(level=logging.INFO, handlers=[writer])
     if path and not any(map(is_own, providers)):
         log.info("there is no claude-cli provider in %s: nothing to do", path)
@@ -1645,13 +1766,16 @@ curl {url}/v1/messages \\
 
 
 def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
-    """What the page says, by section: names and values.  Nothing that a client or the model
-    wrote."""
+    """What the page says, by section: names and values.  Nothing that a client or the
+    model wrote."""
     pool = bridge.pool
     hello = pool.known_hello
     login = "not known yet"
     if hello:
-        login = translate.login_source(hello) or f"nobody: {login_cure(bridge.config, os.environ)}"
+        login = (
+            translate.login_source(hello)
+            or f"nobody: {login_cure(bridge.config, os.environ)}"
+        )
     now = time.monotonic()
     sessions = []
     for session in sorted(pool.sessions, key=lambda item: item.state.value):
@@ -1668,7 +1792,10 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
     return {
         "State": [
             ("version", __version__),
-            ("running since", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(bridge.started))),
+            (
+                "running since",
+                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(bridge.started)),
+            ),
             ("base URL for clients", bridge.url),
             ("claude CLI", bridge.config.bin),
             ("its version", pool.cli_version or "not known yet"),
@@ -1727,15 +1854,17 @@ PLACEHOLDER_KEY = "claude-cli-local"
 
 
 def read_providers(path: str, config: Config) -> list[Json]:
-    """The `model_providers` of a gateway's configuration file: those of claude-cli completed,
-    others as they are.
+    """The `model_providers` of a gateway's configuration file: those of claude-cli
+    completed, others as they are.
 
-    TOML, YAML where PyYAML is installed, or else JSON.  Raises ConfigError, which names the place.
+    TOML, YAML where PyYAML is installed, or else JSON.  Raises ConfigError, which names
+    the place.
     """
     try:
         entries = read_entries(Path(path))
         providers = complete_providers(entries, config)
-        orjson.dumps(providers)  # TOML and YAML have numbers, keys and depths that JSON has not
+        # TOML and YAML have numbers, keys and depths that JSON has not.
+        orjson.dumps(providers)
         return providers
     except ConfigError:
         raise
@@ -1749,7 +1878,8 @@ def read_providers(path: str, config: Config) -> list[Json]:
 
 
 def read_entries(path: Path) -> dict[str, Json]:
-    """The providers of a file, by their places in it.  Raises OSError, ValueError or ApiError."""
+    """The providers of a file, by their places in it.  Raises OSError, ValueError or
+    ApiError."""
     data = path.read_bytes()
     kind = path.suffix.lower()
     document: Any
@@ -1766,7 +1896,9 @@ def read_entries(path: Path) -> dict[str, Json]:
     for name in PROVIDER_LISTS:
         if document.get(name) is None:
             continue
-        for number, entry in enumerate(translate.check_type(document[name], list, name)):
+        for number, entry in enumerate(
+            translate.check_type(document[name], list, name)
+        ):
             place = f"{name}.{number}"
             found[place] = translate.check_type(entry, dict, place)
     return found
@@ -1777,16 +1909,21 @@ def load_yaml(data: bytes) -> Any:
     try:
         yaml = importlib.import_module("yaml")
     except ModuleNotFoundError:
-        raise ValueError("YAML needs the package PyYAML; TOML and JSON need nothing") from None
+        raise ValueError(
+            "YAML needs the package PyYAML; TOML and JSON need nothing"
+        ) from None
     try:
         return yaml.safe_load(data)
     except Exception as error:  # noqa: BLE001 - PyYAML raises KeyError and others, with the value in it
         mark = getattr(error, "problem_mark", None)
-        raise ValueError(f"not YAML, line {mark.line + 1}" if mark else "not YAML") from None
+        raise ValueError(
+            f"not YAML, line {mark.line + 1}" if mark else "not YAML"
+        ) from None
 
 
 def is_own(entry: Json) -> bool:
-    """Whether a provider is a claude-cli one: by its model or name, or by its interface."""
+    """Whether a provider is a claude-cli one: by its model or name, or by its
+    interface."""
     named = [str(entry.get("model")), str(entry.get("name"))]
     return entry.get("provider_interface") == INTERFACE or any(
         name.startswith(translate.MODEL_PREFIX) for name in named
@@ -1794,7 +1931,8 @@ def is_own(entry: Json) -> bool:
 
 
 def complete_providers(entries: Mapping[str, Json], config: Config) -> list[Json]:
-    """Fill in what claude-cli entries leave out.  Raises ApiError, which names the place."""
+    """Fill in what claude-cli entries leave out.  Raises ApiError, which names the
+    place."""
     completed = dict(entries)
     own: dict[str, Json] = {}
     for place, entry in entries.items():
@@ -1811,18 +1949,24 @@ def check_entry(entry: Json, place: str) -> None:
         raise translate.bad_request(f"{place}.model", "Field required")
     for name, value in entry.items():
         if name not in PROVIDER:
-            raise translate.bad_request(f"{place}.{name}", "Extra inputs are not permitted")
+            raise translate.bad_request(
+                f"{place}.{name}", "Extra inputs are not permitted"
+            )
         if value is not None:
             translate.check_type(value, PROVIDER[name], f"{place}.{name}")
     if entry.get("provider_interface") not in (None, INTERFACE):
-        raise translate.bad_request(f"{place}.provider_interface", "Input should be 'claude-cli'")
+        raise translate.bad_request(
+            f"{place}.provider_interface", "Input should be 'claude-cli'"
+        )
     prefix, slash, name = entry["model"].partition("/")
     is_name = name == "*" or translate.MODEL_NAME.fullmatch(name)
     if prefix + slash != translate.MODEL_PREFIX or not is_name:
         words = "Input should be claude-cli/* or claude-cli/ and the name of a model"
         raise translate.bad_request(f"{place}.model", words)
     if name == "*" and entry.get("default"):
-        raise translate.bad_request(f"{place}.default", "a wildcard cannot be the default model")
+        raise translate.bad_request(
+            f"{place}.default", "a wildcard cannot be the default model"
+        )
 
 
 def complete_entry(entry: Json, config: Config) -> Json:
@@ -1838,13 +1982,9 @@ def complete_entry(entry: Json, config: Config) -> Json:
     return completed | given
 
 
-def check_agreement(
-    entry: Json,
-    other: Json,
-    place: str,
-    other_place: str,
-) -> None:
-    """Entries of one model must be equal; those of one name must lead to one address."""
+def check_agreement(entry: Json, other: Json, place: str, other_place: str) -> None:
+    """Entries of one model must be equal; those of one name must lead to one
+    address."""
     for same, keys in (
         ("model", entry.keys() | other.keys()),
         ("name", {"base_url", "http_host", "access_key"}),
@@ -1881,8 +2021,8 @@ FEATURES = {
 class Rehearsal:
     """The fake API that `check` starts on loopback; it costs nothing.
 
-    Its first answer calls a tool, the second one is held back.  It notes in `found` which FEATURES
-    the CLI has.
+    Its first answer calls a tool, the second one is held back.  It notes in `found`
+    which FEATURES the CLI has.
     """
 
     def __init__(self, found: dict[str, bool]) -> None:
@@ -1892,7 +2032,9 @@ class Rehearsal:
         self.held = asyncio.Event()
         self.left = asyncio.Event()
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         # asyncio would log the last one.
         ends = (OSError, asyncio.IncompleteReadError, asyncio.CancelledError)
         with contextlib.closing(writer), contextlib.suppress(*ends):
@@ -1922,10 +2064,7 @@ class Rehearsal:
             "model": asked["model"],
             "usage": {"input_tokens": 1, "output_tokens": 1},
         }
-        begin = {
-            "type": "message_start",
-            "message": message,
-        }
+        begin = {"type": "message_start", "message": message}
         if CALL["id"] in str(asked["messages"]):
             self.found["tools"] = "violet" in str(asked["messages"])
             self.held.set()
@@ -1933,7 +2072,9 @@ class Rehearsal:
         said = []
         for item in asked["messages"]:
             said += [
-                (item["role"], word) for _, word in SAID if f"'{word}'" in str(item["content"])
+                (item["role"], word)
+                for _, word in SAID
+                if f"'{word}'" in str(item["content"])
             ]
         self.found["history"] = said == SAID
         has_system = "white" in str(asked["system"])
@@ -1979,8 +2120,8 @@ class Rehearsal:
         self, pool: Pool, messages: list[Json]
     ) -> contextlib.AbstractAsyncContextManager[Turn]:
         body = {
-            # An administrator's settings can name another API than this one: none has this model,
-            # so it costs nothing.
+            # An administrator's settings can name another API than this one: none has
+            # this model, so it costs nothing.
             "model": "no-such-model",
             "max_tokens": 99,
             "temperature": 0.5,
@@ -1995,8 +2136,8 @@ class Rehearsal:
 
 
 async def rehearse(config: Config, rehearsal: Rehearsal) -> None:
-    """Run a Rehearsal with an empty home: the user's files must supply neither a login nor another
-    address."""
+    """Run a Rehearsal with an empty home: the user's files must supply neither a login
+    nor another address."""
     server = await asyncio.start_server(rehearsal.serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     kept = {
@@ -2013,18 +2154,15 @@ async def rehearse(config: Config, rehearsal: Rehearsal) -> None:
             environ[name] = "127.0.0.1"
         names = tuple(kept)
         config = dataclasses.replace(
-            config,
-            keep_env=names,
-            setting_sources="",
-            tools="",
+            config, keep_env=names, setting_sources="", tools=""
         )
         async with server, Pool(config, environ) as pool:
             await rehearsal.play(pool)
 
 
 async def check(config: Config) -> bool:
-    """Print in plain words whether the CLI is there, is logged in and does what is needed; True if
-    all is well.  It costs no token."""
+    """Print in plain words whether the CLI is there, is logged in and does what is
+    needed; True if all is well.  It costs no token."""
     try:
         config.check()
     except ConfigError as error:
@@ -2044,7 +2182,9 @@ async def check(config: Config) -> bool:
         print(f"start: does not work ({str(error) or 'no answer in time'})")
         return False
     doing("")
-    print(f"login: {source or 'nobody is logged in: ' + login_cure(config, os.environ)}")
+    print(
+        f"login: {source or 'nobody is logged in: ' + login_cure(config, os.environ)}"
+    )
     found = dict.fromkeys(FEATURES, False)
     rehearsal = Rehearsal(found)
     failure = ""
@@ -2069,9 +2209,11 @@ def doing(words: str) -> None:
 
 
 def check_url(url: str, key: str) -> bool:
-    """Print whether a running bridge can be used from here; True if all is well.  No model call.
+    """Print whether a running bridge can be used from here; True if all is well.  No
+    model call.
 
-    Only http:// is spoken; behind a TLS proxy try the address of the proxy's own client.
+    Only http:// is spoken; behind a TLS proxy try the address of the proxy's own
+    client.
     """
     check_own_key(key)
     try:
@@ -2090,18 +2232,22 @@ def check_url(url: str, key: str) -> bool:
         return False
     print("access: the key and Host are accepted")
     is_live = bool(times) and times[-1] - times[0] > STREAM_GAP_SECS / 2
-    print(f"streams: {'arrive as they are sent' if is_live else 'are held back by a proxy'}")
+    print(
+        f"streams: {'arrive as they are sent' if is_live else 'are held back by a proxy'}"
+    )
     return is_live
 
 
 @contextlib.contextmanager
 def ask(url: str, path: str, key: str) -> Iterator[http.client.HTTPResponse]:
-    """GET a path of a running bridge.  Raises OSError, HTTPException, and ValueError for the
-    URL."""
+    """GET a path of a running bridge.  Raises OSError, HTTPException, and ValueError
+    for the URL."""
     where = urlsplit(url)
     if where.scheme != "http" or not where.hostname:
         raise ValueError("give http://host:port")
-    connection = http.client.HTTPConnection(where.hostname, where.port or 80, timeout=10)
+    connection = http.client.HTTPConnection(
+        where.hostname, where.port or 80, timeout=10
+    )
     with contextlib.closing(connection):
         headers = {"x-api-key": key.encode()}
         connection.request("GET", where.path.rstrip("/") + path, headers=headers)

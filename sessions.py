@@ -47,17 +47,40 @@ import time
 import uuid
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING or not __package__:
     import translate
-    from translate import ApiError, CliEvent, Json, Request, Translator, cli_error, control_result
+    from translate import (
+        ApiError,
+        CliEvent,
+        Json,
+        Request,
+        Translator,
+        cli_error,
+        control_result,
+    )
 else:  # copied into a package
     from . import translate
-    from .translate import ApiError, CliEvent, Json, Request, Translator, cli_error, control_result
+    from .translate import (
+        ApiError,
+        CliEvent,
+        Json,
+        Request,
+        Translator,
+        cli_error,
+        control_result,
+    )
 
 __version__ = "0.2.0"
 log = logging.getLogger("claude_cli_bridge")
@@ -65,38 +88,43 @@ log = logging.getLogger("claude_cli_bridge")
 Event = CliEvent | bytes  # of a process: bytes are a line with a delta, not decoded
 T = TypeVar("T")
 
-# Bytes of one line of the CLI.  It can hold a whole tool result or screenshot: 1 MB was too small
-# for the official SDK.
+# Bytes of one line of the CLI.  It can hold a whole tool result or screenshot: 1 MB was
+# too small for the official SDK.
 MAX_LINE = 64 << 20
-# Bytes of events at which a pipe is no longer read: a slow client holds up its own child.
+# Bytes of events at which a pipe is no longer read: a slow client holds up its own
+# child.
 MAX_UNREAD = 1 << 20
 # Bytes of stderr that are kept, to say why a process died.
 STDERR_TAIL = 2048
-# How a process is ended, step by step: what is done, and the seconds it then gets.  An idle CLI
-# exits 0.1 s after its stdin closes; on SIGTERM it ends a running API call.
+# How a process is ended, step by step: what is done, and the seconds it then gets.  An
+# idle CLI exits 0.1 s after its stdin closes; on SIGTERM it ends a running API call.
 ENDING = ((None, 0.5), (signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0))
-# Seconds after which a process that has said nothing no longer holds up the start of others; 1.2
-# were measured.
+# Seconds after which a process that has said nothing no longer holds up the start of
+# others; 1.2 were measured.
 START_SECS = 2.0
-# Seconds by which the `result` may come later than the answer it belongs to; 0.02 were measured.
+# Seconds by which the `result` may come later than the answer it belongs to; 0.02 were
+# measured.
 SETTLE_SECS = 5.0
 # Seconds for a count of tokens; 0.5 were measured.
 COUNT_SECS = 20.0
-# Requests of this many bytes or more are read and written in a thread: a megabyte takes 10 to
-# 100 ms.
+# Requests of this many bytes or more are read and written in a thread: a megabyte takes
+# 10 to 100 ms.
 THREAD_SIZE = 64 << 10
-# Fingerprints of lost sessions that are remembered, to say why a conversation was rebuilt.
+# Fingerprints of lost sessions that are remembered, to say why a conversation was
+# rebuilt.
 MAX_PAST = 4096
 # Seconds that a process waits for another count.
 COUNTER_SECS = 10.0
-# Answers of count_tokens that are remembered: Claude Code's /context asks 25 questions, some again.
+# Answers of count_tokens that are remembered: Claude Code's /context asks 25 questions,
+# some again.
 MAX_COUNTS = 256
 # Names of models of which it is known whether a process can take them without --model.
 MAX_MODELS = 256
-# Tokens of the prompt that the API adds for tools: the CLI subtracts them, so they are added back.
+# Tokens of the prompt that the API adds for tools: the CLI subtracts them, so they are
+# added back.
 TOOLS_PROMPT_TOKENS = 500
-# Only these show that a turn is alive; status lines and keep-alives come from a half-open stream as
-# well.
+# Only these show that a turn is alive; status lines and keep-alives come from a
+# half-open stream as well.
 SIGNS_OF_LIFE = {
     "stream_event",
     "assistant",
@@ -141,8 +169,8 @@ def setting(
 ) -> Any:
     """A field of the settings.
 
-    All that is said of a setting comes from here: the environment variable and the flag, its
-    bounds, --help and the README's table.
+    All that is said of a setting comes from here: the environment variable and the
+    flag, its bounds, --help and the README's table.
     """
     metadata = {
         "meaning": meaning,
@@ -221,7 +249,14 @@ class PoolConfig:
         "default",
         "the CLI's permission mode in agent mode",
         "agent",
-        choices=("default", "acceptEdits", "auto", "bypassPermissions", "dontAsk", "plan"),
+        choices=(
+            "default",
+            "acceptEdits",
+            "auto",
+            "bypassPermissions",
+            "dontAsk",
+            "plan",
+        ),
     )
     cwd: str = setting(
         "",
@@ -240,16 +275,12 @@ class PoolConfig:
     )
 
 
-def arguments(
-    config: PoolConfig,
-    model: str,
-    *,
-    agent: bool,
-) -> list[str]:
-    """The command line of a process: no settings, nothing on disk; in model mode no tools but the
-    client's.
+def arguments(config: PoolConfig, model: str, *, agent: bool) -> list[str]:
+    """The command line of a process: no settings, nothing on disk; in model mode no
+    tools but the client's.
 
-    Without `model` the process takes that of the conversation it is given (`translate.transcript`).
+    Without `model` the process takes that of the conversation it is given
+    (`translate.transcript`).
     """
     argv = [config.bin, "-p", "--verbose"]
     argv += ["--input-format", "stream-json"]
@@ -272,8 +303,9 @@ def arguments(
     return argv
 
 
-# How the variables begin that the CLI's program text reads: they change what a child does, or its
-# account, so it gets them only through keep_env (tests/test_environment.py).
+# How the variables begin that the CLI's program text reads: they change what a child
+# does, or its account, so it gets them only through keep_env
+# (tests/test_environment.py).
 SCRUBBED = (
     "AGENT_PROXY_",
     "AI_AGENT",
@@ -327,13 +359,15 @@ SCRUBBED = (
 # Where a login is, and where its tokens are if they are elsewhere.
 LOGIN_FOLDERS = ("CLAUDE_CONFIG_DIR", "CLAUDE_SECURESTORAGE_CONFIG_DIR")
 CHILD_DEFAULTS = {
-    # Tools keep the names that the client gave them, in the API's requests and in its answers.
+    # Tools keep the names that the client gave them, in the API's requests and in its
+    # answers.
     "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
-    # Only the betas that the client asks for, and those that the CLI needs itself.  It also keeps
-    # 2.1.330 from stating the effort a second time, in a message.
+    # Only the betas that the client asks for, and those that the CLI needs itself.  It
+    # also keeps 2.1.330 from stating the effort a second time, in a message.
     "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS": "1",
     "DISABLE_INTERLEAVED_THINKING": "1",
-    # 2.1.330 keeps the order of texts and tool calls in an assistant message of the past.
+    # 2.1.330 keeps the order of texts and tool calls in an assistant message of the
+    # past.
     "CLAUDE_CODE_STELLAR_DRIFT": "1",
     # No @file of a user text is read.
     "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",
@@ -344,9 +378,11 @@ CHILD_DEFAULTS = {
     "CLAUDE_CODE_DISABLE_LEGACY_MODEL_REMAP": "1",
     # A refusal is an answer: 2.1.330 would ask once more.
     "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",
-    # A stream that broke off is a failure: the CLI would ask once more, without streaming.
+    # A stream that broke off is a failure: the CLI would ask once more, without
+    # streaming.
     "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",
-    # Nothing goes on behind an answer: a task in the background would make a turn of its own.
+    # Nothing goes on behind an answer: a task in the background would make a turn of
+    # its own.
     "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1",
     "CLAUDE_CODE_DISABLE_CRON": "1",
     "CLAUDE_CODE_DISABLE_WORKFLOWS": "1",
@@ -357,8 +393,8 @@ CHILD_DEFAULTS = {
     "ENABLE_CLAUDEAI_MCP_SERVERS": "0",
     "ENABLE_TOOL_SEARCH": "false",
 }
-# In model mode only: a client's tool named Bash or Agent must not bring Claude Code's own words
-# about commits and about its subagents into the request.
+# In model mode only: a client's tool named Bash or Agent must not bring Claude Code's
+# own words about commits and about its subagents into the request.
 MODEL_MODE = {
     "CLAUDE_AGENT_SDK_DISABLE_BUILTIN_AGENTS": "1",
     "CLAUDE_CODE_DISABLE_GIT_INSTRUCTIONS": "1",
@@ -366,9 +402,11 @@ MODEL_MODE = {
 
 
 def child_environment(config: PoolConfig, environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process: `environ` without the variables that change what the CLI does,
-    plus those that the bridge sets."""
-    child = {name: value for name, value in environ.items() if not name.startswith(SCRUBBED)}
+    """The environment of a process: `environ` without the variables that change what
+    the CLI does, plus those that the bridge sets."""
+    child = {
+        name: value for name, value in environ.items() if not name.startswith(SCRUBBED)
+    }
     child.update(CHILD_DEFAULTS)
     child["CLAUDE_CODE_MAX_RETRIES"] = str(config.retries)
     for name in (*LOGIN_FOLDERS, *config.keep_env):
@@ -382,13 +420,16 @@ PRIVATE_PREFIX = "claude-cli-bridge-private-"
 
 
 def private_folder(last: str = "") -> str:
-    """A folder that only this user can write to, with `work`, the empty working directory of model
-    mode, and `gates`.  The `last` one is returned as long as it is complete.  Raises OSError.
+    """A folder that only this user can write to, with `work`, the empty working
+    directory of model mode, and `gates`.  The `last` one is returned as long as it is
+    complete.  Raises OSError.
 
-    2.1.330 tells its working directory to the API, whose prompt cache compares bytes: all bridges
-    of a user share one, unless others can or did write to it.
+    2.1.330 tells its working directory to the API, whose prompt cache compares bytes:
+    all bridges of a user share one, unless others can or did write to it.
     """
-    if last and all(os.path.isdir(os.path.join(last, name)) for name in ("work", "gates")):
+    if last and all(
+        os.path.isdir(os.path.join(last, name)) for name in ("work", "gates")
+    ):
         return last
     shared = os.path.join(tempfile.gettempdir(), f"claude-cli-bridge-{os.getuid()}")
     with contextlib.suppress(OSError):
@@ -400,8 +441,8 @@ def private_folder(last: str = "") -> str:
 
 
 def furnish(path: str) -> bool:
-    """Make a private folder with what belongs in it; False when somebody else can or did write to
-    it."""
+    """Make a private folder with what belongs in it; False when somebody else can or
+    did write to it."""
     work = os.path.join(path, "work")
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
@@ -415,10 +456,11 @@ def furnish(path: str) -> bool:
 
 
 def gate_path(folder: str, descriptor: int) -> str:
-    """A path that leads a child to the pipe it inherits as `descriptor`; the CLI wants a name that
-    ends in .jsonl.
+    """A path that leads a child to the pipe it inherits as `descriptor`; the CLI wants
+    a name that ends in .jsonl.
 
-    It is alone in a folder, as an agent's CLI writes beside it what its subagents are for.
+    It is alone in a folder, as an agent's CLI writes beside it what its subagents are
+    for.
     """
     own = tempfile.mkdtemp(dir=os.path.join(folder, "gates"))
     path = os.path.join(own, f"{descriptor}.jsonl")
@@ -427,8 +469,8 @@ def gate_path(folder: str, descriptor: int) -> str:
 
 
 def session_id(token: str) -> str:
-    """The id of a session header: a UUID as it is, any other token hashed to one (UUIDv5, OID
-    namespace)."""
+    """The id of a session header: a UUID as it is, any other token hashed to one
+    (UUIDv5, OID namespace)."""
     try:
         return str(uuid.UUID(token))
     except ValueError:
@@ -436,9 +478,9 @@ def session_id(token: str) -> str:
 
 
 def watch_without_threads() -> None:
-    """Let asyncio wait for children by their pidfds, as Python 3.12 does by itself: 3.11 has a
-    thread for each, with a stack and an arena, 70 MB of address space.  To be called before a loop
-    runs."""
+    """Let asyncio wait for children by their pidfds, as Python 3.12 does by itself:
+    3.11 has a thread for each, with a stack and an arena, 70 MB of address space.  To
+    be called before a loop runs."""
     if sys.platform != "linux" or sys.version_info >= (3, 12):
         return
     with contextlib.suppress(OSError):  # Linux older than 5.3
@@ -448,9 +490,8 @@ def watch_without_threads() -> None:
 
 def die_with_parent() -> None:
     """Run in a new child: it is killed when the bridge dies, even by SIGKILL (prctl(2),
-    PR_SET_PDEATHSIG).
-    A CLI that only sees its stdin close finishes a running turn first, and 2.1.330 calls the API
-    once more for a parked tool call."""
+    PR_SET_PDEATHSIG).  A CLI that only sees its stdin close finishes a running turn
+    first, and 2.1.330 calls the API once more for a parked tool call."""
     PRCTL(1, signal.SIGKILL)
 
 
@@ -459,9 +500,9 @@ PF_EXITING = 0x4
 
 
 def exiting(pid: int) -> bool:
-    """Whether the kernel is ending a process.  A killed CLI frees its memory first and closes its
-    pipes 10 ms later: a request that comes in between must not be given to it (proc(5):
-    /proc/pid/stat, state and flags)."""
+    """Whether the kernel is ending a process.  A killed CLI frees its memory first and
+    closes its pipes 10 ms later: a request that comes in between must not be given to
+    it (proc(5): /proc/pid/stat, state and flags)."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
@@ -477,8 +518,8 @@ def exiting(pid: int) -> bool:
 class Process(asyncio.SubprocessProtocol):
     """One child: its lines in and out, its silence, its end.
 
-    Lines are read whether or not a turn is running: the CLI's control requests are answered at
-    once, a turn's events wait for it, and what comes unasked is a fault.
+    Lines are read whether or not a turn is running: the CLI's control requests are
+    answered at once, a turn's events wait for it, and what comes unasked is a fault.
     """
 
     def __init__(self, watchdog_secs: float) -> None:
@@ -541,8 +582,8 @@ class Process(asyncio.SubprocessProtocol):
         folder: str,
         watchdog_secs: float,
     ) -> "Process":
-        """Start a child that waits at its gate, in a process group of its own.  Raises OSError when
-        it cannot."""
+        """Start a child that waits at its gate, in a process group of its own.  Raises
+        OSError when it cannot."""
         process = cls(watchdog_secs)
         reading, process._gate = os.pipe()
         os.set_blocking(process._gate, False)
@@ -584,8 +625,8 @@ class Process(asyncio.SubprocessProtocol):
     # The gate
 
     def open_gate(self, rows: list[bytes]) -> None:
-        """Give the waiting process its conversation (`translate.transcript`); it goes through as
-        the process reads."""
+        """Give the waiting process its conversation (`translate.transcript`); it goes
+        through as the process reads."""
         if self._gate < 0:
             return  # it died meanwhile, which the end of its output will tell
         self._rows = deque(memoryview(row) for row in rows)
@@ -625,9 +666,10 @@ class Process(asyncio.SubprocessProtocol):
         self._alive_at = self.loop.time()
 
     def settle(self, seen: bool, calls: Iterable[str] = ()) -> bool:
-        """End a turn whose answer called the client tools `calls`.  `seen`: its `result` has come.
-        If it has not, and no tool call holds it back, `settled` becomes a future for it.  Returns
-        False when the process said something after the `result`."""
+        """End a turn whose answer called the client tools `calls`.  `seen`: its
+        `result` has come.  If it has not, and no tool call holds it back, `settled`
+        becomes a future for it.  Returns False when the process said something after
+        the `result`."""
         self.listening = False
         self._due = frozenset(calls)
         is_quiet = True
@@ -646,23 +688,26 @@ class Process(asyncio.SubprocessProtocol):
             stdin.writelines(lines)
 
     def hand_over(self, results: dict[str, Json]) -> None:
-        """Give the results of tool calls, by id, to those that wait and those that are yet to
-        come."""
+        """Give the results of tool calls, by id, to those that wait and those that are
+        yet to come."""
         self._results |= results
         for call in results.keys() & self._calls.keys():
             self._answer_call(self._calls.pop(call), call)
 
     def _answer_call(self, event: CliEvent, call: str) -> None:
         if call in self._results:
-            self.write(translate.control_answer(event, self.tools, self._results.pop(call)))
+            self.write(
+                translate.control_answer(event, self.tools, self._results.pop(call))
+            )
         else:
             self._calls[call] = event
 
     async def until(self, find: Callable[[CliEvent], Any]) -> Any:
-        """Read until `find` returns something for an event that is no delta, and return that.
+        """Read until `find` returns something for an event that is no delta, and return
+        that.
 
-        Raises ApiError: that of a failed turn, 504 after the watchdog's time without a sign of
-        life, 502 when the process is gone.
+        Raises ApiError: that of a failed turn, 504 after the watchdog's time without a
+        sign of life, 502 when the process is gone.
         """
         translator = Translator()  # it raises what fails
         found = None
@@ -675,15 +720,17 @@ class Process(asyncio.SubprocessProtocol):
         return found
 
     async def ask(self, name: str, subtype: str, **fields: Any) -> Json:
-        """Send a control request under a name of its own; returns the CLI's response, good or bad.
-        Raises as `until`."""
+        """Send a control request under a name of its own; returns the CLI's response,
+        good or bad.  Raises as `until`."""
         self.write(translate.control_line(name, subtype, **fields))
-        answer: Json = await self.until(lambda event: translate.control_response(event, name))
+        answer: Json = await self.until(
+            lambda event: translate.control_response(event, name)
+        )
         return answer
 
     async def pump(self, sink: Callable[[list[Event]], bool]) -> None:
-        """Pass the events of each read to `sink` as they arrive, until it returns False.  Raises
-        as `until`, and what `sink` raises."""
+        """Pass the events of each read to `sink` as they arrive, until it returns
+        False.  Raises as `until`, and what `sink` raises."""
         self._sink = sink
         try:
             self._hand_to_sink(self._take_events())
@@ -713,7 +760,8 @@ class Process(asyncio.SubprocessProtocol):
         return events
 
     async def _more(self) -> None:
-        """Wait until there are events, or until `_wake`.  Raises what ended the process."""
+        """Wait until there are events, or until `_wake`.  Raises what ended the
+        process."""
         if self._events:
             return
         if self._failure:
@@ -724,7 +772,9 @@ class Process(asyncio.SubprocessProtocol):
         silent_at = silent_since + self._watchdog_secs
         if self.loop.time() >= silent_at:
             self.silent = True
-            raise ApiError(504, f"the claude CLI was silent for {self._watchdog_secs:g} seconds")
+            raise ApiError(
+                504, f"the claude CLI was silent for {self._watchdog_secs:g} seconds"
+            )
         self._waiter = self.loop.create_future()
         timer = self.loop.call_at(silent_at, self._wake)
         try:
@@ -734,7 +784,8 @@ class Process(asyncio.SubprocessProtocol):
             self._waiter = None
 
     async def _death(self) -> ApiError:
-        await asyncio.wait({self.exited}, timeout=1)  # its status follows the end of its output
+        # Its status follows the end of its output.
+        await asyncio.wait({self.exited}, timeout=1)
         status = (
             f"exited with status {self.exited.result()}"
             if self.exited.done()
@@ -791,7 +842,9 @@ class Process(asyncio.SubprocessProtocol):
         except ApiError as error:
             failure = error
         if len(self._partial) > MAX_LINE:
-            failure = cli_error(f"the claude CLI wrote a line of more than {MAX_LINE >> 20} MiB")
+            failure = cli_error(
+                f"the claude CLI wrote a line of more than {MAX_LINE >> 20} MiB"
+            )
             self._partial.clear()
         if self.listening:
             self._keep(events, len(data))
@@ -801,9 +854,9 @@ class Process(asyncio.SubprocessProtocol):
                 self.on_fault()
 
     def is_unasked(self, events: Sequence[Event]) -> bool:
-        """Whether events outside a turn show that the process goes on by itself.  Until the last
-        turn's `result` has come they may still be that turn's, except another answer of the model
-        and the call of a tool that was not announced."""
+        """Whether events outside a turn show that the process goes on by itself.  Until
+        the last turn's `result` has come they may still be that turn's, except another
+        answer of the model and the call of a tool that was not announced."""
         is_settled = self.settled is None or self.settled.done()
         unasked = ANSWERS if is_settled else {"stream_event"}
         for event in events:
@@ -826,7 +879,8 @@ class Process(asyncio.SubprocessProtocol):
         self._wake()
 
     def _read(self, line: bytes) -> Sequence[Event]:
-        """Decode a line, and act on it at once: answer control requests, note signs of life."""
+        """Decode a line, and act on it at once: answer control requests, note signs of
+        life."""
         if line.startswith(translate.DELTA_START):
             self._alive_at = self.loop.time()
             return [line]
@@ -882,8 +936,8 @@ class Process(asyncio.SubprocessProtocol):
     async def end(self) -> None:
         """End the process and its group, and wait until it is reaped.
 
-        One that waits for a tool result is killed: 2.1.330 calls the API once more when its stdin
-        closes.
+        One that waits for a tool result is killed: 2.1.330 calls the API once more when
+        its stdin closes.
         """
         self._close_gate()
         stdin = self._transport.get_pipe_transport(0)
@@ -955,7 +1009,9 @@ class Turn:
         self.process = self.session.process
         session = self.session
         names = [tool["name"] for tool in self.process.tools]
-        self.translator = Translator(names, agent=session.agent, turn_id=session.turn_id)
+        self.translator = Translator(
+            names, agent=session.agent, turn_id=session.turn_id
+        )
         # The process went on by itself behind the `result`.
         self.overran = False
 
@@ -971,11 +1027,12 @@ class Turn:
     async def relay(
         self, send: Callable[[bytes], bool], drain: Callable[[], Awaitable[None]]
     ) -> None:
-        """Start the turn, and pass its frames to `send`, one call for each read; b"" unless the
-        request streams.  When `send` returns False, `drain` is awaited, and the child is not read
-        meanwhile.
+        """Start the turn, and pass its frames to `send`, one call for each read; b""
+        unless the request streams.  When `send` returns False, `drain` is awaited, and
+        the child is not read meanwhile.
 
-        Raises ApiError when the turn fails; what was sent before stays a correct beginning.
+        Raises ApiError when the turn fails; what was sent before stays a correct
+        beginning.
         """
         self.process.write(*self.lines)
         self.lines = []
@@ -1025,8 +1082,8 @@ class Turn:
 
     @property
     def rests(self) -> bool:
-        """Whether the process can take the next turn; one that calls tools must have listed
-        them."""
+        """Whether the process can take the next turn; one that calls tools must have
+        listed them."""
         can_hand_over = self.process.has_listed or not self.translator.calls
         return self.translator.rests and can_hand_over
 
@@ -1048,7 +1105,9 @@ def keep(cache: OrderedDict[Any, Any], key: object, value: object, most: int) ->
 class Pool:
     """All sessions, at most `max_sessions` processes at any time."""
 
-    def __init__(self, config: PoolConfig, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self, config: PoolConfig, environ: Mapping[str, str] = os.environ
+    ) -> None:
         self.config = config
         self.metrics = Metrics()
         # Every process that is not reaped.
@@ -1063,8 +1122,8 @@ class Pool:
         self._counters: list[Session] = []
         # Whether a process can be given other tools.
         self._swaps_tools = True
-        # What the last requests needed, and so what spares are for: a model that needs --model, or
-        # "", and the mode.
+        # What the last requests needed, and so what spares are for: a model that needs
+        # --model, or "", and the mode.
         self._kinds: deque[tuple[str, bool]] = deque(maxlen=2 * config.spares)
         # Spares that are being started.
         self._preparing: dict[asyncio.Task[None], tuple[str, bool]] = {}
@@ -1093,10 +1152,14 @@ class Pool:
         # Answers of `count`.
         self._counts: OrderedDict[bytes, int] = OrderedDict()
         # A lock for each session header in use: its requests run one after another.
-        self._pins: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        # By fingerprint and by key, the parts of the session that held a conversation last, and why
-        # a request may not find it there.
-        self._last_seen: OrderedDict[bytes | str, tuple[dict[str, bytes], str]] = OrderedDict()
+        self._pins: weakref.WeakValueDictionary[str, asyncio.Lock] = (
+            weakref.WeakValueDictionary()
+        )
+        # By fingerprint and by key, the parts of the session that held a conversation
+        # last, and why a request may not find it there.
+        self._last_seen: OrderedDict[bytes | str, tuple[dict[str, bytes], str]] = (
+            OrderedDict()
+        )
         self._executor: ThreadPoolExecutor | None = None
 
     async def __aenter__(self) -> "Pool":
@@ -1145,25 +1208,31 @@ class Pool:
         return self.metrics.text()
 
     async def compute(self, size: int, function: Callable[[], T]) -> T:
-        """Run what takes time in proportion to a request of `size` bytes: a large one in a thread,
-        one after another, so that others are served meanwhile."""
+        """Run what takes time in proportion to a request of `size` bytes: a large one
+        in a thread, one after another, so that others are served meanwhile."""
         if size < THREAD_SIZE:
             return function()
         self._executor = self._executor or ThreadPoolExecutor(1)
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._executor, function
+        )
 
     @contextlib.asynccontextmanager
     async def turn(
         self, request: Request, token: str | None, owner: str = ""
     ) -> AsyncIterator[Turn]:
-        """A session for the request: a warm one, or a fresh process that was given the history.
-        `token` is the session header; it names a conversation of the client with the key `owner`.
+        """A session for the request: a warm one, or a fresh process that was given the
+        history.  `token` is the session header; it names a conversation of the client
+        with the key `owner`.
 
-        Raises ApiError: 529 when there is no room in time, 502 when the CLI cannot be started. On
-        exit the session is filed if the answer is complete, and retired otherwise.
+        Raises ApiError: 529 when there is no room in time, 502 when the CLI cannot be
+        started. On exit the session is filed if the answer is complete, and retired
+        otherwise.
         """
         async with self._pin(token, owner) as key:
-            turn = await self._hot_turn(request, key) or await self._fresh_turn(request, key, token)
+            turn = await self._hot_turn(request, key) or await self._fresh_turn(
+                request, key, token
+            )
             try:
                 yield turn
             finally:
@@ -1176,15 +1245,18 @@ class Pool:
 
     @property
     def has_room(self) -> bool:
-        """Whether a request would get a process, or at worst that of a resting conversation."""
-        return not self._slots.locked() or bool(self.spares or self.on_file or self._counters)
+        """Whether a request would get a process, or at worst that of a resting
+        conversation."""
+        return not self._slots.locked() or bool(
+            self.spares or self.on_file or self._counters
+        )
 
     async def hello(self, *, anew: bool = False, is_curious: bool = False) -> Json:
         """What the CLI says of itself, without a model call: `models`, `account`.
 
-        The last answer of any process is good, unless it is asked `anew` and there is room; else
-        one process is started for it.  That of who `is_curious` gives way to any request.  Raises
-        ApiError when the CLI does not work.
+        The last answer of any process is good, unless it is asked `anew` and there is
+        room; else one process is started for it.  That of who `is_curious` gives way to
+        any request.  Raises ApiError when the CLI does not work.
         """
         await self._queue(self._hello_lock.acquire, "the claude CLI did not start")
         try:
@@ -1202,7 +1274,9 @@ class Pool:
             session.process.listen()
             session.process.open_gate(translate.transcript([], self.config.model))
             session.process.write(translate.initialize_line([], has_tools=False))
-            await session.process.until(lambda event: control_result(event, "initialize"))
+            await session.process.until(
+                lambda event: control_result(event, "initialize")
+            )
             self._hello = session.process.hello
         finally:
             if is_curious:
@@ -1226,8 +1300,8 @@ class Pool:
             pin.release()
 
     async def _queue(self, room: Callable[[], Awaitable[object]], what: str) -> None:
-        """Wait for `room` in a line of at most `max_queue` requests, for at most `queue_secs`.
-        Raises ApiError 529."""
+        """Wait for `room` in a line of at most `max_queue` requests, for at most
+        `queue_secs`.  Raises ApiError 529."""
         patience = self.config.queue_secs
         words = f"{what} within {patience:g} seconds"
         if self._queued >= self.config.max_queue:
@@ -1240,20 +1314,26 @@ class Pool:
                 await room()
         except TimeoutError:
             after = max(1, round(self.config.queue_secs))
-            raise ApiError(529, f"{words}; try again later", retry_after=after) from None
+            raise ApiError(
+                529, f"{words}; try again later", retry_after=after
+            ) from None
         finally:
             self._queued -= 1
-            if asyncio.current_task() not in self._preparing:  # nobody waits for a spare
+            is_for_spare = asyncio.current_task() in self._preparing
+            if not is_for_spare:  # nobody waits for one
                 self.metrics.time("queue_seconds", time.monotonic() - began)
 
     async def _hot_turn(self, request: Request, key: str) -> Turn | None:
-        """A turn of the warm session that holds the request's history, if there is one."""
+        """A turn of the warm session that holds the request's history, if there is
+        one."""
         session = self._by_name(request, key) if key else self._by_history(request)
         if not session:
             return None
         results = None
         if session.state is State.PARKED:
-            results = translate.tool_results(request.messages[-1]["content"], session.calls)
+            results = translate.tool_results(
+                request.messages[-1]["content"], session.calls
+            )
             if results is None:
                 self.retire(session, "tool-results")
                 return None
@@ -1279,7 +1359,9 @@ class Pool:
             return None
         continues = (session.chain, session.parts) == (request.past, request.parts)
         # A client that names its conversation may leave out what it said before.
-        only_what_is_new = not request.past and session.parts.items() >= request.sent_parts.items()
+        only_what_is_new = (
+            not request.past and session.parts.items() >= request.sent_parts.items()
+        )
         if continues or only_what_is_new:
             return session
         self.retire(session, "changed")
@@ -1293,12 +1375,11 @@ class Pool:
         return None
 
     def _hot_lines(
-        self,
-        request: Request,
-        session: Session,
-        with_message: bool,
+        self, request: Request, session: Session, with_message: bool
     ) -> list[bytes]:
-        settings = translate.turn_settings(request, has_listed_tools=bool(session.process.tools))
+        settings = translate.turn_settings(
+            request, has_listed_tools=bool(session.process.tools)
+        )
         changed = {}
         for name, value in settings.items():
             known = translate.digest(value)
@@ -1309,27 +1390,26 @@ class Pool:
         session.turn_id = ""
         if with_message:
             session.turn_id = str(uuid.uuid4())
-            lines.append(translate.user_line(request.messages[-1]["content"], session.turn_id))
+            lines.append(
+                translate.user_line(request.messages[-1]["content"], session.turn_id)
+            )
         return lines
 
     async def _is_ready(self, process: Process) -> bool:
-        """Whether the process is done with its last turn, and has not spoken or died since."""
+        """Whether the process is done with its last turn, and has not spoken or died
+        since."""
         try:
             settled = process.settled is None or await asyncio.wait_for(
                 process.settled, SETTLE_SECS
             )
         except TimeoutError:
             return False
-        for _ in range(2):  # rounds of the event loop, to read what the process has written
+        # Two rounds of the event loop, to read what the process has written.
+        for _ in range(2):
             await asyncio.sleep(0)
         return settled and not process.gone
 
-    async def _fresh_turn(
-        self,
-        request: Request,
-        key: str,
-        token: str | None,
-    ) -> Turn:
+    async def _fresh_turn(self, request: Request, key: str, token: str | None) -> Turn:
         how, reason = self._why(request, key)
         session, lines = await self._open(request, translate.listed_tools(request))
         if token:
@@ -1339,12 +1419,15 @@ class Pool:
         return Turn(request, session, how, reason, lines, on_begin=self._refill)
 
     def _why(self, request: Request, key: str) -> tuple[str, str]:
-        """Why a turn is not hot: `new`, or `rebuilt` with a reason that its user can act on."""
+        """Why a turn is not hot: `new`, or `rebuilt` with a reason that its user can
+        act on."""
         past = self._last_seen.get(request.past) or self._last_seen.get(key)
         if not past:
             return ("rebuilt", "unknown-history") if request.past else ("new", "")
         parts, reason = past
-        changed = [name for name, value in request.parts.items() if parts.get(name) != value]
+        changed = [
+            name for name, value in request.parts.items() if parts.get(name) != value
+        ]
         if changed:
             reason = f"{changed[0]}-changed"
         elif reason == "changed":
@@ -1356,11 +1439,12 @@ class Pool:
     async def _open(
         self, request: Request, tools: list[Json], *, query: bool = True
     ) -> tuple[Session, list[bytes]]:
-        """A process that holds the history of the request, and the lines that start its turn.
-        Without `query` the message is only added, to be counted."""
+        """A process that holds the history of the request, and the lines that start its
+        turn.  Without `query` the message is only added, to be counted."""
         agent = self._is_agent(request)
         if not self._hello and translate.has_thinking(request.messages):
-            await self.hello()  # thinking is kept only beside the full name of the model
+            # Thinking is kept only beside the full name of the model.
+            await self.hello()
         while True:
             session = await self._take(request.model, agent)
             self._move(session, State.BUSY)
@@ -1384,26 +1468,33 @@ class Pool:
         session.turn_id = turn_id = str(uuid.uuid4())
         model = translate.listed_model(self._hello, request.model) or request.model
         rows, lines = await self.compute(
-            request.size, lambda: translate.opening(request, model, turn_id, query=query)
+            request.size,
+            lambda: translate.opening(request, model, turn_id, query=query),
         )
         settings = translate.turn_settings(request)
         if not query:
             # Its log tells how the API answered (`count`).
             settings["ANTHROPIC_LOG"] = "info"
-        session.settings = {name: translate.digest(value) for name, value in settings.items()}
+        session.settings = {
+            name: translate.digest(value) for name, value in settings.items()
+        }
         process.open_gate(rows)
         process.write(
-            translate.initialize_line(request.system, has_tools=bool(tools), agent=session.agent),
-            translate.settings_line({name: value for name, value in settings.items() if value}),
+            translate.initialize_line(
+                request.system, has_tools=bool(tools), agent=session.agent
+            ),
+            translate.settings_line(
+                {name: value for name, value in settings.items() if value}
+            ),
         )
         return lines
 
     async def _has_model(self, session: Session, name: str) -> bool:
-        """Whether a process that was started without --model runs the one that its conversation
-        names.
+        """Whether a process that was started without --model runs the one that its
+        conversation names.
 
-        For a model that it cannot resume with, the CLI silently takes its default: each name is
-        checked once.
+        For a model that it cannot resume with, the CLI silently takes its default: each
+        name is checked once.
         """
         if session.model or self._models.get(name):
             return True
@@ -1418,11 +1509,11 @@ class Pool:
         return bool(self.config.tools) and not request.tool_names
 
     async def _take(self, model: str, agent: bool) -> Session:
-        """A process without a conversation: a spare, even one that is still starting, or else a
-        fresh one.
+        """A process without a conversation: a spare, even one that is still starting,
+        or else a fresh one.
 
-        A full model name needs no --model, so any spare will do.  That of an alias is known once a
-        CLI has listed its models.
+        A full model name needs no --model, so any spare will do.  That of an alias is
+        known once a CLI has listed its models.
         """
         full_name = translate.listed_model(self._hello, model) or model
         has_full_name = full_name.startswith(translate.FULL_NAME)
@@ -1437,7 +1528,9 @@ class Pool:
 
     async def _spawn(self, model: str, agent: bool) -> Session:
         if self._slots.locked() and self._waiting_for_slot >= len(self._ending):
-            self._evict([*self._curious, *self._counters, *self.spares, *self.on_file.values()])
+            self._evict(
+                [*self._curious, *self._counters, *self.spares, *self.on_file.values()]
+            )
         words = f"all {self.config.max_sessions} processes were busy, none got free"
         await self._queue(self._take_slot, words)
         try:
@@ -1452,7 +1545,9 @@ class Pool:
             self._starting.release()
             self._slots.release()
             if isinstance(error, OSError):
-                raise cli_error(f"the claude CLI cannot be started: {error.strerror}") from error
+                raise cli_error(
+                    f"the claude CLI cannot be started: {error.strerror}"
+                ) from error
             raise
         process.started.add_done_callback(lambda _: self._starting.release())
         session = Session(str(uuid.uuid4()), process, model, agent)
@@ -1475,7 +1570,8 @@ class Pool:
             raise
 
     def _refill(self) -> None:
-        """Start the missing spares, each of the recently requested kind that has fewest."""
+        """Start the missing spares, each of the recently requested kind that has
+        fewest."""
         if not self._kinds:
             return
         for spare in list(self.spares):
@@ -1541,7 +1637,10 @@ class Pool:
         session.turns += 1
         if not turn.rests:
             reason = translator.stop_reason
-            self.retire(session, reason if reason.isascii() and reason.isidentifier() else "other")
+            self.retire(
+                session,
+                reason if reason.isascii() and reason.isidentifier() else "other",
+            )
             return
         session.calls = translator.calls
         if session.turns >= self.config.max_turns and not session.calls:
@@ -1551,7 +1650,8 @@ class Pool:
         if turn.overran or not is_quiet:
             self.retire(session, "unasked")
             return
-        self._remember(session, "pinned")  # only a request without its header can miss it
+        # Only a request without its header can miss it while it is on file.
+        self._remember(session, "pinned")
         self._file(session, State.PARKED if session.calls else State.IDLE)
 
     def _file(self, session: Session, state: State) -> None:
@@ -1567,8 +1667,8 @@ class Pool:
             self.retire(first, "evicted")
 
     def retire(self, session: Session, reason: str) -> None:
-        """End a session's process in the background; its slot is free once the process is
-        reaped."""
+        """End a session's process in the background; its slot is free once the process
+        is reaped."""
         if session.state is State.RETIRED:
             return
         if reason == "failed" and session.process.ended:
@@ -1614,13 +1714,16 @@ class Pool:
     # Counting
 
     async def count(self, request: Request) -> int:
-        """The tokens of a request, as the API counts what a turn would send, without a model call.
+        """The tokens of a request, as the API counts what a turn would send, without a
+        model call.
 
-        Raises ApiError: as `turn` does, 401 when nobody is logged in, and the API's own failures.
-        The CLI passes off an estimate as a count when the API does not count, so its log is watched
-        for the API's answers.
+        Raises ApiError: as `turn` does, 401 when nobody is logged in, and the API's own
+        failures.  The CLI passes off an estimate as a count when the API does not
+        count, so its log is watched for the API's answers.
         """
-        key = await self.compute(request.size, lambda: translate.request_digest(request))
+        key = await self.compute(
+            request.size, lambda: translate.request_digest(request)
+        )
         if key in self._counts:
             return self._counts[key]
         await self._queue(self._counting.acquire, "other counts did not end")
@@ -1651,7 +1754,11 @@ class Pool:
                 has_tools = translate.has_counted(usage, tools)
                 can_count_again = translate.is_one_line(request) and has_tools
                 can_have_tools = self._swaps_tools or not tools
-                is_free = can_count_again and can_have_tools and await self._take_back(session)
+                is_free = (
+                    can_count_again
+                    and can_have_tools
+                    and await self._take_back(session)
+                )
         except BaseException:
             self.retire(session, "failed")
             raise
@@ -1668,13 +1775,18 @@ class Pool:
             raise ApiError(failed, f"the API did not count: status {failed}")
         if not statuses:
             if not translate.login_source(self._hello):
-                raise ApiError(401, f"the claude CLI is not logged in: {translate.LOGIN_CURE}")
+                raise ApiError(
+                    401, f"the claude CLI is not logged in: {translate.LOGIN_CURE}"
+                )
             raise cli_error("the API did not answer the claude CLI's count")
         tokens = int(usage.get("totalTokens") or 0)
         return tokens + TOOLS_PROMPT_TOKENS if request.tool_names else tokens
 
-    async def _ask_usage(self, process: Process, lines: list[bytes]) -> tuple[Json, list[int]]:
-        """What a process says of its context, and the API's statuses for the counts it asked."""
+    async def _ask_usage(
+        self, process: Process, lines: list[bytes]
+    ) -> tuple[Json, list[int]]:
+        """What a process says of its context, and the API's statuses for the counts it
+        asked."""
         statuses: list[int] = []
 
         def find(event: CliEvent) -> Json:
@@ -1698,8 +1810,8 @@ class Pool:
             self._evict(self._counters)
 
     def _take_counter(self, request: Request, tools: list[Json]) -> Session | None:
-        """A process that has counted one message and can count another: Claude Code's /context asks
-        for 24 counts.  All but the tools must be the same."""
+        """A process that has counted one message and can count another: Claude Code's
+        /context asks for 24 counts.  All but the tools must be the same."""
         if not translate.is_one_line(request):
             return None
         for session in list(self._counters):
@@ -1717,7 +1829,8 @@ class Pool:
     async def _set_up_again(
         self, session: Session, request: Request, tools: list[Json]
     ) -> list[bytes]:
-        """Give a process other tools; returns the line that adds the message to be counted."""
+        """Give a process other tools; returns the line that adds the message to be
+        counted."""
         process = session.process
         if process.tools != tools:
             process.tools = tools
@@ -1734,7 +1847,9 @@ class Pool:
         """Take back the message that was counted; False: this CLI does not."""
         fields = {"target_message_uuid": session.turn_id}
         try:
-            answer = await session.process.ask("rewind", "rewind_conversation", **fields)
+            answer = await session.process.ask(
+                "rewind", "rewind_conversation", **fields
+            )
         except ApiError:
             return False
         return translate.text_of(answer, "subtype") == "success"
@@ -1760,7 +1875,10 @@ METRICS = {
         "histogram",
         "From a request for a message to the first event of its answer",
     ),
-    "turn_seconds": ("histogram", "From a request for a message to the end of its answer"),
+    "turn_seconds": (
+        "histogram",
+        "From a request for a message to the end of its answer",
+    ),
     "queue_seconds": (
         "histogram",
         "Time requests waited for a process slot or for others of their session",
@@ -1771,7 +1889,10 @@ METRICS = {
     ),
     "processes": ("gauge", "Processes of the CLI by state"),
     "processes_started_total": ("counter", "Processes of the CLI that were started"),
-    "processes_ended_total": ("counter", "Processes of the CLI that were retired, by reason"),
+    "processes_ended_total": (
+        "counter",
+        "Processes of the CLI that were retired, by reason",
+    ),
     "process_restarts_total": (
         "counter",
         "Processes of the CLI that ended by themselves; the next turn starts one",
@@ -1782,9 +1903,18 @@ METRICS = {
         "Requests that wait for a process, or for others of their session",
     ),
     "connections": ("gauge", "Open connections of clients"),
-    "log_lines_lost_total": ("counter", "Log lines that were lost because nobody read them"),
-    "quota_utilization_ratio": ("gauge", "How much of a limit of the account is used, by the CLI"),
-    "quota_resets_at_seconds": ("gauge", "When a limit of the account is reset, in epoch seconds"),
+    "log_lines_lost_total": (
+        "counter",
+        "Log lines that were lost because nobody read them",
+    ),
+    "quota_utilization_ratio": (
+        "gauge",
+        "How much of a limit of the account is used, by the CLI",
+    ),
+    "quota_resets_at_seconds": (
+        "gauge",
+        "When a limit of the account is reset, in epoch seconds",
+    ),
 }
 # Key of what the CLI tells of a limit -> its metric.
 QUOTA_METRICS = {
@@ -1798,8 +1928,8 @@ ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 class Metrics:
-    """Counts and times since the start, as Prometheus reads them (text-based exposition format,
-    0.0.4)."""
+    """Counts and times since the start, as Prometheus reads them (text-based exposition
+    format, 0.0.4)."""
 
     def __init__(self) -> None:
         # By name, then by the rest of the name and the labels.
@@ -1811,7 +1941,11 @@ class Metrics:
                     [f'_bucket{{le="{bound}"}}' for bound in bounds], 0
                 )
                 self._samples[name].update({"_sum": 0, "_count": 0})
-        for name in ("processes_started_total", "process_restarts_total", "watchdog_fires_total"):
+        for name in (
+            "processes_started_total",
+            "process_restarts_total",
+            "watchdog_fires_total",
+        ):
             self.add(name, 0)
 
     def add(self, name: str, amount: float = 1, **labels: object) -> None:
@@ -1845,10 +1979,15 @@ class Metrics:
             kind, words = METRICS[name]
             lines.append(f"# HELP claude_cli_bridge_{name} {words}")
             lines.append(f"# TYPE claude_cli_bridge_{name} {kind}")
-            lines += [f"claude_cli_bridge_{name}{rest} {value}" for rest, value in samples.items()]
+            lines += [
+                f"claude_cli_bridge_{name}{rest} {value}"
+                for rest, value in samples.items()
+            ]
         return "\n".join([*lines, ""])
 
 
 def labelled(labels: Mapping[str, object]) -> str:
-    text = ",".join(f'{name}="{str(value).translate(ESCAPES)}"' for name, value in labels.items())
+    text = ",".join(
+        f'{name}="{str(value).translate(ESCAPES)}"' for name, value in labels.items()
+    )
     return f"{{{text}}}" if text else ""

@@ -1,11 +1,12 @@
 """Pure rules between the Messages API and the claude CLI: no I/O, no clock.
 
-The file follows the order of a turn: errors, the reading of a request, the fingerprint of a
-conversation, what is written to the CLI, what is read from it, the translation of its events
-into the events of a Messages stream, and the headers that tell of rate limits.
+The file follows the order of a turn: errors, the reading of a request, the fingerprint
+of a conversation, what is written to the CLI, what is read from it, the translation of
+its events into the events of a Messages stream, and the headers that tell of rate
+limits.
 
-"API" names a rule of the Messages API.  A name after "recording" is a file in tests/fixtures that
-shows the rule.
+"API" names a rule of the Messages API.  A name after "recording" is a file in
+tests/fixtures that shows the rule.
 """
 
 import binascii
@@ -27,7 +28,8 @@ Json = dict[str, Any]
 
 
 class Block(TypedDict, total=False):
-    """A content block (API).  Keys that are not named here are passed on as they are."""
+    """A content block (API).  Keys that are not named here are passed on as they
+    are."""
 
     type: Required[str]
     text: str
@@ -88,7 +90,8 @@ class CliEvent(TypedDict, total=False):
 
 # ------------------------------------------------------------ errors
 
-# The error.type of an HTTP status, as the SDKs map it (API: "Errors"); 502 is the bridge's own.
+# The error.type of an HTTP status, as the SDKs map it (API: "Errors"); 502 is the
+# bridge's own.
 ERROR_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -104,9 +107,12 @@ ERROR_TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
-# Statuses where a retry cannot help.  The SDKs retry 5xx twice unless they are told not to.
+# Statuses where a retry cannot help.  The SDKs retry 5xx twice unless they are told not
+# to.
 FINAL_STATUSES = {400, 401, 402, 403, 404, 405, 413, 415, 422, 431}
-LOGIN_CURE = "run `claude-cli-bridge login`, or log in with /login in the claude CLI itself"
+LOGIN_CURE = (
+    "run `claude-cli-bridge login`, or log in with /login in the claude CLI itself"
+)
 
 
 @dataclass(eq=False)
@@ -132,10 +138,7 @@ class ApiError(Exception):
 
     def body(self, request_id: str) -> Json:
         """The API's error envelope; as a stream event it is the `error` event."""
-        error: Json = {
-            "type": self.kind,
-            "message": self.message,
-        }
+        error: Json = {"type": self.kind, "message": self.message}
         if self.details:
             error["details"] = self.details
         return {
@@ -154,17 +157,19 @@ def bad_request(place: str, message: str) -> ApiError:
     return ApiError(400, f"{place}: {message}")
 
 
-# How the CLI words an error of the API: an introduction, and the API's own message, as text or as
-# the whole error body.
+# How the CLI words an error of the API: an introduction, and the API's own message, as
+# text or as the whole error body.
 API_ERROR = re.compile(
     r"(?:Failed to authenticate\. )?API Error: (?:\d{3} |Request rejected \(429\) · )?(.+)",
     re.DOTALL,
 )
 # What the CLI adds to the message of a 5xx.
 ADVICE = ". This is a server-side issue, usually temporary"
-# What it says when it tries once more, without a part of the conversation that the API refused.
+# What it says when it tries once more, without a part of the conversation that the API
+# refused.
 REMOVAL = re.compile(r"API Error: (.+ could not be processed) and was removed")
-# The CLI's own verdicts carry no status (recordings not_logged_in, mid_stream_error of 2.1.197).
+# The CLI's own verdicts carry no status (recordings not_logged_in, mid_stream_error of
+# 2.1.197).
 VERDICTS = {
     "Not logged in": 401,
     "Prompt is too long": 400,
@@ -178,9 +183,10 @@ def result_error(
 ) -> ApiError:
     """The error that a `result` event with `is_error` stands for.
 
-    The CLI writes `subtype: success` on failures as well, so only `is_error`, `api_error_status`
-    and the text count (recordings error_401, error_429, error_529, not_logged_in).  `told` is the
-    `assistant` event before it, in which 2.1.330 keeps the API's error.type and error_code.
+    The CLI writes `subtype: success` on failures as well, so only `is_error`,
+    `api_error_status` and the text count (recordings error_401, error_429, error_529,
+    not_logged_in).  `told` is the `assistant` event before it, in which 2.1.330 keeps
+    the API's error.type and error_code.
     """
     errors = result.get("errors")
     text = result.get("result")
@@ -189,7 +195,9 @@ def result_error(
     text = str(text or "the claude CLI ended the turn with an error")
     status = result.get("api_error_status")
     if not isinstance(status, int) or not 400 <= status <= 599:
-        status = next((code for words, code in VERDICTS.items() if text.startswith(words)), 502)
+        status = next(
+            (code for words, code in VERDICTS.items() if text.startswith(words)), 502
+        )
     message, kind = api_message(text, text_of(told, "api_error_type"))
     if status == 401:
         message = f"{message} (the claude CLI is not logged in: {LOGIN_CURE})"
@@ -199,16 +207,13 @@ def result_error(
     code = text_of(told, "api_error_code")
     details = {"error_code": code} if code else None
     return ApiError(
-        status,
-        message,
-        kind,
-        details,
-        resets_at=resets_at if status == 429 else None,
+        status, message, kind, details, resets_at=resets_at if status == 429 else None
     )
 
 
 def api_message(text: str, kind: str) -> tuple[str, str]:
-    """The API's own message in a text of the CLI, and its error.type where the text says it."""
+    """The API's own message in a text of the CLI, and its error.type where the text
+    says it."""
     match = API_ERROR.fullmatch(text)
     if not match:
         return text, kind
@@ -227,7 +232,8 @@ def api_message(text: str, kind: str) -> tuple[str, str]:
 
 # ------------------------------------------------------------ JSON
 
-# An integer of 19 digits may exceed 64 bits: orjson would read a float, and lose digits.
+# An integer of 19 digits may exceed 64 bits: orjson would read a float, and lose
+# digits.
 LONG_INTEGER = re.compile(rb"[0-9]{19}")
 
 
@@ -243,14 +249,17 @@ def from_json(text: bytes) -> Any:
 
 
 def to_json(value: Any, *, sort_keys: bool = False) -> bytes:
-    """One line of JSON.  Raises ApiError when it is nested too deeply for Python (about 1,000)."""
+    """One line of JSON.  Raises ApiError when it is nested too deeply for Python (about
+    1,000)."""
     try:
         return orjson.dumps(value, option=orjson.OPT_SORT_KEYS if sort_keys else None)
     except TypeError:  # an integer of more than 64 bits, or more than 254 levels
         pass
     separators = (",", ":")
     try:
-        text = json.dumps(value, ensure_ascii=False, separators=separators, sort_keys=sort_keys)
+        text = json.dumps(
+            value, ensure_ascii=False, separators=separators, sort_keys=sort_keys
+        )
     except RecursionError:
         raise cli_error("the claude CLI wrote JSON that is nested too deeply") from None
     return text.encode()
@@ -282,14 +291,16 @@ def without_nulls(value: Mapping[str, Any]) -> Json:
 
 
 def without_empties(value: Json) -> Json:
-    """The Vercel AI SDK fails on `context_management: {}` and adds up `iterations: []`."""
+    """The Vercel AI SDK fails on `context_management: {}` and adds up `iterations:
+    []`."""
     return {key: inner for key, inner in value.items() if inner not in (None, {}, [])}
 
 
 # ------------------------------------------------------------ requests
 
-# A model name can end up in the CLI's argv, where a leading dash would make it a flag.  Brackets,
-# slashes, colons and @ occur in real names (sonnet[1m], Bedrock ARNs, Vertex versions).
+# A model name can end up in the CLI's argv, where a leading dash would make it a flag.
+# Brackets, slashes, colons and @ occur in real names (sonnet[1m], Bedrock ARNs, Vertex
+# versions).
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,255}")
 MODEL_PREFIX = "claude-cli/"
 # How full names begin; aliases (sonnet, opus[1m]) do not.
@@ -307,12 +318,12 @@ LOST_BETAS = frozenset(
         "tool-provenance-2026-10-26",
     }
 )
-# Fields that the bridge passes on in another way, or leaves to the CLI.  All others go to the API
-# as sent.  `betas` would replace the CLI's own list, which an OAuth login needs; `metadata`
-# identifies the CLI.
+# Fields that the bridge passes on in another way, or leaves to the CLI.  All others go
+# to the API as sent.  `betas` would replace the CLI's own list, which an OAuth login
+# needs; `metadata` identifies the CLI.
 OWN_FIELDS = frozenset({"model", "messages", "system", "stream", "metadata", "betas"})
-# Claude Code's first system block: a hash that changes with every request, and that the CLI writes
-# itself.
+# Claude Code's first system block: a hash that changes with every request, and that the
+# CLI writes itself.
 BILLING_LINE = "x-anthropic-billing-header:"
 TYPE_NAMES = {
     str: "string",
@@ -324,8 +335,8 @@ PREFILL = (
     "a conversation whose last message is the assistant's cannot be continued by this bridge "
     "(the claude CLI takes no prefill): end it with a user message"
 )
-# Tools whose entry in `tools` has no name of its own, and the names that the model calls (SDK:
-# BetaComputerToolset*).
+# Tools whose entry in `tools` has no name of its own, and the names that the model
+# calls (SDK: BetaComputerToolset*).
 TOOLSETS = {
     "computer_toolset_": (
         "cursor_position double_click hold_key key left_click left_click_drag left_mouse_down "
@@ -363,7 +374,8 @@ class Request:
     caching: str
     # Fields and places that cannot arrive as sent (header x-bridge-not-sent).
     not_sent: list[str]
-    # Places in the newest message that are lost as well when it goes to the CLI as a user line.
+    # Places in the newest message that are lost as well when it goes to the CLI as a
+    # user line.
     image_places: list[str]
     # Bytes of the request as it came.
     size: int
@@ -386,11 +398,11 @@ def parse_request(
     max_values: int = 300_000,
     counting: bool = False,
 ) -> Request:
-    """Read the body of POST /v1/messages, or of .../count_tokens if `counting`.  `betas` is the
-    header anthropic-beta; the limits are those of `Config`.
+    """Read the body of POST /v1/messages, or of .../count_tokens if `counting`.
+    `betas` is the header anthropic-beta; the limits are those of `Config`.
 
-    It checks only what the bridge itself depends on, and what the CLI would change silently; the
-    API judges the rest.  Raises ApiError 400, worded like the API's.
+    It checks only what the bridge itself depends on, and what the CLI would change
+    silently; the API judges the rest.  Raises ApiError 400, worded like the API's.
     """
     data = read_object(body, max_depth, max_values)
     check_fields(data, counting)
@@ -445,11 +457,7 @@ def not_json(words: str) -> ApiError:
     return ApiError(400, f"The request body is not valid JSON: {words}")
 
 
-def read_object(
-    body: bytes,
-    max_depth: int,
-    max_values: int,
-) -> Json:
+def read_object(body: bytes, max_depth: int, max_values: int) -> Json:
     if has_more_values(body, max_values):
         raise not_json(f"it holds more than {max_values} values")
     try:
@@ -468,8 +476,8 @@ STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
 
 def has_more_values(body: bytes, limit: int) -> bool:
-    """Whether a JSON text holds more than about `limit` values: parsed, each can take a hundred
-    times its bytes of memory."""
+    """Whether a JSON text holds more than about `limit` values: parsed, each can take a
+    hundred times its bytes of memory."""
     marks = count_marks(body)
     if marks > limit:  # strings can hold marks too
         marks -= sum(count_marks(match[0]) for match in STRING.finditer(body))
@@ -498,7 +506,8 @@ def is_deeper(value: Any, levels: int) -> bool:
 
 
 def check_type(value: Any, kind: type, place: str) -> Any:
-    """The value.  Raises ApiError 400, in the API's wording, unless it is of that type."""
+    """The value.  Raises ApiError 400, in the API's wording, unless it is of that
+    type."""
     if type(value) is not kind:
         raise bad_request(place, f"Input should be a valid {TYPE_NAMES[kind]}")
     return value
@@ -524,8 +533,8 @@ def read_betas(header: str, not_sent: list[str]) -> str:
 
 
 def read_system(system: Any, not_sent: list[str]) -> list[str]:
-    """The texts of `system`: a string or text blocks (API).  The CLI joins them, and keeps no other
-    key of theirs."""
+    """The texts of `system`: a string or text blocks (API).  The CLI joins them, and
+    keeps no other key of theirs."""
     if system is None:
         return []
     if isinstance(system, str):
@@ -562,8 +571,8 @@ def printable(key: str) -> str:
 def read_tool_names(tools: list[Any]) -> list[str]:
     """The names by which the model may call a tool of the client.
 
-    The CLI has to know them to hand a call over (MCP); everything else about the tools goes to the
-    API as sent.
+    The CLI has to know them to hand a call over (MCP); everything else about the tools
+    goes to the API as sent.
     """
     names: list[str] = []
     for number, tool in enumerate(tools):
@@ -588,12 +597,10 @@ def called_names(messages: list[Message]) -> list[str]:
 
 
 def without_deferring(
-    tools: list[Any],
-    loaded: set[str],
-    not_sent: list[str],
+    tools: list[Any], loaded: set[str], not_sent: list[str]
 ) -> list[Any]:
-    """The tools, without the `defer_loading` of those that a `tool_reference` has loaded: the CLI
-    drops the reference, so the model would never see them."""
+    """The tools, without the `defer_loading` of those that a `tool_reference` has
+    loaded: the CLI drops the reference, so the model would never see them."""
     kept = []
     for number, tool in enumerate(tools):
         if tool.get("defer_loading") and tool.get("name") in loaded:
@@ -629,8 +636,8 @@ class MessageReader:
         self._caching = caching
 
     def read(self, raw: list[Any]) -> None:
-        """Raises ApiError 400 in the API's wording, with the index of the message as the client
-        numbered it."""
+        """Raises ApiError 400 in the API's wording, with the index of the message as
+        the client numbered it."""
         if not raw:
             raise bad_request("messages", "at least one message is required")
         role = place = ""
@@ -659,12 +666,7 @@ class MessageReader:
         for message, places in zip(self.messages, self.places, strict=True):
             self.not_sent += left_out(message["content"], places)
 
-    def _add(
-        self,
-        role: str,
-        blocks: list[Block],
-        message_place: str,
-    ) -> None:
+    def _add(self, role: str, blocks: list[Block], message_place: str) -> None:
         places = []
         kept = []
         for index, block in enumerate(blocks):
@@ -684,8 +686,8 @@ class MessageReader:
             self.places.append(places)
 
     def _read_result(self, block: Block, place: str) -> Block:
-        """A tool_result without what the CLI drops: tool references, and all but text in an
-        error."""
+        """A tool_result without what the CLI drops: tool references, and all but text
+        in an error."""
         content = block.get("content")
         if not isinstance(content, list):
             return block
@@ -698,7 +700,9 @@ class MessageReader:
             if is_reference:
                 name = text_of(inner, "tool_name")
                 self.loaded.add(name)
-                result["content"].append({"type": "text", "text": f"Tool loaded: {name}"})
+                result["content"].append(
+                    {"type": "text", "text": f"Tool loaded: {name}"}
+                )
             elif is_kept:
                 result["content"].append(inner)
             if is_reference or not is_kept:
@@ -720,9 +724,10 @@ CALL_KEYS = {"type", "id", "name", "input"}
 
 
 def left_out(blocks: list[Block], places: list[str]) -> list[str]:
-    """The places of what some version of the CLI leaves out of an assistant message: marks of a
-    fallback, the advisor's words, keys of tool calls, citations of documents, and calls of server
-    tools that wait for a client's tool, and so have no result in the same message."""
+    """The places of what some version of the CLI leaves out of an assistant message:
+    marks of a fallback, the advisor's words, keys of tool calls, citations of
+    documents, and calls of server tools that wait for a client's tool, and so have no
+    result in the same message."""
     have_results = {str(block.get("tool_use_id")) for block in blocks}
     lost = []
     for block, place in zip(blocks, places, strict=True):
@@ -767,12 +772,7 @@ def read_message(message: Any, place: str) -> tuple[str, list[Block]]:
     return role, blocks
 
 
-def check_block(
-    block: Any,
-    role: str,
-    message_place: str,
-    place: str,
-) -> None:
+def check_block(block: Any, role: str, message_place: str, place: str) -> None:
     """Check what is read of a block; all else in it is the API's to judge."""
     check_type(block, dict, place)
     kind = check_type(block.get("type"), str, f"{place}.type")
@@ -790,16 +790,14 @@ def check_block(
         check_type(block.get("tool_use_id"), str, f"{place}.tool_result.tool_use_id")
 
 
-def check_text(
-    block: Block,
-    message_place: str,
-    place: str,
-) -> None:
+def check_text(block: Block, message_place: str, place: str) -> None:
     """The CLI would drop a block of white space, or its message."""
     text = check_type(block.get("text"), str, f"{place}.text.text")
     if not text.strip():
         words = "contain non-whitespace text" if text else "be non-empty"
-        raise bad_request("messages", f"text content blocks must {words} ({message_place})")
+        raise bad_request(
+            "messages", f"text content blocks must {words} ({message_place})"
+        )
 
 
 # Characters of a tool's name (API); the CLI would cut a longer one.
@@ -825,8 +823,8 @@ IMAGE_SIGNATURES = {
 
 
 def check_image(block: Block, place: str) -> None:
-    """API: base64 data must be an image of its media type.  The CLI would silently replace what is
-    not."""
+    """API: base64 data must be an image of its media type.  The CLI would silently
+    replace what is not."""
     source = check_type(block.get("source"), dict, f"{place}.image.source")
     if source.get("type") != "base64":
         return
@@ -846,25 +844,24 @@ def check_image(block: Block, place: str) -> None:
             raise bad_request(f"{place}.media_type", words)
 
 
-def check_role(
-    role: str,
-    wanted: str,
-    kind: str,
-    place: str,
-) -> None:
+def check_role(role: str, wanted: str, kind: str, place: str) -> None:
     if role != wanted:
         raise bad_request(place, f"`{kind}` blocks can only be in `{wanted}` messages")
 
 
 def check_system_place(messages: list[Any], number: int) -> None:
-    """API: a system message follows a user turn, and precedes an assistant turn or ends the
-    array."""
+    """API: a system message follows a user turn, and precedes an assistant turn or ends
+    the array."""
     if number == 0:
-        words = 'Unexpected role "system". The Messages API accepts a top-level `system`'
+        words = (
+            'Unexpected role "system". The Messages API accepts a top-level `system`'
+        )
         words += ' parameter, not "system" as an input message role.'
         raise bad_request("messages", words)
     before = messages[number - 1]["role"]
-    after = messages[number + 1] if number + 1 < len(messages) else {"role": "assistant"}
+    after = (
+        messages[number + 1] if number + 1 < len(messages) else {"role": "assistant"}
+    )
     precedes_assistant = isinstance(after, dict) and after.get("role") == "assistant"
     if before != "user" or not precedes_assistant:
         words = "role 'system' must follow a user turn,"
@@ -873,8 +870,8 @@ def check_system_place(messages: list[Any], number: int) -> None:
 
 
 def check_pairs(messages: list[Message], all_places: list[list[str]]) -> None:
-    """API: each tool_use is answered in the next message, each tool_result answers a tool_use of
-    the previous one."""
+    """API: each tool_use is answered in the next message, each tool_result answers a
+    tool_use of the previous one."""
     called: dict[str, None] = {}
     seen: set[str] = set()
     for message, places in zip(messages, all_places, strict=True):
@@ -907,7 +904,8 @@ def check_pairs(messages: list[Message], all_places: list[list[str]]) -> None:
 
 
 def image_places(message: Message, places: list[str]) -> list[str]:
-    """The places of what the CLI leaves out of the images in a user line: all but their data."""
+    """The places of what the CLI leaves out of the images in a user line: all but their
+    data."""
     lost = []
     for block, place in zip(message["content"], places, strict=True):
         if is_base64_image(block):
@@ -918,23 +916,24 @@ def image_places(message: Message, places: list[str]) -> list[str]:
 
 def is_base64_image(block: Block) -> bool:
     source = block.get("source")
-    return block["type"] == "image" and isinstance(source, dict) and source.get("type") == "base64"
+    return (
+        block["type"] == "image"
+        and isinstance(source, dict)
+        and source.get("type") == "base64"
+    )
 
 
-# The API takes four cache breakpoints.  The CLI sets three of its own: two on the system prompt and
-# one at the end of the newest message, which is where most clients want theirs.
+# The API takes four cache breakpoints.  The CLI sets three of its own: two on the
+# system prompt and one at the end of the newest message, which is where most clients
+# want theirs.
 API_BREAKPOINTS = 4
 CLI_BREAKPOINTS = 3
 
 
-def has_own_breakpoints(
-    messages: list[Any],
-    tools: list[Any],
-    data: Json,
-) -> bool:
-    """Whether the client sets cache breakpoints that the CLI's own cannot replace: inside a
-    message, such as between a document and the question, or more on its tools than the CLI leaves
-    room for."""
+def has_own_breakpoints(messages: list[Any], tools: list[Any], data: Json) -> bool:
+    """Whether the client sets cache breakpoints that the CLI's own cannot replace:
+    inside a message, such as between a document and the question, or more on its tools
+    than the CLI leaves room for."""
 
     def is_set(value: Any) -> bool:
         return isinstance(value, dict) and value.get("cache_control") is not None
@@ -948,14 +947,15 @@ def has_own_breakpoints(
         if isinstance(message, dict) and message.get("role") != "system"
     ]
     return any(
-        is_set(block) for content in contents if isinstance(content, list) for block in content[:-1]
+        is_set(block)
+        for content in contents
+        if isinstance(content, list)
+        for block in content[:-1]
     )
 
 
 def without_breakpoints(
-    block: Any,
-    not_sent: list[str],
-    levels: int = INNER_LEVELS,
+    block: Any, not_sent: list[str], levels: int = INNER_LEVELS
 ) -> Any:
     """A block, and the blocks in it, without `cache_control`."""
     kept: Json = dict(block)
@@ -967,7 +967,9 @@ def without_breakpoints(
     inner = holder.get("content")
     if levels and isinstance(inner, list):
         holder["content"] = [
-            without_breakpoints(item, not_sent, levels - 1) if isinstance(item, dict) else item
+            without_breakpoints(item, not_sent, levels - 1)
+            if isinstance(item, dict)
+            else item
             for item in inner
         ]
     return kept
@@ -975,8 +977,8 @@ def without_breakpoints(
 
 # ------------------------------------------------------------ fingerprints
 
-# Keys of a block that mean nothing to the model: SDKs and clients add, move and drop them when they
-# echo a block.
+# Keys of a block that mean nothing to the model: SDKs and clients add, move and drop
+# them when they echo a block.
 NOISE = frozenset({"cache_control", "parsed_output"})
 # Values that mean the same as a key that is not there.
 DEFAULTS: dict[str, tuple[Any, ...]] = {
@@ -993,13 +995,15 @@ def digest(value: Any) -> bytes:
 
 
 def link(chain: bytes, message: bytes) -> bytes:
-    """The digest of a conversation that goes on from `chain` (b"": its start) with a message of
-    that digest."""
+    """The digest of a conversation that goes on from `chain` (b"": its start) with a
+    message of that digest."""
     return hashlib.blake2b(chain + message, digest_size=16).digest()
 
 
 def message_digest(message: Message) -> bytes:
-    return digest([message["role"], canonical_blocks(message["role"], message["content"])])
+    return digest(
+        [message["role"], canonical_blocks(message["role"], message["content"])]
+    )
 
 
 def identify(request: Request, data: Json) -> None:
@@ -1007,13 +1011,18 @@ def identify(request: Request, data: Json) -> None:
     values = {
         "model": request.model,
         "system": request.system,
-        "tools": sorted(request.tool_names),  # all else about them is said with each turn
+        # All else about them is said with each turn.
+        "tools": sorted(request.tool_names),
         "betas": request.betas,
         "caching": request.caching,
     }
     request.parts = {name: digest(value) for name, value in values.items()}
-    named = {name for name in ("model", "system", "tools") if data.get(name) is not None}
-    request.sent_parts = {name: request.parts[name] for name in named | {"betas", "caching"}}
+    named = {
+        name for name in ("model", "system", "tools") if data.get(name) is not None
+    }
+    request.sent_parts = {
+        name: request.parts[name] for name in named | {"betas", "caching"}
+    }
     for message in request.messages[:-1]:
         request.past = link(request.past, message_digest(message))
     request.newest = message_digest(request.messages[-1])
@@ -1021,13 +1030,19 @@ def identify(request: Request, data: Json) -> None:
 
 def request_digest(request: Request) -> bytes:
     """A digest of all that a count of tokens depends on."""
-    digests = [*request.parts.values(), request.past, request.newest, digest(request.fields)]
+    digests = [
+        *request.parts.values(),
+        request.past,
+        request.newest,
+        digest(request.fields),
+    ]
     return digest([item.hex() for item in digests])
 
 
 def canonical_blocks(role: str, blocks: list[Block]) -> list[Json]:
-    """Blocks without what clients change when they echo them: thinking, `NOISE`, nulls and defaults
-    vanish, and an assistant's neighbouring texts are one text without white space at its ends."""
+    """Blocks without what clients change when they echo them: thinking, `NOISE`, nulls
+    and defaults vanish, and an assistant's neighbouring texts are one text without
+    white space at its ends."""
     canonical: list[Json] = []
     # Neighbouring texts of the assistant.
     run: list[str] = []
@@ -1042,7 +1057,11 @@ def canonical_blocks(role: str, blocks: list[Block]) -> list[Json]:
         if block["type"] in THOUGHTS:
             continue
         kept = canonical_block(block)
-        if role == "assistant" and block["type"] == "text" and kept.keys() == {"type", "text"}:
+        if (
+            role == "assistant"
+            and block["type"] == "text"
+            and kept.keys() == {"type", "text"}
+        ):
             run.append(kept["text"])
             continue
         end_run()
@@ -1070,22 +1089,23 @@ def canonical_content(content: Any) -> Any:
     if not isinstance(content, str | list):
         return content
     return [
-        canonical_block(block) if isinstance(block, dict) else block for block in as_blocks(content)
+        canonical_block(block) if isinstance(block, dict) else block
+        for block in as_blocks(content)
     ]
 
 
 # ------------------------------------------------------------ to the CLI
 
-# Ends every user line: a text that ends it would otherwise be searched for /commands and @files
-# (recording slash_command_unescaped).  The CLI drops it before the API call.
+# Ends every user line: a text that ends it would otherwise be searched for /commands
+# and @files (recording slash_command_unescaped).  The CLI drops it before the API call.
 GUARD: Block = {
     "type": "text",
     "text": "\n",
 }
 # The name of the MCP server that the bridge plays on the pipes of a process.
 MCP_SERVER = "client"
-# Lifts the CLI's limit on a tool's result from 50,000 characters to 500,000, and keeps the tool
-# from being deferred.
+# Lifts the CLI's limit on a tool's result from 50,000 characters to 500,000, and keeps
+# the tool from being deferred.
 TOOL_META = {
     "anthropic/maxResultSizeChars": 1_000_000_000,
     "anthropic/alwaysLoad": True,
@@ -1095,12 +1115,13 @@ ROW_TIME = "2026-01-01T00:00:00.000Z"
 
 
 def transcript(messages: list[Message], model: str) -> list[bytes]:
-    """A conversation as the CLI reads it with --resume: a chain of rows, one JSON object a line.
+    """A conversation as the CLI reads it with --resume: a chain of rows, one JSON
+    object a line.
 
-    The first row is one that the API does not see: without it the CLI refuses a conversation that
-    has no message.  The last one is an assistant message that the API does not see either
-    (`isVirtual`): a process that was started without --model takes the `model` of the last
-    assistant message, and finds no turn that was interrupted.
+    The first row is one that the API does not see: without it the CLI refuses a
+    conversation that has no message.  The last one is an assistant message that the API
+    does not see either (`isVirtual`): a process that was started without --model takes
+    the `model` of the last assistant message, and finds no turn that was interrupted.
     """
     rows: list[bytes] = []
 
@@ -1117,8 +1138,8 @@ def transcript(messages: list[Message], model: str) -> list[bytes]:
         if message["role"] == "user":
             add({"type": "user", "message": message})
         else:
-            # With apiBlockIndex, and CLAUDE_CODE_STELLAR_DRIFT, 2.1.330 keeps the order of texts
-            # and tool calls.
+            # With apiBlockIndex, and CLAUDE_CODE_STELLAR_DRIFT, 2.1.330 keeps the order
+            # of texts and tool calls.
             past = past_message(message["content"], model, len(rows))
             add({"type": "assistant", "apiBlockIndex": 0, "message": past})
     nothing: list[Block] = [{"type": "text", "text": "-"}]
@@ -1127,13 +1148,10 @@ def transcript(messages: list[Message], model: str) -> list[bytes]:
     return rows
 
 
-def past_message(
-    content: list[Block],
-    model: str,
-    number: int,
-) -> Json:
-    """An assistant message of the past.  The CLI merges messages that share an id, so `number` must
-    differ; it drops the thinking of a message whose model is not its own."""
+def past_message(content: list[Block], model: str, number: int) -> Json:
+    """An assistant message of the past.  The CLI merges messages that share an id, so
+    `number` must differ; it drops the thinking of a message whose model is not its
+    own."""
     return {
         "id": f"msg_past_{number}",
         "type": "message",
@@ -1147,22 +1165,22 @@ def past_message(
 
 
 def assistant_line(content: list[Block], model: str) -> bytes:
-    """An assistant message of the past, sent to a running process: if the transcript ended with a
-    tool call, the CLI would report the call as interrupted."""
+    """An assistant message of the past, sent to a running process: if the transcript
+    ended with a tool call, the CLI would report the call as interrupted."""
     message = past_message(content, model, 0)
     return line(
-        {"type": "assistant", "message": message, "session_id": "", "parent_tool_use_id": None}
+        {
+            "type": "assistant",
+            "message": message,
+            "session_id": "",
+            "parent_tool_use_id": None,
+        }
     )
 
 
-def user_line(
-    content: list[Block],
-    turn_id: str,
-    *,
-    query: bool = True,
-) -> bytes:
-    """A user message, which starts a turn; without `query` it is only added to the conversation.
-    `turn_id` is a UUID by which 2.1.330 says what its events answer."""
+def user_line(content: list[Block], turn_id: str, *, query: bool = True) -> bytes:
+    """A user message, which starts a turn; without `query` it is only added to the
+    conversation.  `turn_id` is a UUID by which 2.1.330 says what its events answer."""
     event: Json = {
         "type": "user",
         "message": {"role": "user", "content": [*content, GUARD]},
@@ -1176,11 +1194,11 @@ def user_line(
 
 
 def split_at_images(blocks: list[Block]) -> tuple[list[Block], list[Block]]:
-    """A user message as what can be in a transcript and what must be a line, which the CLI joins to
-    one message again.
+    """A user message as what can be in a transcript and what must be a line, which the
+    CLI joins to one message again.
 
-    The CLI scales the images of a user line, and leaves out their keys; those of a transcript stay
-    as they are.
+    The CLI scales the images of a user line, and leaves out their keys; those of a
+    transcript stay as they are.
     """
     images = [index for index, block in enumerate(blocks) if is_base64_image(block)]
     after = images[-1] + 1 if images else 0
@@ -1190,18 +1208,22 @@ def split_at_images(blocks: list[Block]) -> tuple[list[Block], list[Block]]:
 
 def is_one_line(request: Request) -> bool:
     """Whether a fresh process gets the whole conversation of a request as one line."""
-    return len(request.messages) == 1 and not split_at_images(request.messages[0]["content"])[0]
+    return (
+        len(request.messages) == 1
+        and not split_at_images(request.messages[0]["content"])[0]
+    )
 
 
 def has_counted(context: Json, tools: list[Json]) -> bool:
-    """Whether a process counted these tools and no others, by its answer to get_context_usage."""
+    """Whether a process counted these tools and no others, by its answer to
+    get_context_usage."""
     counted = {text_of(tool, "name") for tool in as_blocks(context.get("mcpTools"))}
     return counted == {tool["name"] for tool in tools}
 
 
 def server_lists(*, has_tools: bool) -> list[Json]:
-    """The lists to send one after the other with mcp_set_servers, so that a process reads its tools
-    anew: an empty one, then the client's server if there are tools."""
+    """The lists to send one after the other with mcp_set_servers, so that a process
+    reads its tools anew: an empty one, then the client's server if there are tools."""
     servers: list[Json] = [{}]
     if has_tools:
         servers.append({MCP_SERVER: {"type": "sdk", "name": MCP_SERVER}})
@@ -1215,8 +1237,8 @@ def answers_tool_calls(message: Message) -> bool:
 def opening(
     request: Request, model: str, turn_id: str, *, query: bool
 ) -> tuple[list[bytes], list[bytes]]:
-    """What brings a request into a fresh process: the rows of its conversation, and the lines that
-    start the turn.  `turn_id` and `query` are those of `user_line`."""
+    """What brings a request into a fresh process: the rows of its conversation, and the
+    lines that start the turn.  `turn_id` and `query` are those of `user_line`."""
     *past, newest = request.messages
     lines: list[bytes] = []
     content = newest["content"]
@@ -1231,29 +1253,32 @@ def opening(
 
 
 def has_images_in_line(message: Message) -> bool:
-    """Whether a fresh process gets the images of the newest message in a line, not in its
-    transcript."""
+    """Whether a fresh process gets the images of the newest message in a line, not in
+    its transcript."""
     return answers_tool_calls(message) or not split_at_images(message["content"])[0]
 
 
 def has_thinking(messages: list[Message]) -> bool:
-    return any(block["type"] in THOUGHTS for message in messages for block in message["content"])
+    return any(
+        block["type"] in THOUGHTS
+        for message in messages
+        for block in message["content"]
+    )
 
 
 def control_line(request_id: str, subtype: str, **fields: Any) -> bytes:
     request = {"subtype": subtype} | fields
-    return line({"type": "control_request", "request_id": request_id, "request": request})
+    return line(
+        {"type": "control_request", "request_id": request_id, "request": request}
+    )
 
 
 def initialize_line(
-    system: list[str],
-    *,
-    has_tools: bool,
-    agent: bool = False,
+    system: list[str], *, has_tools: bool, agent: bool = False
 ) -> bytes:
-    """Gives a process its system prompt (an agent keeps its own before it) and, if there are
-    tools, the name of their MCP server.  Never through argv: a single argument may hold 128 KiB
-    at most."""
+    """Gives a process its system prompt (an agent keeps its own before it) and, if
+    there are tools, the name of their MCP server.  Never through argv: a single
+    argument may hold 128 KiB at most."""
     fields: Json = {"hooks": None}
     if agent:
         fields["appendSystemPrompt"] = "\n\n".join(system)
@@ -1270,13 +1295,15 @@ def settings_line(env: dict[str, str]) -> bytes:
     return control_line("settings", "apply_flag_settings", settings={"env": env})
 
 
-def turn_settings(request: Request, *, has_listed_tools: bool = False) -> dict[str, str]:
+def turn_settings(
+    request: Request, *, has_listed_tools: bool = False
+) -> dict[str, str]:
     """What `settings_line` sets for a request.
 
-    The CLI merges CLAUDE_CODE_EXTRA_BODY into the body of each API call, so the client's fields
-    arrive as sent; the next value replaces them.  It adds ANTHROPIC_BETAS to its own betas, but
-    keeps to those of a process's first call.  If the process has tools listed and the request has
-    none, the body must say so.
+    The CLI merges CLAUDE_CODE_EXTRA_BODY into the body of each API call, so the
+    client's fields arrive as sent; the next value replaces them.  It adds
+    ANTHROPIC_BETAS to its own betas, but keeps to those of a process's first call.  If
+    the process has tools listed and the request has none, the body must say so.
     """
     body = request.fields
     if has_listed_tools and not body.get("tools"):
@@ -1289,8 +1316,8 @@ def turn_settings(request: Request, *, has_listed_tools: bool = False) -> dict[s
 
 
 def tool_call_id(event: CliEvent) -> str:
-    """The tool_use id of a control request that calls a client tool; empty: the event is something
-    else."""
+    """The tool_use id of a control request that calls a client tool; empty: the event
+    is something else."""
     match event.get("request"):
         case {
             "message": {
@@ -1303,7 +1330,8 @@ def tool_call_id(event: CliEvent) -> str:
 
 
 def mcp_method(event: CliEvent) -> str:
-    """The method of a control request for the MCP server; empty: the event is something else."""
+    """The method of a control request for the MCP server; empty: the event is something
+    else."""
     match event.get("request"):
         case {"message": {"method": str(method)}}:
             return method
@@ -1311,12 +1339,11 @@ def mcp_method(event: CliEvent) -> str:
 
 
 def control_answer(
-    event: CliEvent,
-    tools: list[Json],
-    result: Json | None = None,
+    event: CliEvent, tools: list[Json], result: Json | None = None
 ) -> bytes:
-    """The answer to a control request of the CLI: a tool's `result`, or what an MCP server of
-    `tools` says of itself (recordings client_tool); refused is what the bridge has no use for."""
+    """The answer to a control request of the CLI: a tool's `result`, or what an MCP
+    server of `tools` says of itself (recordings client_tool); refused is what the
+    bridge has no use for."""
     request = event.get("request")
     message = request.get("message") if isinstance(request, dict) else None
     response: Json = {"request_id": event.get("request_id")}
@@ -1344,8 +1371,8 @@ def control_answer(
 
 
 def listed_tool(name: str) -> Json:
-    """A tool as the CLI lists it for a turn: its name alone, since the API gets all of it as the
-    client sent it."""
+    """A tool as the CLI lists it for a turn: its name alone, since the API gets all of
+    it as the client sent it."""
     return {
         "name": name,
         "inputSchema": {"type": "object"},
@@ -1354,8 +1381,9 @@ def listed_tool(name: str) -> Json:
 
 
 def listed_tools(request: Request) -> list[Json]:
-    """The tools of a request as the CLI lists them for a turn.  A name that the conversation has
-    called is one even if `tools` does not have it: a toolset has members without an entry."""
+    """The tools of a request as the CLI lists them for a turn.  A name that the
+    conversation has called is one even if `tools` does not have it: a toolset has
+    members without an entry."""
     if not request.tool_names:
         return []
     names = [*request.tool_names, *called_names(request.messages)]
@@ -1363,27 +1391,30 @@ def listed_tools(request: Request) -> list[Json]:
 
 
 def described_tools(request: Request) -> list[Json]:
-    """The tools of a request as the CLI lists them for a count of tokens, which counts exactly what
-    is listed."""
+    """The tools of a request as the CLI lists them for a count of tokens, which counts
+    exactly what is listed."""
     described = []
     for tool in request.fields.get("tools") or []:
         name, schema = tool.get("name"), tool.get("input_schema")
         if isinstance(name, str):
             listed = listed_tool(name)
             listed["description"] = str(tool.get("description") or "")
-            listed["inputSchema"] = schema if isinstance(schema, dict) else listed["inputSchema"]
+            listed["inputSchema"] = (
+                schema if isinstance(schema, dict) else listed["inputSchema"]
+            )
             described.append(listed)
     return described
 
 
-# Characters of a tool result that the CLI passes on whole with room to spare: its limit is 500,000.
+# Characters of a tool result that the CLI passes on whole with room to spare: its limit
+# is 500,000.
 MAX_RESULT = 400_000
 
 
 def tool_results(content: list[Block], calls: list[str]) -> dict[str, Json] | None:
-    """The results that answer `calls` in their process, by id, as MCP gives them; None: only a
-    fresh process can carry what the user message holds (text beside the results, a document, a
-    result that is too long)."""
+    """The results that answer `calls` in their process, by id, as MCP gives them; None:
+    only a fresh process can carry what the user message holds (text beside the results,
+    a document, a result that is too long)."""
     results: dict[str, Json] = {}
     for block in content:
         result = mcp_result(block)
@@ -1407,21 +1438,27 @@ def mcp_result(block: Block) -> Json | None:
     length = sum(len(part.get("text", "")) for part in parts if part)
     if None in parts or length > MAX_RESULT:
         return None
-    return {
-        "content": parts,
-        "isError": is_error,
-    }
+    return {"content": parts, "isError": is_error}
 
 
 def mcp_part(block: Any) -> Json | None:
-    """A block of a tool result as MCP has it; None: MCP has no place for all that it holds."""
+    """A block of a tool result as MCP has it; None: MCP has no place for all that it
+    holds."""
     if not isinstance(block, dict):
         return None
     part = without_nulls(block)
-    if part.keys() == {"type", "text"} and part["type"] == "text" and isinstance(part["text"], str):
+    if (
+        part.keys() == {"type", "text"}
+        and part["type"] == "text"
+        and isinstance(part["text"], str)
+    ):
         return part
     source = part.get("source")
-    if part.keys() != {"type", "source"} or part["type"] != "image" or not isinstance(source, dict):
+    if (
+        part.keys() != {"type", "source"}
+        or part["type"] != "image"
+        or not isinstance(source, dict)
+    ):
         return None
     if source.keys() != {"type", "data", "media_type"} or source["type"] != "base64":
         return None
@@ -1440,14 +1477,16 @@ DELTA_START = STREAM_EVENT + b'{"type":"content_block_delta","index":'
 # In a line whose event is not a subagent's.
 MAIN = b'"parent_tool_use_id":null'
 # What the SDK inside the CLI logs of a count at the API, with ANTHROPIC_LOG=info.
-COUNT_CALL = re.compile(rb"\[log_[^]]*\] post \S+/count_tokens\S* \w+(?: with status (\d{3}))?")
+COUNT_CALL = re.compile(
+    rb"\[log_[^]]*\] post \S+/count_tokens\S* \w+(?: with status (\d{3}))?"
+)
 # Half a character: JavaScript writes it as an escape, orjson does not read it.
 LONE_SURROGATE = re.compile(r"(?<!\\)((?:\\\\)*)\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 def decode(text: bytes) -> list[CliEvent]:
-    """The events of one line of the CLI's output: one as a rule, several when it glued them, none
-    when it is noise.
+    """The events of one line of the CLI's output: one as a rule, several when it glued
+    them, none when it is noise.
 
     Raises ApiError when a part of the answer is lost.
     """
@@ -1479,14 +1518,19 @@ def glued(text: str) -> list[Any]:
 
 
 def control_response(event: CliEvent, request_id: str) -> Json:
-    """The CLI's response to a control request, good or bad, if the event is that response; else
-    empty."""
+    """The CLI's response to a control request, good or bad, if the event is that
+    response; else empty."""
     given = event.get("response")
-    return given if isinstance(given, dict) and given.get("request_id") == request_id else {}
+    return (
+        given
+        if isinstance(given, dict) and given.get("request_id") == request_id
+        else {}
+    )
 
 
 def control_result(event: CliEvent, request_id: str) -> Json:
-    """What the CLI answered to a control request, if the event is that answer; else empty."""
+    """What the CLI answered to a control request, if the event is that answer; else
+    empty."""
     answer = control_response(event, request_id).get("response")
     return answer if isinstance(answer, dict) else {}
 
@@ -1500,8 +1544,8 @@ def applied_model(given: Json) -> str:
 
 
 def login_source(hello: Json) -> str:
-    """Where the CLI has its account from, by its answer to `initialize`; empty: nobody is logged
-    in."""
+    """Where the CLI has its account from, by its answer to `initialize`; empty: nobody
+    is logged in."""
     account = hello.get("account")
     account = account if isinstance(account, dict) else {}
     for name in ("apiKeySource", "tokenSource"):
@@ -1511,11 +1555,14 @@ def login_source(hello: Json) -> str:
 
 
 def listed_model(hello: Json, name: str) -> str:
-    """The full id of a model, by the CLI's answer to `initialize`; empty: it does not list the
-    name."""
+    """The full id of a model, by the CLI's answer to `initialize`; empty: it does not
+    list the name."""
     models = hello.get("models")
     for model in models if isinstance(models, list) else []:
-        if isinstance(model, dict) and name in (model.get("value"), model.get("resolvedModel")):
+        if isinstance(model, dict) and name in (
+            model.get("value"),
+            model.get("resolvedModel"),
+        ):
             return str(model.get("resolvedModel") or "")
     return ""
 
@@ -1542,13 +1589,17 @@ class State(enum.Enum):
     DONE = enum.auto()
 
 
-# What may follow, by the grammar of the API's stream ("Streaming").  An event that a state does not
-# have is out of place, and fails the turn: the client gets a correct stream, or an error.
+# What may follow, by the grammar of the API's stream ("Streaming").  An event that a
+# state does not have is out of place, and fails the turn: the client gets a correct
+# stream, or an error.
 NEXT = {
     State.WAITING: {"message_start": State.OPEN},
     State.OPEN: {"content_block_start": State.BLOCK, "message_delta": State.ENDED},
     State.BLOCK: {"content_block_delta": State.BLOCK, "content_block_stop": State.OPEN},
-    State.HIDDEN: {"content_block_delta": State.HIDDEN, "content_block_stop": State.OPEN},
+    State.HIDDEN: {
+        "content_block_delta": State.HIDDEN,
+        "content_block_stop": State.OPEN,
+    },
     State.ENDED: {"message_stop": State.DONE},
     State.WORKING: {"message_stop": State.WORKING, "message_start": State.OPEN},
     State.DONE: {},
@@ -1564,8 +1615,9 @@ TOKENS = (
 )
 CREATION = ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
 SERVER_TOOLS = ("web_search_requests", "web_fetch_requests")
-# The block types that clients know, each with the values that deltas fill.  A content_block_start
-# must carry them empty (API; SDKs fail without them), but for citations.
+# The block types that clients know, each with the values that deltas fill.  A
+# content_block_start must carry them empty (API; SDKs fail without them), but for
+# citations.
 FILLED: dict[str, Json] = {
     "text": {"text": "", "citations": []},
     "thinking": {"thinking": "", "signature": ""},
@@ -1598,20 +1650,32 @@ RELAYED = {
     "mcp_tool_use": "input_json_delta",
 }
 # Keys of a block that no delta of a new type may replace.
-BLOCK_KEYS = {"type", "id", "name", "data", "text", "thinking", "signature", "input", "citations"}
+BLOCK_KEYS = {
+    "type",
+    "id",
+    "name",
+    "data",
+    "text",
+    "thinking",
+    "signature",
+    "input",
+    "citations",
+}
 # Keys of a message that its end may not replace.
 MESSAGE_KEYS = {"id", "type", "role", "model", "content", "usage"}
-# After these the CLI waits for the next user message; after any other it would go on by itself
-# (recordings max_tokens, refusal), as it does after an answer without a visible text.
+# After these the CLI waits for the next user message; after any other it would go on by
+# itself (recordings max_tokens, refusal), as it does after an answer without a visible
+# text.
 RESTING = ("end_turn", "stop_sequence", "pause_turn")
 
 
 class Translator:
     """The events of one turn of the CLI in, the events of one Messages stream out.
 
-    `feed` raises ApiError when the turn failed.  What it returned until then obeys the grammar of
-    the API's stream, whatever the CLI printed.  `tool_names` are the client's tools; an `agent` has
-    tools of its own instead, whose calls are left out of the answer.
+    `feed` raises ApiError when the turn failed.  What it returned until then obeys the
+    grammar of the API's stream, whatever the CLI printed.  `tool_names` are the
+    client's tools; an `agent` has tools of its own instead, whose calls are left out of
+    the answer.
     """
 
     def __init__(
@@ -1648,7 +1712,8 @@ class Translator:
         self._pieces: dict[str, list[str]] = {}
         # An input that came whole, and is not passed on yet.
         self._given_input: Json = {}
-        # How a line begins that holds a delta of the open block, and may keep its bytes.
+        # How a line begins that holds a delta of the open block, and may keep its
+        # bytes.
         self._delta_head = b""
         # A message that came without stream events, in its last form.
         self._unstreamed: Json = {}
@@ -1672,8 +1737,8 @@ class Translator:
 
     @property
     def rests(self) -> bool:
-        """Whether the process now waits for tool results or the next user message, and holds the
-        client's own conversation."""
+        """Whether the process now waits for tool results or the next user message, and
+        holds the client's own conversation."""
         if self._new_delta:
             return False
         if self.stop_reason == "tool_use":
@@ -1713,7 +1778,9 @@ class Translator:
         given: Any = event.get("response")
         is_refused = text_of(given, "subtype") == "error"
         if is_refused and given.get("request_id") != "get_settings":
-            raise cli_error(f"the claude CLI refused a control request: {given.get('error')}")
+            raise cli_error(
+                f"the claude CLI refused a control request: {given.get('error')}"
+            )
 
     # The events of a stream
 
@@ -1743,7 +1810,9 @@ class Translator:
         index: Any = event.get("index")
         if kind == "content_block_start":
             self._index = index
-        if kind.startswith("content_block_") and (type(index) is not int or index != self._index):
+        if kind.startswith("content_block_") and (
+            type(index) is not int or index != self._index
+        ):
             following = None
         if following is None:
             raise cli_error(f"the claude CLI sent a {kind} out of place")
@@ -1818,18 +1887,15 @@ class Translator:
             self._new_delta = True
         return [renewed(event, index=len(self.message["content"]) - 1)]
 
-    def _add_piece(
-        self,
-        block: Json,
-        kind: str,
-        delta: Json,
-    ) -> None:
+    def _add_piece(self, block: Json, kind: str, delta: Json) -> None:
         key, name, shape = DELTAS[kind]
         piece = delta.get(name)
         if type(piece) is not shape:
             raise cli_error(f"the claude CLI sent a {kind} without its content")
         if key not in FILLED.get(block["type"], (key,)):
-            raise cli_error(f"the claude CLI sent a {kind} in a block of type {block['type']}")
+            raise cli_error(
+                f"the claude CLI sent a {kind} in a block of type {block['type']}"
+            )
         if isinstance(piece, str):
             self._pieces.setdefault(key, []).append(piece)
             return
@@ -1840,7 +1906,9 @@ class Translator:
         events: list[StreamEvent] = []
         if self._given_input and not any(self._pieces.get("input", ())):
             for delta in deltas({"input": self._given_input}):
-                events += self._block_delta({"type": "content_block_delta", "delta": delta})
+                events += self._block_delta(
+                    {"type": "content_block_delta", "delta": delta}
+                )
         block = self.message["content"][-1]
         for key, pieces in self._pieces.items():
             text = "".join(pieces)
@@ -1866,7 +1934,9 @@ class Translator:
         ends = without_empties(without(given, MESSAGE_KEYS))
         sequence = text_of(given, "stop_sequence")
         ends["stop_reason"] = reason
-        ends["stop_sequence"] = sequence if sequence and reason == "stop_sequence" else None
+        ends["stop_sequence"] = (
+            sequence if sequence and reason == "stop_sequence" else None
+        )
         if not text_of(ends.get("stop_details"), "type"):
             ends.pop("stop_details", None)
         final = without_empties(without(event, {"delta"} | MESSAGE_KEYS | ends.keys()))
@@ -1882,7 +1952,8 @@ class Translator:
         last.update(final)
         if self.rests:
             return [last]
-        # The CLI goes on by itself, so nothing more is waited for: the answer is complete.
+        # The CLI goes on by itself, so nothing more is waited for: the answer is
+        # complete.
         self.state = State.DONE
         return [last, {"type": "message_stop"}]
 
@@ -1899,15 +1970,17 @@ class Translator:
     }
 
     def _counts(self, final: Any) -> Json:
-        """The usage of a message_delta: cumulative over the message (API), and over all messages of
-        an agent's turn."""
+        """The usage of a message_delta: cumulative over the message (API), and over all
+        messages of an agent's turn."""
         counts = usage(final, required=())
         spoken = max(token_count(final, "output_tokens"), self._usage["output_tokens"])
         counts["output_tokens"] = spoken
         if not self._agent:
             return counts
         for name in TOKENS:
-            total = counts.get(name, self._usage.get(name, 0)) + self._spent.get(name, 0)
+            total = counts.get(name, self._usage.get(name, 0)) + self._spent.get(
+                name, 0
+            )
             if self._spent or name in self._usage:
                 counts[name] = total
         return counts
@@ -1924,10 +1997,14 @@ class Translator:
         if pieces:
             block = self.message["content"][-1]
             key = DELTAS[RELAYED[block["type"]]][0]
-            self._pieces.setdefault(key, []).append(orjson.loads(b'"%b"' % b"".join(pieces)))
+            self._pieces.setdefault(key, []).append(
+                orjson.loads(b'"%b"' % b"".join(pieces))
+            )
             head = b"event: content_block_delta\ndata: "
             head += self._delta_head.removeprefix(STREAM_EVENT)
-            yield escape_line_breaks(head + (b'"}}\n\n' + head).join(pieces) + b'"}}\n\n')
+            yield escape_line_breaks(
+                head + (b'"}}\n\n' + head).join(pieces) + b'"}}\n\n'
+            )
             return
         for text in lines:
             for event in () if self.done else decode(text):
@@ -1936,9 +2013,9 @@ class Translator:
     # Messages that were not streamed
 
     def _assistant(self, event: CliEvent) -> list[StreamEvent]:
-        """An `assistant` event: the same content once more, except when the API refused to stream
-        and the CLI asked again without (recording not_streamed); then it is all there is.  A text
-        that the CLI made up is a failure."""
+        """An `assistant` event: the same content once more, except when the API refused
+        to stream and the CLI asked again without (recording not_streamed); then it is
+        all there is.  A text that the CLI made up is a failure."""
         message: Any = event.get("message")
         identity = text_of(message, "id")
         if text_of(message, "model") == "<synthetic>":
@@ -1948,7 +2025,9 @@ class Translator:
             return []
         if not identity or not isinstance(message.get("content"), list):
             return []
-        is_expected = self.state in (State.WAITING, State.WORKING) and identity != self._id
+        is_expected = (
+            self.state in (State.WAITING, State.WORKING) and identity != self._id
+        )
         if not is_expected and not self._unstreamed:
             return []
         events: list[StreamEvent] = []
@@ -1961,7 +2040,9 @@ class Translator:
             stream.append({"type": "message_start", "message": message})
         for block in message["content"]:
             if text_of(block, "type"):
-                stream.append({"type": "content_block_start", "index": 0, "content_block": block})
+                stream.append(
+                    {"type": "content_block_start", "index": 0, "content_block": block}
+                )
                 stream.append({"type": "content_block_stop", "index": 0})
         self._unstreamed = {}
         for inner in stream:
@@ -1971,7 +2052,11 @@ class Translator:
 
     def _end_unstreamed(self, result: CliEvent | None = None) -> list[StreamEvent]:
         message, self._unstreamed = self._unstreamed, {}
-        reason = text_of(message, "stop_reason") or text_of(result, "stop_reason") or "end_turn"
+        reason = (
+            text_of(message, "stop_reason")
+            or text_of(result, "stop_reason")
+            or "end_turn"
+        )
         ends = {
             "stop_reason": reason,
             "stop_sequence": message.get("stop_sequence"),
@@ -2003,12 +2088,15 @@ class Translator:
             return []  # not this turn's: of a background task, or of a line that asked nothing
         events = self._end_unstreamed(result) if self._unstreamed else []
         if not self.done:
-            raise cli_error("the claude CLI ended the turn before the answer was complete")
+            raise cli_error(
+                "the claude CLI ended the turn before the answer was complete"
+            )
         self.result = result
         return events
 
     def _resets_at(self) -> float | None:
-        """The epoch second at which the limit ends that the API refused a request for."""
+        """The epoch second at which the limit ends that the API refused a request
+        for."""
         for info in reversed(self.rate_limits):
             resets_at = info.get("resetsAt")
             if info.get("status") == "rejected" and isinstance(resets_at, int | float):
@@ -2037,18 +2125,22 @@ def ends_message(event: Json) -> bool:
     return text_of(event.get("delta"), "stop_reason") != ""
 
 
-# Levels of JSON that Python can still write, with room to spare: its limit is 1,000 calls.
+# Levels of JSON that Python can still write, with room to spare: its limit is 1,000
+# calls.
 MAX_INPUT_DEPTH = 500
 
 
 def tool_input(text: str) -> Json:
-    """The input of a tool call, from its pieces.  Raises ApiError when it is no JSON object."""
+    """The input of a tool call, from its pieces.  Raises ApiError when it is no JSON
+    object."""
     try:
         value = from_json(text.encode())
     except (orjson.JSONDecodeError, UnicodeEncodeError):
         value = None
     if not isinstance(value, dict) or is_deeper(value, MAX_INPUT_DEPTH):
-        raise cli_error("the model's tool input is not a JSON object, or is nested too deeply")
+        raise cli_error(
+            "the model's tool input is not a JSON object, or is nested too deeply"
+        )
     return value
 
 
@@ -2059,10 +2151,7 @@ def deltas(values: Json) -> Iterator[Json]:
         if key == "citations":
             for citation in value or ():
                 if isinstance(citation, dict):
-                    yield {
-                        "type": kind,
-                        name: citation,
-                    }
+                    yield {"type": kind, name: citation}
         elif value:
             yield {
                 "type": kind,
@@ -2082,15 +2171,23 @@ def token_count(value: Any, name: str) -> int:
     return count if is_count(count) else 0
 
 
-def usage(value: Any, required: Iterable[str] = ("input_tokens", "output_tokens")) -> Json:
-    """The usage of a message, in which every known count is a number (Vercel AI SDK, `anthropic` in
-    strict mode)."""
+def usage(
+    value: Any, required: Iterable[str] = ("input_tokens", "output_tokens")
+) -> Json:
+    """The usage of a message, in which every known count is a number (Vercel AI SDK,
+    `anthropic` in strict mode)."""
     given = without_empties(value) if isinstance(value, dict) else {}
-    counts = {name: count for name, count in given.items() if name not in TOKENS or is_count(count)}
+    counts = {
+        name: count
+        for name, count in given.items()
+        if name not in TOKENS or is_count(count)
+    }
     for name in required:
         counts.setdefault(name, 0)
     creation = counts.pop("cache_creation", None)
-    if isinstance(creation, dict) and all(is_count(creation.get(name)) for name in CREATION):
+    if isinstance(creation, dict) and all(
+        is_count(creation.get(name)) for name in CREATION
+    ):
         counts["cache_creation"] = creation
     tools = counts.pop("server_tool_use", None)
     if isinstance(tools, dict):
@@ -2105,8 +2202,8 @@ def usage(value: Any, required: Iterable[str] = ("input_tokens", "output_tokens"
 
 
 def delta_head(kind: str, index: int) -> bytes:
-    """How the CLI begins a line that holds a delta of an open block; empty: such deltas are always
-    decoded."""
+    """How the CLI begins a line that holds a delta of an open block; empty: such deltas
+    are always decoded."""
     delta_kind = RELAYED.get(kind)
     if not delta_kind:
         return b""
@@ -2115,24 +2212,25 @@ def delta_head(kind: str, index: int) -> bytes:
 
 
 def same_block_deltas(lines: list[bytes], head: bytes) -> list[bytes]:
-    """The JSON strings, without their quotes, of lines that are all deltas of one block; empty: not
-    all are.
+    """The JSON strings, without their quotes, of lines that are all deltas of one
+    block; empty: not all are.
 
-    `head` is how such a line begins, up to the opening quote.  All lines are proved right at once,
-    by decoding what is joined of them.
+    `head` is how such a line begins, up to the opening quote.  All lines are proved
+    right at once, by decoding what is joined of them.
     """
     if not head or not lines:
         return []
     pieces, rests = [], []
     for text in lines:
-        # A JSON string holds no bare quote, so the first `"}},` is the end of the piece.
+        # A JSON string holds no bare quote, so the first `"}},` is the end of the
+        # piece.
         inner, _, rest = text.partition(b'"}},')
         if not inner.startswith(head):
             return []
         pieces.append(inner[len(head) :])
         rests.append(rest)
-    # In each line one event, which is not a subagent's, opens no further object in which something
-    # else could hide, and names no turn.
+    # In each line one event, which is not a subagent's, opens no further object in
+    # which something else could hide, and names no turn.
     rest = b"\n".join([*rests, b""])
     ours = rest.count(MAIN) == len(lines)
     one_event_each = rest.count(b"}\n") == len(lines)
@@ -2151,7 +2249,10 @@ def same_block_deltas(lines: list[bytes], head: bytes) -> list[bytes]:
 
 def frame(event: StreamEvent | Json) -> bytes:
     """One server-sent event."""
-    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), escape_line_breaks(to_json(event)))
+    return b"event: %b\ndata: %b\n\n" % (
+        event["type"].encode(),
+        escape_line_breaks(to_json(event)),
+    )
 
 
 def escape_line_breaks(data: bytes) -> bytes:
@@ -2168,7 +2269,8 @@ PING = frame({"type": "ping"})
 
 # ------------------------------------------------------------ rate limits
 
-# The names of limits in the API's headers, by their names in the CLI's events (its program text).
+# The names of limits in the API's headers, by their names in the CLI's events (its
+# program text).
 LIMIT_NAMES = {
     "five_hour": "5h",
     "seven_day": "7d",
@@ -2180,7 +2282,8 @@ LIMIT_NAMES = {
 
 
 def quota_headers(limits: Mapping[str, Json]) -> list[tuple[str, str]]:
-    """The API's `anthropic-ratelimit-unified-*` headers, of what the CLI told last of each limit.
+    """The API's `anthropic-ratelimit-unified-*` headers, of what the CLI told last of
+    each limit.
 
     The limit that was told last of all is the one that `-status`, `-reset` and
     `-representative-claim` speak of.

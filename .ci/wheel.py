@@ -15,7 +15,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 PACKAGE = "claude_cli_bridge"
 OWN = ("__init__.py", "__main__.py")
-CHOICES = {"bridge.py": 1, "sessions.py": 1, "translate.py": 0}  # of imports, in each file
+# How many choices of imports there are in each file.
+CHOICES = {"bridge.py": 1, "sessions.py": 1, "translate.py": 0}
 CHOICE = "\nif TYPE_CHECKING or not __package__:\n"
 CHOSEN = "\nif not TYPE_CHECKING and not __package__:\n"
 # What `pip install -e .` installs instead: the three files stay where they are.
@@ -30,7 +31,9 @@ class Wheel(BuildHookInterface):
         """Write the files, and name each with its place in the wheel."""
         root = Path(self.root)
         files = {name: read(root / ".ci/package" / name) for name in OWN}
-        if version == "editable":  # without py.typed: a type checker would find half of it
+        is_editable = version == "editable"
+        if is_editable:
+            # Without py.typed: a type checker would find half of it.
             in_place = IN_PLACE.format(root=self.root)
             files["__init__.py"] = replaced(files["__init__.py"], IMPORTS, in_place, 1)
         else:
@@ -38,13 +41,16 @@ class Wheel(BuildHookInterface):
             for name, number in CHOICES.items():
                 files[name] = replaced(read(root / name), CHOICE, CHOSEN, number)
         self.folder = tempfile.TemporaryDirectory()
-        places = build_data["force_include_editable" if version == "editable" else "force_include"]
+        key = "force_include_editable" if is_editable else "force_include"
+        places = build_data[key]
         for name, text in files.items():
             path = Path(self.folder.name) / name
             path.write_text(text, encoding="utf-8")
             places[str(path)] = f"{PACKAGE}/{name}"
 
-    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+    def finalize(
+        self, version: str, build_data: dict[str, Any], artifact_path: str
+    ) -> None:
         self.folder.cleanup()
 
 
@@ -55,5 +61,7 @@ def read(path: Path) -> str:
 def replaced(text: str, old: str, new: str, number: int) -> str:
     """The text with `new` for `old`, which must be there that many times."""
     if text.count(old) != number:
-        raise ValueError(f"see .ci/wheel.py: not {number} times in a file: {old.strip()}")
+        raise ValueError(
+            f"see .ci/wheel.py: not {number} times in a file: {old.strip()}"
+        )
     return text.replace(old, new)
