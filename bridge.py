@@ -183,11 +183,8 @@ class Config(PoolConfig):
             check_bounds(item, getattr(self, item.name))
         if not translate.MODEL_NAME.fullmatch(self.model):
             raise wrong("model", f"{self.model!r} is not a model name")
-        if (
-            self.tools
-            and self.permission_mode == "bypassPermissions"
-            and os.geteuid() == 0
-        ):
+        bypasses = self.tools and self.permission_mode == "bypassPermissions"
+        if bypasses and os.geteuid() == 0:
             raise wrong(
                 "permission_mode",
                 "the CLI refuses bypassPermissions when it runs as root",
@@ -669,9 +666,9 @@ class Connection:
 
     def check_head(self, exchange: Exchange, request: h11.Request) -> None:
         """Raises ApiError 401, 403, 413 or 431, or RemoteProtocolError."""
-        size = len(request.target) + sum(
-            len(name) + len(value) for name, value in request.headers
-        )
+        size = len(request.target)
+        for name, value in request.headers:
+            size += len(name) + len(value)
         # h11 counts only a head that comes in several reads.
         if size > self.bridge.config.max_header_bytes:
             raise ApiError(431, "the headers are too large")
@@ -1119,11 +1116,12 @@ class Bridge:
                 stream.send(translate.PING)
             await connection.send(h11.EndOfMessage())
             return
-        problem = await self.problem() if exchange.query.get("deep") == "1" else ""
+        problem = ""
+        if exchange.query.get("deep") == "1":
+            problem = await self.problem()
+        said = problem or "ok"
         status = 503 if problem else 200
-        await connection.respond(
-            exchange, (problem or "ok").encode(), "text/plain", status
-        )
+        await connection.respond(exchange, said.encode(), "text/plain", status)
 
     async def problem(self) -> str:
         """What keeps the bridge from answering; empty: nothing.  Makes no model
@@ -1690,7 +1688,8 @@ def read_flags(words: list[str]) -> dict[str, str | None]:
     unknown = [name.partition("=")[0] for name in others if name.startswith("-")]
     if unknown:
         flag_names = [name.partition(" ")[0] for name in FLAGS]
-        hint = suggestion(unknown[0], ["--" + name for name in (*names, *flag_names)])
+        known_flags = ["--" + name for name in (*names, *flag_names)]
+        hint = suggestion(unknown[0], known_flags)
         raise ConfigError(f"there is no {unknown[0]}{hint or '; see --help'}")
     command = flags["command"]
     if command and command not in COMMANDS:
@@ -1727,9 +1726,10 @@ def execute(config: Config, flags: Mapping[str, str | None], path: str) -> None:
         return
     writer = LogWriter()
     form = "%(asctime)s %(levelname)s %(message)s"
-    writer.setFormatter(
-        JsonFormatter() if config.log_format == "json" else logging.Formatter(form)
-    )
+    formatter = logging.Formatter(form)
+    if config.log_format == "json":
+        formatter = JsonFormatter()
+    writer.setFormatter(formatter)
     logging.basicConfig(level=logging.INFO, handlers=[writer])
     if path and not any(map(is_own, providers)):
         log.info("there is no claude-cli provider in %s: nothing to do", path)
@@ -1814,7 +1814,8 @@ def page_text(bridge: Bridge) -> str:
     for title, rows in page_sections(bridge).items():
         lines += ["", title]
         lines += [f"  {name:30} {value}".rstrip() for name, value in rows]
-    lines += ["", "Connect", textwrap.indent(EXAMPLE.format(url=bridge.url), "  "), ""]
+    example = EXAMPLE.format(url=bridge.url)
+    lines += ["", "Connect", textwrap.indent(example, "  "), ""]
     return "\n".join(lines)
 
 
@@ -1924,10 +1925,10 @@ def load_yaml(data: bytes) -> Any:
 def is_own(entry: Json) -> bool:
     """Whether a provider is a claude-cli one: by its model or name, or by its
     interface."""
+    if entry.get("provider_interface") == INTERFACE:
+        return True
     named = [str(entry.get("model")), str(entry.get("name"))]
-    return entry.get("provider_interface") == INTERFACE or any(
-        name.startswith(translate.MODEL_PREFIX) for name in named
-    )
+    return any(name.startswith(translate.MODEL_PREFIX) for name in named)
 
 
 def complete_providers(entries: Mapping[str, Json], config: Config) -> list[Json]:
@@ -2047,7 +2048,8 @@ class Rehearsal:
                 return
             agent = re.search(rb"(?i)user-agent: claude-cli/([\w.-]+)", head)
             self.version = agent[1].decode() if agent else ""
-            writer.writelines(map(translate.frame, self.answer(orjson.loads(body))))
+            events = self.answer(orjson.loads(body))
+            writer.writelines(map(translate.frame, events))
             if self.held.is_set():
                 try:
                     await reader.read()

@@ -98,7 +98,11 @@ MAX_UNREAD = 1 << 20
 STDERR_TAIL = 2048
 # How a process is ended, step by step: what is done, and the seconds it then gets.  An
 # idle CLI exits 0.1 s after its stdin closes; on SIGTERM it ends a running API call.
-ENDING = ((None, 0.5), (signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0))
+ENDING = (
+    (None, 0.5),
+    (signal.SIGTERM, 1.0),
+    (signal.SIGKILL, 5.0),
+)
 # Seconds after which a process that has said nothing no longer holds up the start of
 # others; 1.2 were measured.
 START_SECS = 2.0
@@ -113,6 +117,8 @@ THREAD_SIZE = 64 << 10
 # Fingerprints of lost sessions that are remembered, to say why a conversation was
 # rebuilt.
 MAX_PAST = 4096
+# Seconds between two looks at the resting processes.
+SWEEP_SECS = 5.0
 # Seconds that a process waits for another count.
 COUNTER_SECS = 10.0
 # Answers of count_tokens that are remembered: Claude Code's /context asks 25 questions,
@@ -427,9 +433,8 @@ def private_folder(last: str = "") -> str:
     2.1.330 tells its working directory to the API, whose prompt cache compares bytes:
     all bridges of a user share one, unless others can or did write to it.
     """
-    if last and all(
-        os.path.isdir(os.path.join(last, name)) for name in ("work", "gates")
-    ):
+    needed = [os.path.join(last, name) for name in ("work", "gates")]
+    if last and all(map(os.path.isdir, needed)):
         return last
     shared = os.path.join(tempfile.gettempdir(), f"claude-cli-bridge-{os.getuid()}")
     with contextlib.suppress(OSError):
@@ -791,7 +796,8 @@ class Process(asyncio.SubprocessProtocol):
             if self.exited.done()
             else "closed its output"
         )
-        said = self._stderr.decode(errors="replace").strip().rpartition("\n")[2][:300]
+        lines = self._stderr.decode(errors="replace").strip()
+        said = lines.rpartition("\n")[2][:300]
         return cli_error(f"the claude CLI {status}" + (f": {said}" if said else ""))
 
     def _set_started(self) -> None:
@@ -887,13 +893,13 @@ class Process(asyncio.SubprocessProtocol):
         events = translate.decode(line)
         for event in events:
             kind = event["type"]
+            now = self.loop.time()
             if kind in SIGNS_OF_LIFE:
-                self._alive_at = self.loop.time()
+                self._alive_at = now
             elif event.get("subtype") == "api_retry":
-                delay = event.get("retry_delay_ms")
-                self._alive_at = self.loop.time() + (
-                    delay / 1000 if isinstance(delay, int | float) else 0
-                )
+                delay: Any = event.get("retry_delay_ms")
+                is_known = isinstance(delay, int | float)
+                self._alive_at = now + delay / 1000 if is_known else now
             if kind == "control_request":
                 self._answer_control(event)
             elif kind == "control_response":
@@ -1697,8 +1703,11 @@ class Pool:
     async def _sweep(self) -> None:
         """Retire the idle sessions that died or whose time is up."""
         ttl = self.config.session_ttl_secs
+        pause = SWEEP_SECS
+        if ttl:
+            pause = max(0.05, min(ttl / 4, SWEEP_SECS))
         while True:
-            await asyncio.sleep(max(0.05, min(ttl / 4, 5)) if ttl else 5)
+            await asyncio.sleep(pause)
             now = time.monotonic()
             for session in [*self.spares, *self.on_file.values(), *self._counters]:
                 if session.process.gone:

@@ -195,9 +195,10 @@ def result_error(
     text = str(text or "the claude CLI ended the turn with an error")
     status = result.get("api_error_status")
     if not isinstance(status, int) or not 400 <= status <= 599:
-        status = next(
-            (code for words, code in VERDICTS.items() if text.startswith(words)), 502
-        )
+        status = 502
+        for words, verdict in VERDICTS.items():
+            if text.startswith(words):
+                status = verdict
     message, kind = api_message(text, text_of(told, "api_error_type"))
     if status == 401:
         message = f"{message} (the claude CLI is not logged in: {LOGIN_CURE})"
@@ -206,9 +207,9 @@ def result_error(
         message += " (GET /v1/models lists the models of this account)"
     code = text_of(told, "api_error_code")
     details = {"error_code": code} if code else None
-    return ApiError(
-        status, message, kind, details, resets_at=resets_at if status == 429 else None
-    )
+    if status != 429:
+        resets_at = None
+    return ApiError(status, message, kind, details, resets_at=resets_at)
 
 
 def api_message(text: str, kind: str) -> tuple[str, str]:
@@ -1001,9 +1002,8 @@ def link(chain: bytes, message: bytes) -> bytes:
 
 
 def message_digest(message: Message) -> bytes:
-    return digest(
-        [message["role"], canonical_blocks(message["role"], message["content"])]
-    )
+    role = message["role"]
+    return digest([role, canonical_blocks(role, message["content"])])
 
 
 def identify(request: Request, data: Json) -> None:
@@ -1020,9 +1020,8 @@ def identify(request: Request, data: Json) -> None:
     named = {
         name for name in ("model", "system", "tools") if data.get(name) is not None
     }
-    request.sent_parts = {
-        name: request.parts[name] for name in named | {"betas", "caching"}
-    }
+    named |= {"betas", "caching"}
+    request.sent_parts = {name: request.parts[name] for name in named}
     for message in request.messages[:-1]:
         request.past = link(request.past, message_digest(message))
     request.newest = message_digest(request.messages[-1])
@@ -1203,7 +1202,9 @@ def split_at_images(blocks: list[Block]) -> tuple[list[Block], list[Block]]:
     images = [index for index, block in enumerate(blocks) if is_base64_image(block)]
     after = images[-1] + 1 if images else 0
     is_followed_by_text = after < len(blocks) and blocks[after]["type"] == "text"
-    return (blocks[:after], blocks[after:]) if is_followed_by_text else ([], blocks)
+    if not is_followed_by_text:
+        return [], blocks
+    return blocks[:after], blocks[after:]
 
 
 def is_one_line(request: Request) -> bool:
@@ -1217,7 +1218,8 @@ def is_one_line(request: Request) -> bool:
 def has_counted(context: Json, tools: list[Json]) -> bool:
     """Whether a process counted these tools and no others, by its answer to
     get_context_usage."""
-    counted = {text_of(tool, "name") for tool in as_blocks(context.get("mcpTools"))}
+    listed = as_blocks(context.get("mcpTools"))
+    counted = {text_of(tool, "name") for tool in listed}
     return counted == {tool["name"] for tool in tools}
 
 
@@ -1743,7 +1745,8 @@ class Translator:
             return False
         if self.stop_reason == "tool_use":
             return bool(self.calls) and not self._foreign_call
-        visible = any(block.get("text") for block in self.message.get("content", ()))
+        blocks = self.message.get("content", ())
+        visible = any(block.get("text") for block in blocks)
         return self.stop_reason in RESTING and visible and not self.calls
 
     def feed(self, event: CliEvent) -> list[StreamEvent]:
@@ -1899,8 +1902,9 @@ class Translator:
         if isinstance(piece, str):
             self._pieces.setdefault(key, []).append(piece)
             return
-        before = block.get(key)
-        block[key] = [*before, piece] if isinstance(before, list) else [piece]
+        if not isinstance(block.get(key), list):
+            block[key] = []
+        block[key] = [*block[key], piece]
 
     def _block_stop(self, event: Json) -> list[StreamEvent]:
         events: list[StreamEvent] = []
@@ -1978,11 +1982,9 @@ class Translator:
         if not self._agent:
             return counts
         for name in TOKENS:
-            total = counts.get(name, self._usage.get(name, 0)) + self._spent.get(
-                name, 0
-            )
+            newest = counts.get(name, self._usage.get(name, 0))
             if self._spent or name in self._usage:
-                counts[name] = total
+                counts[name] = newest + self._spent.get(name, 0)
         return counts
 
     # Deltas as bytes
