@@ -142,6 +142,8 @@ SIGNS_OF_LIFE = {
 # What a process never says unless a turn asked for it.
 ANSWERS = {"stream_event", "assistant", "user"}
 CORES = os.cpu_count() or 1
+# malloc_trim(3), where there is one: gives memory that was freed back to the system.
+TRIM: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
 PRCTL: Any = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
@@ -1167,6 +1169,8 @@ class Pool:
             OrderedDict()
         )
         self._executor: ThreadPoolExecutor | None = None
+        # It has, since memory was given back last.
+        self._has_computed = False
 
     async def __aenter__(self) -> "Pool":
         self._sweeper = asyncio.create_task(self._sweep())
@@ -1219,6 +1223,7 @@ class Pool:
         if size < THREAD_SIZE:
             return function()
         self._executor = self._executor or ThreadPoolExecutor(1)
+        self._has_computed = True
         return await asyncio.get_running_loop().run_in_executor(
             self._executor, function
         )
@@ -1701,13 +1706,18 @@ class Pool:
                 keep(self._last_seen, key, (session.parts, reason), MAX_PAST)
 
     async def _sweep(self) -> None:
-        """Retire the idle sessions that died or whose time is up."""
+        """Retire the idle sessions that died or whose time is up, and give back the
+        memory of large requests."""
         ttl = self.config.session_ttl_secs
         pause = SWEEP_SECS
         if ttl:
             pause = max(0.05, min(ttl / 4, SWEEP_SECS))
         while True:
             await asyncio.sleep(pause)
+            if self._has_computed and TRIM:
+                self._has_computed = False
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._executor, TRIM, 0)
             now = time.monotonic()
             for session in [*self.spares, *self.on_file.values(), *self._counters]:
                 if session.process.gone:

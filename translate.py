@@ -235,13 +235,14 @@ def api_message(text: str, kind: str) -> tuple[str, str]:
 
 # An integer of 19 digits may exceed 64 bits: orjson would read a float, and lose
 # digits.
-LONG_INTEGER = re.compile(rb"[0-9]{19}")
+LONG_INTEGER = b"0" * 19
+ZEROES = bytes.maketrans(b"123456789", b"000000000")
 
 
 def from_json(text: bytes) -> Any:
     """A JSON value with all digits of its integers.  Raises orjson.JSONDecodeError."""
     value = orjson.loads(text)
-    if not LONG_INTEGER.search(text):
+    if LONG_INTEGER not in text.translate(ZEROES):
         return value
     try:
         return json.loads(text)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from client import Answer, Client, request_body
 from host import ROOT, STANDIN, wait_until
@@ -22,6 +23,7 @@ from stand_in import Log
 from test_processes import in_work
 
 import bridge
+import sessions
 from sessions import Turn
 
 Serve = Callable[..., Server]
@@ -99,6 +101,20 @@ def test_a_program_without_file_descriptors_fails_the_request_and_goes_on(
     assert "cannot be started" in answer.json["error"]["message"]
     resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (4096, 4096))
     assert program.post().status == 200
+
+
+@pytest.mark.skipif(not sessions.TRIM, reason="malloc_trim(3) is glibc's")
+def test_the_memory_of_large_requests_is_given_back(launch: Callable[..., Program]) -> None:
+    program = launch(CLAUDE_CLI_SESSION_TTL_SECS="1")
+    assert program.post("hello").status == 200
+    process = psutil.Process(program.process.pid)
+    before = process.memory_info().rss
+    blocks = [{"type": "text", "text": "a"}] * 60_000
+    body = request_body([{"role": "user", "content": blocks}], model="*")
+    with ThreadPoolExecutor(8) as executor:
+        answers = executor.map(lambda _: program.call("POST", "/v1/messages", body), range(24))
+        assert [answer.status for answer in answers] == [400] * 24
+    wait_until(lambda: process.memory_info().rss < before + (16 << 20), "what it had before")
 
 
 def test_a_clock_that_jumps_disturbs_nobody(
