@@ -1029,8 +1029,8 @@ class Turn:
         if self.how == "hot":
             in_line = self.results is None
         else:
-            in_line = translate.has_images_in_line(self.request.messages[-1])
-        return self.request.not_sent + (self.request.image_places if in_line else [])
+            in_line = translate.sends_images_in_line(self.request.messages[-1])
+        return self.request.not_sent + (self.request.lost_image_keys if in_line else [])
 
     async def relay(
         self, send: Callable[[bytes], bool], drain: Callable[[], Awaitable[None]]

@@ -107,8 +107,7 @@ ERROR_TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
-# Statuses where a retry cannot help.  The SDKs retry 5xx twice unless they are told not
-# to.
+# Statuses where a retry cannot help (header x-should-retry).
 FINAL_STATUSES = {400, 401, 402, 403, 404, 405, 413, 415, 422, 431}
 LOGIN_CURE = (
     "run `claude-cli-bridge login`, or log in with /login in the claude CLI itself"
@@ -222,7 +221,7 @@ def api_message(text: str, kind: str) -> tuple[str, str]:
     try:
         error = orjson.loads(message)["error"]
         inner, its_kind = error["message"], error.get("type")
-    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (orjson.JSONDecodeError, KeyError, TypeError):
         return message or text, kind
     if isinstance(its_kind, str):
         kind = kind or its_kind
@@ -233,8 +232,8 @@ def api_message(text: str, kind: str) -> tuple[str, str]:
 
 # ------------------------------------------------------------ JSON
 
-# An integer of 19 digits may exceed 64 bits: orjson would read a float, and lose
-# digits.
+# 19 digits, once all are written as zeroes: such an integer may exceed 64 bits, and orjson
+# would read a float and lose digits.
 LONG_INTEGER = b"0" * 19
 ZEROES = bytes.maketrans(b"123456789", b"000000000")
 
@@ -280,7 +279,11 @@ def text_of(value: Any, key: str) -> str:
 def as_blocks(content: Any) -> list[Any]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
-    return content if isinstance(content, list) else []
+    return as_list(content)
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def without(value: Mapping[str, Any], keys: Collection[str]) -> Json:
@@ -288,13 +291,13 @@ def without(value: Mapping[str, Any], keys: Collection[str]) -> Json:
 
 
 def without_nulls(value: Mapping[str, Any]) -> Json:
-    """The Vercel AI SDK fails on `citations: null` and `caller: null`."""
+    """The pairs whose value is not null (the Vercel AI SDK fails on `caller: null`)."""
     return {key: inner for key, inner in value.items() if inner is not None}
 
 
 def without_empties(value: Json) -> Json:
-    """The Vercel AI SDK fails on `context_management: {}` and adds up `iterations:
-    []`."""
+    """The pairs whose value is not null, {} or [] (the Vercel AI SDK fails on
+    `context_management: {}`)."""
     return {key: inner for key, inner in value.items() if inner not in (None, {}, [])}
 
 
@@ -378,7 +381,7 @@ class Request:
     not_sent: list[str]
     # Places in the newest message that are lost as well when it goes to the CLI as a
     # user line.
-    image_places: list[str]
+    lost_image_keys: list[str]
     # Bytes of the request as it came.
     size: int
     # Digests of what is fixed for the life of a process.
@@ -436,7 +439,7 @@ def parse_request(
         betas=betas,
         caching=caching,
         not_sent=list(dict.fromkeys(not_sent)),
-        image_places=image_places(reader.messages[-1], reader.places[-1]),
+        lost_image_keys=lost_image_keys(reader.messages[-1], reader.places[-1]),
         size=len(body),
     )
     identify(request, data)
@@ -473,8 +476,9 @@ def read_object(body: bytes, max_depth: int, max_values: int) -> Json:
     return data
 
 
-# A JSON string.  The possessive quantifiers keep it linear where a string has no end.
-STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+# A JSON string, or the rest of the text where it has no end: a pattern that failed there
+# would be tried again at each quote in it, in quadratic time.
+STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 
 
 def has_more_values(body: bytes, limit: int) -> bool:
@@ -571,10 +575,10 @@ def printable(key: str) -> str:
 
 
 def read_tool_names(tools: list[Any]) -> list[str]:
-    """The names by which the model may call a tool of the client.
+    """The names in `tools`, and those of a toolset's members.
 
-    The CLI has to know them to hand a call over (MCP); everything else about the tools
-    goes to the API as sent.
+    The CLI has to know the names of client tools to hand a call over (MCP), and takes no
+    harm from others; everything else about the tools goes to the API as sent.
     """
     names: list[str] = []
     for number, tool in enumerate(tools):
@@ -614,7 +618,7 @@ def without_deferring(
 
 # ------------------------------------------------------------ messages
 
-# The API takes no account of the thinking of earlier turns, and clients drop it.
+# Clients drop thinking, or echo a part of it: it does not tell conversations apart.
 THOUGHTS = frozenset({"thinking", "redacted_thinking"})
 # Blocks that are no answer if an assistant message holds nothing else.
 UNSAID = THOUGHTS | {"fallback"}
@@ -642,7 +646,6 @@ class MessageReader:
         the client numbered it."""
         if not raw:
             raise bad_request("messages", "at least one message is required")
-        role = place = ""
         for number, message in enumerate(raw):
             place = f"messages.{number}"
             role, blocks = read_message(message, place)
@@ -663,10 +666,10 @@ class MessageReader:
             else:
                 self._add(role, blocks, place)
         check_pairs(self.messages, self.places)
-        if role == "assistant":
-            raise bad_request(place, PREFILL)
+        if raw[-1]["role"] == "assistant":
+            raise bad_request(f"messages.{len(raw) - 1}", PREFILL)
         for message, places in zip(self.messages, self.places, strict=True):
-            self.not_sent += left_out(message["content"], places)
+            self.not_sent += lost_parts(message["content"], places)
 
     def _add(self, role: str, blocks: list[Block], message_place: str) -> None:
         places = []
@@ -693,22 +696,19 @@ class MessageReader:
         content = block.get("content")
         if not isinstance(content, list):
             return block
-        result = block.copy()
-        result["content"] = []
+        kept: list[Any] = []
         for index, inner in enumerate(content):
             kind = text_of(inner, "type")
-            is_reference = kind == "tool_reference"
-            is_kept = kind == "text" or not block.get("is_error")
-            if is_reference:
+            if kind == "tool_reference":
                 name = text_of(inner, "tool_name")
                 self.loaded.add(name)
-                result["content"].append(
-                    {"type": "text", "text": f"Tool loaded: {name}"}
-                )
-            elif is_kept:
-                result["content"].append(inner)
-            if is_reference or not is_kept:
-                self.not_sent.append(f"{place}.content.{index}")
+                kept.append({"type": "text", "text": f"Tool loaded: {name}"})
+            elif kind == "text" or not block.get("is_error"):
+                kept.append(inner)
+                continue
+            self.not_sent.append(f"{place}.content.{index}")
+        result = block.copy()
+        result["content"] = kept
         return result
 
 
@@ -725,7 +725,7 @@ def reminder(blocks: list[Block]) -> Block:
 CALL_KEYS = {"type", "id", "name", "input"}
 
 
-def left_out(blocks: list[Block], places: list[str]) -> list[str]:
+def lost_parts(blocks: list[Block], places: list[str]) -> list[str]:
     """The places of what some version of the CLI leaves out of an assistant message:
     marks of a fallback, the advisor's words, keys of tool calls, citations of
     documents, and calls of server tools that wait for a client's tool, and so have no
@@ -737,7 +737,7 @@ def left_out(blocks: list[Block], places: list[str]) -> list[str]:
         is_server_call = kind in ("server_tool_use", "mcp_tool_use")
         is_pending = is_server_call and str(block.get("id")) not in have_results
         is_advisor = is_server_call and block.get("name") == "advisor"
-        citations = as_blocks(block.get("citations"))
+        citations = as_list(block.get("citations"))
         if kind in ("fallback", "advisor_tool_result") or is_pending or is_advisor:
             lost.append(place)
         elif kind == "tool_use":
@@ -881,14 +881,14 @@ def check_pairs(messages: list[Message], all_places: list[list[str]]) -> None:
         for block, place in zip(message["content"], places, strict=True):
             if block["type"] != "tool_result":
                 continue
-            answers = text_of(block, "tool_use_id")
-            results.add(answers)
-            if answers not in called:
+            call_id = text_of(block, "tool_use_id")
+            results.add(call_id)
+            if call_id not in called:
                 words = "unexpected `tool_use_id` found in `tool_result` blocks: "
-                words += f"{answers}. Each `tool_result` block must have"
+                words += f"{call_id}. Each `tool_result` block must have"
                 words += " a corresponding `tool_use` block in the previous message."
                 raise bad_request(place, words)
-        missing = [tool_id for tool_id in called if tool_id not in results]
+        missing = [call_id for call_id in called if call_id not in results]
         if missing:
             words = "`tool_use` ids were found without `tool_result` blocks immediately after: "
             words += f"{', '.join(missing)}. Each `tool_use` block must have"
@@ -898,14 +898,14 @@ def check_pairs(messages: list[Message], all_places: list[list[str]]) -> None:
         for block in message["content"]:
             if block["type"] != "tool_use":
                 continue
-            identity = text_of(block, "id")
-            if identity in seen:
+            call_id = text_of(block, "id")
+            if call_id in seen:
                 raise bad_request("messages", "`tool_use` ids must be unique")
-            seen.add(identity)
-            called[identity] = None
+            seen.add(call_id)
+            called[call_id] = None
 
 
-def image_places(message: Message, places: list[str]) -> list[str]:
+def lost_image_keys(message: Message, places: list[str]) -> list[str]:
     """The places of what the CLI leaves out of the images in a user line: all but their
     data."""
     lost = []
@@ -1030,13 +1030,8 @@ def identify(request: Request, data: Json) -> None:
 
 def request_digest(request: Request) -> bytes:
     """A digest of all that a count of tokens depends on."""
-    digests = [
-        *request.parts.values(),
-        request.past,
-        request.newest,
-        digest(request.fields),
-    ]
-    return digest([item.hex() for item in digests])
+    parts = [part.hex() for part in request.parts.values()]
+    return digest([parts, request.messages, request.fields])
 
 
 def canonical_blocks(role: str, blocks: list[Block]) -> list[Json]:
@@ -1076,12 +1071,26 @@ def canonical_block(block: Any) -> Json:
         if value is None or key in NOISE or value in DEFAULTS.get(key, ()):
             continue
         kept[key] = value
+    if "input" in kept:
+        kept["input"] = with_plain_numbers(kept["input"])
     if kept.get("type") == "tool_result" and "content" in kept:
         kept["content"] = canonical_content(kept["content"])
     source = kept.get("source")
     if isinstance(source, dict) and "content" in source:
         kept["source"] = source | {"content": canonical_content(source["content"])}
     return kept
+
+
+def with_plain_numbers(value: Any) -> Any:
+    """A JSON value with 1 for 1.0, as JavaScript clients echo it."""
+    text = to_json(value)
+    return json.loads(text, parse_float=plain_number) if b".0" in text else value
+
+
+def plain_number(text: str) -> float:
+    number = float(text)
+    is_exact = number.is_integer() and abs(number) < 1 << 53
+    return int(number) if is_exact else number
 
 
 def canonical_content(content: Any) -> Any:
@@ -1104,13 +1113,13 @@ GUARD: Block = {
 }
 # The name of the MCP server that the bridge plays on the pipes of a process.
 MCP_SERVER = "client"
-# Lifts the CLI's limit on a tool's result from 50,000 characters to 500,000, and keeps
-# the tool from being deferred.
+# The CLI cuts a tool's result at 50,000 characters, with a large value here at 500,000;
+# alwaysLoad keeps it from deferring the tool.
 TOOL_META = {
     "anthropic/maxResultSizeChars": 1_000_000_000,
     "anthropic/alwaysLoad": True,
 }
-# 2.1.197 wants a time in every row of a transcript, and neither version minds which.
+# 2.1.197 wants a time in every row of a transcript; any will do.
 ROW_TIME = "2026-01-01T00:00:00.000Z"
 
 
@@ -1219,7 +1228,7 @@ def is_one_line(request: Request) -> bool:
 def has_counted(context: Json, tools: list[Json]) -> bool:
     """Whether a process counted these tools and no others, by its answer to
     get_context_usage."""
-    listed = as_blocks(context.get("mcpTools"))
+    listed = as_list(context.get("mcpTools"))
     counted = {text_of(tool, "name") for tool in listed}
     return counted == {tool["name"] for tool in tools}
 
@@ -1255,7 +1264,7 @@ def opening(
     return transcript(past, model), lines
 
 
-def has_images_in_line(message: Message) -> bool:
+def sends_images_in_line(message: Message) -> bool:
     """Whether a fresh process gets the images of the newest message in a line, not in
     its transcript."""
     return answers_tool_calls(message) or not split_at_images(message["content"])[0]
@@ -1344,9 +1353,9 @@ def mcp_method(event: CliEvent) -> str:
 def control_answer(
     event: CliEvent, tools: list[Json], result: Json | None = None
 ) -> bytes:
-    """The answer to a control request of the CLI: a tool's `result`, or what an MCP
-    server of `tools` says of itself (recordings client_tool); refused is what the
-    bridge has no use for."""
+    """The answer to a control request of the CLI.  An MCP request gets the tool's
+    `result`, or what a server of `tools` says of itself (recording client_tool), or an
+    empty result; any other request is refused."""
     request = event.get("request")
     message = request.get("message") if isinstance(request, dict) else None
     response: Json = {"request_id": event.get("request_id")}
@@ -1449,27 +1458,16 @@ def mcp_part(block: Any) -> Json | None:
     holds."""
     if not isinstance(block, dict):
         return None
-    part = without_nulls(block)
-    if (
-        part.keys() == {"type", "text"}
-        and part["type"] == "text"
-        and isinstance(part["text"], str)
-    ):
-        return part
-    source = part.get("source")
-    if (
-        part.keys() != {"type", "source"}
-        or part["type"] != "image"
-        or not isinstance(source, dict)
-    ):
-        return None
-    if source.keys() != {"type", "data", "media_type"} or source["type"] != "base64":
-        return None
-    return {
-        "type": "image",
-        "data": source["data"],
-        "mimeType": source["media_type"],
-    }
+    match without_nulls(block):
+        case {"type": "text", "text": str(text), **rest} if not rest:
+            return {"type": "text", "text": text}
+        case {
+            "type": "image",
+            "source": {"type": "base64", "data": data, "media_type": kind, **more},
+            **rest,
+        } if not rest and not more:
+            return {"type": "image", "data": data, "mimeType": kind}
+    return None
 
 
 # ------------------------------------------------------------ from the CLI
@@ -1479,17 +1477,16 @@ STREAM_EVENT = b'{"type":"stream_event","event":'
 DELTA_START = STREAM_EVENT + b'{"type":"content_block_delta","index":'
 # In a line whose event is not a subagent's.
 MAIN = b'"parent_tool_use_id":null'
-# What the SDK inside the CLI logs of a count at the API, with ANTHROPIC_LOG=info.
+# How the SDK inside the CLI logs a call of count_tokens (ANTHROPIC_LOG=info).
 COUNT_CALL = re.compile(
     rb"\[log_[^]]*\] post \S+/count_tokens\S* \w+(?: with status (\d{3}))?"
 )
-# Half a character: JavaScript writes it as an escape, orjson does not read it.
-LONE_SURROGATE = re.compile(r"(?<!\\)((?:\\\\)*)\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 def decode(text: bytes) -> list[CliEvent]:
     """The events of one line of the CLI's output: one as a rule, several when it glued
-    them, none when it is noise.
+    them, none when it is noise.  A logged call of count_tokens becomes an event
+    `api_call`, whose `response` is the HTTP status (502: there was none).
 
     Raises ApiError when a part of the answer is lost.
     """
@@ -1508,12 +1505,13 @@ def decode(text: bytes) -> list[CliEvent]:
 def glued(text: str) -> list[Any]:
     """The JSON objects at the start of a text that orjson does not take."""
     values: list[Any] = []
-    text = LONE_SURROGATE.sub(r"\1\\ufffd", text)
     while text.startswith("{"):
         try:
-            end = json.JSONDecoder().raw_decode(text)[1]
-            # json takes what orjson cannot write: NaN.
-            values.append(from_json(text[:end].encode()))
+            value, end = json.JSONDecoder().raw_decode(text)
+            # orjson takes neither NaN, which fails here, nor half a character.
+            whole = json.dumps(value, ensure_ascii=False)
+            whole = whole.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            values.append(from_json(whole.encode()))
         except (ValueError, RecursionError):
             break
         text = text[end:].lstrip()
@@ -1524,11 +1522,9 @@ def control_response(event: CliEvent, request_id: str) -> Json:
     """The CLI's response to a control request, good or bad, if the event is that
     response; else empty."""
     given = event.get("response")
-    return (
-        given
-        if isinstance(given, dict) and given.get("request_id") == request_id
-        else {}
-    )
+    if isinstance(given, dict) and given.get("request_id") == request_id:
+        return given
+    return {}
 
 
 def control_result(event: CliEvent, request_id: str) -> Json:
@@ -1549,24 +1545,20 @@ def applied_model(given: Json) -> str:
 def login_source(hello: Json) -> str:
     """Where the CLI has its account from, by its answer to `initialize`; empty: nobody
     is logged in."""
-    account = hello.get("account")
-    account = account if isinstance(account, dict) else {}
     for name in ("apiKeySource", "tokenSource"):
-        if account.get(name) not in (None, "", "none"):
-            return str(account[name])
+        source = text_of(hello.get("account"), name)
+        if source not in ("", "none"):
+            return source
     return ""
 
 
 def listed_model(hello: Json, name: str) -> str:
     """The full id of a model, by the CLI's answer to `initialize`; empty: it does not
     list the name."""
-    models = hello.get("models")
-    for model in models if isinstance(models, list) else []:
-        if isinstance(model, dict) and name in (
-            model.get("value"),
-            model.get("resolvedModel"),
-        ):
-            return str(model.get("resolvedModel") or "")
+    for model in as_list(hello.get("models")):
+        full_name = text_of(model, "resolvedModel")
+        if name in (text_of(model, "value"), full_name):
+            return full_name
     return ""
 
 
@@ -1616,8 +1608,6 @@ TOKENS = (
     "cache_creation_input_tokens",
     "cache_read_input_tokens",
 )
-CREATION = ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
-SERVER_TOOLS = ("web_search_requests", "web_fetch_requests")
 # The block types that clients know, each with the values that deltas fill.  A
 # content_block_start must carry them empty (API; SDKs fail without them), but for
 # citations.
@@ -1713,6 +1703,10 @@ class Translator:
         self._index = 0
         # The string deltas of the open block so far, by the key that they fill.
         self._pieces: dict[str, list[str]] = {}
+        # A tool input that is no JSON object, as when max_tokens cut it off.
+        self._input_error: ApiError | None = None
+        # The end of its block, until it is known why.
+        self._held: list[StreamEvent] = []
         # An input that came whole, and is not passed on yet.
         self._given_input: Json = {}
         # How a line begins that holds a delta of the open block, and may keep its
@@ -1789,8 +1783,8 @@ class Translator:
     # The events of a stream
 
     def _stream_event(self, event: Json) -> list[StreamEvent]:
-        kind = event.get("type")
-        if not isinstance(kind, str) or not kind or not kind.isprintable():
+        kind = text_of(event, "type")
+        if not kind or not kind.isprintable():
             return []
         if kind == "error":
             raise stream_error(event.get("error"))
@@ -1847,6 +1841,8 @@ class Translator:
         return [renewed(event, message=started)]
 
     def _block_start(self, event: Json) -> list[StreamEvent]:
+        if self._input_error:
+            raise self._input_error
         given: Any = event.get("content_block")
         kind = text_of(given, "type")
         if not kind:
@@ -1874,7 +1870,12 @@ class Translator:
         self._given_input = whole.pop("input", {})
         self._delta_head = delta_head(kind, index) if index == self._index else b""
         events = [renewed(event, index=index, content_block=block)]
-        for delta in deltas(whole):
+        return events + self._fill(whole)
+
+    def _fill(self, values: Json) -> list[StreamEvent]:
+        """The deltas that fill in what came whole."""
+        events: list[StreamEvent] = []
+        for delta in deltas(values):
             events += self._block_delta({"type": "content_block_delta", "delta": delta})
         return events
 
@@ -1910,27 +1911,36 @@ class Translator:
     def _block_stop(self, event: Json) -> list[StreamEvent]:
         events: list[StreamEvent] = []
         if self._given_input and not any(self._pieces.get("input", ())):
-            for delta in deltas({"input": self._given_input}):
-                events += self._block_delta(
-                    {"type": "content_block_delta", "delta": delta}
-                )
+            events = self._fill({"input": self._given_input})
         block = self.message["content"][-1]
         for key, pieces in self._pieces.items():
             text = "".join(pieces)
             before = block.get(key)
-            if key == "input":
-                block[key] = tool_input(text) if text else before or {}
+            if key == "input" and text:
+                try:
+                    block[key] = tool_input(text)
+                except ApiError as error:
+                    self._input_error = error
+            elif key == "input":
+                block[key] = before or {}
             elif key == "signature":  # the last one counts (SDK)
                 block[key] = pieces[-1]
             else:
                 block[key] = before + text if isinstance(before, str) else text
         self._pieces = {}
         self._delta_head = b""
-        return [*events, renewed(event, index=len(self.message["content"]) - 1)]
+        events.append(renewed(event, index=len(self.message["content"]) - 1))
+        if self._input_error:
+            self._held = events
+            return []
+        return events
 
     def _message_delta(self, event: Json) -> list[StreamEvent]:
         given = event["delta"]
         reason = given["stop_reason"]
+        held, self._held = self._held, []
+        if self._input_error and reason in ("tool_use", *RESTING):
+            raise self._input_error
         counts = self._counts(event.get("usage"))
         if reason == "tool_use" and self._agent:
             self.state = State.WORKING
@@ -1956,11 +1966,11 @@ class Translator:
         }
         last.update(final)
         if self.rests:
-            return [last]
+            return [*held, last]
         # The CLI goes on by itself, so nothing more is waited for: the answer is
         # complete.
         self.state = State.DONE
-        return [last, {"type": "message_stop"}]
+        return [*held, last, {"type": "message_stop"}]
 
     def _message_stop(self, event: Json) -> list[StreamEvent]:
         return [renewed(event)] if self.done else []
@@ -1982,10 +1992,10 @@ class Translator:
         counts["output_tokens"] = spoken
         if not self._agent:
             return counts
+        newest = self._usage | counts
         for name in TOKENS:
-            newest = counts.get(name, self._usage.get(name, 0))
-            if self._spent or name in self._usage:
-                counts[name] = newest + self._spent.get(name, 0)
+            if name in newest or name in self._spent:
+                counts[name] = newest.get(name, 0) + self._spent.get(name, 0)
         return counts
 
     # Deltas as bytes
@@ -2010,7 +2020,9 @@ class Translator:
             )
             return
         for text in lines:
-            for event in () if self.done else decode(text):
+            if self.done:
+                return  # what comes behind the answer may be damaged
+            for event in decode(text):
                 yield from map(frame, self.feed(event))
 
     # Messages that were not streamed
@@ -2058,7 +2070,7 @@ class Translator:
         reason = (
             text_of(message, "stop_reason")
             or text_of(result, "stop_reason")
-            or "end_turn"
+            or ("tool_use" if self.calls else "end_turn")
         )
         ends = {
             "stop_reason": reason,
@@ -2098,8 +2110,7 @@ class Translator:
         return events
 
     def _resets_at(self) -> float | None:
-        """The epoch second at which the limit ends that the API refused a request
-        for."""
+        """When the limit that refused a request is reset, in epoch seconds."""
         for info in reversed(self.rate_limits):
             resets_at = info.get("resetsAt")
             if info.get("status") == "rejected" and isinstance(resets_at, int | float):
@@ -2108,7 +2119,7 @@ class Translator:
 
 
 def renewed(event: Json, **values: Any) -> StreamEvent:
-    """An event with other values under some keys; what is new in it passes."""
+    """The event with some values replaced; keys that are not known are kept."""
     return cast(StreamEvent, event | values)
 
 
@@ -2165,6 +2176,10 @@ def deltas(values: Json) -> Iterator[Json]:
 # ------------------------------------------------------------ usage
 
 
+CACHE_COUNTS = ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
+SERVER_TOOL_COUNTS = ("web_search_requests", "web_fetch_requests")
+
+
 def is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
@@ -2189,12 +2204,12 @@ def usage(
         counts.setdefault(name, 0)
     creation = counts.pop("cache_creation", None)
     if isinstance(creation, dict) and all(
-        is_count(creation.get(name)) for name in CREATION
+        is_count(creation.get(name)) for name in CACHE_COUNTS
     ):
         counts["cache_creation"] = creation
     tools = counts.pop("server_tool_use", None)
     if isinstance(tools, dict):
-        requests = {name: token_count(tools, name) for name in SERVER_TOOLS}
+        requests = {name: token_count(tools, name) for name in SERVER_TOOL_COUNTS}
         counts["server_tool_use"] = tools | requests
     if counts.get("service_tier") not in ("standard", "priority", "batch"):
         counts.pop("service_tier", None)

@@ -324,7 +324,7 @@ def check_settings(request: Request, body: Json, *, has_listed_tools: bool) -> N
 
 def check_not_sent(request: Request, body: Json) -> None:
     """What cannot arrive as sent is named once, in what a header can hold, and is in the body."""
-    named = request.not_sent + request.image_places
+    named = request.not_sent + request.lost_image_keys
     assert len(set(named)) == len(named)
     for place in named:
         assert not translate.NOT_IN_HEADER.search(place), place
@@ -420,8 +420,8 @@ def is_block(value: Any) -> bool:
 
 def not_sent(request: Request) -> list[str]:
     """What a fresh process cannot be given as sent."""
-    in_line = translate.has_images_in_line(request.messages[-1])
-    return request.not_sent + (request.image_places if in_line else [])
+    in_line = translate.sends_images_in_line(request.messages[-1])
+    return request.not_sent + (request.lost_image_keys if in_line else [])
 
 
 def check_counted(server: Server, body: bytes) -> None:

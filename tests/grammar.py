@@ -8,6 +8,7 @@ The API adds types and keys as it likes, so what is new passes: an event once th
 a block, a delta in any block, a key of anything.  What is known has to be as the SDKs know it.
 """
 
+import contextlib
 import json
 from typing import Any
 
@@ -94,6 +95,7 @@ class Client:
         self.ended = False
         self._block: Json | None = None  # the open one
         self._input = ""  # of the open block
+        self._is_cut = False  # the input of the last block is not JSON: max_tokens cut it off
 
     def read(self, event: Json, at: str) -> None:
         assert not self.ended, f"{at} after the end"
@@ -129,6 +131,7 @@ class Client:
     def _read_block_event(self, kind: str, event: Json, at: str) -> None:
         content = self.message["content"]
         assert self.message["stop_reason"] is None, f"{at} after message_delta"
+        assert not self._is_cut, f"{at} behind an input that is not JSON"
         begins = kind == "content_block_start"
         assert begins == (self._block is None), f"{at}: open is {self._block}"
         expected = len(content) if begins else len(content) - 1
@@ -144,7 +147,8 @@ class Client:
             self._add(self._block, copied(event["delta"]), at)
         else:
             if self._input:
-                self._block["input"] = parsed_input(self._input, at)
+                self._block["input"] = parsed_input(self._input)
+                self._is_cut = self._block["input"] is None
             self._block = None
 
     def _add(self, block: Json, delta: Json, at: str) -> None:
@@ -177,6 +181,8 @@ class Client:
         check_nothing_empty(ends, at, besides=ENDS)
         check_nothing_empty(event, at, besides=EVENTS["message_delta"])
         check_nothing_empty(usage, f"{at}.usage")
+        is_whole = ends["stop_reason"] in ("tool_use", "end_turn", "stop_sequence", "pause_turn")
+        assert not (self._is_cut and is_whole), f"{at}: the tool's input is not JSON"
         sequence = ends["stop_sequence"]
         assert sequence is None or type(sequence) is str, f"{at}: stop_sequence is {sequence!r}"
         stopped = ends["stop_reason"] == "stop_sequence"
@@ -196,13 +202,13 @@ def copied(value: Json) -> Json:
     return copy
 
 
-def parsed_input(text: str, at: str) -> Json:
-    try:
+def parsed_input(text: str) -> Json | None:
+    """None: it is not a JSON object."""
+    with contextlib.suppress(ValueError):
         value = json.loads(text)
-    except ValueError:
-        value = None
-    assert isinstance(value, dict), f"{at}: the tool's input is {text}"
-    return value
+        if isinstance(value, dict):
+            return value
+    return None
 
 
 def check_nothing_empty(value: Json, at: str, besides: Json | None = None) -> None:

@@ -5,14 +5,14 @@ request it gets: `GET /_log?since=N` gives those from index N on, each with its 
 and how it ended (`done`, or `left` when the client went away first, with the seconds since the
 request came in).
 
-Words a user text may hold: THINK, MAXTOK, REFUSE, MIDFAIL, SLOW (a word every 50 ms, `SLOW n` of
-them), HANG (no answer for a minute), FAIL400/401/403/404/429/500/529, RETRYONCE, EMPTY, NOSTREAM
-(streaming is refused, the plain call works), `USE_TOOL name INPUT={...}END COUNT=n`, `SAY text`,
-`BIG n` (n characters), SEARCH (a server tool, its result and a cited text), PAUSED (with it: the
-answer ends with pause_turn), TOMORROW (blocks, deltas, events and keys that nobody knows yet), and
-alone: RECORD (the answer is "ok", whatever the parameters say). With --judge it refuses what
-judge.py refuses. Parameters it obeys: stop_sequences, max_tokens (one token is four characters),
-tool_choice, output_config.format.
+Words a user text may hold: THINK, MAXTOK, CUTTOOL (max_tokens inside a tool's input), REFUSE,
+MIDFAIL, SLOW (a word every 50 ms, `SLOW n` of them), HANG (no answer for a minute),
+FAIL400/401/403/404/429/500/529, RETRYONCE, EMPTY, NOSTREAM (streaming is refused, the plain call
+works), `USE_TOOL name INPUT={...}END COUNT=n`, `SAY text`, `BIG n` (n characters), SEARCH (a server
+tool, its result and a cited text), PAUSED (with it: the answer ends with pause_turn), TOMORROW
+(blocks, deltas, events and keys that nobody knows yet), and alone: RECORD (the answer is "ok",
+whatever the parameters say). With --judge it refuses what judge.py refuses. Parameters it obeys:
+stop_sequences, max_tokens (one token is four characters), tool_choice, output_config.format.
 """
 
 import argparse
@@ -189,6 +189,8 @@ def answer(body: Json, text: str) -> tuple[list[Json], str]:
         return SEARCHED, "pause_turn" if "PAUSED" in text else "end_turn"
     if "TOMORROW" in text:
         return TOMORROW, "end_turn"
+    if "CUTTOOL" in text:
+        return tool_call(body, names[0], {}, 1)[0], "max_tokens"
     if "MAXTOK" in text:
         return [{"type": "text", "text": "cut sho"}], "max_tokens"
     if "REFUSE" in text:
@@ -296,7 +298,9 @@ async def stream(request: web.Request, message: Json, text: str) -> web.StreamRe
         await send("content_block_start", index=index, content_block=begun)
         if block["type"] == "tomorrow_block":
             await send("tomorrow_event", weather={"sky": "clear"})
-        for delta in deltas(block, slow):
+        cut = [{"type": "input_json_delta", "partial_json": '{"city": "Par'}]
+        is_cut = "CUTTOOL" in text and block["type"] == "tool_use"
+        for delta in cut if is_cut else deltas(block, slow):
             await send("content_block_delta", index=index, delta=delta)
             await asyncio.sleep(0.05 if slow else 0)
         if "MIDFAIL" in text:

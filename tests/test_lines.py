@@ -168,17 +168,17 @@ def test_a_message_is_split_behind_its_images_if_a_text_follows(
 
 def test_keys_of_images_are_named_as_what_a_line_cannot_carry() -> None:
     named = IMAGE | {"title": "t", "new": 1}
-    assert parsed([*user(named), "b", *user(text("a"), named, IMAGE)]).image_places == [
+    assert parsed([*user(named), "b", *user(text("a"), named, IMAGE)]).lost_image_keys == [
         "messages.2.content.1.new",
         "messages.2.content.1.title",
     ]
-    assert parsed(user(IMAGE | CACHED, URL_IMAGE | {"new": 1}, text("a"))).image_places == []
+    assert parsed(user(IMAGE | CACHED, URL_IMAGE | {"new": 1}, text("a"))).lost_image_keys == []
 
 
 def test_keys_of_images_are_named_as_the_client_numbered_them() -> None:
     named = IMAGE | {"new": 1}
     merged = [*user(text("a")), *user(text("b"), named), role("system")]
-    assert parsed(merged).image_places == ["messages.1.content.1.new"]
+    assert parsed(merged).lost_image_keys == ["messages.1.content.1.new"]
 
 
 # ---------------------------------------------------------------- settings of the CLI

@@ -471,3 +471,19 @@ def test_the_sdks_tool_runner_works_in_one_process(real: Server, stream: bool) -
     assert reasons == ["tool_use"] * 5 + ["end_turn"]
     assert asked == ["Paris"] * 5
     assert len(real.processes()) == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_call_that_max_tokens_cut_off_ends_as_the_api_ended_it(
+    real: Server, stream: bool
+) -> None:
+    """Its input is no JSON then (API: "Fine-grained tool streaming")."""
+    answer = real.post("CUTTOOL", tools=[TOOL], stream=stream)
+    assert (answer.status, answer.message["stop_reason"]) == (200, "max_tokens")
+    call = answer.message["content"][-1]
+    assert (call["type"], call["name"]) == ("tool_use", TOOL["name"])
+    if stream:
+        deltas = [event["delta"] for event in answer.events if "delta" in event]
+        pieces = [delta.get("partial_json", "") for delta in deltas]
+        assert "".join(pieces) == '{"city": "Par'
+        assert answer.events[-1] == {"type": "message_stop"}
