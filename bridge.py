@@ -1514,6 +1514,8 @@ async def announce(bridge: Bridge) -> None:
     try:
         hello = await bridge.pool.hello(is_curious=True)
     except ApiError as error:
+        if error.status == 529:
+            return  # there is no room for a question of its own
         words = "the claude CLI (%s) cannot be used: %s; try `claude-cli-bridge check`"
         log.warning(words, config.bin, error.message)
         return

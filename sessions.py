@@ -96,8 +96,8 @@ MAX_LINE = 64 << 20
 MAX_UNREAD = 1 << 20
 # Bytes of stderr that are kept, to say why a process died.
 STDERR_TAIL = 2048
-# How a process is ended, step by step: what is done, and the seconds it then gets.  An
-# idle CLI exits 0.1 s after its stdin closes; on SIGTERM it ends a running API call.
+# How a process is ended: each signal, and the seconds it then gets; None: only its stdin
+# is closed.  An idle CLI exits 0.1 s after that; on SIGTERM it ends a running API call.
 ENDING = (
     (None, 0.5),
     (signal.SIGTERM, 1.0),
@@ -121,8 +121,8 @@ MAX_PAST = 4096
 SWEEP_SECS = 5.0
 # Seconds that a process waits for another count.
 COUNTER_SECS = 10.0
-# Answers of count_tokens that are remembered: Claude Code's /context asks 25 questions,
-# some again.
+# Answers of count_tokens that are remembered: Claude Code's /context asks for 24, some of
+# them twice.
 MAX_COUNTS = 256
 # Names of models of which it is known whether a process can take them without --model.
 MAX_MODELS = 256
@@ -767,8 +767,7 @@ class Process(asyncio.SubprocessProtocol):
         return events
 
     async def _more(self) -> None:
-        """Wait until there are events, or until `_wake`.  Raises what ended the
-        process."""
+        """Wait until there are events, or until `_wake`.  Raises as `until`."""
         if self._events:
             return
         if self._failure:
@@ -952,7 +951,8 @@ class Process(asyncio.SubprocessProtocol):
         is_parked = self._calls or self._due
         if stdin and not is_parked:
             stdin.close()
-        for number, seconds in ENDING[-1:] if is_parked else ENDING:
+        steps = ENDING[-1:] if is_parked else ENDING
+        for number, seconds in steps:
             if number:
                 self._kill(number)
             await asyncio.wait({self.exited}, timeout=seconds)
@@ -994,6 +994,10 @@ class Session:
     turn_id: str = ""
     # Monotonic time of its last change of state.
     since: float = field(default_factory=time.monotonic)
+
+    def holds(self, request: Request) -> bool:
+        """Whether it has the request's history, and all that cannot change."""
+        return (self.chain, self.parts) == (request.past, request.parts)
 
 
 @dataclass
@@ -1124,7 +1128,7 @@ class Pool:
         self.on_file: OrderedDict[str, Session] = OrderedDict()
         # The oldest first.
         self.spares: list[Session] = []
-        # Processes that nobody but the bridge itself asks who is logged in.
+        # Processes that the bridge asks for its own log: any request may have their room.
         self._curious: list[Session] = []
         # Processes that have counted, and can again.
         self._counters: list[Session] = []
@@ -1135,7 +1139,7 @@ class Pool:
         self._kinds: deque[tuple[str, bool]] = deque(maxlen=2 * config.spares)
         # Spares that are being started.
         self._preparing: dict[asyncio.Task[None], tuple[str, bool]] = {}
-        # More that start at once start later, each of them.
+        # At most so many start at a time: more would slow each other down.
         self._starting = asyncio.Semaphore(2 * CORES)
         self._slots = asyncio.Semaphore(config.max_sessions)
         self._counting = asyncio.Semaphore(CORES)
@@ -1145,12 +1149,13 @@ class Pool:
         self._agent_cwd = os.path.abspath(config.cwd)
         # `private_folder`, once it is needed.
         self._folder = ""
-        # Requests that wait for something, and spares that are being started.
+        # Requests and spares in `_queue`: they wait for a lock, a count or a process.
         self._queued = 0
         # Those of them that wait for a slot.
         self._waiting_for_slot = 0
         self._ending: set[asyncio.Task[None]] = set()
-        self._hello: Json = {}
+        # What the CLI said of itself last; empty: nothing yet.
+        self.known_hello: Json = {}
         # Limits of the account by type, the one told last at the end.
         self.rate_limits: dict[str, Json] = {}
         # Once a turn has told it.
@@ -1169,7 +1174,7 @@ class Pool:
             OrderedDict()
         )
         self._executor: ThreadPoolExecutor | None = None
-        # It has, since memory was given back last.
+        # Whether `compute` has used the thread since memory was given back last.
         self._has_computed = False
 
     async def __aenter__(self) -> "Pool":
@@ -1250,30 +1255,25 @@ class Pool:
                 self._finish(turn)
 
     @property
-    def known_hello(self) -> Json:
-        """What the CLI said of itself last; empty: nothing yet."""
-        return self._hello
-
-    @property
     def has_room(self) -> bool:
         """Whether a request would get a process, or at worst that of a resting
         conversation."""
-        return not self._slots.locked() or bool(
-            self.spares or self.on_file or self._counters
-        )
+        resting = self.spares or self.on_file or self._counters or self._curious
+        return not self._slots.locked() or bool(resting)
 
     async def hello(self, *, anew: bool = False, is_curious: bool = False) -> Json:
         """What the CLI says of itself, without a model call: `models`, `account`.
 
         The last answer of any process is good, unless it is asked `anew` and there is
-        room; else one process is started for it.  That of who `is_curious` gives way to
-        any request.  Raises ApiError when the CLI does not work.
+        room; else one process is started for it, which gives way to any request when
+        only the bridge itself `is_curious`.  Raises ApiError when the CLI does not
+        work.
         """
         await self._queue(self._hello_lock.acquire, "the claude CLI did not start")
         try:
-            if not self._hello or (anew and not self._slots.locked()):
+            if not self.known_hello or (anew and not self._slots.locked()):
                 await self._probe(is_curious)
-            return self._hello
+            return self.known_hello
         finally:
             self._hello_lock.release()
 
@@ -1281,6 +1281,9 @@ class Pool:
         session = await self._spawn(self.config.model, False)
         if is_curious:
             self._curious.append(session)
+            # A request that arrived meanwhile found nothing to evict.
+            if self._waiting_for_slot > len(self._ending):
+                self._evict(self._curious)
         try:
             session.process.listen()
             session.process.open_gate(translate.transcript([], self.config.model))
@@ -1288,10 +1291,13 @@ class Pool:
             await session.process.until(
                 lambda event: control_result(event, "initialize")
             )
-            self._hello = session.process.hello
+            self.known_hello = session.process.hello
+        except ApiError:
+            if session.state is not State.RETIRED:
+                raise
+            words = "a request took the room of the process that was asked"
+            raise ApiError(529, words) from None
         finally:
-            if is_curious:
-                self._curious.remove(session)
             self.retire(session, "probe")
 
     # Finding a session
@@ -1368,20 +1374,18 @@ class Pool:
         session = self.on_file.get(key)
         if not session:
             return None
-        continues = (session.chain, session.parts) == (request.past, request.parts)
         # A client that names its conversation may leave out what it said before.
         only_what_is_new = (
             not request.past and session.parts.items() >= request.sent_parts.items()
         )
-        if continues or only_what_is_new:
+        if session.holds(request) or only_what_is_new:
             return session
         self.retire(session, "changed")
         return None
 
     def _by_history(self, request: Request) -> Session | None:
         for session in self.on_file.values():
-            holds_it = (session.chain, session.parts) == (request.past, request.parts)
-            if holds_it and not session.is_pinned:
+            if session.holds(request) and not session.is_pinned:
                 return session
         return None
 
@@ -1410,13 +1414,13 @@ class Pool:
         """Whether the process is done with its last turn, and has not spoken or died
         since."""
         try:
-            settled = process.settled is None or await asyncio.wait_for(
-                process.settled, SETTLE_SECS
-            )
+            async with asyncio.timeout(SETTLE_SECS):
+                settled = process.settled is None or await process.settled
         except TimeoutError:
             return False
-        # Two rounds of the event loop, to read what the process has written.
-        for _ in range(2):
+        # Three rounds of the event loop: one to look at the pipe, one to read it, one in
+        # which what was read is taken in (asyncio's call_soon).
+        for _ in range(3):
             await asyncio.sleep(0)
         return settled and not process.gone
 
@@ -1453,7 +1457,7 @@ class Pool:
         """A process that holds the history of the request, and the lines that start its
         turn.  Without `query` the message is only added, to be counted."""
         agent = self._is_agent(request)
-        if not self._hello and translate.has_thinking(request.messages):
+        if not self.known_hello and translate.has_thinking(request.messages):
             # Thinking is kept only beside the full name of the model.
             await self.hello()
         while True:
@@ -1474,10 +1478,10 @@ class Pool:
         process = session.process
         process.listen()
         process.tools = tools
-        process.hello = process.hello or self._hello
+        process.hello = process.hello or self.known_hello
         session.parts = request.parts
         session.turn_id = turn_id = str(uuid.uuid4())
-        model = translate.listed_model(self._hello, request.model) or request.model
+        model = translate.listed_model(self.known_hello, request.model) or request.model
         rows, lines = await self.compute(
             request.size,
             lambda: translate.opening(request, model, turn_id, query=query),
@@ -1526,10 +1530,10 @@ class Pool:
         A full model name needs no --model, so any spare will do.  That of an alias is
         known once a CLI has listed its models.
         """
-        full_name = translate.listed_model(self._hello, model) or model
+        full_name = translate.listed_model(self.known_hello, model) or model
         has_full_name = full_name.startswith(translate.FULL_NAME)
         started_with = "" if has_full_name and self._models.get(model, True) else model
-        self._kinds.append((started_with if self._hello else "", agent))
+        self._kinds.append((started_with if self.known_hello else "", agent))
         for spare in list(self.spares):
             if spare.process.gone:
                 self.retire(spare, "died")
@@ -1622,14 +1626,15 @@ class Pool:
             self.on_file[session.key] = session
         elif self.on_file.get(session.key) is session:
             del self.on_file[session.key]
-        for others in (self.spares, self._counters):
+        for others in (self.spares, self._counters, self._curious):
             if session in others:
                 others.remove(session)
 
     def _finish(self, turn: Turn) -> None:
         """File the session of a turn, or retire it."""
         session, translator = turn.session, turn.translator
-        self._hello = turn.process.hello or self._hello
+        if turn.how != "hot":
+            self.known_hello = turn.process.hello or self.known_hello
         self.learn(translator)
         if turn.on_begin:
             self._refill()
@@ -1661,14 +1666,15 @@ class Pool:
         if turn.overran or not is_quiet:
             self.retire(session, "unasked")
             return
-        # Only a request without its header can miss it while it is on file.
+        # Why a request may miss it while it is on file: one has a session header, the
+        # other has not.
         self._remember(session, "pinned")
         self._file(session, State.PARKED if session.calls else State.IDLE)
 
     def _file(self, session: Session, state: State) -> None:
         self._move(session, state)
-        resting = sum(other.state is State.IDLE for other in self.on_file.values())
-        if resting > self.config.max_idle or self._waiting_for_slot > len(self._ending):
+        idle = sum(other.state is State.IDLE for other in self.on_file.values())
+        if idle > self.config.max_idle or self._waiting_for_slot > len(self._ending):
             self._evict([*self.on_file.values()])
 
     def _evict(self, sessions: list[Session]) -> None:
@@ -1691,12 +1697,13 @@ class Pool:
             self.metrics.add("process_restarts_total")
         if session.process.silent:
             self.metrics.add("watchdog_fires_total")
-        task = asyncio.create_task(self._end(session))
+        task = asyncio.create_task(session.process.end())
         self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+        task.add_done_callback(lambda task: self._forget(session, task))
 
-    async def _end(self, session: Session) -> None:
-        await session.process.end()
+    def _forget(self, session: Session, task: asyncio.Task[None]) -> None:
+        # In one step: else a request could count on an end whose slot is taken.
+        self._ending.discard(task)
         self.sessions.remove(session)
         self._slots.release()
 
@@ -1706,18 +1713,17 @@ class Pool:
                 keep(self._last_seen, key, (session.parts, reason), MAX_PAST)
 
     async def _sweep(self) -> None:
-        """Retire the idle sessions that died or whose time is up, and give back the
-        memory of large requests."""
+        """Retire the sessions not in use that died or whose time is up, and give back
+        the memory of large requests."""
         ttl = self.config.session_ttl_secs
         pause = SWEEP_SECS
         if ttl:
             pause = max(0.05, min(ttl / 4, SWEEP_SECS))
         while True:
             await asyncio.sleep(pause)
-            if self._has_computed and TRIM:
+            if self._has_computed and self._executor and TRIM:
                 self._has_computed = False
-                loop = asyncio.get_running_loop()
-                await loop.run_in_executor(self._executor, TRIM, 0)
+                self._executor.submit(TRIM, 0)
             now = time.monotonic()
             for session in [*self.spares, *self.on_file.values(), *self._counters]:
                 if session.process.gone:
@@ -1781,7 +1787,8 @@ class Pool:
         except BaseException:
             self.retire(session, "failed")
             raise
-        self._hello = session.process.hello or self._hello
+        if not counter:
+            self.known_hello = session.process.hello or self.known_hello
         if is_free:
             self._put_aside(session)
         else:
@@ -1793,7 +1800,7 @@ class Pool:
         if failed:
             raise ApiError(failed, f"the API did not count: status {failed}")
         if not statuses:
-            if not translate.login_source(self._hello):
+            if not translate.login_source(self.known_hello):
                 raise ApiError(
                     401, f"the claude CLI is not logged in: {translate.LOGIN_CURE}"
                 )
@@ -1833,9 +1840,12 @@ class Pool:
         /context asks for 24 counts.  All but the tools must be the same."""
         if not translate.is_one_line(request):
             return None
+        agent = self._is_agent(request)
+        names = request.parts.keys() - {"tools"}
         for session in list(self._counters):
-            names = request.parts.keys() - {"tools"}
-            is_same = all(session.parts[name] == request.parts[name] for name in names)
+            is_same = session.agent == agent and all(
+                session.parts[name] == request.parts[name] for name in names
+            )
             can_have_tools = self._swaps_tools or session.process.tools == tools
             if session.process.gone:
                 self.retire(session, "died")
@@ -1864,14 +1874,13 @@ class Pool:
 
     async def _take_back(self, session: Session) -> bool:
         """Take back the message that was counted; False: this CLI does not."""
-        fields = {"target_message_uuid": session.turn_id}
+        target = session.turn_id
+        ask = session.process.ask
         try:
-            answer = await session.process.ask(
-                "rewind", "rewind_conversation", **fields
-            )
+            await ask("rewind", "rewind_conversation", target_message_uuid=target)
         except ApiError:
             return False
-        return translate.text_of(answer, "subtype") == "success"
+        return True
 
 
 # ------------------------------------------------------------ appendix: metrics

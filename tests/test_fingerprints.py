@@ -28,7 +28,7 @@ from messages import (
     user,
 )
 
-from translate import link, message_digest
+from translate import link, message_digest, request_digest
 
 Json = dict[str, Any]
 
@@ -189,6 +189,20 @@ def test_numbers_of_many_digits_are_told_apart() -> None:
         return raw_chain([role("assistant", [USE | {"input": {"n": number}}])])
 
     assert len({asked(number) for number in (10**30, 10**30 + 1, 2**64, 2**64 + 1, 1)}) == 5
+
+
+def test_a_number_that_javascript_echoes_shorter_is_the_same() -> None:
+    same = ({"x": [1.0, {"y": -0.0}], "s": "1.0"}, {"x": [1, {"y": 0}], "s": "1.0"})
+    assert len({chain(talk(1, 2, input=value)) for value in same}) == 1
+    other = ({"x": 1.5}, {"x": 1}, {"x": "1.0"}, {"x": "1"}, {"x": 2.0**60}, {"x": 2.0**60 + 512})
+    assert len({chain(talk(1, 2, input=value)) for value in other}) == len(other)
+
+
+def test_a_count_depends_on_thinking_and_on_white_space() -> None:
+    conversations = (TALK, talk(1, 0, thinking="other"), talk(3, 0, text="It rains. "))
+    requests = [parsed([*messages, role("user", "x")]) for messages in conversations]
+    assert len({request_digest(request) for request in requests}) == 3
+    assert len({request.past for request in requests}) == 1
 
 
 def test_what_json_holds_alike_is_told_apart() -> None:

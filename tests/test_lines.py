@@ -492,6 +492,7 @@ LINES: dict[bytes, list[Json]] = {
     b'{"type":"x","n":%b}' % (b"9" * 5000): [],
     # half a character, as JavaScript writes it
     b'{"type":"x","t":"a\\ud83d"}': [{"type": "x", "t": "a\ufffd"}],
+    b'{"type":"x","t":"\\ud83d\\ude00 \\ude00"}': [{"type": "x", "t": "\U0001f600 \ufffd"}],
     b'{"type":"x","t":"\\\\ud83d \\uDE00"}': [{"type": "x", "t": "\\ud83d \ufffd"}],
 }
 

@@ -314,6 +314,13 @@ def test_a_body_of_long_numbers_that_is_nested_too_deeply_is_refused() -> None:
         parse_request(body)
 
 
+def test_a_text_without_an_end_is_looked_at_once() -> None:
+    """Or it would take hours."""
+    body = b"[" + b"," * 300_001 + b'"' + b'\\"' * 1_000_000
+    with pytest.raises(ApiError, match="The request body is not valid JSON: "):
+        parse_request(body)
+
+
 def test_the_number_of_messages_has_a_limit() -> None:
     talk = json.dumps(request_body(["a", "b", "c"])).encode()
     assert len(parse_request(talk, max_messages=3).messages) == 3

@@ -102,6 +102,16 @@ def test_a_plain_answer_that_calls_a_tool_ends_when_the_cli_asks_for_the_result(
     assert played.translator.rests
 
 
+def test_a_plain_answer_that_calls_a_tool_without_a_reason_ends_with_tool_use() -> None:
+    call = {"claudecode/toolUseId": "toolu_1"}
+    asks = {
+        "type": "control_request",
+        "request": {"message": {"method": "tools/call", "params": {"_meta": call}}},
+    }
+    played = play([plain({**CALL, "input": PARIS}), asks])
+    assert checked(played)["stop_reason"] == "tool_use"
+
+
 def test_assistant_events_repeat_what_was_streamed_and_are_left_out() -> None:
     echo = plain(text("Hi"))
     assert play([*stream(*TEXT[:3]), echo, *stream(*TEXT[3:]), echo]).emitted == GOOD

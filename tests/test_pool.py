@@ -1,0 +1,194 @@
+"""Moments between two steps of the event loop, with the pool alone: who gets which process, and
+who gives way.  The stand-in is the CLI."""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from client import request_body
+from host import STANDIN
+from stand_in import Log
+
+import bridge
+from sessions import Pool, PoolConfig, State, Turn
+from translate import ApiError, parse_request
+
+PROBE = {"name": "probe", "input_schema": {"type": "object"}}
+
+
+def in_pool(use: Callable[[Pool], Coroutine[Any, Any, None]], **settings: Any) -> None:
+    """Run a program of one pool."""
+
+    async def program() -> None:
+        config = PoolConfig(**{"bin": str(STANDIN), "spares": 0, "queue_secs": 3, **settings})
+        async with Pool(config, dict(os.environ)) as pool:
+            await use(pool)
+
+    asyncio.run(program())
+
+
+async def ask(pool: Pool, *texts: str) -> tuple[Turn, str]:
+    """A turn, and its answer."""
+
+    async def drain() -> None:
+        pass
+
+    request = parse_request(json.dumps(request_body(list(texts))).encode())
+    async with pool.turn(request, None) as turn:
+        await turn.relay(lambda _: True, drain)
+    return turn, "".join(block["text"] for block in turn.translator.message["content"])
+
+
+def open_gate(gate: Path) -> None:
+    gate.touch()
+
+
+async def count(pool: Pool, text: str, **fields: Any) -> int:
+    return await pool.count(parse_request(json.dumps(request_body(text, **fields)).encode()))
+
+
+async def soon(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - it has no event of its own
+            await asyncio.sleep(0)
+
+
+def test_what_a_process_said_before_it_is_given_a_turn_is_not_the_turns_answer(
+    monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    """It is read, although the event loop has not looked at the pipe yet."""
+    monkeypatch.setenv("STANDIN_UNASKED", "answer")
+
+    async def use(pool: Pool) -> None:
+        turn, first = await ask(pool, "one")
+        process = turn.process
+        await soon(lambda: process.settled is None or process.settled.done())
+        os.kill(process.pid, signal.SIGUSR1)
+        end = time.monotonic() + 10
+        while process.pid not in log.reached("unasked"):  # the loop stands still
+            assert time.monotonic() < end
+        turn, answer = await ask(pool, "one", first, "two")
+        assert (turn.how, turn.reason) == ("rebuilt", "unasked")
+        assert answer == "echo: two; 3 messages"
+
+    in_pool(use)
+
+
+def test_a_client_that_leaves_as_the_last_turn_ends_gets_no_turn(gate: Path) -> None:
+    async def use(pool: Pool) -> None:
+        turn, first = await ask(pool, "LATE one")
+        settled = turn.process.settled
+        assert settled
+        second = asyncio.create_task(ask(pool, "LATE one", first, "two"))
+        await soon(lambda: turn.session not in pool.on_file.values())
+        settled.add_done_callback(lambda _: second.cancel())
+        open_gate(gate)
+        with pytest.raises(asyncio.CancelledError):
+            await second
+
+    in_pool(use)
+
+
+def test_a_count_for_the_other_mode_takes_another_process(tmp_path: Path) -> None:
+    async def use(pool: Pool) -> None:
+        await count(pool, "one")
+        [session] = pool.sessions
+        assert session.agent
+        request = parse_request(json.dumps(request_body("two", tools=[PROBE])).encode())
+        assert pool._take_counter(request, []) is None
+        plain = parse_request(json.dumps(request_body("two")).encode())
+        assert pool._take_counter(plain, []) is session
+        pool.retire(session, "failed")
+
+    in_pool(use, tools="default", cwd=str(tmp_path))
+
+
+def test_of_two_requests_one_takes_the_curious_process_and_one_a_resting_one(gate: Path) -> None:
+    async def use(pool: Pool) -> None:
+        await ask(pool, "idle")
+        pool.known_hello = {}
+        curious = asyncio.create_task(pool.hello(is_curious=True))
+        await soon(lambda: pool._curious)
+        answers = [asyncio.create_task(ask(pool, f"PAUSE {number}")) for number in range(2)]
+        await soon(lambda: [one.state for one in pool.sessions] == [State.BUSY] * 2)
+        open_gate(gate)
+        for number, (_, answer) in enumerate(await asyncio.gather(*answers)):
+            assert answer == f"echo: PAUSE {number}; 1 messages"
+        with pytest.raises(ApiError, match="a request took the room"):
+            await curious
+
+    in_pool(use, max_sessions=2, model="hang-at-start")
+
+
+def test_a_curious_process_that_is_being_started_gives_way_to_a_request() -> None:
+    async def use(pool: Pool) -> None:
+        curious = asyncio.create_task(pool.hello(is_curious=True))
+        await soon(pool._slots.locked)
+        _, answer = await ask(pool, "hello")
+        assert answer == "echo: hello; 1 messages"
+        with pytest.raises(ApiError, match="a request took the room"):
+            await curious
+
+    in_pool(use, max_sessions=1, model="hang-at-start")
+
+
+def test_of_two_requests_one_gets_the_room_of_a_process_that_ended_and_one_that_of_a_resting_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both ask in the step in which it is reaped."""
+
+    async def use(pool: Pool) -> None:
+        await ask(pool, "one")
+        turn, _ = await ask(pool, "two")
+        asked: list[asyncio.Task[tuple[Turn, str]]] = []
+        release = pool._slots.release
+
+        def release_and_ask() -> None:
+            release()
+            if not asked:
+                asked.extend(asyncio.create_task(ask(pool, f"new {n}")) for n in range(2))
+
+        monkeypatch.setattr(pool._slots, "release", release_and_ask)
+        pool.retire(turn.session, "expired")
+        await soon(lambda: asked)
+        assert [answer for _, answer in await asyncio.gather(*asked)] == [
+            f"echo: new {n}; 1 messages" for n in range(2)
+        ]
+
+    in_pool(use, max_sessions=2)
+
+
+def test_what_an_old_process_said_of_itself_does_not_replace_what_a_new_one_said() -> None:
+    async def use(pool: Pool) -> None:
+        _, first = await ask(pool, "one")
+        newest = (await pool.hello(anew=True))["pid"]
+        turn, _ = await ask(pool, "one", first, "two")
+        assert turn.how == "hot"
+        assert pool.known_hello["pid"] == newest != turn.process.pid
+
+    in_pool(use)
+
+
+def test_no_room_for_the_bridges_own_question_is_no_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bridge, "CURIOUS_SECS", 0)
+
+    async def use(pool: Pool) -> None:
+        running: Any = SimpleNamespace(config=pool.config, pool=pool)
+        curious = asyncio.create_task(bridge.announce(running))
+        await soon(lambda: pool._curious)
+        await ask(pool, "hello")
+        await curious
+
+    with caplog.at_level(logging.WARNING):
+        in_pool(use, max_sessions=1, model="hang-at-start")
+    assert caplog.records == []
