@@ -26,6 +26,7 @@ import math
 import os
 import queue
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -100,6 +101,7 @@ class Config(PoolConfig):
         "clients must send it; required when listening on anything but loopback "
         "(no flag: command lines are visible to other users)",
         "access",
+        secret=True,
     )
     allowed_hosts: tuple[str, ...] = setting(
         (),
@@ -156,7 +158,8 @@ class Config(PoolConfig):
     )
     idle_secs: float = setting(
         75.0,
-        "seconds before a connection is closed that is unused, or whose client reads nothing",
+        "seconds after which a connection is closed that is unused, or whose client "
+        "reads nothing",
         "limits",
         least=0.01,
     )
@@ -311,26 +314,27 @@ def check_hosts(hosts: tuple[str, ...]) -> None:
             raise wrong("allowed_hosts", f"{host!r} {words}")
 
 
+# RFC 6454, 6.2: what a browser sends as Origin.
+ORIGIN = re.compile(
+    r"[a-z][a-z0-9+.-]*://"
+    r"(?:\[[0-9a-f:.]+\]|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*)(?::([0-9]{1,5}))?|null"
+)
+
+
 def check_origins(origins: tuple[str, ...]) -> None:
-    """Refuse what a browser never sends as Origin (RFC 6454, 6.2)."""
+    """Refuse what a browser never sends as Origin."""
     for origin in origins:
-        scheme, _, host = origin.partition("://")
-        match = re.fullmatch("[a-z][a-z0-9+.-]*", scheme) and HOST.fullmatch(host)
-        is_usual = match and (scheme, match[2]) in (("http", "80"), ("https", "443"))
-        is_name = (
-            match
-            and int(match[2] or 0) < 65536
-            and ("[" in host or ":" not in match[1])
-        )
-        is_sent = (
-            is_name
-            and not is_usual
-            and origin == origin.lower()
-            and not host.endswith(".")
-        )
-        if origin != "null" and not is_sent:
+        match = ORIGIN.fullmatch(origin)
+        is_usual = re.fullmatch("http://.*:80|https://.*:443", origin)
+        if not match or is_usual or int(match[1] or 0) > 65535:
             words = "must be scheme://host[:port] in lower case, without path, * or usual port"
             raise wrong("allowed_origins", f"{origin!r} {words}")
+
+
+def curl_target(url: str) -> str:
+    """The URL of the bridge as curl takes it."""
+    path = url.removeprefix("unix:")
+    return url if path == url else f"--unix-socket {shlex.quote(path)} http://localhost"
 
 
 def as_url(address: str) -> str:
@@ -406,7 +410,7 @@ class Exchange:
     began: float = field(default_factory=time.monotonic)
     # 0: nothing was answered.
     status: int = 0
-    # Monotonic time at which the first event of an answer went out.
+    # Monotonic time at which the answer began; unstreamed, it is sent later.
     first_byte: float | None = None
     # The status line of a stream went out.
     streaming: bool = False
@@ -422,6 +426,11 @@ class Exchange:
         name."""
         given = f"{self.header(b'x-api-key')} {self.header(b'authorization')}"
         return hashlib.blake2b(given.encode("latin-1"), digest_size=16).hexdigest()
+
+    @property
+    def has_body(self) -> bool:
+        length = self.header(b"content-length") or "0"
+        return int(length) > 0 or self.header(b"transfer-encoding") is not None
 
     @property
     def method(self) -> str:
@@ -457,9 +466,10 @@ class Exchange:
 
 
 def check_access(exchange: Exchange, config: Config) -> None:
-    """Who may talk to this port.  Raises ApiError 401 or 403.  /healthz alone is open
-    to all."""
-    if exchange.path == "/healthz" and not exchange.query:
+    """Who may talk to this port.  Raises ApiError 401 or 403.  Only /healthz is open to
+    all, without a query and without a body."""
+    is_open = exchange.path == "/healthz" and not exchange.query
+    if is_open and not exchange.has_body:
         return
     check_host(exchange, config)
     check_origin(exchange, config)
@@ -469,14 +479,14 @@ def check_access(exchange: Exchange, config: Config) -> None:
 def check_host(exchange: Exchange, config: Config) -> None:
     """Only a loopback name, the address listened on or an allowed host may lead here.
 
-    A web page can make its own name lead to this port (DNS rebinding), but not to
-    another name.  The host of a target in absolute form counts before the header (RFC
-    9112, 3.2.2).
+    A web page can make its own name lead to this port (DNS rebinding), but then its
+    requests carry that name.  The host of a target in absolute form counts before the
+    header (RFC 9112, 3.2.2).
     """
     absolute = ABSOLUTE.match(exchange.target)
     host = absolute[1] if absolute else exchange.header(b"host")
     if host is None:
-        return  # HTTP/1.0; a browser always sends one
+        return  # not HTTP/1.1, where h11 requires one; browsers speak that
     match = HOST.fullmatch(host)
     name = match[1].lower() if match and int(match[2] or 0) < 65536 else ""
     known = {item.lower() for item in config.allowed_hosts}
@@ -506,10 +516,10 @@ def check_origin(exchange: Exchange, config: Config) -> None:
 def check_key(exchange: Exchange, config: Config) -> None:
     """The bridge's key, where it has one, as x-api-key or as a Bearer token (RFC 6750,
     2.1)."""
-    is_preflight = (
-        exchange.method == "OPTIONS" and exchange.header(b"origin") is not None
-    )
-    if not config.api_key or is_preflight:  # browsers send a preflight without the key
+    is_preflight = exchange.method == "OPTIONS" and not exchange.has_body
+    has_origin = exchange.header(b"origin") is not None
+    # Browsers send a preflight without the key.
+    if not config.api_key or (is_preflight and has_origin):
         return
     key, authorization = (
         exchange.header(b"x-api-key"),
@@ -519,7 +529,7 @@ def check_key(exchange: Exchange, config: Config) -> None:
         words = "this bridge requires a key: send its CLAUDE_CLI_API_KEY"
         raise ApiError(401, f"{words} as x-api-key or Authorization: Bearer")
     scheme, _, token = (authorization or "").partition(" ")
-    given = [key or "", token if scheme.lower() == "bearer" else ""]
+    given = [key or "", token.strip() if scheme.lower() == "bearer" else ""]
     expected = config.api_key.encode()
     if not any(hmac.compare_digest(item.encode("latin-1"), expected) for item in given):
         raise ApiError(
@@ -543,8 +553,8 @@ def is_loopback(host: str) -> bool:
 READ_SIZE = 64 << 10
 # Bytes that are read ahead while an answer is given.
 MAX_PIPELINED = 64 << 10
-# A body of more than MAX_CHUNKS chunks is refused when they average fewer than
-# MIN_CHUNK bytes: each chunk costs 20 us.
+# A body that comes in more than MAX_CHUNKS pieces, chunks or reads, is refused when they
+# average fewer than MIN_CHUNK bytes: each costs 20 us.
 MAX_CHUNKS = 10_000
 MIN_CHUNK = 64
 # Chunks after which other connections have their turn.
@@ -558,7 +568,7 @@ SESSION_HEADER = b"x-arch-claude-cli-session"
 
 
 class Disconnected(Exception):
-    """The client closed its side of the connection."""
+    """The connection ends without more answers: mostly, the client is gone."""
 
 
 class Connection:
@@ -655,7 +665,7 @@ class Connection:
                 chunks += 1
                 self.check_size(len(body))
                 if chunks > MAX_CHUNKS and len(body) < chunks * MIN_CHUNK:
-                    raise ApiError(400, "the body comes in chunks that are too small")
+                    raise ApiError(400, "the body comes in pieces that are too small")
                 if chunks % CHUNKS_AT_ONCE == 0:
                     await asyncio.sleep(0)
             elif isinstance(event, h11.EndOfMessage):
@@ -686,20 +696,30 @@ class Connection:
             raise ApiError(413, f"Request exceeds the maximum size of {limit} bytes")
 
     async def send(self, event: h11.Event) -> None:
-        """Write an h11 event; waits while the client is slow to read."""
-        data = self.http.send(event)
-        if data:
+        """Write an h11 event.  An answer has ended when the system has all of it."""
+        self.write(self.http.send(event) or b"")
+        is_end = isinstance(event, h11.EndOfMessage)
+        self.writer.transport.set_write_buffer_limits(0 if is_end else None)
+        await self.drain()
+
+    def write(self, data: bytes) -> None:
+        """Write, unless the client is gone: uvloop would raise, and `drain` says so."""
+        if data and not self.writer.is_closing():
             self.writer.write(data)
-            await self.drain()
 
     async def drain(self) -> None:
-        """Wait while the client is slow to read.  Raises Disconnected when it is gone,
-        or reads nothing at all."""
-        try:
-            async with asyncio.timeout(self.bridge.config.idle_secs):
-                await self.writer.drain()
-        except OSError:
-            raise Disconnected from None
+        """Wait while the client is slow to read.  Raises Disconnected when it is gone, or
+        reads nothing at all."""
+        transport = self.writer.transport
+        unread = math.inf
+        with contextlib.suppress(OSError):
+            while transport.get_write_buffer_size() < unread:
+                unread = transport.get_write_buffer_size()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self.bridge.config.idle_secs):
+                        await self.writer.drain()
+                        return
+        raise Disconnected
 
     async def respond(
         self,
@@ -725,13 +745,14 @@ class Connection:
         begun."""
         exchange.failure = error.kind
         body = error.body(exchange.id)
-        if self.http.our_state is h11.SEND_BODY:
-            if not exchange.streaming:
-                return  # in the middle of a whole answer: closing is all that can be said
-            await self.send(h11.Data(data=translate.frame(body)))
-            await self.send(h11.EndOfMessage())
-            return
+        if self.http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            if exchange.streaming and self.http.our_state is h11.SEND_BODY:
+                await self.send(h11.Data(data=translate.frame(body)))
+                await self.send(h11.EndOfMessage())
+            return  # a whole answer has begun: closing is all that can be said
         headers = {}
+        if error.status == 401:
+            headers["www_authenticate"] = "Bearer"
         after = error.retry_after
         if error.resets_at is not None:
             after = max(1, round(error.resets_at - time.time()))
@@ -778,6 +799,12 @@ class Connection:
             # asyncio keeps the error, and its traceback would keep the whole turn.
             error.__traceback__ = None
         finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Drop what the client has not read."""
+        # A transport that has sent all closes itself: asyncio fails to abort it then.
+        if self.writer.transport.get_write_buffer_size():
             self.writer.transport.abort()
 
 
@@ -837,9 +864,7 @@ class Stream:
                 self.exchange, "text/event-stream", more
             )
             head = connection.http.send(response(200, headers)) or b""
-        connection.writer.write(
-            head + (connection.http.send(h11.Data(data=data)) or b"")
-        )
+        connection.write(head + (connection.http.send(h11.Data(data=data)) or b""))
         self._wrote_at = self._loop.time()
 
     def send(self, frames: bytes) -> bool:
@@ -860,14 +885,13 @@ class Stream:
 # Seconds to send the error of answers that a shutdown cuts short, and for new
 # connections to send their request.
 GRACE_SECS = 1.0
-# Seconds for which an answer of /healthz?deep=1 is good: asking costs the start of a
-# CLI.
+# /healthz?deep=1, in seconds: it waits for the CLI (1.2 were measured), and repeats an
+# `ok` or a problem, as asking costs the start of a CLI.
+HELLO_SECS = 10.0
 HEALTHY_SECS = 60.0
 PROBLEM_SECS = 5.0
 # Seconds between the two events of /healthz?stream=1.
 STREAM_GAP_SECS = 0.5
-# Seconds that it waits for the CLI; 1.2 were measured.
-HELLO_SECS = 10.0
 MODELS = "/v1/models"
 # Prometheus' text-based exposition format.
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -892,11 +916,6 @@ class Bridge:
     def __init__(self, config: Config, pool: Pool) -> None:
         self.config = config
         self.pool = pool
-        self.json_limits = {
-            "max_depth": config.max_depth,
-            "max_messages": config.max_messages,
-            "max_values": config.max_values,
-        }
         self.started = time.time()
         self.closing = False
         # As clients reach it: host:port or unix:/path.
@@ -911,6 +930,7 @@ class Bridge:
         # good.
         self._problem = ""
         self._problem_until = 0.0
+        self._asking = asyncio.Lock()
 
     # Connections
 
@@ -934,7 +954,8 @@ class Bridge:
             name = listener.getsockname()
             if listener.family == socket.AF_UNIX:
                 # Of an abstract name (unix(7)) the first byte is NUL.
-                self.addresses.append("unix:" + os.fsdecode(name).replace("\0", "@"))
+                path = os.fsencode(name).decode(errors="replace")
+                self.addresses.append("unix:" + path.replace("\0", "@"))
             else:
                 self.addresses.append(host_and_port(*name[:2]))
         return server
@@ -982,7 +1003,7 @@ class Bridge:
                 await asyncio.wait(self._answers, timeout=seconds)
             self.hurry()
         for connection in self._connections.values():
-            connection.writer.transport.abort()  # clients that still have not read their answer
+            connection.abort()  # its client still has not read the answer
         if self._connections:
             await asyncio.wait(self._connections)
 
@@ -993,8 +1014,8 @@ class Bridge:
             answer.cancel()
 
     async def handle(self, connection: Connection, exchange: Exchange) -> None:
-        """Answer one request.  Raises Disconnected when the client leaves before the
-        answer is complete."""
+        """Answer one request.  Raises Disconnected when the answer could not be
+        completed."""
         answer = asyncio.create_task(self.answer(connection, exchange))
         gone = asyncio.create_task(connection.gone())
         self._answers.add(answer)
@@ -1048,7 +1069,7 @@ class Bridge:
         head = [("content-type", kind), ("request-id", exchange.id)]
         turn = exchange.turn
         if turn:
-            self.pool.learn(turn.translator)  # of what quota_headers tells
+            self.pool.learn(turn.translator)  # limits told by now go into this head
             reason = f"; reason={turn.reason}" if turn.reason else ""
             head.append((SESSION_HEADER.decode(), turn.session.id))
             head.append(("x-bridge-session", turn.how + reason))
@@ -1119,20 +1140,21 @@ class Bridge:
         problem = ""
         if exchange.query.get("deep") == "1":
             problem = await self.problem()
-        said = problem or "ok"
         status = 503 if problem else 200
-        await connection.respond(exchange, said.encode(), "text/plain", status)
+        said = (problem or "ok").encode(errors="replace")
+        await connection.respond(exchange, said, "text/plain", status)
 
     async def problem(self) -> str:
         """What keeps the bridge from answering; empty: nothing.  Makes no model
         call."""
         if not self.pool.has_room:  # asking takes a process itself
             return f"all {self.config.max_sessions} processes are busy"
-        if time.monotonic() >= self._problem_until:
-            self._problem = await self._find_problem()
-            seconds = PROBLEM_SECS if self._problem else HEALTHY_SECS
-            self._problem_until = time.monotonic() + seconds
-        return self._problem
+        async with self._asking:
+            if time.monotonic() >= self._problem_until:
+                self._problem = await self._find_problem()
+                seconds = PROBLEM_SECS if self._problem else HEALTHY_SECS
+                self._problem_until = time.monotonic() + seconds
+            return self._problem
 
     async def _find_problem(self) -> str:
         """Ask the CLI what is wrong."""
@@ -1158,10 +1180,10 @@ class Bridge:
     async def root(self, connection: Connection, exchange: Exchange) -> None:
         """The page for people; Claude Code as a client asks HEAD / first."""
         if "text/html" in (exchange.header(b"accept") or ""):
-            page = page_html(self).encode()
+            page = page_html(self).encode(errors="replace")
             kind = "text/html; charset=utf-8"
         else:
-            page = page_text(self).encode()
+            page = page_text(self).encode(errors="replace")
             kind = "text/plain; charset=utf-8"
         await connection.respond(
             exchange, page, kind, content_security_policy=PAGE_POLICY
@@ -1186,9 +1208,15 @@ class Bridge:
         # So that it is freed once it is parsed.
         exchange.body = b""
         betas = exchange.header(b"anthropic-beta") or ""
-        limits = self.json_limits
+        config = self.config
         parse = partial(
-            translate.parse_request, body, betas, counting=counting, **limits
+            translate.parse_request,
+            body,
+            betas,
+            counting=counting,
+            max_depth=config.max_depth,
+            max_messages=config.max_messages,
+            max_values=config.max_values,
         )
         return await self.pool.compute(len(body), parse)
 
@@ -1290,7 +1318,7 @@ def bind_unix(path: str) -> socket.socket:
             raise OSError(errno.EEXIST, "there is a file that is no socket")
         with socket.socket(socket.AF_UNIX) as probe:
             probe.setblocking(False)
-            if probe.connect_ex(path) in (0, errno.EAGAIN):
+            if probe.connect_ex(path) != errno.ECONNREFUSED:
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         os.unlink(path)
     sock = socket.socket(socket.AF_UNIX)
@@ -1397,7 +1425,7 @@ async def serve(
     try:
         try:
             server = await bridge.listen(sock)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise wrong("listen_addr", cannot_listen(config, error)) from error
         own = None if sock else identity(config.unix_path)
         stack.push_async_callback(stop, bridge, server, own)
@@ -1443,7 +1471,9 @@ async def to_its_end(
         raise asyncio.CancelledError
 
 
-def cannot_listen(config: Config, error: OSError) -> str:
+def cannot_listen(config: Config, error: OSError | UnicodeError) -> str:
+    if isinstance(error, UnicodeError):
+        return f"{config.listen_addr!r} is no name of a host"
     if error.errno == errno.EADDRINUSE:
         words = f"{config.listen_addr} is already in use (another bridge?)"
         return f"{words}; choose another with --listen-addr"
@@ -1502,8 +1532,8 @@ class JsonFormatter(logging.Formatter):
         return orjson.dumps(row).decode()
 
 
-# Seconds after the start at which the CLI is asked who is logged in: until then the
-# first spare has the processor, and the process of a first request may have told it.
+# Seconds after the start at which the CLI is asked who is logged in: the first spare
+# starts undisturbed, and a first request may make the question needless.
 CURIOUS_SECS = 2.0
 
 
@@ -1666,8 +1696,8 @@ def main() -> None:
 
 
 def open_standard_files() -> None:
-    """Open those that a launcher closed on /dev/null: the next file opened would get
-    the log."""
+    """Open /dev/null in place of those that a launcher closed: the next file opened
+    would be one of them, and get the log."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -1699,6 +1729,8 @@ def read_flags(words: list[str]) -> dict[str, str | None]:
         raise ConfigError(
             f"there is no such command{hint or ': ' + ', '.join(COMMANDS)}"
         )
+    if flags["url"] and command != "check":
+        raise ConfigError("--url is for check")
     if others:
         raise ConfigError(f"{command} takes nothing but flags; see --help")
     if flags.pop("help"):
@@ -1727,15 +1759,15 @@ def execute(config: Config, flags: Mapping[str, str | None], path: str) -> None:
         print(orjson.dumps(providers, option=orjson.OPT_INDENT_2).decode())
         return
     writer = LogWriter()
-    form = "%(asctime)s %(levelname)s %(message)s"
-    formatter = logging.Formatter(form)
-    if config.log_format == "json":
-        formatter = JsonFormatter()
-    writer.setFormatter(formatter)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    writer.setFormatter(JsonFormatter() if config.log_format == "json" else text)
     logging.basicConfig(level=logging.INFO, handlers=[writer])
     if path and not any(map(is_own, providers)):
         log.info("there is no claude-cli provider in %s: nothing to do", path)
         return
+    # A thread that reads a large request gives way to the event loop sooner (5 ms by
+    # default): tests/bench/hostile.py.
+    sys.setswitchinterval(0.001)
     watch_without_threads()
     asyncio.run(run(config))
 
@@ -1816,7 +1848,7 @@ def page_text(bridge: Bridge) -> str:
     for title, rows in page_sections(bridge).items():
         lines += ["", title]
         lines += [f"  {name:30} {value}".rstrip() for name, value in rows]
-    example = EXAMPLE.format(url=bridge.url)
+    example = EXAMPLE.format(url=curl_target(bridge.url))
     lines += ["", "Connect", textwrap.indent(example, "  "), ""]
     return "\n".join(lines)
 
@@ -1829,7 +1861,7 @@ def page_html(bridge: Bridge) -> str:
             cells = f"<td>{html.escape(name)}</td><td>{html.escape(value)}</td>"
             parts.append(f"<tr>{cells}</tr>\n")
         parts.append("</table>\n")
-    example = html.escape(EXAMPLE.format(url=bridge.url))
+    example = html.escape(EXAMPLE.format(url=curl_target(bridge.url)))
     parts.append(f"<h2>Connect</h2>\n<pre>{example}</pre>\n</html>\n")
     return "".join(parts)
 
@@ -2038,7 +2070,7 @@ class Rehearsal:
     async def serve(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        # asyncio would log the last one.
+        # asyncio would log them.
         ends = (OSError, asyncio.IncompleteReadError, asyncio.CancelledError)
         with contextlib.closing(writer), contextlib.suppress(*ends):
             head = await reader.readuntil(b"\r\n\r\n")
@@ -2083,12 +2115,12 @@ class Rehearsal:
         self.found["history"] = said == SAID
         has_system = "white" in str(asked["system"])
         self.found["settings"] = has_system and asked.get("temperature") == 0.5
-        ends = {"stop_reason": "tool_use"}
+        delta = {"stop_reason": "tool_use"}
         return [
             begin,
             {"type": "content_block_start", "index": 0, "content_block": CALL},
             {"type": "content_block_stop", "index": 0},
-            {"type": "message_delta", "delta": ends, "usage": {"output_tokens": 1}},
+            {"type": "message_delta", "delta": delta, "usage": {"output_tokens": 1}},
             {"type": "message_stop"},
         ]
 
@@ -2177,28 +2209,24 @@ async def check(config: Config) -> bool:
     print(f"CLI: {config.bin}")
     config = dataclasses.replace(config, spares=0)
     limit = min(REHEARSAL_SECS, config.watchdog_secs)
-    doing("starting it ...")
     try:
-        async with Pool(config) as pool, asyncio.timeout(limit):
-            source = translate.login_source(await pool.hello())
+        with doing("starting it ..."):
+            async with Pool(config) as pool, asyncio.timeout(limit):
+                source = translate.login_source(await pool.hello())
     except (ApiError, OSError) as error:  # TimeoutError among them
-        doing("")
         print(f"start: does not work ({str(error) or 'no answer in time'})")
         return False
-    doing("")
-    print(
-        f"login: {source or 'nobody is logged in: ' + login_cure(config, os.environ)}"
-    )
+    cure = login_cure(config, os.environ)
+    print(f"login: {source or 'nobody is logged in: ' + cure}")
     found = dict.fromkeys(FEATURES, False)
     rehearsal = Rehearsal(found)
     failure = ""
-    doing("asking it two questions in front of a fake API ...")
     try:
-        async with asyncio.timeout(limit):
-            await rehearse(config, rehearsal)
+        with doing("asking it two questions in front of a fake API ..."):
+            async with asyncio.timeout(limit):
+                await rehearse(config, rehearsal)
     except (ApiError, OSError) as error:
         failure = f" ({str(error) or 'no answer in time'})"
-    doing("")
     print(f"version: {rehearsal.version or 'unknown'}")
     for name, meaning in FEATURES.items():
         missing = f"does not work: there is no sign that this CLI {meaning}{failure}"
@@ -2206,10 +2234,17 @@ async def check(config: Config) -> bool:
     return bool(source) and all(found.values())
 
 
-def doing(words: str) -> None:
-    """On a terminal say what is being done, until `doing("")` erases it."""
-    if sys.stdout.isatty():
-        print(f"{ERASE_LINE}{words}", end="\r", flush=True)
+@contextlib.contextmanager
+def doing(words: str) -> Iterator[None]:
+    """On a terminal, say what is being done while it is."""
+    terminal = sys.stdout if sys.stdout and sys.stdout.isatty() else None
+    if terminal:
+        print(words, end="\r", file=terminal, flush=True)
+    try:
+        yield
+    finally:
+        if terminal:
+            print(ERASE_LINE, end="\r", file=terminal, flush=True)
 
 
 def check_url(url: str, key: str) -> bool:

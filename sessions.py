@@ -174,6 +174,7 @@ def setting(
     least: float = 0,
     most: float = math.inf,
     choices: tuple[str, ...] = (),
+    secret: bool = False,
 ) -> Any:
     """A field of the settings.
 
@@ -187,7 +188,7 @@ def setting(
         "most": most,
         "choices": choices,
     }
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata, repr=not secret)
 
 
 @dataclass(kw_only=True)
