@@ -470,6 +470,7 @@ def locked(serve: Callable[..., Server]) -> Server:
         [f"x-api-key: {KEY}"],
         [f"X-Api-Key: {KEY}"],
         [f"Authorization: Bearer {KEY}"],
+        [f"Authorization: Bearer  {KEY}"],
         [f"authorization: Bearer {KEY}", f"x-api-key: {KEY}"],
         [f"authorization: Bearer {KEY}", "x-api-key: another"],
         ["authorization: Bearer another", f"x-api-key: {KEY}"],
@@ -536,6 +537,7 @@ def test_a_wrong_key_gets_401_that_does_not_tell_the_key(locked: Server, line: s
     answer = ask(locked, "Host: localhost", line.encode("latin-1"))
     assert_refused(answer, 401, "authentication_error")
     assert "does not match" in answer.json["error"]["message"]
+    assert answer.headers["www-authenticate"] == "Bearer"  # RFC 9110, 15.5.2
     assert KEY.encode() not in answer.body
 
 
@@ -577,6 +579,19 @@ def test_the_key_does_not_replace_a_good_host_and_origin(locked: Server) -> None
     key = f"x-api-key: {KEY}"
     assert_refused(ask(locked, "Host: evil.example", key), 403, "permission_error")
     assert_refused(ask(locked, "Host: localhost", "Origin: null", key), 403, "permission_error")
+
+
+@pytest.mark.parametrize("method", ["POST", "OPTIONS"])
+@pytest.mark.parametrize("path", ["/healthz", "/v1/messages"])
+def test_no_body_is_read_without_the_key(locked: Server, method: str, path: str) -> None:
+    with closing(locked.connect()) as client:
+        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 30000000\r\n\r\n"
+        client.sendall(head.encode())
+        assert client.recv(100).startswith(b"HTTP/1.1 401 ")
+
+
+def test_a_config_does_not_show_the_key() -> None:
+    assert KEY not in repr(bridge.Config(api_key=KEY))
 
 
 def test_health_is_open_to_all(locked: Server) -> None:
@@ -633,6 +648,7 @@ def test_loopback_and_unix_sockets_take_no_key(address: str) -> None:
         "127.0.0.1:x",
         "127.0.0.1:-1",
         "127.0.0.1:65536",
+        "a..localhost:1",
         "unix:",
     ],
 )
@@ -774,3 +790,28 @@ def test_a_socket_of_an_abstract_name_can_be_listened_on() -> None:
         sock.listen()
         url, said = asyncio.run(ask_through(sock, socket.AF_UNIX, "localhost"))
     assert (url, said) == (f"unix:@{name}", b"HTTP/1.1 200 OK\r\n")
+
+
+def test_a_socket_of_another_kind_is_not_replaced(
+    serve: Callable[..., Server], socket_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(socket_path))
+        with pytest.raises(bridge.ConfigError, match="already in use"):
+            serve(listen_addr=f"unix:{socket_path}")
+        assert socket_path.exists()
+
+
+def test_a_path_that_is_not_utf_8_can_be_listened_on_and_shown(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.sock"))
+    serve(listen_addr=f"unix:{path}")
+    for target, status in (("/", 200), ("/nothing", 404)):
+        with closing(dial(path)) as client:
+            client.sendall(f"GET {target} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+            with client.makefile("rb") as file:
+                said = file.read()
+        assert said.startswith(b"HTTP/1.1 %d " % status)
+        assert "?.sock" in said.decode() or "\ufffd.sock" in said.decode()
+        assert status == 404 or b"curl --unix-socket" in said

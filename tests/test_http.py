@@ -10,6 +10,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -956,6 +957,50 @@ def test_a_client_that_does_not_read_cannot_hold_up_the_shutdown(
     wire.close()
     closing.join()
     assert not hangs
+
+
+@pytest.fixture
+def narrow(serve: Callable[..., Server], tmp_path: Path) -> Iterator[tuple[Server, socket.socket]]:
+    """A bridge and a connection that hold 200 KB of what was not read."""
+    path = tmp_path / "bridge.sock"
+    server = serve(listen_addr=f"unix:{path}", idle_secs=0.5, drain_secs=0.1)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(10)
+        client.connect(str(path))
+        yield server, client
+
+
+def test_a_last_answer_that_was_read_late_ends_the_connection_quietly(
+    narrow: tuple[Server, socket.socket],
+) -> None:
+    server, client = narrow
+    page = GET.replace(b"/healthz", b"/")
+    client.sendall(page * 999 + page.replace(HOST, HOST + b"Connection: close\r\n"))
+    wait_until(lambda: stuck(server), "a writer that waits for its client")
+    with client.makefile("rb") as file:
+        assert file.read().count(b"HTTP/1.1 200 OK\r\n") == 1000
+
+
+def test_a_client_that_reads_slowly_but_steadily_gets_the_whole_answer(
+    narrow: tuple[Server, socket.socket],
+) -> None:
+    """It takes several times as long as one may read nothing."""
+    _, client = narrow
+    client.sendall(post("BIGLINE 2000000", b"Connection: close"))
+    got = b""
+    while part := client.recv(32 << 10):
+        got += part
+        time.sleep(0.03)
+    assert got.count(b"x") > 2_000_000
+
+
+def test_a_shutdown_while_the_last_of_an_answer_is_not_read_is_no_bug(
+    narrow: tuple[Server, socket.socket],
+) -> None:
+    server, client = narrow
+    client.sendall(post("BIGLINE 2000000"))
+    wait_until(lambda: stuck(server), "a writer that waits for its client")
+    server.close()
 
 
 def stuck(server: Server) -> bool:

@@ -52,6 +52,7 @@ def run(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
         (["provider"], "there is no such command; did you mean providers?"),
         (["sesame"], "there is no such command: check, login, providers"),
         (["check", "sesame"], "check takes nothing but flags; see --help"),
+        (["--url", "http://localhost:1"], "--url is for check"),
         (["--help=sesame"], "--help: ignored explicit argument; see --help"),
         (["--max-idle"], "--max-idle: expected one argument; see --help"),
     ],
@@ -110,6 +111,7 @@ def test_version_is_printed() -> None:
         (["--help"], "| (exec <&-)", 141),
         (["--version"], ">&-", 0),
         (["providers", "--config", "{file}"], ">&-", 0),
+        (["check", "--bin", "{cli}"], ">&-", 1),
     ],
 )
 def test_an_output_that_nobody_reads_is_no_traceback(
@@ -118,7 +120,14 @@ def test_an_output_that_nobody_reads_is_no_traceback(
     file = tmp_path / "config.json"
     file.write_text("{}")
     script = f'set -o pipefail; {{ sleep 0.5; "$@"; }} {closed}'
-    command = ["bash", "-c", script, "bash", *BRIDGE, *(word.format(file=file) for word in words)]
+    command = [
+        "bash",
+        "-c",
+        script,
+        "bash",
+        *BRIDGE,
+        *(word.format(file=file, cli=STANDIN) for word in words),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (status, "")
 

@@ -218,6 +218,15 @@ def test_a_deep_look_is_good_for_a_while(
     assert len(log.started()) == 1
 
 
+def test_of_many_who_ask_at_once_one_starts_a_process(
+    serve: Serve, log: Log, background: ThreadPoolExecutor
+) -> None:
+    server = serve()
+    answers = [background.submit(deep, server) for _ in range(8)]
+    assert {answer.result() for answer in answers} == {(200, "ok")}
+    assert len(log.started()) == 1
+
+
 def test_a_deep_look_finds_that_a_cli_that_worked_works_no_more(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
