@@ -697,9 +697,9 @@ class Connection:
 
     async def send(self, event: h11.Event) -> None:
         """Write an h11 event.  An answer has ended when the system has all of it."""
-        self.write(self.http.send(event) or b"")
         is_end = isinstance(event, h11.EndOfMessage)
         self.writer.transport.set_write_buffer_limits(0 if is_end else None)
+        self.write(self.http.send(event) or b"")
         await self.drain()
 
     def write(self, data: bytes) -> None:

@@ -583,10 +583,15 @@ def test_the_key_does_not_replace_a_good_host_and_origin(locked: Server) -> None
 
 @pytest.mark.parametrize("method", ["POST", "OPTIONS"])
 @pytest.mark.parametrize("path", ["/healthz", "/v1/messages"])
-def test_no_body_is_read_without_the_key(locked: Server, method: str, path: str) -> None:
-    with closing(locked.connect()) as client:
-        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 30000000\r\n\r\n"
-        client.sendall(head.encode())
+def test_no_body_is_read_without_the_key(
+    serve: Callable[..., Server], method: str, path: str
+) -> None:
+    """Not even that of a preflight, which has none."""
+    origin = "http://localhost:3000"
+    server = serve(api_key=KEY, allowed_origins=(origin,))
+    lines = ["Host: localhost", f"Origin: {origin}", "Content-Length: 30000000"]
+    with closing(server.connect()) as client:
+        client.sendall("\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""]).encode())
         assert client.recv(100).startswith(b"HTTP/1.1 401 ")
 
 
