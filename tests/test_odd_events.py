@@ -119,6 +119,14 @@ ODD: dict[str, list[Json]] = {
     ),
     # inputs
     "input is a list": call_of("[1]"),
+    "input that is cut off before another block": answer(
+        opened(**CALL),
+        piece(type="input_json_delta", partial_json="{"),
+        closed(),
+        {**opened(), "index": 1},
+        {**closed(), "index": 1},
+        reason="max_tokens",
+    ),
     "plain input of null": [plain({**CALL, "input": None}), DONE],
     # the message
     "role of a user": stream(start(role="user"), *TEXT[1:]),

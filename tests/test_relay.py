@@ -117,6 +117,7 @@ def test_recordings(path: Path) -> None:
         [text(b"cut", TAIL[:30])],
         [text(b"cut", TAIL[:-1])],
         [text(b"nested", TAIL[:-1] + b',"more":{"parent_tool_use_id":null}}')],
+        [text(b"hidden", TAIL[:-1] + b',"event":{"type":"content_block_stop","index":0}}')],
         [delta(1, "text_delta", "text", b"of another block"), text(b"mine")],
         [delta(0, "thinking_delta", "thinking", b"of another kind"), text(b"mine")],
         [delta(0, "text_delta", "text", b'a","text":"b')],
@@ -156,6 +157,17 @@ def test_any_text(texts: list[str], cut: int, ascii_only: bool) -> None:
     found = outcome(lines, raw=True, reads=cut)
     assert found == outcome(lines, raw=False)
     assert found[1]["content"] == [{"type": "text", "text": "".join(texts)}]
+
+
+def test_a_delta_of_another_turn_is_left_out() -> None:
+    translator = Translator(turn_id="mine")
+    for line in BEGIN:
+        for found in translate.decode(line):
+            translator.feed(found)
+    others = TAIL[:-1] + b',"user_message_uuids":["another"]}'
+    mine = TAIL[:-1] + b',"user_message_uuids":["mine"]}'
+    assert b"".join(translator.relay([text(b"a", others)])) == b""
+    assert b'"text":"b"' in b"".join(translator.relay([text(b"b", mine)]))
 
 
 def test_half_a_character_is_replaced_and_costs_no_more() -> None:

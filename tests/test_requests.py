@@ -774,7 +774,7 @@ LOST: dict[str, tuple[Any, Json, list[str]]] = {
     ),
     "role": ([role("user"), role("system")], {}, ["messages.1.role"]),
     "keys of the system's texts": (
-        [role("user"), role("system", [text("a", **CACHED), text("b", new=1)])],
+        [role("user"), role("system", [text("a", **CACHED), text("b", new=1, old=None)])],
         {},
         ["messages.1.role", "cache_control", "messages.1.content.1.new"],
     ),
