@@ -1779,12 +1779,7 @@ class Pool:
                 usage, statuses = await self._ask_usage(session.process, lines)
                 has_tools = translate.has_counted(usage, tools)
                 can_count_again = translate.is_one_line(request) and has_tools
-                can_have_tools = self._swaps_tools or not tools
-                is_free = (
-                    can_count_again
-                    and can_have_tools
-                    and await self._take_back(session)
-                )
+                is_free = can_count_again and await self._take_back(session)
         except BaseException:
             self.retire(session, "failed")
             raise
