@@ -444,7 +444,8 @@ class Exchange:
     def path(self) -> str:
         """The path without its query (clients add ?beta=true), and with one slash at
         its start."""
-        path = ABSOLUTE.sub("", self.target, 1).partition("?")[0]
+        target = ABSOLUTE.sub("", self.target, 1)
+        path = target.partition("?")[0]
         return "/" + path.lstrip("/")
 
     @property
@@ -488,7 +489,9 @@ def check_host(exchange: Exchange, config: Config) -> None:
     if host is None:
         return  # not HTTP/1.1, where h11 requires one; browsers speak that
     match = HOST.fullmatch(host)
-    name = match[1].lower() if match and int(match[2] or 0) < 65536 else ""
+    name = ""
+    if match and int(match[2] or 0) < 65536:
+        name = match[1].lower()
     known = {item.lower() for item in config.allowed_hosts}
     if not config.unix_path:
         known.add(config.address[0])
@@ -531,7 +534,8 @@ def check_key(exchange: Exchange, config: Config) -> None:
     scheme, _, token = (authorization or "").partition(" ")
     given = [key or "", token.strip() if scheme.lower() == "bearer" else ""]
     expected = config.api_key.encode()
-    if not any(hmac.compare_digest(item.encode("latin-1"), expected) for item in given):
+    matches = [hmac.compare_digest(item.encode("latin-1"), expected) for item in given]
+    if not any(matches):
         raise ApiError(
             401, "the key sent does not match this bridge's CLAUDE_CLI_API_KEY"
         )
@@ -811,7 +815,8 @@ class Connection:
 def response(status: int, headers: list[tuple[str, str]]) -> h11.Response:
     """The head of an answer, with a Date (RFC 9110, 6.6.1) and a reason phrase (RFC
     9112, 4)."""
-    reason = http.client.responses.get(status, "Overloaded" if status == 529 else "")
+    unknown = "Overloaded" if status == 529 else ""
+    reason = http.client.responses.get(status, unknown)
     date = ("date", email.utils.formatdate(usegmt=True))
     return h11.Response(status_code=status, headers=[date, *headers], reason=reason)
 
@@ -864,7 +869,8 @@ class Stream:
                 self.exchange, "text/event-stream", more
             )
             head = connection.http.send(response(200, headers)) or b""
-        connection.write(head + (connection.http.send(h11.Data(data=data)) or b""))
+        body = connection.http.send(h11.Data(data=data)) or b""
+        connection.write(head + body)
         self._wrote_at = self._loop.time()
 
     def send(self, frames: bytes) -> bool:
@@ -1298,7 +1304,8 @@ def listing(places: list[str]) -> str:
     (Python)."""
     more = len(places) - MAX_PLACES
     rest = [f"and-{more}-more"] if more > 0 else []
-    return ", ".join([place[:MAX_PLACE] for place in places[:MAX_PLACES]] + rest)
+    first = [place[:MAX_PLACE] for place in places[:MAX_PLACES]]
+    return ", ".join(first + rest)
 
 
 def tokens(turn: Turn | None) -> dict[str, int]:
@@ -1388,8 +1395,12 @@ def model_page(models: list[Json], query: dict[str, str]) -> Json:
     for name in ("after_id", "before_id"):
         if name in query and query[name] not in ids:
             raise translate.bad_request(name, f"no such model: {query[name]}")
-    start = ids.index(query["after_id"]) + 1 if "after_id" in query else 0
-    end = ids.index(query["before_id"]) if "before_id" in query else len(ids)
+    start = 0
+    if "after_id" in query:
+        start = ids.index(query["after_id"]) + 1
+    end = len(ids)
+    if "before_id" in query:
+        end = ids.index(query["before_id"])
     found = models[start:end]
     is_backwards = "before_id" in query and "after_id" not in query
     data = found[-limit:] if is_backwards else found[:limit]
@@ -1499,7 +1510,8 @@ class LogWriter(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._lines.put_nowait(self.format(record).encode(errors="replace") + b"\n")
+            line = self.format(record).encode(errors="replace")
+            self._lines.put_nowait(line + b"\n")
         except queue.Full:
             self.lost += 1
 
@@ -2024,7 +2036,7 @@ def check_agreement(entry: Json, other: Json, place: str, other_place: str) -> N
         ("model", entry.keys() | other.keys()),
         ("name", {"base_url", "http_host", "access_key"}),
     ):
-        different = sorted(key for key in keys if entry.get(key) != other.get(key))
+        different = [key for key in sorted(keys) if entry.get(key) != other.get(key)]
         if different and entry[same] == other[same]:
             words = f"contradicts {other_place}, of the same {same}"
             raise translate.bad_request(f"{place}.{different[0]}", words)
@@ -2137,7 +2149,8 @@ class Rehearsal:
         messages.append({"role": "assistant", "content": [CALL]})
         messages.append({"role": "user", "content": [result]})
         async with self.turn(pool, messages) as second:
-            relay = asyncio.create_task(second.relay(lambda _: True, self.drain))
+            answer = second.relay(lambda _: True, self.drain)
+            relay = asyncio.create_task(answer)
             relay.add_done_callback(lambda _: self.held.set())  # it failed
             try:
                 await self.held.wait()
@@ -2259,7 +2272,8 @@ def check_url(url: str, key: str) -> bool:
         with ask(url, "/healthz?stream=1", key) as answer:
             times = [time.monotonic() for _ in answer]
         with ask(url, MODELS, key) as answer:
-            status, text = answer.status, answer.read().decode(errors="replace")
+            status = answer.status
+            text = answer.read().decode(errors="replace")
     except (OSError, http.client.HTTPException, ValueError) as error:
         print(f"reachable: no ({error})")
         return False
@@ -2270,7 +2284,8 @@ def check_url(url: str, key: str) -> bool:
         print(f"access: refused ({text})")
         return False
     print("access: the key and Host are accepted")
-    is_live = bool(times) and times[-1] - times[0] > STREAM_GAP_SECS / 2
+    gap = times[-1] - times[0] if times else 0
+    is_live = gap > STREAM_GAP_SECS / 2
     print(
         f"streams: {'arrive as they are sent' if is_live else 'are held back by a proxy'}"
     )
@@ -2289,7 +2304,8 @@ def ask(url: str, path: str, key: str) -> Iterator[http.client.HTTPResponse]:
     )
     with contextlib.closing(connection):
         headers = {"x-api-key": key.encode()}
-        connection.request("GET", where.path.rstrip("/") + path, headers=headers)
+        target = where.path.rstrip("/") + path
+        connection.request("GET", target, headers=headers)
         yield connection.getresponse()
 
 

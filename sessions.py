@@ -455,7 +455,9 @@ def furnish(path: str) -> bool:
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
     found = os.lstat(path)
-    if found.st_uid != os.getuid() or found.st_mode != stat.S_IFDIR | 0o700:
+    is_own = found.st_uid == os.getuid()
+    is_private = found.st_mode == stat.S_IFDIR | 0o700
+    if not is_own or not is_private:
         return False
     for folder in (work, os.path.join(path, "gates")):
         with contextlib.suppress(FileExistsError):
@@ -1090,7 +1092,8 @@ class Turn:
                 continue
             frames.extend(self.translator.relay(deltas))
             deltas = []
-            frames.extend(map(translate.frame, self.translator.feed(event)))
+            fed = self.translator.feed(event)
+            frames.extend(map(translate.frame, fed))
         frames.extend(self.translator.relay(deltas))
 
     @property
@@ -1544,9 +1547,8 @@ class Pool:
 
     async def _spawn(self, model: str, agent: bool) -> Session:
         if self._slots.locked() and self._waiting_for_slot >= len(self._ending):
-            self._evict(
-                [*self._curious, *self._counters, *self.spares, *self.on_file.values()]
-            )
+            sessions = [*self._curious, *self._counters, *self.spares]
+            self._evict([*sessions, *self.on_file.values()])
         words = f"all {self.config.max_sessions} processes were busy, none got free"
         await self._queue(self._take_slot, words)
         try:
@@ -1675,7 +1677,8 @@ class Pool:
     def _file(self, session: Session, state: State) -> None:
         self._move(session, state)
         idle = sum(other.state is State.IDLE for other in self.on_file.values())
-        if idle > self.config.max_idle or self._waiting_for_slot > len(self._ending):
+        is_wanted = self._waiting_for_slot > len(self._ending)
+        if idle > self.config.max_idle or is_wanted:
             self._evict([*self.on_file.values()])
 
     def _evict(self, sessions: list[Session]) -> None:
@@ -1839,9 +1842,10 @@ class Pool:
         agent = self._is_agent(request)
         names = request.parts.keys() - {"tools"}
         for session in list(self._counters):
-            is_same = session.agent == agent and all(
+            has_parts = all(
                 session.parts[name] == request.parts[name] for name in names
             )
+            is_same = session.agent == agent and has_parts
             can_have_tools = self._swaps_tools or session.process.tools == tools
             if session.process.gone:
                 self.retire(session, "died")
@@ -1989,12 +1993,13 @@ class Metrics:
         samples["_sum"] += seconds
         samples["_count"] += 1
 
-    def rows(self, name: str) -> list[tuple[str, str]]:
+    def rows(self, metric: str) -> list[tuple[str, str]]:
         """What each sample counts, by its labels, and its value: for people to read."""
         rows = []
-        for labels, value in self._samples[name].items():
+        for labels, value in self._samples[metric].items():
             words = labels.split('"')[1::2]
-            rows.append((", ".join(filter(None, words)), f"{value:g}"))
+            name = ", ".join(filter(None, words))
+            rows.append((name, f"{value:g}"))
         return rows
 
     def text(self) -> str:

@@ -132,7 +132,8 @@ class ApiError(Exception):
     def __post_init__(self) -> None:
         super().__init__(self.message)
         default = 500 if self.status >= 500 else 400
-        self.kind = self.kind or ERROR_TYPES.get(self.status, ERROR_TYPES[default])
+        usual = ERROR_TYPES.get(self.status, ERROR_TYPES[default])
+        self.kind = self.kind or usual
         self.retry = self.status not in FINAL_STATUSES
 
     def body(self, request_id: str) -> Json:
@@ -486,7 +487,8 @@ def has_more_values(body: bytes, limit: int) -> bool:
     hundred times its bytes of memory."""
     marks = count_marks(body)
     if marks > limit:  # strings can hold marks too
-        marks -= sum(count_marks(match[0]) for match in STRING.finditer(body))
+        for match in STRING.finditer(body):
+            marks -= count_marks(match[0])
     return marks > limit
 
 
@@ -529,7 +531,8 @@ def read_model(value: Any) -> str:
 
 def read_betas(header: str, not_sent: list[str]) -> str:
     """The names in anthropic-beta, sorted."""
-    names = {name.strip() for name in header.split(",")} - {""}
+    names = {name.strip() for name in header.split(",")}
+    names.discard("")
     for name in names:
         if not HEADER_WORD.fullmatch(name):
             words = "names are visible ASCII characters, separated by commas"
@@ -993,7 +996,8 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
 
 def digest(value: Any) -> bytes:
     """A 16-byte digest of a JSON value that does not depend on the order of keys."""
-    return hashlib.blake2b(to_json(value, sort_keys=True), digest_size=16).digest()
+    text = to_json(value, sort_keys=True)
+    return hashlib.blake2b(text, digest_size=16).digest()
 
 
 def link(chain: bytes, message: bytes) -> bytes:
@@ -1433,8 +1437,9 @@ def tool_results(content: list[Block], calls: list[str]) -> dict[str, Json] | No
         if result is None:
             return None
         results[text_of(block, "tool_use_id")] = result
-    whole = len(content) == len(results) and results.keys() == set(calls)
-    return results if whole else None
+    if len(content) != len(results) or results.keys() != set(calls):
+        return None
+    return results
 
 
 def mcp_result(block: Block) -> Json | None:
@@ -1447,7 +1452,8 @@ def mcp_result(block: Block) -> Json | None:
     if type(is_error) is not bool or not isinstance(content, str | list):
         return None
     parts = [mcp_part(part) for part in as_blocks(content)]
-    length = sum(len(part.get("text", "")) for part in parts if part)
+    texts = [part.get("text", "") for part in parts if part]
+    length = sum(map(len, texts))
     if None in parts or length > MAX_RESULT:
         return None
     return {"content": parts, "isError": is_error}
@@ -1808,9 +1814,8 @@ class Translator:
         index: Any = event.get("index")
         if kind == "content_block_start":
             self._index = index
-        if kind.startswith("content_block_") and (
-            type(index) is not int or index != self._index
-        ):
+        is_about_block = kind.startswith("content_block_")
+        if is_about_block and (type(index) is not int or index != self._index):
             following = None
         if following is None:
             raise cli_error(f"the claude CLI sent a {kind} out of place")
@@ -1890,7 +1895,8 @@ class Translator:
         else:  # a delta of a new type: its keys are the block's
             block.update(without(delta, BLOCK_KEYS))
             self._new_delta = True
-        return [renewed(event, index=len(self.message["content"]) - 1)]
+        index = len(self.message["content"]) - 1
+        return [renewed(event, index=index)]
 
     def _add_piece(self, block: Json, kind: str, delta: Json) -> None:
         key, name, shape = DELTAS[kind]
@@ -1954,7 +1960,8 @@ class Translator:
         )
         if not text_of(ends.get("stop_details"), "type"):
             ends.pop("stop_details", None)
-        final = without_empties(without(event, {"delta"} | MESSAGE_KEYS | ends.keys()))
+        told = {"delta"} | MESSAGE_KEYS | ends.keys()
+        final = without_empties(without(event, told))
         self.stop_reason = reason
         self.message.update(ends)
         self.message.update(final)

@@ -13,6 +13,7 @@ from host import STANDIN, wait_until
 from servers import Server
 from stand_in import Log
 from test_access import ask
+from test_api import count
 from test_http import quiet  # noqa: F401 - an autouse fixture
 
 import bridge
@@ -225,6 +226,21 @@ def test_of_many_who_ask_at_once_one_starts_a_process(
     answers = [background.submit(deep, server) for _ in range(8)]
     assert {answer.result() for answer in answers} == {(200, "ok")}
     assert len(log.started()) == 1
+
+
+def test_a_deep_look_does_not_take_a_process_that_counted_for_a_busy_one(serve: Serve) -> None:
+    server = serve(max_sessions=1)
+    assert count(server).status == 200
+    assert deep(server) == (200, "ok")
+
+
+def test_a_problem_is_looked_for_again_sooner_than_a_good_answer(
+    serve: Serve, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge, "PROBLEM_SECS", 0)
+    server = serve(model="exit-at-start")
+    assert [deep(server)[0] for _ in range(2)] == [503, 503]
+    assert len(log.started()) == 2
 
 
 def test_a_deep_look_finds_that_a_cli_that_worked_works_no_more(
