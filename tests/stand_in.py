@@ -135,6 +135,7 @@ class Standin:
         self.point, self.kind = [*model.split("."), ""][:2]
         self.served = False  # the client has tools
         self.answers: dict[str, Json] = {}  # to control requests, by id
+        self.listing = ""  # the id of the last request to list tools, after mcp_set_servers
         self.ids: list[str] = []  # of the assistant messages of the past
 
     # stdin
@@ -183,7 +184,10 @@ class Standin:
         elif subtype == "get_context_usage":
             log = "[log_5ad1n1] post http://127.0.0.1/v1/messages/count_tokens?beta=true succeeded with status 200 in 1ms"
             self.put(log.encode())
-            response["response"] = {"totalTokens": 10 * len(self.messages)}
+            listed = self.answers.get(self.listing, {}).get("response", {})
+            tools = listed.get("mcp_response", {}).get("result", {}).get("tools", [])
+            names = [{"name": tool["name"]} for tool in tools]
+            response["response"] = {"totalTokens": 10 * len(self.messages), "mcpTools": names}
         elif subtype == "rewind_conversation":
             self.messages.pop()
         elif subtype == "get_settings":
@@ -198,6 +202,11 @@ class Standin:
             self.emit({"type": "control_response", "response": response})
         if subtype == "initialize":
             self.fault("initialized")
+        if subtype == "mcp_set_servers":
+            self.listing = ""
+            if request["servers"]:  # it lists their tools anew
+                self.listing = f"standin-{next(self.numbers)}"
+                self.send("tools/list", self.listing)
         if subtype == "interrupt" and self.turning:
             raise Interrupted
 
@@ -652,6 +661,12 @@ class Standin:
         ]
         text = (results_of(content) or [""])[-1]
         self.answer(text, text.split())
+
+    def send(self, method: str, request_id: str) -> None:
+        """A message to the client's MCP server."""
+        message = {"id": 1, "method": method}
+        asked = {"subtype": "mcp_message", "server_name": "client", "message": message}
+        self.emit({"type": "control_request", "request_id": request_id, "request": asked})
 
     def ask(self, *messages: Json) -> list[Json]:
         """Messages to the client's MCP server; its answers."""

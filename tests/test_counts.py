@@ -17,6 +17,8 @@ import sessions
 from sessions import State
 
 Serve = Callable[..., Server]
+PROBE = {"name": "probe", "input_schema": {"type": "object"}}
+OTHER = {"name": "other", "input_schema": {"type": "object"}}
 
 
 def counters(server: Server) -> list[int]:
@@ -29,6 +31,15 @@ def counters(server: Server) -> list[int]:
 def test_a_process_that_has_counted_counts_again(serve: Serve, log: Log) -> None:
     server = serve()
     assert [count(server, text).json["input_tokens"] for text in ("one", "two")] == [10, 10]
+    assert counters(server) == list(log.started())
+
+
+def test_a_process_that_has_counted_counts_other_tools(serve: Serve, log: Log) -> None:
+    server = serve()
+    for text, tools in (("one", []), ("two", [PROBE]), ("three", [PROBE, OTHER]), ("four", [])):
+        # For tools the API adds a prompt of its own, which the CLI takes off.
+        expected = 10 + (500 if tools else 0)
+        assert count(server, text, tools=tools).json["input_tokens"] == expected
     assert counters(server) == list(log.started())
 
 
