@@ -560,7 +560,7 @@ class Reads:
         """What comes behind a turn is not what is tried here."""
         return False
 
-    async def relay(self, sink: Callable[[list[Json | bytes]], bool]) -> None:
+    async def pump(self, sink: Callable[[list[Json | bytes]], bool]) -> None:
         for lines in self.reads:
             events: list[Any] = []
             failure = None
