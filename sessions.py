@@ -843,8 +843,13 @@ class Process(asyncio.SubprocessProtocol):
         self._partial += rest
         events: list[Event] = []
         failure: ApiError | None = None
+        now = self.loop.time()
         try:
             for line in lines:
+                if self.listening and line.startswith(translate.DELTA_START):
+                    self._alive_at = now
+                    events.append(line)
+                    continue
                 new = self._read(line)
                 if not self.listening and self.is_unasked(new):
                     raise cli_error("the claude CLI spoke unasked")
@@ -892,7 +897,6 @@ class Process(asyncio.SubprocessProtocol):
         """Decode a line, and act on it at once: answer control requests, note signs of
         life."""
         if line.startswith(translate.DELTA_START):
-            self._alive_at = self.loop.time()
             return [line]
         events = translate.decode(line)
         for event in events:
