@@ -53,7 +53,6 @@ from collections.abc import (
     Callable,
     Iterable,
     Mapping,
-    Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -846,11 +845,12 @@ class Process(asyncio.SubprocessProtocol):
         now = self.loop.time()
         try:
             for line in lines:
-                if self.listening and line.startswith(translate.DELTA_START):
+                new: list[Event]
+                if line.startswith(translate.DELTA_START):
                     self._alive_at = now
-                    events.append(line)
-                    continue
-                new = self._read(line)
+                    new = [line]
+                else:
+                    new = [*self._read(line)]
                 if not self.listening and self.is_unasked(new):
                     raise cli_error("the claude CLI spoke unasked")
                 events += new
@@ -868,7 +868,7 @@ class Process(asyncio.SubprocessProtocol):
             if self.on_fault and not self.listening:
                 self.on_fault()
 
-    def is_unasked(self, events: Sequence[Event]) -> bool:
+    def is_unasked(self, events: list[Event]) -> bool:
         """Whether events outside a turn show that the process goes on by itself.  Until
         the last turn's `result` has come they may still be that turn's, except another
         answer of the model and the call of a tool that was not announced."""
@@ -893,11 +893,9 @@ class Process(asyncio.SubprocessProtocol):
             self._transport.get_pipe_transport(1).pause_reading()
         self._wake()
 
-    def _read(self, line: bytes) -> Sequence[Event]:
+    def _read(self, line: bytes) -> list[CliEvent]:
         """Decode a line, and act on it at once: answer control requests, note signs of
         life."""
-        if line.startswith(translate.DELTA_START):
-            return [line]
         events = translate.decode(line)
         for event in events:
             kind = event["type"]
