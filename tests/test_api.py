@@ -207,6 +207,16 @@ def test_a_process_that_has_counted_counts_other_messages_and_tools_as_a_fresh_o
             assert count(fresh, **question).json["input_tokens"] == tokens
 
 
+def test_counts_of_an_agent_and_of_a_clients_tools_share_no_process(
+    serve: Callable[..., Server], cli: Path
+) -> None:
+    """The agent's own prompt and tools would be counted as the client's, or left out."""
+    used, fresh = (serve(bin=cli, tools="default") for _ in range(2))
+    of_agent = count(used).json["input_tokens"]
+    of_client = count(used, tools=[TOOL]).json["input_tokens"]
+    assert of_client == count(fresh, tools=[TOOL]).json["input_tokens"] < of_agent
+
+
 @contextlib.contextmanager
 def serve_alone(serve: Callable[..., Server], cli: Path) -> Iterator[Server]:
     server = serve(bin=cli)
