@@ -54,11 +54,11 @@ if sys.platform == "win32":
 if TYPE_CHECKING or not __package__:
     import translate
     from sessions import Pool, PoolConfig, State, Turn, setting, watch_without_threads
-    from translate import ApiError, Json
+    from translate import ApiError, Json, bad_request, check_type
 else:  # copied into a package
     from . import translate
     from .sessions import Pool, PoolConfig, State, Turn, setting, watch_without_threads
-    from .translate import ApiError, Json
+    from .translate import ApiError, Json, bad_request, check_type
 
 __version__ = "0.2.0"
 log = logging.getLogger("claude_cli_bridge")
@@ -222,7 +222,8 @@ class Config(PoolConfig):
         if "://" in self.listen_addr:
             raise wrong("listen_addr", f"leave out the scheme of {self.listen_addr!r}")
         host, _, port = self.listen_addr.rpartition(":")
-        if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+        is_port = re.fullmatch("[0-9]{1,5}", port) and int(port) < 65536
+        if not host or not is_port:
             words = "expected host:port or unix:/path, such as 127.0.0.1:8080"
             raise wrong("listen_addr", f"{words}; got {self.listen_addr!r}")
         return host.strip("[]").lower(), int(port)
@@ -585,9 +586,10 @@ class Connection:
         writer: asyncio.StreamWriter,
     ) -> None:
         self.bridge = bridge
+        self.config = bridge.config
         self.reader = reader
         self.writer = writer
-        max_size = bridge.config.max_header_bytes
+        max_size = self.config.max_header_bytes
         self.http = h11.Connection(h11.SERVER, max_incomplete_event_size=max_size)
         # A request is being answered.
         self.answering = False
@@ -622,12 +624,12 @@ class Connection:
         What is not HTTP, too large or not allowed is answered without reading on, and
         ends the connection.
         """
-        async with asyncio.timeout(self.bridge.config.idle_secs):
+        async with asyncio.timeout(self.config.idle_secs):
             if not self.http.trailing_data[0]:
                 self.http.receive_data(await self.reader.read(READ_SIZE))
         exchange = Exchange()
         try:
-            async with asyncio.timeout(self.bridge.config.send_secs):
+            async with asyncio.timeout(self.config.send_secs):
                 is_whole = await self.read_request(exchange)
         except TimeoutError:
             await self.refuse(
@@ -684,18 +686,18 @@ class Connection:
         for name, value in request.headers:
             size += len(name) + len(value)
         # h11 counts only a head that comes in several reads.
-        if size > self.bridge.config.max_header_bytes:
+        if size > self.config.max_header_bytes:
             raise ApiError(431, "the headers are too large")
         length = exchange.header(b"content-length")
         if length and exchange.header(b"transfer-encoding"):
             # RFC 9112, 6.1: it could be a smuggled request.
             raise h11.RemoteProtocolError("both Content-Length and Transfer-Encoding")
-        check_access(exchange, self.bridge.config)
+        check_access(exchange, self.config)
         if length:
             self.check_size(int(length))
 
     def check_size(self, size: int) -> None:
-        limit = self.bridge.config.max_body_bytes
+        limit = self.config.max_body_bytes
         if size > limit:
             raise ApiError(413, f"Request exceeds the maximum size of {limit} bytes")
 
@@ -720,7 +722,7 @@ class Connection:
             while transport.get_write_buffer_size() < unread:
                 unread = transport.get_write_buffer_size()
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self.bridge.config.idle_secs):
+                    async with asyncio.timeout(self.config.idle_secs):
                         await self.writer.drain()
                         return
         raise Disconnected
@@ -1388,13 +1390,11 @@ def model_page(models: list[Json], query: dict[str, str]) -> Json:
     text = query.get("limit", "20")
     limit = int(text) if re.fullmatch("[0-9]{1,4}", text) else 0
     if not 1 <= limit <= 1000:
-        raise translate.bad_request(
-            "limit", "Input should be a valid integer from 1 to 1000"
-        )
+        raise bad_request("limit", "Input should be a valid integer from 1 to 1000")
     ids = [model["id"] for model in models]
     for name in ("after_id", "before_id"):
         if name in query and query[name] not in ids:
-            raise translate.bad_request(name, f"no such model: {query[name]}")
+            raise bad_request(name, f"no such model: {query[name]}")
     start = 0
     if "after_id" in query:
         start = ids.index(query["after_id"]) + 1
@@ -1938,16 +1938,14 @@ def read_entries(path: Path) -> dict[str, Json]:
         document = orjson.loads(data)
     if document is None:
         return {}
-    translate.check_type(document, dict, "file")
+    check_type(document, dict, "file")
     found: dict[str, Json] = {}
     for name in PROVIDER_LISTS:
         if document.get(name) is None:
             continue
-        for number, entry in enumerate(
-            translate.check_type(document[name], list, name)
-        ):
+        for number, entry in enumerate(check_type(document[name], list, name)):
             place = f"{name}.{number}"
-            found[place] = translate.check_type(entry, dict, place)
+            found[place] = check_type(entry, dict, place)
     return found
 
 
@@ -1993,27 +1991,21 @@ def complete_providers(entries: Mapping[str, Json], config: Config) -> list[Json
 
 def check_entry(entry: Json, place: str) -> None:
     if entry.get("model") is None:
-        raise translate.bad_request(f"{place}.model", "Field required")
+        raise bad_request(f"{place}.model", "Field required")
     for name, value in entry.items():
         if name not in PROVIDER:
-            raise translate.bad_request(
-                f"{place}.{name}", "Extra inputs are not permitted"
-            )
+            raise bad_request(f"{place}.{name}", "Extra inputs are not permitted")
         if value is not None:
-            translate.check_type(value, PROVIDER[name], f"{place}.{name}")
+            check_type(value, PROVIDER[name], f"{place}.{name}")
     if entry.get("provider_interface") not in (None, INTERFACE):
-        raise translate.bad_request(
-            f"{place}.provider_interface", "Input should be 'claude-cli'"
-        )
+        raise bad_request(f"{place}.provider_interface", "Input should be 'claude-cli'")
     prefix, slash, name = entry["model"].partition("/")
     is_name = name == "*" or translate.MODEL_NAME.fullmatch(name)
     if prefix + slash != translate.MODEL_PREFIX or not is_name:
         words = "Input should be claude-cli/* or claude-cli/ and the name of a model"
-        raise translate.bad_request(f"{place}.model", words)
+        raise bad_request(f"{place}.model", words)
     if name == "*" and entry.get("default"):
-        raise translate.bad_request(
-            f"{place}.default", "a wildcard cannot be the default model"
-        )
+        raise bad_request(f"{place}.default", "a wildcard cannot be the default model")
 
 
 def complete_entry(entry: Json, config: Config) -> Json:
@@ -2039,7 +2031,7 @@ def check_agreement(entry: Json, other: Json, place: str, other_place: str) -> N
         different = [key for key in sorted(keys) if entry.get(key) != other.get(key)]
         if different and entry[same] == other[same]:
             words = f"contradicts {other_place}, of the same {same}"
-            raise translate.bad_request(f"{place}.{different[0]}", words)
+            raise bad_request(f"{place}.{different[0]}", words)
 
 
 # ------------------------------------------------------------ appendix: check
@@ -2049,7 +2041,11 @@ REHEARSAL_SECS = 30.0
 # ECMA-48, 8.3.41: EL.
 ERASE_LINE = "\x1b[2K"
 # The history and the question of the rehearsal.
-SAID = [("user", "red"), ("assistant", "green"), ("user", "blue")]
+SAID = [
+    ("user", "red"),
+    ("assistant", "green"),
+    ("user", "blue"),
+]
 CALL: Json = {
     "type": "tool_use",
     "id": "toolu_probe",
@@ -2110,7 +2106,10 @@ class Rehearsal:
             "role": "assistant",
             "content": [],
             "model": asked["model"],
-            "usage": {"input_tokens": 1, "output_tokens": 1},
+            "usage": {
+                "input_tokens": 1,
+                "output_tokens": 1,
+            },
         }
         begin = {"type": "message_start", "message": message}
         if CALL["id"] in str(asked["messages"]):
@@ -2130,9 +2129,17 @@ class Rehearsal:
         delta = {"stop_reason": "tool_use"}
         return [
             begin,
-            {"type": "content_block_start", "index": 0, "content_block": CALL},
+            {
+                "type": "content_block_start",
+                "index": 0,
+                "content_block": CALL,
+            },
             {"type": "content_block_stop", "index": 0},
-            {"type": "message_delta", "delta": delta, "usage": {"output_tokens": 1}},
+            {
+                "type": "message_delta",
+                "delta": delta,
+                "usage": {"output_tokens": 1},
+            },
             {"type": "message_stop"},
         ]
 

@@ -63,6 +63,7 @@ if TYPE_CHECKING or not __package__:
     from translate import (
         ApiError,
         CliEvent,
+        Digests,
         Json,
         Request,
         Translator,
@@ -74,6 +75,7 @@ else:  # copied into a package
     from .translate import (
         ApiError,
         CliEvent,
+        Digests,
         Json,
         Request,
         Translator,
@@ -85,6 +87,10 @@ __version__ = "0.2.0"
 log = logging.getLogger("claude_cli_bridge")
 
 Event = CliEvent | bytes  # of a process: bytes are a line with a delta, not decoded
+# Takes the events of one read; False: it wants no more.
+Sink = Callable[[list[Event]], bool]
+# What a spare is for: a model that needs --model, or "", and whether it is an agent's.
+Kind = tuple[str, bool]
 T = TypeVar("T")
 
 # Bytes of one line of the CLI.  It can hold a whole tool result or screenshot: 1 MB was
@@ -564,7 +570,7 @@ class Process(asyncio.SubprocessProtocol):
         # Bytes of what was read since _events was empty.
         self._unread = 0
         # Where a turn wants its events at once, instead of in _events.
-        self._sink: Callable[[list[Event]], bool] | None = None
+        self._sink: Sink | None = None
         # The beginning of a line whose end has not come.
         self._partial = bytearray()
         self._stderr = b""
@@ -737,7 +743,7 @@ class Process(asyncio.SubprocessProtocol):
         )
         return answer
 
-    async def pump(self, sink: Callable[[list[Event]], bool]) -> None:
+    async def pump(self, sink: Sink) -> None:
         """Pass the events of each read to `sink` as they arrive, until it returns
         False.  Raises as `until`, and what `sink` raises."""
         self._sink = sink
@@ -986,11 +992,11 @@ class Session:
     # The client names it by header.
     is_pinned: bool = False
     # Digests of what it cannot change.
-    parts: dict[str, bytes] = field(default_factory=dict)
+    parts: Digests = field(default_factory=dict)
     # Digest of the messages in it, its own answers included.
     chain: bytes = b""
     # Digests of the settings that it was given last, by name.
-    settings: dict[str, bytes] = field(default_factory=dict)
+    settings: Digests = field(default_factory=dict)
     # Ids of the client tools that its last answer called.
     calls: list[str] = field(default_factory=list)
     # Answers that it has given.
@@ -999,6 +1005,10 @@ class Session:
     turn_id: str = ""
     # Monotonic time of its last change of state.
     since: float = field(default_factory=time.monotonic)
+
+    @property
+    def kind(self) -> Kind:
+        return self.model, self.agent
 
     def holds(self, request: Request) -> bool:
         """Whether it has the request's history, and all that cannot change."""
@@ -1140,11 +1150,10 @@ class Pool:
         self._counters: list[Session] = []
         # Whether a process can be given other tools.
         self._swaps_tools = True
-        # What the last requests needed, and so what spares are for: a model that needs
-        # --model, or "", and the mode.
-        self._kinds: deque[tuple[str, bool]] = deque(maxlen=2 * config.spares)
+        # What the last requests needed.
+        self._kinds: deque[Kind] = deque(maxlen=2 * config.spares)
         # Spares that are being started.
-        self._preparing: dict[asyncio.Task[None], tuple[str, bool]] = {}
+        self._preparing: dict[asyncio.Task[None], Kind] = {}
         # At most so many start at a time: more would slow each other down.
         self._starting = asyncio.Semaphore(2 * CORES)
         self._slots = asyncio.Semaphore(config.max_sessions)
@@ -1176,9 +1185,7 @@ class Pool:
         )
         # By fingerprint and by key, the parts of the session that held a conversation
         # last, and why a request may not find it there.
-        self._last_seen: OrderedDict[bytes | str, tuple[dict[str, bytes], str]] = (
-            OrderedDict()
-        )
+        self._last_seen: OrderedDict[bytes | str, tuple[Digests, str]] = OrderedDict()
         self._executor: ThreadPoolExecutor | None = None
         # Whether `compute` has used the thread since memory was given back last.
         self._has_computed = False
@@ -1287,9 +1294,7 @@ class Pool:
         session = await self._spawn(self.config.model, False)
         if is_curious:
             self._curious.append(session)
-            # A request that arrived meanwhile found nothing to evict.
-            if self._waiting_for_slot > len(self._ending):
-                self._evict(self._curious)
+            self._give_way(self._curious)
         try:
             session.process.listen()
             session.process.open_gate(translate.transcript([], self.config.model))
@@ -1543,7 +1548,7 @@ class Pool:
         for spare in list(self.spares):
             if spare.process.gone:
                 self.retire(spare, "died")
-            elif (spare.model, spare.agent) == (started_with, agent):
+            elif spare.kind == (started_with, agent):
                 return spare
         return await self._spawn(started_with, agent)
 
@@ -1595,9 +1600,9 @@ class Pool:
         if not self._kinds:
             return
         for spare in list(self.spares):
-            if (spare.model, spare.agent) not in self._kinds:
+            if spare.kind not in self._kinds:
                 self.retire(spare, "unwanted")
-        have = [(spare.model, spare.agent) for spare in self.spares]
+        have = [spare.kind for spare in self.spares]
         have += self._preparing.values()
         latest = list(reversed(self._kinds))
         for _ in range(self.config.spares - len(have)):
@@ -1615,9 +1620,7 @@ class Pool:
         except ApiError:
             return  # the next request will say it
         self.spares.append(session)
-        # A request that arrived meanwhile found nothing to evict.
-        if self._waiting_for_slot > len(self._ending):
-            self._evict(self.spares)
+        self._give_way(self.spares)
 
     # What becomes of a session
 
@@ -1678,10 +1681,18 @@ class Pool:
 
     def _file(self, session: Session, state: State) -> None:
         self._move(session, state)
-        idle = sum(other.state is State.IDLE for other in self.on_file.values())
-        is_wanted = self._waiting_for_slot > len(self._ending)
-        if idle > self.config.max_idle or is_wanted:
-            self._evict([*self.on_file.values()])
+        resting = [*self.on_file.values()]
+        idle = sum(other.state is State.IDLE for other in resting)
+        if idle > self.config.max_idle:
+            self._evict(resting)
+        else:
+            self._give_way(resting)
+
+    def _give_way(self, sessions: list[Session]) -> None:
+        """Evict one of the sessions for a request that waits for a slot, and found none
+        to evict when it came."""
+        if self._waiting_for_slot > len(self._ending):
+            self._evict(sessions)
 
     def _evict(self, sessions: list[Session]) -> None:
         """Retire the first of the sessions that is not PARKED, or else the first."""
@@ -1833,8 +1844,8 @@ class Pool:
         self._counters.append(session)
         if len(self._counters) > CORES:
             self.retire(self._counters[0], "counted")
-        elif self._waiting_for_slot > len(self._ending):
-            self._evict(self._counters)
+        else:
+            self._give_way(self._counters)
 
     def _take_counter(self, request: Request, tools: list[Json]) -> Session | None:
         """A process that has counted one message and can count another: Claude Code's

@@ -25,6 +25,8 @@ __version__ = "0.2.0"
 
 # A JSON object that is passed on unread, or whose keys are checked where they are read.
 Json = dict[str, Any]
+# By name, digests of the parts of a request (`digest`).
+Digests = dict[str, bytes]
 
 
 class Block(TypedDict, total=False):
@@ -277,9 +279,13 @@ def text_of(value: Any, key: str) -> str:
     return text if isinstance(text, str) else ""
 
 
+def text_block(text: str) -> Block:
+    return {"type": "text", "text": text}
+
+
 def as_blocks(content: Any) -> list[Any]:
     if isinstance(content, str):
-        return [{"type": "text", "text": content}] if content else []
+        return [text_block(content)] if content else []
     return as_list(content)
 
 
@@ -386,9 +392,9 @@ class Request:
     # Bytes of the request as it came.
     size: int
     # Digests of what is fixed for the life of a process.
-    parts: dict[str, bytes] = field(default_factory=dict)
+    parts: Digests = field(default_factory=dict)
     # Those of them that the client's request sets.
-    sent_parts: dict[str, bytes] = field(default_factory=dict)
+    sent_parts: Digests = field(default_factory=dict)
     # Digest of all messages but the last one.
     past: bytes = b""
     # Digest of the last message.
@@ -705,7 +711,7 @@ class MessageReader:
             if kind == "tool_reference":
                 name = text_of(inner, "tool_name")
                 self.loaded.add(name)
-                kept.append({"type": "text", "text": f"Tool loaded: {name}"})
+                kept.append(text_block(f"Tool loaded: {name}"))
             elif kind == "text" or not block.get("is_error"):
                 kept.append(inner)
                 continue
@@ -718,10 +724,7 @@ class MessageReader:
 def reminder(blocks: list[Block]) -> Block:
     """A system message as the CLI's own reminders are written."""
     text = "\n".join(text_of(block, "text") for block in blocks)
-    return {
-        "type": "text",
-        "text": f"<system-reminder>\n{text}\n</system-reminder>",
-    }
+    return text_block(f"<system-reminder>\n{text}\n</system-reminder>")
 
 
 # All that the CLI keeps of a tool_use.
@@ -1038,18 +1041,18 @@ def request_digest(request: Request) -> bytes:
     return digest([parts, request.messages, request.fields])
 
 
-def canonical_blocks(role: str, blocks: list[Block]) -> list[Json]:
+def canonical_blocks(role: str, blocks: list[Block]) -> list[Any]:
     """Blocks without what clients change when they echo them: thinking, `NOISE`, nulls
     and defaults vanish, and an assistant's neighbouring texts are one text without
     white space at its ends."""
-    canonical: list[Json] = []
+    canonical: list[Any] = []
     # Neighbouring texts of the assistant.
     run: list[str] = []
 
     def end_run() -> None:
         text = "".join(run).strip()
         if text:
-            canonical.append({"type": "text", "text": text})
+            canonical.append(text_block(text))
         run.clear()
 
     for block in blocks:
@@ -1111,10 +1114,7 @@ def canonical_content(content: Any) -> Any:
 
 # Ends every user line: a text that ends it would otherwise be searched for /commands
 # and @files (recording slash_command_unescaped).  The CLI drops it before the API call.
-GUARD: Block = {
-    "type": "text",
-    "text": "\n",
-}
+GUARD = text_block("\n")
 # The name of the MCP server that the bridge plays on the pipes of a process.
 MCP_SERVER = "client"
 # The CLI cuts a tool's result at 50,000 characters, with a large value here at 500,000;
@@ -1155,8 +1155,7 @@ def transcript(messages: list[Message], model: str) -> list[bytes]:
             # of texts and tool calls.
             past = past_message(message["content"], model, len(rows))
             add({"type": "assistant", "apiBlockIndex": 0, "message": past})
-    nothing: list[Block] = [{"type": "text", "text": "-"}]
-    last = past_message(nothing, model, len(rows))
+    last = past_message([text_block("-")], model, len(rows))
     add({"type": "assistant", "isVirtual": True, "message": last})
     return rows
 
@@ -1196,7 +1195,10 @@ def user_line(content: list[Block], turn_id: str, *, query: bool = True) -> byte
     conversation.  `turn_id` is a UUID by which 2.1.330 says what its events answer."""
     event: Json = {
         "type": "user",
-        "message": {"role": "user", "content": [*content, GUARD]},
+        "message": {
+            "role": "user",
+            "content": [*content, GUARD],
+        },
         "uuid": turn_id,
         "session_id": "",
         "parent_tool_use_id": None,
@@ -1369,7 +1371,10 @@ def control_answer(
             result = {
                 "protocolVersion": text_of(message.get("params"), "protocolVersion"),
                 "capabilities": {"tools": {}},
-                "serverInfo": {"name": MCP_SERVER, "version": "1"},
+                "serverInfo": {
+                    "name": MCP_SERVER,
+                    "version": "1",
+                },
             }
         elif method == "tools/list":
             result = {"tools": tools}
@@ -1595,14 +1600,23 @@ class State(enum.Enum):
 # stream, or an error.
 NEXT = {
     State.WAITING: {"message_start": State.OPEN},
-    State.OPEN: {"content_block_start": State.BLOCK, "message_delta": State.ENDED},
-    State.BLOCK: {"content_block_delta": State.BLOCK, "content_block_stop": State.OPEN},
+    State.OPEN: {
+        "content_block_start": State.BLOCK,
+        "message_delta": State.ENDED,
+    },
+    State.BLOCK: {
+        "content_block_delta": State.BLOCK,
+        "content_block_stop": State.OPEN,
+    },
     State.HIDDEN: {
         "content_block_delta": State.HIDDEN,
         "content_block_stop": State.OPEN,
     },
     State.ENDED: {"message_stop": State.DONE},
-    State.WORKING: {"message_stop": State.WORKING, "message_start": State.OPEN},
+    State.WORKING: {
+        "message_stop": State.WORKING,
+        "message_start": State.OPEN,
+    },
     State.DONE: {},
 }
 GRAMMAR = frozenset(kind for events in NEXT.values() for kind in events)
@@ -2063,7 +2077,11 @@ class Translator:
         for block in message["content"]:
             if text_of(block, "type"):
                 stream.append(
-                    {"type": "content_block_start", "index": 0, "content_block": block}
+                    {
+                        "type": "content_block_start",
+                        "index": 0,
+                        "content_block": block,
+                    }
                 )
                 stream.append({"type": "content_block_stop", "index": 0})
         self._unstreamed = {}

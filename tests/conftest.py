@@ -43,6 +43,7 @@ from servers import KEEP, Program, Server
 from stand_in import Log
 from stubs import Stub
 
+import sessions
 from bridge import Config
 
 # The longest begin, so that no worker waits for another at the end.
@@ -172,6 +173,9 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stub: "Stub") -
     monkeypatch.setenv("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1")
     monkeypatch.setenv("ANTHROPIC_BASE_URL", stub.url)
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-stub")
+    # A fork of this large process takes 50 ms; without `die_with_parent` there is none.  Bridges
+    # that are programs (`launch`) do fork.
+    monkeypatch.setattr(sessions, "PRCTL", None)
     return home
 
 
