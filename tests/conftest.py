@@ -39,7 +39,7 @@ from installed import (
     other_python,
     wheels,
 )
-from servers import KEEP, Program, Server
+from servers import ENGINE, KEEP, Program, Server
 from stand_in import Log
 from stubs import Stub
 
@@ -173,6 +173,8 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stub: "Stub") -
     monkeypatch.setenv("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1")
     monkeypatch.setenv("ANTHROPIC_BASE_URL", stub.url)
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-stub")
+    for name, value in ENGINE.items():
+        monkeypatch.setenv(name, value)
     # A fork of this large process takes 50 ms; without `die_with_parent` there is none.  Bridges
     # that are programs (`launch`) do fork.
     monkeypatch.setattr(sessions, "PRCTL", None)
