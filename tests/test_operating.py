@@ -272,17 +272,22 @@ def test_a_reader_of_the_log_that_left_loses_lines_that_are_counted_and_no_answe
 def test_a_program_started_without_open_standard_files_works_and_writes_its_log_nowhere(
     tmp_path: Path, closed: str
 ) -> None:
-    """The next file opened would have been number 2, and a client would have got the log."""
+    """The next file opened would have been number 2, and a client would have got the log.
+
+    What Python's libraries read may be there: libffi 3.5 keeps itself open, before anything runs.
+    """
     path = tmp_path / "socket"
     environ = {**os.environ, "CLAUDE_CLI_BIN": str(STANDIN)}
     command = ["sh", "-c", f'exec "$@" {closed}', "sh", *BRIDGE, "--listen-addr", f"unix:{path}"]
     process = subprocess.Popen(command, env=environ)
     try:
         wait_until(path.exists, "the start")
-        for number in range(3):
+        for number in (2,) if closed == "2>&-" else range(3):
             target = os.readlink(f"/proc/{process.pid}/fd/{number}")
-            assert number == 2 or closed == "2>&-" or target == "/dev/null"
-        assert os.readlink(f"/proc/{process.pid}/fd/2") == "/dev/null"
+            told = Path(f"/proc/{process.pid}/fdinfo/{number}").read_text()
+            flags = int(told.split("flags:")[1].split()[0], 8)
+            is_library = ".so" in target and flags & os.O_ACCMODE == os.O_RDONLY
+            assert is_library or target == "/dev/null"
         with socket.socket(socket.AF_UNIX) as client:
             wait_until(lambda: not client.connect_ex(str(path)), "the listener")
             client.sendall(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
