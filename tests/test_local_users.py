@@ -115,8 +115,11 @@ def test_ps_shows_no_key_and_nothing_of_a_request(
 
 
 def descriptors(pid: int) -> dict[int, str]:
-    folder = f"/proc/{pid}/fd"
-    return {int(name): os.readlink(f"{folder}/{name}") for name in os.listdir(folder)}
+    found = {}
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            found[int(path.name)] = os.readlink(path)
+    return found
 
 
 @linux
