@@ -111,7 +111,7 @@ def test_version_is_printed() -> None:
         (["--help"], "| (exec <&-)", 141),
         (["--version"], ">&-", 0),
         (["providers", "--config", "{file}"], ">&-", 0),
-        (["check", "--bin", "{cli}"], ">&-", 1),
+        (["check", "--bin", "{cli}", "--watchdog-secs", "1"], ">&-", 1),
     ],
 )
 def test_an_output_that_nobody_reads_is_no_traceback(
