@@ -1008,6 +1008,7 @@ class Session:
 
     @property
     def kind(self) -> Kind:
+        """What it was started for."""
         return self.model, self.agent
 
     def holds(self, request: Request) -> bool:

@@ -25,7 +25,7 @@ __version__ = "0.2.0"
 
 # A JSON object that is passed on unread, or whose keys are checked where they are read.
 Json = dict[str, Any]
-# By name, digests of the parts of a request (`digest`).
+# By name, the digests of what a request sets (`digest`).
 Digests = dict[str, bytes]
 
 
@@ -1041,11 +1041,11 @@ def request_digest(request: Request) -> bytes:
     return digest([parts, request.messages, request.fields])
 
 
-def canonical_blocks(role: str, blocks: list[Block]) -> list[Any]:
+def canonical_blocks(role: str, blocks: list[Block]) -> list[Block | Json]:
     """Blocks without what clients change when they echo them: thinking, `NOISE`, nulls
     and defaults vanish, and an assistant's neighbouring texts are one text without
     white space at its ends."""
-    canonical: list[Any] = []
+    canonical: list[Block | Json] = []
     # Neighbouring texts of the assistant.
     run: list[str] = []
 
