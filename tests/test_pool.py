@@ -140,6 +140,16 @@ def test_a_curious_process_that_is_being_started_gives_way_to_a_request() -> Non
     in_pool(use, max_sessions=1, model="hang-at-start")
 
 
+def test_a_spare_that_is_being_started_gives_way_to_a_request_of_another_kind() -> None:
+    async def use(pool: Pool) -> None:
+        await soon(pool._slots.locked)
+        assert not pool.spares
+        _, answer = await ask(pool, "hello")
+        assert answer == "echo: hello; 1 messages"
+
+    in_pool(use, max_sessions=1, spares=1, queue_secs=5)
+
+
 def test_of_two_requests_one_gets_the_room_of_a_process_that_ended_and_one_that_of_a_resting_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
