@@ -24,6 +24,7 @@ import ipaddress
 import logging
 import math
 import os
+import pwd
 import queue
 import re
 import shlex
@@ -53,11 +54,29 @@ if sys.platform == "win32":
     sys.exit("claude-cli-bridge runs on Linux and macOS; on Windows use WSL")
 if TYPE_CHECKING or not __package__:
     import translate
-    from sessions import Pool, PoolConfig, State, Turn, setting, watch_without_threads
+    from sessions import (
+        Pool,
+        PoolConfig,
+        State,
+        Turn,
+        setting,
+        settings_file,
+        update_cure,
+        watch_without_threads,
+    )
     from translate import ApiError, Json, bad_request, check_type
 else:  # copied into a package
     from . import translate
-    from .sessions import Pool, PoolConfig, State, Turn, setting, watch_without_threads
+    from .sessions import (
+        Pool,
+        PoolConfig,
+        State,
+        Turn,
+        setting,
+        settings_file,
+        update_cure,
+        watch_without_threads,
+    )
     from .translate import ApiError, Json, bad_request, check_type
 
 __version__ = "0.2.0"
@@ -196,6 +215,7 @@ class Config(PoolConfig):
             raise wrong("cwd", f"{self.cwd!r} is not a directory")
         if self.mcp_config and not os.path.isfile(self.mcp_config):
             raise wrong("mcp_config", f"{self.mcp_config!r} is not a file")
+        check_keep_env(self.keep_env)
         check_own_key(self.api_key)
         check_hosts(self.allowed_hosts)
         check_origins(self.allowed_origins)
@@ -208,7 +228,29 @@ class Config(PoolConfig):
             raise ConfigError(
                 "there is no /dev/fd, which the CLI needs: is /proc mounted?"
             )
+        self.check_api_address(os.environ)
         self.bin = find_cli(self.bin)
+
+    def check_api_address(self, environ: Mapping[str, str]) -> None:
+        """Refuse an address of the API that leads back to the bridge."""
+        for name in API_ADDRESSES:
+            if name in self.keep_env and self.is_own_url(environ.get(name, "")):
+                words = f"{name} is the bridge's own address, where its clients ask;"
+                raise wrong("keep_env", f"{words} leave the name out")
+
+    def is_own_url(self, url: str) -> bool:
+        """Whether a URL leads to an address that the bridge listens on."""
+        if self.unix_path:
+            return False
+        try:
+            parts = urlsplit(url)
+            port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+        except ValueError:
+            return False
+        host, own_port = self.address
+        name = parts.hostname or ""
+        is_here = name == host or (is_loopback(name) and is_local(host))
+        return port == own_port and is_here
 
     @property
     def unix_path(self) -> str:
@@ -300,6 +342,24 @@ def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
         )
 
 
+# Where the CLI may be told to find the API.
+API_ADDRESSES = (
+    "ANTHROPIC_BASE_URL",
+    "ANTHROPIC_BEDROCK_BASE_URL",
+    "ANTHROPIC_FOUNDRY_BASE_URL",
+    "ANTHROPIC_VERTEX_BASE_URL",
+)
+
+
+def check_keep_env(names: tuple[str, ...]) -> None:
+    """Refuse what is no name of a variable, without printing it: it may be a secret."""
+    for name in names:
+        if "=" in name:
+            raise wrong("keep_env", "give names only, without = and a value")
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            raise wrong("keep_env", "must be names of variables, with commas between")
+
+
 def check_own_key(key: str) -> None:
     """Refuse what no header can hold."""
     if not key.isprintable() or key != key.strip():
@@ -371,17 +431,45 @@ def find_cli(given: str) -> str:
     return os.path.abspath(path)
 
 
+# Where a login may be found that the CLI does not get.
+LOGIN_VARIABLES = (
+    "ANTHROPIC_API_KEY",
+    "ANTHROPIC_AUTH_TOKEN",
+    "CLAUDE_CODE_OAUTH_TOKEN",
+)
+
+
 def login_cure(config: Config, environ: Mapping[str, str]) -> str:
-    """What to do when nobody is logged in."""
-    for name in (
-        "ANTHROPIC_API_KEY",
-        "ANTHROPIC_AUTH_TOKEN",
-        "CLAUDE_CODE_OAUTH_TOKEN",
-    ):
-        if name in environ and name not in config.keep_env:
-            words = f"{name} is set, but not passed on to the CLI"
+    """Whose login was looked for, and what to do when nobody is logged in."""
+    settings = settings_file(environ)
+    folder = os.path.dirname(settings)
+    found = f"no login of user {user_name()} in {folder}"
+    for name in LOGIN_VARIABLES:
+        is_kept = name in config.keep_env
+        # Clients of the bridge need a key, and any will do: the README calls it so.
+        is_for_clients = environ.get(name, "") in ("", "unused") or config.is_own_url(
+            environ.get("ANTHROPIC_BASE_URL", "")
+        )
+        if not is_kept and not is_for_clients:
+            words = f"{found}; {name} is set, but not passed on to the CLI"
             return f"{words}: {variable('keep_env')}={name} passes it on"
-    return f"run `{config.bin}` in a terminal and log in with /login, or `claude-cli-bridge login`"
+    if os.path.isfile(settings) and not config.setting_sources:
+        cure = f"{variable('setting_sources')}=user"
+        found += f" ({cure} if the login is in its settings.json)"
+    return f"{found}; `{shlex.quote(config.bin)} auth login` logs in"
+
+
+def user_name() -> str:
+    """The user that the bridge runs as."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # in a container there may be none
+        return str(os.getuid())
+
+
+def is_local(host: str) -> bool:
+    """Whether a listener there is reached by a loopback address."""
+    return is_loopback(host) or host in ("0.0.0.0", "::")
 
 
 # ------------------------------------------------------------ access
@@ -901,6 +989,7 @@ PROBLEM_SECS = 5.0
 # Seconds between the two events of /healthz?stream=1.
 STREAM_GAP_SECS = 0.5
 MODELS = "/v1/models"
+LOGIN_ADVICE = "`claude-cli-bridge check` says which one that is"
 # Prometheus' text-based exposition format.
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # How paths of the OpenAI API begin.
@@ -1058,6 +1147,8 @@ class Bridge:
                 words = "the bridge is shutting down; send the request again"
                 raise ApiError(503, words) from None
         except ApiError as error:
+            if advice := self.advice(error):
+                log.warning("request %s: %s", exchange.id, advice)
             await connection.fail(exchange, error)
         except Disconnected:
             raise
@@ -1071,13 +1162,24 @@ class Bridge:
                 exchange, ApiError(500, "internal error of the bridge")
             )
 
+    def advice(self, error: ApiError) -> str:
+        """What helps against an error of the API, whose words stay as they are; empty:
+        nothing that is known."""
+        if error.status == 401 and error.is_from_api:
+            return f"the API refused the CLI's login; {LOGIN_ADVICE}"
+        if "or newer is required" in error.message:
+            return update_cure(self.pool.cli.file)
+        if error.status == 404 and error.message.startswith("model"):
+            return f"GET {MODELS} lists the models that the CLI offers"
+        return ""
+
     def headers(
         self, exchange: Exchange, kind: str, more: Mapping[str, str]
     ) -> list[tuple[str, str]]:
         head = [("content-type", kind), ("request-id", exchange.id)]
         turn = exchange.turn
         if turn:
-            self.pool.learn(turn.translator)  # limits told by now go into this head
+            self.pool.learn(turn)  # limits told by now go into this head
             reason = f"; reason={turn.reason}" if turn.reason else ""
             head.append((SESSION_HEADER.decode(), turn.session.id))
             head.append(("x-bridge-session", turn.how + reason))
@@ -1226,7 +1328,13 @@ class Bridge:
             max_messages=config.max_messages,
             max_values=config.max_values,
         )
-        return await self.pool.compute(len(body), parse)
+        request = await self.pool.compute(len(body), parse)
+        asking = exchange.header(b"x-claude-code-session-id") or ""
+        if self.pool.is_own(asking, request.user_id):
+            words = "this request comes from the claude CLI that this bridge runs: the"
+            raise ApiError(400, f"{words} CLI's address of the API leads to the bridge")
+        request.not_sent[:0] = lost_headers(exchange)
+        return request
 
     async def count_tokens(self, connection: Connection, exchange: Exchange) -> None:
         request = await self.parse(exchange, counting=True)
@@ -1299,6 +1407,20 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/v1/v1/messages/count_tokens": {"POST": Bridge.count_tokens},
     "/messages/count_tokens": {"POST": Bridge.count_tokens},
 }
+
+
+# Headers of the API that the CLI sets itself, or not at all.
+LOST_HEADERS = ("anthropic-user-profile-id", "anthropic-workspace-id")
+# The version of the API that the CLI asks for (all versions that were tested).
+API_VERSION = "2023-06-01"
+
+
+def lost_headers(exchange: Exchange) -> list[str]:
+    """The headers of a request that mean something to the API, and do not reach it."""
+    lost = [name for name in LOST_HEADERS if exchange.header(name.encode())]
+    if (exchange.header(b"anthropic-version") or API_VERSION) != API_VERSION:
+        lost.append("anthropic-version")
+    return lost
 
 
 def listing(places: list[str]) -> str:
@@ -1550,10 +1672,17 @@ CURIOUS_SECS = 2.0
 
 
 async def announce(bridge: Bridge) -> None:
-    """Say who is logged in.  Asks the CLI, which makes no model call for it."""
+    """Say which CLI it is, and who is logged in.  Asks the CLI, which makes no model
+    call for it."""
     config = bridge.config
-    await asyncio.sleep(CURIOUS_SECS)
     try:
+        cli = await bridge.pool.look_at_cli()
+        log.info(
+            "the claude CLI is %s, version %s", config.bin, cli.version or "unknown"
+        )
+        if cli.warning:
+            log.warning("%s", cli.warning)
+        await asyncio.sleep(CURIOUS_SECS)
         hello = await bridge.pool.hello(is_curious=True)
     except ApiError as error:
         if error.status == 529:
@@ -1595,7 +1724,6 @@ async def run(config: Config) -> None:
         bridge = started
         for address in bridge.addresses:
             log.info("listening on %s", as_url(address))
-        log.info("the claude CLI is %s", bridge.config.bin)
         for words in bridge.config.warnings(os.environ):
             log.warning("%s", words)
         login = asyncio.create_task(announce(bridge))
@@ -1815,7 +1943,7 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
     """What the page says, by section: names and values.  Nothing that a client or the
     model wrote."""
     pool = bridge.pool
-    hello = pool.known_hello
+    hello = pool.cli.hello
     login = "not known yet"
     if hello:
         login = (
@@ -1844,7 +1972,7 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
             ),
             ("base URL for clients", bridge.url),
             ("claude CLI", bridge.config.bin),
-            ("its version", pool.cli_version or "not known yet"),
+            ("its version", cli_version(pool)),
             ("logged in", login),
         ],
         "Processes": sessions or [("none", "")],
@@ -1853,6 +1981,13 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
         "Errors by type": pool.metrics.rows("errors_total") or [("none", "")],
         "Quota of the account": quota or [("none reported", "")],
     }
+
+
+def cli_version(pool: Pool) -> str:
+    """The version of the CLI, and what is to be said of it."""
+    cli = pool.cli
+    remark = cli.problem or cli.warning
+    return (cli.version or "not known yet") + (f" ({remark})" if remark else "")
 
 
 def page_text(bridge: Bridge) -> str:
@@ -2232,6 +2367,7 @@ async def check(config: Config) -> bool:
     try:
         with doing("starting it ..."):
             async with Pool(config) as pool, asyncio.timeout(limit):
+                cli = await pool.look_at_cli()
                 source = translate.login_source(await pool.hello())
     except (ApiError, OSError) as error:  # TimeoutError among them
         print(f"start: does not work ({str(error) or 'no answer in time'})")
@@ -2247,7 +2383,8 @@ async def check(config: Config) -> bool:
                 await rehearse(config, rehearsal)
     except (ApiError, OSError) as error:
         failure = f" ({str(error) or 'no answer in time'})"
-    print(f"version: {rehearsal.version or 'unknown'}")
+    version = cli.version or rehearsal.version or "unknown"
+    print(f"version: {version}" + (f" ({cli.warning})" if cli.warning else ""))
     for name, meaning in FEATURES.items():
         missing = f"does not work: there is no sign that this CLI {meaning}{failure}"
         print(f"{name}: {'works' if found[name] else missing}")

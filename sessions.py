@@ -8,7 +8,6 @@ two requests never share one; whatever goes wrong in it retires it alone.
 
     SPARE ──its conversation──> BUSY ──answer complete──> IDLE ──hot turn──> BUSY
                                 BUSY ──client tools called──> PARKED ──their results──> BUSY
-                                BUSY ──tokens counted──> COUNTER ──another count──> BUSY
     any of them ──fault, disconnect, TTL, LRU, shutdown──> RETIRED, until its group is reaped
 
 `Pool._move` is the only place that changes a state, and TRANSITIONS is what it allows.
@@ -38,9 +37,9 @@ import errno
 import logging
 import math
 import os
+import re
 import shutil
 import signal
-import stat
 import sys
 import tempfile
 import time
@@ -56,6 +55,7 @@ from collections.abc import (
 )
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING or not __package__:
@@ -89,8 +89,6 @@ log = logging.getLogger("claude_cli_bridge")
 Event = CliEvent | bytes  # of a process: bytes are a line with a delta, not decoded
 # Takes the events of one read; False: it wants no more.
 Sink = Callable[[list[Event]], bool]
-# What a spare is for: a model that needs --model, or "", and whether it is an agent's.
-Kind = tuple[str, bool]
 T = TypeVar("T")
 
 # Bytes of one line of the CLI.  It can hold a whole tool result or screenshot: 1 MB was
@@ -124,8 +122,6 @@ THREAD_SIZE = 64 << 10
 MAX_PAST = 4096
 # Seconds between two looks at the resting processes.
 SWEEP_SECS = 5.0
-# Seconds that a process waits for another count.
-COUNTER_SECS = 10.0
 # Answers of count_tokens that are remembered: Claude Code's /context asks for 24, some of
 # them twice.
 MAX_COUNTS = 256
@@ -152,20 +148,29 @@ TRIM: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
 PRCTL: Any = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a process is started for."""
+
+    # Its --model; empty: it takes that of the conversation it is given
+    # (`translate.transcript`).
+    model: str = ""
+    # It has the CLI's own tools.
+    agent: bool = False
+
+
 class State(enum.Enum):
     SPARE = "spare"  # started, no conversation yet
     BUSY = "busy"  # answers a request
     IDLE = "idle"  # on file, waits for the next message of its conversation
-    COUNTER = "counter"  # has counted tokens, and can again
     PARKED = "parked"  # on file, waits for the results of client tools inside the CLI's tools/call
     RETIRED = "retired"  # is being ended; counts until its process is reaped
 
 
 TRANSITIONS = {
     State.SPARE: {State.BUSY, State.RETIRED},
-    State.BUSY: {State.IDLE, State.PARKED, State.COUNTER, State.RETIRED},
+    State.BUSY: {State.IDLE, State.PARKED, State.RETIRED},
     State.IDLE: {State.BUSY, State.RETIRED},
-    State.COUNTER: {State.BUSY, State.RETIRED},
     State.PARKED: {State.BUSY, State.RETIRED},
     State.RETIRED: set(),
 }
@@ -289,20 +294,16 @@ class PoolConfig:
     )
 
 
-def arguments(config: PoolConfig, model: str, *, agent: bool) -> list[str]:
+def arguments(config: PoolConfig, kind: Kind) -> list[str]:
     """The command line of a process: no settings, nothing on disk; in model mode no
-    tools but the client's.
-
-    Without `model` the process takes that of the conversation it is given
-    (`translate.transcript`).
-    """
+    tools but the client's."""
     argv = [config.bin, "-p", "--verbose"]
     argv += ["--input-format", "stream-json"]
     argv += ["--output-format", "stream-json", "--include-partial-messages"]
     argv += ["--no-session-persistence", "--setting-sources", config.setting_sources]
     argv += ["--strict-mcp-config", "--disable-slash-commands"]
     argv += ["--allowedTools", f"mcp__{translate.MCP_SERVER}__*"]
-    if agent:
+    if kind.agent:
         argv += ["--tools", config.tools, "--permission-mode", config.permission_mode]
         # These go on after an answer, or promise to; CHILD_DEFAULTS do not stop them.
         argv += ["--disallowedTools", "Monitor,ScheduleWakeup"]
@@ -312,8 +313,8 @@ def arguments(config: PoolConfig, model: str, *, agent: bool) -> list[str]:
         argv += ["--tools", "", "--permission-mode", "default"]
     # The API's default; without the flag 2.1.330 asks for less.
     argv += ["--effort", "high"]
-    if model:
-        argv += ["--model", model]
+    if kind.model:
+        argv += ["--model", kind.model]
     return argv
 
 
@@ -400,6 +401,11 @@ CHILD_DEFAULTS = {
     "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1",
     "CLAUDE_CODE_DISABLE_CRON": "1",
     "CLAUDE_CODE_DISABLE_WORKFLOWS": "1",
+    # Each call of the API is logged: one that the API refused, and that the CLI repeats
+    # in another form, gives no event.
+    "ANTHROPIC_LOG": "info",
+    # The API judges how long a conversation may be.
+    "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "100000000",
     # The conversation is the client's.
     "DISABLE_AUTO_COMPACT": "1",
     # No updates, and no tools but those of the request.
@@ -407,6 +413,22 @@ CHILD_DEFAULTS = {
     "ENABLE_CLAUDEAI_MCP_SERVERS": "0",
     "ENABLE_TOOL_SEARCH": "false",
 }
+# What a user sets so that the CLI reports nothing: it reaches the CLI as it is.
+OPT_OUTS = (
+    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
+    "DISABLE_ERROR_REPORTING",
+    "DISABLE_TELEMETRY",
+    "DO_NOT_TRACK",
+)
+# Logins that the CLI also finds in its bare mode (`Session.bare`), by the variable that
+# holds them or asks for them.
+BARE_LOGINS = (
+    "ANTHROPIC_API_KEY",
+    "ANTHROPIC_AUTH_TOKEN",
+    "CLAUDE_CODE_USE_BEDROCK",
+    "CLAUDE_CODE_USE_FOUNDRY",
+    "CLAUDE_CODE_USE_VERTEX",
+)
 # In model mode only: a client's tool named Bash or Agent must not bring Claude Code's
 # own words about commits and about its subagents into the request.
 MODEL_MODE = {
@@ -423,64 +445,34 @@ def child_environment(config: PoolConfig, environ: Mapping[str, str]) -> dict[st
     }
     child.update(CHILD_DEFAULTS)
     child["CLAUDE_CODE_MAX_RETRIES"] = str(config.retries)
-    for name in (*LOGIN_FOLDERS, *config.keep_env):
+    for name in (*LOGIN_FOLDERS, *OPT_OUTS, *config.keep_env):
         # Never the bridge's own, such as its key.
         if name in environ and not name.startswith("CLAUDE_CLI_"):
             child[name] = environ[name]
     return child
 
 
-PRIVATE_PREFIX = "claude-cli-bridge-private-"
-
-
-def private_folder(last: str = "") -> str:
-    """A folder that only this user can write to, with `work`, the empty working
-    directory of model mode, and `gates`.  The `last` one is returned as long as it is
-    complete.  Raises OSError.
-
-    2.1.330 tells its working directory to the API, whose prompt cache compares bytes:
-    all bridges of a user share one, unless others can or did write to it.
-    """
-    needed = [os.path.join(last, name) for name in ("work", "gates")]
-    if last and all(map(os.path.isdir, needed)):
-        return last
-    shared = os.path.join(tempfile.gettempdir(), f"claude-cli-bridge-{os.getuid()}")
-    with contextlib.suppress(OSError):
-        if furnish(shared):
-            return shared
-    private = tempfile.mkdtemp(prefix=PRIVATE_PREFIX)
-    furnish(private)
-    return private
-
-
-def furnish(path: str) -> bool:
-    """Make a private folder with what belongs in it; False when somebody else can or
-    did write to it."""
-    work = os.path.join(path, "work")
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(path, 0o700)
-    found = os.lstat(path)
-    is_own = found.st_uid == os.getuid()
-    is_private = found.st_mode == stat.S_IFDIR | 0o700
-    if not is_own or not is_private:
-        return False
-    for folder in (work, os.path.join(path, "gates")):
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(folder, 0o700)
-    return not os.listdir(work)
-
-
-def gate_path(folder: str, descriptor: int) -> str:
+def gate_path(descriptor: int) -> str:
     """A path that leads a child to the pipe it inherits as `descriptor`; the CLI wants
-    a name that ends in .jsonl.
+    a name that ends in .jsonl.  Raises OSError.
 
-    It is alone in a folder, as an agent's CLI writes beside it what its subagents are
-    for.
+    It is alone in a folder of its own, as the CLI writes beside it what it keeps.
     """
-    own = tempfile.mkdtemp(dir=os.path.join(folder, "gates"))
+    try:
+        own = tempfile.mkdtemp(prefix="claude-cli-bridge-")
+    except FileNotFoundError:
+        # The folder that Python chose at its start is gone.
+        tempfile.tempdir = None
+        own = tempfile.mkdtemp(prefix="claude-cli-bridge-")
     path = os.path.join(own, f"{descriptor}.jsonl")
     os.symlink(f"/dev/fd/{descriptor}", path)
     return path
+
+
+def settings_file(environment: Mapping[str, str]) -> str:
+    """The user's own settings of the CLI."""
+    folder = environment.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
+    return os.path.join(folder, "settings.json")
 
 
 def session_id(token: str) -> str:
@@ -594,7 +586,6 @@ class Process(asyncio.SubprocessProtocol):
         argv: list[str],
         environment: dict[str, str],
         cwd: str,
-        folder: str,
         watchdog_secs: float,
     ) -> "Process":
         """Start a child that waits at its gate, in a process group of its own.  Raises
@@ -603,7 +594,7 @@ class Process(asyncio.SubprocessProtocol):
         reading, process._gate = os.pipe()
         os.set_blocking(process._gate, False)
         try:
-            process._gate_path = gate_path(folder, reading)
+            process._gate_path = gate_path(reading)
             await process.loop.subprocess_exec(
                 lambda: process,
                 *argv,
@@ -951,6 +942,15 @@ class Process(asyncio.SubprocessProtocol):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
+    async def kept_rows(self) -> bytes:
+        """What a process has written of its conversation, beside its gate, once it has
+        ended by itself."""
+        self._transport.get_pipe_transport(0).close()
+        await asyncio.wait({self.exited}, timeout=SETTLE_SECS)
+        folder = Path(self._gate_path).parent
+        files = [path for path in folder.glob("*.jsonl") if not path.is_symlink()]
+        return b"".join(path.read_bytes() for path in files)
+
     async def end(self) -> None:
         """End the process and its group, and wait until it is reaped.
 
@@ -973,6 +973,136 @@ class Process(asyncio.SubprocessProtocol):
         self._remove_gate()
 
 
+# ------------------------------------------------------------ the CLI
+
+# Versions of the CLI (README, "Versions of the CLI"; tests/README.md says how each was
+# found).  An older one than the first passes on "\\n" behind each message, or replaces
+# the system prompt.
+OLDEST = (2, 1, 153)
+NEWEST_TESTED = (2, 1, 332)
+# From here on the CLI announces things to the model (`translate.ANNOUNCEMENTS`), and
+# does not in its bare mode.
+ANNOUNCES = (2, 1, 267)
+HAS_BARE_MODE = (2, 1, 300)
+# From here on a conversation can end with an assistant message.
+CONTINUES = (2, 1, 300)
+# Seconds for `claude --version`; 0.1 were measured.
+VERSION_SECS = 5.0
+# An address where nobody answers: RFC 863's port, on loopback.
+NOWHERE = "http://127.0.0.1:9"
+# For a process whose question must not be answered, whoever's settings name an API.
+UNREACHABLE = {
+    "ANTHROPIC_BASE_URL": NOWHERE,
+    "HTTP_PROXY": NOWHERE,
+    "HTTPS_PROXY": NOWHERE,
+    "NO_PROXY": "",
+    "http_proxy": NOWHERE,
+    "https_proxy": NOWHERE,
+    "no_proxy": "",
+}
+
+# A file: its path without links, device, inode, and time of change.
+FileIdentity = tuple[str, int, int, int]
+
+
+@dataclass(eq=False)
+class Cli:
+    """The CLI that is installed, and what is known of it; another one in its place is
+    another Cli."""
+
+    file: FileIdentity | None = None
+    # As `claude --version` prints it; empty: unknown.
+    version: str = ""
+    # Its last answer to `initialize`; empty: none yet.
+    hello: Json = field(default_factory=dict)
+    # By name, whether a process takes a model without --model.
+    models: OrderedDict[str, bool] = field(default_factory=OrderedDict)
+    # Answers of `Pool.count`.
+    counts: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
+    # By model and account, what it announces (`Pool._announced`).
+    announced: dict[tuple[str, bytes], list[Json]] = field(default_factory=dict)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The version, to be compared; empty: unknown."""
+        match = re.match(r"(\d+)\.(\d+)\.(\d+)", self.version)
+        return tuple(map(int, match.groups())) if match else ()
+
+    def since(self, version: tuple[int, ...]) -> bool:
+        """Whether it is of this version or newer; one that does not say is."""
+        return not self.numbers or self.numbers >= version
+
+    @property
+    def problem(self) -> str:
+        """Why it cannot be used; empty: it can."""
+        if self.since(OLDEST):
+            return ""
+        words = (
+            f"the claude CLI is version {self.version}, and {dotted(OLDEST)} or newer"
+        )
+        return f"{words} is needed: {update_cure(self.file)}"
+
+    @property
+    def warning(self) -> str:
+        """What to try first; empty: nothing."""
+        if self.numbers <= NEWEST_TESTED:
+            return ""
+        words = f"the claude CLI {self.version} is newer than {dotted(NEWEST_TESTED)}"
+        return (
+            f"{words}, the newest that was tested: `claude-cli-bridge check` tries it"
+        )
+
+
+def dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def update_cure(file: FileIdentity | None) -> str:
+    """How to update the CLI: that of the wheel comes with pip."""
+    if file and "claude_agent_sdk" in file[0]:
+        return "run `pip install --upgrade claude-agent-sdk`"
+    return "run `claude update`, or install Claude Code anew"
+
+
+def identify_file(path: str) -> FileIdentity | None:
+    """Which file is at a path; None: there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return os.path.realpath(path), found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+async def ask_version(program: str, environment: Mapping[str, str], secs: float) -> str:
+    """What `claude --version` prints first, such as 2.1.332; empty: nothing, within
+    this time."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            program,
+            "--version",
+            env=environment,
+            cwd="/",
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except (OSError, RuntimeError):  # the first conversation will say it
+        return ""
+    text = b""
+    try:
+        async with asyncio.timeout(secs):
+            text, _ = await process.communicate()
+    except TimeoutError:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+    words = text.decode(errors="replace").split()
+    return words[0] if words and re.match(r"\d+\.\d", words[0]) else ""
+
+
 # ------------------------------------------------------------ a turn
 
 
@@ -980,12 +1110,15 @@ class Process(asyncio.SubprocessProtocol):
 class Session:
     """A process and the conversation in it."""
 
+    # As clients see it, and by default `own_id`.
     id: str
     process: Process
-    # Its --model; empty: it runs any.
-    model: str
-    # Started in agent mode.
-    agent: bool
+    kind: Kind
+    # The CLI that it runs.
+    cli: Cli
+    # In the CLI's bare mode, in which it says nothing to the model of its own accord,
+    # and reads no subscription's login.
+    bare: bool
     state: State = State.SPARE
     # What it is filed under.
     key: str = ""
@@ -995,6 +1128,10 @@ class Session:
     parts: Digests = field(default_factory=dict)
     # Digest of the messages in it, its own answers included.
     chain: bytes = b""
+    # The same for a client that drops the thinking.
+    unthinking_chain: bytes = b""
+    # The full name of the model that it was asked for; empty: unknown.
+    model: str = ""
     # Digests of the settings that it was given last, by name.
     settings: Digests = field(default_factory=dict)
     # Ids of the client tools that its last answer called.
@@ -1003,17 +1140,19 @@ class Session:
     turns: int = 0
     # The UUID of the user line that started its last turn.
     turn_id: str = ""
+    # The id under which the CLI asks the API, a UUID.
+    own_id: str = ""
     # Monotonic time of its last change of state.
     since: float = field(default_factory=time.monotonic)
 
     @property
-    def kind(self) -> Kind:
-        """What it was started for."""
-        return self.model, self.agent
+    def holds_thinking(self) -> bool:
+        return self.chain != self.unthinking_chain
 
     def holds(self, request: Request) -> bool:
         """Whether it has the request's history, and all that cannot change."""
-        return (self.chain, self.parts) == (request.past, request.parts)
+        chain = self.chain if request.has_thinking else self.unthinking_chain
+        return (chain, self.parts) == (request.past, request.parts)
 
 
 @dataclass
@@ -1038,7 +1177,11 @@ class Turn:
         session = self.session
         names = [tool["name"] for tool in self.process.tools]
         self.translator = Translator(
-            names, agent=session.agent, turn_id=session.turn_id
+            names,
+            agent=session.kind.agent,
+            turn_id=session.turn_id,
+            # The API may answer from one of the client's own `fallbacks`.
+            model="" if "fallbacks" in self.request.fields else session.model,
         )
         # The process went on by itself behind the `result`.
         self.overran = False
@@ -1046,11 +1189,13 @@ class Turn:
     @property
     def not_sent(self) -> list[str]:
         """The fields and places of the request that cannot arrive as sent."""
-        if self.how == "hot":
-            in_line = self.results is None
-        else:
-            in_line = translate.sends_images_in_line(self.request.messages[-1])
-        return self.request.not_sent + (self.request.lost_image_keys if in_line else [])
+        keeps_thinking = (
+            self.how == "hot"
+            and not self.request.has_thinking
+            and self.session.holds_thinking
+        )
+        # The client left it out, and the process has it all the same.
+        return self.request.not_sent + (["thinking"] if keeps_thinking else [])
 
     async def relay(
         self, send: Callable[[bytes], bool], drain: Callable[[], Awaitable[None]]
@@ -1114,7 +1259,9 @@ class Turn:
         """Whether the process can take the next turn; one that calls tools must have
         listed them."""
         can_hand_over = self.process.has_listed or not self.translator.calls
-        return self.translator.rests and can_hand_over
+        # The client gets half a message, and sends both halves as one.
+        is_half = self.request.continues
+        return self.translator.rests and can_hand_over and not is_half
 
     def interrupt(self) -> None:
         self.process.write(translate.control_line("interrupt", "interrupt"))
@@ -1147,10 +1294,6 @@ class Pool:
         self.spares: list[Session] = []
         # Processes that the bridge asks for its own log: any request may have their room.
         self._curious: list[Session] = []
-        # Processes that have counted, and can again.
-        self._counters: list[Session] = []
-        # Whether a process can be given other tools.
-        self._swaps_tools = True
         # What the last requests needed.
         self._kinds: deque[Kind] = deque(maxlen=2 * config.spares)
         # Spares that are being started.
@@ -1163,23 +1306,17 @@ class Pool:
         self._hello_lock = asyncio.Lock()
         self._environment = child_environment(config, environ)
         self._agent_cwd = os.path.abspath(config.cwd)
-        # `private_folder`, once it is needed.
-        self._folder = ""
         # Requests and spares in `_queue`: they wait for a lock, a count or a process.
         self._queued = 0
         # Those of them that wait for a slot.
         self._waiting_for_slot = 0
         self._ending: set[asyncio.Task[None]] = set()
-        # What the CLI said of itself last; empty: nothing yet.
-        self.known_hello: Json = {}
+        self.cli = Cli()
+        # One looks at the CLI at a time, and one learns what it announces.
+        self._cli_lock = asyncio.Lock()
+        self._announcing = asyncio.Lock()
         # Limits of the account by type, the one told last at the end.
         self.rate_limits: dict[str, Json] = {}
-        # Once a turn has told it.
-        self.cli_version = ""
-        # By name, whether a process takes it without --model.
-        self._models: OrderedDict[str, bool] = OrderedDict()
-        # Answers of `count`.
-        self._counts: OrderedDict[bytes, int] = OrderedDict()
         # A lock for each session header in use: its requests run one after another.
         self._pins: weakref.WeakValueDictionary[str, asyncio.Lock] = (
             weakref.WeakValueDictionary()
@@ -1193,7 +1330,7 @@ class Pool:
 
     async def __aenter__(self) -> "Pool":
         self._sweeper = asyncio.create_task(self._sweep())
-        self._kinds.append(("", False))
+        self._kinds.append(Kind())
         self._refill()
         self._kinds.clear()  # from here on it is what clients ask for
         return self
@@ -1209,12 +1346,15 @@ class Pool:
             await asyncio.wait(self._ending)
         if self._executor:
             self._executor.shutdown()
-        if PRIVATE_PREFIX in self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
-    def learn(self, translator: Translator) -> None:
+    def learn(self, turn: Turn) -> None:
         """Keep what the CLI told of itself, and of the limits of the account."""
-        self.cli_version = translator.cli_version or self.cli_version
+        translator = turn.translator
+        version = translator.cli_version
+        is_newest = turn.session.cli is self.cli
+        if is_newest and version and version != self.cli.version:
+            # It has been replaced behind a script that is the same.
+            self.cli = Cli(self.cli.file, version)
         for info in translator.rate_limits:
             name = translate.text_of(info, "rateLimitType") or "unknown"
             self.rate_limits.pop(name, None)
@@ -1270,10 +1410,11 @@ class Pool:
 
     @property
     def has_room(self) -> bool:
-        """Whether a request would get a process, or at worst that of a resting
-        conversation."""
-        resting = self.spares or self.on_file or self._counters or self._curious
-        return not self._slots.locked() or bool(resting)
+        """Whether a request would get a process, at worst that of a resting
+        conversation or the room of one that is being ended."""
+        if not self._slots.locked() or len(self._ending) > self._waiting_for_slot:
+            return True
+        return bool(self.spares or self.on_file or self._curious)
 
     async def hello(self, *, anew: bool = False, is_curious: bool = False) -> Json:
         """What the CLI says of itself, without a model call: `models`, `account`.
@@ -1285,14 +1426,17 @@ class Pool:
         """
         await self._queue(self._hello_lock.acquire, "the claude CLI did not start")
         try:
-            if not self.known_hello or (anew and not self._slots.locked()):
+            await self.look_at_cli()
+            if not self.cli.hello or (anew and not self._slots.locked()):
                 await self._probe(is_curious)
-            return self.known_hello
+            return self.cli.hello
         finally:
             self._hello_lock.release()
 
     async def _probe(self, is_curious: bool) -> None:
-        session = await self._spawn(self.config.model, False)
+        await self.look_at_cli()
+        bare = self._is_bare(agent=False, by_environment=True)
+        session = await self._spawn(Kind(self.config.model), bare)
         if is_curious:
             self._curious.append(session)
             self._give_way(self._curious)
@@ -1303,7 +1447,7 @@ class Pool:
             await session.process.until(
                 lambda event: control_result(event, "initialize")
             )
-            self.known_hello = session.process.hello
+            session.cli.hello = session.process.hello
         except ApiError:
             if session.state is not State.RETIRED:
                 raise
@@ -1311,6 +1455,12 @@ class Pool:
             raise ApiError(529, words) from None
         finally:
             self.retire(session, "probe")
+
+    def is_own(self, session_id: str, user_id: str) -> bool:
+        """Whether a request comes from a process of this pool, by the id in its header
+        or in its `metadata.user_id`."""
+        ids = [session.own_id for session in self.sessions]
+        return session_id in ids or any(own_id in user_id for own_id in ids)
 
     # Finding a session
 
@@ -1357,6 +1507,9 @@ class Pool:
         one."""
         session = self._by_name(request, key) if key else self._by_history(request)
         if not session:
+            return None
+        if translate.has_images(request.messages[-1]["content"]):
+            self.retire(session, "images")  # only a transcript keeps them as they are
             return None
         results = None
         if session.state is State.PARKED:
@@ -1449,6 +1602,8 @@ class Pool:
         """Why a turn is not hot: `new`, or `rebuilt` with a reason that its user can
         act on."""
         past = self._last_seen.get(request.past) or self._last_seen.get(key)
+        if request.continues:
+            return "rebuilt", "prefill"
         if not past:
             return ("rebuilt", "unknown-history") if request.past else ("new", "")
         parts, reason = past
@@ -1469,14 +1624,27 @@ class Pool:
         """A process that holds the history of the request, and the lines that start its
         turn.  Without `query` the message is only added, to be counted."""
         agent = self._is_agent(request)
-        if not self.known_hello and translate.has_thinking(request.messages):
-            # Thinking is kept only beside the full name of the model.
+        cli = await self.look_at_cli()
+        if request.continues and not cli.since(CONTINUES):
+            words = (
+                "a conversation that ends with an assistant message needs Claude Code"
+            )
+            words += f" {dotted(CONTINUES)} or newer; this is {cli.version}"
+            raise translate.bad_request("messages", words)
+        # Thinking is kept only beside the full name of the model, and only the CLI
+        # knows what login is in its settings.
+        needs_hello = request.has_thinking or self.config.setting_sources
+        if needs_hello and not cli.hello:
             await self.hello()
+        bare = self._is_bare(agent)
+        announced: list[Json] = []
+        if not agent and not bare:
+            announced = await self._announced(request.model)
         while True:
-            session = await self._take(request.model, agent)
+            session = await self._take(request.model, agent, bare)
             self._move(session, State.BUSY)
             try:
-                lines = await self._set_up(session, request, tools, query)
+                lines = await self._set_up(session, request, tools, announced, query)
                 if await self._has_model(session, request.model):
                     return session, lines
             except BaseException:
@@ -1485,36 +1653,41 @@ class Pool:
             self.retire(session, "model")  # the next one is started with --model
 
     async def _set_up(
-        self, session: Session, request: Request, tools: list[Json], query: bool
+        self,
+        session: Session,
+        request: Request,
+        tools: list[Json],
+        announced: list[Json],
+        query: bool,
     ) -> list[bytes]:
         process = session.process
         process.listen()
         process.tools = tools
-        process.hello = process.hello or self.known_hello
+        process.hello = process.hello or session.cli.hello
         session.parts = request.parts
-        session.turn_id = turn_id = str(uuid.uuid4())
-        model = translate.listed_model(self.known_hello, request.model) or request.model
-        rows, lines = await self.compute(
+        session.turn_id = str(uuid.uuid4())
+        model = translate.listed_model(session.cli.hello, request.model)
+        session.model = model = model or request.model
+        rows = await self.compute(
             request.size,
-            lambda: translate.opening(request, model, turn_id, query=query),
+            lambda: translate.transcript(
+                request.messages, model, announced, session.own_id
+            ),
         )
         settings = translate.turn_settings(request)
-        if not query:
-            # Its log tells how the API answered (`count`).
-            settings["ANTHROPIC_LOG"] = "info"
         session.settings = {
             name: translate.digest(value) for name, value in settings.items()
         }
         process.open_gate(rows)
         process.write(
             translate.initialize_line(
-                request.system, has_tools=bool(tools), agent=session.agent
+                request.system, has_tools=bool(tools), agent=session.kind.agent
             ),
             translate.settings_line(
                 {name: value for name, value in settings.items() if value}
             ),
         )
-        return lines
+        return [translate.user_line([], session.turn_id, query=query)]
 
     async def _has_model(self, session: Session, name: str) -> bool:
         """Whether a process that was started without --model runs the one that its
@@ -1523,65 +1696,152 @@ class Pool:
         For a model that it cannot resume with, the CLI silently takes its default: each
         name is checked once.
         """
-        if session.model or self._models.get(name):
+        models = session.cli.models
+        if session.kind.model or models.get(name):
             return True
         answer = await session.process.ask("get_settings", "get_settings")
         wanted = translate.listed_model(session.process.hello, name) or name
         runs = translate.applied_model(answer) == wanted
-        keep(self._models, name, runs, MAX_MODELS)
+        keep(models, name, runs, MAX_MODELS)
         return runs
 
     def _is_agent(self, request: Request) -> bool:
         # A client that brings tools runs them itself.
         return bool(self.config.tools) and not request.tool_names
 
-    async def _take(self, model: str, agent: bool) -> Session:
+    def _is_bare(self, agent: bool, *, by_environment: bool = False) -> bool:
+        """Whether a process is started in the CLI's bare mode: where its login is found
+        in it."""
+        if agent or not self.cli.since(HAS_BARE_MODE):
+            return False
+        if any(self._environment.get(name) for name in BARE_LOGINS):
+            return True
+        # A key in the user's settings; the CLI has said so.
+        is_in_settings = self.config.setting_sources and not by_environment
+        return bool(is_in_settings) and translate.has_api_key(self.cli.hello)
+
+    async def look_at_cli(self) -> Cli:
+        """The CLI that is installed now.  Raises ApiError when it is too old."""
+        async with self._cli_lock:
+            file = identify_file(self.config.bin)
+            if file != self.cli.file:
+                for spare in list(self.spares):
+                    self.retire(spare, "unwanted")
+                secs = min(VERSION_SECS, self.config.watchdog_secs)
+                version = await ask_version(self.config.bin, self._environment, secs)
+                self.cli = Cli(file, version)
+        if self.cli.problem:
+            raise cli_error(self.cli.problem)
+        return self.cli
+
+    async def _announced(self, name: str) -> list[Json]:
+        """What the CLI announces to a model, with today's date.
+
+        It is asked once, by a process that keeps its conversation in a file beside its
+        gate, and whose question reaches nobody.
+        """
+        cli = self.cli
+        if not cli.since(ANNOUNCES):
+            return []
+        async with self._announcing:
+            known = (name, translate.digest(cli.hello.get("account")))
+            if known not in cli.announced:
+                rows = await self._ask_announcements(name)
+                known = (name, translate.digest(cli.hello.get("account")))
+                cli.announced[known] = translate.announcements(rows)
+        today = {"type": "date", "date": time.strftime("%Y-%m-%d")}
+        return [
+            today if attachment["type"] == "date" else attachment
+            for attachment in cli.announced[known]
+        ]
+
+    async def _ask_announcements(self, name: str) -> bytes:
+        """The rows that the CLI writes for a conversation of one word."""
+        session = await self._spawn(Kind(name), bare=False, is_kept=True)
+        process = session.process
+        try:
+            process.listen()
+            process.open_gate(translate.transcript([], name))
+            process.write(
+                translate.initialize_line([], has_tools=False),
+                translate.user_line([translate.text_block("-")], str(uuid.uuid4())),
+            )
+            with contextlib.suppress(ApiError):  # as it should: nobody answers
+                await process.until(lambda event: event["type"] == "result")
+            session.cli.hello = process.hello or session.cli.hello
+            return await process.kept_rows()
+        finally:
+            self.retire(session, "announcements")
+
+    async def _take(self, model: str, agent: bool, bare: bool) -> Session:
         """A process without a conversation: a spare, even one that is still starting,
         or else a fresh one.
 
         A full model name needs no --model, so any spare will do.  That of an alias is
         known once a CLI has listed its models.
         """
-        full_name = translate.listed_model(self.known_hello, model) or model
+        hello = self.cli.hello
+        full_name = translate.listed_model(hello, model) or model
         has_full_name = full_name.startswith(translate.FULL_NAME)
-        started_with = "" if has_full_name and self._models.get(model, True) else model
-        self._kinds.append((started_with if self.known_hello else "", agent))
+        is_needless = has_full_name and self.cli.models.get(model, True)
+        kind = Kind("" if is_needless else model, agent)
+        self._kinds.append(kind if hello else Kind("", agent))
         for spare in list(self.spares):
             if spare.process.gone:
                 self.retire(spare, "died")
-            elif spare.kind == (started_with, agent):
+            elif spare.kind == kind and spare.bare == bare:
                 return spare
-        return await self._spawn(started_with, agent)
+        return await self._spawn(kind, bare)
 
-    async def _spawn(self, model: str, agent: bool) -> Session:
+    async def _spawn(self, kind: Kind, bare: bool, *, is_kept: bool = False) -> Session:
+        """Start a process; one that `is_kept` writes its conversation down."""
+        cli = await self.look_at_cli()
         if self._slots.locked() and self._waiting_for_slot >= len(self._ending):
-            sessions = [*self._curious, *self._counters, *self.spares]
+            sessions = [*self._curious, *self.spares]
             self._evict([*sessions, *self.on_file.values()])
         words = f"all {self.config.max_sessions} processes were busy, none got free"
         await self._queue(self._take_slot, words)
         try:
-            self._folder = private_folder(self._folder)
-            cwd = self._agent_cwd if agent else os.path.join(self._folder, "work")
-            argv = arguments(self.config, model, agent=agent)
-            environment = self._environment if agent else self._environment | MODEL_MODE
             process = await Process.spawn(
-                argv, environment, cwd, self._folder, self.config.watchdog_secs
+                self._arguments(kind, bare, is_kept),
+                self._environment_of(kind, bare, is_kept),
+                self._agent_cwd if kind.agent else "/",
+                self.config.watchdog_secs,
             )
         except BaseException as error:
             self._starting.release()
             self._slots.release()
             if isinstance(error, OSError):
-                raise cli_error(
-                    f"the claude CLI cannot be started: {error.strerror}"
-                ) from error
+                words = f"the claude CLI cannot be started: {error.strerror}"
+                where = f": {error.filename}" if error.filename else ""
+                raise cli_error(words + where) from error
             raise
         process.started.add_done_callback(lambda _: self._starting.release())
-        session = Session(str(uuid.uuid4()), process, model, agent)
-        session.key = session.id
+        session = Session(str(uuid.uuid4()), process, kind, cli, bare)
+        session.key = session.own_id = session.id
         process.on_fault = lambda: self.retire(session, "unasked")
         self.sessions.add(session)
         self.metrics.add("processes_started_total")
         return session
+
+    def _arguments(self, kind: Kind, bare: bool, is_kept: bool) -> list[str]:
+        argv = arguments(self.config, kind)
+        if is_kept:
+            argv.remove("--no-session-persistence")
+        if bare and self.config.setting_sources:
+            # Otherwise the bare mode reads no apiKeyHelper (the CLI's help on --bare).
+            argv += ["--settings", settings_file(self._environment)]
+        return argv
+
+    def _environment_of(self, kind: Kind, bare: bool, is_kept: bool) -> dict[str, str]:
+        environment = self._environment.copy()
+        if not kind.agent:
+            environment.update(MODEL_MODE)
+        if bare:
+            environment["CLAUDE_CODE_SIMPLE"] = "1"
+        if is_kept:
+            environment.update(UNREACHABLE)
+        return environment
 
     async def _take_slot(self) -> None:
         self._waiting_for_slot += 1
@@ -1608,16 +1868,17 @@ class Pool:
         latest = list(reversed(self._kinds))
         for _ in range(self.config.spares - len(have)):
             kind = min(latest, key=have.count)
-            task = asyncio.create_task(self._prepare(*kind))
+            task = asyncio.create_task(self._prepare(kind))
             self._preparing[task] = kind
             task.add_done_callback(self._preparing.pop)
             have.append(kind)
 
-    async def _prepare(self, model: str, agent: bool) -> None:
+    async def _prepare(self, kind: Kind) -> None:
         if self._slots.locked():
             return  # nobody makes room for a spare
         try:
-            session = await self._spawn(model, agent)
+            await self.look_at_cli()
+            session = await self._spawn(kind, self._is_bare(kind.agent))
         except ApiError:
             return  # the next request will say it
         self.spares.append(session)
@@ -1635,7 +1896,7 @@ class Pool:
             self.on_file[session.key] = session
         elif self.on_file.get(session.key) is session:
             del self.on_file[session.key]
-        for others in (self.spares, self._counters, self._curious):
+        for others in (self.spares, self._curious):
             if session in others:
                 others.remove(session)
 
@@ -1643,8 +1904,10 @@ class Pool:
         """File the session of a turn, or retire it."""
         session, translator = turn.session, turn.translator
         if turn.how != "hot":
-            self.known_hello = turn.process.hello or self.known_hello
-        self.learn(translator)
+            session.cli.hello = turn.process.hello or session.cli.hello
+        if translator.is_wrong_model:
+            session.cli.models.clear()
+        self.learn(turn)
         if turn.on_begin:
             self._refill()
         if session.state is not State.BUSY:
@@ -1655,10 +1918,7 @@ class Pool:
             self.retire(session, "failed" if is_broken else "interrupted")
             return
         self._remember(session, "continued")
-        start = session.chain if turn.how == "hot" else turn.request.past
-        asked = translate.link(start, turn.request.newest)
-        answer: Any = translator.message
-        session.chain = translate.link(asked, translate.message_digest(answer))
+        self._extend(turn)
         session.turns += 1
         if not turn.rests:
             reason = translator.stop_reason
@@ -1679,6 +1939,20 @@ class Pool:
         # other has not.
         self._remember(session, "pinned")
         self._file(session, State.PARKED if session.calls else State.IDLE)
+
+    def _extend(self, turn: Turn) -> None:
+        """Add the question and the answer of a turn to what its session holds."""
+        session, request = turn.session, turn.request
+        if turn.how != "hot":
+            session.chain = request.past
+            session.unthinking_chain = request.unthinking_past
+        answer: Any = turn.translator.message
+        for_all = translate.link(session.chain, request.newest)
+        session.chain = translate.link(for_all, translate.message_digest(answer))
+        unthinking = translate.link(session.unthinking_chain, request.newest)
+        session.unthinking_chain = translate.link(
+            unthinking, translate.message_digest(answer, thinking=False)
+        )
 
     def _file(self, session: Session, state: State) -> None:
         self._move(session, state)
@@ -1743,12 +2017,9 @@ class Pool:
                 self._has_computed = False
                 self._executor.submit(TRIM, 0)
             now = time.monotonic()
-            for session in [*self.spares, *self.on_file.values(), *self._counters]:
+            for session in [*self.spares, *self.on_file.values()]:
                 if session.process.gone:
                     self.retire(session, "died")
-                elif session.state is State.COUNTER:
-                    if now - session.since >= COUNTER_SECS:
-                        self.retire(session, "counted")
                 elif ttl and now - session.since >= ttl:
                     if session.state is State.SPARE:
                         self._kinds.clear()  # the next comes when it is needed
@@ -1767,8 +2038,9 @@ class Pool:
         key = await self.compute(
             request.size, lambda: translate.request_digest(request)
         )
-        if key in self._counts:
-            return self._counts[key]
+        counts = (await self.look_at_cli()).counts
+        if key in counts:
+            return counts[key]
         await self._queue(self._counting.acquire, "other counts did not end")
         try:
             tokens = await self._count(request)
@@ -1778,42 +2050,26 @@ class Pool:
         finally:
             self._counting.release()
             self._refill()
-        keep(self._counts, key, tokens, MAX_COUNTS)
+        keep(counts, key, tokens, MAX_COUNTS)
         return tokens
 
     async def _count(self, request: Request) -> int:
         tools = translate.described_tools(request)
-        lines: list[bytes] = []
-        counter = self._take_counter(request, tools)
-        session = counter
-        if not session:
-            session, lines = await self._open(request, tools, query=False)
+        session, lines = await self._open(request, tools, query=False)
         try:
             # The wait for a process is not the CLI's.
             async with asyncio.timeout(COUNT_SECS):
-                if counter:
-                    lines = await self._set_up_again(session, request, tools)
                 usage, statuses = await self._ask_usage(session.process, lines)
-                has_tools = translate.has_counted(usage, tools)
-                can_count_again = translate.is_one_line(request) and has_tools
-                is_free = can_count_again and await self._take_back(session)
         except BaseException:
             self.retire(session, "failed")
             raise
-        if not counter:
-            self.known_hello = session.process.hello or self.known_hello
-        if is_free:
-            self._put_aside(session)
-        else:
-            self.retire(session, "counted")
-        if counter and not has_tools:  # 2.1.197 keeps the tools that were taken away
-            self._swaps_tools = False
-            return await self._count(request)
+        self.retire(session, "counted")
+        session.cli.hello = session.process.hello or session.cli.hello
         failed = next((status for status in statuses if status >= 400), None)
         if failed:
             raise ApiError(failed, f"the API did not count: status {failed}")
         if not statuses:
-            if not translate.login_source(self.known_hello):
+            if not translate.login_source(session.cli.hello):
                 raise ApiError(
                     401, f"the claude CLI is not logged in: {translate.LOGIN_CURE}"
                 )
@@ -1837,64 +2093,6 @@ class Pool:
         await process.until(lambda event: event["type"] == "result")
         process.write(translate.control_line("usage", "get_context_usage"))
         return await process.until(find), statuses
-
-    def _put_aside(self, session: Session) -> None:
-        """Keep a process that can count again, one for each core."""
-        session.process.settle(True)
-        self._move(session, State.COUNTER)
-        self._counters.append(session)
-        if len(self._counters) > CORES:
-            self.retire(self._counters[0], "counted")
-        else:
-            self._give_way(self._counters)
-
-    def _take_counter(self, request: Request, tools: list[Json]) -> Session | None:
-        """A process that has counted one message and can count another: Claude Code's
-        /context asks for 24 counts.  All but the tools must be the same."""
-        if not translate.is_one_line(request):
-            return None
-        agent = self._is_agent(request)
-        names = request.parts.keys() - {"tools"}
-        for session in list(self._counters):
-            has_parts = all(
-                session.parts[name] == request.parts[name] for name in names
-            )
-            is_same = session.agent == agent and has_parts
-            can_have_tools = self._swaps_tools or session.process.tools == tools
-            if session.process.gone:
-                self.retire(session, "died")
-            elif is_same and can_have_tools:
-                self._move(session, State.BUSY)
-                session.process.listen()
-                return session
-        return None
-
-    async def _set_up_again(
-        self, session: Session, request: Request, tools: list[Json]
-    ) -> list[bytes]:
-        """Give a process other tools; returns the line that adds the message to be
-        counted."""
-        process = session.process
-        if process.tools != tools:
-            process.tools = tools
-            for servers in translate.server_lists(has_tools=bool(tools)):
-                process.has_listed = False
-                await process.ask("servers", "mcp_set_servers", servers=servers)
-            if tools and not process.has_listed:
-                await process.until(lambda event: process.has_listed)
-        session.turn_id = str(uuid.uuid4())
-        content = request.messages[0]["content"]
-        return [translate.user_line(content, session.turn_id, query=False)]
-
-    async def _take_back(self, session: Session) -> bool:
-        """Take back the message that was counted; False: this CLI does not."""
-        target = session.turn_id
-        ask = session.process.ask
-        try:
-            await ask("rewind", "rewind_conversation", target_message_uuid=target)
-        except ApiError:
-            return False
-        return True
 
 
 # ------------------------------------------------------------ appendix: metrics

@@ -84,6 +84,7 @@ class CliEvent(TypedDict, total=False):
     result: Any
     errors: Any
     api_error_status: Any
+    terminal_reason: Any
     api_error_type: Any
     api_error_code: Any
     stop_reason: Any
@@ -114,6 +115,8 @@ FINAL_STATUSES = {400, 401, 402, 403, 404, 405, 413, 415, 422, 431}
 LOGIN_CURE = (
     "run `claude-cli-bridge login`, or log in with /login in the claude CLI itself"
 )
+# What the CLI says when it has no login; no word of it is the API's.
+NOT_LOGGED_IN = "Not logged in"
 
 
 @dataclass(eq=False)
@@ -130,6 +133,8 @@ class ApiError(Exception):
     retry_after: int | None = None
     # Epoch second from which a rate limit allows requests again.
     resets_at: float | None = None
+    # It is the API's own.
+    is_from_api: bool = False
 
     def __post_init__(self) -> None:
         super().__init__(self.message)
@@ -170,13 +175,26 @@ ADVICE = ". This is a server-side issue, usually temporary"
 # What it says when it tries once more, without a part of the conversation that the API
 # refused.
 REMOVAL = re.compile(r"API Error: (.+ could not be processed) and was removed")
-# The CLI's own verdicts carry no status (recordings not_logged_in, mid_stream_error of
-# 2.1.197).
+# The CLI's own verdicts on a request carry no status.  2.1.330 and newer give the reason
+# why the turn ended; older ones have words alone (recordings not_logged_in,
+# mid_stream_error of 2.1.197).
+REQUEST_REASONS = {
+    "blocking_limit",
+    "image_error",
+    "prompt_too_long",
+    "rapid_refill_breaker",
+}
+TOO_LONG = "Prompt is too long"
 VERDICTS = {
-    "Not logged in": 401,
-    "Prompt is too long": 400,
+    NOT_LOGGED_IN: 401,
+    TOO_LONG: 400,
+    "Image base64 size (": 400,
+    "Unable to resize image": 400,
+    "Unable to send image": 400,
     "API Error: Overloaded": 529,
     "API Error: Both output_format and output_config": 400,
+    # The API's side: nothing answered, or no API did.
+    "API Error": 500,
 }
 
 
@@ -195,23 +213,37 @@ def result_error(
     if not text and isinstance(errors, list):
         text = "; ".join(map(str, errors))
     text = str(text or "the claude CLI ended the turn with an error")
-    status = result.get("api_error_status")
-    if not isinstance(status, int) or not 400 <= status <= 599:
-        status = 502
-        for words, verdict in VERDICTS.items():
-            if text.startswith(words):
-                status = verdict
     message, kind = api_message(text, text_of(told, "api_error_type"))
-    if status == 401:
-        message = f"{message} (the claude CLI is not logged in: {LOGIN_CURE})"
-    elif status == 404:
-        message = message.partition(" Run --model")[0]
-        message += " (GET /v1/models lists the models of this account)"
+    given: Any = result.get("api_error_status")
+    is_from_api = isinstance(given, int) and 400 <= given <= 599
+    reason = text_of(result, "terminal_reason")
+    status = given if is_from_api else verdict(text, reason, kind)
+    if status == 502 and is_from_api:
+        kind = kind or "api_error"  # of a proxy before it
+    if message.startswith(TOO_LONG):
+        # The API's spelling, by which clients know it.
+        message = message[0].lower() + message[1:]
+    if message.startswith(NOT_LOGGED_IN):
+        message = f"{message} ({LOGIN_CURE})"
     code = text_of(told, "api_error_code")
     details = {"error_code": code} if code else None
     if status != 429:
         resets_at = None
-    return ApiError(status, message, kind, details, resets_at=resets_at)
+    return ApiError(
+        status, message, kind, details, resets_at=resets_at, is_from_api=is_from_api
+    )
+
+
+def verdict(text: str, reason: str, kind: str) -> int:
+    """The HTTP status of a failure without one: by the reason that the CLI gives, by
+    the API's error.type, or by the text; 502 when the CLI itself is at fault."""
+    if reason in REQUEST_REASONS:
+        return 400
+    for status, usual in ERROR_TYPES.items():
+        if kind == usual:
+            return status
+    found = [status for words, status in VERDICTS.items() if text.startswith(words)]
+    return found[0] if found else 502
 
 
 def api_message(text: str, kind: str) -> tuple[str, str]:
@@ -343,10 +375,6 @@ TYPE_NAMES = {
     list: "list",
     dict: "object",
 }
-PREFILL = (
-    "a conversation whose last message is the assistant's cannot be continued by this bridge "
-    "(the claude CLI takes no prefill): end it with a user message"
-)
 # Tools whose entry in `tools` has no name of its own, and the names that the model
 # calls (SDK: BetaComputerToolset*).
 TOOLSETS = {
@@ -373,7 +401,7 @@ class Request:
     model: str
     # The texts of the system prompt; empty: none.
     system: list[str]
-    # Roles alternate, the last one is the user's.
+    # Roles alternate.  If the last one is the assistant's, the answer continues it.
     messages: list[Message]
     stream: bool
     # The client's tools, as the model calls them.
@@ -384,13 +412,15 @@ class Request:
     betas: str
     # Who sets the cache breakpoints of the messages: "cli" or "client".
     caching: str
+    # For how long the CLI's own breakpoints are kept: "5m", "1h", or "" for its own
+    # choice.
+    ttl: str
     # Fields and places that cannot arrive as sent (header x-bridge-not-sent).
     not_sent: list[str]
-    # Places in the newest message that are lost as well when it goes to the CLI as a
-    # user line.
-    lost_image_keys: list[str]
     # Bytes of the request as it came.
     size: int
+    # `metadata.user_id`, in which a CLI says which of its conversations asks.
+    user_id: str
     # Digests of what is fixed for the life of a process.
     parts: Digests = field(default_factory=dict)
     # Those of them that the client's request sets.
@@ -399,6 +429,16 @@ class Request:
     past: bytes = b""
     # Digest of the last message.
     newest: bytes = b""
+    # Its messages hold thinking that the client echoes.
+    has_thinking: bool = False
+    # `past` of the same request without thinking.
+    unthinking_past: bytes = b""
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer continues the last message, which is the assistant's: a
+        prefill, or an answer that ended with pause_turn (API)."""
+        return self.messages[-1]["role"] == "assistant"
 
 
 def parse_request(
@@ -428,7 +468,8 @@ def parse_request(
     raw = check_type(data["messages"], list, "messages")
     if len(raw) > max_messages:
         raise bad_request("messages", f"List should have at most {max_messages} items")
-    caching = "client" if has_own_breakpoints(raw, tools, data) else "cli"
+    breakpoints = read_breakpoints(raw, tools, data)
+    caching = "client" if breakpoints.are_own else "cli"
     tool_names = read_tool_names(tools)
     betas = read_betas(betas, not_sent)
     reader = MessageReader(caching, not_sent)
@@ -445,9 +486,10 @@ def parse_request(
         fields=fields,
         betas=betas,
         caching=caching,
-        not_sent=list(dict.fromkeys(not_sent)),
-        lost_image_keys=lost_image_keys(reader.messages[-1], reader.places[-1]),
+        ttl=breakpoints.ttl,
+        not_sent=list(dict.fromkeys([*not_sent, *breakpoints.lost])),
         size=len(body),
+        user_id=text_of(data.get("metadata"), "user_id"),
     )
     identify(request, data)
     return request
@@ -565,14 +607,16 @@ def read_system(system: Any, not_sent: list[str]) -> list[str]:
             not_sent.append(place)
         elif text:
             texts.append(text)
-        not_sent += lost_keys(block, place)
+        # A breakpoint on it is told where it is lost (`read_breakpoints`).
+        not_sent += lost_keys(without(block, {"cache_control"}), place)
     return texts
 
 
-def lost_keys(block: Block, place: str) -> list[str]:
-    """The keys of a system block besides its text: none of them reaches the API."""
+def lost_keys(block: Mapping[str, Any], place: str) -> list[str]:
+    """The places of the keys of a system block besides its text: none of them reaches
+    the API."""
     return [
-        key if key == "cache_control" else f"{place}.{printable(key)}"
+        f"{place}.{printable(key)}"
         for key, value in block.items()
         if value is not None and key not in ("type", "text")
     ]
@@ -631,6 +675,10 @@ def without_deferring(
 THOUGHTS = frozenset({"thinking", "redacted_thinking"})
 # Blocks that are no answer if an assistant message holds nothing else.
 UNSAID = THOUGHTS | {"fallback"}
+CANNOT_CONTINUE = (
+    "the claude CLI cannot continue a message that ends with thinking, or that holds the "
+    "call of a server tool without its result"
+)
 # How deep blocks may stand in blocks: in a tool_result, and in a document there (API).
 INNER_LEVELS = 2
 
@@ -657,6 +705,9 @@ class MessageReader:
             raise bad_request("messages", "at least one message is required")
         for number, message in enumerate(raw):
             place = f"messages.{number}"
+            if is_empty_ending(message) and number and number == len(raw) - 1:
+                self.not_sent.append(place)  # the API takes it for none
+                break
             role, blocks = read_message(message, place)
             for key, value in message.items():
                 if value is not None and key not in ("role", "content"):
@@ -665,20 +716,26 @@ class MessageReader:
                 check_system_place(raw, number)
                 # The CLI's input knows the user's and the assistant's messages only.
                 self.not_sent.append(f"{place}.role")
-                for index, block in enumerate(blocks):
-                    self.not_sent += lost_keys(block, f"{place}.content.{index}")
                 role = "user"
-                blocks = [reminder(blocks)]
+                blocks = self._as_reminder(blocks, place)
             is_unsaid = all(block["type"] in UNSAID for block in blocks)
             if role == "assistant" and is_unsaid:
+                if number == len(raw) - 1:
+                    raise bad_request(place, CANNOT_CONTINUE)
                 self.not_sent.append(place)
-            else:
+            elif blocks:
                 self._add(role, blocks, place)
         check_pairs(self.messages, self.places)
-        if raw[-1]["role"] == "assistant":
-            raise bad_request(f"messages.{len(raw) - 1}", PREFILL)
+        if not self.messages:
+            raise bad_request("messages", "at least one message is required")
         for message, places in zip(self.messages, self.places, strict=True):
             self.not_sent += lost_parts(message["content"], places)
+        last, places = self.messages[-1], self.places[-1]
+        lost = [
+            place for place in lost_parts(last["content"], places) if place in places
+        ]
+        if last["role"] == "assistant" and lost:
+            raise bad_request(lost[0], CANNOT_CONTINUE)
 
     def _add(self, role: str, blocks: list[Block], message_place: str) -> None:
         places = []
@@ -686,7 +743,7 @@ class MessageReader:
         for index, block in enumerate(blocks):
             place = f"{message_place}.content.{index}"
             if self._caching == "cli":
-                block = without_breakpoints(block, self.not_sent)
+                block = without_breakpoints(block)
             if block["type"] == "tool_result":
                 block = self._read_result(block, place)
             places.append(place)
@@ -698,6 +755,22 @@ class MessageReader:
         else:
             self.messages.append({"role": role, "content": kept})
             self.places.append(places)
+
+    def _as_reminder(self, blocks: list[Block], place: str) -> list[Block]:
+        """A system message as a text of the user's, written as the CLI's own reminders
+        are; only its texts can be carried."""
+        texts = []
+        for index, block in enumerate(blocks):
+            where = f"{place}.content.{index}"
+            if block["type"] == "text":
+                texts.append(block["text"])
+                self.not_sent += lost_keys(without(block, {"cache_control"}), where)
+            else:
+                self.not_sent.append(where)
+        if not texts:
+            return []
+        text = "\n".join(texts)
+        return [text_block(f"<system-reminder>\n{text}\n</system-reminder>")]
 
     def _read_result(self, block: Block, place: str) -> Block:
         """A tool_result without what the CLI drops: tool references, and all but text
@@ -721,10 +794,10 @@ class MessageReader:
         return result
 
 
-def reminder(blocks: list[Block]) -> Block:
-    """A system message as the CLI's own reminders are written."""
-    text = "\n".join(text_of(block, "text") for block in blocks)
-    return text_block(f"<system-reminder>\n{text}\n</system-reminder>")
+def is_empty_ending(message: Any) -> bool:
+    """API: an assistant message without content may end a conversation."""
+    is_empty = isinstance(message, dict) and message.get("content") in ("", [])
+    return is_empty and message.get("role") == "assistant"
 
 
 # All that the CLI keeps of a tool_use.
@@ -768,7 +841,8 @@ def read_message(message: Any, place: str) -> tuple[str, list[Block]]:
     content = message.get("content")
     if content is None:
         raise bad_request(f"{place}.content", "Field required")
-    if content in ("", []):
+    # A system message may hold settings alone (beta per-turn-control).
+    if content in ("", []) and role != "system":
         words = "all messages must have non-empty content"
         words += " except for the optional final assistant message"
         raise bad_request(place, words)
@@ -786,8 +860,6 @@ def check_block(block: Any, role: str, message_place: str, place: str) -> None:
     kind = check_type(block.get("type"), str, f"{place}.type")
     if kind == "text":
         check_text(block, message_place, place)
-    elif role == "system":
-        raise bad_request(f"{place}.type", "Input should be 'text'")
     elif kind == "image":
         check_image(block, place)
     elif kind == "tool_use":
@@ -796,6 +868,9 @@ def check_block(block: Any, role: str, message_place: str, place: str) -> None:
     elif kind == "tool_result":
         check_role(role, "user", kind, place)
         check_type(block.get("tool_use_id"), str, f"{place}.tool_result.tool_use_id")
+        for number, inner in enumerate(as_list(block.get("content"))):
+            if text_of(inner, "type") == "image":
+                check_image(inner, f"{place}.tool_result.content.{number}")
 
 
 def check_text(block: Block, message_place: str, place: str) -> None:
@@ -830,6 +905,10 @@ IMAGE_SIGNATURES = {
 }
 
 
+# Bytes of an image's base64 (API).  The CLI refuses a larger one, or scales it.
+MAX_IMAGE = 5 << 20
+
+
 def check_image(block: Block, place: str) -> None:
     """API: base64 data must be an image of its media type.  The CLI would silently
     replace what is not."""
@@ -845,6 +924,9 @@ def check_image(block: Block, place: str) -> None:
         is_valid = False
     if not is_valid:
         raise bad_request(f"{place}.data", "Input should be valid base64")
+    if len(data) > MAX_IMAGE:
+        words = f"image exceeds 5 MB maximum: {len(data)} bytes > {MAX_IMAGE} bytes"
+        raise bad_request(place, words)
     for signature, kind in IMAGE_SIGNATURES.items():
         if data.startswith(signature) and declared != kind:
             words = f"The image was specified using the {declared} media type,"
@@ -888,6 +970,10 @@ def check_pairs(messages: list[Message], all_places: list[list[str]]) -> None:
             if block["type"] != "tool_result":
                 continue
             call_id = text_of(block, "tool_use_id")
+            if call_id in results:
+                words = "each tool_use must have a single result. Found multiple"
+                words += f" `tool_result` blocks with id: {call_id}"
+                raise bad_request(place, words)
             results.add(call_id)
             if call_id not in called:
                 words = "unexpected `tool_use_id` found in `tool_result` blocks: "
@@ -896,10 +982,7 @@ def check_pairs(messages: list[Message], all_places: list[list[str]]) -> None:
                 raise bad_request(place, words)
         missing = [call_id for call_id in called if call_id not in results]
         if missing:
-            words = "`tool_use` ids were found without `tool_result` blocks immediately after: "
-            words += f"{', '.join(missing)}. Each `tool_use` block must have"
-            words += " a corresponding `tool_result` block in the next message."
-            raise bad_request(places[0].partition(".content.")[0], words)
+            raise unanswered(missing, places)
         called = {}
         for block in message["content"]:
             if block["type"] != "tool_use":
@@ -909,26 +992,17 @@ def check_pairs(messages: list[Message], all_places: list[list[str]]) -> None:
                 raise bad_request("messages", "`tool_use` ids must be unique")
             seen.add(call_id)
             called[call_id] = None
+    if called:
+        raise unanswered(called, all_places[-1])
 
 
-def lost_image_keys(message: Message, places: list[str]) -> list[str]:
-    """The places of what the CLI leaves out of the images in a user line: all but their
-    data."""
-    lost = []
-    for block, place in zip(message["content"], places, strict=True):
-        if is_base64_image(block):
-            extra = block.keys() - {"type", "source", "cache_control"}
-            lost += [f"{place}.{printable(key)}" for key in sorted(extra)]
-    return lost
-
-
-def is_base64_image(block: Block) -> bool:
-    source = block.get("source")
-    return (
-        block["type"] == "image"
-        and isinstance(source, dict)
-        and source.get("type") == "base64"
-    )
+def unanswered(calls: Iterable[str], places: list[str]) -> ApiError:
+    """The error for calls without results, to be raised; `places` are those of a
+    message."""
+    words = "`tool_use` ids were found without `tool_result` blocks immediately after: "
+    words += f"{', '.join(calls)}. Each `tool_use` block must have"
+    words += " a corresponding `tool_result` block in the next message."
+    return bad_request(places[0].partition(".content.")[0], words)
 
 
 # The API takes four cache breakpoints.  The CLI sets three of its own: two on the
@@ -938,46 +1012,92 @@ API_BREAKPOINTS = 4
 CLI_BREAKPOINTS = 3
 
 
-def has_own_breakpoints(messages: list[Any], tools: list[Any], data: Json) -> bool:
-    """Whether the client sets cache breakpoints that the CLI's own cannot replace:
-    inside a message, such as between a document and the question, or more on its tools
-    than the CLI leaves room for."""
+@dataclass(frozen=True, slots=True)
+class Breakpoints:
+    """What becomes of a client's cache breakpoints (API: "Prompt caching")."""
 
-    def is_set(value: Any) -> bool:
-        return isinstance(value, dict) and value.get("cache_control") is not None
-
-    outside = sum(map(is_set, tools)) + is_set(data)
-    if outside > API_BREAKPOINTS - CLI_BREAKPOINTS:
-        return True
-    contents = [
-        message.get("content")
-        for message in messages
-        if isinstance(message, dict) and message.get("role") != "system"
-    ]
-    return any(
-        is_set(block)
-        for content in contents
-        if isinstance(content, list)
-        for block in content[:-1]
-    )
+    # They go to the API as sent, and the CLI sets none.
+    are_own: bool
+    # How long the CLI's are kept: "5m", "1h", or "" where the client sets none.
+    ttl: str
+    # "cache_control" if the CLI's own do not stand for all of them.
+    lost: list[str]
 
 
-def without_breakpoints(
-    block: Any, not_sent: list[str], levels: int = INNER_LEVELS
-) -> Any:
+def read_breakpoints(messages: list[Any], tools: list[Any], data: Json) -> Breakpoints:
+    """Tell the breakpoints that the CLI's own can stand for from those that only the
+    client can set.
+
+    The CLI's own are at the end of the system prompt and of the newest message, so
+    they replace a client's there, and those that it has left at the ends of earlier
+    messages.  A breakpoint inside a message, such as between a document and a question,
+    or more on tools than the CLI leaves room for, makes them all the client's.
+    """
+    system = as_list(data.get("system"))
+    on_system = breakpoints_on(system)
+    on_tools = breakpoints_on([*tools, data])
+    at_ends = breakpoints_on(system[-1:])
+    inside: list[Any] = []
+    elsewhere = breakpoints_on(system[:-1])
+    for message in messages:
+        blocks = as_list(message.get("content")) if isinstance(message, dict) else []
+        end = start_of_end(blocks)
+        if text_of(message, "role") == "user":
+            inside += breakpoints_on(blocks[:end])
+            at_ends += breakpoints_on(blocks[end:])
+        else:
+            elsewhere += breakpoints_on(blocks)
+        for block in blocks:
+            elsewhere += breakpoints_on(blocks_in(block))
+    are_own = bool(inside) or len(on_tools) > API_BREAKPOINTS - CLI_BREAKPOINTS
+    ttl = ""
+    controls = [*on_tools, *at_ends, *elsewhere]
+    if controls and not are_own:
+        # API: what is kept for longer comes first.
+        ttl = "1h" if all(map(is_for_an_hour, controls)) else "5m"
+    is_shorter = ttl == "5m" and any(map(is_for_an_hour, at_ends))
+    is_lossy = bool(on_system) if are_own else bool(elsewhere) or is_shorter
+    return Breakpoints(are_own, ttl, ["cache_control"] if is_lossy else [])
+
+
+def breakpoints_on(values: list[Any]) -> list[Any]:
+    """The `cache_control` of those objects that have one."""
+    found = [value.get("cache_control") for value in values if isinstance(value, dict)]
+    return [control for control in found if control is not None]
+
+
+def is_for_an_hour(control: Any) -> bool:
+    return text_of(control, "ttl") == "1h"
+
+
+def start_of_end(blocks: list[Any]) -> int:
+    """Where the end of a message begins: its last block, or the tool results that
+    nothing follows."""
+    start = len(blocks)
+    while start and text_of(blocks[start - 1], "type") == "tool_result":
+        start -= 1
+    return min(start, max(0, len(blocks) - 1))
+
+
+def blocks_in(block: Any) -> list[Any]:
+    """The blocks in a tool result, or in a document."""
+    if not isinstance(block, dict):
+        return []
+    source = block.get("source")
+    holder = source if isinstance(source, dict) else block
+    return as_list(holder.get("content"))
+
+
+def without_breakpoints(block: Any, levels: int = INNER_LEVELS) -> Any:
     """A block, and the blocks in it, without `cache_control`."""
-    kept: Json = dict(block)
-    if kept.pop("cache_control", None) is not None:
-        not_sent.append("cache_control")
+    kept: Json = without(block, {"cache_control"})
     holder = kept
     if isinstance(kept.get("source"), dict):
         holder = kept["source"] = dict(kept["source"])
     inner = holder.get("content")
     if levels and isinstance(inner, list):
         holder["content"] = [
-            without_breakpoints(item, not_sent, levels - 1)
-            if isinstance(item, dict)
-            else item
+            without_breakpoints(item, levels - 1) if isinstance(item, dict) else item
             for item in inner
         ]
     return kept
@@ -986,8 +1106,10 @@ def without_breakpoints(
 # ------------------------------------------------------------ fingerprints
 
 # Keys of a block that mean nothing to the model: SDKs and clients add, move and drop
-# them when they echo a block.
+# them when they echo a block.  Where the client's own cache breakpoints count, a process
+# holds them too, so `cache_control` is none of these.
 NOISE = frozenset({"cache_control", "parsed_output"})
+NOISE_BUT_BREAKPOINTS = NOISE - {"cache_control"}
 # Values that mean the same as a key that is not there.
 DEFAULTS: dict[str, tuple[Any, ...]] = {
     "is_error": (False,),
@@ -1009,9 +1131,25 @@ def link(chain: bytes, message: bytes) -> bytes:
     return hashlib.blake2b(chain + message, digest_size=16).digest()
 
 
-def message_digest(message: Message) -> bytes:
+def message_digest(
+    message: Message, *, caching: str = "cli", thinking: bool = True
+) -> bytes:
+    """The digest of a message.  Without `thinking` it is that of a message whose
+    client has dropped the thinking."""
     role = message["role"]
-    return digest([role, canonical_blocks(role, message["content"])])
+    noise = NOISE_BUT_BREAKPOINTS if caching == "client" else NOISE
+    blocks = message["content"]
+    if not thinking:
+        blocks = [block for block in blocks if block["type"] not in THOUGHTS]
+    return digest([role, canonical_blocks(role, blocks, noise)])
+
+
+def chain_of(messages: list[Message], caching: str, *, thinking: bool = True) -> bytes:
+    """The digest of a conversation (`message_digest`)."""
+    chain = b""
+    for message in messages:
+        chain = link(chain, message_digest(message, caching=caching, thinking=thinking))
+    return chain
 
 
 def identify(request: Request, data: Json) -> None:
@@ -1030,9 +1168,15 @@ def identify(request: Request, data: Json) -> None:
     }
     named |= {"betas", "caching"}
     request.sent_parts = {name: request.parts[name] for name in named}
-    for message in request.messages[:-1]:
-        request.past = link(request.past, message_digest(message))
-    request.newest = message_digest(request.messages[-1])
+    request.has_thinking = has_thinking(request.messages)
+    caching = request.caching
+    request.past = chain_of(request.messages[:-1], caching)
+    request.unthinking_past = request.past
+    if request.has_thinking:
+        request.unthinking_past = chain_of(
+            request.messages[:-1], caching, thinking=False
+        )
+    request.newest = message_digest(request.messages[-1], caching=caching)
 
 
 def request_digest(request: Request) -> bytes:
@@ -1041,10 +1185,12 @@ def request_digest(request: Request) -> bytes:
     return digest([parts, request.messages, request.fields])
 
 
-def canonical_blocks(role: str, blocks: list[Block]) -> list[Block | Json]:
-    """Blocks without what clients change when they echo them: thinking, `NOISE`, nulls
-    and defaults vanish, and an assistant's neighbouring texts are one text without
-    white space at its ends."""
+def canonical_blocks(
+    role: str, blocks: list[Block], noise: frozenset[str] = NOISE
+) -> list[Block | Json]:
+    """Blocks without what clients change when they echo them: `noise`, nulls and
+    defaults vanish, and an assistant's neighbouring texts are one text without white
+    space at its ends."""
     canonical: list[Block | Json] = []
     # Neighbouring texts of the assistant.
     run: list[str] = []
@@ -1056,9 +1202,7 @@ def canonical_blocks(role: str, blocks: list[Block]) -> list[Block | Json]:
         run.clear()
 
     for block in blocks:
-        if block["type"] in THOUGHTS:
-            continue
-        kept = canonical_block(block)
+        kept = canonical_block(block, noise)
         if (
             role == "assistant"
             and block["type"] == "text"
@@ -1072,19 +1216,20 @@ def canonical_blocks(role: str, blocks: list[Block]) -> list[Block | Json]:
     return canonical
 
 
-def canonical_block(block: Any) -> Json:
+def canonical_block(block: Any, noise: frozenset[str] = NOISE) -> Json:
     kept = {}
     for key, value in block.items():
-        if value is None or key in NOISE or value in DEFAULTS.get(key, ()):
+        if value is None or key in noise or value in DEFAULTS.get(key, ()):
             continue
         kept[key] = value
     if "input" in kept:
         kept["input"] = with_plain_numbers(kept["input"])
     if kept.get("type") == "tool_result" and "content" in kept:
-        kept["content"] = canonical_content(kept["content"])
+        kept["content"] = canonical_content(kept["content"], noise)
     source = kept.get("source")
     if isinstance(source, dict) and "content" in source:
-        kept["source"] = source | {"content": canonical_content(source["content"])}
+        content = canonical_content(source["content"], noise)
+        kept["source"] = source | {"content": content}
     return kept
 
 
@@ -1100,12 +1245,12 @@ def plain_number(text: str) -> float:
     return int(number) if is_exact else number
 
 
-def canonical_content(content: Any) -> Any:
+def canonical_content(content: Any, noise: frozenset[str]) -> Any:
     """The content of a tool_result or a document: a string is one text block (API)."""
     if not isinstance(content, str | list):
         return content
     return [
-        canonical_block(block) if isinstance(block, dict) else block
+        canonical_block(block, noise) if isinstance(block, dict) else block
         for block in as_blocks(content)
     ]
 
@@ -1127,14 +1272,42 @@ TOOL_META = {
 ROW_TIME = "2026-01-01T00:00:00.000Z"
 
 
-def transcript(messages: list[Message], model: str) -> list[bytes]:
+# What the CLI says to the model of its own accord, as attachments of a conversation
+# (from 2.1.285 on).  It says each again, behind the newest message, unless it finds it in
+# the conversation that it resumes.
+ANNOUNCEMENTS = ("environment", "model", "session_context", "date")
+
+
+def announcements(rows: bytes) -> list[Json]:
+    """What the CLI announced in a conversation that it wrote to a file itself.  The
+    text of the model's name is taken out: the CLI leaves out an empty one."""
+    found = []
+    for text in rows.splitlines():
+        [row, *_] = [*decode(text), {}]
+        attachment: Any = row.get("attachment")
+        if text_of(attachment, "type") in ANNOUNCEMENTS:
+            if attachment["type"] == "model":
+                attachment["text"] = ""
+            found.append(attachment)
+    return found
+
+
+def transcript(
+    messages: list[Message],
+    model: str,
+    announced: Iterable[Json] = (),
+    session_id: str = "",
+) -> list[bytes]:
     """A conversation as the CLI reads it with --resume: a chain of rows, one JSON
     object a line.
 
     The first row is one that the API does not see: without it the CLI refuses a
-    conversation that has no message.  The last one is an assistant message that the API
-    does not see either (`isVirtual`): a process that was started without --model takes
-    the `model` of the last assistant message, and finds no turn that was interrupted.
+    conversation that has no message.  What the CLI has `announced` follows, so that it
+    stands behind the first message, in every request of a conversation.  The last row
+    is an assistant message that the API does not see either (`isVirtual`): a process
+    that was started without --model takes the `model` of the last assistant message,
+    and finds no turn that was interrupted.  The CLI takes over the `session_id`, a
+    UUID, and names it in its requests to the API.
     """
     rows: list[bytes] = []
 
@@ -1143,13 +1316,18 @@ def transcript(messages: list[Message], model: str) -> list[bytes]:
         row["uuid"] = str(uuid.UUID(int=number + 1))
         row["parentUuid"] = str(uuid.UUID(int=number)) if number else None
         row["isSidechain"] = False
+        if session_id:
+            row["sessionId"] = session_id
         row["timestamp"] = ROW_TIME
         rows.append(line(row))
 
     add({"type": "system", "subtype": "informational", "content": ""})
+    for attachment in announced:
+        add({"type": "attachment", "attachment": attachment})
     for message in messages:
         if message["role"] == "user":
-            add({"type": "user", "message": message})
+            content = [written_result(block) for block in message["content"]]
+            add({"type": "user", "message": {"role": "user", "content": content}})
         else:
             # With apiBlockIndex, and CLAUDE_CODE_STELLAR_DRIFT, 2.1.330 keeps the order
             # of texts and tool calls.
@@ -1158,6 +1336,27 @@ def transcript(messages: list[Message], model: str) -> list[bytes]:
     last = past_message([text_block("-")], model, len(rows))
     add({"type": "assistant", "isVirtual": True, "message": last})
     return rows
+
+
+def written_result(block: Block) -> Block:
+    """A tool result as the CLI writes it for the API when it gets it in place: the
+    prompt cache compares bytes.  Other blocks stay as they are."""
+    result = mcp_result(block)
+    if result is None:
+        return block
+    call_id = text_of(block, "tool_use_id")
+    if result["isError"]:
+        return {
+            "type": "tool_result",
+            "content": result["content"][0]["text"],
+            "is_error": True,
+            "tool_use_id": call_id,
+        }
+    return {
+        "tool_use_id": call_id,
+        "type": "tool_result",
+        "content": result["content"],
+    }
 
 
 def past_message(content: list[Block], model: str, number: int) -> Json:
@@ -1176,28 +1375,15 @@ def past_message(content: list[Block], model: str, number: int) -> Json:
     }
 
 
-def assistant_line(content: list[Block], model: str) -> bytes:
-    """An assistant message of the past, sent to a running process: if the transcript
-    ended with a tool call, the CLI would report the call as interrupted."""
-    message = past_message(content, model, 0)
-    return line(
-        {
-            "type": "assistant",
-            "message": message,
-            "session_id": "",
-            "parent_tool_use_id": None,
-        }
-    )
-
-
 def user_line(content: list[Block], turn_id: str, *, query: bool = True) -> bytes:
     """A user message, which starts a turn; without `query` it is only added to the
-    conversation.  `turn_id` is a UUID by which 2.1.330 says what its events answer."""
+    conversation.  One without content starts a turn on what the process holds, and adds
+    nothing.  `turn_id` is a UUID by which 2.1.330 says what its events answer."""
     event: Json = {
         "type": "user",
         "message": {
             "role": "user",
-            "content": [*content, GUARD],
+            "content": [*content, GUARD] if content else [],
         },
         "uuid": turn_id,
         "session_id": "",
@@ -1208,72 +1394,17 @@ def user_line(content: list[Block], turn_id: str, *, query: bool = True) -> byte
     return line(event)
 
 
-def split_at_images(blocks: list[Block]) -> tuple[list[Block], list[Block]]:
-    """A user message as what can be in a transcript and what must be a line, which the
-    CLI joins to one message again.
-
-    The CLI scales the images of a user line, and leaves out their keys; those of a
-    transcript stay as they are.
-    """
-    images = [index for index, block in enumerate(blocks) if is_base64_image(block)]
-    after = images[-1] + 1 if images else 0
-    is_followed_by_text = after < len(blocks) and blocks[after]["type"] == "text"
-    if not is_followed_by_text:
-        return [], blocks
-    return blocks[:after], blocks[after:]
+def has_images(blocks: list[Block]) -> bool:
+    """Whether there is an image by value, in a message or in a tool result of it.  The
+    CLI scales those that come in a line or as a tool's result, and keeps those of a
+    transcript as they are."""
+    inner = [part for block in blocks for part in blocks_in(block)]
+    return any(map(is_base64_image, [*blocks, *inner]))
 
 
-def is_one_line(request: Request) -> bool:
-    """Whether a fresh process gets the whole conversation of a request as one line."""
-    return (
-        len(request.messages) == 1
-        and not split_at_images(request.messages[0]["content"])[0]
-    )
-
-
-def has_counted(context: Json, tools: list[Json]) -> bool:
-    """Whether a process counted these tools and no others, by its answer to
-    get_context_usage."""
-    listed = as_list(context.get("mcpTools"))
-    counted = {text_of(tool, "name") for tool in listed}
-    return counted == {tool["name"] for tool in tools}
-
-
-def server_lists(*, has_tools: bool) -> list[Json]:
-    """The lists to send one after the other with mcp_set_servers, so that a process
-    reads its tools anew: an empty one, then the client's server if there are tools."""
-    servers: list[Json] = [{}]
-    if has_tools:
-        servers.append({MCP_SERVER: {"type": "sdk", "name": MCP_SERVER}})
-    return servers
-
-
-def answers_tool_calls(message: Message) -> bool:
-    return any(block["type"] == "tool_result" for block in message["content"])
-
-
-def opening(
-    request: Request, model: str, turn_id: str, *, query: bool
-) -> tuple[list[bytes], list[bytes]]:
-    """What brings a request into a fresh process: the rows of its conversation, and the
-    lines that start the turn.  `turn_id` and `query` are those of `user_line`."""
-    *past, newest = request.messages
-    lines: list[bytes] = []
-    content = newest["content"]
-    if past and answers_tool_calls(newest):
-        lines.append(assistant_line(past.pop()["content"], model))
-    else:
-        begun, content = split_at_images(content)
-        if begun:
-            past.append({"role": "user", "content": begun})
-    lines.append(user_line(content, turn_id, query=query))
-    return transcript(past, model), lines
-
-
-def sends_images_in_line(message: Message) -> bool:
-    """Whether a fresh process gets the images of the newest message in a line, not in
-    its transcript."""
-    return answers_tool_calls(message) or not split_at_images(message["content"])[0]
+def is_base64_image(block: Any) -> bool:
+    source = block.get("source") if isinstance(block, dict) else None
+    return text_of(block, "type") == "image" and text_of(source, "type") == "base64"
 
 
 def has_thinking(messages: list[Message]) -> bool:
@@ -1330,6 +1461,8 @@ def turn_settings(
         "CLAUDE_CODE_EXTRA_BODY": to_json(body).decode(),
         "ANTHROPIC_BETAS": request.betas,
         "DISABLE_PROMPT_CACHING": "1" if request.caching == "client" else "",
+        "FORCE_PROMPT_CACHING_5M": "1" if request.ttl == "5m" else "",
+        "ENABLE_PROMPT_CACHING_1H": "1" if request.ttl == "1h" else "",
     }
 
 
@@ -1457,28 +1590,22 @@ def mcp_result(block: Block) -> Json | None:
     if type(is_error) is not bool or not isinstance(content, str | list):
         return None
     parts = [mcp_part(part) for part in as_blocks(content)]
-    texts = [part.get("text", "") for part in parts if part]
-    length = sum(map(len, texts))
-    if None in parts or length > MAX_RESULT:
+    texts = [part["text"] for part in parts if part]
+    # The CLI says in its own words that a result is empty, and joins those of an error.
+    is_said = all(text.strip() for text in texts) and len(texts) == len(parts)
+    is_one = len(texts) == 1 or (texts and not is_error)
+    if not is_said or not is_one or sum(map(len, texts)) > MAX_RESULT:
         return None
     return {"content": parts, "isError": is_error}
 
 
 def mcp_part(block: Any) -> Json | None:
-    """A block of a tool result as MCP has it; None: MCP has no place for all that it
-    holds."""
+    """A block of a tool result as MCP has it, which is a text; None: MCP has no place
+    for all that it holds, or the CLI would scale it."""
     if not isinstance(block, dict):
         return None
-    match without_nulls(block):
-        case {"type": "text", "text": str(text), **rest} if not rest:
-            return {"type": "text", "text": text}
-        case {
-            "type": "image",
-            "source": {"type": "base64", "data": data, "media_type": kind, **more},
-            **rest,
-        } if not rest and not more:
-            return {"type": "image", "data": data, "mimeType": kind}
-    return None
+    part: Json = {"type": "text", "text": text_of(block, "text")}
+    return part if without_nulls(block) == part else None
 
 
 # ------------------------------------------------------------ from the CLI
@@ -1488,16 +1615,17 @@ STREAM_EVENT = b'{"type":"stream_event","event":'
 DELTA_START = STREAM_EVENT + b'{"type":"content_block_delta","index":'
 # In a line whose event is not a subagent's.
 MAIN = b'"parent_tool_use_id":null'
-# How the SDK inside the CLI logs a call of count_tokens (ANTHROPIC_LOG=info).
-COUNT_CALL = re.compile(
-    rb"\[log_[^]]*\] post \S+/count_tokens\S* \w+(?: with status (\d{3}))?"
+# How the SDK inside the CLI logs a call of the API (ANTHROPIC_LOG=info).
+API_CALL = re.compile(
+    rb"\[log_[^]]*\] post \S+/v1/messages(/count_tokens)?\S* \w+(?: with status (\d{3}))?"
 )
 
 
 def decode(text: bytes) -> list[CliEvent]:
     """The events of one line of the CLI's output: one as a rule, several when it glued
-    them, none when it is noise.  A logged call of count_tokens becomes an event
-    `api_call`, whose `response` is the HTTP status (502: there was none).
+    them, none when it is noise.  A logged call of the API becomes an event `api_call`,
+    whose `response` is the HTTP status (502: there was none); its subtype is `count` for
+    one of count_tokens, else `message`.
 
     Raises ApiError when a part of the answer is lost.
     """
@@ -1505,8 +1633,10 @@ def decode(text: bytes) -> list[CliEvent]:
     try:
         values = [from_json(text)]
     except orjson.JSONDecodeError:
-        if call := COUNT_CALL.match(text):
-            return [{"type": "api_call", "response": int(call[1] or 502)}]
+        if call := API_CALL.match(text):
+            kind = "count" if call[1] else "message"
+            status = int(call[2] or 502)
+            return [{"type": "api_call", "subtype": kind, "response": status}]
         values = glued(text.decode(errors="replace").strip())
         if not values and text.startswith(STREAM_EVENT):
             raise cli_error("the claude CLI wrote a damaged line") from None
@@ -1554,13 +1684,54 @@ def applied_model(given: Json) -> str:
 
 
 def login_source(hello: Json) -> str:
-    """Where the CLI has its account from, by its answer to `initialize`; empty: nobody
-    is logged in."""
-    for name in ("apiKeySource", "tokenSource"):
-        source = text_of(hello.get("account"), name)
-        if source not in ("", "none"):
-            return source
-    return ""
+    """Who the CLI is logged in as, by its answer to `initialize`; empty: nobody.
+
+    An API key and a token are called by where they come from, a subscription by its
+    plan, a cloud by its name.
+    """
+    account = hello.get("account")
+    if not isinstance(account, dict):
+        return ""
+    key = text_of(account, "apiKeySource")
+    token = text_of(account, "tokenSource")
+    cloud = text_of(account, "apiProvider")
+    if key not in ("", "none"):
+        return key
+    if cloud not in ("", "firstParty"):
+        return cloud
+    if plan := text_of(account, "subscriptionType"):
+        return plan
+    return "" if token == "none" else token or "claude.ai"
+
+
+def has_api_key(hello: Json) -> bool:
+    """Whether the CLI has an API key, of whatever source, by its answer to
+    `initialize`."""
+    return text_of(hello.get("account"), "apiKeySource") not in ("", "none")
+
+
+# What the name of one model may have at its end: a context size, a date, or what stands
+# for the newest date.
+NAME_ENDING = re.compile(r"(\[.*\]|[-@]\d{8}|-latest|-0)$")
+
+
+DATE = re.compile(r"[-@](\d{8})")
+
+
+def is_same_model(asked: str, answered: str) -> bool:
+    """Whether an answer may come from the model that was asked.  Clouds have names of
+    their own, which are not compared."""
+    names = {plain_name(asked), plain_name(answered)}
+    dates = {date for name in (asked, answered) for date in DATE.findall(name)}
+    has_full_names = all(name.startswith(FULL_NAME) for name in names)
+    return not has_full_names or (len(names) == 1 and len(dates) < 2)
+
+
+def plain_name(name: str) -> str:
+    """The name of a model without `NAME_ENDING`."""
+    while match := NAME_ENDING.search(name):
+        name = name[: match.start()]
+    return name
 
 
 def listed_model(hello: Json, name: str) -> str:
@@ -1676,6 +1847,9 @@ BLOCK_KEYS = {
 }
 # Keys of a message that its end may not replace.
 MESSAGE_KEYS = {"id", "type", "role", "model", "content", "usage"}
+# Statuses after which the CLI may ask again with a changed request (2.1.332); others it
+# repeats as they are, or not at all.
+CHANGEABLE = (400, 404, 413, 422)
 # After these the CLI waits for the next user message; after any other it would go on by
 # itself (recordings max_tokens, refusal), as it does after an answer without a visible
 # text.
@@ -1688,11 +1862,16 @@ class Translator:
     `feed` raises ApiError when the turn failed.  What it returned until then obeys the
     grammar of the API's stream, whatever the CLI printed.  `tool_names` are the
     client's tools; an `agent` has tools of its own instead, whose calls are left out of
-    the answer.
+    the answer.  An answer of another `model` than that is a failure.
     """
 
     def __init__(
-        self, tool_names: Iterable[str] = (), *, agent: bool = False, turn_id: str = ""
+        self,
+        tool_names: Iterable[str] = (),
+        *,
+        agent: bool = False,
+        turn_id: str = "",
+        model: str = "",
     ) -> None:
         self.state = State.WAITING
         # What a client has assembled so far; filled by the first message_start.
@@ -1707,6 +1886,14 @@ class Translator:
         self.cli_version = ""
         self._agent = agent
         self._turn_id = turn_id
+        # The model that must answer; empty: any.
+        self._model = model
+        # Another one did.
+        self.is_wrong_model = False
+        # How often the CLI has called the API.
+        self.api_calls = 0
+        # The status with which the API refused the last call; 0: it did not.
+        self._refused = 0
         # Whether the events that come now belong to this turn.
         self._is_ours = True
         self._tool_names = frozenset(tool_names)
@@ -1770,6 +1957,10 @@ class Translator:
         answers_to = event.get("user_message_uuids")
         if self._turn_id and isinstance(answers_to, list):
             self._is_ours = self._turn_id in answers_to
+        if kind == "api_call" and not self.done:
+            self.api_calls += 1
+            status = event.get("response") or 0
+            self._refused = status if status in CHANGEABLE else 0
         info = event.get("rate_limit_info")
         if kind == "rate_limit_event" and isinstance(info, dict):
             self.rate_limits.append(info)
@@ -1844,8 +2035,19 @@ class Translator:
         if not self._id:
             raise cli_error("the claude CLI sent a message_start without an id")
         self._usage = usage(message.get("usage"))
+        if self._refused:
+            # The CLI has taken something out of the conversation, or out of the
+            # parameters, and asked again.
+            words = "the API refused the request, and the claude CLI asked again with a"
+            words += " changed one, as it does about a thinking signature or an effort"
+            raise ApiError(self._refused, words)
         if self.message:  # an agent's answer goes on in another API message
             return []
+        answered = text_of(message, "model")
+        if self._model and not is_same_model(self._model, answered):
+            self.is_wrong_model = True
+            words = f"the claude CLI asked {answered} in place of {self._model}"
+            raise cli_error(words)
         started = without_empties(message)
         started["type"] = "message"
         started["role"] = "assistant"
@@ -2056,8 +2258,11 @@ class Translator:
         identity = text_of(message, "id")
         if text_of(message, "model") == "<synthetic>":
             self._failure = event
-            if removal := REMOVAL.match(synthetic_text(message)):
+            text = synthetic_text(message)
+            if removal := REMOVAL.match(text):
                 raise ApiError(400, removal[1])
+            if text_of(event, "api_error") == "media_removed":
+                raise ApiError(400, text.removeprefix("API Error: "))
             return []
         if not identity or not isinstance(message.get("content"), list):
             return []

@@ -45,10 +45,11 @@ from servers import Server
 
 import translate
 from bridge import Config
-from sessions import Turn
+from sessions import Kind, Turn
 from translate import ApiError, Request, cli_error, frame, parse_request
 
 Json = dict[str, Any]
+TURN_ID = "00000000-0000-4000-8000-000000000000"
 SMALL = st.integers(0, 10**6)
 
 # ---------------------------------------------------------------- bodies
@@ -118,6 +119,15 @@ SAID: list[Json] = [
     {"type": "fallback"},
     {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {}},
 ]
+# Messages of the role system.
+SYSTEM: list[Json] = [
+    role("system", "s"),
+    role("system", [text("s", **CACHED)]),
+    role("system", [{"type": "tool_addition", "name": "time"}, text("s")]),
+    {**role("system", []), "output_config": {"effort": "low"}},
+]
+# Ends of a conversation that an answer continues.
+CONTINUED: list[Any] = ["It is", [THOUGHT, text("It is", **CACHED)], [{"type": "new"}]]
 RESULTS: list[Any] = [
     None,
     "sunny",
@@ -180,7 +190,9 @@ def valid_bodies(draw: Callable[..., Any]) -> Json:
         cut = draw(st.integers(1, len(blocks)))  # consecutive messages of one role are one turn
         messages += user(*blocks[:cut]) + (user(*blocks[cut:]) if blocks[cut:] else [])
         if draw(st.integers(0, 4)) == 0:
-            messages.append(role("system", draw(st.sampled_from(["s", [text("s")]]))))
+            messages.append(draw(st.sampled_from(SYSTEM)))
+    if draw(st.integers(0, 4)) == 0:
+        messages.append(role("assistant", draw(st.sampled_from(CONTINUED))))
     names = draw(st.lists(st.sampled_from(sorted(FIELDS)), max_size=5, unique=True))
     fields = {name: draw(st.sampled_from(FIELDS[name])) for name in names}
     tools = TOOLS[: draw(st.integers(0, 3))]
@@ -268,44 +280,44 @@ def is_place(place: str, body: Any) -> bool:
 def check_use(request: Request, body: Json) -> None:
     """A valid request survives everything that is done with it, and all of it is carried."""
     roles = [message["role"] for message in request.messages]
-    assert roles[-1] == "user"
+    assert request.continues == (roles[-1] == "assistant")
     assert all(one != next_one for one, next_one in itertools.pairwise(roles))
-    for query in (True, False):
-        check_opening(request, query=query)
+    check_transcript(request)
     for has_listed_tools in (True, False):
         check_settings(request, body, has_listed_tools=has_listed_tools)
     check_not_sent(request, body)
     check_lines_in(request)
 
 
-def check_opening(request: Request, *, query: bool) -> None:
-    """A fresh process gets the whole conversation: the CLI joins neighbours of one role."""
-    turn_id = "00000000-0000-4000-8000-000000000000"
-    given, lines = translate.opening(request, request.model, turn_id, query=query)
-    check_json_lines([*given, *lines])
+def check_transcript(request: Request) -> None:
+    """A fresh process gets the whole conversation; results of tools as the CLI writes them."""
+    announced = [{"type": "date", "date": "2026-01-01"}]
+    given = translate.transcript(request.messages, request.model, announced, TURN_ID)
+    check_json_lines(given)
     rows = [json.loads(row) for row in given]
     parents = [None, *(row["uuid"] for row in rows)]
     assert [row["parentUuid"] for row in rows] == parents[:-1]
-    first, *past, last = rows
-    assert first["type"] == "system"
+    assert {row["sessionId"] for row in rows} == {TURN_ID}
+    first, attachment, *carried, last = rows
+    assert (first["type"], attachment["attachment"]) == ("system", announced[0])
     assert (last["type"], last["isVirtual"]) == ("assistant", True)
     assert last["message"]["model"] == request.model
-    later = [json.loads(line) for line in lines]
-    assert [asks(line) for line in later][-1] == query
-    ids = [row["message"]["id"] for row in [*rows[1:], *later] if row["type"] == "assistant"]
+    ids = [row["message"]["id"] for row in rows if row["type"] == "assistant"]
     assert len(set(ids)) == len(ids)
-    carried: list[Json] = []
-    for row in [*past, *later]:
-        message = row["message"]
-        blocks = message["content"]
-        if row in later and row["type"] == "user":
-            assert blocks[-1] == translate.GUARD
-            blocks = blocks[:-1]
-        if carried and carried[-1]["role"] == message["role"]:
-            carried[-1]["content"] += blocks
-        else:
-            carried.append({"role": message["role"], "content": blocks})
-    assert carried == request.messages
+    assert len(carried) == len(request.messages)
+    for row, message in zip(carried, request.messages, strict=True):
+        assert row["type"] == row["message"]["role"] == message["role"]
+        content = row["message"]["content"]
+        for written, block in zip(content, message["content"], strict=True):
+            if block["type"] == "tool_result":
+                assert meaning(written) == meaning(block)
+            else:
+                assert written == block
+
+
+def meaning(block: Any) -> Json:
+    """A block without what may be written in several ways."""
+    return translate.canonical_block(block, translate.NOISE_BUT_BREAKPOINTS)
 
 
 def check_settings(request: Request, body: Json, *, has_listed_tools: bool) -> None:
@@ -324,9 +336,8 @@ def check_settings(request: Request, body: Json, *, has_listed_tools: bool) -> N
 
 def check_not_sent(request: Request, body: Json) -> None:
     """What cannot arrive as sent is named once, in what a header can hold, and is in the body."""
-    named = request.not_sent + request.lost_image_keys
-    assert len(set(named)) == len(named)
-    for place in named:
+    assert len(set(request.not_sent)) == len(request.not_sent)
+    for place in request.not_sent:
         assert not translate.NOT_IN_HEADER.search(place), place
         if place == "cache_control":  # wherever it is
             assert any(key == place for _, key in places(body))
@@ -387,11 +398,8 @@ def check_posted(server: Server, body: bytes) -> None:
     if answer.headers["content-type"] == "text/event-stream":
         assert check_stream(answer.events)["message"]
     request = parse_request(body)
-    assert answer.headers.get("x-bridge-not-sent") in (", ".join(not_sent(request)) or None,)
-    newest = request.messages[-1]
-    begun = translate.split_at_images(newest["content"])[0]
-    is_split = bool(begun) and not translate.answers_tool_calls(newest)
-    count = len(request.messages) + is_split  # the stand-in does not join neighbours
+    assert answer.headers.get("x-bridge-not-sent") in (", ".join(request.not_sent) or None,)
+    count = len(request.messages)
     assert re.search(rf"echo: .*; {count} messages", answer.text, re.DOTALL), answer.text[:200]
 
 
@@ -416,12 +424,6 @@ def is_block(value: Any) -> bool:
         case {"type": str()}:
             return True
     return False
-
-
-def not_sent(request: Request) -> list[str]:
-    """What a fresh process cannot be given as sent."""
-    in_line = translate.sends_images_in_line(request.messages[-1])
-    return request.not_sent + (request.lost_image_keys if in_line else [])
 
 
 def check_counted(server: Server, body: bytes) -> None:
@@ -592,7 +594,7 @@ def relayed(
         return True
 
     process: Any = Reads(reads, raw=raw)
-    session: Any = SimpleNamespace(agent=False, process=process, turn_id=turn_id)
+    session: Any = SimpleNamespace(kind=Kind(), process=process, turn_id=turn_id, model="")
     turn = Turn(REQUEST, session, "hot", "", [])
     never: Any = None  # it is ready at all times
     failure = None

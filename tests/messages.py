@@ -182,9 +182,9 @@ class Played:
         return [json.loads(data.removeprefix(b"data: ")) for _, data, *_ in lines]
 
 
-def play(events: list[Json], *, agent: bool = False, turn_id: str = "") -> Played:
+def play(events: list[Json], *, agent: bool = False, turn_id: str = "", model: str = "") -> Played:
     """What sessions.Turn makes of events that come in one read, so that some follow the end."""
-    played = Played(Translator(SERVED, agent=agent, turn_id=turn_id), [], None)
+    played = Played(Translator(SERVED, agent=agent, turn_id=turn_id, model=model), [], None)
     try:
         for event in events:
             given: Any = event

@@ -188,15 +188,13 @@ class Standin:
             tools = listed.get("mcp_response", {}).get("result", {}).get("tools", [])
             names = [{"name": tool["name"]} for tool in tools]
             response["response"] = {"totalTokens": 10 * len(self.messages), "mcpTools": names}
-        elif subtype == "rewind_conversation":
-            self.messages.pop()
         elif subtype == "get_settings":
             response["response"] = {"applied": {"model": self.model}}
         elif subtype not in ("interrupt", "apply_flag_settings", "mcp_set_servers"):
             response |= {"subtype": "error", "error": f"the stand-in knows no {subtype}"}
         if subtype == "initialize":
             self.fault("initialize")
-        elif subtype == "apply_flag_settings" and self.messages:
+        elif subtype == "apply_flag_settings" and self.messages[:-1]:
             self.fault("settings")
         if self.model != "hang-at-start":
             self.emit({"type": "control_response", "response": response})
@@ -384,14 +382,15 @@ class Standin:
                 else [entry["resolvedModel"] for entry in MODELS]
             )
             self.model = model if model in takes else DEFAULT_MODEL
-        past = str(self.messages)
+        # The newest message asks, once a line starts the turn.
+        past = str(self.messages[:-1])
         if "DIE-PAST" in past:
             sys.exit("stand-in: told to die while the past is put in")
         if "HANG-PAST" in past:
             self.hang()
         if "PAUSE-PAST" in past:
             self.gate()
-        if self.messages:
+        if self.messages[:-1]:
             self.fault("past")
 
     def read_gate(self, path: str, kind: str) -> bytes:
@@ -434,12 +433,15 @@ class Standin:
         if line["type"] == "user" and line.get("shouldQuery") is False:
             if self.waiting:
                 sys.exit("stand-in: lines came before the result of the one before them")
-            self.messages.append(message)
+            if message["content"]:
+                self.messages.append(message)
             self.emit({"type": "system", "subtype": "init", "model": self.model})
             self.result(num_turns=0, result="")
         elif line["type"] == "user":
-            self.messages.append(message)
-            self.turn(message["content"])
+            # An empty one starts a turn on what is there.
+            if message["content"]:
+                self.messages.append(message)
+            self.turn(self.messages[-1]["content"])
         elif message["id"] in self.ids:
             sys.exit("stand-in: two assistant messages have one id")
         else:
@@ -840,17 +842,21 @@ class Log:
         return [int(name[0]) for name in names if name[1:] == ["at", model]]
 
     def asked(self, text: str) -> int:
-        """How often this text was put as a question, by all processes' user lines."""
-        pids = [
-            int(name.removesuffix(".ndjson"))
-            for name in os.listdir(self.folder)
-            if name.endswith(".ndjson")
-        ]
-        users = (line for pid in pids for line in self.lines(pid) if line["type"] == "user")
+        """How often this text was put as a question: in a user line, or as the newest message of a
+        conversation that an empty line asks about."""
         return sum(
-            text in str(line["message"]["content"]) and line.get("shouldQuery") is not False
-            for line in users
+            text in str(content) for pid in self.started() for content in self.questions(pid)
         )
+
+    def questions(self, pid: int) -> list[list[Json]]:
+        """The user messages that a process was asked to answer."""
+        found = []
+        for line in self.lines(pid):
+            if line["type"] == "user" and line.get("shouldQuery") is not False:
+                rows = [row for row in self.rows(pid) if row["type"] in ("user", "assistant")]
+                newest = [row["message"]["content"] for row in rows if not row.get("isVirtual")]
+                found.append(line["message"]["content"] or newest[-1])
+        return found
 
     def got(self, text: str) -> int:
         """The process that was given a user message with this text; 0: none yet."""
@@ -864,7 +870,7 @@ class Log:
 
 def main() -> None:
     if "--version" in sys.argv:
-        print("0.0.0 (stand-in for Claude Code)")
+        print("2.1.260 (stand-in for Claude Code)")
         return
     flags = dict(itertools.pairwise(sys.argv))
     conversation = flags.get("--resume")

@@ -14,9 +14,6 @@ from client import IMAGE, Answer, Client, Json, request_body, text
 from servers import Server
 from stubs import Stub
 
-import sessions
-from sessions import State
-
 TOOL = {
     "name": "get_weather",
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
@@ -96,27 +93,6 @@ def test_counts_at_once_take_a_process_for_each_core_and_wait_for_no_turn(
         assert 1 < most <= 1 + (os.cpu_count() or 1)  # the turn's, and those that count
         assert [done.result().status for done in counts] == [200] * 4
         assert turn.result().status == 200
-
-
-def test_a_process_that_has_counted_waits_for_the_next_count_one_for_each_core(
-    real: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert real.bridge
-    pool = real.bridge.pool
-
-    def counters() -> list[int]:
-        sessions = list(pool.sessions)
-        return [one.process.pid for one in sessions if one.state is State.COUNTER]
-
-    assert count(real, "one").status == 200
-    [first] = counters()
-    assert count(real, "two").status == 200
-    assert counters() == [first]
-    with ThreadPoolExecutor() as threads:
-        monkeypatch.setattr(sessions, "CORES", 1)
-        at_once = [threads.submit(count, real, f"question {number}") for number in range(2)]
-        assert [done.result().status for done in at_once] == [200, 200]
-    assert len(counters()) == 1
 
 
 def test_the_model_list_is_the_clis_own(real: Server) -> None:

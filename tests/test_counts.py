@@ -11,36 +11,13 @@ from servers import Server
 from stand_in import Log
 from test_api import count
 from test_metrics import measure
-from test_processes import in_work, kill
+from test_processes import in_work
 
 import sessions
-from sessions import State
 
 Serve = Callable[..., Server]
 PROBE = {"name": "probe", "input_schema": {"type": "object"}}
 OTHER = {"name": "other", "input_schema": {"type": "object"}}
-
-
-def counters(server: Server) -> list[int]:
-    """The processes that have counted, and wait for another count."""
-    assert server.bridge
-    pool = server.bridge.pool
-    return [one.process.pid for one in list(pool.sessions) if one.state is State.COUNTER]
-
-
-def test_a_process_that_has_counted_counts_again(serve: Serve, log: Log) -> None:
-    server = serve()
-    assert [count(server, text).json["input_tokens"] for text in ("one", "two")] == [10, 10]
-    assert counters(server) == list(log.started())
-
-
-def test_a_process_that_has_counted_counts_other_tools(serve: Serve, log: Log) -> None:
-    server = serve()
-    for text, tools in (("one", []), ("two", [PROBE]), ("three", [PROBE, OTHER]), ("four", [])):
-        # For tools the API adds a prompt of its own, which the CLI takes off.
-        expected = 10 + (500 if tools else 0)
-        assert count(server, text, tools=tools).json["input_tokens"] == expected
-    assert counters(server) == list(log.started())
 
 
 def test_a_message_that_waits_gets_the_room_of_a_count_that_ends(
@@ -89,21 +66,3 @@ def test_a_process_that_dies_while_it_counts_is_said_to_have_died(serve: Serve) 
     answer = count(server, model="initialized.exit")
     assert (answer.status, answer.json["error"]["type"]) == (502, "claude_cli_error")
     assert measure(server)("processes_ended_total", reason="died") == 1
-
-
-def test_a_process_that_has_counted_and_died_is_given_to_no_other_count(serve: Serve) -> None:
-    server = serve()
-    assert count(server, "one").status == 200
-    (first,) = counters(server)
-    kill(first)
-    assert count(server, "two").json["input_tokens"] == 10
-    assert first not in counters(server)
-
-
-def test_a_process_that_has_counted_gives_way_before_a_conversation(serve: Serve) -> None:
-    server = serve(max_sessions=2)
-    first = server.post("hello")
-    assert count(server).status == 200
-    assert server.post("another").status == 200
-    assert counters(server) == []
-    assert server.post(["hello", first.text, "and now"]).session == "hot"

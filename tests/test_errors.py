@@ -82,7 +82,7 @@ STATUSES: list[tuple[Any, int, str, str]] = [
     (failed(api_error_status=500, result="no"), 500, "api_error", "no"),
     (failed(api_error_status=503, result="no"), 503, "api_error", "no"),
     # verdicts of the CLI itself
-    (failed(result="Prompt is too long"), 400, "invalid_request_error", "Prompt is too long"),
+    (failed(result="Prompt is too long"), 400, "invalid_request_error", "prompt is too long"),
     (failed(result="API Error: Overloaded"), 529, "overloaded_error", "Overloaded"),
     (failed(api_error_status=None, result="other"), 502, "claude_cli_error", "other"),
     # what is no status
@@ -115,24 +115,47 @@ def test_a_failed_result_keeps_its_status_and_text(
 
 
 def test_a_missing_login_says_how_to_mend_it_and_is_not_retried() -> None:
-    for scenario in ("not_logged_in", "error_401"):
-        for turn in first_turns(scenario).values():
+    for turn in first_turns("not_logged_in").values():
+        error = turn.play().error
+        assert error
+        assert (error.status, error.retry) == (401, False)
+        assert error.message == (f"Not logged in · Please run /login ({translate.LOGIN_CURE})")
+
+
+def test_nothing_is_added_to_the_words_for_a_login_that_the_api_refuses() -> None:
+    said = "Failed to authenticate. API Error: 401 OAuth token has expired"
+    error = result_error(failed(api_error_status=401, result=said))
+    assert (error.status, error.message) == (401, "OAuth token has expired")
+    for turn in first_turns("error_401").values():
+        error = turn.play().error
+        assert error
+        assert (error.status, error.retry) == (401, False)
+        assert error.message == "Invalid API key · Fix external API key"
+
+
+def test_nothing_is_added_to_the_words_for_a_model_that_nobody_knows() -> None:
+    for said, message in (
+        ("API Error: 404 model: claude-x", "model: claude-x"),
+        ("There's an issue with it. Run --model.", "There's an issue with it. Run --model."),
+    ):
+        error = result_error(failed(api_error_status=404, result=said))
+        assert (error.status, error.kind, error.message) == (404, "not_found_error", message)
+
+
+def test_an_error_is_from_the_api_if_it_has_a_status_of_the_api() -> None:
+    for scenario, is_from_api in (
+        ("error_400", True),
+        ("error_401", True),
+        ("error_429", True),
+        ("error_529", True),
+        ("not_logged_in", False),
+    ):
+        for version, turn in first_turns(scenario).items():
             error = turn.play().error
             assert error
-            assert (error.status, error.retry) == (401, False)
-            assert "/login" in error.message.partition("not logged in:")[2]
-
-
-def test_an_unknown_model_says_where_the_known_ones_are() -> None:
-    text = (
-        "There's an issue with the selected model (x). It may not exist. Run --model to pick one."
-    )
-    error = result_error(failed(api_error_status=404, result=text))
-    assert (error.status, error.kind) == (404, "not_found_error")
-    assert error.message == (
-        "There's an issue with the selected model (x). It may not exist. "
-        "(GET /v1/models lists the models of this account)"
-    )
+            assert error.is_from_api == is_from_api, (version, scenario)
+    assert not result_error(failed(result="other")).is_from_api
+    assert not ApiError(401, "x").is_from_api
 
 
 # ---------------------------------------------------------------- the API's own message

@@ -38,14 +38,16 @@ def chain(messages: Any) -> bytes:
     if messages[-1]["role"] == "assistant":
         return parsed([*messages, role("user", "next")]).past
     request = parsed(messages)
+    assert not request.continues
     return link(request.past, request.newest)
 
 
-def raw_chain(messages: list[Any]) -> bytes:
-    """The same of messages that need not obey the API's rules."""
+def raw_chain(messages: list[Any], **how: Any) -> bytes:
+    """The same of messages that need not obey the API's rules; `how` as for
+    `message_digest`."""
     digest = b""
     for message in messages:
-        digest = link(digest, message_digest(message))
+        digest = link(digest, message_digest(message, **how))
     return digest
 
 
@@ -71,13 +73,11 @@ def source(**keys: Any) -> list[Json]:
 
 CITATION = {"type": "char_location", "cited_text": "x"}
 SAME: dict[str, list[Json]] = {
-    "cache_control": talk(0, 0, **CACHED),
+    "cache_control": talk(0, 2, **CACHED),
+    "cache_control of an assistant": talk(1, 1, **CACHED),
     "cache_control in a result": talk(2, 0, content=[text("sunny", **CACHED)]),
     "cache_control of null": talk(0, 0, cache_control=None),
     "parsed_output": talk(3, 0, parsed_output={"a": 1}),
-    "thinking dropped": talk(1, 0),
-    "thinking changed": talk(1, 0, thinking="x", signature=""),
-    "thinking redacted": talk(1, 0, REDACTED),
     "string": [*TALK[:3], role("assistant", "It rains.")],
     "string of a result": talk(2, 0, content=[text("sunny")]),
     "key order": talk(1, 2, dict(reversed(USE.items()))),
@@ -91,9 +91,23 @@ SAME: dict[str, list[Json]] = {
     "caller of a call": talk(1, 2, caller={"type": "direct"}),
     "trimmed": talk(3, 0, text="It rains.\n "),
     "split": talk(3, 0, text("It r"), text("ains.")),
-    "split by thinking": talk(3, 0, text("It r"), THOUGHT, text("ains.")),
     "user turn in two": [role("user", [text("look")]), role("user", [IMAGE, PAGE]), *TALK[1:]],
     "assistant turn in two": [*TALK[:3], role("assistant", "It "), role("assistant", "rains.")],
+}
+# The same to a client that drops the thinking, another conversation to one that echoes it.
+OTHER_THINKING: dict[str, list[Json]] = {
+    "thinking dropped": talk(1, 0),
+    "thinking changed": talk(1, 0, thinking="x"),
+    "signature changed": talk(1, 0, signature=""),
+    "thinking redacted": talk(1, 0, REDACTED),
+    "thinking moved": [
+        TALK[0],
+        role("assistant", [text("I see a dog."), THOUGHT, USE]),
+        *TALK[2:],
+    ],
+    "thinking twice": talk(1, 0, THOUGHT, THOUGHT),
+    "thinking added": talk(3, 0, THOUGHT, text("It rains.")),
+    "split by thinking": talk(3, 0, text("It r"), THOUGHT, text("ains.")),
 }
 OTHER: dict[str, list[Json]] = {
     "edited question": talk(2, 1, text="and"),
@@ -145,6 +159,34 @@ def test_a_fingerprint_does_not_see_what_clients_change_without_meaning_it(
 ) -> None:
     assert json.dumps(messages) != json.dumps(TALK)
     assert chain(messages) == chain(TALK)
+
+
+@pytest.mark.parametrize("messages", OTHER_THINKING.values(), ids=OTHER_THINKING.keys())
+def test_a_fingerprint_sees_thinking_unless_it_is_asked_for_without(
+    messages: list[Json],
+) -> None:
+    request, talked = (parsed([*talk, role("user", "x")]) for talk in (messages, TALK))
+    assert request.past != talked.past
+    assert request.unthinking_past == talked.unthinking_past
+    assert raw_chain(messages) != raw_chain(TALK)
+    assert raw_chain(messages, thinking=False) == raw_chain(TALK, thinking=False)
+
+
+def test_a_conversation_has_thinking_if_a_message_of_it_does() -> None:
+    for said, has_thinking in (
+        ([text("a")], False),
+        ([THOUGHT, text("a")], True),
+        ([text("a"), REDACTED, text("b")], True),
+    ):
+        conversation = ["x", role("assistant", said)]
+        for request in (parsed(conversation), parsed([*conversation, "y"])):
+            assert request.has_thinking == has_thinking
+        assert (request.past == request.unthinking_past) != has_thinking
+
+
+def test_thinking_is_all_that_a_fingerprint_without_it_leaves_out() -> None:
+    plain = {raw_chain(messages, thinking=False) for messages in [TALK, *OTHER.values()]}
+    assert len(plain) == len(OTHER) + 1
 
 
 @pytest.mark.parametrize("messages", OTHER.values(), ids=OTHER.keys())
@@ -205,7 +247,8 @@ def test_a_count_depends_on_thinking_and_on_white_space() -> None:
     conversations = (TALK, talk(1, 0, thinking="other"), talk(3, 0, text="It rains. "))
     requests = [parsed([*messages, role("user", "x")]) for messages in conversations]
     assert len({request_digest(request) for request in requests}) == 3
-    assert len({request.past for request in requests}) == 1
+    assert len({request.past for request in requests}) == 2
+    assert len({request.unthinking_past for request in requests}) == 1
 
 
 def test_what_json_holds_alike_is_told_apart() -> None:
@@ -232,7 +275,9 @@ def test_a_conversation_and_its_answer_are_known_again_in_the_next_request(turn:
     if not played.translator.rests:
         return
     asked = parsed("hello")
-    filed = link(link(asked.past, asked.newest), message_digest(played.message))
+    question = link(asked.past, asked.newest)
+    filed = link(question, message_digest(played.message))
+    unthinking = link(question, message_digest(played.message, thinking=False))
     answer = assemble(played.sent)
     calls = [block["id"] for block in answer["content"] if block["type"] == "tool_use"]
     results = [{"type": "tool_result", "tool_use_id": call, "content": "x"} for call in calls]
@@ -240,6 +285,38 @@ def test_a_conversation_and_its_answer_are_known_again_in_the_next_request(turn:
         ["hello", role("assistant", answer["content"]), role("user", results or "go on")]
     )
     assert next_request.past == filed
+    assert next_request.unthinking_past == unthinking
+
+
+def test_a_fingerprint_sees_the_breakpoints_of_a_client_that_sets_its_own() -> None:
+    """The process holds them too."""
+    own = [
+        talk(0, 0, **CACHED),
+        talk(0, 1, **CACHED),
+        [*talk(0, 0, **CACHED)[:2], *talk(2, 1, **CACHED)[2:]],
+        [*talk(0, 0, **CACHED)[:2], *talk(2, 0, content=[text("sunny", **CACHED)])[2:]],
+        [*talk(0, 0, **CACHED)[:3], role("assistant", [text("It rains.", **CACHED)])],
+    ]
+    for messages in own:
+        request = parsed([*messages, role("user", "next")])
+        assert request.caching == "client"
+        assert request.past == raw_chain(messages, caching="client")
+    assert len({chain(messages) for messages in [*own, TALK]}) == len(own) + 1
+    assert len({raw_chain(messages) for messages in [*own, TALK]}) == 1
+
+
+def test_a_fingerprint_sees_the_newest_breakpoint_of_a_client_that_sets_its_own() -> None:
+    newest = [parsed(user(PAGE | CACHED, text("a", **keys))).newest for keys in ({}, CACHED)]
+    assert newest[0] != newest[1]
+    ends = [parsed(user(PAGE, text("a", **keys))).newest for keys in ({}, CACHED)]
+    assert ends[0] == ends[1]
+
+
+def test_a_conversation_that_is_continued_has_its_last_message_as_the_newest() -> None:
+    said: Any = role("assistant", [text("b")])
+    request = parsed(["a", said])
+    assert request.past == raw_chain(user(text("a")))
+    assert request.newest == message_digest(said)
 
 
 # ---------------------------------------------------------------- parts
@@ -366,7 +443,8 @@ def echo(messages: list[Json], steps: list[tuple[str, int, int]]) -> list[Json]:
         at = other % len(content)
         block = content[at]
         said = message["role"] == "assistant"
-        if kind == "cache":
+        if kind == "cache" and (said or at == len(content) - 1):
+            # Inside a user's message it would be the client's own.
             block["cache_control"] = {"type": "ephemeral"}
         elif kind == "null":
             block["citations"] = None
@@ -404,7 +482,8 @@ def test_a_conversation_that_clients_echo_keeps_its_fingerprint(
     messages: list[Json], steps: Any
 ) -> None:
     echoed = parsed([*echo(messages, steps), role("user", "next")])
-    assert echoed.past == chain(messages)
+    assert echoed.unthinking_past == chain(messages)
+    assert (echoed.past == chain(messages)) != echoed.has_thinking
 
 
 CHANGES = st.sampled_from(["edit", "key", "drop", "swap", "role", "add", "error"])

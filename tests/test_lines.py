@@ -12,6 +12,7 @@ from messages import (
     FOUND,
     IMAGE,
     PAGE,
+    PDF,
     QUICK,
     REDACTED,
     RESULT,
@@ -46,11 +47,20 @@ USE_2, RESULT_2 = USE | {"id": "t2"}, RESULT | {"tool_use_id": "t2"}
 
 
 def test_every_user_line_ends_with_the_guard_and_says_its_turn() -> None:
-    for content in ([text("/compact")], [IMAGE], [RESULT]):
+    for content in ([text("/compact")], [IMAGE, text("a")], [RESULT]):
         line = read(translate.user_line(content, "uuid-1"))
         assert line["message"] == role("user", [*content, text("\n")])
         assert (line["type"], line["uuid"]) == ("user", "uuid-1")
         assert line["parent_tool_use_id"] is None
+
+
+def test_a_user_line_without_content_has_no_guard_and_says_its_turn() -> None:
+    """It starts a turn on what the process holds, and adds nothing."""
+    line = read(translate.user_line([], "uuid-1"))
+    assert line["message"] == role("user", [])
+    assert (line["type"], line["uuid"]) == ("user", "uuid-1")
+    assert "shouldQuery" not in line
+    assert read(translate.user_line([], "x", query=False))["shouldQuery"] is False
 
 
 def test_a_user_line_that_asks_nothing_says_so() -> None:
@@ -62,11 +72,13 @@ def test_no_line_to_the_cli_holds_a_line_break() -> None:
     content = [text("a\nb\r\u2028\u0085")]
     lines = [
         translate.user_line(content, "x"),
-        translate.assistant_line(content, "m"),
+        translate.user_line([], "x"),
         translate.control_line("r", "x", a="\n"),
         translate.settings_line({"A": "\n"}),
         translate.initialize_line(["a\nb"], has_tools=True),
-        *translate.transcript([role("user", content), role("assistant", content)], "m"),
+        *translate.transcript(
+            [role("user", content), role("assistant", content)], "m", [{"type": "a\n"}], "\n"
+        ),
     ]
     assert all(read(line) for line in lines)
 
@@ -75,21 +87,29 @@ def test_lines_keep_all_digits_of_numbers() -> None:
     number = 10**30 + 7
     use = USE | {"input": {"n": number}}
     _, row, _ = translate.transcript([role("assistant", [use])], "m")
-    for line in (translate.assistant_line([use], "m"), row):
-        assert read(line)["message"]["content"] == [use]
+    assert read(row)["message"]["content"] == [use]
 
 
-# Conversations as the CLI reads them with --resume.
+URL_IMAGE = {"type": "image", "source": {"type": "url", "url": "http://x"}}
+# Conversations as the CLI reads them with --resume; no result in them is one that
+# `written_result` changes.
 PASTS: dict[str, list[Any]] = {
     "none": [],
     "question": user(text("a")),
     "talk": [*user(text("a"), IMAGE), role("assistant", [THOUGHT, text("b")])],
+    "images": user(IMAGE, text("a"), IMAGE | {"title": "t", "new": 1}, URL_IMAGE),
+    "documents": user(PAGE | CACHED, text("a", citations=None), FOUND, {"type": "new"}),
     "tools": [
         *user(text("a")),
-        role("assistant", [text("b"), USE]),
-        *user(RESULT),
-        role("assistant", [text("c")]),
+        role("assistant", [text("b"), USE, USE_2]),
+        *user(RESULT | {"content": [IMAGE]}, RESULT_2 | CACHED, text("c")),
+        role("assistant", [REDACTED, text("c")]),
     ],
+    "results at the end": [
+        role("assistant", [USE]),
+        *user(RESULT | {"content": [text("a"), PAGE]}),
+    ],
+    "prefill": [*user(text("a")), role("assistant", [text("b"), {"type": "new"}])],
     "assistant first": [role("assistant", [text("a")]), *user(text("b"))],
 }
 
@@ -124,61 +144,131 @@ def test_a_transcript_ends_with_a_message_of_its_model_that_the_api_does_not_see
 def test_messages_of_the_past_have_ids_of_their_own() -> None:
     """The CLI would merge those that share one."""
     messages = [role(name, [text("a")]) for name in ("user", "assistant") * 3]
-    rows = [read(row) for row in translate.transcript(messages, "m")]
-    rows.append(read(translate.assistant_line([USE], "m")))
+    rows = map(read, translate.transcript(messages, "m", ANNOUNCED))
     ids = [row["message"]["id"] for row in rows if row["type"] == "assistant"]
-    assert len(set(ids)) == len(ids) == 5
+    assert len(set(ids)) == len(ids) == 4
 
 
-def test_a_past_assistant_line_keeps_blocks_and_the_names_of_tools() -> None:
-    content = [text("a"), USE, USE_2 | {"name": "mcp__client__x"}]
-    line = read(translate.assistant_line(content, "m"))
-    assert (line["type"], line["message"]["content"]) == ("assistant", content)
-    assert (line["message"]["role"], line["message"]["model"]) == ("assistant", "m")
+ANNOUNCED: list[Json] = [
+    {"type": "environment", "text": "Linux"},
+    {"type": "date", "date": "2026-01-01"},
+]
 
 
-def test_a_message_is_known_to_answer_calls_or_to_hold_thinking() -> None:
-    assert translate.answers_tool_calls(role("user", [text("a"), RESULT]))
-    assert not translate.answers_tool_calls(role("user", [text("a")]))
+def test_what_the_cli_announced_stands_before_all_messages_of_a_transcript() -> None:
+    messages = PASTS["tools"]
+    rows = [read(row) for row in translate.transcript(messages, "m", ANNOUNCED)]
+    assert [row.get("attachment") for row in rows[1:3]] == ANNOUNCED
+    kinds = ["system", "attachment", "attachment", *(m["role"] for m in messages), "assistant"]
+    assert [row["type"] for row in rows] == kinds
+    parents = [None, *(row["uuid"] for row in rows)]
+    assert [row["parentUuid"] for row in rows] == parents[:-1]
+    assert len(set(parents)) == len(parents)
+
+
+def test_every_row_of_a_transcript_names_the_session_if_there_is_one() -> None:
+    for session_id in ("", "00000000-0000-4000-8000-000000000000"):
+        rows = translate.transcript(PASTS["talk"], "m", ANNOUNCED, session_id)
+        assert {read(row).get("sessionId", "") for row in rows} == {session_id}
+
+
+# A tool's result -> as the CLI writes it for the API, with its keys in that order.
+WRITTEN: dict[str, tuple[Json, Json]] = {
+    "string": (
+        RESULT,
+        {"tool_use_id": "t1", "type": "tool_result", "content": [text("sunny")]},
+    ),
+    "blocks": (
+        RESULT | {"content": [text("a"), text("b", citations=None)], "is_error": False},
+        {"tool_use_id": "t1", "type": "tool_result", "content": [text("a"), text("b")]},
+    ),
+    "error": (
+        RESULT | {"is_error": True},
+        {
+            "type": "tool_result",
+            "content": "sunny",
+            "is_error": True,
+            "tool_use_id": "t1",
+        },
+    ),
+    "error of a block": (
+        RESULT | {"is_error": True, "content": [text("no")]},
+        {
+            "type": "tool_result",
+            "content": "no",
+            "is_error": True,
+            "tool_use_id": "t1",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("block", "written"), WRITTEN.values(), ids=WRITTEN.keys())
+def test_a_result_is_written_into_a_transcript_as_the_cli_writes_it_in_place(
+    block: Json, written: Json
+) -> None:
+    """The prompt cache compares bytes."""
+    given: Any = block
+    assert json.dumps(translate.written_result(given)) == json.dumps(written)
+    _, row, _ = translate.transcript([role("user", [block, text("a"), block])], "m")
+    assert read(row)["message"]["content"] == [written, text("a"), written]
+
+
+def test_messages_are_known_to_hold_thinking() -> None:
     said = [role("assistant", [text("a")]), role("assistant", [text("a"), REDACTED])]
     assert translate.has_thinking(said)
     assert translate.has_thinking([role("assistant", [THOUGHT])])
     assert not translate.has_thinking(said[:1])
+    assert not translate.has_thinking([])
 
 
-URL_IMAGE = {"type": "image", "source": {"type": "url", "url": "http://x"}}
-# User messages as (what can stand in a transcript, what must be a line).
-SPLITS: dict[str, tuple[list[Json], list[Json]]] = {
-    "text": ([], [text("a"), text("b")]),
-    "image before a text": ([text("a"), IMAGE], [text("b"), PAGE]),
-    "images": ([IMAGE, text("a"), IMAGE], [text("b")]),
-    "image at the end": ([], [text("a"), IMAGE]),
-    "image before a document": ([], [IMAGE, PAGE, text("a")]),
-    "image by URL": ([], [URL_IMAGE, text("a")]),
-    "image in a result": ([], [RESULT | {"content": [IMAGE]}, text("a")]),
+# Blocks -> whether the CLI would scale an image in them.
+IMAGES: dict[str, tuple[list[Any], bool]] = {
+    "none": ([], False),
+    "text": ([text("a"), PAGE], False),
+    "image": ([text("a"), IMAGE], True),
+    "image by URL": ([URL_IMAGE], False),
+    "image in a result": ([RESULT | {"content": [text("a"), IMAGE]}], True),
+    "image by URL in a result": ([RESULT | {"content": [URL_IMAGE]}], False),
+    "image in a document": (
+        [{"type": "document", "source": {"type": "content", "content": [IMAGE]}}],
+        True,
+    ),
+    "PDF": ([PDF], False),
+    "no block in a result": ([RESULT | {"content": [5, None]}], False),
 }
 
 
-@pytest.mark.parametrize(("before", "line"), SPLITS.values(), ids=SPLITS.keys())
-def test_a_message_is_split_behind_its_images_if_a_text_follows(
-    before: list[Json], line: list[Json]
+@pytest.mark.parametrize(("blocks", "found"), IMAGES.values(), ids=IMAGES.keys())
+def test_images_by_value_are_found_in_a_message_and_in_its_blocks(
+    blocks: list[Any], found: bool
 ) -> None:
-    assert translate.split_at_images([*before, *line]) == (before, line)
+    assert translate.has_images(blocks) == found
 
 
-def test_keys_of_images_are_named_as_what_a_line_cannot_carry() -> None:
-    named = IMAGE | {"title": "t", "new": 1}
-    assert parsed([*user(named), "b", *user(text("a"), named, IMAGE)]).lost_image_keys == [
-        "messages.2.content.1.new",
-        "messages.2.content.1.title",
+# What the CLI keeps of a conversation of its own.
+KEPT = [
+    {"type": "queue-operation", "operation": "enqueue"},
+    {"type": "user", "message": role("user"), "attachment": None},
+    {"type": "attachment", "attachment": {"type": "environment", "text": "Linux"}},
+    {"type": "attachment", "attachment": {"type": "todo", "text": "x"}},
+    {"type": "attachment", "attachment": {"type": "model", "text": "Opus", "id": "m"}},
+    {"type": "attachment", "attachment": {"type": "session_context", "text": "s"}},
+    {"type": "attachment", "attachment": {"type": ["date"]}},
+    {"type": "attachment", "attachment": {"type": "date", "date": "2026-01-01"}},
+    {"type": "assistant", "message": role("assistant")},
+]
+
+
+def test_the_announcements_of_a_conversation_are_four_of_its_attachments() -> None:
+    rows = "".join(json.dumps(row) + "\n" for row in KEPT).encode()
+    assert translate.announcements(rows) == [
+        {"type": "environment", "text": "Linux"},
+        {"type": "model", "text": "", "id": "m"},
+        {"type": "session_context", "text": "s"},
+        {"type": "date", "date": "2026-01-01"},
     ]
-    assert parsed(user(IMAGE | CACHED, URL_IMAGE | {"new": 1}, text("a"))).lost_image_keys == []
-
-
-def test_keys_of_images_are_named_as_the_client_numbered_them() -> None:
-    named = IMAGE | {"new": 1}
-    merged = [*user(text("a")), *user(text("b"), named), role("system")]
-    assert parsed(merged).lost_image_keys == ["messages.1.content.1.new"]
+    assert translate.announcements(b"") == []
 
 
 # ---------------------------------------------------------------- settings of the CLI
@@ -240,7 +330,22 @@ def test_the_settings_of_a_turn_take_back_those_of_the_one_before() -> None:
         "CLAUDE_CODE_EXTRA_BODY": '{"max_tokens":1024}',
         "ANTHROPIC_BETAS": "",
         "DISABLE_PROMPT_CACHING": "",
+        "FORCE_PROMPT_CACHING_5M": "",
+        "ENABLE_PROMPT_CACHING_1H": "",
     }
+
+
+def test_the_settings_of_a_turn_say_how_long_the_clis_breakpoints_are_kept() -> None:
+    hour = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+    for message, forced, enabled in (
+        (text("a"), "", ""),
+        (text("a", **CACHED), "1", ""),
+        (text("a", **hour), "", "1"),
+    ):
+        settings = translate.turn_settings(parsed(user(message)))
+        assert settings["FORCE_PROMPT_CACHING_5M"] == forced
+        assert settings["ENABLE_PROMPT_CACHING_1H"] == enabled
+        assert settings["DISABLE_PROMPT_CACHING"] == ""
 
 
 def test_a_request_without_tools_says_so_where_the_process_has_some_listed() -> None:
@@ -379,23 +484,22 @@ def handed_over(*blocks: Any, calls: tuple[str, ...] = ("t1",)) -> Any:
 
 
 SUNNY = {"content": [text("sunny")], "isError": False}
-PICTURE = {"type": "image", "data": IMAGE["source"]["data"], "mimeType": "image/png"}
 # A result -> as MCP gives it.
 RESULTS: dict[str, tuple[Json, Json]] = {
     "string": (RESULT, SUNNY),
     "block": (RESULT | {"content": [text("sunny")]}, SUNNY),
     "blocks": (
-        RESULT | {"content": [text("a"), IMAGE, text("b")]},
-        {"content": [text("a"), PICTURE, text("b")], "isError": False},
+        RESULT | {"content": [text("a"), text(" b\n")]},
+        {"content": [text("a"), text(" b\n")], "isError": False},
+    ),
+    "error of a block": (
+        RESULT | {"is_error": True, "content": [text("sunny")]},
+        SUNNY | {"isError": True},
     ),
     "error": (RESULT | {"is_error": True}, SUNNY | {"isError": True}),
     "no error": (RESULT | {"is_error": False}, SUNNY),
     "nulls": (RESULT | {"is_error": None, "new": None}, SUNNY),
     "null in a text": (RESULT | {"content": [text("sunny", citations=None)]}, SUNNY),
-    "nothing": ({"type": "tool_result", "tool_use_id": "t1"}, SUNNY | {"content": []}),
-    "content of null": (RESULT | {"content": None}, SUNNY | {"content": []}),
-    "empty string": (RESULT | {"content": ""}, SUNNY | {"content": []}),
-    "no blocks": (RESULT | {"content": []}, SUNNY | {"content": []}),
     "as long as may be": (
         RESULT | {"content": [text("x" * 200_000), text("y" * 200_000)]},
         SUNNY | {"content": [text("x" * 200_000), text("y" * 200_000)]},
@@ -419,7 +523,20 @@ NOT_HANDED_OVER: dict[str, tuple[list[Any], tuple[str, ...]]] = {
     "twice": ([RESULT, RESULT], ("t1",)),
     "document": ([RESULT | {"content": [PAGE]}], ("t1",)),
     "search result": ([RESULT | {"content": [FOUND]}], ("t1",)),
+    "image": ([RESULT | {"content": [text("a"), IMAGE]}], ("t1",)),
     "image by URL": ([RESULT | {"content": [URL_IMAGE]}], ("t1",)),
+    "nothing": ([{"type": "tool_result", "tool_use_id": "t1"}], ("t1",)),
+    "content of null": ([RESULT | {"content": None}], ("t1",)),
+    "empty string": ([RESULT | {"content": ""}], ("t1",)),
+    "no blocks": ([RESULT | {"content": []}], ("t1",)),
+    "white space": ([RESULT | {"content": " \n"}], ("t1",)),
+    "empty text": ([RESULT | {"content": [text("")]}], ("t1",)),
+    "white space among texts": ([RESULT | {"content": [text("a"), text(" ")]}], ("t1",)),
+    "error of several texts": (
+        [RESULT | {"is_error": True, "content": [text("a"), text("b")]}],
+        ("t1",),
+    ),
+    "error that says nothing": ([RESULT | {"is_error": True, "content": ""}], ("t1",)),
     "new block": ([RESULT | {"content": [{"type": "new"}]}], ("t1",)),
     "no block": ([RESULT | {"content": [5]}], ("t1",)),
     "odd content": ([RESULT | {"content": 5}], ("t1",)),
@@ -444,6 +561,15 @@ def test_what_mcp_cannot_carry_is_not_handed_over(
     blocks: list[Any], calls: tuple[str, ...]
 ) -> None:
     assert handed_over(*blocks, calls=calls) is None
+
+
+def test_a_result_that_mcp_cannot_carry_stands_in_a_transcript_as_it_is() -> None:
+    alone = [blocks for blocks, calls in NOT_HANDED_OVER.values() if len(blocks) == len(calls) == 1]
+    others = [blocks for blocks in alone if blocks not in ([RESULT_2], [RESULT])]
+    assert len(others) > 20
+    for blocks in others:
+        _, row, _ = translate.transcript([role("user", blocks)], "m")
+        assert read(row)["message"]["content"] == blocks
 
 
 def test_parallel_results_may_come_in_any_order() -> None:
@@ -533,16 +659,18 @@ def test_a_damaged_part_of_the_answer_fails_the_turn() -> None:
     assert decode(whole + b"oops") == [json.loads(whole)]
 
 
-def test_a_log_line_of_a_count_says_what_the_api_answered() -> None:
-    succeeded = "[log_5b] post http://127.0.0.1:1/v1/messages/count_tokens?beta=true succeeded"
+@pytest.mark.parametrize(("path", "kind"), [("/count_tokens", "count"), ("", "message")])
+def test_a_log_line_of_a_call_says_what_the_api_answered(path: str, kind: str) -> None:
+    succeeded = f"[log_5b] post http://127.0.0.1:1/v1/messages{path}?beta=true succeeded"
     for line, status in (
         (f"{succeeded} with status 200 in 16ms", 200),
         (f"{succeeded} with status 400 in 1ms".replace("succeeded", "failed"), 400),
         (f"{succeeded.replace('succeeded', 'failed')} in 3ms", 502),
     ):
-        assert decode(line.encode()) == [{"type": "api_call", "response": status}]
+        call = {"type": "api_call", "subtype": kind, "response": status}
+        assert decode(line.encode()) == [call]
     for line in (
-        succeeded.replace("/count_tokens", "") + " with status 200",
+        succeeded.replace("/messages", "/models") + " with status 200",
         "see " + succeeded,
         '[log_5b] sending request {"url": "http://x/v1/messages/count_tokens"}',
     ):
@@ -677,22 +805,96 @@ def test_a_model_is_listed_by_its_alias_and_its_id(name: str, model: str) -> Non
         assert translate.listed_model(odd, name) == ""
 
 
-@pytest.mark.parametrize(
-    ("account", "source"),
-    [
-        ({"apiKeySource": "ANTHROPIC_API_KEY", "tokenSource": "none"}, "ANTHROPIC_API_KEY"),
-        ({"tokenSource": "claude.ai"}, "claude.ai"),
-        ({"tokenSource": "none"}, ""),
-        ({"tokenSource": None, "apiKeySource": "none"}, ""),
-        ({}, ""),
-        (None, ""),
-        ("x", ""),
-        ({"apiKeySource": "none", "tokenSource": "claude.ai"}, "claude.ai"),
-    ],
-)
-def test_an_account_has_the_source_that_is_not_none(account: Any, source: str) -> None:
+# What the CLI says of an account -> what it is called by.
+ACCOUNTS: dict[str, tuple[Json, str]] = {
+    "subscription": (
+        {"subscriptionType": "Claude Max", "apiProvider": "firstParty"},
+        "Claude Max",
+    ),
+    "subscription of an organization": (
+        {
+            "email": "user@example.com",
+            "organization": "Example",
+            "subscriptionType": "Claude Max",
+            "apiProvider": "firstParty",
+        },
+        "Claude Max",
+    ),
+    "token of a subscription": (
+        {"tokenSource": "CLAUDE_CODE_OAUTH_TOKEN", "apiProvider": "firstParty"},
+        "CLAUDE_CODE_OAUTH_TOKEN",
+    ),
+    "key": (
+        {
+            "tokenSource": "none",
+            "apiKeySource": "ANTHROPIC_API_KEY",
+            "apiProvider": "firstParty",
+        },
+        "ANTHROPIC_API_KEY",
+    ),
+    "helper": (
+        {
+            "tokenSource": "apiKeyHelper",
+            "apiKeySource": "apiKeyHelper",
+            "apiProvider": "firstParty",
+        },
+        "apiKeyHelper",
+    ),
+    "token": (
+        {"tokenSource": "ANTHROPIC_AUTH_TOKEN", "apiProvider": "firstParty"},
+        "ANTHROPIC_AUTH_TOKEN",
+    ),
+    "Bedrock": ({"apiProvider": "bedrock"}, "bedrock"),
+    "Vertex": ({"apiProvider": "vertex"}, "vertex"),
+    "Foundry": ({"apiProvider": "foundry"}, "foundry"),
+    "nobody": ({"tokenSource": "none", "apiProvider": "firstParty"}, ""),
+}
+HAVE_KEYS = {"key", "helper"}
+
+
+@pytest.mark.parametrize(("account", "source"), ACCOUNTS.values(), ids=ACCOUNTS.keys())
+def test_an_account_is_called_by_its_source_its_plan_or_its_cloud(
+    account: Json, source: str
+) -> None:
     assert translate.login_source({"account": account}) == source
-    assert translate.login_source({}) == ""
+
+
+def test_an_account_has_a_key_if_the_cli_names_its_source() -> None:
+    found = {name for name, (account, _) in ACCOUNTS.items() if has_key(account)}
+    assert found == HAVE_KEYS
+    assert not any(map(has_key, (None, "x", {}, {"apiKeySource": "none"})))
+
+
+def has_key(account: Any) -> bool:
+    return translate.has_api_key({"account": account})
+
+
+# What was asked, what answered, whether that may be the same model.
+SAME_MODELS = [
+    ("claude-opus-4-8", "claude-opus-4-8", True),
+    ("claude-opus-4-8", "claude-opus-4-8-20260101", True),
+    ("claude-opus-4-8-20260101", "claude-opus-4-8", True),
+    ("claude-opus-4-8[1m]", "claude-opus-4-8", True),
+    ("claude-opus-4-8[1m]", "claude-opus-4-8-20260101", True),
+    # what is no full name of the API can be anything
+    ("opus", "claude-opus-4-8", True),
+    ("opus[1m]", "claude-opus-4-8", True),
+    ("us.anthropic.claude-opus-4-8-v1:0", "claude-opus-4-8", True),
+    ("claude-opus-4-8", "us.anthropic.claude-sonnet-5-5-v1:0", True),
+    ("claude-opus-4-8", "", True),
+    # others
+    ("claude-opus-4-8", "claude-sonnet-5-5", False),
+    ("claude-opus-4-8", "claude-opus-4-5", False),
+    ("claude-opus-4-8-20260101", "claude-opus-4-8-20260202", False),
+    ("claude-opus-4-8[1m]", "claude-opus-4-5[1m]", False),
+]
+
+
+@pytest.mark.parametrize(("asked", "answered", "is_same"), SAME_MODELS)
+def test_a_model_is_the_same_but_for_a_date_or_the_size_of_its_context(
+    asked: str, answered: str, is_same: bool
+) -> None:
+    assert translate.is_same_model(asked, answered) == is_same
 
 
 # ---------------------------------------------------------------- frames

@@ -96,9 +96,7 @@ def test_ps_shows_no_key_and_nothing_of_a_request(
     )
     for body in (plain, {**plain, "tools": [TOOL]}):
         background.submit(program.call, "POST", "/v1/messages", body, {"x-api-key": KEY})
-    wait_until(
-        lambda: sum("PAUSE" in str(log.lines(pid)) for pid in log.started()) == 2, "the turns"
-    )
+    wait_until(lambda: log.asked("PAUSE") == 2, "the turns")
     wait_until(lambda: len(program.children()) > 2, "a spare")
     assert "sesame" not in seen(program.process.pid)
     looked_at = 0

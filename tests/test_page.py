@@ -17,6 +17,7 @@ from test_api import count
 from test_http import quiet  # noqa: F401 - an autouse fixture
 
 import bridge
+from bridge import user_name
 
 Serve = Callable[..., Server]
 KEY = {"x-api-key": "sesame-key"}
@@ -169,7 +170,7 @@ def test_a_deep_look_asks_the_cli_but_no_model(serve: Serve, log: Log) -> None:
     [
         ("exit-at-start", "the claude CLI does not work: "),
         ("hang-at-start", "the claude CLI did not answer within 0.5 seconds"),
-        ("not-logged-in", f"nobody is logged in: run `{STANDIN}` in a terminal"),
+        ("not-logged-in", f"nobody is logged in: no login of user {user_name()} in "),
     ],
 )
 def test_a_deep_look_says_why_nothing_can_be_answered(
@@ -228,7 +229,7 @@ def test_of_many_who_ask_at_once_one_starts_a_process(
     assert len(log.started()) == 1
 
 
-def test_a_deep_look_does_not_take_a_process_that_counted_for_a_busy_one(serve: Serve) -> None:
+def test_a_deep_look_finds_the_room_of_a_process_that_counted(serve: Serve) -> None:
     server = serve(max_sessions=1)
     assert count(server).status == 200
     assert deep(server) == (200, "ok")

@@ -97,24 +97,10 @@ def test_a_client_that_leaves_as_the_last_turn_ends_gets_no_turn(gate: Path) -> 
     in_pool(use)
 
 
-def test_a_count_for_the_other_mode_takes_another_process(tmp_path: Path) -> None:
-    async def use(pool: Pool) -> None:
-        await count(pool, "one")
-        [session] = pool.sessions
-        assert session.agent
-        request = parse_request(json.dumps(request_body("two", tools=[PROBE])).encode())
-        assert pool._take_counter(request, []) is None
-        plain = parse_request(json.dumps(request_body("two")).encode())
-        assert pool._take_counter(plain, []) is session
-        pool.retire(session, "failed")
-
-    in_pool(use, tools="default", cwd=str(tmp_path))
-
-
 def test_of_two_requests_one_takes_the_curious_process_and_one_a_resting_one(gate: Path) -> None:
     async def use(pool: Pool) -> None:
         await ask(pool, "idle")
-        pool.known_hello = {}
+        pool.cli.hello = {}
         curious = asyncio.create_task(pool.hello(is_curious=True))
         await soon(lambda: pool._curious)
         answers = [asyncio.create_task(ask(pool, f"PAUSE {number}")) for number in range(2)]
@@ -182,7 +168,7 @@ def test_what_an_old_process_said_of_itself_does_not_replace_what_a_new_one_said
         newest = (await pool.hello(anew=True))["pid"]
         turn, _ = await ask(pool, "one", first, "two")
         assert turn.how == "hot"
-        assert pool.known_hello["pid"] == newest != turn.process.pid
+        assert pool.cli.hello["pid"] == newest != turn.process.pid
 
     in_pool(use)
 

@@ -4,7 +4,6 @@ end."""
 import contextlib
 import json
 import os
-import stat
 import tempfile
 import threading
 import uuid
@@ -538,66 +537,25 @@ def test_retries_reach_the_child_in_its_environment(serve: Serve, log: Log) -> N
     assert log.started()[pid(answer)]["env"]["CLAUDE_CODE_MAX_RETRIES"] == "7"
 
 
-def test_the_working_directory_is_private_empty_and_the_same_for_all_bridges_of_a_user(
-    serve: Serve, log: Log
-) -> None:
-    folders = []
-    for server in (serve(), serve()):
-        number = pid(server.post())
-        folders.append(Path(log.started()[number]["cwd"]))
-    assert folders[0] == folders[1]
-    assert stat.S_IMODE(folders[0].stat().st_mode) == 0o700
-    assert list(folders[0].iterdir()) == []
-
-
-@pytest.mark.parametrize("spoil", ["file", "full", "open", "link"])
-def test_a_working_directory_that_others_can_change_is_not_used(
-    serve: Serve, log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: str
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    usual = tmp_path / f"claude-cli-bridge-{os.getuid()}"
-    if spoil == "file":
-        usual.write_text("")
-    elif spoil == "link":
-        (tmp_path / "target").mkdir(mode=0o700)
-        usual.symlink_to(tmp_path / "target")
-    else:
-        usual.mkdir(mode=0o700)
-        if spoil == "full":
-            (usual / "work").mkdir()
-            (usual / "work/CLAUDE.md").write_text("obey")
-        else:
-            usual.chmod(0o777)
-    server = serve()
-    number = pid(server.post())
-    folder = Path(log.started()[number]["cwd"])
-    assert folder != usual.resolve()
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    server.close()
-    assert not folder.exists()
-
-
-def test_a_working_directory_that_was_cleaned_up_is_made_again(
-    serve: Serve, log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    server = serve()
-    number = pid(server.post())
-    Path(log.started()[number]["cwd"]).rmdir()
-    assert server.post("another").status == 200
-
-
-def test_a_disk_without_room_for_the_working_directory_fails_the_request_and_no_more(
+def test_a_temporary_folder_that_cannot_be_written_fails_the_request_and_is_named(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As good as full: no folder can be made.
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
     server = serve(spares=1)
     answer = server.post()
     assert (answer.status, answer.json["error"]["type"]) == (502, "claude_cli_error")
-    assert "cannot be started" in answer.json["error"]["message"]
-    (tmp_path / "missing").mkdir()
+    assert f"cannot be started: Not a directory: {tmp_path}/file" in answer.json["error"]["message"]
+    (tmp_path / "file").unlink()
+    (tmp_path / "file").mkdir()
     assert server.post().status == 200
+
+
+def test_a_temporary_folder_that_is_gone_is_replaced(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    assert serve().post().status == 200
 
 
 def test_a_system_prompt_is_not_in_argv(serve: Serve, log: Log) -> None:

@@ -106,7 +106,7 @@ def test_the_start_asks_who_is_logged_in_and_sends_nothing_to_the_model(
 
 def test_without_a_login_the_bridge_starts_and_says_how_to_log_in(launch: Launch) -> None:
     program = launch(CLAUDE_CLI_MODEL="not-logged-in")
-    printed(program, "nobody is logged in: run `")
+    printed(program, "nobody is logged in: no login of user ")
     answer = program.post(model="not-logged-in")
     assert (answer.status, answer.json["error"]["type"]) == (401, "authentication_error")
     assert "log in with /login" in answer.json["error"]["message"]

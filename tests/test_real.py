@@ -5,7 +5,6 @@ import copy
 import http.client
 import json
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -237,7 +236,7 @@ def test_tool_results_of_a_history_keep_is_error_and_emptiness(real: Server, stu
     blocks = last_arrived(stub)[-1]["content"]
     assert [(b["tool_use_id"], b.get("content"), b.get("is_error", False)) for b in blocks] == [
         ("toolu_2", "boom", True),
-        ("toolu_0", "fine", False),
+        ("toolu_0", [text("fine")], False),  # as the CLI writes one that it gets in place
         ("toolu_1", None, False),
     ]
 
@@ -552,8 +551,9 @@ def test_parameters_are_the_requests_alone(
     assert {name: with_them[name] for name in asked} == asked
     assert without["max_tokens"] == 50
     assert without["output_config"] == {"effort": "high"}  # the API's default
+    # With older models the CLI sends the API's default itself.
+    assert without.get("temperature", 1) == 1
     assert not {
-        "temperature",
         "top_p",
         "top_k",
         "stop_sequences",
@@ -779,9 +779,7 @@ def test_child_gets_no_name_of_the_scrub_list_unless_kept(
     environ = process.environ()
     assert not (set(SCRUBBED) - {"OTEL_EXPORTER_OTLP_ENDPOINT"}) & set(environ)
     assert environ["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://127.0.0.1:9"
-    folder = Path(process.cwd())
-    assert list(folder.iterdir()) == []
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert process.cwd() == "/"
     assert "SAY" not in " ".join(process.cmdline())
 
 

@@ -19,6 +19,7 @@ from messages import (
     JUNK,
     PAGE,
     PDF,
+    PNG,
     QUICK,
     REDACTED,
     RESULT,
@@ -34,7 +35,7 @@ from messages import (
 )
 
 import translate
-from translate import PREFILL, ApiError, parse_request
+from translate import CANNOT_CONTINUE, ApiError, parse_request
 
 Json = dict[str, Any]
 
@@ -45,6 +46,9 @@ UNANSWERED = (
     "`tool_use` ids were found without `tool_result` blocks immediately after: t1. "
     "Each `tool_use` block must have a corresponding `tool_result` block in the next message."
 )
+TWO_RESULTS = (
+    "each tool_use must have a single result. Found multiple `tool_result` blocks with id: t1"
+)
 ORPHAN = (
     "unexpected `tool_use_id` found in `tool_result` blocks: t1. "
     "Each `tool_result` block must have a corresponding `tool_use` block in the previous message."
@@ -54,6 +58,9 @@ NO_CONTENT = (
 )
 NOT_A_MODEL = "model: String should be a model name"
 GIF = base64.b64encode(b"GIF89a").decode()
+USE_2, RESULT_2 = USE | {"id": "t2"}, RESULT | {"tool_use_id": "t2"}
+SERVER_USE = {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {}}
+SERVER_RESULT = {"type": "web_search_tool_result", "tool_use_id": "s1", "content": []}
 
 
 def answered(use: Json, *blocks: Json) -> list[Any]:
@@ -126,10 +133,16 @@ REFUSED: list[tuple[Any, Json, str]] = [
     ),
     ([role("user"), role("system"), 5], {}, "messages.1: role 'system' must follow a user turn"),
     (
-        [role("user"), role("system", [IMAGE])],
+        [role("user"), role("system", [text(" ")])],
         {},
-        "messages.1.content.0.type: Input should be 'text'",
+        "messages: text content blocks must contain non-whitespace text (messages.1)",
     ),
+    (
+        [role("user"), role("system", [{"type": []}])],
+        {},
+        "messages.1.content.0.type: Input should be a valid string",
+    ),
+    ([role("user"), role("system", None)], {}, "messages.1.content: Field required"),
     # texts that the CLI would drop
     ([role("user", "")], {}, f"messages.0: {NO_CONTENT}"),
     (["x", role("assistant", []), role("user")], {}, f"messages.1: {NO_CONTENT}"),
@@ -215,11 +228,37 @@ REFUSED: list[tuple[Any, Json, str]] = [
         {},
         "messages: `tool_use` ids must be unique",
     ),
-    # a prefill
-    (["x", "y"], {}, f"messages.1: {PREFILL}"),
-    (["x", role("assistant", [USE])], {}, f"messages.1: {PREFILL}"),
-    ([role("assistant", [THOUGHT])], {}, f"messages.0: {PREFILL}"),
-    (["x", role("assistant", [THOUGHT])], {}, f"messages.1: {PREFILL}"),
+    (
+        ["x", role("assistant", [USE, USE_2]), *user(RESULT, RESULT_2, RESULT)],
+        {},
+        f"messages.2.content.2: {TWO_RESULTS}",
+    ),
+    (
+        ["x", role("assistant", [USE]), *user(RESULT), *user(text("a"), RESULT)],
+        {},
+        f"messages.3.content.1: {TWO_RESULTS}",
+    ),
+    (["x", role("assistant", [USE])], {}, f"messages.1: {UNANSWERED}"),
+    (
+        ["x", "y", role("assistant", [text("a"), USE, text("b")])],
+        {},
+        f"messages.1: {UNANSWERED}",
+    ),
+    # an end that cannot be continued
+    ([role("assistant", [THOUGHT])], {}, f"messages.0: {CANNOT_CONTINUE}"),
+    (["x", role("assistant", [REDACTED])], {}, f"messages.1: {CANNOT_CONTINUE}"),
+    (["x", "y", role("assistant", [THOUGHT])], {}, f"messages.2: {CANNOT_CONTINUE}"),
+    (["x", role("assistant", [SERVER_USE])], {}, f"messages.1.content.0: {CANNOT_CONTINUE}"),
+    (
+        ["x", role("assistant", [text("a"), SERVER_USE, text("b")])],
+        {},
+        f"messages.1.content.1: {CANNOT_CONTINUE}",
+    ),
+    (
+        ["x", role("assistant", [text("a"), {"type": "fallback"}])],
+        {},
+        f"messages.1.content.1: {CANNOT_CONTINUE}",
+    ),
 ]
 
 
@@ -236,8 +275,20 @@ def test_what_the_bridge_reads_itself_is_checked_in_the_apis_words(
     assert error.message.startswith(words)
 
 
-def test_a_prefill_is_refused_as_what_the_bridge_cannot_do() -> None:
-    assert "this bridge" in PREFILL
+@pytest.mark.parametrize("more", [0, 4])
+def test_an_image_may_have_five_mebibytes_of_base64(more: int) -> None:
+    begun = PNG.replace("=", "A")
+    data = begun + "A" * ((5 << 20) - len(begun) + more)
+    if not more:
+        assert parsed(image(data=data)).messages == image(data=data)
+        return
+    with pytest.raises(ApiError) as caught:
+        parsed(image(data=data))
+    assert caught.value.status == 400
+    assert caught.value.message == (
+        "messages.0.content.0.image.source.base64: "
+        "image exceeds 5 MB maximum: 5242884 bytes > 5242880 bytes"
+    )
 
 
 def test_a_count_needs_no_max_tokens() -> None:
@@ -457,8 +508,6 @@ def test_blocks_of_a_user_pass_as_sent(block: Json) -> None:
     assert request.not_sent == []
 
 
-SERVER_USE = {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {}}
-SERVER_RESULT = {"type": "web_search_tool_result", "tool_use_id": "s1", "content": []}
 # Blocks of an assistant that go to the API as sent.
 SAID: dict[str, list[Json]] = {
     "thinking": [THOUGHT, REDACTED, text("b")],
@@ -477,6 +526,48 @@ def test_blocks_of_an_assistant_pass_as_sent(blocks: list[Json]) -> None:
     assert messages[1] == role("assistant", blocks)
 
 
+# Assistant messages that end a conversation, and that the answer continues.
+CONTINUED: dict[str, list[Json]] = {
+    "prefill": [text("The answer is")],
+    "prefill behind thinking": [THOUGHT, text("{")],
+    "pause of a server's tool": [text("a"), SERVER_USE, SERVER_RESULT],
+    "new block": [{"type": "new"}],
+}
+
+
+@pytest.mark.parametrize("blocks", CONTINUED.values(), ids=CONTINUED.keys())
+def test_an_answer_continues_the_assistant_message_that_ends_a_conversation(
+    blocks: list[Json],
+) -> None:
+    for messages in (
+        ["a", role("assistant", blocks)],
+        [role("user", "a"), role("system"), role("assistant", blocks)],
+        [*answered(USE, RESULT), role("assistant", blocks)],
+        [role("assistant", blocks)],
+    ):
+        request = parsed(messages)
+        assert request.continues
+        assert request.messages[-1] == role("assistant", blocks)
+        assert set(request.not_sent) <= {"messages.1.role"}
+
+
+def test_an_answer_continues_nothing_where_the_user_has_the_last_word() -> None:
+    for messages in (
+        "a",
+        ["a", "b", "c"],
+        answered(USE, RESULT),
+        [role("user"), role("system")],
+        [role("user"), "b", role("user"), role("system", [])],
+    ):
+        assert not parsed(messages).continues
+
+
+def test_assistant_messages_at_the_end_are_continued_as_one() -> None:
+    request = parsed(["a", "b", role("assistant", [SERVER_USE, SERVER_RESULT])])
+    assert request.messages[1:] == [role("assistant", [text("b"), SERVER_USE, SERVER_RESULT])]
+    assert request.continues
+
+
 # What a tool_use and its tool_result may hold, besides.
 EXCHANGES: dict[str, tuple[Json, list[Json]]] = {
     "string": (USE, [RESULT]),
@@ -491,7 +582,6 @@ EXCHANGES: dict[str, tuple[Json, list[Json]]] = {
     "no blocks": (USE, [RESULT | {"content": [5, USE]}]),
     "text behind": (USE, [RESULT, text("b")]),
     "text before": (USE, [text("b"), RESULT]),
-    "twice": (USE, [RESULT, RESULT]),
     "odd name": (USE | {"name": ""}, [RESULT]),
     "long name": (USE | {"name": "x" * 200}, [RESULT]),
 }
@@ -524,8 +614,8 @@ def test_a_model_name_loses_the_bridges_prefix_and_nothing_else(name: str, model
     assert parsed(model=name).model == model
 
 
+ADDED = {"type": "tool_addition", "tool": {"type": "tool_reference", "tool_name": "x"}}
 REMINDER = "<system-reminder>\nx\n</system-reminder>"
-USE_2, RESULT_2 = USE | {"id": "t2"}, RESULT | {"tool_use_id": "t2"}
 # name -> (messages, their normal form as (role, blocks))
 NORMAL: dict[str, tuple[Any, list[tuple[str, list[Json]]]]] = {
     "string": (
@@ -550,6 +640,22 @@ NORMAL: dict[str, tuple[Any, list[tuple[str, list[Json]]]]] = {
     ),
     "system role of blocks": (
         [role("user", "a"), role("system", [text("x", **CACHED)])],
+        [("user", [text("a"), text(REMINDER)])],
+    ),
+    "system role of settings alone": (
+        [role("user", "a"), role("system", ""), role("assistant", "b"), role("user", "c")],
+        [("user", [text("a")]), ("assistant", [text("b")]), ("user", [text("c")])],
+    ),
+    "system role without blocks": (
+        [role("user", "a"), role("system", [])],
+        [("user", [text("a")])],
+    ),
+    "system role without a text": (
+        [role("user", "a"), role("system", [ADDED, IMAGE])],
+        [("user", [text("a")])],
+    ),
+    "system role of a text among other blocks": (
+        [role("user", "a"), role("system", [ADDED, text("x"), ADDED])],
         [("user", [text("a"), text(REMINDER)])],
     ),
     "system role of several blocks": (
@@ -627,6 +733,12 @@ def test_betas_are_the_header_in_one_order_and_each_once() -> None:
     assert parsed().betas == ""
 
 
+def test_the_id_of_the_user_is_that_of_the_metadata() -> None:
+    assert parsed(metadata={"user_id": "x"}).user_id == "x"
+    for odd in (..., None, {}, {"user_id": None}, {"user_id": 5}, "x"):
+        assert parsed(metadata=odd).user_id == ""
+
+
 def test_the_size_is_that_of_the_body() -> None:
     body = json.dumps(request_body("hi")).encode()
     assert parse_request(body).size == len(body)
@@ -684,58 +796,151 @@ def test_of_the_result_of_an_error_its_texts_arrive() -> None:
 # ---------------------------------------------------------------- cache breakpoints
 
 DOCUMENT = {"type": "document", "source": {"type": "content", "content": [text("x", **CACHED)]}}
-# What leaves the breakpoints of the messages to the CLI: (messages, other fields).
-CLI: dict[str, tuple[Any, Json]] = {
-    "none": ("hello", {}),
-    "end of a message": (user(text("a"), text("b", **CACHED)), {}),
-    "end of each message": (
-        [role(name, [text("a", **CACHED)]) for name in ("user", "assistant", "user")],
+HOUR: Json = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+CALLS = ["x", role("assistant", [USE, USE_2])]
+SEVERAL = [text("a", **CACHED), text("b", **CACHED)]
+# name -> (messages, other fields, how long those of the CLI are kept, whether they fail
+# to stand for some)
+CLI: dict[str, tuple[Any, Json, str, bool]] = {
+    "none": ("hello", {}, "", False),
+    "null inside a message": (user(text("a", cache_control=None), text("b")), {}, "", False),
+    # where the CLI has its own
+    "end of a message": (user(text("a"), text("b", **CACHED)), {}, "5m", False),
+    "end of each message of the user": (
+        [*user(text("a", **CACHED)), "b", *user(text("c", **CACHED))],
         {},
+        "5m",
+        False,
     ),
-    "null inside a message": (user(text("a", cache_control=None), text("b")), {}),
-    "inside a result": (answered(USE, RESULT | {"content": [text("x", **CACHED), text("y")]}), {}),
-    "inside a document": (user(DOCUMENT, text("a")), {}),
-    "system": ("hello", {"system": [text("a", **CACHED), text("b", **CACHED)]}),
-    "role of the system": ([role("user"), role("system", [text("a", **CACHED), text("b")])], {}),
-    "one tool": ("hello", {"tools": [TOOL, TOOL | CACHED]}),
-    "the whole request": ("hello", CACHED),
+    "result at the end": ([*CALLS, *user(RESULT, RESULT_2 | CACHED)], {}, "5m", False),
+    "each of the results at the end": (
+        [*CALLS, *user(RESULT | CACHED, RESULT_2 | CACHED)],
+        {},
+        "5m",
+        False,
+    ),
+    "result before one at the end": (
+        [*CALLS, *user(RESULT | CACHED, RESULT_2)],
+        {},
+        "5m",
+        False,
+    ),
+    "results at the end behind a text": (
+        [*CALLS, *user(text("a"), RESULT | CACHED, RESULT_2)],
+        {},
+        "5m",
+        False,
+    ),
+    "text behind the results": (
+        [*CALLS, *user(RESULT, RESULT_2, text("a", **CACHED))],
+        {},
+        "5m",
+        False,
+    ),
+    "end of the system": ("hello", {"system": [text("a"), text("b", **CACHED)]}, "5m", False),
+    # what goes to the API as sent, and leaves the CLI room
+    "one tool": ("hello", {"tools": [TOOL, TOOL | CACHED]}, "5m", False),
+    "the whole request": ("hello", CACHED, "5m", False),
+    # where the CLI has none
+    "assistant": ([role("user"), role("assistant", SEVERAL), role("user")], {}, "5m", True),
+    "system": ("hello", {"system": SEVERAL}, "5m", True),
+    "start of the system": (
+        "hello",
+        {"system": [text("a", **CACHED), text("b")]},
+        "5m",
+        True,
+    ),
+    "inside a result": (
+        answered(USE, RESULT | {"content": [text("x", **CACHED), text("y")]}),
+        {},
+        "5m",
+        True,
+    ),
+    "inside a document": (user(DOCUMENT, text("a")), {}, "5m", True),
+    "role of the system": ([role("user"), role("system", SEVERAL)], {}, "5m", True),
+    # how long they are kept
+    "message for an hour": (user(text("a", **HOUR)), {}, "1h", False),
+    "system for an hour": ("hello", {"system": [text("a", **HOUR)]}, "1h", False),
+    "tool for an hour": ("hello", {"tools": [TOOL | HOUR]}, "1h", False),
+    "whole request for an hour": ("hello", HOUR, "1h", False),
+    "all for an hour": (
+        user(text("a", **HOUR)),
+        {"system": [text("a", **HOUR)], **HOUR},
+        "1h",
+        False,
+    ),
+    "message for another time": (
+        user(text("a", cache_control={"type": "ephemeral", "ttl": "5m"})),
+        {},
+        "5m",
+        False,
+    ),
+    "system longer than the message": (
+        user(text("a", **CACHED)),
+        {"system": [text("a", **HOUR)]},
+        "5m",
+        True,
+    ),
 }
-CLIENT: dict[str, tuple[Any, Json]] = {
-    "inside a message": (user(PAGE | CACHED, text("b")), {}),
+# name -> (messages, other fields, whether some are lost)
+CLIENT: dict[str, tuple[Any, Json, bool]] = {
+    "inside a message": (user(PAGE | CACHED, text("b")), {}, False),
     "inside an early message": (
         [*user(text("a", **CACHED), text("b")), role("assistant"), role("user")],
         {},
+        False,
     ),
-    "parallel results": (
-        ["x", role("assistant", [USE, USE_2]), *user(RESULT | CACHED, RESULT_2 | CACHED)],
+    "result before a text": ([*CALLS, *user(RESULT, RESULT_2 | CACHED, text("a"))], {}, False),
+    "text before a result": (answered(USE, text("a", **CACHED), RESULT), {}, False),
+    "inside a message for an hour": (user(PAGE | HOUR, text("b", **CACHED)), {}, False),
+    "inside a message, a document and a result": (
+        [
+            *user(DOCUMENT | CACHED, text("b")),
+            role("assistant", [text("a", **CACHED), USE]),
+            *user(RESULT | {"content": [text("x", **CACHED)]}),
+        ],
         {},
+        False,
     ),
-    "two tools": ("hello", {"tools": [TOOL | CACHED, BASH | CACHED]}),
-    "a tool and the whole request": ("hello", {"tools": [TOOL | CACHED], **CACHED}),
+    "two tools": ("hello", {"tools": [TOOL | CACHED, BASH | CACHED]}, False),
+    "a tool and the whole request": ("hello", {"tools": [TOOL | CACHED], **CACHED}, False),
+    "inside a message and on the system": (
+        user(PAGE | CACHED, text("b")),
+        {"system": [text("a", **CACHED)]},
+        True,
+    ),
 }
 
 
-@pytest.mark.parametrize(("messages", "fields"), CLI.values(), ids=CLI.keys())
-def test_breakpoints_that_the_clis_own_are_a_match_for_are_left_to_it(
-    messages: Any, fields: Json
+@pytest.mark.parametrize(("messages", "fields", "ttl", "is_lossy"), CLI.values(), ids=CLI.keys())
+def test_breakpoints_where_the_cli_sets_its_own_are_left_to_it(
+    messages: Any, fields: Json, ttl: str, is_lossy: bool
 ) -> None:
     request = parsed(messages, **fields)
-    assert request.caching == "cli"
+    assert (request.caching, request.ttl) == ("cli", ttl)
     assert '"cache_control"' not in json.dumps(request.messages)
-    given_any = '"cache_control": {' in json.dumps([messages, fields.get("system")])
-    assert ("cache_control" in request.not_sent) == given_any
+    assert ("cache_control" in request.not_sent) == is_lossy
 
 
-@pytest.mark.parametrize(("messages", "fields"), CLIENT.values(), ids=CLIENT.keys())
-def test_other_breakpoints_are_the_clients(messages: Any, fields: Json) -> None:
+@pytest.mark.parametrize(("messages", "fields", "is_lossy"), CLIENT.values(), ids=CLIENT.keys())
+def test_other_breakpoints_are_the_clients(messages: Any, fields: Json, is_lossy: bool) -> None:
     request = parsed(messages, **fields)
-    assert request.caching == "client"
+    assert (request.caching, request.ttl) == ("client", "")
     if messages != "hello":
         assert [message["content"] for message in request.messages] == [
             [text("x")] if isinstance(content, str) else content
             for content in (m if isinstance(m, str) else m["content"] for m in messages)
         ]
-    assert request.not_sent == []
+    assert request.not_sent == ["cache_control"] * is_lossy
+
+
+def test_breakpoints_are_told_apart_whatever_else_is_wrong_with_a_request() -> None:
+    """The messages are not checked before."""
+    for junk in JUNK:
+        for messages in ([junk], [role(junk)], [role("user", junk)], user(junk, junk)):
+            data = {"system": junk, "cache_control": None}
+            found = translate.read_breakpoints(messages, [junk], data)
+            assert found == translate.Breakpoints(are_own=False, ttl="", lost=[])
 
 
 def test_the_breakpoints_of_tools_and_of_the_whole_request_go_to_the_api() -> None:
@@ -762,11 +967,6 @@ LOST: dict[str, tuple[Any, Json, list[str]]] = {
     "metadata": ("x", {"metadata": {"user_id": "x"}}, ["metadata"]),
     "betas": ("x", {"betas": ["x-2026"]}, ["betas"]),
     "nothing": ("x", {"metadata": None, "betas": None, "system": "a"}, []),
-    "breakpoints": (
-        user(text("a", **CACHED)),
-        {"system": [text("a", **CACHED)]},
-        ["cache_control"],
-    ),
     "billing line": (
         "x",
         {"system": [text("x-anthropic-billing-header: cch=1;"), text("a")]},
@@ -774,9 +974,19 @@ LOST: dict[str, tuple[Any, Json, list[str]]] = {
     ),
     "role": ([role("user"), role("system")], {}, ["messages.1.role"]),
     "keys of the system's texts": (
-        [role("user"), role("system", [text("a", **CACHED), text("b", new=1, old=None)])],
+        [role("user"), role("system", [text("a"), text("b", new=1, old=None)])],
         {},
-        ["messages.1.role", "cache_control", "messages.1.content.1.new"],
+        ["messages.1.role", "messages.1.content.1.new"],
+    ),
+    "blocks of the system without text": (
+        [role("user"), role("system", [ADDED, text("a"), IMAGE | {"new": 1}])],
+        {},
+        ["messages.1.role", "messages.1.content.0", "messages.1.content.2"],
+    ),
+    "settings of the system": (
+        [role("user"), role("system", []) | {"output_config": {"effort": "low"}}],
+        {},
+        ["messages.1.output_config", "messages.1.role"],
     ),
     "thinking alone": (["x", role("assistant", [THOUGHT]), role("user")], {}, ["messages.1"]),
     "mark of a fallback alone": (
@@ -897,7 +1107,7 @@ def use_whole(body: bytes, betas: str = "") -> None:
         assert (refusal.status, bool(refusal.message)) == (400, True)
         translate.frame(refusal.body("r"))
         return
-    assert request.messages[-1]["role"] == "user"
+    assert request.continues == (request.messages[-1]["role"] == "assistant")
     pairs = zip(request.messages, request.messages[1:], strict=False)
     assert all(before["role"] != after["role"] for before, after in pairs)
     settings = translate.turn_settings(request, has_listed_tools=True)
@@ -909,6 +1119,7 @@ def use_whole(body: bytes, betas: str = "") -> None:
     translate.transcript(request.messages, request.model)
     newest = request.messages[-1]["content"]
     translate.user_line(newest, "id")
+    translate.has_images(newest)
     translate.tool_results(newest, ["t1", "t2"])
 
 

@@ -65,7 +65,7 @@ ENDS: dict[str, list[tuple[Any, ...]]] = {
     "unlisted_tool": [("tool_use", "Let me use it.", ["text", "tool_use"])],
     "builtin_tool": [("end_turn", "Let me use it.Tool said: ", ["text", "text"])],
     "subagent": [("end_turn", "Let me use it.Tool said: ", ["text", "text"])],
-    "error_400": [(400, "invalid_request_error", "Prompt is too long")],
+    "error_400": [(400, "invalid_request_error", "prompt is too long")],
     "error_401": [(401, "authentication_error", "Invalid API key")],
     "error_429": [(429, "rate_limit_error", "slow down")],
     "error_529": [(529, "overloaded_error", "Overloaded")],
@@ -301,6 +301,50 @@ def test_a_refused_control_request_fails_the_turn_unless_it_only_asked() -> None
     assert (error.status, error.kind) == (502, "claude_cli_error")
     asked = {**refused["response"], "request_id": "get_settings"}
     assert play([{**refused, "response": asked}, *stream(*TEXT)]).emitted == GOOD
+
+
+# ---------------------------------------------------------------- the model that answers
+
+OPUS, SONNET = "claude-opus-4-8", "claude-sonnet-5-5"
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_an_answer_of_another_model_fails_before_anything_is_sent(is_streamed: bool) -> None:
+    """For one that it does not take, the CLI silently asks another."""
+    answer = stream(start(model=SONNET), *TEXT[1:])
+    played = play(answer if is_streamed else [plain(text("Hi"), model=SONNET)], model=OPUS)
+    assert played.error
+    assert (played.error.status, played.error.kind) == (502, "claude_cli_error")
+    assert played.error.message == f"the claude CLI asked {SONNET} in place of {OPUS}"
+    assert (played.emitted, played.message) == ([], {})
+    assert played.translator.is_wrong_model
+
+
+def test_an_answer_of_the_model_that_was_asked_is_passed_on() -> None:
+    answer = stream(start(model=f"{OPUS}-20260101"), *TEXT[1:])
+    for asked in (OPUS, f"{OPUS}[1m]", "opus", ""):
+        played = play(answer, model=asked)
+        assert checked(played)["model"] == f"{OPUS}-20260101"
+        assert not played.translator.is_wrong_model
+
+
+def test_models_that_an_agent_asks_later_may_be_others() -> None:
+    begun = start(model=OPUS)
+    later = start(id="msg_2", model=SONNET)
+    events = stream(begun, *READ, finish("tool_use"), STOP, later, *TEXT[1:])
+    assert checked(play(events, agent=True, model=OPUS))["model"] == OPUS
+
+
+def test_a_recorded_answer_is_of_the_model_that_the_cli_lists() -> None:
+    for scenario in ("text", "client_tool", "not_streamed"):
+        for version, turn in first_turns(scenario).items():
+            events: list[Any] = turn.events
+            hellos = [translate.control_result(event, "initialize") for event in events]
+            model = translate.listed_model(next(filter(None, hellos)), "sonnet")
+            played = play(turn.events, turn_id=turn.turn_id, model=model)
+            assert checked(played)["model"] == model, (version, scenario)
+            other = play(turn.events, turn_id=turn.turn_id, model=OPUS)
+            assert other.translator.is_wrong_model, (version, scenario)
 
 
 # ---------------------------------------------------------------- whose events they are

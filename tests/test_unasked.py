@@ -15,8 +15,6 @@ from client import Answer, request_body
 from host import wait_until
 from servers import Server
 from stand_in import UNASKED, Log
-from test_api import count
-from test_counts import counters
 from test_processes import HEADER, alive, pid
 from test_spares import spare
 from test_tools import CALL, start, user
@@ -147,20 +145,6 @@ def test_a_parked_process_that_speaks_ends_and_the_tools_result_is_not_lost(
     )
     check_own(answer, "echo: 18C; 3 messages", stream=stream)
     assert answer.session == "rebuilt; reason=unasked"
-
-
-@kinds
-def test_a_process_that_has_counted_and_speaks_is_given_to_no_other_count(
-    serve: Serve, speaking: Callable[[int], None], kind: str
-) -> None:
-    server = serve()
-    assert count(server, "one").json["input_tokens"] == 10
-    (first,) = counters(server)
-    speaking(first)
-    wait_until(lambda: not alive(first), "its end")
-    assert count(server, "two").json["input_tokens"] == 10
-    assert first not in counters(server)
-    check_own(server.post("hello"), "echo: hello; 1 messages", stream=False)
 
 
 @both
