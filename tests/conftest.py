@@ -100,12 +100,15 @@ IN_TURN = (
     "test_agent",
     "test_api",
     "test_check",
+    "test_continue",
     "test_environment",
     "test_fidelity",
     "test_js_clients",
+    "test_logins",
     "test_real",
     "test_tools",
     "test_unasked",
+    "test_versions",
 )
 # These with both: what arrives of any request is what differs most between versions.
 WITH_BOTH = ("test_generated_requests",)

@@ -73,6 +73,7 @@ TYPE_NAMES = {
     list: "list",
     dict: "object",
 }
+MOST_BREAKPOINTS = 4
 # The CLI lists no tool without a type.
 TOOL = {"name": str, "description?": str, "input_schema": {"type": ("object",)}}
 
@@ -138,10 +139,51 @@ def check_ranges(data: Json) -> None:
             raise Refused("`max_tokens` must be greater than `thinking.budget_tokens`.")
 
 
+def breakpoints(value: Any) -> list[Any]:
+    """Each `cache_control` in blocks or tools, and in the blocks that they hold, in their order."""
+    found = []
+    for block in value if isinstance(value, list) else []:
+        if isinstance(block, dict):
+            source = block.get("source")
+            holder = source if isinstance(source, dict) else block
+            found += breakpoints(holder.get("content"))
+            found += filter(None, [block.get("cache_control")])
+    return found
+
+
+def check_breakpoints(body: Json) -> None:
+    found = breakpoints(body.get("tools")) + breakpoints(body.get("system"))
+    for message in body["messages"]:
+        found += breakpoints(message.get("content"))
+    found += filter(None, [body.get("cache_control")])
+    if len(found) > MOST_BREAKPOINTS:
+        words = f"A maximum of {MOST_BREAKPOINTS} blocks with cache_control may be provided."
+        raise Refused(f"{words} Found {len(found)}.")
+    times = ["1h" if control.get("ttl") == "1h" else "5m" for control in found]
+    if times != sorted(times):  # "1h" < "5m"
+        words = "a ttl='1h' cache_control block must not come after a ttl='5m' cache_control block."
+        order = (
+            "Note that blocks are processed in the following order: `tools`, `system`, `messages`."
+        )
+        raise Refused(f"{words} {order}")
+
+
+def check_contents(messages: list[Json]) -> None:
+    for number, message in enumerate(messages):
+        is_prefill = number == len(messages) - 1 and message["role"] == "assistant"
+        if not message["content"] and not is_prefill:
+            words = "all messages must have non-empty content"
+            raise bad(
+                f"messages.{number}", f"{words} except for the optional final assistant message"
+            )
+
+
 def judge(body: Json) -> None:
     """Raise Refused unless the API would take the request."""
     check(body, REQUEST, "")
     check_ranges(body)
+    check_breakpoints(body)
+    check_contents(body["messages"])
     names = [tool.get("name") for tool in body.get("tools") or []]
     if len(names) != len(set(names)):
         raise bad("tools", "Tool names must be unique.")

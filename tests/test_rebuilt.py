@@ -1,0 +1,365 @@
+"""The prompt cache of the API: what a continued conversation, and one that is built anew, have in
+common with the request before, byte for byte.  The stub refuses breakpoints as the API does."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from client import Answer, Client, Json, sent, text
+from installed import CLIS
+from judge import Refused, judge
+from servers import Server
+from stubs import Stub
+from test_logins import LOGINS, log_in
+
+MODEL = "claude-sonnet-5-5"
+TOOL = {"name": "probe", "description": "d", "input_schema": {"type": "object"}}
+RESULTS: list[Json] = [
+    {"content": "ok"},
+    {"content": [text("one"), text("two")], "is_error": False},
+    {"content": "no", "is_error": True},
+]
+
+
+@dataclass
+class Bridges:
+    """Bridges with one login and one CLI, in front of an API that judges."""
+
+    start: Callable[..., Server]
+    stub: Stub
+    login: str
+    has_bare_mode: bool  # the CLI is one of those that announce things
+    seen: int
+
+    def bodies(self) -> list[Json]:
+        """The API's requests for a message since the last look."""
+        rows = self.stub.log(self.seen)
+        self.seen += len(rows)
+        return [row["body"] for row in rows if "count_tokens" not in row["path"]]
+
+    def body(self, answer: Answer, how: str) -> Json:
+        """The one request that came of an answer, which was hot, new or rebuilt."""
+        assert (answer.status, answer.headers.get("x-bridge-not-sent")) == (200, None), answer.body
+        assert answer.session.partition(";")[0] == how
+        [body] = self.bodies()
+        return body
+
+
+@pytest.fixture(scope="module")
+def judging() -> Iterator[Stub]:
+    with Stub("--judge") as running:
+        yield running
+
+
+@pytest.fixture(params=["key", "subscription-with-account"])
+def bridges(
+    request: pytest.FixtureRequest,
+    serve: Callable[..., Server],
+    cli: Path,
+    environment: Path,
+    judging: Stub,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Bridges:
+    return make_bridges(request.param, serve, cli, environment, judging, monkeypatch)
+
+
+def make_bridges(
+    name: str,
+    serve: Callable[..., Server],
+    cli: Path,
+    home: Path,
+    judging: Stub,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Bridges:
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", judging.url)
+    keep = log_in(LOGINS[name], home, monkeypatch)
+
+    def start(**settings: Any) -> Server:
+        return serve(bin=cli, keep_env=keep, setting_sources=LOGINS[name].sources, **settings)
+
+    return Bridges(start, judging, name, cli == next(iter(CLIS.values())), len(judging.log()))
+
+
+# An API request as its prompt cache compares it.
+
+
+def pieces(body: Json, *, marks: bool = False) -> list[str]:
+    """Tools, system prompt and each message, without the breakpoints unless these count too."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                key: plain(inner) for key, inner in value.items() if marks or key != "cache_control"
+            }
+        return [plain(inner) for inner in value] if isinstance(value, list) else value
+
+    return [
+        json.dumps(plain(part)) for part in (body.get("tools"), body["system"], *body["messages"])
+    ]
+
+
+def share(earlier: Json, later: Json) -> float:
+    """The share of the earlier request that the later one begins with: it can be read again."""
+    old, new = "\n".join(pieces(earlier)), "\n".join(pieces(later))
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new, strict=False))
+    return len(list(same)) / len(old)
+
+
+def controls(body: Json) -> list[tuple[str, Json]]:
+    """Each breakpoint with the text, or name, that it stands on."""
+    found = []
+    blocks = [*(body.get("tools") or []), *body["system"]]
+    for message in body["messages"]:
+        blocks += message["content"] if isinstance(message["content"], list) else []
+    for block in blocks:
+        if "cache_control" in block:
+            found.append((block.get("text") or block.get("name"), block["cache_control"]))
+    return found
+
+
+def added(body: Json) -> list[tuple[int, str]]:
+    """The messages that the CLI adds, and their places."""
+    return [
+        (number, message["content"])
+        for number, message in enumerate(body["messages"])
+        if message["role"] == "system"
+    ]
+
+
+def check_added(bridges: Bridges, bodies: list[Json], conversations: list[list[Any]]) -> None:
+    """With a key a new CLI adds nothing; with a subscription it says the same once, behind the
+    first message."""
+    if bridges.has_bare_mode and bridges.login != "subscription-with-account":
+        for body, messages in zip(bodies, conversations, strict=True):
+            assert as_blocks(body) == sent(messages)
+        return
+    firsts = {json.dumps(added(body)) for body in bodies}
+    assert len(firsts) == 1
+    if not bridges.has_bare_mode:
+        assert added(bodies[0]) == []
+        return
+    [(place, said)] = added(bodies[0])
+    words = said if isinstance(said, str) else said[0]["text"]
+    assert (place, words.splitlines()[0]) == (1, "# Environment")
+
+
+def as_blocks(body: Json) -> list[Json]:
+    """The messages of a request, all of them, without breakpoints."""
+    found = []
+    for piece in pieces(body)[2:]:
+        message = json.loads(piece)
+        content = message["content"]
+        found.append(
+            {**message, "content": [text(content)] if isinstance(content, str) else content}
+        )
+    return found
+
+
+# conversations
+
+
+def talk(client: Client, turns: int, **fields: Any) -> tuple[list[Any], list[Answer]]:
+    """A conversation whose last message is an answer."""
+    history: list[Any] = []
+    answers = []
+    for number in range(turns):
+        history.append(f"SAY {number} " + "x" * 100)
+        answers.append(client.post(history, model=MODEL, **fields))
+        history.append({"role": "assistant", "content": answers[-1].json["content"]})
+    return history, answers
+
+
+def check_conversation(bridges: Bridges) -> None:
+    fields: Json = {"system": "Be terse.", "tools": [TOOL], "model": MODEL}
+    server = bridges.start()
+    history, answers = talk(server, 3, system="Be terse.", tools=[TOOL])
+    assert [answer.session for answer in answers] == ["new", "hot", "hot"]
+    hot = bridges.bodies()
+    conversations = [history[:1], history[:3], history[:5]]
+    assert [share(*pair) for pair in itertools.pairwise(hot)] == [1.0, 1.0]
+
+    # A restart: the same request, and the next one.
+    restarted = bridges.start()
+    again = bridges.body(restarted.post(history[:5], **fields), "rebuilt")
+    assert pieces(again, marks=True) == pieces(hot[2], marks=True)
+    following = [*history, "SAY what follows"]
+    after = bridges.body(bridges.start().post(following, **fields), "rebuilt")
+    assert share(hot[2], after) == 1.0
+
+    # A fork: one branch is continued, the other one is built anew.
+    other = [*history, "SAY another branch"]
+    continued = bridges.body(server.post(following, **fields), "hot")
+    assert pieces(continued, marks=True) == pieces(after, marks=True)
+    branch = bridges.body(server.post(other, **fields), "rebuilt")
+    assert share(hot[2], branch) == 1.0
+
+    # An edit: all that is before it.
+    edited = [*history[:2], "SAY edited", *history[3:4], "SAY go on"]
+    rewritten = bridges.body(server.post(edited, **fields), "rebuilt")
+    before = len(pieces(hot[0])) + 1
+    assert pieces(rewritten)[:before] == pieces(hot[2])[:before]
+    assert share(hot[0], rewritten) == 1.0
+
+    check_added(
+        bridges,
+        [*hot, again, after, continued, branch, rewritten],
+        [*conversations, history[:5], following, following, other, edited],
+    )
+
+
+def test_whether_continued_rebuilt_forked_or_edited_the_cache_reads_all_that_was_there(
+    bridges: Bridges,
+) -> None:
+    check_conversation(bridges)
+
+
+def test_with_a_key_from_a_helper_the_cache_reads_all_that_was_there(
+    serve: Callable[..., Server],
+    environment: Path,
+    judging: Stub,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not CLIS:
+        pytest.skip("no CLI is installed")
+    cli = next(iter(CLIS.values()))
+    check_conversation(make_bridges("key-helper", serve, cli, environment, judging, monkeypatch))
+
+
+def test_a_conversation_whose_process_is_evicted_after_each_answer_is_read_from_the_cache(
+    bridges: Bridges,
+) -> None:
+    history, answers = talk(bridges.start(max_idle=0), 3, system="Be terse.")
+    assert [answer.session for answer in answers] == ["new", *["rebuilt; reason=evicted"] * 2]
+    evicted = bridges.bodies()
+    assert [share(*pair) for pair in itertools.pairwise(evicted)] == [1.0, 1.0]
+    check_added(bridges, evicted, [history[:1], history[:3], history[:5]])
+
+
+def test_tool_results_have_the_same_bytes_in_place_and_in_a_fresh_process(
+    bridges: Bridges,
+) -> None:
+    fields: Json = {"tools": [TOOL], "model": MODEL}
+    messages: list[Any] = ['USE_TOOL probe INPUT={"a":1}END COUNT=3']
+    server = bridges.start()
+    answer = server.post(messages, **fields)
+    called = bridges.body(answer, "new")
+    content = answer.json["content"]
+    calls = [block["id"] for block in content if block["type"] == "tool_use"]
+    results = [
+        {"type": "tool_result", "tool_use_id": call, **more}
+        for call, more in zip(calls, RESULTS, strict=True)
+    ]
+    messages += [{"role": "assistant", "content": content}, {"role": "user", "content": results}]
+    in_place = bridges.body(server.post(messages, **fields), "hot")
+    rebuilt = bridges.body(bridges.start().post(messages, **fields), "rebuilt")
+    assert share(called, in_place) == 1.0
+    assert pieces(in_place, marks=True) == pieces(rebuilt, marks=True)
+    assert len({json.dumps(added(body)) for body in (called, in_place, rebuilt)}) == 1
+
+
+# breakpoints
+
+
+def marked(value: str, ttl: str) -> Json:
+    control = {"type": "ephemeral", **({"ttl": ttl} if ttl else {})}
+    return {**text(value), "cache_control": control}
+
+
+def marks_sent(messages: list[Json]) -> list[tuple[str, Json]]:
+    blocks = [block for message in messages for block in message["content"]]
+    return [(block["text"], block["cache_control"]) for block in blocks if "cache_control" in block]
+
+
+@pytest.mark.parametrize("ttl", ["", "5m", "1h"])
+def test_a_marked_document_in_the_first_message_is_the_only_mark_over_five_hot_turns(
+    bridges: Bridges, ttl: str
+) -> None:
+    server = bridges.start()
+    document = marked("a document " * 50, ttl)
+    history: list[Json] = [{"role": "user", "content": [document, text("SAY 0")]}]
+    bodies: list[Json] = []
+    for number in range(5):
+        answer = server.post(history, model=MODEL, system="Be terse.")
+        bodies.append(bridges.body(answer, "hot" if number else "new"))
+        assert controls(bodies[-1]) == marks_sent(history)
+        history.append({"role": "assistant", "content": answer.json["content"]})
+        history.append({"role": "user", "content": [text(f"SAY {number + 1}")]})
+    assert [share(*pair) for pair in itertools.pairwise(bodies)] == [1.0] * 4
+
+
+def test_marks_that_a_client_moves_on_arrive_where_it_put_them_over_five_turns(
+    bridges: Bridges,
+) -> None:
+    """Two documents in the first message, and the last two messages of the user: a process holds
+    the marks it was given, so where one is taken away the conversation is built anew."""
+    server = bridges.start()
+    documents = [marked("a document " * 50, "1h"), marked("another one " * 50, "1h")]
+    history: list[Json] = [{"role": "user", "content": [*documents, text("SAY 0")]}]
+    bodies: list[Json] = []
+    for number, how in enumerate(["new", "hot", "hot", "rebuilt", "rebuilt"]):
+        answer = server.post(history, model=MODEL)
+        bodies.append(bridges.body(answer, how))
+        assert controls(bodies[-1]) == marks_sent(history)
+        assert len(controls(bodies[-1])) == min(number + 2, 4)
+        if number > 1:
+            history[-3] = {"role": "user", "content": [text(f"SAY {number - 1}")]}
+        history.append({"role": "assistant", "content": answer.json["content"]})
+        history.append({"role": "user", "content": [marked(f"SAY {number + 1}", "5m")]})
+    assert [share(*pair) for pair in itertools.pairwise(bodies)] == [1.0] * 4
+
+
+@pytest.mark.parametrize(("number", "ttl"), [(1, "5m"), (1, "1h"), (2, ""), (3, "1h"), (4, "5m")])
+def test_marks_on_tools_arrive_and_with_the_clis_own_the_api_takes_them(
+    bridges: Bridges, number: int, ttl: str
+) -> None:
+    """The CLI of a subscription marks for an hour, which must not come after five minutes."""
+    names = [f"probe{index}" for index in range(number)]
+    control = marked("", ttl)["cache_control"]
+    fields: Json = {
+        "tools": [{**TOOL, "name": name, "cache_control": control} for name in names],
+        "system": "Be terse.",
+        "model": MODEL,
+    }
+    server = bridges.start()
+    first = server.post("SAY one", **fields)
+    bodies = [bridges.body(first, "new")]
+    bodies.append(bridges.body(server.post(["SAY one", first.text, "SAY two"], **fields), "hot"))
+    for body in bodies:
+        found = controls(body)
+        assert found[:number] == [(name, control) for name in names]
+        assert len(found) <= 4
+
+
+# the judge
+
+
+def judged(*messages: Json, **fields: Any) -> str:
+    """What the API says against a request; empty: nothing."""
+    try:
+        judge({"model": MODEL, "max_tokens": 9, "messages": list(messages), **fields})
+    except Refused as refused:
+        return str(refused)
+    return ""
+
+
+def test_the_judge_refuses_breakpoints_and_empty_messages_as_the_api_does() -> None:
+    user = {"role": "user", "content": [marked("a", "5m"), marked("b", "")]}
+    hour, two = marked("", "1h")["cache_control"], [marked("s", "1h"), marked("t", "1h")]
+    tool = {**TOOL, "cache_control": hour}
+    assert judged(user, system=two) == ""
+    assert judged(user, system=two, tools=[tool]).endswith("may be provided. Found 5.")
+    assert judged(user, system=two, cache_control={"type": "ephemeral"}).endswith("Found 5.")
+    inner = {"type": "tool_result", "tool_use_id": "t", "content": two}
+    assert "must not come after" in judged(user, {"role": "user", "content": [inner]})
+    assert "must not come after" in judged(user, cache_control=hour)
+    tool["cache_control"] = {"type": "ephemeral"}
+    assert "must not come after" in judged(user, system=two[:1], tools=[tool])
+    for empty in ("", []):
+        words = "messages.0: all messages must have non-empty content"
+        assert judged({"role": "user", "content": empty}).startswith(words)
+        assert judged({"role": "assistant", "content": empty}, user).startswith(words)
+        assert judged(user, {"role": "assistant", "content": empty}) == ""

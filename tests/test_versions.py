@@ -1,0 +1,239 @@
+"""The version of the CLI: one that is too old or new, and one that takes the place of another while
+the bridge runs."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from client import Json, request_body
+from host import STANDIN, wait_until
+from installed import CLIS
+from servers import Program, Server
+from stand_in import Log
+from test_check import check
+
+from sessions import NEWEST_TESTED, OLDEST, Pool, State, dotted
+
+TOO_OLD = (
+    f"the claude CLI is version 2.1.100, and {dotted(OLDEST)} or newer is needed: run `claude "
+    "update`, or install Claude Code anew"
+)
+TOO_NEW = f"the claude CLI 9.9.9 is newer than {dotted(NEWEST_TESTED)}, the newest that was tested"
+TRIES_IT = "`claude-cli-bridge check` tries it"
+
+
+def script(folder: Path, version: str, *lines: str) -> Path:
+    """A CLI of a version, which is the stand-in otherwise, and runs `lines` before."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"claude-{version}"
+    asked = f'[ "$1" = --version ] && echo "{version} (Claude Code)" && exit 0'
+    path.write_text("\n".join(["#!/bin/sh", *lines, asked, f'exec {STANDIN} "$@"', ""]))
+    path.chmod(0o755)
+    return path
+
+
+def page(server: Server | Program) -> str:
+    return server.call("GET", "/").body.decode()
+
+
+def pool_of(server: Server) -> Pool:
+    assert server.bridge
+    return server.bridge.pool
+
+
+def test_a_cli_that_is_too_old_is_refused_with_a_cure_and_never_asked_anything(
+    launch: Callable[..., Program], tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    old = script(tmp_path, "2.1.100", f'echo "$*" >> {runs}')
+    program = launch(CLAUDE_CLI_BIN=str(old), CLAUDE_CLI_SPARES="1")
+    wait_until(lambda: any(TOO_OLD in line for line in program.lines), "the version")
+    [line] = [line for line in program.lines if TOO_OLD in line]
+    assert f" WARNING the claude CLI ({old}) cannot be used: " in line
+    answers = [program.post(), program.post(stream=True)]
+    counted = request_body("hi", max_tokens=...)
+    answers.append(program.call("POST", "/v1/messages/count_tokens", counted))
+    answers.append(program.call("GET", "/v1/models"))
+    for answer in answers:
+        assert answer.status == 502
+        assert answer.json["error"] == {"type": "claude_cli_error", "message": TOO_OLD}
+    deep = program.call("GET", "/healthz?deep=1")
+    assert (deep.status, TOO_OLD in deep.body.decode()) == (503, True)
+    assert f"2.1.100 ({TOO_OLD})" in page(program)
+    status, said = check(old)
+    assert (status, said["start"]) == (1, f"does not work ({TOO_OLD})")
+    assert "version" not in said  # nothing else was tried
+    assert set(runs.read_text().splitlines()) == {"--version"}
+
+
+def test_the_cure_for_the_cli_of_the_wheel_is_pip(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    old = script(tmp_path / "claude_agent_sdk", "2.1.100")
+    message = serve(bin=old).post().json["error"]["message"]
+    assert message.endswith("is needed: run `pip install --upgrade claude-agent-sdk`")
+
+
+@pytest.mark.parametrize(
+    ("version", "is_taken"),
+    [
+        (dotted(OLDEST), True),
+        (f"{OLDEST[0]}.{OLDEST[1]}.{OLDEST[2] - 1}", False),
+        ("2.0.999", False),
+        ("3.0.0", True),
+        ("unknown", True),
+    ],
+)
+def test_the_oldest_version_that_is_taken_is_the_one_that_is_named(
+    serve: Callable[..., Server], tmp_path: Path, version: str, is_taken: bool
+) -> None:
+    assert serve(bin=script(tmp_path, version)).post().status == (200 if is_taken else 502)
+
+
+def test_a_cli_that_is_newer_than_the_tested_ones_works_with_a_warning_that_names_check(
+    launch: Callable[..., Program], tmp_path: Path
+) -> None:
+    new = script(tmp_path, "9.9.9")
+    program = launch(CLAUDE_CLI_BIN=str(new))
+    assert program.post().status == 200
+    wait_until(lambda: any(TOO_NEW in line for line in program.lines), "the warning")
+    [line] = [line for line in program.lines if TOO_NEW in line]
+    assert " WARNING " in line
+    assert TRIES_IT in line
+    assert f"9.9.9 ({TOO_NEW}: {TRIES_IT})" in page(program)
+    _, said = check(new, CLAUDE_CLI_WATCHDOG_SECS="1")  # the stand-in asks no API
+    assert said["version"] == f"9.9.9 ({TOO_NEW}: {TRIES_IT})"
+
+
+def test_the_newest_tested_version_is_no_reason_to_warn(
+    launch: Callable[..., Program], tmp_path: Path
+) -> None:
+    program = launch(CLAUDE_CLI_BIN=str(script(tmp_path, dotted(NEWEST_TESTED))))
+    words = f"version {dotted(NEWEST_TESTED)}\n"
+    wait_until(lambda: any(line.endswith(words) for line in program.lines), "the version")
+    assert not [line for line in program.lines if "newer than" in line]
+
+
+# another one in its place
+
+
+def swap(link: Path, target: Path) -> None:
+    """Let a link lead to another program, in one step, as an update does."""
+    new = link.with_suffix(".new")
+    new.symlink_to(target)
+    os.replace(new, link)
+
+
+def test_what_was_learnt_of_a_cli_is_forgotten_when_another_takes_its_place(
+    serve: Callable[..., Server], tmp_path: Path, log: Log
+) -> None:
+    link = tmp_path / "claude"
+    link.symlink_to(script(tmp_path / "old", "2.1.260"))
+    server = serve(bin=link, spares=1)
+    pool = pool_of(server)
+    wait_until(lambda: pool.spares, "a spare")
+    for model in ("claude-opus-5-5", "sonnet"):
+        assert server.post(model=model).status == 200
+    counted = request_body("hi", max_tokens=...)
+    assert server.call("POST", "/v1/messages/count_tokens", counted).status == 200
+    wait_until(lambda: pool.spares, "a spare")
+    known, [spare] = pool.cli, pool.spares
+    assert (known.version, bool(known.hello), len(known.counts)) == ("2.1.260", True, 1)
+    assert known.models["claude-opus-5-5"]
+    wait_until(lambda: spare.process.pid in log.started(), "its start")
+    before = set(log.started())
+
+    swap(link, script(tmp_path / "new", "2.1.270"))
+    models = server.call("GET", "/v1/models")
+    assert models.status == 200
+    assert pool.cli is not known
+    assert (pool.cli.version, dict(pool.cli.models), dict(pool.cli.counts)) == ("2.1.270", {}, {})
+    assert spare.state is State.RETIRED
+    [asked] = set(log.started()) - before  # the new one, and what it says of itself
+    assert log.requests(asked) == ["initialize"]
+    assert "2.1.270" in page(server)
+
+    # A count of the old one is none of the new one.
+    before = set(log.started())
+    assert server.call("POST", "/v1/messages/count_tokens", counted).status == 200
+    assert set(log.started()) - before
+
+
+def test_a_model_that_only_the_old_cli_knew_is_looked_at_anew(
+    serve: Callable[..., Server], tmp_path: Path, log: Log
+) -> None:
+    """A CLI that does not know a model of a conversation takes its default without a word."""
+    link = tmp_path / "claude"
+    link.symlink_to(script(tmp_path / "old", "2.1.260"))
+    server = serve(bin=link)
+    model = "claude-haiku-5-5"
+    assert server.post("one", model=model).message["model"] == model
+    assert server.post("two", model=model).message["model"] == model
+    pool = pool_of(server)
+    assert pool.cli.models[model]
+    started = set(log.started())
+
+    deaf = "export STANDIN_DEAF_TO_MODELS=1"
+    swap(link, script(tmp_path / "new", "2.1.261", deaf))
+    assert server.post("three", model=model).message["model"] == model
+    assert pool.cli.version == "2.1.261"
+    deaf_one, with_model = [run["argv"] for pid, run in log.started().items() if pid not in started]
+    assert "--model" not in deaf_one
+    assert with_model[with_model.index("--model") + 1] == model
+
+
+def test_a_hot_conversation_of_the_old_cli_goes_on_and_a_new_one_is_the_new_clis(
+    serve: Callable[..., Server], tmp_path: Path, log: Log
+) -> None:
+    link = tmp_path / "claude"
+    link.symlink_to(script(tmp_path / "old", "2.1.260"))
+    server = serve(bin=link)
+    first = server.post("one")
+    swap(link, script(tmp_path / "new", "2.1.261"))
+    second = server.post(["one", first.text, "two"])
+    assert (second.status, second.session) == (200, "hot")
+    assert server.post("other").session == "new"
+    assert pool_of(server).cli.version == "2.1.261"
+
+
+def test_a_cli_that_becomes_too_old_or_goes_away_is_an_error_until_it_is_back(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    link = tmp_path / "claude"
+    good = script(tmp_path / "good", "2.1.260")
+    link.symlink_to(good)
+    server = serve(bin=link)
+    assert server.post("one").status == 200
+    swap(link, script(tmp_path / "old", "2.1.100"))
+    assert TOO_OLD in server.post("two").json["error"]["message"]
+    link.unlink()
+    answer = server.post("three")
+    assert (answer.status, answer.json["error"]["type"]) == (502, "claude_cli_error")
+    link.symlink_to(good)
+    assert server.post("four").status == 200
+
+
+def test_after_a_downgrade_of_the_real_cli_no_other_model_answers(
+    serve: Callable[..., Server], tmp_path: Path, since: Callable[[], list[Json]]
+) -> None:
+    if len(CLIS) < 2:
+        pytest.skip("two versions are not installed")
+    newer, older = CLIS.values()
+    link = tmp_path / "claude"
+    link.symlink_to(newer)
+    server = serve(bin=link, spares=1)
+    model = "claude-haiku-4-5"
+    pool = pool_of(server)
+    for words in ("SAY one", "SAY two"):
+        assert server.post(words, model=model).message["model"].startswith(model)
+    wait_until(lambda: pool.spares, "a spare of the newer one")
+    swap(link, older)
+    for words in ("SAY three", "SAY four"):
+        assert server.post(words, model=model).message["model"].startswith(model)
+    assert CLIS[pool.cli.version] == older
+    rows = since()
+    assert {row["body"]["model"].partition("-2")[0] for row in rows} == {model}
+    agents = [json.dumps(row["headers"]) for row in rows]
+    assert [pool.cli.version in agent for agent in agents] == [False, False, True, True]
