@@ -27,6 +27,7 @@ import os
 import pwd
 import queue
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -329,6 +330,13 @@ def parse_setting(name: str, kind: type, text: str) -> Any:
 def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
     """Raises ConfigError for a value that its field does not allow."""
     rules = item.metadata
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    kind = type(item.default)
+    is_right = is_number if kind is float else isinstance(value, kind)
+    if kind is tuple:  # any list of texts will do
+        is_right = not isinstance(value, str) and all(isinstance(v, str) for v in value)
+    if not is_right or isinstance(value, bool):
+        raise wrong(item.name, f"must be of type {kind.__name__}, got {value!r}")
     if isinstance(value, int | float):
         if not math.isfinite(value):
             raise wrong(item.name, f"must be a number, got {value}")
@@ -378,7 +386,7 @@ def check_hosts(hosts: tuple[str, ...]) -> None:
 # RFC 6454, 6.2: what a browser sends as Origin.
 ORIGIN = re.compile(
     r"[a-z][a-z0-9+.-]*://"
-    r"(?:\[[0-9a-f:.]+\]|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*)(?::([0-9]{1,5}))?|null"
+    r"(?:\[[0-9a-f:.]+\]|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*)(?::([0-9]{1,5}))?"
 )
 
 
@@ -600,6 +608,10 @@ def check_origin(exchange: Exchange, config: Config) -> None:
         if exchange.header(b"sec-fetch-site") in ("cross-site", "same-site"):
             raise ApiError(403, "pages of other sites may not use this bridge")
         return
+    if origin == "null":  # of any page in a sandbox
+        raise ApiError(
+            403, "pages without an origin of their own may not use this bridge"
+        )
     if origin not in config.allowed_origins:
         cure = f"{variable('allowed_origins')} allows it, set to exactly that"
         raise ApiError(403, f"Origin {origin[:100]!a} is not allowed; {cure}")
@@ -780,6 +792,8 @@ class Connection:
         if length and exchange.header(b"transfer-encoding"):
             # RFC 9112, 6.1: it could be a smuggled request.
             raise h11.RemoteProtocolError("both Content-Length and Transfer-Encoding")
+        if not request.http_version.startswith(b"1."):
+            raise ApiError(505, "this server speaks HTTP/1.1")  # RFC 9110, 15.6.6
         check_access(exchange, self.config)
         if length:
             self.check_size(int(length))
@@ -1074,6 +1088,9 @@ class Bridge:
     def accept(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
+        if self.closing and not self._patience:
+            writer.transport.abort()  # accepted while the server was being closed
+            return
         connection = Connection(self, reader, writer)
         task = asyncio.get_running_loop().create_task(connection.serve())
         self._connections[task] = connection
@@ -1359,7 +1376,8 @@ class Bridge:
             "route": exchange.route or None,
         }
         if turn:
-            row["session"] = turn.session.id
+            # Whoever reads the log cannot go on with the conversation.
+            row["session"] = translate.digest(turn.session.id).hex()[:12]
             row["conversation"] = turn.how
             row["reason"] = turn.reason or None
             row["model"] = turn.request.model
@@ -1552,12 +1570,20 @@ async def serve(
         # Its address is the one that a Host may have.
         where = host_and_port(*sock.getsockname()[:2])
         config = dataclasses.replace(config, listen_addr=where)
+    config = dataclasses.replace(config)  # the caller's stays as it is
     config.check()
     stack = contextlib.AsyncExitStack()
     bridge = Bridge(config, await stack.enter_async_context(Pool(config)))
     try:
+        listening = asyncio.create_task(bridge.listen(sock))
         try:
-            server = await bridge.listen(sock)
+            server = await asyncio.shield(listening)
+        except asyncio.CancelledError:
+            # Half a server would go on answering.
+            await asyncio.wait({listening})
+            if not listening.cancelled() and not listening.exception():
+                listening.result().close()
+            raise
         except (OSError, UnicodeError) as error:
             raise wrong("listen_addr", cannot_listen(config, error)) from error
         own = None if sock else identity(config.unix_path)
@@ -1702,8 +1728,12 @@ def inherited_socket() -> socket.socket | None:
     is_ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
     if os.environ.pop("LISTEN_FDS", "0") == "0" or not is_ours:
         return None
-    os.set_inheritable(3, False)
-    return socket.socket(fileno=3)
+    try:
+        os.set_inheritable(3, False)
+        return socket.socket(fileno=3)
+    except OSError as error:
+        words = f"LISTEN_FDS names descriptor 3, which is no socket: {error.strerror}"
+        raise ConfigError(words) from error
 
 
 async def run(config: Config) -> None:
@@ -1845,6 +1875,22 @@ def open_standard_files() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
+# File descriptors that a client, its process and its gate take, times MAX_SESSIONS and
+# connections, with room to spare.
+WANTED_FILES = 65_536
+
+
+def put_right_what_was_inherited() -> None:
+    """Undo what a launcher may have set for its children: blocked or ignored signals,
+    without which no child is waited for, and a low limit of open files."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, WANTED_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def read_flags(words: list[str]) -> dict[str, str | None]:
     """The command, if there is one, and the flags, by setting.  Raises ConfigError."""
     names = [item.name.replace("_", "-") for item in dataclasses.fields(Config)]
@@ -1905,6 +1951,7 @@ def execute(config: Config, flags: Mapping[str, str | None], path: str) -> None:
     if path and not any(map(is_own, providers)):
         log.info("there is no claude-cli provider in %s: nothing to do", path)
         return
+    put_right_what_was_inherited()
     # A thread that reads a large request gives way to the event loop sooner (5 ms by
     # default): tests/bench/hostile.py.
     sys.setswitchinterval(0.001)

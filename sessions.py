@@ -117,6 +117,11 @@ COUNT_SECS = 20.0
 # Requests of this many bytes or more are read and written in a thread: a megabyte takes
 # 10 to 100 ms.
 THREAD_SIZE = 64 << 10
+# Those of this many wait for each other, as others for a process.
+LARGE_SIZE = 1 << 20
+# Rounds of the event loop in which what is in a pipe comes in: one to look at it, one to
+# read it, one in which what was read is taken in (asyncio's call_soon).
+READ_ROUNDS = 3
 # Fingerprints of lost sessions that are remembered, to say why a conversation was
 # rebuilt.
 MAX_PAST = 4096
@@ -130,6 +135,10 @@ MAX_MODELS = 256
 # Tokens of the prompt that the API adds for tools: the CLI subtracts them, so they are
 # added back.
 TOOLS_PROMPT_TOKENS = 500
+LOST_NAME = (
+    "messages: the process that held the conversation of this name is gone; send the whole "
+    "conversation, or start over with a new name"
+)
 # Only these show that a turn is alive; status lines and keep-alives come from a
 # half-open stream as well.
 SIGNS_OF_LIFE = {
@@ -140,6 +149,10 @@ SIGNS_OF_LIFE = {
     "control_request",
     "control_response",
 }
+CLOSED_GATE = (
+    "the claude CLI does not have the pipe that it was given: a program that starts it "
+    "(CLAUDE_CLI_BIN) closes the descriptors that it inherits"
+)
 # What a process never says unless a turn asked for it.
 ANSWERS = {"stream_event", "assistant", "user"}
 CORES = os.cpu_count() or 1
@@ -225,7 +238,7 @@ class PoolConfig:
         "idle seconds after which a process ends; 0: never",
     )
     watchdog_secs: float = setting(
-        120.0,
+        600.0,
         "seconds of silence inside a turn after which it fails with 504",
         least=0.1,
     )
@@ -294,6 +307,13 @@ class PoolConfig:
     )
 
 
+# An administrator's list of MCP servers, on Linux and on macOS.
+MANAGED_MCP = (
+    "/etc/claude-code/managed-mcp.json",
+    "/Library/Application Support/ClaudeCode/managed-mcp.json",
+)
+
+
 def arguments(config: PoolConfig, kind: Kind) -> list[str]:
     """The command line of a process: no settings, nothing on disk; in model mode no
     tools but the client's."""
@@ -301,7 +321,10 @@ def arguments(config: PoolConfig, kind: Kind) -> list[str]:
     argv += ["--input-format", "stream-json"]
     argv += ["--output-format", "stream-json", "--include-partial-messages"]
     argv += ["--no-session-persistence", "--setting-sources", config.setting_sources]
-    argv += ["--strict-mcp-config", "--disable-slash-commands"]
+    argv += ["--disable-slash-commands"]
+    # The CLI refuses the flag beside an administrator's list, which excludes others.
+    if not any(map(os.path.exists, MANAGED_MCP)):
+        argv += ["--strict-mcp-config"]
     argv += ["--allowedTools", f"mcp__{translate.MCP_SERVER}__*"]
     if kind.agent:
         argv += ["--tools", config.tools, "--permission-mode", config.permission_mode]
@@ -424,7 +447,6 @@ OPT_OUTS = (
 # holds them or asks for them.
 BARE_LOGINS = (
     "ANTHROPIC_API_KEY",
-    "ANTHROPIC_AUTH_TOKEN",
     "CLAUDE_CODE_USE_BEDROCK",
     "CLAUDE_CODE_USE_FOUNDRY",
     "CLAUDE_CODE_USE_VERTEX",
@@ -449,6 +471,9 @@ def child_environment(config: PoolConfig, environ: Mapping[str, str]) -> dict[st
         # Never the bridge's own, such as its key.
         if name in environ and not name.startswith("CLAUDE_CLI_"):
             child[name] = environ[name]
+    for name in LOGIN_FOLDERS:
+        if child.get(name):  # children have another working directory
+            child[name] = os.path.abspath(os.path.expanduser(child[name]))
     return child
 
 
@@ -502,6 +527,17 @@ def die_with_parent() -> None:
     PRCTL(1, signal.SIGKILL)
 
 
+def reap_orphans(own: set[int]) -> None:
+    """Reap the children of others, which process 1 inherits (wait(2)); `own` are left to
+    asyncio."""
+    options = os.WEXITED | os.WNOHANG
+    with contextlib.suppress(ChildProcessError):
+        while found := os.waitid(os.P_ALL, 0, options | os.WNOWAIT):
+            if found.si_pid in own:
+                return
+            os.waitid(os.P_PID, found.si_pid, options)
+
+
 # include/linux/sched.h
 PF_EXITING = 0x4
 
@@ -517,6 +553,19 @@ def exiting(pid: int) -> bool:
         return False
     state, flags = fields[0], int(fields[6])
     return state in (b"Z", b"X") or bool(flags & PF_EXITING)
+
+
+# The writing ends of all gates.  A fork of the program that embeds the bridge gets them
+# too, and a gate with two ends never comes to its end.
+OPEN_GATES: set[int] = set()
+
+
+def close_gates() -> None:
+    while OPEN_GATES:
+        os.close(OPEN_GATES.pop())
+
+
+os.register_at_fork(after_in_child=close_gates)
 
 
 # ------------------------------------------------------------ a process
@@ -592,6 +641,7 @@ class Process(asyncio.SubprocessProtocol):
         OSError when it cannot."""
         process = cls(watchdog_secs)
         reading, process._gate = os.pipe()
+        OPEN_GATES.add(process._gate)
         os.set_blocking(process._gate, False)
         try:
             process._gate_path = gate_path(reading)
@@ -649,9 +699,16 @@ class Process(asyncio.SubprocessProtocol):
                 self._rows.popleft()
         except BlockingIOError:
             return
-        except OSError:  # it is gone, which the end of its output will tell
+        except OSError:
+            # Mostly it is gone, which the end of its output will tell.
             self._rows.clear()
+            self.loop.call_later(START_SECS, self._miss_gate)
         self._close_gate()
+
+    def _miss_gate(self) -> None:
+        """A process that lives, and has no gate: what started it closed the pipe."""
+        if not self.ended and not self.hello:
+            self._fail(cli_error(CLOSED_GATE))
 
     def _remove_gate(self) -> None:
         if self._gate_path:
@@ -660,6 +717,7 @@ class Process(asyncio.SubprocessProtocol):
     def _close_gate(self) -> None:
         if self._gate >= 0:
             self.loop.remove_writer(self._gate)
+            OPEN_GATES.discard(self._gate)
             os.close(self._gate)
             self._gate = -1
 
@@ -776,6 +834,11 @@ class Process(asyncio.SubprocessProtocol):
         silent_since = self.loop.time() if self.working else self._alive_at
         silent_at = silent_since + self._watchdog_secs
         if self.loop.time() >= silent_at:
+            # The bridge itself may have been stopped: what came meanwhile is in the pipe.
+            for _ in range(READ_ROUNDS):
+                await asyncio.sleep(0)
+            if self._events or self._alive_at > silent_since:
+                return
             self.silent = True
             raise ApiError(
                 504, f"the claude CLI was silent for {self._watchdog_secs:g} seconds"
@@ -1145,6 +1208,11 @@ class Session:
     # Monotonic time of its last change of state.
     since: float = field(default_factory=time.monotonic)
 
+    def is_like(self, other: "Session") -> bool:
+        """Whether a request could find either of the two."""
+        is_same = (self.chain, self.parts) == (other.chain, other.parts)
+        return is_same and not self.is_pinned and not other.is_pinned
+
     @property
     def holds_thinking(self) -> bool:
         return self.chain != self.unthinking_chain
@@ -1324,6 +1392,10 @@ class Pool:
         # By fingerprint and by key, the parts of the session that held a conversation
         # last, and why a request may not find it there.
         self._last_seen: OrderedDict[bytes | str, tuple[Digests, str]] = OrderedDict()
+        # The process of each conversation of an agent that was filed last.
+        self._agents: OrderedDict[bytes, str] = OrderedDict()
+        # One large request is read or written at a time.
+        self._large = asyncio.Semaphore(1)
         self._executor: ThreadPoolExecutor | None = None
         # Whether `compute` has used the thread since memory was given back last.
         self._has_computed = False
@@ -1378,14 +1450,22 @@ class Pool:
 
     async def compute(self, size: int, function: Callable[[], T]) -> T:
         """Run what takes time in proportion to a request of `size` bytes: a large one
-        in a thread, one after another, so that others are served meanwhile."""
+        in a thread, one after another, so that others are served meanwhile.  Raises
+        ApiError 529 when its turn does not come."""
         if size < THREAD_SIZE:
             return function()
-        self._executor = self._executor or ThreadPoolExecutor(1)
-        self._has_computed = True
-        return await asyncio.get_running_loop().run_in_executor(
-            self._executor, function
-        )
+        is_large = size >= LARGE_SIZE
+        if is_large:
+            await self._queue(self._large.acquire, "other large requests were not read")
+        try:
+            # One thread for a large request, one for those that need not wait for it.
+            self._executor = self._executor or ThreadPoolExecutor(2)
+            self._has_computed = True
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._executor, function)
+        finally:
+            if is_large:
+                self._large.release()
 
     @contextlib.asynccontextmanager
     async def turn(
@@ -1538,12 +1618,17 @@ class Pool:
     def _by_name(self, request: Request, key: str) -> Session | None:
         session = self.on_file.get(key)
         if not session:
+            if not request.past and key in self._last_seen:
+                raise ApiError(400, LOST_NAME)
             return None
         # A client that names its conversation may leave out what it said before.
         only_what_is_new = (
             not request.past and session.parts.items() >= request.sent_parts.items()
         )
         if session.holds(request) or only_what_is_new:
+            has_results = translate.has_results(request.messages[-1])
+            if session.state is State.PARKED and not has_results:
+                raise translate.unanswered(session.calls, ["messages.0"])
             return session
         self.retire(session, "changed")
         return None
@@ -1583,9 +1668,7 @@ class Pool:
                 settled = process.settled is None or await process.settled
         except TimeoutError:
             return False
-        # Three rounds of the event loop: one to look at the pipe, one to read it, one in
-        # which what was read is taken in (asyncio's call_soon).
-        for _ in range(3):
+        for _ in range(READ_ROUNDS):
             await asyncio.sleep(0)
         return settled and not process.gone
 
@@ -1642,13 +1725,17 @@ class Pool:
             announced = await self._announced(request.model)
         while True:
             session = await self._take(request.model, agent, bare)
+            was_spare = session in self.spares
             self._move(session, State.BUSY)
             try:
                 lines = await self._set_up(session, request, tools, announced, query)
                 if await self._has_model(session, request.model):
                     return session, lines
-            except BaseException:
+            except BaseException as error:
                 self.retire(session, "failed")
+                # No prompt was asked: another process can take it.
+                if was_spare and isinstance(error, ApiError) and error.status == 502:
+                    continue
                 raise
             self.retire(session, "model")  # the next one is started with --model
 
@@ -1707,7 +1794,7 @@ class Pool:
 
     def _is_agent(self, request: Request) -> bool:
         # A client that brings tools runs them itself.
-        return bool(self.config.tools) and not request.tool_names
+        return bool(self.config.tools) and not request.fields.get("tools")
 
     def _is_bare(self, agent: bool, *, by_environment: bool = False) -> bool:
         """Whether a process is started in the CLI's bare mode: where its login is found
@@ -1955,6 +2042,18 @@ class Pool:
         )
 
     def _file(self, session: Session, state: State) -> None:
+        same = [other for other in self.on_file.values() if other.is_like(session)]
+        is_ambiguous = session.kind.agent and not session.is_pinned
+        if is_ambiguous and self._was_filed(session):
+            # What its tools have seen does not follow from the conversation, so a
+            # request could not be told which of the two it goes on with.
+            for other in [session, *same]:
+                self.retire(other, "ambiguous")
+            return
+        for other in same:
+            self.retire(other, "duplicate")
+        if is_ambiguous:
+            keep(self._agents, session.chain, session.id, MAX_PAST)
         self._move(session, state)
         resting = [*self.on_file.values()]
         idle = sum(other.state is State.IDLE for other in resting)
@@ -1962,6 +2061,10 @@ class Pool:
             self._evict(resting)
         else:
             self._give_way(resting)
+
+    def _was_filed(self, session: Session) -> bool:
+        """Whether another agent's process has held the same conversation."""
+        return self._agents.get(session.chain, session.id) != session.id
 
     def _give_way(self, sessions: list[Session]) -> None:
         """Evict one of the sessions for a request that waits for a slot, and found none
@@ -2000,7 +2103,8 @@ class Pool:
         self._slots.release()
 
     def _remember(self, session: Session, reason: str) -> None:
-        for key in (session.chain, session.key if session.is_pinned else b""):
+        is_named = session.is_pinned and session.turns
+        for key in (session.chain, session.key if is_named else b""):
             if key:
                 keep(self._last_seen, key, (session.parts, reason), MAX_PAST)
 
@@ -2016,6 +2120,8 @@ class Pool:
             if self._has_computed and self._executor and TRIM:
                 self._has_computed = False
                 self._executor.submit(TRIM, 0)
+            if os.getpid() == 1:
+                reap_orphans({session.process.pid for session in self.sessions})
             now = time.monotonic()
             for session in [*self.spares, *self.on_file.values()]:
                 if session.process.gone:

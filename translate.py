@@ -112,6 +112,8 @@ ERROR_TYPES = {
 }
 # Statuses where a retry cannot help (header x-should-retry).
 FINAL_STATUSES = {400, 401, 402, 403, 404, 405, 413, 415, 422, 431}
+# How keys and tokens of the API begin.
+SECRET = re.compile(r"(sk-ant-)[A-Za-z0-9_-]+(?:(?:\\[nr]|\s)+[A-Za-z0-9_-]{16,})*")
 LOGIN_CURE = (
     "run `claude-cli-bridge login`, or log in with /login in the claude CLI itself"
 )
@@ -137,6 +139,8 @@ class ApiError(Exception):
     is_from_api: bool = False
 
     def __post_init__(self) -> None:
+        # Whoever worded it: a header that cannot be sent, for one, is quoted.
+        self.message = SECRET.sub(r"\1***", self.message)
         super().__init__(self.message)
         default = 500 if self.status >= 500 else 400
         usual = ERROR_TYPES.get(self.status, ERROR_TYPES[default])
@@ -475,6 +479,7 @@ def parse_request(
     reader = MessageReader(caching, not_sent)
     reader.read(raw)
     fields = without(data, OWN_FIELDS)
+    fields.pop("tools", None)
     if tools:
         fields["tools"] = without_deferring(tools, reader.loaded, not_sent)
     request = Request(
@@ -800,6 +805,8 @@ def is_empty_ending(message: Any) -> bool:
     return is_empty and message.get("role") == "assistant"
 
 
+# A text of the CLI's own for an empty answer; it leaves out one of the past.
+NO_CONTENT = "(no content)"
 # All that the CLI keeps of a tool_use.
 CALL_KEYS = {"type", "id", "name", "input"}
 
@@ -822,6 +829,8 @@ def lost_parts(blocks: list[Block], places: list[str]) -> list[str]:
         elif kind == "tool_use":
             extra = [key for key in canonical_block(block) if key not in CALL_KEYS]
             lost += [f"{place}.{printable(key)}" for key in extra]
+        elif kind == "text" and block["text"].strip() == NO_CONTENT:
+            lost.append(place)
         elif kind == "text" and not all(map(is_from_web, citations)):
             lost.append(f"{place}.citations")
     return lost
@@ -876,7 +885,8 @@ def check_block(block: Any, role: str, message_place: str, place: str) -> None:
 def check_text(block: Block, message_place: str, place: str) -> None:
     """The CLI would drop a block of white space, or its message."""
     text = check_type(block.get("text"), str, f"{place}.text.text")
-    if not text.strip():
+    # JavaScript takes a byte order mark for white space.
+    if not text.replace("\ufeff", " ").strip():
         words = "contain non-whitespace text" if text else "be non-empty"
         raise bad_request(
             "messages", f"text content blocks must {words} ({message_place})"
@@ -1405,6 +1415,10 @@ def has_images(blocks: list[Block]) -> bool:
 def is_base64_image(block: Any) -> bool:
     source = block.get("source") if isinstance(block, dict) else None
     return text_of(block, "type") == "image" and text_of(source, "type") == "base64"
+
+
+def has_results(message: Message) -> bool:
+    return any(block["type"] == "tool_result" for block in message["content"])
 
 
 def has_thinking(messages: list[Message]) -> bool:

@@ -156,7 +156,7 @@ def test_an_allowed_origin_that_no_browser_sends_is_refused_at_the_start(
 @pytest.mark.parametrize(
     "origin",
     [
-        *("null", "http://localhost:3000", "https://app.example", "https://app.example:80"),
+        *("http://localhost:3000", "https://app.example", "https://app.example:80"),
         *(
             "http://[::1]:8080",
             "http://127.0.0.1",
@@ -347,7 +347,6 @@ PAGE = "https://app.example"
     "origin",
     [
         *(
-            "null",
             "",
             "https://evil.example",
             "http://app.example",
@@ -382,6 +381,17 @@ def test_pages_of_other_origins_get_403(
     )
     assert_refused(answer, 403, "permission_error")
     assert "CLAUDE_CLI_ALLOWED_ORIGINS" in answer.json["error"]["message"]
+
+
+def test_a_page_without_an_origin_is_refused_and_cannot_be_allowed(
+    serve: Callable[..., Server],
+) -> None:
+    """Any page in a sandbox sends `null`."""
+    answer = ask(serve(), "Host: localhost", "Origin: null")
+    assert_refused(answer, 403, "permission_error")
+    assert "CLAUDE_CLI_ALLOWED_ORIGINS" not in answer.json["error"]["message"]
+    with pytest.raises(bridge.ConfigError, match="CLAUDE_CLI_ALLOWED_ORIGINS"):
+        bridge.Config(allowed_origins=("null",)).check()
 
 
 @pytest.mark.parametrize("origins", [(), ("https://other.example",)])
