@@ -333,8 +333,8 @@ def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     kind = type(item.default)
     is_right = is_number if kind is float else isinstance(value, kind)
-    if kind is tuple:  # any list of texts will do
-        is_right = not isinstance(value, str) and all(isinstance(v, str) for v in value)
+    if isinstance(value, list | tuple) and kind is tuple:
+        is_right = all(isinstance(text, str) for text in value)
     if not is_right or isinstance(value, bool):
         raise wrong(item.name, f"must be of type {kind.__name__}, got {value!r}")
     if isinstance(value, int | float):

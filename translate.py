@@ -768,7 +768,7 @@ class MessageReader:
         for index, block in enumerate(blocks):
             where = f"{place}.content.{index}"
             if block["type"] == "text":
-                texts.append(block["text"])
+                texts.append(text_of(block, "text"))
                 self.not_sent += lost_keys(without(block, {"cache_control"}), where)
             else:
                 self.not_sent.append(where)
@@ -829,7 +829,7 @@ def lost_parts(blocks: list[Block], places: list[str]) -> list[str]:
         elif kind == "tool_use":
             extra = [key for key in canonical_block(block) if key not in CALL_KEYS]
             lost += [f"{place}.{printable(key)}" for key in extra]
-        elif kind == "text" and block["text"].strip() == NO_CONTENT:
+        elif kind == "text" and text_of(block, "text").strip() == NO_CONTENT:
             lost.append(place)
         elif kind == "text" and not all(map(is_from_web, citations)):
             lost.append(f"{place}.citations")

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import mmap
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -130,9 +131,9 @@ def test_a_child_gets_the_names_that_any_program_may_have_and_no_others_of_the_c
     names = names_read_by(cli)
     child = child_environment(PoolConfig(), dict.fromkeys(names, "mine"))
     kept = {name for name, value in child.items() if value == "mine"}
-    login = {"CLAUDE_CONFIG_DIR", "CLAUDE_SECURESTORAGE_CONFIG_DIR"}
-    login |= names & set(OPT_OUTS)
-    assert kept == login | {name for name in names if name.startswith(ANYBODYS)}
+    folders = names & {"CLAUDE_CONFIG_DIR", "CLAUDE_SECURESTORAGE_CONFIG_DIR"}
+    assert {child[name] for name in folders} == {os.path.abspath("mine")}
+    assert kept == names & set(OPT_OUTS) | {name for name in names if name.startswith(ANYBODYS)}
 
 
 @pytest.mark.parametrize("name", ["CLAUDE_CONFIG_DIR", "CLAUDE_SECURESTORAGE_CONFIG_DIR"])

@@ -134,9 +134,11 @@ def test_equal_conversations_never_share_a_process(
     gate.touch()
     answers = [turn.result() for turn in turns]
     assert [answer.text for answer in answers] == ["echo: PAUSE; 3 messages"] * 3
-    assert sorted(answer.session for answer in answers) == ["hot", "hot", "rebuilt; reason=busy"]
+    found = sorted(answer.session.partition(";")[0] for answer in answers)
+    assert found == ["hot", "rebuilt", "rebuilt"]
     assert len({pid(answer) for answer in answers}) == 3
-    assert {pid(first), pid(second)} < {pid(answer) for answer in answers}
+    # Of two that a request could find the newer one stays.
+    assert pid(second) in {pid(answer) for answer in answers} - {pid(first)}
 
 
 # why a conversation was rebuilt

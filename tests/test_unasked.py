@@ -109,15 +109,17 @@ def test_a_resting_process_that_speaks_ends_and_its_conversation_is_rebuilt(
 def test_a_pinned_process_that_speaks_ends_as_well(
     serve: Serve, speaking: Callable[[int], None], kind: str, stream: bool
 ) -> None:
-    """A client that sends only what is new is told that the past is lost; it gets no other past."""
+    """A client that sends only what is new is told that the past is lost, and nothing is asked."""
     server = serve()
     first = server.post("hello", session="s")
     settled(server, pid(first))
     speaking(pid(first))
     wait_until(lambda: not alive(pid(first)), "its end")
     answer = server.post("and now", session="s", stream=stream)
-    check_own(answer, "echo: and now; 1 messages", stream=stream)
-    assert answer.session == "rebuilt; reason=unasked"
+    assert answer.status == 400
+    assert "send the whole conversation" in answer.json["error"]["message"]
+    whole = server.post(["hello", first.text, "and now"], session="s", stream=stream)
+    check_own(whole, "echo: and now; 3 messages", stream=stream)
 
 
 @both
@@ -235,8 +237,7 @@ def test_two_clients_with_keys_of_their_own_share_no_session_of_one_name(
 def test_a_pinned_conversation_that_leaves_out_its_tools_goes_on(
     real: Server, how: str, stream: bool
 ) -> None:
-    """Its process waits for a result, or hands over another call: the client, who may not even
-    know of tools any more, is answered all the same."""
+    """Where its process waits for a result the answer is the API's, and else an answer."""
     fields: dict[str, Any] = {"session": "s", "stream": stream}
     if how == "call":
         assert real.post("SAY one", tools=[WEATHER], **fields).text == "one"
@@ -249,7 +250,11 @@ def test_a_pinned_conversation_that_leaves_out_its_tools_goes_on(
             assert answer.message["stop_reason"] == "end_turn"
             assert "18C" in answer.text
     last = real.post("SAY two", **fields)
-    assert (last.status, last.text) == (200, "two")
+    if how == "result":
+        assert (last.status, last.text) == (200, "two")
+    else:
+        assert last.status == 400
+        assert "`tool_use` ids were found" in last.json["error"]["message"]
 
 
 def holders(mark: str) -> list[str]:
