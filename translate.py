@@ -1904,8 +1904,6 @@ class Translator:
         self._model = model
         # Another one did.
         self.is_wrong_model = False
-        # How often the CLI has called the API.
-        self.api_calls = 0
         # The status with which the API refused the last call; 0: it did not.
         self._refused = 0
         # Whether the events that come now belong to this turn.
@@ -1972,9 +1970,11 @@ class Translator:
         if self._turn_id and isinstance(answers_to, list):
             self._is_ours = self._turn_id in answers_to
         if kind == "api_call" and not self.done:
-            self.api_calls += 1
             status = event.get("response") or 0
-            self._refused = status if status in CHANGEABLE else 0
+            if (
+                status in CHANGEABLE
+            ):  # the log of the next call may come before its answer
+                self._refused = status
         info = event.get("rate_limit_info")
         if kind == "rate_limit_event" and isinstance(info, dict):
             self.rate_limits.append(info)
