@@ -156,6 +156,8 @@ CLOSED_GATE = (
     "the claude CLI said nothing after its start: it may not have the pipe that it was "
     "given, as when CLAUDE_CLI_BIN is a program that closes the descriptors that it inherits"
 )
+SPOKE_UNASKED = "the claude CLI spoke unasked"
+UNASKED_RESULT = "the claude CLI ended a turn that nobody asked for"
 # What a process never says unless a turn asked for it.
 ANSWERS = {"stream_event", "assistant", "user"}
 CORES = os.cpu_count() or 1
@@ -603,8 +605,8 @@ class Process(asyncio.SubprocessProtocol):
         self.silent = False
         # Set at the `result` of an answer that was complete before it.
         self.settled: asyncio.Future[bool] | None = None
-        # Called when it speaks unasked.
-        self.on_fault: Callable[[], None] | None = None
+        # Called with the reason when it fails between turns.
+        self.on_fault: Callable[[str], None] | None = None
         # By id, the tool calls that wait for a result.
         self._calls: dict[str, CliEvent] = {}
         # By id, the results that wait for their call: the CLI may ask one by one.
@@ -920,7 +922,7 @@ class Process(asyncio.SubprocessProtocol):
                 else:
                     new = [*self._read(line)]
                 if not self.listening and self.is_unasked(new):
-                    raise cli_error("the claude CLI spoke unasked")
+                    raise cli_error(SPOKE_UNASKED)
                 events += new
         except ApiError as error:
             failure = error
@@ -934,7 +936,8 @@ class Process(asyncio.SubprocessProtocol):
         if failure:
             self._fail(failure)  # after what came before it
             if self.on_fault and not self.listening:
-                self.on_fault()
+                is_unasked = failure.message in (SPOKE_UNASKED, UNASKED_RESULT)
+                self.on_fault("unasked" if is_unasked else "failed")
 
     def is_unasked(self, events: list[Event]) -> bool:
         """Whether events outside a turn show that the process goes on by itself.  Until
@@ -982,7 +985,7 @@ class Process(asyncio.SubprocessProtocol):
                 if self.settled and not self.settled.done():
                     self.settled.set_result(not event.get("is_error"))
                 else:
-                    raise cli_error("the claude CLI ended a turn that nobody asked for")
+                    raise cli_error(UNASKED_RESULT)
         return events
 
     def _answer_control(self, event: CliEvent) -> None:
@@ -1914,7 +1917,7 @@ class Pool:
         process.started.add_done_callback(lambda _: self._starting.release())
         session = Session(str(uuid.uuid4()), process, kind, cli, bare)
         session.key = session.own_id = session.id
-        process.on_fault = lambda: self.retire(session, "unasked")
+        process.on_fault = lambda reason: self.retire(session, reason)
         self.sessions.add(session)
         self.metrics.add("processes_started_total")
         return session
