@@ -336,7 +336,8 @@ def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
     if isinstance(value, list | tuple) and kind is tuple:
         is_right = all(isinstance(text, str) for text in value)
     if not is_right or isinstance(value, bool):
-        raise wrong(item.name, f"must be of type {kind.__name__}, got {value!r}")
+        words = f"must be of type {kind.__name__}, not {type(value).__name__}"
+        raise wrong(item.name, words)  # without the value: it may be a secret
     if isinstance(value, int | float):
         if not math.isfinite(value):
             raise wrong(item.name, f"must be a number, got {value}")
@@ -1186,7 +1187,7 @@ class Bridge:
             return f"the API refused the CLI's login; {LOGIN_ADVICE}"
         if "or newer is required" in error.message:
             return update_cure(self.pool.cli.file)
-        if error.status == 404 and error.message.startswith("model"):
+        if error.status == 404 and error.is_from_api:
             return f"GET {MODELS} lists the models that the CLI offers"
         return ""
 

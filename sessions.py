@@ -1049,10 +1049,10 @@ class Process(asyncio.SubprocessProtocol):
 
 # ------------------------------------------------------------ the CLI
 
-# Versions of the CLI (README, "Versions of the CLI"; tests/README.md says how each was
-# found).  An older one than the first passes on "\\n" behind each message, or replaces
-# the system prompt.
-OLDEST = (2, 1, 153)
+# Versions of the CLI (README, "Versions of the CLI"; tests/README.md has what was seen of
+# each).  With one older than this a rebuilt conversation misses the prompt cache, and
+# with still older ones the API gets another request than the client's.
+OLDEST = (2, 1, 185)
 NEWEST_TESTED = (2, 1, 332)
 # From here on the CLI announces things to the model (`translate.ANNOUNCEMENTS`), and
 # does not in its bare mode.
@@ -1220,8 +1220,10 @@ class Session:
     since: float = field(default_factory=time.monotonic)
 
     def is_like(self, other: "Session") -> bool:
-        """Whether a request could find either of the two."""
-        is_same = (self.chain, self.parts) == (other.chain, other.parts)
+        """Whether a request could find either of the two; a client may leave out
+        thinking."""
+        mine = (self.unthinking_chain, self.parts)
+        is_same = mine == (other.unthinking_chain, other.parts)
         return is_same and not self.is_pinned and not other.is_pinned
 
     @property
