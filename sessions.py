@@ -156,8 +156,6 @@ CLOSED_GATE = (
     "the claude CLI said nothing after its start: it may not have the pipe that it was "
     "given, as when CLAUDE_CLI_BIN is a program that closes the descriptors that it inherits"
 )
-SPOKE_UNASKED = "the claude CLI spoke unasked"
-UNASKED_RESULT = "the claude CLI ended a turn that nobody asked for"
 # What a process never says unless a turn asked for it.
 ANSWERS = {"stream_event", "assistant", "user"}
 CORES = os.cpu_count() or 1
@@ -922,7 +920,7 @@ class Process(asyncio.SubprocessProtocol):
                 else:
                     new = [*self._read(line)]
                 if not self.listening and self.is_unasked(new):
-                    raise cli_error(SPOKE_UNASKED)
+                    raise cli_error("the claude CLI spoke unasked")
                 events += new
         except ApiError as error:
             failure = error
@@ -936,8 +934,8 @@ class Process(asyncio.SubprocessProtocol):
         if failure:
             self._fail(failure)  # after what came before it
             if self.on_fault and not self.listening:
-                is_unasked = failure.message in (SPOKE_UNASKED, UNASKED_RESULT)
-                self.on_fault("unasked" if is_unasked else "failed")
+                is_damaged = failure.message == translate.DAMAGED_LINE
+                self.on_fault("failed" if is_damaged else "unasked")
 
     def is_unasked(self, events: list[Event]) -> bool:
         """Whether events outside a turn show that the process goes on by itself.  Until
@@ -985,7 +983,7 @@ class Process(asyncio.SubprocessProtocol):
                 if self.settled and not self.settled.done():
                     self.settled.set_result(not event.get("is_error"))
                 else:
-                    raise cli_error(UNASKED_RESULT)
+                    raise cli_error("the claude CLI ended a turn that nobody asked for")
         return events
 
     def _answer_control(self, event: CliEvent) -> None:
@@ -1050,9 +1048,10 @@ class Process(asyncio.SubprocessProtocol):
 # ------------------------------------------------------------ the CLI
 
 # Versions of the CLI (README, "Versions of the CLI"; tests/README.md has what was seen of
-# each).  With one older than this a rebuilt conversation misses the prompt cache, and
-# with still older ones the API gets another request than the client's.
-OLDEST = (2, 1, 185)
+# each).  One older than this lists no full names of models, without which it keeps no
+# thinking of the past; with still older ones the API gets another request than the
+# client's.
+OLDEST = (2, 1, 197)
 NEWEST_TESTED = (2, 1, 332)
 # From here on the CLI announces things to the model (`translate.ANNOUNCEMENTS`), and
 # does not in its bare mode.

@@ -1635,6 +1635,9 @@ API_CALL = re.compile(
 )
 
 
+DAMAGED_LINE = "the claude CLI wrote a damaged line"
+
+
 def decode(text: bytes) -> list[CliEvent]:
     """The events of one line of the CLI's output: one as a rule, several when it glued
     them, none when it is noise.  A logged call of the API becomes an event `api_call`,
@@ -1653,7 +1656,7 @@ def decode(text: bytes) -> list[CliEvent]:
             return [{"type": "api_call", "subtype": kind, "response": status}]
         values = glued(text.decode(errors="replace").strip())
         if not values and text.startswith(STREAM_EVENT):
-            raise cli_error("the claude CLI wrote a damaged line") from None
+            raise cli_error(DAMAGED_LINE) from None
     return [value for value in values if text_of(value, "type")]
 
 

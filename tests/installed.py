@@ -13,7 +13,7 @@ from pathlib import Path
 
 from host import ROOT
 
-NPM_VERSION = "2.1.185"
+NPM_VERSION = "2.1.197"
 # What tests/test_clients.py and tests/test_plano.py drive: environments, because these packages do
 # not go together.
 PIP_CLIENTS = {

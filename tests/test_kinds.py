@@ -61,14 +61,6 @@ def large_image() -> Json:
     return {"type": "image", "source": source}
 
 
-WITHOUT_FULL_NAMES = "it keeps no thinking of the past, as it lists no full names of models"
-
-
-def is_without_full_names(server: Server) -> bool:
-    said = subprocess.check_output([server.config.bin, "--version"], text=True)
-    return said.startswith("2.1.185 ")
-
-
 # who is who
 
 
@@ -109,8 +101,6 @@ def test_an_agents_conversation_that_another_has_had_before_is_not_hot(
 def test_thinking_that_is_echoed_is_compared_and_what_is_left_out_is_told(
     real: Server, since: Callable[[], list[Json]]
 ) -> None:
-    if is_without_full_names(real):
-        pytest.skip(WITHOUT_FULL_NAMES)
     thinking = {"thinking": {"type": "adaptive"}}
     content = real.post("THINK", **thinking).message["content"]
     history: list[Any] = ["THINK", {"role": "assistant", "content": content}, "SAY on"]
@@ -174,8 +164,6 @@ def test_a_thinking_signature_that_the_api_refuses_is_the_apis_400(
     real: Server, since: Callable[[], list[Json]]
 ) -> None:
     """The CLI would take out all thinking, ask again, and answer as if nothing had been."""
-    if is_without_full_names(real):
-        pytest.skip(WITHOUT_FULL_NAMES)
     thought = {"type": "thinking", "thinking": "hm", "signature": "bad"}
     history = ["hi", {"role": "assistant", "content": [thought, text("a")]}, "BADSIGN"]
     answer = real.post(history, thinking={"type": "adaptive"})

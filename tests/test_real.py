@@ -93,11 +93,12 @@ def test_answer_ends_with_the_first_stop_reason_whatever_the_cli_does_next(
     wait_until(lambda: not real.processes(), "the end of a process that would go on by itself")
 
 
-def test_answer_that_the_api_will_not_stream_comes_whole(real: Server) -> None:
+def test_an_api_that_refuses_to_stream_is_a_clear_error(real: Server) -> None:
+    """The CLI asks again without streaming, which nobody asked for and somebody may pay for."""
     for stream in (False, True):
         answer = real.post("NOSTREAM", stream=stream)
-        assert answer.text.startswith("You said: 'NOSTREAM'")
-        assert answer.message["usage"]["output_tokens"] == 17
+        assert (answer.status, answer.json["error"]["type"]) == (404, "not_found_error")
+        assert "asked again with a changed one" in answer.json["error"]["message"]
 
 
 @pytest.mark.parametrize(
