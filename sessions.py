@@ -1408,7 +1408,8 @@ class Pool:
         self._agents: OrderedDict[bytes, str] = OrderedDict()
         # One large request is read or written at a time.
         self._large = asyncio.Semaphore(1)
-        self._executor: ThreadPoolExecutor | None = None
+        # A thread for large requests, and one for those that need not wait for them.
+        self._executors: dict[bool, ThreadPoolExecutor] = {}
         # Whether `compute` has used the thread since memory was given back last.
         self._has_computed = False
 
@@ -1428,8 +1429,8 @@ class Pool:
             self.retire(session, "shutdown")
         while self._ending:
             await asyncio.wait(self._ending)
-        if self._executor:
-            self._executor.shutdown()
+        for executor in self._executors.values():
+            executor.shutdown()
 
     def learn(self, turn: Turn) -> None:
         """Keep what the CLI told of itself, and of the limits of the account."""
@@ -1470,11 +1471,12 @@ class Pool:
         if is_large:
             await self._queue(self._large.acquire, "other large requests were not read")
         try:
-            # One thread for a large request, one for those that need not wait for it.
-            self._executor = self._executor or ThreadPoolExecutor(2)
+            if is_large not in self._executors:
+                self._executors[is_large] = ThreadPoolExecutor(1)
+            executor = self._executors[is_large]
             self._has_computed = True
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._executor, function)
+            return await loop.run_in_executor(executor, function)
         finally:
             if is_large:
                 self._large.release()
@@ -2129,9 +2131,9 @@ class Pool:
             pause = max(0.05, min(ttl / 4, SWEEP_SECS))
         while True:
             await asyncio.sleep(pause)
-            if self._has_computed and self._executor and TRIM:
+            if self._has_computed and TRIM:
                 self._has_computed = False
-                self._executor.submit(TRIM, 0)
+                next(iter(self._executors.values())).submit(TRIM, 0)
             if os.getpid() == 1:
                 reap_orphans({session.process.pid for session in self.sessions})
             now = time.monotonic()
