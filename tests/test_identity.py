@@ -6,7 +6,6 @@ written in SAME, apart from the rules in translate.py, each row with its reason.
 """
 
 import contextlib
-import copy
 import json
 import random
 from collections import Counter
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
+import orjson
 import pytest
 import readme
 from client import Answer
@@ -30,8 +30,7 @@ from messages import (
     REDACTED,
     THOUGHT,
     TOOL,
-    parsed,
-    places,
+        places,
     role,
     text,
     user,
@@ -52,6 +51,10 @@ Draw = Callable[[Any], Any]
 
 THINKING = ("thinking", "redacted_thinking")
 UNSAID = (*THINKING, "fallback")
+
+
+def copied(value: Any) -> Any:
+    return orjson.loads(orjson.dumps(value))
 
 
 def as_list(content: Any) -> Any:
@@ -113,15 +116,16 @@ def same_marks(case: Json) -> None:
             are_own |= message["role"] == "user" and marked(block) and not is_end
     body["marks"] = "client" if are_own else "cli"
 
-    def strip(content: Any) -> None:
-        for block in listed(content):
-            if isinstance(block, dict):
-                block.pop("cache_control", None)
-                strip(blocks_in(block))
-
     for message in body["messages"]:
         if not are_own:
-            strip(message["content"])
+            strip_marks(message["content"])
+
+
+def strip_marks(content: Any) -> None:
+    for block in listed(content):
+        if isinstance(block, dict):
+            block.pop("cache_control", None)
+            strip_marks(blocks_in(block))
 
 
 def same_tools(case: Json) -> None:
@@ -339,7 +343,7 @@ def drop_thinking(case: Json) -> None:
 
 def history(case: Json, *, thinking: bool = True) -> str:
     """What the API would get of a case, up to the newest message."""
-    case = copy.deepcopy(case)
+    case = copied(case)
     for name, row in SAME.items():
         if name == "texts" and not thinking:
             THINKING_ROW.apply(case)
@@ -348,13 +352,17 @@ def history(case: Json, *, thinking: bool = True) -> str:
     return json.dumps(case, sort_keys=True)
 
 
-def is_same(had: Json, asked: Json) -> bool:
-    """Whether the history of one is that of the other."""
-    said = copy.deepcopy(asked)
+def echoes_thinking(case: Json) -> bool:
+    said = copied(case)
     for name in ("strings", "system messages", "unsaid"):
         SAME[name].apply(said)
     blocks = [block for message in said["body"]["messages"] for block in message["content"]]
-    thinking = any(block["type"] in THINKING for block in blocks)
+    return any(block["type"] in THINKING for block in blocks)
+
+
+def is_same(had: Json, asked: Json) -> bool:
+    """Whether the history of one is that of the other."""
+    thinking = echoes_thinking(asked)
     return history(had, thinking=thinking) == history(asked, thinking=thinking)
 
 
@@ -368,10 +376,8 @@ def read(case: Json, messages: list[Any] | None = None) -> Request:
 
 def answered(message: Json) -> Json:
     """An assistant message as the bridge's answer that it was: blocks without marks."""
-    blocks = [
-        {key: value for key, value in block.items() if key != "cache_control"}
-        for block in as_list(message["content"])
-    ]
+    blocks = copied(as_list(message["content"]))
+    strip_marks(blocks)
     return role("assistant", blocks)
 
 
@@ -381,31 +387,34 @@ def rests(answer: Json) -> bool:
 
 
 def session_of(case: Json) -> Session | None:
-    """The session that has given all answers of a conversation, the last one before the last
+    """The session that has given the answers of a conversation, the last one before the last
     message; none: it is not on file."""
     messages = case["body"]["messages"]
     session = None
     for number, message in enumerate(messages[:-1]):
-        if message["role"] != "assistant" or messages[number + 1]["role"] == "assistant":
+        if message["role"] != "assistant":
             continue
-        request, answer = read(case, messages[:number]), answered(message)
-        if request.continues or not rests(answer):
+        answer = answered(message)
+        if not number or messages[number - 1]["role"] == "assistant" or not rests(answer):
             session = None
             continue
-        how = "hot" if session and session.holds(request) else "rebuilt"
-        if not session or how == "rebuilt":
+        request = read(case, messages[:number])
+        how = "hot"
+        if not session or not session.holds(request):
+            how = "rebuilt"
             session = Session("", cast(Any, None), Kind(), cast(Any, None), bare=False)
             session.parts = request.parts
         turn = SimpleNamespace(session=session, request=request, how=how)
         turn.translator = SimpleNamespace(message=answer)
         Pool._extend(cast(Any, None), cast(Any, turn))
-    return session if session and messages[-2]["role"] == "assistant" else None
+    return session
 
 
 def as_had(case: Json) -> Json:
-    """The case with the last answer as the process gave it."""
-    case = copy.deepcopy(case)
-    case["body"]["messages"][-2] = answered(case["body"]["messages"][-2])
+    """The case as its process has it: the last answer as it was given, nothing of the question."""
+    case = copied(case)
+    messages = case["body"]["messages"]
+    messages[-2:] = [answered(messages[-2]), role("user", "next")]
     return case
 
 
@@ -516,10 +525,10 @@ def cases(draw: Draw, *, agent: bool = False) -> Json:
         asked += [draw_user_block(draw) for _ in range(more)]
         said = draw_answer(draw, f"t{number}")
         calls = [block["id"] for block in said if block["type"] == "tool_use"]
-        messages.append(role("user", copy.deepcopy(asked)))
+        messages.append(role("user", copied(asked)))
         if draw(st.integers(0, 5)) == 0:
             messages.append(role("system", draw(WORDS)))
-        messages.append(role("assistant", copy.deepcopy(said)))
+        messages.append(role("assistant", copied(said)))
     last = [*(draw_result(draw, call) for call in calls), text("next")]
     messages.append(role("user", last))
     for message in messages:
@@ -529,9 +538,9 @@ def cases(draw: Draw, *, agent: bool = False) -> Json:
     system = draw(st.sampled_from([..., "", "a", [text("a"), text("b", **CACHED)]]))
     tools = [] if agent else draw(st.lists(st.sampled_from(TOOLS), max_size=3))
     if system is not ...:
-        body["system"] = copy.deepcopy(system)
+        body["system"] = copied(system)
     if tools:
-        body["tools"] = copy.deepcopy(tools)
+        body["tools"] = copied(tools)
     body["messages"] = messages
     return {"betas": draw(st.sampled_from(["", "x", "x,y", "y, x"])), "body": body}
 
@@ -589,13 +598,13 @@ def add(case: Json, a: int, b: int) -> None:
     """A key to a block or a message."""
     found = [box[key] for box, key in spots(case["body"], dict)]
     key, value = pick(ADDED, b)
-    pick(found, a)[key] = copy.deepcopy(value)
+    pick(found, a)[key] = copied(value)
 
 
 def exchange(case: Json, a: int, b: int) -> None:
     """Two values, wherever they are."""
     (box, key), (other, name) = pick(places(case), a), pick(places(case), b)
-    first, second = copy.deepcopy(box[key]), copy.deepcopy(other[name])
+    first, second = copied(box[key]), copied(other[name])
     box[key] = second
     with contextlib.suppress(KeyError, IndexError, TypeError):
         other[name] = first
@@ -613,7 +622,7 @@ def neighbours(case: Json, a: int, b: int) -> None:
 def twice(case: Json, a: int, b: int) -> None:
     found = [box[key] for box, key in spots(case["body"], list) if box[key]]
     values = pick(found, a)
-    values.insert(b % len(values), copy.deepcopy(pick(values, b)))
+    values.insert(b % len(values), copied(pick(values, b)))
 
 
 def block_of(case: Json, a: int, b: int) -> tuple[Json, int]:
@@ -652,7 +661,7 @@ def setting(case: Json, a: int, b: int) -> None:
         ],
         b,
     )
-    case["body"][name] = copy.deepcopy(value)
+    case["body"][name] = copied(value)
 
 
 def beta(case: Json, a: int, b: int) -> None:
@@ -765,17 +774,17 @@ CHANGES = [
 ]
 
 
-def changed(case: Json, seed: int) -> Json | None:
-    """The case with one change or two; none: it is no request any more."""
-    case = copy.deepcopy(case)
+def changed(case: Json, seed: int) -> tuple[Json, Request] | None:
+    """The case with one change or two, and how it is read; none: it is no request any more."""
+    case = copied(case)
     chance = random.Random(seed)  # noqa: S311 - it need not be a secret
     try:
         for _ in range(chance.choice([1, 1, 2])):
             chance.choice(CHANGES)(case, chance.randrange(10**4), chance.randrange(10**4))
-        read(case)
+        request = read(case)
     except (ApiError, LookupError, TypeError, AttributeError, ValueError, ZeroDivisionError):
         return None
-    return case
+    return None if is_loose(case) else (case, request)
 
 
 def is_loose(case: Json) -> bool:
@@ -792,16 +801,170 @@ SEEDS = st.integers(0, 10**6)
 def test_a_session_holds_a_request_if_and_only_if_its_history_is_the_same() -> None:
     seen: Counter[bool] = Counter()
 
-    @settings(max_examples=150, **QUICK)
+    @settings(max_examples=100, **QUICK)
     @given(cases(), SEEDS)
     def check(case: Json, seed: int) -> None:
-        session, had = session_of(case), as_had(case)
-        for number in range(20):
-            other = changed(case, seed + number)
-            if session and other and not is_loose(other):
-                same = is_same(had, other)
-                assert session.holds(read(other)) == same
+        session = session_of(case)
+        had = {thinking: history(as_had(case), thinking=thinking) for thinking in (False, True)}
+        for other, request in filter(None, (changed(case, seed + n) for n in range(12))):
+            if session:
+                thinking = echoes_thinking(other)
+                same = history(other, thinking=thinking) == had[thinking]
+                assert session.holds(request) == same
                 seen[same] += 1
 
     check()
-    assert min(seen.values()) > 500
+    assert min(seen.values()) > 200
+
+
+def test_the_session_of_a_changed_conversation_holds_the_unchanged_one_only_if_it_is_the_same() -> (
+    None
+):
+    seen: Counter[bool] = Counter()
+
+    @settings(max_examples=60, **QUICK)
+    @given(cases(), SEEDS)
+    def check(case: Json, seed: int) -> None:
+        for other, _ in filter(None, (changed(case, seed + n) for n in range(8))):
+            roles = [message["role"] for message in other["body"]["messages"][-3:]]
+            session = session_of(other) if roles == ["user", "assistant", "user"] else None
+            if session:
+                same = is_same(as_had(other), case)
+                assert session.holds(read(case)) == same
+                seen[same] += 1
+
+    check()
+    assert min(seen.values()) > 60
+
+
+@pytest.mark.parametrize("row", [*SAME.values(), THINKING_ROW], ids=[*SAME, "thinking"])
+def test_the_readme_says_what_is_deliberately_the_same(row: Row) -> None:
+    assert row.readme in readme.README.read_text()
+
+
+# ---------------------------------------------------------------- faults that were found
+
+
+def talk(*messages: Any, **fields: Any) -> Json:
+    """A conversation of texts and contents in turn, with a question behind it."""
+    roles = [role(("user", "assistant")[n % 2], content) for n, content in enumerate(messages)]
+    body = {"model": "sonnet", "max_tokens": 9, "messages": [*roles, *user(text("next"))]}
+    return {"betas": "", "body": {**body, **fields}}
+
+
+def holds(had: Json, asked: Json) -> bool:
+    session = session_of(had)
+    assert session
+    return session.holds(read(asked))
+
+
+@pytest.mark.xfail(strict=True, reason="Python takes 0 for False (DEFAULTS in translate.py)")
+@pytest.mark.parametrize("key", ["is_error", "citations"])
+def test_a_zero_is_not_false(key: str) -> None:
+    call = {"type": "tool_use", "id": "t1", "name": "weather", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": "x"}
+    had = talk([PAGE], [call], [result], "b")
+    asked = copied(had)
+    if key == "is_error":
+        asked["body"]["messages"][2]["content"][0]["is_error"] = 0
+    else:
+        asked["body"]["messages"][0]["content"][0]["citations"] = {"enabled": 0}
+    assert holds(had, had)
+    assert not holds(had, asked)
+
+
+@pytest.mark.xfail(strict=True, reason="nulls are left out at the top of a block alone")
+@pytest.mark.parametrize("block", [text("x", citations=[CITED]), SEARCH[1]], ids=["cited", "found"])
+def test_a_client_that_leaves_out_nulls_everywhere_finds_its_process(block: Json) -> None:
+    """As `model_dump(exclude_none=True)` of the SDK's own models does."""
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: bare(inner) for key, inner in value.items() if inner is not None}
+        return [bare(inner) for inner in value] if isinstance(value, list) else value
+
+    had = talk("a", [SEARCH[0], block, text("y")])
+    assert holds(had, had)
+    assert holds(had, bare(had))
+
+
+# ---------------------------------------------------------------- processes
+
+
+def ask(server: Server, case: Json) -> Answer:
+    return server.call("POST", "/v1/messages", case["body"], {"anthropic-beta": case["betas"]})
+
+
+def follow(case: Json, answer: Answer) -> Json:
+    """The case with its answer and another question."""
+    messages = [*case["body"]["messages"], role("assistant", answer.message["content"])]
+    return {**case, "body": {**case["body"], "messages": [*messages, *user(text("go on"))]}}
+
+
+def agent_serve(serve: Serve, tmp_path: Path) -> Server:
+    return serve(tools="default", cwd=str(tmp_path))
+
+
+@pytest.mark.parametrize("agent", [False, True], ids=["model", "agent"])
+def test_of_two_conversations_that_differ_none_is_answered_by_the_others_process(
+    serve: Serve, tmp_path: Path, agent: bool
+) -> None:
+    server = agent_serve(serve, tmp_path) if agent else serve()
+    seen: Counter[str] = Counter()
+
+    @settings(max_examples=25, **QUICK)
+    @given(cases(agent=agent), SEEDS)
+    def check(case: Json, seed: int) -> None:
+        # No two examples begin alike.
+        seen["number"] += 1
+        case["body"]["messages"].insert(0, role("user", f"{seen['number']}"))
+        others = filter(None, (changed(case, seed + n) for n in range(50)))
+        other = next(other for other, request in others if is_asked(request))
+        pair = [case, other]
+        answers = [ask(server, one) for one in pair]
+        assert [answer.status for answer in answers] == [200, 200]
+        more = [follow(one, answer) for one, answer in zip(pair, answers, strict=True)]
+        are_same = history(more[0]) == history(more[1])
+        for mine, asked in enumerate(more):
+            answer = ask(server, asked)
+            assert answer.status == 200
+            seen[answer.session] += 1
+            is_theirs = is_same(more[1 - mine], asked)
+            seen["theirs"] += is_theirs
+            if not is_theirs:
+                assert pid(answer) != pid(answers[1 - mine])
+            if agent and are_same:
+                assert answer.session != "hot"
+
+    check()
+    assert seen["hot"] >= 20
+    assert seen["theirs"] >= 5
+
+
+def is_asked(request: Request) -> bool:
+    """Whether it ends with a question, and the stand-in knows its model."""
+    return request.model in ("sonnet", "opus", "haiku") and not request.continues
+
+
+@pytest.mark.xfail(strict=True, reason="a tool without a name is no part of a fingerprint")
+@pytest.mark.parametrize("tools", [[None, TOOLS[3]], [TOOLS[3], None]], ids=["to model", "to agent"])
+def test_a_request_with_tools_is_not_answered_by_an_agent(
+    serve: Serve, tmp_path: Path, tools: list[Any]
+) -> None:
+    """Nor one without by a process that has no tools of its own."""
+    server = agent_serve(serve, tmp_path)
+    first = server.post("a", tools=tools[0] and [tools[0]])
+    answer = server.post(["a", first.text, "b"], tools=tools[1] and [tools[1]])
+    assert answer.session != "hot"
+
+
+@pytest.mark.xfail(strict=True, reason="an agent's conversations are compared with thinking")
+def test_an_agents_client_that_leaves_out_thinking_does_not_get_another_agent(
+    serve: Serve, tmp_path: Path
+) -> None:
+    server = agent_serve(serve, tmp_path)
+    one, other = (talk("a", [thought, text("b")]) for thought in (THOUGHT, REDACTED))
+    first, second = ask(server, one), ask(server, other)
+    assert first.text == second.text
+    more = follow(talk("a", "b"), first)
+    assert ask(server, more).session != "hot"
