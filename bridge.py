@@ -151,25 +151,6 @@ class Config(PoolConfig):
         "limits",
         least=1,
     )
-    max_depth: int = setting(
-        200,
-        "levels of JSON in a request; more get 400",
-        "limits",
-        least=10,
-        most=240,
-    )
-    max_messages: int = setting(
-        100_000,
-        "messages of a request; more get 400; the API's own limit",
-        "limits",
-        least=1,
-    )
-    max_values: int = setting(
-        300_000,
-        "values of JSON in a request; more get 400; each can take 100 times its bytes of memory",
-        "limits",
-        least=1,
-    )
     send_secs: float = setting(
         60.0,
         "seconds a client may take to send a request; then 408",
@@ -291,6 +272,9 @@ class Config(PoolConfig):
             if name not in environ:
                 hint = suggestion(name, environ)
                 found.append(f"{variable('keep_env')}: {name} is not set{hint}")
+            elif environ[name] == KEY_OF_CLIENTS:
+                words = f"{name} is {KEY_OF_CLIENTS!r}, a key for clients of the bridge"
+                found.append(f"{variable('keep_env')}: {words}, and none of the API's")
         host = "" if self.unix_path else self.address[0]
         if host in ("0.0.0.0", "::") and not self.allowed_hosts:
             words = "clients that reach this machine by name or address get 403"
@@ -440,6 +424,8 @@ def find_cli(given: str) -> str:
     return os.path.abspath(path)
 
 
+# What clients send that need a key where the bridge has none (README).
+KEY_OF_CLIENTS = "unused"
 # Where a login may be found that the CLI does not get.
 LOGIN_VARIABLES = (
     "ANTHROPIC_API_KEY",
@@ -456,9 +442,10 @@ def login_cure(config: Config, environ: Mapping[str, str]) -> str:
     for name in LOGIN_VARIABLES:
         is_kept = name in config.keep_env
         # Clients of the bridge need a key, and any will do: the README calls it so.
-        is_for_clients = environ.get(name, "") in ("", "unused") or config.is_own_url(
-            environ.get("ANTHROPIC_BASE_URL", "")
-        )
+        is_for_clients = environ.get(name, "") in (
+            "",
+            KEY_OF_CLIENTS,
+        ) or config.is_own_url(environ.get("ANTHROPIC_BASE_URL", ""))
         if not is_kept and not is_for_clients:
             words = f"{found}; {name} is set, but not passed on to the CLI"
             return f"{words}: {variable('keep_env')}={name} passes it on"
@@ -515,6 +502,8 @@ class Exchange:
     # The methods of the route, for 405.
     allow: str = ""
     turn: Turn | None = None
+    # What a count of tokens leaves out.
+    not_counted: list[str] = field(default_factory=list)
     # error.type of a failure.
     failure: str = ""
 
@@ -1203,7 +1192,11 @@ class Bridge:
             head.append(("x-bridge-session", turn.how + reason))
             if turn.not_sent:
                 head.append(("x-bridge-not-sent", listing(turn.not_sent)))
+            if turn.translator.api_calls > 1:
+                head.append(("x-bridge-api-calls", str(turn.translator.api_calls)))
             head += translate.quota_headers(self.pool.rate_limits)
+        if exchange.not_counted:
+            head.append(("x-bridge-not-counted", listing(exchange.not_counted)))
         origin = exchange.header(b"origin")
         if origin in self.config.allowed_origins:
             head.append(("access-control-allow-origin", origin))
@@ -1336,15 +1329,12 @@ class Bridge:
         # So that it is freed once it is parsed.
         exchange.body = b""
         betas = exchange.header(b"anthropic-beta") or ""
-        config = self.config
         parse = partial(
             translate.parse_request,
             body,
             betas,
             counting=counting,
-            max_depth=config.max_depth,
-            max_messages=config.max_messages,
-            max_values=config.max_values,
+            agent=bool(self.config.tools),
         )
         request = await self.pool.compute(len(body), parse)
         asking = exchange.header(b"x-claude-code-session-id") or ""
@@ -1357,6 +1347,7 @@ class Bridge:
     async def count_tokens(self, connection: Connection, exchange: Exchange) -> None:
         request = await self.parse(exchange, counting=True)
         found = {"input_tokens": await self.pool.count(request)}
+        exchange.not_counted = translate.not_counted(request)
         await connection.respond(exchange, orjson.dumps(found))
 
     async def models(self, connection: Connection, exchange: Exchange) -> None:
@@ -1383,6 +1374,8 @@ class Bridge:
             row["reason"] = turn.reason or None
             row["model"] = turn.request.model
             row["not_sent"] = listing(turn.not_sent).replace(" ", "") or None
+            calls = turn.translator.api_calls
+            row["api_calls"] = calls if calls > 1 else None
         # nginx's number for a client that left before there was a status.
         row["status"] = exchange.status or 499
         row["error"] = exchange.failure or None

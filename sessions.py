@@ -260,8 +260,8 @@ class PoolConfig:
         least=1,
     )
     spares: int = setting(
-        1,
-        "processes that are started ahead of need",
+        2,
+        "processes that are started ahead of need: agents ask for a title and an answer at once",
     )
     queue_secs: float = setting(
         30.0,
@@ -1004,12 +1004,14 @@ class Process(asyncio.SubprocessProtocol):
             self._wake()
 
     def process_exited(self) -> None:
-        self._kill(signal.SIGKILL)  # what it left behind in its group
+        self.kill(signal.SIGKILL)  # what it left behind in its group
         self._close_gate()
         if not self.exited.done():
             self.exited.set_result(self._transport.get_returncode() or 0)
 
-    def _kill(self, number: signal.Signals) -> None:
+    def kill(self, number: signal.Signals) -> None:
+        if self.exited.done():
+            return  # its number may be another's
         # EPERM on macOS, for a group of zombies.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
@@ -1037,7 +1039,7 @@ class Process(asyncio.SubprocessProtocol):
         steps = ENDING[-1:] if is_parked else ENDING
         for number, seconds in steps:
             if number:
-                self._kill(number)
+                self.kill(number)
             await asyncio.wait({self.exited}, timeout=seconds)
             if self.exited.done():
                 break
@@ -1057,6 +1059,8 @@ NEWEST_TESTED = (2, 1, 332)
 # does not in its bare mode.
 ANNOUNCES = (2, 1, 267)
 HAS_BARE_MODE = (2, 1, 300)
+# From here on it keeps a text behind a tool call there.
+KEEPS_ORDER = (2, 1, 266)
 # From here on a conversation can end with an assistant message.
 CONTINUES = (2, 1, 300)
 # Seconds for `claude --version`; 0.1 were measured.
@@ -1274,8 +1278,12 @@ class Turn:
             and not self.request.has_thinking
             and self.session.holds_thinking
         )
-        # The client left it out, and the process has it all the same.
-        return self.request.not_sent + (["thinking"] if keeps_thinking else [])
+        lost = self.request.not_sent.copy()
+        if keeps_thinking:
+            lost.append("thinking")  # the process has what the client left out
+        if not self.session.cli.since(KEEPS_ORDER):
+            lost += self.request.misplaced
+        return lost
 
     async def relay(
         self, send: Callable[[bytes], bool], drain: Callable[[], Awaitable[None]]
@@ -1318,7 +1326,9 @@ class Turn:
                 if not translator.done:
                     raise
         if not self.rests:
-            self.interrupt()  # the CLI goes on by itself here; nothing more may be billed
+            # The CLI goes on by itself here, and nothing more may be billed: it is
+            # killed before it can ask.
+            self.process.kill(signal.SIGKILL)
 
     def _translate(self, events: list[Event], frames: list[bytes]) -> None:
         deltas: list[bytes] = []
@@ -1720,7 +1730,7 @@ class Pool:
     ) -> tuple[Session, list[bytes]]:
         """A process that holds the history of the request, and the lines that start its
         turn.  Without `query` the message is only added, to be counted."""
-        agent = self._is_agent(request)
+        agent = request.is_agent
         cli = await self.look_at_cli()
         if request.continues and not cli.since(CONTINUES):
             words = (
@@ -1805,10 +1815,6 @@ class Pool:
         runs = translate.applied_model(answer) == wanted
         keep(models, name, runs, MAX_MODELS)
         return runs
-
-    def _is_agent(self, request: Request) -> bool:
-        # A client that brings tools runs them itself.
-        return bool(self.config.tools) and not request.fields.get("tools")
 
     def _is_bare(self, agent: bool, *, by_environment: bool = False) -> bool:
         """Whether a process is started in the CLI's bare mode: where its login is found
@@ -2067,7 +2073,7 @@ class Pool:
         for other in same:
             self.retire(other, "duplicate")
         if is_ambiguous:
-            keep(self._agents, session.chain, session.id, MAX_PAST)
+            keep(self._agents, session.unthinking_chain, session.id, MAX_PAST)
         self._move(session, state)
         resting = [*self.on_file.values()]
         idle = sum(other.state is State.IDLE for other in resting)
@@ -2078,7 +2084,8 @@ class Pool:
 
     def _was_filed(self, session: Session) -> bool:
         """Whether another agent's process has held the same conversation."""
-        return self._agents.get(session.chain, session.id) != session.id
+        last = self._agents.get(session.unthinking_chain, session.id)
+        return last != session.id
 
     def _give_way(self, sessions: list[Session]) -> None:
         """Evict one of the sessions for a request that waits for a slot, and found none
@@ -2134,7 +2141,9 @@ class Pool:
             if self._has_computed and TRIM:
                 self._has_computed = False
                 next(iter(self._executors.values())).submit(TRIM, 0)
-            if os.getpid() == 1:
+            if (
+                os.getpid() == 1 and not self._cli_lock.locked()
+            ):  # `ask_version` has one
                 reap_orphans({session.process.pid for session in self.sessions})
             now = time.monotonic()
             for session in [*self.spares, *self.on_file.values()]:
@@ -2241,7 +2250,7 @@ METRICS = {
     ),
     "queue_seconds": (
         "histogram",
-        "Time requests waited for a process slot or for others of their session",
+        "Time requests waited in a line: for a process, a count, or others of their session",
     ),
     "tokens_total": (
         "counter",

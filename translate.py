@@ -421,10 +421,14 @@ class Request:
     ttl: str
     # Fields and places that cannot arrive as sent (header x-bridge-not-sent).
     not_sent: list[str]
+    # The places of texts behind a tool call, which versions before 2.1.266 put before it.
+    misplaced: list[str]
     # Bytes of the request as it came.
     size: int
     # `metadata.user_id`, in which a CLI says which of its conversations asks.
     user_id: str
+    # It is for the CLI's own tools.
+    is_agent: bool
     # Digests of what is fixed for the life of a process.
     parts: Digests = field(default_factory=dict)
     # Those of them that the client's request sets.
@@ -449,18 +453,17 @@ def parse_request(
     body: bytes,
     betas: str = "",
     *,
-    max_depth: int = 200,
-    max_messages: int = 100_000,
-    max_values: int = 300_000,
     counting: bool = False,
+    agent: bool = False,
 ) -> Request:
     """Read the body of POST /v1/messages, or of .../count_tokens if `counting`.
-    `betas` is the header anthropic-beta; the limits are those of `Config`.
+    `betas` is the header anthropic-beta.  With `agent`, a request without tools is for
+    the CLI's own.
 
     It checks only what the bridge itself depends on, and what the CLI would change
     silently; the API judges the rest.  Raises ApiError 400, worded like the API's.
     """
-    data = read_object(body, max_depth, max_values)
+    data = read_object(body)
     check_fields(data, counting)
     not_sent = [name for name in ("metadata", "betas") if data.get(name) is not None]
     stream = data.get("stream")
@@ -470,10 +473,11 @@ def parse_request(
     tools = data.get("tools")
     tools = [] if tools is None else check_type(tools, list, "tools")
     raw = check_type(data["messages"], list, "messages")
-    if len(raw) > max_messages:
-        raise bad_request("messages", f"List should have at most {max_messages} items")
+    if len(raw) > MAX_MESSAGES:
+        raise bad_request("messages", f"List should have at most {MAX_MESSAGES} items")
+    is_agent = agent and not tools
     breakpoints = read_breakpoints(raw, tools, data)
-    caching = "client" if breakpoints.are_own else "cli"
+    caching = "client" if breakpoints.are_own and not is_agent else "cli"
     tool_names = read_tool_names(tools)
     betas = read_betas(betas, not_sent)
     reader = MessageReader(caching, not_sent)
@@ -482,6 +486,13 @@ def parse_request(
     fields.pop("tools", None)
     if tools:
         fields["tools"] = without_deferring(tools, reader.loaded, not_sent)
+    if is_agent:
+        # They reach the API by the environment of the CLI, and the commands that an
+        # agent runs would see them there.
+        not_sent += [printable(key) for key in fields if key != "thinking"]
+        not_sent += [f"anthropic-beta.{name}" for name in betas.split(",") if name]
+        fields = {key: fields[key] for key in fields if key == "thinking"}
+        betas = ""
     request = Request(
         model=read_model(data["model"]),
         system=system,
@@ -491,10 +502,12 @@ def parse_request(
         fields=fields,
         betas=betas,
         caching=caching,
-        ttl=breakpoints.ttl,
+        ttl="" if is_agent else breakpoints.ttl,
         not_sent=list(dict.fromkeys([*not_sent, *breakpoints.lost])),
+        misplaced=reader.misplaced,
         size=len(body),
         user_id=text_of(data.get("metadata"), "user_id"),
+        is_agent=is_agent,
     )
     identify(request, data)
     return request
@@ -516,15 +529,22 @@ def not_json(words: str) -> ApiError:
     return ApiError(400, f"The request body is not valid JSON: {words}")
 
 
-def read_object(body: bytes, max_depth: int, max_values: int) -> Json:
-    if has_more_values(body, max_values):
-        raise not_json(f"it holds more than {max_values} values")
+# Bounds of a request: levels of JSON, of which each costs a call in Python; values of
+# JSON, of which each can take a hundred times its bytes; and messages (API).
+MAX_DEPTH = 200
+MAX_VALUES = 300_000
+MAX_MESSAGES = 100_000
+
+
+def read_object(body: bytes) -> Json:
+    if has_more_values(body):
+        raise not_json(f"it holds more than {MAX_VALUES} values")
     try:
         data = from_json(body)
     except orjson.JSONDecodeError as error:
         raise not_json(str(error)) from None
-    if is_deeper(data, max_depth):
-        raise not_json(f"it is nested more than {max_depth} levels deep")
+    if is_deeper(data, MAX_DEPTH):
+        raise not_json(f"it is nested more than {MAX_DEPTH} levels deep")
     if not isinstance(data, dict):
         raise ApiError(400, "The request body is not a JSON object.")
     return data
@@ -535,14 +555,13 @@ def read_object(body: bytes, max_depth: int, max_values: int) -> Json:
 STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 
 
-def has_more_values(body: bytes, limit: int) -> bool:
-    """Whether a JSON text holds more than about `limit` values: parsed, each can take a
-    hundred times its bytes of memory."""
+def has_more_values(body: bytes) -> bool:
+    """Whether a JSON text holds more than about MAX_VALUES values."""
     marks = count_marks(body)
-    if marks > limit:  # strings can hold marks too
+    if marks > MAX_VALUES:  # strings can hold marks too
         for match in STRING.finditer(body):
             marks -= count_marks(match[0])
-    return marks > limit
+    return marks > MAX_VALUES
 
 
 def count_marks(text: bytes) -> int:
@@ -699,6 +718,8 @@ class MessageReader:
         # The place of each block, as the client numbered it.
         self.places: list[list[str]] = []
         self.not_sent = not_sent
+        # As in `Request`.
+        self.misplaced: list[str] = []
         # Names of the tools that a tool_reference has loaded.
         self.loaded: set[str] = set()
         self._caching = caching
@@ -735,6 +756,7 @@ class MessageReader:
             raise bad_request("messages", "at least one message is required")
         for message, places in zip(self.messages, self.places, strict=True):
             self.not_sent += lost_parts(message["content"], places)
+            self.misplaced += texts_behind_calls(message["content"], places)
         last, places = self.messages[-1], self.places[-1]
         lost = [
             place for place in lost_parts(last["content"], places) if place in places
@@ -828,12 +850,24 @@ def lost_parts(blocks: list[Block], places: list[str]) -> list[str]:
             lost.append(place)
         elif kind == "tool_use":
             extra = [key for key in canonical_block(block) if key not in CALL_KEYS]
+            if written_input(block) != block.get("input"):
+                extra.append("input")
             lost += [f"{place}.{printable(key)}" for key in extra]
         elif kind == "text" and text_of(block, "text").strip() == NO_CONTENT:
             lost.append(place)
         elif kind == "text" and not all(map(is_from_web, citations)):
             lost.append(f"{place}.citations")
     return lost
+
+
+def texts_behind_calls(blocks: list[Block], places: list[str]) -> list[str]:
+    """The places of the texts that follow a tool call in their message."""
+    kinds = [block["type"] for block in blocks]
+    if "tool_use" not in kinds:
+        return []
+    first = kinds.index("tool_use")
+    rest = zip(kinds[first:], places[first:], strict=True)
+    return [place for kind, place in rest if kind == "text"]
 
 
 def is_from_web(citation: Any) -> bool:
@@ -1049,9 +1083,11 @@ def read_breakpoints(messages: list[Any], tools: list[Any], data: Json) -> Break
     at_ends = breakpoints_on(system[-1:])
     inside: list[Any] = []
     elsewhere = breakpoints_on(system[:-1])
-    for message in messages:
+    for message, following in zip(messages, [*messages[1:], None], strict=True):
         blocks = as_list(message.get("content")) if isinstance(message, dict) else []
         end = start_of_end(blocks)
+        if text_of(following, "role") in ("user", "system"):
+            end = len(blocks)  # the two are one message
         if text_of(message, "role") == "user":
             inside += breakpoints_on(blocks[:end])
             at_ends += breakpoints_on(blocks[end:])
@@ -1120,12 +1156,12 @@ def without_breakpoints(block: Any, levels: int = INNER_LEVELS) -> Any:
 # holds them too, so `cache_control` is none of these.
 NOISE = frozenset({"cache_control", "parsed_output"})
 NOISE_BUT_BREAKPOINTS = NOISE - {"cache_control"}
-# Values that mean the same as a key that is not there.
-DEFAULTS: dict[str, tuple[Any, ...]] = {
-    "is_error": (False,),
-    "citations": ([], {"enabled": False}),
-    "content": ("", []),
-    "caller": ({"type": "direct"},),
+# Values, as JSON, that mean the same as a key that is not there.
+DEFAULTS = {
+    "is_error": (b"false",),
+    "citations": (b"[]", b'{"enabled":false}'),
+    "content": (b'""', b"[]"),
+    "caller": (b'{"type":"direct"}',),
 }
 
 
@@ -1168,7 +1204,7 @@ def identify(request: Request, data: Json) -> None:
         "model": request.model,
         "system": request.system,
         # All else about them is said with each turn.
-        "tools": sorted(request.tool_names),
+        "tools": None if request.is_agent else sorted(request.tool_names),
         "betas": request.betas,
         "caching": request.caching,
     }
@@ -1229,13 +1265,17 @@ def canonical_blocks(
 def canonical_block(block: Any, noise: frozenset[str] = NOISE) -> Json:
     kept = {}
     for key, value in block.items():
-        if value is None or key in noise or value in DEFAULTS.get(key, ()):
+        if value is None or key in noise:
+            continue
+        if key in DEFAULTS and to_json(value) in DEFAULTS[key]:
             continue
         kept[key] = value
     if "input" in kept:
-        kept["input"] = with_plain_numbers(kept["input"])
-    if kept.get("type") == "tool_result" and "content" in kept:
-        kept["content"] = canonical_content(kept["content"], noise)
+        kept["input"] = with_plain_numbers(written_input(block))
+    has_text = kept.get("type") == "tool_result" and "content" in kept
+    for key in ("content", "citations"):
+        if isinstance(kept.get(key), list) or (has_text and key == "content"):
+            kept[key] = canonical_content(kept[key], noise)
     source = kept.get("source")
     if isinstance(source, dict) and "content" in source:
         content = canonical_content(source["content"], noise)
@@ -1341,11 +1381,45 @@ def transcript(
         else:
             # With apiBlockIndex, and CLAUDE_CODE_STELLAR_DRIFT, 2.1.330 keeps the order
             # of texts and tool calls.
-            past = past_message(message["content"], model, len(rows))
+            content = [written_call(block) for block in message["content"]]
+            past = past_message(content, model, len(rows))
             add({"type": "assistant", "apiBlockIndex": 0, "message": past})
     last = past_message([text_block("-")], model, len(rows))
     add({"type": "assistant", "isVirtual": True, "message": last})
     return rows
+
+
+# What the CLI takes out of the end of each line that is written to a file (JavaScript,
+# /[^\S\r\n]+$/gm).
+LINE_ENDINGS = re.compile(r"[^\S\r\n]+(?=[\r\n]|\Z)")
+
+
+def written_input(call: Block) -> Any:
+    """The input of a tool call as the CLI writes it for the API when it is in a
+    conversation of its own: it takes a client's tool of these names for its own.  So a
+    rebuilt conversation has the bytes of the continued one, and Claude Code, which does
+    the same as a client, finds its process."""
+    given = call.get("input")
+    match call.get("name"), given:
+        case "ExitPlanMode", dict():
+            return without(given, {"plan", "planFilePath"})
+        case "Edit", {
+            "file_path": str(path),
+            "old_string": str(old),
+            "new_string": str(new),
+            **rest,
+        } if rest in ({}, {"replace_all": False}, {"replace_all": True}):
+            return {
+                "replace_all": rest.get("replace_all", False),
+                "file_path": path,
+                "old_string": old,
+                "new_string": new,
+            }
+        case "Write", {"file_path": str(path), "content": str(content), **rest} if (
+            not rest and not path.lower().endswith((".md", ".mdx"))
+        ):
+            return {"file_path": path, "content": LINE_ENDINGS.sub("", content)}
+    return given
 
 
 def written_result(block: Block) -> Block:
@@ -1367,6 +1441,15 @@ def written_result(block: Block) -> Block:
         "type": "tool_result",
         "content": result["content"],
     }
+
+
+def written_call(block: Block) -> Block:
+    """A tool call with its `written_input`; other blocks stay as they are."""
+    if block["type"] != "tool_use":
+        return block
+    call = block.copy()
+    call["input"] = written_input(block)
+    return call
 
 
 def past_message(content: list[Block], model: str, number: int) -> Json:
@@ -1458,6 +1541,10 @@ def settings_line(env: dict[str, str]) -> bytes:
     return control_line("settings", "apply_flag_settings", settings={"env": env})
 
 
+# Types of `thinking` that ask for it (API).
+THINKING = ("adaptive", "enabled")
+
+
 def turn_settings(
     request: Request, *, has_listed_tools: bool = False
 ) -> dict[str, str]:
@@ -1466,9 +1553,13 @@ def turn_settings(
     The CLI merges CLAUDE_CODE_EXTRA_BODY into the body of each API call, so the
     client's fields arrive as sent; the next value replaces them.  It adds
     ANTHROPIC_BETAS to its own betas, but keeps to those of a process's first call.  If
-    the process has tools listed and the request has none, the body must say so.
+    the process has tools listed and the request has none, the body must say so.  An
+    agent thinks as Claude Code does, if the request asks for thinking.
     """
     body = request.fields
+    if request.is_agent:
+        kind = text_of(body.get("thinking"), "type")
+        return {"CLAUDE_CODE_DISABLE_THINKING": "" if kind in THINKING else "1"}
     if has_listed_tools and not body.get("tools"):
         body = body | {"tools": []}
     return {
@@ -1572,6 +1663,23 @@ def described_tools(request: Request) -> list[Json]:
             )
             described.append(listed)
     return described
+
+
+# Characters of a tool's description that the CLI counts (2.1.332).
+COUNTED = 2048
+
+
+def not_counted(request: Request) -> list[str]:
+    """The fields and places of a request that a count leaves out: the CLI counts
+    messages, the system prompt, and tools that a client defines."""
+    names = ("container", "mcp_servers", "output_config")
+    left_out = [name for name in names if request.fields.get(name)]
+    for number, tool in enumerate(request.fields.get("tools") or []):
+        if tool.get("type") not in (None, "custom"):
+            left_out.append(f"tools.{number}")
+        elif len(text_of(tool, "description")) > COUNTED:
+            left_out.append(f"tools.{number}.description")
+    return left_out
 
 
 # Characters of a tool result that the CLI passes on whole with room to spare: its limit
@@ -1873,6 +1981,9 @@ CHANGEABLE = (400, 404, 413, 422)
 RESTING = ("end_turn", "stop_sequence", "pause_turn")
 
 
+NOT_STREAMED = "The API refused to stream its answer."
+
+
 class Translator:
     """The events of one turn of the CLI in, the events of one Messages stream out.
 
@@ -1899,6 +2010,8 @@ class Translator:
         self.result: CliEvent | None = None
         # What the CLI told of an account's limits, in the order it came.
         self.rate_limits: list[Json] = []
+        # Calls of the API that the turn has taken.
+        self.api_calls = 0
         # The version of the CLI, once it has told it.
         self.cli_version = ""
         self._agent = agent
@@ -1934,8 +2047,6 @@ class Translator:
         # How a line begins that holds a delta of the open block, and may keep its
         # bytes.
         self._delta_head = b""
-        # A message that came without stream events, in its last form.
-        self._unstreamed: Json = {}
         # The `assistant` event by which the CLI tells of a failure.
         self._failure: CliEvent | None = None
 
@@ -1973,10 +2084,10 @@ class Translator:
         if self._turn_id and isinstance(answers_to, list):
             self._is_ours = self._turn_id in answers_to
         if kind == "api_call" and not self.done:
+            self.api_calls += 1
             status = event.get("response") or 0
-            if (
-                status in CHANGEABLE
-            ):  # the log of the next call may come before its answer
+            # The log of the next call may come before its answer.
+            if status in CHANGEABLE:
                 self._refused = status
         info = event.get("rate_limit_info")
         if kind == "rate_limit_event" and isinstance(info, dict):
@@ -1993,9 +2104,7 @@ class Translator:
         if kind == "stream_event" and isinstance(inner, dict):
             return self._stream_event(inner)
         if kind == "assistant":
-            return self._assistant(event)
-        if kind == "control_request" and self._unstreamed and tool_call_id(event):
-            return self._end_unstreamed()
+            self._assistant(event)
         if kind == "control_response":
             self._check_control(event)
         return []
@@ -2016,11 +2125,6 @@ class Translator:
             return []
         if kind == "error":
             raise stream_error(event.get("error"))
-        if self._unstreamed:
-            if kind != "message_start":
-                return []
-            ended = self._end_unstreamed()
-            return ended if self.done else ended + self._stream_event(event)
         if self.state is State.WAITING and kind != "message_start":
             return []  # of a message that began before the turn
         if kind not in GRAMMAR:
@@ -2029,7 +2133,9 @@ class Translator:
         if kind == "message_delta" and not ends_message(event):
             return []  # an interrupted answer ends so (recording interrupt of 2.1.330)
         is_inside = self.state in (State.OPEN, State.BLOCK, State.HIDDEN)
-        if kind == "message_stop" and is_inside:  # recording mid_stream_error
+        if kind == "message_stop" and is_inside:
+            if self._failure:
+                return []  # the `result` has the API's words (recording mid_stream_error)
             words = "The API ended the answer before it was complete."
             raise ApiError(502, words, kind="api_error")
         following = NEXT[self.state].get(kind)
@@ -2052,12 +2158,7 @@ class Translator:
         if not self._id:
             raise cli_error("the claude CLI sent a message_start without an id")
         self._usage = usage(message.get("usage"))
-        if self._refused:
-            # The CLI has taken something out of the conversation, or out of the
-            # parameters, and asked again.
-            words = "the API refused the request, and the claude CLI asked again with a"
-            words += " changed one, as it does about a thinking signature or an effort"
-            raise ApiError(self._refused, words)
+        self._check_refused()
         if self.message:  # an agent's answer goes on in another API message
             return []
         answered = text_of(message, "model")
@@ -2077,6 +2178,14 @@ class Translator:
         self.message["content"] = []
         self.message["usage"] = self._usage.copy()
         return [renewed(event, message=started)]
+
+    def _check_refused(self) -> None:
+        """Raises ApiError for an answer that the CLI got when it asked again, without
+        something of the conversation or of the parameters."""
+        if self._refused:
+            words = "the API refused the request, and the claude CLI asked again with a"
+            words += " changed one, as it does about a thinking signature or an effort"
+            raise ApiError(self._refused, words)
 
     def _block_start(self, event: Json) -> list[StreamEvent]:
         if self._input_error:
@@ -2265,12 +2374,10 @@ class Translator:
             for event in decode(text):
                 yield from map(frame, self.feed(event))
 
-    # Messages that were not streamed
-
-    def _assistant(self, event: CliEvent) -> list[StreamEvent]:
-        """An `assistant` event: the same content once more, except when the API refused
-        to stream and the CLI asked again without (recording not_streamed); then it is
-        all there is.  A text that the CLI made up is a failure."""
+    def _assistant(self, event: CliEvent) -> None:
+        """An `assistant` event: the same content once more, except for a text that the
+        CLI made up, which is a failure, and for a message that the API refused to
+        stream."""
         message: Any = event.get("message")
         identity = text_of(message, "id")
         if text_of(message, "model") == "<synthetic>":
@@ -2280,59 +2387,9 @@ class Translator:
                 raise ApiError(400, removal[1])
             if text_of(event, "api_error") == "media_removed":
                 raise ApiError(400, text.removeprefix("API Error: "))
-            return []
-        if not identity or not isinstance(message.get("content"), list):
-            return []
-        is_expected = (
-            self.state in (State.WAITING, State.WORKING) and identity != self._id
-        )
-        if not is_expected and not self._unstreamed:
-            return []
-        events: list[StreamEvent] = []
-        if self._unstreamed and identity != self._id:  # the CLI went on by itself
-            events += self._end_unstreamed()
-            if self.done:
-                return events
-        stream: list[Json] = []
-        if not self._unstreamed:
-            stream.append({"type": "message_start", "message": message})
-        for block in message["content"]:
-            if text_of(block, "type"):
-                stream.append(
-                    {
-                        "type": "content_block_start",
-                        "index": 0,
-                        "content_block": block,
-                    }
-                )
-                stream.append({"type": "content_block_stop", "index": 0})
-        self._unstreamed = {}
-        for inner in stream:
-            events += self._stream_event(inner)
-        self._unstreamed = message
-        return events
-
-    def _end_unstreamed(self, result: CliEvent | None = None) -> list[StreamEvent]:
-        message, self._unstreamed = self._unstreamed, {}
-        reason = (
-            text_of(message, "stop_reason")
-            or text_of(result, "stop_reason")
-            or ("tool_use" if self.calls else "end_turn")
-        )
-        ends = {
-            "stop_reason": reason,
-            "stop_sequence": message.get("stop_sequence"),
-            "stop_details": message.get("stop_details"),
-        }
-        final = {
-            "type": "message_delta",
-            "delta": ends,
-            "usage": message.get("usage"),
-        }
-        events = self._stream_event(final)
-        if self.state is State.ENDED:
-            events += self._stream_event({"type": "message_stop"})
-        return events
+        elif self.state in (State.WAITING, State.WORKING) and identity != self._id:
+            self._check_refused()
+            raise ApiError(502, NOT_STREAMED, kind="api_error")
 
     # The end of a turn
 
@@ -2348,13 +2405,7 @@ class Translator:
             raise result_error(result, self._failure, self._resets_at())
         if not self.message:
             return []  # not this turn's: of a background task, or of a line that asked nothing
-        events = self._end_unstreamed(result) if self._unstreamed else []
-        if not self.done:
-            raise cli_error(
-                "the claude CLI ended the turn before the answer was complete"
-            )
-        self.result = result
-        return events
+        raise cli_error("the claude CLI ended the turn before the answer was complete")
 
     def _resets_at(self) -> float | None:
         """When the limit that refused a request is reset, in epoch seconds."""

@@ -14,7 +14,6 @@ from test_relay import BEGIN, END, MESSAGE, TAIL, delta, event, outcome
 from test_relay import text as delta_of_text
 
 import translate
-from bridge import Config
 from translate import ApiError, parse_request
 
 Json = dict[str, Any]
@@ -92,22 +91,18 @@ def test_a_name_in_a_tool_choice_that_has_none_is_no_bug(kind: str, name: object
     used(request_body(tools=[TOOL], tool_choice={"type": kind, "name": name}))
 
 
-# Levels of a body, at most.
-DEEPEST = int(Config.__dataclass_fields__["max_depth"].metadata["most"])
-
-
 @pytest.mark.parametrize("more", [0, 1])
 def test_a_schema_that_can_be_read_can_be_listed(more: int) -> None:
     """Process._read answers tools/list inside asyncio's callback, where an error ends the pipe."""
-    levels = DEEPEST - 4 + more  # four are around it
+    levels = translate.MAX_DEPTH - 4 + more  # four are around it
     schema = {"type": "object", "x": json.loads("[" * levels + "0" + "]" * levels)}
     body = request_body(tools=[{**TOOL, "input_schema": schema}])
     data = json.dumps(body).encode()
     if more:
         with pytest.raises(ApiError, match="levels deep"):
-            parse_request(data, max_depth=DEEPEST)
+            parse_request(data)
     else:
-        fuzz.check_use(parse_request(data, max_depth=DEEPEST), body)
+        fuzz.check_use(parse_request(data), body)
 
 
 @pytest.mark.parametrize(

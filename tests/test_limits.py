@@ -51,26 +51,17 @@ def test_a_connection_too_many_gets_503_and_the_others_go_on(serve: Serve) -> No
 
 
 def test_limits_are_settings(serve: Serve) -> None:
-    server = serve(max_body_bytes=1000, max_header_bytes=500, max_depth=12, max_messages=2)
+    server = serve(max_body_bytes=1000, max_header_bytes=500)
     assert error(server.post("x" * 1000)) == (413, "request_too_large")
     assert error(server.call("GET", "/healthz", headers={"x": "y" * 1000})) == (
         431,
         "invalid_request_error",
     )
     assert error(server.call("GET", "/healthz?" + "y" * 1000)) == (431, "invalid_request_error")
-    assert (
-        "12 levels"
-        in server.post(metadata=json.loads("[" * 13 + "]" * 13)).json["error"]["message"]
-    )
-    assert "at most 2 items" in server.post(["a", "b", "c"]).json["error"]["message"]
-    assert (
-        "12 levels"
-        in server.call(
-            "POST",
-            "/v1/messages/count_tokens",
-            request_body(metadata=json.loads("[" * 13 + "]" * 13)),
-        ).json["error"]["message"]
-    )
+    deep = json.loads("[" * 200 + "]" * 200)
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        answer = server.call("POST", path, request_body("x", metadata=deep))
+        assert "200 levels" in answer.json["error"]["message"]
     assert server.post().status == 200
 
 

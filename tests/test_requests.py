@@ -355,8 +355,6 @@ def test_the_depth_of_a_body_has_a_limit() -> None:
     assert parse_request(asked(197)).tool_names  # three levels around the schema
     with pytest.raises(ApiError, match="nested more than 200 levels"):
         parse_request(asked(198))
-    with pytest.raises(ApiError, match="nested more than 7 levels"):
-        parse_request(asked(5), max_depth=7)
 
 
 def test_a_body_of_long_numbers_that_is_nested_too_deeply_is_refused() -> None:
@@ -373,10 +371,9 @@ def test_a_text_without_an_end_is_looked_at_once() -> None:
 
 
 def test_the_number_of_messages_has_a_limit() -> None:
-    talk = json.dumps(request_body(["a", "b", "c"])).encode()
-    assert len(parse_request(talk, max_messages=3).messages) == 3
-    with pytest.raises(ApiError, match="messages: List should have at most 2 items"):
-        parse_request(talk, max_messages=2)
+    talk = json.dumps({"model": "m", "max_tokens": 1, "messages": [0] * 100_001}).encode()
+    with pytest.raises(ApiError, match="messages: List should have at most 100000 items"):
+        parse_request(talk)
 
 
 def test_the_number_of_values_has_a_limit() -> None:
@@ -389,7 +386,6 @@ def test_the_number_of_values_has_a_limit() -> None:
         body = json.dumps(request_body("hi", new=value)).encode()
         with pytest.raises(ApiError, match="it holds more than 300000 values"):
             parse_request(body)
-        assert parse_request(body, max_values=400_000).fields["new"] == value
 
 
 @pytest.mark.parametrize("value", ["x,", "[{,", '",', '\\",', "\\\\,"], ids=repr)
@@ -397,10 +393,6 @@ def test_what_a_text_holds_is_no_value(value: str) -> None:
     message = value * 200_000
     body = json.dumps(request_body(message)).encode()
     assert parse_request(body).messages == user(text(message))
-
-
-def test_what_a_text_holds_is_no_value_where_the_limit_is_low_either() -> None:
-    assert parse_request(json.dumps(request_body("x," * 2000)).encode(), max_values=1000)
 
 
 def test_numbers_keep_their_digits() -> None:
