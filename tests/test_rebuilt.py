@@ -16,6 +16,8 @@ from servers import Server
 from stubs import Stub
 from test_logins import LOGINS, log_in
 
+from sessions import ANNOUNCES, HAS_BARE_MODE, Cli
+
 MODEL = "claude-sonnet-5-5"
 TOOL = {"name": "probe", "description": "d", "input_schema": {"type": "object"}}
 RESULTS: list[Json] = [
@@ -31,8 +33,8 @@ class Bridges:
 
     start: Callable[..., Server]
     stub: Stub
-    login: str
-    has_bare_mode: bool  # the CLI is one of those that announce things
+    has_bare_mode: bool  # nothing is added to what the client sent
+    is_announced: bool  # the CLI adds what it announces
     seen: int
 
     def bodies(self) -> list[Json]:
@@ -81,7 +83,11 @@ def make_bridges(
     def start(**settings: Any) -> Server:
         return serve(bin=cli, keep_env=keep, setting_sources=LOGINS[name].sources, **settings)
 
-    return Bridges(start, judging, name, cli == next(iter(CLIS.values())), len(judging.log()))
+    [version] = [version for version, path in CLIS.items() if path == cli]
+    known = Cli(version=version)
+    has_bare_mode = known.since(HAS_BARE_MODE) and name != "subscription-with-account"
+    is_announced = known.since(ANNOUNCES) and not has_bare_mode
+    return Bridges(start, judging, has_bare_mode, is_announced, len(judging.log()))
 
 
 # An API request as its prompt cache compares it.
@@ -131,15 +137,14 @@ def added(body: Json) -> list[tuple[int, str]]:
 
 
 def check_added(bridges: Bridges, bodies: list[Json], conversations: list[list[Any]]) -> None:
-    """With a key a new CLI adds nothing; with a subscription it says the same once, behind the
-    first message."""
-    if bridges.has_bare_mode and bridges.login != "subscription-with-account":
+    """With a key a new CLI adds nothing; else it says the same once, behind the first message."""
+    if bridges.has_bare_mode:
         for body, messages in zip(bodies, conversations, strict=True):
             assert as_blocks(body) == sent(messages)
         return
     firsts = {json.dumps(added(body)) for body in bodies}
     assert len(firsts) == 1
-    if not bridges.has_bare_mode:
+    if not bridges.is_announced:
         assert added(bodies[0]) == []
         return
     [(place, said)] = added(bodies[0])
