@@ -101,7 +101,6 @@ IN_TURN = (
     "test_environment",
     "test_fidelity",
     "test_js_clients",
-    "test_logins",
     "test_real",
     "test_tools",
     "test_unasked",
