@@ -345,10 +345,11 @@ def test_marks_on_tools_arrive_and_with_the_clis_own_the_api_takes_them(
 
 BETAS = ["files-api-2025-04-14", "no-such-beta-2026-01-01"]
 SYSTEM = [text("Be  terse.\n"), {**text("And kind."), "cache_control": {"type": "ephemeral"}}]
-WITH_ACCOUNT = "subscription-with-account"
 
 
-@pytest.mark.parametrize("name", [WITH_ACCOUNT, "key", "key-helper", "token-of-setup-token"])
+@pytest.mark.parametrize(
+    "name", ["subscription-with-account", "key", "key-helper", "token-of-setup-token", "foundry"]
+)
 def test_with_each_login_the_same_arrives(
     serve: Callable[..., Server],
     cli: Path,
