@@ -44,9 +44,9 @@ PASSES_ON = "CLAUDE_CLI_KEEP_ENV=ANTHROPIC_API_KEY passes it on"
 class Login:
     source: str = ""  # who is logged in, as the bridge says it; empty: nobody
     headers: dict[str, str] = field(default_factory=dict)  # of a request at the API
-    # What a message and a count ask of the API, and the bridge's statuses.  The stub plays no cloud.
+    # How the paths end that a message and a count ask.  The stub plays no cloud.
     paths: tuple[str, ...] = ("/v1/messages", "/v1/messages/count_tokens")
-    statuses: tuple[int, int] = (200, 200)
+    works: bool = True
     kept: dict[str, str] = field(default_factory=dict)  # variables that the CLI gets
     others: dict[str, str] = field(default_factory=dict)  # variables that it does not get
     files: dict[str, Json] = field(default_factory=dict)  # in HOME
@@ -112,8 +112,8 @@ LOGINS = {
             "AWS_BEARER_TOKEN_BEDROCK": "mine",
             "ANTHROPIC_BEDROCK_BASE_URL": "STUB",
         },
-        paths=("/model/us.anthropic.claude-sonnet-4-5-20250929-v1:0/invoke-with-response-stream",),
-        statuses=(404, 502),
+        paths=("/invoke-with-response-stream",),
+        works=False,
     ),
     "vertex": Login(
         source="vertex",
@@ -124,11 +124,8 @@ LOGINS = {
             "ANTHROPIC_VERTEX_BASE_URL": "STUB",
             "CLAUDE_CODE_SKIP_VERTEX_AUTH": "1",
         },
-        paths=tuple(
-            f"/projects/mine/locations/us-east5/publishers/anthropic/models/{asked}"
-            for asked in ("claude-sonnet-5-5:streamRawPredict", "count-tokens:rawPredict")
-        ),
-        statuses=(404, 404),
+        paths=(":streamRawPredict",),
+        works=False,
     ),
     "foundry": Login(
         source="foundry",
@@ -226,14 +223,16 @@ def test_a_login_is_one_at_the_start_for_check_on_the_page_for_health_and_at_the
         program.call("POST", "/v1/messages/count_tokens", counted),
     ]
     shown.append(shown_login(program))
-    rows = [row for row in stub.rows()[before:] if row["path"] in login.paths]
+    rows = [row for row in stub.rows()[before:] if row["path"].endswith(login.paths)]
     if login.source:
         assert (status, checked["login"]) == (0, login.source)
         assert begun == f"INFO the claude CLI is logged in ({login.source})"
         assert (deep.status, said) == (200, "ok")
         assert set(shown) == {login.source}
-        assert [answer.status for answer in answers] == [*login.statuses]
-        assert {row["path"] for row in rows} == {*login.paths}
+        statuses = [answer.status for answer in answers]
+        assert statuses == [200, 200] if login.works else not {200, 401} & {*statuses}
+        for path in login.paths:
+            assert any(row["path"].endswith(path) for row in rows)
     else:
         whose = f"no login of user {user_name()} in {environment}/.claude"
         nobody = f"nobody is logged in: {whose}"
