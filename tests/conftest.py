@@ -24,6 +24,7 @@ import pytest
 from client import Json
 from host import ROOT, STANDIN, children, isolate, open_files, wait_until
 from installed import (
+    CLI_PARAMS,
     CLIS,
     JS_CLIENTS,
     OPENCODE,
@@ -31,10 +32,9 @@ from installed import (
     PIP_CLIENTS,
     PYTHONS,
     WHEELS,
-    bundled_cli,
+    find_clis,
     from_pip,
     js_clients,
-    npm_cli,
     opencode,
     other_python,
     wheels,
@@ -66,27 +66,23 @@ def pytest_configure(config: pytest.Config) -> None:
     # Python programs start faster when they may keep their compiled form.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     with ThreadPoolExecutor() as executor:
-        fetches = [
-            executor.submit(fetch)
-            for fetch in (js_clients, opencode, wheels, npm_cli, other_python)
-        ]
+        fetches = [executor.submit(fetch) for fetch in (js_clients, opencode, wheels, other_python)]
+        clis = executor.submit(find_clis)
         pythons = {
             name: executor.submit(from_pip, name, *packages)
             for name, packages in PIP_CLIENTS.items()
         }
-    javascript, opened, packages, older, python = (fetch.result() for fetch in fetches)
+    javascript, opened, packages, python = (fetch.result() for fetch in fetches)
     JS_CLIENTS[:] = filter(None, [javascript])
     OPENCODE[:] = filter(None, [opened])
     WHEELS[:] = filter(None, [packages])
     OTHER_PYTHON[:] = filter(None, [python])
     made = {name: python.result() for name, python in pythons.items()}
     PYTHONS.update({name: path for name, path in made.items() if path})
-    for path in (bundled_cli(), older):
-        if path:
-            version = subprocess.run(
-                [path, "--version"], capture_output=True, text=True, check=True
-            ).stdout.split()[0]
-            CLIS[version] = path
+    try:
+        CLIS.update(clis.result())
+    except LookupError as error:
+        raise pytest.UsageError(*error.args) from None
     ISOLATION = isolate() if sys.platform == "linux" else "not isolated"
 
 
@@ -95,7 +91,8 @@ def pytest_report_header() -> str:
 
 
 # Of these each test runs with one version of the CLI, every sixth with the older one, which takes
-# twice as long to start; `CLIS=all python -m pytest` runs them with both.
+# twice as long to start; `CLIS=all python -m pytest` runs them with both, `CLIS=2.1.197,2.1.330`
+# with these.
 IN_TURN = (
     "test_agent",
     "test_api",
@@ -104,7 +101,6 @@ IN_TURN = (
     "test_environment",
     "test_fidelity",
     "test_js_clients",
-    "test_logins",
     "test_real",
     "test_tools",
     "test_unasked",
@@ -117,7 +113,7 @@ WITH_BOTH = ("test_generated_requests",)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest first, and of the real CLI one version for each test."""
     items.sort(key=lambda item: not item.name.startswith(LONGEST))
-    if os.environ.get("CLIS") == "all":
+    if os.environ.get("CLIS"):
         return
     left_out = [item for item in items if is_of_other_version(item)]
     config.hook.pytest_deselected(items=left_out)
@@ -184,9 +180,11 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stub: "Stub") -
     return home
 
 
-@pytest.fixture(params=["bundled", "npm"])
+@pytest.fixture(params=CLI_PARAMS)
 def cli(request: pytest.FixtureRequest) -> Path:
     """The real CLI, once for each version that is there."""
+    if request.param in CLIS:
+        return CLIS[request.param]
     versions = list(CLIS.values())
     number = 0 if request.param == "bundled" else 1
     if number >= len(versions):

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,15 @@ from pathlib import Path
 from host import ROOT
 
 NPM_VERSION = "2.1.197"
+# The versions of the CLI that the user asks for (`CLIS=2.1.197,2.1.330`), the newest first; none:
+# the bundled one and NPM_VERSION.
+ASKED_FOR = sorted(
+    {name.strip() for name in os.environ.get("CLIS", "all").split(",")} - {"all", ""},
+    key=lambda version: [int(number) for number in re.findall(r"\d+", version)],
+    reverse=True,
+)
+# With which the fixture `cli` runs a test.
+CLI_PARAMS = ASKED_FOR or ["bundled", "npm"]
 # What tests/test_clients.py and tests/test_plano.py drive: environments, because these packages do
 # not go together.
 PIP_CLIENTS = {
@@ -123,10 +133,29 @@ def other_python() -> Path | None:
     return None
 
 
-def npm_cli() -> Path | None:
-    """The older CLI from the npm registry."""
+def npm_cli(version: str) -> Path | None:
+    """A CLI from the npm registry."""
     wanted = "node_modules/@anthropic-ai/claude-code-linux-x64/claude"
-    return from_npm(NPM_VERSION, wanted, f"@anthropic-ai/claude-code@{NPM_VERSION}")
+    return from_npm(version, wanted, f"@anthropic-ai/claude-code@{version}")
+
+
+def find_clis() -> dict[str, Path]:
+    """The CLIs by version, the newest first.  Raises LookupError for one that was asked for."""
+    found = {}
+    if bundled := bundled_cli():
+        found[version_of(bundled)] = bundled
+    for version in ASKED_FOR or [NPM_VERSION]:
+        path = found.get(version) or npm_cli(version)
+        if path and version_of(path) == version:
+            found[version] = path
+        elif ASKED_FOR:
+            raise LookupError(f"CLIS: npm cannot fetch version {version} of the claude CLI")
+    return {version: found[version] for version in ASKED_FOR or found}
+
+
+def version_of(cli: Path) -> str:
+    done = subprocess.run([cli, "--version"], capture_output=True, text=True, check=True)
+    return done.stdout.split()[0]
 
 
 def js_clients() -> Path | None:

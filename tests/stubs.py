@@ -33,15 +33,14 @@ class Stub:
     def log(self, since: int = 0) -> list[Json]:
         """The requests to /v1/messages, from number `since` on: path, headers, body, end,
         seconds."""
-        return [row for row in self._rows("") if row["path"].startswith("/v1/messages")][since:]
+        return [row for row in self.rows() if row["path"].startswith("/v1/messages")][since:]
 
     def last(self) -> Json:
         """The last request to /v1/messages."""
-        return [row for row in self._rows("?since=-9") if row["path"].startswith("/v1/messages")][
-            -1
-        ]
+        return [row for row in self.rows("?since=-9") if row["path"].startswith("/v1/messages")][-1]
 
-    def _rows(self, query: str) -> list[Json]:
+    def rows(self, query: str = "") -> list[Json]:
+        """The requests to any path."""
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port)) as connection:
             connection.request("GET", "/_log" + query)
             rows: list[Json] = json.loads(connection.getresponse().read())

@@ -15,29 +15,34 @@ from typing import Any
 import pytest
 from client import Answer, Json, request_body, text
 from host import ROOT
-from installed import CLIS
+from installed import ASKED_FOR, CLIS
 from servers import KEEP, Server
 from test_logins import LOGINS, log_in
 
 from bridge import ConfigError
-from sessions import CONTINUES, dotted
+from sessions import CONTINUES, Cli, dotted
 
 BEGUN = {"role": "assistant", "content": [text("It is")]}
 
 
-@pytest.fixture
-def bundled() -> Path:
+@pytest.fixture(params=ASKED_FOR or ["bundled"])
+def going_on(request: pytest.FixtureRequest) -> Path:
+    """A CLI whose conversations can end with an assistant message."""
     if not CLIS:
         pytest.skip("no CLI is installed")
-    return next(iter(CLIS.values()))
+    version = request.param if ASKED_FOR else next(iter(CLIS))
+    if not Cli(version=version).since(CONTINUES):
+        pytest.skip("this version refuses it")
+    return CLIS[version]
 
 
 @pytest.fixture
 def floor() -> tuple[str, Path]:
     """The oldest CLI that the tests have, and its version."""
-    if len(CLIS) < 2:
+    version, cli = list(CLIS.items() or [("", Path())])[-1]
+    if Cli(version=version).since(CONTINUES):
         pytest.skip("there is no older CLI")
-    return list(CLIS.items())[1]
+    return version, cli
 
 
 def without_marks(message: Json) -> Json:
@@ -54,14 +59,14 @@ def without_marks(message: Json) -> Json:
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_goes_on_from_the_assistant_message_at_the_end_as_it_was_sent(
     serve: Callable[..., Server],
-    bundled: Path,
+    going_on: Path,
     environment: Path,
     since: Callable[[], list[Json]],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     stream: bool,
 ) -> None:
-    server = serve(bin=bundled, keep_env=log_in(LOGINS[name], environment, monkeypatch))
+    server = serve(bin=going_on, keep_env=log_in(LOGINS[name], environment, monkeypatch))
     history: list[Any] = ["SAY first", "first", "SAY so", BEGUN]
     begun = server.post(history, stream=stream)
     assert (begun.status, begun.session) == (200, "rebuilt; reason=prefill")
@@ -81,13 +86,13 @@ def test_an_answer_goes_on_from_the_assistant_message_at_the_end_as_it_was_sent(
 @pytest.mark.parametrize("name", ["key", "subscription"])
 def test_an_answer_that_paused_goes_on_when_the_client_sends_it_back(
     serve: Callable[..., Server],
-    bundled: Path,
+    going_on: Path,
     environment: Path,
     since: Callable[[], list[Json]],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
-    server = serve(bin=bundled, keep_env=log_in(LOGINS[name], environment, monkeypatch))
+    server = serve(bin=going_on, keep_env=log_in(LOGINS[name], environment, monkeypatch))
     tools = [{"type": "web_search_20250305", "name": "web_search"}]
     asked = {"role": "user", "content": "SEARCH PAUSED herons"}
     paused = server.post([asked], tools=tools)

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client import Answer, Client, Json, sent, text
+from client import Answer, Client, Json, arrived, request_body, sent, text
 from installed import CLIS
 from judge import Refused, judge
 from servers import Server
 from stubs import Stub
-from test_logins import LOGINS, log_in
+from test_api import count
+from test_fidelity import betas_of
+from test_logins import LOGINS, log_in, login_headers
+
+from sessions import ANNOUNCES, HAS_BARE_MODE, Cli
 
 MODEL = "claude-sonnet-5-5"
 TOOL = {"name": "probe", "description": "d", "input_schema": {"type": "object"}}
@@ -31,8 +35,8 @@ class Bridges:
 
     start: Callable[..., Server]
     stub: Stub
-    login: str
-    has_bare_mode: bool  # the CLI is one of those that announce things
+    has_bare_mode: bool  # nothing is added to what the client sent
+    is_announced: bool  # the CLI adds what it announces
     seen: int
 
     def bodies(self) -> list[Json]:
@@ -81,7 +85,11 @@ def make_bridges(
     def start(**settings: Any) -> Server:
         return serve(bin=cli, keep_env=keep, setting_sources=LOGINS[name].sources, **settings)
 
-    return Bridges(start, judging, name, cli == next(iter(CLIS.values())), len(judging.log()))
+    [version] = [version for version, path in CLIS.items() if path == cli]
+    known = Cli(version=version)
+    has_bare_mode = known.since(HAS_BARE_MODE) and "x-api-key" in LOGINS[name].headers
+    is_announced = known.since(ANNOUNCES) and not has_bare_mode
+    return Bridges(start, judging, has_bare_mode, is_announced, len(judging.log()))
 
 
 # An API request as its prompt cache compares it.
@@ -131,15 +139,14 @@ def added(body: Json) -> list[tuple[int, str]]:
 
 
 def check_added(bridges: Bridges, bodies: list[Json], conversations: list[list[Any]]) -> None:
-    """With a key a new CLI adds nothing; with a subscription it says the same once, behind the
-    first message."""
-    if bridges.has_bare_mode and bridges.login != "subscription-with-account":
+    """With a key a new CLI adds nothing; else it says the same once, behind the first message."""
+    if bridges.has_bare_mode:
         for body, messages in zip(bodies, conversations, strict=True):
             assert as_blocks(body) == sent(messages)
         return
     firsts = {json.dumps(added(body)) for body in bodies}
     assert len(firsts) == 1
-    if not bridges.has_bare_mode:
+    if not bridges.is_announced:
         assert added(bodies[0]) == []
         return
     [(place, said)] = added(bodies[0])
@@ -332,6 +339,76 @@ def test_marks_on_tools_arrive_and_with_the_clis_own_the_api_takes_them(
         found = controls(body)
         assert found[:number] == [(name, control) for name in names]
         assert len(found) <= 4
+
+
+# each login
+
+BETAS = ["files-api-2025-04-14", "no-such-beta-2026-01-01"]
+SYSTEM = [text("Be  terse.\n"), {**text("And kind."), "cache_control": {"type": "ephemeral"}}]
+
+
+@pytest.mark.parametrize(
+    "name", ["subscription-with-account", "key", "key-helper", "token-of-setup-token", "foundry"]
+)
+def test_with_each_login_the_same_arrives(
+    serve: Callable[..., Server],
+    cli: Path,
+    environment: Path,
+    judging: Stub,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    bridges = make_bridges(name, serve, cli, environment, judging, monkeypatch)
+    before = bridges.seen
+    fields: Json = {"system": SYSTEM, "tools": [TOOL], "model": MODEL}
+
+    def ask(server: Server, messages: list[Any], how: str) -> tuple[list[Json], Json]:
+        """What is answered, and what arrived."""
+        headers = {"anthropic-beta": ",".join(BETAS)}
+        request = request_body(messages, **fields)
+        answer = server.call("POST", "/v1/messages", request, headers)
+        return answer.json["content"], bridges.body(answer, how)
+
+    server = bridges.start()
+    messages: list[Any] = ['USE_TOOL probe INPUT={"a":1}END']
+    content, called = ask(server, messages, "new")
+    result = {"type": "tool_result", "tool_use_id": content[-1]["id"], "content": [text("ok")]}
+    messages += [{"role": "assistant", "content": content}, {"role": "user", "content": [result]}]
+    content, in_place = ask(server, messages, "hot")
+    longer = [*messages, {"role": "assistant", "content": content}, "SAY more"]
+    _, hot = ask(server, longer, "hot")
+    restarted = bridges.start()
+    _, rebuilt = ask(restarted, longer, "rebuilt")
+    _, result_rebuilt = ask(restarted, messages, "rebuilt")
+    assert pieces(rebuilt, marks=True) == pieces(hot, marks=True)
+    assert pieces(result_rebuilt, marks=True) == pieces(in_place, marks=True)
+    assert (share(called, in_place), share(in_place, hot)) == (1.0, 1.0)
+    bodies = [called, in_place, hot, rebuilt, result_rebuilt]
+    conversations = [messages[:1], messages, longer, longer, messages]
+    check_added(bridges, bodies, conversations)
+    for body, sent_ones in zip(bodies, conversations, strict=True):
+        assert arrived(body) == sent(sent_ones)
+        assert [block["text"] for block in body["system"][2:]] == ["Be  terse.\n\n\nAnd kind."]
+        assert len(controls(body)) <= 4
+        [tool] = body["tools"]
+        assert {key: tool[key] for key in TOOL} == TOOL
+
+    # Counts, at the API without and with what the CLI is given beside the messages.
+    asked: list[Json] = [{}, {"system": SYSTEM}, {"tools": [TOOL]}]
+    counts, texts = [], []
+    for more in asked:
+        seen = len(judging.log())
+        counts.append(count(server, "hi", model=MODEL, **more).json["input_tokens"])
+        texts.append(json.dumps([row["body"] for row in judging.log(seen)]))
+    assert counts[0] < min(counts[1:])
+    assert ["kind." in arrived_ones for arrived_ones in texts] == [False, True, False]
+    assert ['"probe"' in arrived_ones for arrived_ones in texts] == [False, False, True]
+
+    rows = judging.log(before)
+    assert all(login_headers(row) == LOGINS[name].headers for row in rows)
+    for row in rows:
+        if row["path"] == "/v1/messages":
+            assert [beta for beta in betas_of(row) if beta in BETAS] == BETAS
 
 
 # the judge

@@ -220,7 +220,7 @@ def test_after_a_downgrade_of_the_real_cli_no_other_model_answers(
 ) -> None:
     if len(CLIS) < 2:
         pytest.skip("two versions are not installed")
-    newer, older = CLIS.values()
+    newer, *_, older = CLIS.values()
     link = tmp_path / "claude"
     link.symlink_to(newer)
     server = serve(bin=link, spares=1)
