@@ -60,6 +60,7 @@ if TYPE_CHECKING or not __package__:
         PoolConfig,
         State,
         Turn,
+        login_folder,
         setting,
         settings_file,
         update_cure,
@@ -73,6 +74,7 @@ else:  # copied into a package
         PoolConfig,
         State,
         Turn,
+        login_folder,
         setting,
         settings_file,
         update_cure,
@@ -437,7 +439,7 @@ LOGIN_VARIABLES = (
 def login_cure(config: Config, environ: Mapping[str, str]) -> str:
     """Whose login was looked for, and what to do when nobody is logged in."""
     settings = settings_file(environ)
-    folder = os.path.dirname(settings)
+    folder = login_folder(environ)
     found = f"no login of user {user_name()} in {folder}"
     for name in LOGIN_VARIABLES:
         is_kept = name in config.keep_env
@@ -1154,6 +1156,8 @@ class Bridge:
                 words = "the bridge is shutting down; send the request again"
                 raise ApiError(503, words) from None
         except ApiError as error:
+            if error.status == 401:
+                self._problem_until = 0  # the last word on the login is no longer good
             if advice := self.advice(error):
                 log.warning("request %s: %s", exchange.id, advice)
             await connection.fail(exchange, error)
@@ -1175,7 +1179,7 @@ class Bridge:
         if error.status == 401 and error.is_from_api:
             return f"the API refused the CLI's login; {LOGIN_ADVICE}"
         if "or newer is required" in error.message:
-            return update_cure(self.pool.cli.file)
+            return update_cure(self.pool.cli.program)
         if error.status == 404 and error.is_from_api:
             return f"GET {MODELS} lists the models that the CLI offers"
         return ""

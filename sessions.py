@@ -497,10 +497,14 @@ def gate_path(descriptor: int) -> str:
     return path
 
 
+def login_folder(environment: Mapping[str, str]) -> str:
+    """Where the CLI keeps the user's login and settings."""
+    return environment.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
+
+
 def settings_file(environment: Mapping[str, str]) -> str:
     """The user's own settings of the CLI."""
-    folder = environment.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
-    return os.path.join(folder, "settings.json")
+    return os.path.join(login_folder(environment), "settings.json")
 
 
 def session_id(token: str) -> str:
@@ -1084,10 +1088,11 @@ FileIdentity = tuple[str, int, int, int]
 
 @dataclass(eq=False)
 class Cli:
-    """The CLI that is installed, and what is known of it; another one in its place is
-    another Cli."""
+    """The CLI that is installed, and what is known of it; another program in its place,
+    or another login, is another Cli."""
 
-    file: FileIdentity | None = None
+    # The program, the user's settings, and the credentials.
+    files: tuple[FileIdentity | None, ...] = ()
     # As `claude --version` prints it; empty: unknown.
     version: str = ""
     # Its last answer to `initialize`; empty: none yet.
@@ -1098,6 +1103,11 @@ class Cli:
     counts: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
     # By model and account, what it announces (`Pool._announced`).
     announced: dict[tuple[str, bytes], list[Json]] = field(default_factory=dict)
+
+    @property
+    def program(self) -> str:
+        """Its path without links; empty: unknown."""
+        return self.files[0][0] if self.files and self.files[0] else ""
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -1117,7 +1127,7 @@ class Cli:
         words = (
             f"the claude CLI is version {self.version}, and {dotted(OLDEST)} or newer"
         )
-        return f"{words} is needed: {update_cure(self.file)}"
+        return f"{words} is needed: {update_cure(self.program)}"
 
     @property
     def warning(self) -> str:
@@ -1134,9 +1144,9 @@ def dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-def update_cure(file: FileIdentity | None) -> str:
+def update_cure(program: str) -> str:
     """How to update the CLI: that of the wheel comes with pip."""
-    if file and "claude_agent_sdk" in file[0]:
+    if "claude_agent_sdk" in program:
         return "run `pip install --upgrade claude-agent-sdk`"
     return "run `claude update`, or install Claude Code anew"
 
@@ -1449,7 +1459,7 @@ class Pool:
         is_newest = turn.session.cli is self.cli
         if is_newest and version and version != self.cli.version:
             # It has been replaced behind a script that is the same.
-            self.cli = Cli(self.cli.file, version)
+            self.cli = Cli(self.cli.files, version)
         for info in translator.rate_limits:
             name = translate.text_of(info, "rateLimitType") or "unknown"
             self.rate_limits.pop(name, None)
@@ -1614,6 +1624,10 @@ class Pool:
             return None
         if translate.has_images(request.messages[-1]["content"]):
             self.retire(session, "images")  # only a transcript keeps them as they are
+            return None
+        if session.bare and session.cli.files != self._identify_cli():
+            # It reads no subscription's login, and there may be one now.
+            self.retire(session, "login")
             return None
         results = None
         if session.state is State.PARKED:
@@ -1830,16 +1844,21 @@ class Pool:
     async def look_at_cli(self) -> Cli:
         """The CLI that is installed now.  Raises ApiError when it is too old."""
         async with self._cli_lock:
-            file = identify_file(self.config.bin)
-            if file != self.cli.file:
+            files = self._identify_cli()
+            if files != self.cli.files:
                 for spare in list(self.spares):
                     self.retire(spare, "unwanted")
                 secs = min(VERSION_SECS, self.config.watchdog_secs)
                 version = await ask_version(self.config.bin, self._environment, secs)
-                self.cli = Cli(file, version)
+                self.cli = Cli(files, version)
         if self.cli.problem:
             raise cli_error(self.cli.problem)
         return self.cli
+
+    def _identify_cli(self) -> tuple[FileIdentity | None, ...]:
+        settings = settings_file(self._environment)
+        credentials = os.path.join(login_folder(self._environment), ".credentials.json")
+        return tuple(map(identify_file, (self.config.bin, settings, credentials)))
 
     async def _announced(self, name: str) -> list[Json]:
         """What the CLI announces to a model, with today's date.
