@@ -106,6 +106,7 @@ IN_TURN = (
     "test_js_clients",
     "test_logins",
     "test_real",
+    "test_stand_in",
     "test_tools",
     "test_unasked",
     "test_versions",
