@@ -503,7 +503,7 @@ class Standin:
                 "rateLimitType": "five_hour",
             }
             self.emit({"type": "rate_limit_event", "rate_limit_info": info})
-            return self.failed("You've hit your limit", 429)
+            return self.failed("You've hit your 5-hour limit \u00b7 resets 11:46am (UTC)", 429)
         if "TOOL" in words and self.served:
             return self.call(number("TOOL", 1))
         if "RETRY" in words:

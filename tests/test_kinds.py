@@ -360,30 +360,6 @@ def test_a_config_is_not_changed_and_its_types_are_checked() -> None:
     asyncio.run(program())
 
 
-@pytest.mark.parametrize("steps", range(12))
-def test_serve_that_is_cancelled_at_any_step_leaves_nothing(steps: int) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-
-    async def embed() -> None:
-        async with bridge.serve(Config(bin=str(STANDIN), listen_addr=f"127.0.0.1:{port}")):
-            await asyncio.Event().wait()
-
-    async def program() -> None:
-        task = asyncio.create_task(embed())
-        for _ in range(steps):
-            await asyncio.sleep(0)
-        task.cancel()
-        await asyncio.wait({task})
-        with pytest.raises(OSError):  # noqa: PT011 - refused, by whatever name
-            await asyncio.open_connection("127.0.0.1", port)
-
-    asyncio.run(program())
-    wait_until(
-        lambda: not [one for one in children() if str(STANDIN) in str(one.cmdline())], "none"
-    )
-
-
 # waiting
 
 
