@@ -202,7 +202,7 @@ def asked(*messages: Any, betas: str = "", **fields: Any) -> Request:
 # Scenarios
 
 
-def turns(first: str, *more: str, **fields: Any) -> Callable[[Recorder], None]:
+def turns(first: Any, *more: str, **fields: Any) -> Callable[[Recorder], None]:
     def run(recorder: Recorder) -> None:
         recorder.ask(asked(first, **fields))
         recorder.until(is_result)
@@ -318,6 +318,7 @@ SCENARIOS: dict[str, Callable[[Recorder], None]] = {
     "error_429": turns("FAIL429"),
     "error_529": turns("FAIL529"),
     "error_code": turns("FAIL403 CODE bad_place"),
+    "image_removed": turns({"role": "user", "content": [client.IMAGE, text("BADIMAGE")]}),
     "not_logged_in": turns("hello"),
     "quota_allowed": turns("QUOTA allowed"),
     "quota_warning": turns("QUOTA allowed_warning"),

@@ -8,7 +8,7 @@ request came in).
 Words a user text may hold: THINK, MAXTOK, CUTTOOL (max_tokens inside a tool's input), REFUSE,
 MIDFAIL, SLOW (a word every 50 ms, `SLOW n` of them), HANG (no answer for a minute),
 FAIL400/401/403/404/429/500/529 (`CODE x`: with this error_code), `QUOTA status` (headers of a
-subscription's limits), BADSIGN (400 if the history holds thinking), RETRYONCE, EMPTY, NOSTREAM (streaming is refused, the plain call
+subscription's limits), BADSIGN (400 if the history holds thinking), BADIMAGE (400 if there is an image), RETRYONCE, EMPTY, NOSTREAM (streaming is refused, the plain call
 works), `USE_TOOL name INPUT={...}END COUNT=n`, `SAY text`, `BIG n` (n characters), SEARCH (a server
 tool, its result and a cited text), PAUSED (with it: the answer ends with pause_turn), TOMORROW
 (blocks, deltas, events and keys that nobody knows yet), and alone: RECORD (the answer is "ok",
@@ -366,6 +366,8 @@ async def reply(request: web.Request, body: Json) -> web.StreamResponse:
         return error(int(failing[1]), code=coded[1] if coded else "")
     if "BADSIGN" in text and '"thinking"' in json.dumps(body["messages"]):
         return error(400, "messages.1.content.0: Invalid `signature` in `thinking` block")
+    if "BADIMAGE" in text and '"image"' in json.dumps(body["messages"]):
+        return error(400, "messages.0.content.0: Could not process image")
     if "RETRYONCE" in text and text not in RETRIED:
         RETRIED.add(text)
         return error(529)

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 from client import Json, arrived, text
-from host import ROOT, STANDIN, children, wait_until
+from host import ROOT, STANDIN, wait_until
 from servers import Program, Server
 from stand_in import Log
 from test_pool import in_pool, soon

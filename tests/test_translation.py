@@ -70,6 +70,7 @@ ENDS: dict[str, list[tuple[Any, ...]]] = {
     "error_429": [(429, "rate_limit_error", "slow down")],
     "error_529": [(529, "overloaded_error", "Overloaded")],
     "error_code": [(403, "permission_error", "no")],
+    "image_removed": [(400, "invalid_request_error", "an image in the conversation could not be")],
     "quota_allowed": [("end_turn", "'QUOTA allowed'. History has ", ["text"])],
     "quota_warning": [("end_turn", "'QUOTA allowed_warning'. History has ", ["text"])],
     "quota_rejected": [(429, "rate_limit_error", "You've hit your ")],
