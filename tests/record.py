@@ -5,9 +5,11 @@ the stub API, in a network namespace with loopback alone.  tests/fixtures/README
 files that it writes.
 """
 
+import asyncio
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,22 +17,23 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import client
 import host
 import servers
 import stubs
 from client import Json, text
+from test_logins import LOGINS
 
 import sessions
 import translate
-from sessions import PoolConfig
+from sessions import Kind, Pool, PoolConfig
 from translate import CliEvent, Request
 
-T = TypeVar("T")
 ALIAS = "sonnet"
 AGENT = ("builtin_tool", "subagent")  # in agent mode
+SUBSCRIBER = ("quota_allowed", "quota_warning", "quota_rejected")  # with a subscription's token
 TOOL = {
     "name": "get_weather",
     "description": "The weather in a city.",
@@ -42,36 +45,46 @@ SUNNY = {"content": [{"type": "text", "text": "sunny, 18C"}], "isError": False}
 class Recorder:
     """One process of the CLI whose lines are kept."""
 
-    def __init__(self, config: PoolConfig, environ: dict[str, str], model: str) -> None:
-        self.model = model  # a full name that comes with the conversation; empty: --model names it
+    def __init__(self, config: PoolConfig, environ: dict[str, str]) -> None:
         self.rows: list[Json] = []
         self.tools: list[Json] = []  # the client's tools, for the CLI to list
         self.home = environ["HOME"]
-        self.stderr = Path(self.home, "stderr")
-        self.began = time.monotonic()
-        folder = f"{self.home}/bridge"
-        sessions.furnish(folder)
+        self.agent = bool(config.tools)
+        pool = Pool(config, environ)
+        self.announced = asyncio.run(self.look(pool))
+        self.model = translate.listed_model(pool.cli.hello, ALIAS) or ALIAS
+        self.own_id = str(uuid.uuid4())
         project = Path(self.home, "project")
         project.mkdir()
         (project / "notes.txt").write_text("buy milk\n")
-        agent = bool(config.tools)
-        nobody: Any = None
-        self.session = sessions.Session("", nobody, model, agent)
+        has_full_name = self.model.startswith(translate.FULL_NAME)
+        kind = Kind("" if has_full_name else ALIAS, self.agent)
+        bare = pool._is_bare(self.agent)
         reading, self.gate = os.pipe()
-        argv = sessions.arguments(config, "" if model else ALIAS, agent=agent)
+        self.gate_path = sessions.gate_path(reading)
+        self.stderr = Path(self.home, "stderr")
+        self.began = time.monotonic()
         with self.stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [*argv, "--resume", sessions.gate_path(folder, reading)],
-                env=sessions.child_environment(config, environ),
-                cwd=project if agent else f"{folder}/work",
+                [*pool._arguments(kind, bare, is_kept=False), "--resume", self.gate_path],
+                env=pool._environment_of(kind, bare, is_kept=False),
+                cwd=project if self.agent else "/",
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 pass_fds=(reading,),
                 start_new_session=True,
-                preexec_fn=sessions.die_with_parent,
+                preexec_fn=sessions.die_with_parent if sessions.PRCTL else None,
             )
         os.close(reading)
+
+    async def look(self, pool: Pool) -> list[Json]:
+        """Let the pool ask what it wants to know before a conversation; what the CLI announces."""
+        async with pool:
+            await pool.hello()
+            if self.agent or pool._is_bare(self.agent):
+                return []
+            return await pool._announced(ALIAS)
 
     # Rows
 
@@ -79,6 +92,7 @@ class Recorder:
         at = round(time.monotonic() - self.began, 3)
         row = json.dumps({"dir": direction, "t": at, **what}, ensure_ascii=False)
         row = row.replace(self.home, "/home/user")
+        row = row.replace(os.path.dirname(self.gate_path), "/home/user/gate")
         in_a_name = re.sub(r"\W|_", "-", self.home)  # of a folder in ~/.claude/projects
         row = row.replace(in_a_name, "-home-user")
         self.rows.append(json.loads(row))
@@ -124,24 +138,25 @@ class Recorder:
         status = self.process.wait()
         self.keep("exit", line={"returncode": status, "stderr": self.stderr.read_text()})
 
+    def close(self) -> None:
+        self.process.kill()
+        with self.process:
+            shutil.rmtree(os.path.dirname(self.gate_path))
+
     # What the bridge does
 
-    def set_up(self, request: Request, *, query: bool = True, **more: str) -> list[bytes]:
-        """As Pool._set_up: all but the lines that start the turn, which it returns.  `more` are
-        settings."""
-        listed = [translate.listed_tool(name) for name in request.tool_names]
-        self.tools = listed if query else translate.described_tools(request)
-        self.session.turn_id = str(uuid.uuid4())
-        rows, lines = translate.opening(
-            request, self.model or ALIAS, self.session.turn_id, query=query
-        )
-        settings = {**translate.turn_settings(request), **more}
+    def set_up(self, request: Request, *, query: bool = True) -> list[bytes]:
+        """As Pool._set_up: all but the lines that start the turn, which it returns."""
+        describe = translate.listed_tools if query else translate.described_tools
+        self.tools = describe(request)
+        settings = translate.turn_settings(request)
         given = {name: value for name, value in settings.items() if value}
-        system, agent, has_tools = request.system, self.session.agent, bool(self.tools)
+        system, has_tools = request.system, bool(self.tools)
+        rows = translate.transcript(request.messages, self.model, self.announced, self.own_id)
         self.open_gate(rows)
-        self.send(translate.initialize_line(system, has_tools=has_tools, agent=agent))
+        self.send(translate.initialize_line(system, has_tools=has_tools, agent=self.agent))
         self.send(translate.settings_line(given))
-        return lines
+        return [translate.user_line([], str(uuid.uuid4()), query=query)]
 
     def ask(self, request: Request) -> None:
         for line in self.set_up(request):
@@ -161,11 +176,12 @@ def shortened(event: CliEvent) -> CliEvent:
     hello = translate.control_result(event, "initialize")
     if hello:
         hello["commands"] = []
-        hello["agents"] = [{"name": agent["name"]} for agent in hello["agents"]]
+        if "agents" in hello:
+            hello["agents"] = [{"name": agent["name"]} for agent in hello["agents"]]
         for model in hello["models"]:
             model["description"] = model["displayName"]
     usage = translate.control_result(event, "usage")
-    if usage:
+    if "gridRows" in usage:
         usage["gridRows"] = []
     return event
 
@@ -186,7 +202,7 @@ def asked(*messages: Any, betas: str = "", **fields: Any) -> Request:
 # Scenarios
 
 
-def turns(first: str, *more: str, **fields: Any) -> Callable[[Recorder], None]:
+def turns(first: Any, *more: str, **fields: Any) -> Callable[[Recorder], None]:
     def run(recorder: Recorder) -> None:
         recorder.ask(asked(first, **fields))
         recorder.until(is_result)
@@ -207,8 +223,8 @@ def past(*messages: Any) -> Callable[[Recorder], None]:
     return run
 
 
-def interrupt(recorder: Recorder) -> None:
-    recorder.ask(asked("SLOW"))
+def interrupt(recorder: Recorder, words: str = "SLOW") -> None:
+    recorder.ask(asked(words))
     for _ in range(8):
         recorder.until(is_streamed)
     recorder.send(translate.control_line("interrupt", "interrupt"))
@@ -218,7 +234,7 @@ def interrupt(recorder: Recorder) -> None:
 def count(recorder: Recorder) -> None:
     """As Pool._count."""
     request = asked("hello", "hi", "count these tokens", tools=[TOOL])
-    for line in recorder.set_up(request, query=False, ANTHROPIC_LOG="info"):
+    for line in recorder.set_up(request, query=False):
         recorder.send(line)
     recorder.until(is_result)
     recorder.send(translate.control_line("usage", "get_context_usage"))
@@ -240,12 +256,10 @@ def get_settings(recorder: Recorder) -> None:
     recorder.until(lambda event: translate.control_response(event, "get_settings"))
 
 
-def initialize(recorder: Recorder) -> Json:
-    """As Pool._probe."""
-    recorder.open_gate(translate.transcript([], ALIAS))
-    recorder.send(translate.initialize_line([], has_tools=False))
-    hello: Json = recorder.until(lambda event: translate.control_result(event, "initialize"))
-    return hello
+def refused_control(recorder: Recorder) -> None:
+    recorder.set_up(asked("hello"))
+    recorder.send(translate.control_line("unheard", "unheard_of"))
+    recorder.until(lambda event: translate.control_response(event, "unheard"))
 
 
 def use(tool: str, **fields: Any) -> str:
@@ -303,7 +317,12 @@ SCENARIOS: dict[str, Callable[[Recorder], None]] = {
     "error_401": turns("FAIL401"),
     "error_429": turns("FAIL429"),
     "error_529": turns("FAIL529"),
+    "error_code": turns("FAIL403 CODE bad_place"),
+    "image_removed": turns({"role": "user", "content": [client.IMAGE, text("BADIMAGE")]}),
     "not_logged_in": turns("hello"),
+    "quota_allowed": turns("QUOTA allowed"),
+    "quota_warning": turns("QUOTA allowed_warning"),
+    "quota_rejected": turns("QUOTA rejected FAIL429"),
     "retry_then_success": turns("RETRYONCE"),
     "client_tool": turns(WEATHER, tools=[TOOL]),
     "client_tools_parallel": turns(WEATHER + " COUNT=2", tools=[TOOL]),
@@ -319,33 +338,63 @@ SCENARIOS: dict[str, Callable[[Recorder], None]] = {
     "context_usage": count,
     "slash_command_unescaped": slash_command,
     "get_settings": get_settings,
+    "refused_control": refused_control,
     "gate_closed_empty": lambda recorder: recorder.open_gate([]),
 }
 
 
-def record(cli: str, name: str, model: str, run: Callable[[Recorder], T]) -> tuple[T, list[Json]]:
-    """What the scenario returns, and its rows."""
+def environment(home: str, url: str) -> dict[str, str]:
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": home,
+        "TMPDIR": home,
+        "DISABLE_TELEMETRY": "1",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "ANTHROPIC_BASE_URL": url,
+    }
+
+
+def account(cli: str, name: str) -> Json:
+    """What the CLI says of a login (test_logins) in its answer to `initialize`."""
+    login = LOGINS[name]
+    kept = (*servers.KEEP, *login.kept)
+    config = PoolConfig(bin=cli, keep_env=kept, setting_sources=login.sources, spares=0)
+
+    async def look(environ: dict[str, str]) -> Json:
+        async with Pool(config, environ) as pool:
+            return dict((await pool.hello())["account"])
+
+    with tempfile.TemporaryDirectory() as home:
+        for file, content in login.files.items():
+            path = Path(home, file)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(content))
+        # The discard port: nobody is asked anything.
+        return asyncio.run(look({**environment(home, "http://127.0.0.1:9"), **login.kept}))
+
+
+def record(cli: str, name: str, run: Callable[[Recorder], None] | None = None) -> list[Json]:
+    """The rows of a scenario; with `run`, of another conversation under its login and settings."""
     config = PoolConfig(
         bin=cli,
-        keep_env=servers.KEEP,
+        keep_env=(*servers.KEEP, "CLAUDE_CODE_OAUTH_TOKEN"),
         retries=1 if name == "retry_then_success" else 0,
+        spares=0,
         tools="default" if name in AGENT else "",
     )
     with stubs.Stub() as stub, tempfile.TemporaryDirectory() as home:
-        environ = {
-            "PATH": os.environ["PATH"],
-            "HOME": home,
-            "TMPDIR": home,
-            "DISABLE_TELEMETRY": "1",
-            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-            "ANTHROPIC_BASE_URL": stub.url,
-        }
-        if name != "not_logged_in":
+        environ = environment(home, stub.url)
+        if name in SUBSCRIBER:
+            environ["CLAUDE_CODE_OAUTH_TOKEN"] = "sk-ant-oat01-stub"
+        elif name != "not_logged_in":
             environ["ANTHROPIC_API_KEY"] = "sk-stub"
-        recorder = Recorder(config, environ, model)
-        value = run(recorder)
-        recorder.end()
-        return value, recorder.rows
+        recorder = Recorder(config, environ)
+        try:
+            (run or SCENARIOS[name])(recorder)
+            recorder.end()
+        finally:
+            recorder.close()
+        return recorder.rows
 
 
 def main() -> None:
@@ -354,12 +403,15 @@ def main() -> None:
     if how.startswith("not"):
         sys.exit(how)
     version = subprocess.check_output([cli, "--version"], text=True).split()[0]
-    hello, _ = record(cli, "initialize", "", initialize)
     folder = Path(__file__).parent / "fixtures" / version
     folder.mkdir(parents=True, exist_ok=True)
-    model = translate.listed_model(hello, ALIAS)
+    if not names or "accounts" in names:
+        accounts = {name: account(cli, name) for name in LOGINS}
+        (folder / "accounts.json").write_text(json.dumps(accounts, indent=1) + "\n")
     for name in names or SCENARIOS:
-        _, rows = record(cli, name, model, SCENARIOS[name])
+        if name == "accounts":
+            continue
+        rows = record(cli, name)
         lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows]
         (folder / f"{name}.ndjson").write_text("\n".join(lines) + "\n")
         print(f"{name}: {len(rows)} rows", flush=True)

@@ -100,6 +100,7 @@ USAGE = {
     "cache_read_input_tokens": 5,
     "output_tokens": 1,
 }
+SPOKEN = {"output_tokens": 1}
 # A process that was started without --model, for a conversation whose model it does not know.
 DEFAULT_MODEL = "claude-opus-5-5"
 MODELS = [
@@ -256,10 +257,11 @@ class Standin:
     # stdout
 
     def emit(self, event: Json) -> None:
-        event |= {
-            "session_id": f"standin-{os.getpid()}",
-            "uuid": f"00000000-0000-4000-8000-{next(self.numbers):012x}",
-        }
+        if not str(event.get("type")).startswith("control_"):
+            event |= {
+                "session_id": f"standin-{os.getpid()}",
+                "uuid": f"00000000-0000-4000-8000-{next(self.numbers):012x}",
+            }
         self.put(json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode())
 
     def put(self, line: bytes) -> None:
@@ -311,7 +313,7 @@ class Standin:
         if kind in ("answer", "calling"):
             self.stream("content_block_stop", index=0)
             ends = {"stop_reason": "tool_use" if calls else "end_turn", "stop_sequence": None}
-            self.stream("message_delta", delta=ends, usage=USAGE)
+            self.stream("message_delta", delta=ends, usage=SPOKEN)
             self.stream("message_stop")
         if kind in ("answer", "assistant"):
             said = {
@@ -501,7 +503,7 @@ class Standin:
                 "rateLimitType": "five_hour",
             }
             self.emit({"type": "rate_limit_event", "rate_limit_info": info})
-            return self.failed("You've hit your limit", 429)
+            return self.failed("You've hit your 5-hour limit \u00b7 resets 11:46am (UTC)", 429)
         if "TOOL" in words and self.served:
             return self.call(number("TOOL", 1))
         if "RETRY" in words:
@@ -617,7 +619,7 @@ class Standin:
         )
         self.stream("content_block_stop", index=0)
         self.stream(
-            "message_delta", delta={"stop_reason": "tool_use", "stop_sequence": None}, usage=USAGE
+            "message_delta", delta={"stop_reason": "tool_use", "stop_sequence": None}, usage=SPOKEN
         )
         self.stream("message_stop")
         self.fault("called")
@@ -646,7 +648,7 @@ class Standin:
             self.stream("content_block_start", index=number, content_block=block)
             self.stream("content_block_stop", index=number)
         self.stream(
-            "message_delta", delta={"stop_reason": "tool_use", "stop_sequence": None}, usage=USAGE
+            "message_delta", delta={"stop_reason": "tool_use", "stop_sequence": None}, usage=SPOKEN
         )
         self.stream("message_stop")
         meta = [

@@ -7,7 +7,8 @@ request came in).
 
 Words a user text may hold: THINK, MAXTOK, CUTTOOL (max_tokens inside a tool's input), REFUSE,
 MIDFAIL, SLOW (a word every 50 ms, `SLOW n` of them), HANG (no answer for a minute),
-FAIL400/401/403/404/429/500/529, BADSIGN (400 if the history holds thinking), RETRYONCE, EMPTY, NOSTREAM (streaming is refused, the plain call
+FAIL400/401/403/404/429/500/529 (`CODE x`: with this error_code), `QUOTA status` (headers of a
+subscription's limits), BADSIGN (400 if the history holds thinking), BADIMAGE (400 if there is an image), RETRYONCE, EMPTY, NOSTREAM (streaming is refused, the plain call
 works), `USE_TOOL name INPUT={...}END COUNT=n`, `SAY text`, `BIG n` (n characters), SEARCH (a server
 tool, its result and a cited text), PAUSED (with it: the answer ends with pause_turn), TOMORROW
 (blocks, deltas, events and keys that nobody knows yet), and alone: RECORD (the answer is "ok",
@@ -86,12 +87,27 @@ JUDGING = web.AppKey("judging", bool)
 RETRIED: set[str] = set()
 
 
-def error(status: int, text: str = "") -> web.Response:
-    body = {
-        "type": "error",
-        "error": {"type": ERRORS[status], "message": text or ERROR_TEXTS.get(status, "no")},
-    }
+def error(status: int, text: str = "", code: str = "") -> web.Response:
+    told: Json = {"type": ERRORS[status], "message": text or ERROR_TEXTS.get(status, "no")}
+    if code:
+        told["details"] = {"error_code": code}
+    body = {"type": "error", "error": told}
     return web.json_response(body, status=status, headers={"request-id": f"req_{next(IDS)}"})
+
+
+async def add_quota(request: web.Request, response: web.StreamResponse) -> None:
+    """The headers by which the API tells a subscription of its limits."""
+    if wanted := re.search(r"QUOTA (\w+)", request.get("text", "")):
+        prefix = "anthropic-ratelimit-unified-"
+        resets_at = str(int(time.time()) + 7200)  # for which the CLI warns of 95 %, not of 50
+        response.headers[prefix + "status"] = wanted[1]
+        response.headers[prefix + "reset"] = resets_at
+        response.headers[prefix + "representative-claim"] = "five_hour"
+        used = "0.5" if wanted[1] == "allowed" else "0.95"
+        for window in ("5h", "7d"):
+            response.headers[f"{prefix}{window}-status"] = wanted[1]
+            response.headers[f"{prefix}{window}-reset"] = resets_at
+            response.headers[f"{prefix}{window}-utilization"] = used
 
 
 def last_text(body: Json) -> str:
@@ -340,15 +356,18 @@ async def reply(request: web.Request, body: Json) -> web.StreamResponse:
             judge(body)
         except Refused as refused:
             return error(400, str(refused))
-    text = last_text(body)
+    text = request["text"] = last_text(body)
     if text == "RECORD":
         return await plain_answer(request, body)
     if not body["model"].startswith("claude-") or "no-such" in body["model"]:
         return error(404, f"model: {body['model']}")
     if failing := re.search(r"FAIL(\d{3})", text):
-        return error(int(failing[1]))
+        coded = re.search(r"CODE (\w+)", text)
+        return error(int(failing[1]), code=coded[1] if coded else "")
     if "BADSIGN" in text and '"thinking"' in json.dumps(body["messages"]):
         return error(400, "messages.1.content.0: Invalid `signature` in `thinking` block")
+    if "BADIMAGE" in text and '"image"' in json.dumps(body["messages"]):
+        return error(400, "messages.0.content.0: Could not process image")
     if "RETRYONCE" in text and text not in RETRIED:
         RETRIED.add(text)
         return error(529)
@@ -424,6 +443,7 @@ async def main() -> None:
     arguments = parser.parse_args()
     app = web.Application(client_max_size=1 << 28)
     app[JUDGING] = arguments.judge
+    app.on_response_prepare.append(add_quota)
     app.router.add_post("/v1/messages", messages)
     app.router.add_post("/v1/messages/count_tokens", count_tokens)
     app.router.add_get("/_log", log)

@@ -122,6 +122,49 @@ def test_library_gets_text_stream_and_tools(
     )
 
 
+# A client's own class for a prompt that is too long, and a script that prints what is raised.
+OVERFLOWS = {
+    "langchain": (
+        "AnthropicContextOverflowError ContextOverflowError",
+        """
+from langchain_anthropic import ChatAnthropic
+chat = ChatAnthropic(model="claude-sonnet-5-5", base_url="http://127.0.0.1:14001", api_key="unused")
+def ask(stream):
+    list(chat.stream("FAIL400")) if stream else chat.invoke("FAIL400")
+""",
+    ),
+    "litellm": (
+        "ContextWindowExceededError",
+        """
+import litellm
+asked = [{"role": "user", "content": "FAIL400"}]
+bridge = {"api_base": "http://127.0.0.1:14001", "api_key": "unused"}
+def ask(stream):
+    said = litellm.completion("anthropic/claude-sonnet-5-5", asked, stream=stream, **bridge)
+    list(said)
+""",
+    ),
+}
+RAISED = """
+for stream in (False, True):
+    try:
+        ask(stream)
+    except Exception as error:
+        print(*(kind.__name__ for kind in type(error).__mro__))
+"""
+
+
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_library_raises_its_own_error_for_a_prompt_that_is_too_long(
+    real: Server, run: Run, name: str
+) -> None:
+    wanted, lines = OVERFLOWS[name]
+    lines = lines.replace(BRIDGE, real.url)
+    raised = run(python(name), "-c", lines + RAISED, LITELLM_LOG="CRITICAL").splitlines()
+    kinds = [line.split() for line in raised if "BaseException" in line]
+    assert [set(wanted.split()) <= set(found) for found in kinds] == [True, True]
+
+
 def test_llm_gets_text_stream_and_tools(
     real: Server, run: Run, since: Callable[[], list[Json]]
 ) -> None:

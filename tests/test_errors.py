@@ -230,6 +230,15 @@ def test_a_turn_hands_on_what_the_event_before_its_failure_says() -> None:
     assert error.details == {"error_code": "bad_tool"}
 
 
+def test_a_recorded_refusal_keeps_its_code() -> None:
+    for version, turn in first_turns("error_code").items():
+        error = turn.play().error
+        assert error
+        assert error.status == 403
+        known = None if version == "2.1.197" else {"error_code": "bad_place"}
+        assert error.details == known, version
+
+
 def test_a_turn_in_which_the_cli_removes_what_the_api_refused_fails_with_the_apis_message() -> None:
     said = "API Error: an image in the conversation could not be processed and was removed."
     event = told(message={"model": "<synthetic>", "content": [text(said)]})
@@ -248,8 +257,9 @@ def test_a_turn_in_which_the_cli_removes_what_the_api_refused_fails_with_the_api
 RESET = 1800000000
 LIMITS: list[tuple[Any, float | None]] = [
     ({"status": "rejected", "resetsAt": RESET, "rateLimitType": "five_hour"}, RESET),
+    ({"status": "allowed_warning", "resetsAt": RESET, "rateLimitType": "five_hour"}, None),
+    # what was not seen of a CLI
     ({"status": "rejected", "resetsAt": RESET + 0.5}, RESET + 0.5),
-    ({"status": "allowed_warning", "resetsAt": RESET}, None),
     ({"status": "rejected", "resetsAt": None}, None),
     ({"status": "rejected", "resetsAt": "soon"}, None),
     ({"status": "rejected"}, None),
@@ -263,6 +273,10 @@ def test_a_rejected_rate_limit_says_when_it_ends(info: Any, resets_at: float | N
     for turn in first_turns("error_429").values():
         error = failure([limit, *turn.events])
         assert (error.status, error.resets_at, error.retry) == (429, resets_at, True)
+    for turn in first_turns("quota_rejected").values():
+        error = turn.play().error
+        assert error
+        assert error.resets_at == turn.play().translator.rate_limits[0]["resetsAt"]
     for turn in first_turns("error_529").values():
         assert failure([limit, *turn.events]).resets_at is None
 

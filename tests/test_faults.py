@@ -62,7 +62,7 @@ FAULTS = {
     "RETRY 100 HANG-START": (START, SILENT),
     "RATELIMIT 1": (
         START,
-        {"status": 429, "kind": "rate_limit_error", "words": "You've hit your limit"},
+        {"status": 429, "kind": "rate_limit_error", "words": "You've hit your 5-hour limit"},
     ),
 }
 

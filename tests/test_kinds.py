@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 from client import Json, arrived, text
-from host import ROOT, STANDIN, children, wait_until
+from host import ROOT, STANDIN, wait_until
 from servers import Program, Server
 from stand_in import Log
 from test_pool import in_pool, soon
@@ -59,6 +59,13 @@ def large_image() -> Json:
     data += chunk(b"IEND", b"")
     source = {"type": "base64", "media_type": "image/png", "data": b64encode(data).decode()}
     return {"type": "image", "source": source}
+
+
+def answers(program: Program) -> bool:
+    try:
+        return program.call("GET", "/healthz").status == 200
+    except OSError:
+        return False
 
 
 # who is who
@@ -298,20 +305,64 @@ def test_signals_and_limits_that_a_launcher_has_set_do_no_harm(
         command, env={**os.environ, **settings}, stderr=subprocess.DEVNULL
     ) as process:
         program = Program("127.0.0.1", port, process=process)  # type: ignore[arg-type]
-
-        def answers() -> bool:
-            try:
-                return program.call("GET", "/healthz").status == 200
-            except OSError:
-                return False
-
-        wait_until(answers, "the bridge")
+        wait_until(lambda: answers(program), "the bridge")
         first = program.post("hello")
         assert program.post(["hello", first.text, "more"]).session == "hot"
         limit = psutil.Process(process.pid).rlimit(psutil.RLIMIT_NOFILE)
         assert limit[0] == min(limit[1], 65_536)
         process.terminate()
         assert process.wait(30) == 0
+
+
+@linux
+def test_a_bridge_that_is_process_1_reaps_what_its_children_leave_and_sees_how_they_end() -> None:
+    """As in a container without an init."""
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if not shutil.which("unshare") or subprocess.run([*command, "true"], check=False).returncode:
+        pytest.skip("only root can have a pid namespace")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = {"CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{port}"}
+    # It looks for orphans four times in this time.
+    settings |= {"CLAUDE_CLI_SESSION_TTL_SECS": "0.4", "CLAUDE_CLI_SPARES": "0"}
+    command += [sys.executable, str(ROOT / "bridge.py")]
+    with subprocess.Popen(
+        command, env={**os.environ, **settings}, stderr=subprocess.DEVNULL
+    ) as process:
+        program = Program("127.0.0.1", port, process=process)  # type: ignore[arg-type]
+        try:
+            wait_until(lambda: answers(program), "the bridge")
+            [one] = psutil.Process(process.pid).children()
+            assert program.post("ORPHAN").status == 200
+            for _ in range(3):
+                died = program.post("DIE 3").json
+                assert "exited with status 3" in died["error"]["message"]
+            # With those that ended and that nobody has reaped.
+            wait_until(lambda: not one.children(recursive=True), "no child, not even a dead one")
+            first = program.post("hello")
+            assert program.post(["hello", first.text, "more"]).status == 200
+            one.terminate()
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+
+
+@linux
+def test_of_the_dead_process_1_leaves_its_own_children_to_asyncio() -> None:
+    lines = "import os, subprocess, sessions\n"
+    lines += "def ended(status):\n"
+    lines += "    child = subprocess.Popen(['sh', '-c', f'exit {status}'])\n"
+    lines += "    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)\n"
+    lines += "    return child\n"
+    lines += "others, own = ended(3), ended(4)\n"
+    lines += "sessions.reap_orphans({own.pid})\n"
+    lines += "sessions.reap_orphans({own.pid})\n"
+    # Python has 0 for a child that somebody else has reaped.
+    lines += "print(others.wait(), own.wait())"
+    done = subprocess.run(
+        [sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "0 4\n"
 
 
 def test_a_socket_of_a_service_manager_that_is_none_is_one_line_and_status_2() -> None:
@@ -358,30 +409,6 @@ def test_a_config_is_not_changed_and_its_types_are_checked() -> None:
                 pass
 
     asyncio.run(program())
-
-
-@pytest.mark.parametrize("steps", range(12))
-def test_serve_that_is_cancelled_at_any_step_leaves_nothing(steps: int) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-
-    async def embed() -> None:
-        async with bridge.serve(Config(bin=str(STANDIN), listen_addr=f"127.0.0.1:{port}")):
-            await asyncio.Event().wait()
-
-    async def program() -> None:
-        task = asyncio.create_task(embed())
-        for _ in range(steps):
-            await asyncio.sleep(0)
-        task.cancel()
-        await asyncio.wait({task})
-        with pytest.raises(OSError):  # noqa: PT011 - refused, by whatever name
-            await asyncio.open_connection("127.0.0.1", port)
-
-    asyncio.run(program())
-    wait_until(
-        lambda: not [one for one in children() if str(STANDIN) in str(one.cmdline())], "none"
-    )
 
 
 # waiting

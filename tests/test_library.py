@@ -106,6 +106,30 @@ def test_after_each_stop_a_host_program_has_the_tasks_children_and_files_it_had_
         run(host(config))
 
 
+@pytest.mark.parametrize("steps", range(30))
+def test_serve_that_is_cancelled_at_any_step_leaves_nothing(run: Run[None], steps: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    async def embed() -> None:
+        async with serve(Config(bin=str(STANDIN), listen_addr=f"127.0.0.1:{port}")):
+            await asyncio.Event().wait()
+
+    async def program() -> None:
+        tasks, processes, _ = holds()
+        task = asyncio.create_task(embed())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task})
+        assert task.cancelled()
+        with pytest.raises(OSError):  # noqa: PT011 - refused, by whatever name
+            await asyncio.open_connection("127.0.0.1", port)
+        assert holds()[:2] == (tasks, processes)
+
+    run(program())
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "unix:{}/socket"])
 def test_a_host_program_can_leave_the_listening_to_the_bridge(
     run: Run[None], tmp_path: Path, address: str

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from messages import (
     CACHED,
+    FIXTURES,
     FOUND,
     IMAGE,
     PAGE,
@@ -26,6 +27,7 @@ from messages import (
     text,
     user,
 )
+from test_logins import LOGINS
 
 import translate
 from translate import ApiError, decode, frame
@@ -805,51 +807,13 @@ def test_a_model_is_listed_by_its_alias_and_its_id(name: str, model: str) -> Non
         assert translate.listed_model(odd, name) == ""
 
 
-# What the CLI says of an account -> what it is called by.
+# What the CLI said of an account -> what it is called by.
 ACCOUNTS: dict[str, tuple[Json, str]] = {
-    "subscription": (
-        {"subscriptionType": "Claude Max", "apiProvider": "firstParty"},
-        "Claude Max",
-    ),
-    "subscription of an organization": (
-        {
-            "email": "user@example.com",
-            "organization": "Example",
-            "subscriptionType": "Claude Max",
-            "apiProvider": "firstParty",
-        },
-        "Claude Max",
-    ),
-    "token of a subscription": (
-        {"tokenSource": "CLAUDE_CODE_OAUTH_TOKEN", "apiProvider": "firstParty"},
-        "CLAUDE_CODE_OAUTH_TOKEN",
-    ),
-    "key": (
-        {
-            "tokenSource": "none",
-            "apiKeySource": "ANTHROPIC_API_KEY",
-            "apiProvider": "firstParty",
-        },
-        "ANTHROPIC_API_KEY",
-    ),
-    "helper": (
-        {
-            "tokenSource": "apiKeyHelper",
-            "apiKeySource": "apiKeyHelper",
-            "apiProvider": "firstParty",
-        },
-        "apiKeyHelper",
-    ),
-    "token": (
-        {"tokenSource": "ANTHROPIC_AUTH_TOKEN", "apiProvider": "firstParty"},
-        "ANTHROPIC_AUTH_TOKEN",
-    ),
-    "Bedrock": ({"apiProvider": "bedrock"}, "bedrock"),
-    "Vertex": ({"apiProvider": "vertex"}, "vertex"),
-    "Foundry": ({"apiProvider": "foundry"}, "foundry"),
-    "nobody": ({"tokenSource": "none", "apiProvider": "firstParty"}, ""),
+    f"{path.parent.name} {name}": (account, LOGINS[name].source)
+    for path in sorted(FIXTURES.glob("*/accounts.json"))
+    for name, account in json.loads(path.read_text()).items()
 }
-HAVE_KEYS = {"key", "helper"}
+HAVE_KEYS = {"key", "key-helper", "key-in-settings"}
 
 
 @pytest.mark.parametrize(("account", "source"), ACCOUNTS.values(), ids=ACCOUNTS.keys())
@@ -860,7 +824,7 @@ def test_an_account_is_called_by_its_source_its_plan_or_its_cloud(
 
 
 def test_an_account_has_a_key_if_the_cli_names_its_source() -> None:
-    found = {name for name, (account, _) in ACCOUNTS.items() if has_key(account)}
+    found = {name.split()[1] for name, (account, _) in ACCOUNTS.items() if has_key(account)}
     assert found == HAVE_KEYS
     assert not any(map(has_key, (None, "x", {}, {"apiKeySource": "none"})))
 

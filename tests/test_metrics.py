@@ -12,7 +12,7 @@ import pytest
 from client import Client, Json, request_body
 from host import STANDIN, wait_until
 from prometheus_client.parser import text_string_to_metric_families
-from servers import Program, Server
+from servers import KEEP, Program, Server
 from stand_in import Log
 
 from sessions import Metrics
@@ -174,22 +174,30 @@ def test_a_label_can_hold_anything() -> None:
     assert [sample.labels for sample in samples] == [{"type": 'a"b\\c\nd'}]
 
 
-# Behind the start of each answer.
+# The first is none of the CLI's; the others are warnings as in the recording quota_warning.
 LIMITS: tuple[Json, ...] = (
     {"status": "bad\nstatus", "rateLimitType": 'bad"type', "utilization": "much", "resetsAt": None},
     {
-        "status": "allowed",
-        "rateLimitType": "five_hour",
-        "utilization": 0.25,
+        "status": "allowed_warning",
         "resetsAt": 1700000000,
+        "rateLimitType": "five_hour",
+        "utilization": 0.95,
+        "isUsingOverage": False,
     },
-    {"status": "allowed_warning", "rateLimitType": "seven_day", "utilization": 0.9},
+    {
+        "status": "allowed_warning",
+        "resetsAt": 1700000001,
+        "rateLimitType": "seven_day",
+        "utilization": 0.5,
+        "isUsingOverage": False,
+    },
 )
 
 
 @pytest.fixture
 def limited(tmp_path: Path, serve: Serve) -> Server:
-    """A bridge whose CLI tells of LIMITS."""
+    """A bridge whose CLI tells of LIMITS, behind the start of each answer; the real one tells of them
+    behind the end."""
     script = tmp_path / "claude"
     events = [json.dumps({"type": "rate_limit_event", "rate_limit_info": info}) for info in LIMITS]
     (tmp_path / "limits").write_text("".join(f"{event}\n" for event in events))
@@ -212,11 +220,13 @@ def test_what_the_cli_tells_of_the_accounts_limits_is_in_headers_as_of_the_api(
     assert found == {
         "status": "allowed_warning",
         "representative-claim": "seven_day",
-        "5h-status": "allowed",
+        "reset": "1700000001",
+        "5h-status": "allowed_warning",
         "5h-reset": "1700000000",
-        "5h-utilization": "0.25",
+        "5h-utilization": "0.95",
         "7d-status": "allowed_warning",
-        "7d-utilization": "0.9",
+        "7d-reset": "1700000001",
+        "7d-utilization": "0.5",
     }
 
 
@@ -225,13 +235,25 @@ def test_what_the_cli_tells_of_the_accounts_limits_is_measured_and_on_the_page(
 ) -> None:
     assert limited.post().status == 200
     found = measure(limited)
-    assert found("quota_utilization_ratio", limit="five_hour") == 0.25
-    assert found("quota_utilization_ratio", limit="seven_day") == 0.9
-    assert found("quota_utilization_ratio") == 0.25 + 0.9
-    assert found("quota_resets_at_seconds") == 1700000000
+    assert found("quota_utilization_ratio", limit="five_hour") == 0.95
+    assert found("quota_utilization_ratio", limit="seven_day") == 0.5
+    assert found("quota_utilization_ratio") == 0.95 + 0.5
+    assert found("quota_resets_at_seconds", limit="five_hour") == 1700000000
     page = limited.call("GET", "/").body.decode()
-    assert re.search(r"five_hour +allowed, 25% used\n", page)
-    assert re.search(r"seven_day +allowed_warning, 90% used\n", page)
+    assert re.search(r"five_hour +allowed_warning, 95% used\n", page)
+    assert re.search(r"seven_day +allowed_warning, 50% used\n", page)
+
+
+@pytest.mark.xfail(reason="it comes behind the answer, where most of it is lost", strict=False)
+def test_what_the_real_cli_tells_of_the_accounts_limits_is_measured(
+    serve: Serve, cli: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+    monkeypatch.setenv("CLAUDE_CODE_OAUTH_TOKEN", "sk-ant-oat01-mine")
+    server = serve(bin=cli, keep_env=(*KEEP, "CLAUDE_CODE_OAUTH_TOKEN"))
+    first = server.post("QUOTA allowed_warning")
+    server.post(["QUOTA allowed_warning", first.text, "SAY x"])
+    assert measure(server)("quota_utilization_ratio", limit="five_hour") == 0.95
 
 
 def test_a_limit_that_is_used_up_is_told_with_its_refusal(serve: Serve) -> None:
