@@ -1190,7 +1190,6 @@ class Bridge:
         head = [("content-type", kind), ("request-id", exchange.id)]
         turn = exchange.turn
         if turn:
-            self.pool.learn(turn)  # limits told by now go into this head
             reason = f"; reason={turn.reason}" if turn.reason else ""
             head.append((SESSION_HEADER.decode(), turn.session.id))
             head.append(("x-bridge-session", turn.how + reason))

@@ -609,6 +609,8 @@ class Process(asyncio.SubprocessProtocol):
         self.settled: asyncio.Future[bool] | None = None
         # Called with the reason when it fails between turns.
         self.on_fault: Callable[[str], None] | None = None
+        # Called with what it reports of the account's limits, mostly behind an answer.
+        self.on_limits: Callable[[dict[str, Json]], None] | None = None
         # By id, the tool calls that wait for a result.
         self._calls: dict[str, CliEvent] = {}
         # By id, the results that wait for their call: the CLI may ask one by one.
@@ -979,7 +981,9 @@ class Process(asyncio.SubprocessProtocol):
                 delay: Any = event.get("retry_delay_ms")
                 is_known = isinstance(delay, int | float)
                 self._alive_at = now + delay / 1000 if is_known else now
-            if kind == "control_request":
+            if kind == "rate_limit_event" and self.on_limits:
+                self.on_limits(translate.account_limits(event))
+            elif kind == "control_request":
                 self._answer_control(event)
             elif kind == "control_response":
                 self.hello = control_result(event, "initialize") or self.hello
@@ -1452,18 +1456,17 @@ class Pool:
         for executor in self._executors.values():
             executor.shutdown()
 
-    def learn(self, turn: Turn) -> None:
-        """Keep what the CLI told of itself, and of the limits of the account."""
-        translator = turn.translator
-        version = translator.cli_version
-        is_newest = turn.session.cli is self.cli
-        if is_newest and version and version != self.cli.version:
-            # It has been replaced behind a script that is the same.
-            self.cli = Cli(self.cli.files, version)
-        for info in translator.rate_limits:
-            name = translate.text_of(info, "rateLimitType") or "unknown"
+    def _learn_limits(self, limits: dict[str, Json]) -> None:
+        for name, info in limits.items():
             self.rate_limits.pop(name, None)
             self.rate_limits[name] = info
+
+    def _learn_version(self, turn: Turn) -> None:
+        """Another CLI behind a script that is the same is another one."""
+        version = turn.translator.cli_version
+        is_newest = turn.session.cli is self.cli
+        if is_newest and version and version != self.cli.version:
+            self.cli = Cli(self.cli.files, version)
 
     def measure(self) -> str:
         """All metrics, as text."""
@@ -1946,6 +1949,7 @@ class Pool:
         session = Session(str(uuid.uuid4()), process, kind, cli, bare)
         session.key = session.own_id = session.id
         process.on_fault = lambda reason: self.retire(session, reason)
+        process.on_limits = self._learn_limits
         self.sessions.add(session)
         self.metrics.add("processes_started_total")
         return session
@@ -2033,7 +2037,7 @@ class Pool:
             session.cli.hello = turn.process.hello or session.cli.hello
         if translator.is_wrong_model:
             session.cli.models.clear()
-        self.learn(turn)
+        self._learn_version(turn)
         if turn.on_begin:
             self._refill()
         if session.state is not State.BUSY:

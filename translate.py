@@ -12,6 +12,7 @@ tests/fixtures that shows the rule.
 import binascii
 import enum
 import hashlib
+import itertools
 import json
 import re
 import uuid
@@ -1083,7 +1084,7 @@ def read_breakpoints(messages: list[Any], tools: list[Any], data: Json) -> Break
     at_ends = breakpoints_on(system[-1:])
     inside: list[Any] = []
     elsewhere = breakpoints_on(system[:-1])
-    for message, following in zip(messages, [*messages[1:], None], strict=True):
+    for message, following in itertools.zip_longest(messages, messages[1:]):
         blocks = as_list(message.get("content")) if isinstance(message, dict) else []
         end = start_of_end(blocks)
         if text_of(following, "role") in ("user", "system"):
@@ -1272,10 +1273,10 @@ def canonical_block(block: Any, noise: frozenset[str] = NOISE) -> Json:
         kept[key] = value
     if "input" in kept:
         kept["input"] = with_plain_numbers(written_input(block))
-    has_text = kept.get("type") == "tool_result" and "content" in kept
-    for key in ("content", "citations"):
-        if isinstance(kept.get(key), list) or (has_text and key == "content"):
-            kept[key] = canonical_content(kept[key], noise)
+    if "content" in kept and text_of(kept, "type").endswith("tool_result"):
+        kept["content"] = canonical_content(kept["content"], noise)
+    if isinstance(kept.get("citations"), list):
+        kept["citations"] = canonical_content(kept["citations"], noise)
     source = kept.get("source")
     if isinstance(source, dict) and "content" in source:
         content = canonical_content(source["content"], noise)
@@ -2008,8 +2009,8 @@ class Translator:
         self.stop_reason = ""
         # The turn's `result`, once it came.
         self.result: CliEvent | None = None
-        # What the CLI told of an account's limits, in the order it came.
-        self.rate_limits: list[Json] = []
+        # What the CLI reported of the account's limits.
+        self._limits: dict[str, Json] = {}
         # Calls of the API that the turn has taken.
         self.api_calls = 0
         # The version of the CLI, once it has told it.
@@ -2089,9 +2090,7 @@ class Translator:
             # The log of the next call may come before its answer.
             if status in CHANGEABLE:
                 self._refused = status
-        info = event.get("rate_limit_info")
-        if kind == "rate_limit_event" and isinstance(info, dict):
-            self.rate_limits.append(info)
+        self._limits.update(account_limits(event))
         if event.get("subtype") == "init":
             self.cli_version = text_of(event, "claude_code_version")
         if not self._is_ours:
@@ -2409,7 +2408,7 @@ class Translator:
 
     def _resets_at(self) -> float | None:
         """When the limit that refused a request is reset, in epoch seconds."""
-        for info in reversed(self.rate_limits):
+        for info in self._limits.values():
             resets_at = info.get("resetsAt")
             if info.get("status") == "rejected" and isinstance(resets_at, int | float):
                 return resets_at
@@ -2595,6 +2594,23 @@ LIMIT_NAMES = {
     "seven_day_overage_included": "7d_oi",
     "overage": "overage",
 }
+
+
+def account_limits(event: CliEvent) -> dict[str, Json]:
+    """The limits of the account that a `rate_limit_event` reports, by name, each with
+    `status`, `resetsAt` in epoch seconds and perhaps `utilization`; the one that it is
+    about comes last (recordings quota_allowed, quota_warning, quota_rejected)."""
+    info: Any = event.get("rate_limit_info")
+    if event["type"] != "rate_limit_event" or not isinstance(info, dict):
+        return {}
+    windows = info.get("unifiedWindows")
+    limits: dict[str, Json] = {}
+    if isinstance(windows, dict):
+        limits = {key: value for key, value in windows.items() if type(value) is dict}
+    name = text_of(info, "rateLimitType") or "unknown"
+    window = limits.pop(name, {})
+    limits[name] = window | without(info, {"unifiedWindows"})
+    return limits
 
 
 def quota_headers(limits: Mapping[str, Json]) -> list[tuple[str, str]]:

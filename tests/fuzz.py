@@ -558,6 +558,9 @@ class Reads:
     def write(self, *lines: bytes) -> None:
         pass
 
+    def kill(self, number: int) -> None:
+        pass
+
     def is_unasked(self, events: list[Any]) -> bool:
         """What comes behind a turn is not what is tried here."""
         return False

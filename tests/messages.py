@@ -146,7 +146,7 @@ USED = {
 
 
 def plain(*blocks: Json, **fields: Any) -> Json:
-    """An `assistant` event; of an answer that was not streamed the CLI prints one a block."""
+    """An `assistant` event: the same content once more."""
     message = {
         **start()["message"],
         "usage": {**USED, "service_tier": "standard"},

@@ -153,19 +153,6 @@ def test_a_count_of_the_cache_that_is_none_is_left_out(count: object) -> None:
     fuzz.relayed([[begun, *BEGIN[1:], *END]], raw=False)  # asserts the grammar
 
 
-def test_a_message_that_was_not_streamed_and_has_no_id_is_no_answer() -> None:
-    message = {
-        **MESSAGE,
-        "id": "",
-        "content": [{"type": "text", "text": "Hi"}],
-        "stop_reason": "end_turn",
-    }
-    whole = json.dumps(
-        {"type": "assistant", "message": message, "parent_tool_use_id": None}
-    ).encode()
-    fuzz.relayed([[whole, b'{"type":"result","is_error":false}']], raw=False)  # asserts the grammar
-
-
 @pytest.mark.parametrize("name", [{}, [], 5, None])
 def test_a_tool_call_without_a_name_is_none_of_the_clients(name: object) -> None:
     call = event(
@@ -175,8 +162,3 @@ def test_a_tool_call_without_a_name_is_none_of_the_clients(name: object) -> None
     )
     events, _, error = fuzz.relayed([[BEGIN[0], call, *END]], raw=False)
     assert error or events[-1] == {"type": "message_stop"}
-
-
-def test_a_message_that_was_not_streamed_and_has_no_content_is_no_answer() -> None:
-    whole = json.dumps({"type": "assistant", "message": {"id": "msg_1"}}).encode()
-    assert fuzz.relayed([[whole, *BEGIN, *END]], raw=False)[2] == ""

@@ -157,11 +157,11 @@ def test_an_agent_keeps_its_own_tools_when_a_request_has_none(
     assert {tool["name"] for tool in since()[-1]["body"]["tools"]} >= {"Read"}
 
 
-def test_a_toolset_without_a_name_is_a_clients_tool(serve: Serve) -> None:
+def test_a_toolset_without_a_name_is_a_clients_tool() -> None:
     body = {"model": "sonnet", "max_tokens": 9, "messages": [{"role": "user", "content": "x"}]}
-    request = parse_request(json.dumps({**body, "tools": [{"type": "new_toolset"}]}).encode())
-    pool = Pool(PoolConfig(tools="default"), {})
-    assert not pool._is_agent(request)
+    for tools, is_agent in ([{"type": "new_toolset"}], False), ([], True):
+        request = parse_request(json.dumps({**body, "tools": tools}).encode(), agent=True)
+        assert request.is_agent == is_agent
 
 
 # what the CLI repairs

@@ -58,7 +58,7 @@ def test_limits_are_settings(serve: Serve) -> None:
         "invalid_request_error",
     )
     assert error(server.call("GET", "/healthz?" + "y" * 1000)) == (431, "invalid_request_error")
-    deep = json.loads("[" * 200 + "]" * 200)
+    deep = json.loads("[" * 202 + "]" * 202)
     for path in ("/v1/messages", "/v1/messages/count_tokens"):
         answer = server.call("POST", path, request_body("x", metadata=deep))
         assert "200 levels" in answer.json["error"]["message"]

@@ -244,7 +244,6 @@ def test_what_the_cli_tells_of_the_accounts_limits_is_measured_and_on_the_page(
     assert re.search(r"seven_day +allowed_warning, 50% used\n", page)
 
 
-@pytest.mark.xfail(reason="it comes behind the answer, where most of it is lost", strict=False)
 def test_what_the_real_cli_tells_of_the_accounts_limits_is_measured(
     serve: Serve, cli: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,6 @@ from messages import (
 )
 from test_blocks import KNOWN, NEW
 from test_translation import AGENT, LATE
-from test_unstreamed import PLAIN_BLOCKS
 
 import translate
 from translate import ApiError, decode, usage
@@ -64,8 +63,6 @@ ODD: dict[str, list[Json]] = {
     "block type is a list": answer(opened(type=[]), closed()),
     "delta type is null": answer(opened(), piece(type=None), closed()),
     "event type is a list": stream(*TEXT[:2], {"type": []}, *TEXT[2:]),
-    "plain block type is an object": [plain({"type": {}}), DONE],
-    "plain block is null": [plain(None), DONE],
     "block type is empty": answer(opened(type=""), closed()),
     "delta type is empty": answer(opened(), piece(type=""), closed()),
     "event type is empty": stream(*TEXT[:2], {"type": ""}, *TEXT[2:]),
@@ -127,7 +124,6 @@ ODD: dict[str, list[Json]] = {
         {**closed(), "index": 1},
         reason="max_tokens",
     ),
-    "plain input of null": [plain({**CALL, "input": None}), DONE],
     # the message
     "role of a user": stream(start(role="user"), *TEXT[1:]),
     "type of another": stream(start(type="x"), *TEXT[1:]),
@@ -179,8 +175,7 @@ def test_whatever_the_cli_prints_a_client_gets_a_stream_of_the_grammar(events: l
 def test_an_input_of_300_levels_arrives_whole() -> None:
     """More than orjson writes."""
     value = json.loads(nested(300))
-    for events in (call_of(nested(300)), [plain({**CALL, "input": value}), DONE]):
-        assert checked(play(events))["content"][0]["input"] == value
+    assert checked(play(call_of(nested(300))))["content"][0]["input"] == value
 
 
 def test_what_is_nested_too_deeply_fails_the_turn() -> None:
@@ -204,8 +199,8 @@ NOISE: list[Json] = [
     {"type": "status", "user_message_uuids": ["another"]},
     {"type": None},
     {},
-    plain(*PLAIN_BLOCKS),
-    plain(*PLAIN_BLOCKS, id="msg_2"),
+    plain(text("Hi")),
+    plain(text("Hi"), id="msg_2"),
     plain(text("made up"), model="<synthetic>"),
     {**DONE, "num_turns": 0},
     {**DONE, "stop_reason": "stop_sequence", "usage": None},
@@ -214,7 +209,7 @@ NOISE: list[Json] = [
 SHORT_TURNS = [
     [event for event in turn.events if len(json.dumps(event)) < 3000] for turn in TURNS.values()
 ]
-SHORT_TURNS += [[*map(plain, PLAIN_BLOCKS), DONE], AGENT]
+SHORT_TURNS += [AGENT]
 SHORT_TURNS += [answer(*events) for events, _ in [*KNOWN.values(), *NEW.values()]]
 OPERATIONS = st.sampled_from(
     ["drop", "duplicate", "swap", "truncate", "cut off", "rename", "junk", "junk", "noise"]

@@ -330,10 +330,10 @@ def test_processes_that_never_answer_do_not_hold_up_the_start_of_others(
     gate.touch()
 
 
-def test_the_program_has_one_spare_by_default(launch: Callable[..., Program], log: Log) -> None:
+def test_the_program_has_two_spares_by_default(launch: Callable[..., Program], log: Log) -> None:
     program = launch(CLAUDE_CLI_SPARES="")
     wait_until(lambda: any("logged in" in line for line in program.lines), "the login state")
-    wait_until(lambda: len(program.children()) == 1, "the end of the process that was asked")
+    wait_until(lambda: len(program.children()) == 2, "the end of the process that was asked")
     answer: Answer = program.post()
     assert pid(answer) in log.started()
-    assert len(log.started()) <= 3  # the one asked, the first spare, the next
+    assert len(log.started()) <= 4  # the one asked, the first spares, the next
