@@ -1560,7 +1560,7 @@ def turn_settings(
     body = request.fields
     if request.is_agent:
         kind = text_of(body.get("thinking"), "type")
-        return {"CLAUDE_CODE_DISABLE_THINKING": "" if kind in THINKING else "1"}
+        return {"CLAUDE_CODE_DISABLE_THINKING": "0" if kind in THINKING else "1"}
     if has_listed_tools and not body.get("tools"):
         body = body | {"tools": []}
     return {

@@ -102,6 +102,7 @@ IN_TURN = (
     "test_fidelity",
     "test_js_clients",
     "test_real",
+    "test_repairs",
     "test_stand_in",
     "test_tools",
     "test_unasked",

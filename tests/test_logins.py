@@ -331,7 +331,6 @@ def test_a_hot_conversation_goes_on_with_the_login_of_now(
     assert tokens(since()[seen:]) == ["third", "fourth"]
 
 
-@pytest.mark.xfail(strict=True, reason="the CLI is started in the mode of the login before")
 @pytest.mark.parametrize("cli", ["bundled"], indirect=True)
 def test_a_subscription_in_place_of_a_key_in_the_settings_counts_at_once(
     serve: Callable[..., Server],

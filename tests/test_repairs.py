@@ -1,0 +1,168 @@
+"""What the CLI changes of its own accord is prevented, refused as the API would, or told.  With the
+real CLI; the table is in tests/README.md."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from client import Json, arrived, request_body, text
+from servers import Server
+from test_tools import result, user
+
+Since = Callable[[], list[Json]]
+
+# Inputs of tools whose names are the CLI's own, and what it makes of them.
+REWRITTEN: dict[str, tuple[str, Json, Json]] = {
+    "plan": ("ExitPlanMode", {"plan": "p", "x": 1}, {"x": 1}),
+    "edit": (
+        "Edit",
+        {"new_string": "b ", "old_string": "a", "file_path": "/x"},
+        {"replace_all": False, "file_path": "/x", "old_string": "a", "new_string": "b "},
+    ),
+    "edit-of-another-shape": ("Edit", {"path": "/x", "text": "a  "}, {"path": "/x", "text": "a  "}),
+    "write": (
+        "Write",
+        {"file_path": "/x.py", "content": "a  \r\nb\t\n"},
+        {"file_path": "/x.py", "content": "a\r\nb\n"},
+    ),
+    "write-markdown": (
+        "Write",
+        {"file_path": "/x.md", "content": "a  \n"},
+        {"file_path": "/x.md", "content": "a  \n"},
+    ),
+}
+
+
+def last_input(since: Since) -> Any:
+    blocks = [block for message in arrived(since()[-1]["body"]) for block in message["content"]]
+    return [block["input"] for block in blocks if block["type"] == "tool_use"][-1]
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_an_input_of_a_tool_that_the_cli_takes_for_its_own_arrives_alike_and_is_told(
+    serve: Callable[..., Server], cli: Path, since: Since, name: str
+) -> None:
+    tool_name, given, written = REWRITTEN[name]
+    tool = {"name": tool_name, "input_schema": {"type": "object"}}
+    server = serve(bin=cli, max_idle=0)
+    messages = [user(text(f"USE_TOOL {tool_name} INPUT={json.dumps(given)}END"))]
+    answer = server.post(messages, tools=[tool]).message
+    (call,) = [block for block in answer["content"] if block["type"] == "tool_use"]
+    assert call["input"] == given
+    # Claude Code as a client echoes what it would write itself.
+    echoed = [*answer["content"][:-1], {**call, "input": written}]
+    for content, how in (echoed, "hot"), (answer["content"], "rebuilt; reason=continued"):
+        history = [*messages, {"role": "assistant", "content": content}, user(result(call))]
+        told = server.post(history, tools=[tool])
+        assert told.session == how
+        assert json.dumps(last_input(since)) == json.dumps(written)
+        place = f"messages.1.content.{len(content) - 1}.input"
+        is_told = place in told.headers.get("x-bridge-not-sent", "")
+        assert is_told == (content[-1]["input"] != written)
+
+
+@pytest.mark.parametrize("words", ["USE_TOOL unknown INPUT={}END", "MAXTOK"])
+def test_the_model_is_not_asked_again_by_the_cli(
+    serve: Callable[..., Server], cli: Path, since: Since, words: str
+) -> None:
+    """The CLI would answer a call of a tool that is not there, and go on with an answer that was
+    cut off."""
+    server = serve(bin=cli)
+    tool = {"name": "mine", "input_schema": {"type": "object"}}
+    for _ in range(3):
+        answer = server.post(words, tools=[tool])
+        assert answer.status == 200
+        assert "x-bridge-api-calls" not in answer.headers
+    server.close()
+    assert len(since()) == 3
+
+
+def test_more_than_one_call_of_the_api_for_a_turn_is_told(
+    serve: Callable[..., Server], cli: Path, since: Since
+) -> None:
+    answer = serve(bin=cli, retries=1).post("RETRYONCE")
+    assert (answer.status, answer.headers["x-bridge-api-calls"]) == (200, "2")
+    assert len(since()) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_in_mid_stream_has_the_apis_own_words(real: Server, stream: bool) -> None:
+    answer = real.post("MIDFAIL", stream=stream)
+    error = answer.events[-1]["error"] if stream else answer.json["error"]
+    assert (answer.status, error) == (
+        200 if stream else 529,
+        {"type": "overloaded_error", "message": "Overloaded"},
+    )
+
+
+def test_a_text_behind_a_call_is_told_where_the_cli_moves_it(
+    serve: Callable[..., Server], cli: Path, since: Since
+) -> None:
+    call = {"type": "tool_use", "id": "toolu_1", "name": "mine", "input": {}}
+    tool = {"name": "mine", "input_schema": {"type": "object"}}
+    said = [text("before"), call, text("after")]
+    history = [user(text("a")), {"role": "assistant", "content": said}, user(result(call))]
+    answer = serve(bin=cli).post(history, tools=[tool])
+    kinds = [block["type"] for block in arrived(since()[-1]["body"])[1]["content"]]
+    told = answer.headers.get("x-bridge-not-sent", "")
+    assert ("messages.1.content.2" in told) == (kinds != ["text", "tool_use", "text"])
+
+
+def test_a_count_says_what_it_leaves_out(real: Server) -> None:
+    tools = [
+        {"name": "a", "description": "d" * 2048, "input_schema": {"type": "object"}},
+        {"name": "b", "description": "d" * 2049, "input_schema": {"type": "object"}},
+        {"type": "web_search_20250305", "name": "web_search"},
+    ]
+    output = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+    path = "/v1/messages/count_tokens"
+    body = request_body("hi", max_tokens=..., tools=tools, output_config=output)
+    counted = real.call("POST", path, body)
+    left_out = "output_config, tools.1.description, tools.2"
+    assert (counted.status, counted.headers["x-bridge-not-counted"]) == (200, left_out)
+    plain = real.call("POST", path, request_body("hi", max_tokens=...))
+    assert "x-bridge-not-counted" not in plain.headers
+
+
+def test_the_commands_of_an_agent_see_nothing_of_the_request(
+    serve: Callable[..., Server], cli: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "ls"  # which needs no permission
+    program.write_text(f"#!/bin/sh\nenv > {tmp_path}/seen\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    server = serve(bin=cli, tools="Bash", cwd=str(tmp_path))
+    server_tool = {
+        "type": "url",
+        "url": "http://x",
+        "name": "x",
+        "authorization_token": "mcp-secret",
+    }
+    body = request_body(
+        'USE_TOOL Bash INPUT={"command":"ls"}END',
+        max_tokens=4321,
+        mcp_servers=[server_tool],
+        metadata={"user_id": "somebody"},
+    )
+    answer = server.call("POST", "/v1/messages", body, headers={"anthropic-beta": "my-beta"})
+    assert answer.status == 200
+    seen = (tmp_path / "seen").read_text()
+    assert "CLAUDE_CODE_ENTRYPOINT" in seen
+    for hidden in ("EXTRA_BODY", "mcp-secret", "4321", "my-beta", "somebody"):
+        assert hidden not in seen
+    told = answer.headers["x-bridge-not-sent"].split(", ")
+    assert {"max_tokens", "mcp_servers", "anthropic-beta.my-beta"} <= set(told)
+
+
+@pytest.mark.parametrize("asked", [None, {"type": "adaptive"}])
+def test_an_agent_thinks_if_it_is_asked_to(
+    serve: Callable[..., Server], cli: Path, since: Since, tmp_path: Path, asked: Json | None
+) -> None:
+    server = serve(bin=cli, tools="Read", cwd=str(tmp_path))
+    for words in ("SAY x", "SAY y"):
+        fields = {"thinking": asked} if asked else {}
+        assert server.post(words, model="claude-sonnet-5-5", **fields).status == 200
+        assert since()[-1]["body"].get("thinking") == asked
