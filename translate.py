@@ -1308,6 +1308,18 @@ def canonical_content(content: Any, noise: frozenset[str]) -> Any:
 
 # ------------------------------------------------------------ to the CLI
 
+# A conversation reaches the CLI in three ways, and it changes what is odd in each
+# (tests/README.md has the table, tests/test_repairs.py the proof):
+#
+# * with the transcript, which it takes as it is, but for `lost_parts`;
+# * as a user line, in which it scales images (`has_images`) and searches the end for
+#   commands (GUARD);
+# * as the result of a call that waits, which it scales, cuts and words anew
+#   (`mcp_result`).
+#
+# So only what arrives the same goes by the second and the third way, what the API would
+# refuse is refused (`check_block`), and the rest is told (`Request.not_sent`).
+
 # Ends every user line: a text that ends it would otherwise be searched for /commands
 # and @files (recording slash_command_unescaped).  The CLI drops it before the API call.
 GUARD = text_block("\n")

@@ -50,6 +50,7 @@ DIFFERENCES = {
     "result": "a tool result of text is a list of blocks, or one text if it is an error; is_error of false is left out",
     "temperature": "a model without adaptive thinking is asked for a temperature of 1, the API's default",
     "order": "a CLI older than 2.1.266 puts the texts of an assistant message before its tool calls",
+    "inputs": "in a history, inputs of tools named Edit, Write and ExitPlanMode are written as the CLI writes its own",
     "call keys": "2.1.197 keeps type, id, name and input of a tool call alone",
     "thinking alone": "an assistant message of thinking alone is left out",
     "left out": "marks of a fallback, an advisor's words, calls of server tools without their result are left out",
@@ -68,6 +69,8 @@ TOLD = {
     "thinking alone": "messages.",
     "left out": ".content.",
     "call keys": ".content.",
+    "order": ".content.",
+    "inputs": ".input",
     "citations": ".citations",
     "references": ".content.",
     "error": ".content.",
@@ -274,6 +277,10 @@ class Comparison:
             assert arrived.keys() == {"type", "id", "name", "input"}
             self.explain(True, "call keys")
             sent = {key: sent[key] for key in arrived}
+        if sent["type"] == "tool_use":
+            written = translate.written_call(sent)
+            self.explain(written != sent, "inputs")
+            sent = written
         is_uncited = "citations" in sent and "citations" not in arrived
         if self.how == "hot" and is_uncited and sent["citations"][0]["type"].startswith("web_"):
             self.explain(True, "own citations")
