@@ -66,7 +66,7 @@ if TYPE_CHECKING or not __package__:
         update_cure,
         watch_without_threads,
     )
-    from translate import ApiError, Json, bad_request, check_type
+    from translate import ApiError, Json, check_type
 else:  # copied into a package
     from . import translate
     from .sessions import (
@@ -80,7 +80,7 @@ else:  # copied into a package
         update_cure,
         watch_without_threads,
     )
-    from .translate import ApiError, Json, bad_request, check_type
+    from .translate import ApiError, Json, check_type
 
 __version__ = "0.2.0"
 log = logging.getLogger("claude_cli_bridge")
@@ -135,12 +135,6 @@ class Config(PoolConfig):
         "origins of web pages that may use the bridge, such as `http://localhost:3000`",
         "access",
     )
-    max_header_bytes: int = setting(
-        64 << 10,
-        "bytes of a request's target and headers; more get 431 (Node takes 16 KiB, nginx 32)",
-        "limits",
-        least=1,
-    )
     max_body_bytes: int = setting(
         32 << 20,
         "bytes of a request's body; more get 413, unread; the API's own limit",
@@ -187,8 +181,6 @@ class Config(PoolConfig):
         wrong one."""
         for item in dataclasses.fields(self):
             check_bounds(item, getattr(self, item.name))
-        if not translate.MODEL_NAME.fullmatch(self.model):
-            raise wrong("model", f"{self.model!r} is not a model name")
         bypasses = self.tools and self.permission_mode == "bypassPermissions"
         if bypasses and os.geteuid() == 0:
             raise wrong(
@@ -201,8 +193,9 @@ class Config(PoolConfig):
             raise wrong("mcp_config", f"{self.mcp_config!r} is not a file")
         check_keep_env(self.keep_env)
         check_own_key(self.api_key)
-        check_hosts(self.allowed_hosts)
-        check_origins(self.allowed_origins)
+        if "null" in self.allowed_origins:
+            words = "null is the origin of any page in a sandbox, and is never allowed"
+            raise wrong("allowed_origins", words)
         if not self.unix_path:
             host, _ = self.address
             if not is_loopback(host) and not self.api_key:
@@ -329,8 +322,6 @@ def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
             raise wrong(item.name, f"must be a number, got {value}")
         if value < rules["least"]:
             raise wrong(item.name, f"must be at least {rules['least']}, got {value}")
-        if value > rules["most"]:
-            raise wrong(item.name, f"must be at most {rules['most']}, got {value}")
     elif rules["choices"] and value not in rules["choices"]:
         raise wrong(
             item.name, f"must be one of {', '.join(rules['choices'])}, got {value!r}"
@@ -359,32 +350,6 @@ def check_own_key(key: str) -> None:
     """Refuse what no header can hold."""
     if not key.isprintable() or key != key.strip():
         raise wrong("api_key", "must be one line of UTF-8 without spaces at its ends")
-
-
-def check_hosts(hosts: tuple[str, ...]) -> None:
-    """Refuse what can never be the name in a Host header."""
-    for host in hosts:
-        match = HOST.fullmatch(host)
-        if not match or match[2] or host.endswith(".") or host.startswith("["):
-            words = "must be a name or address alone, without port, brackets or *"
-            raise wrong("allowed_hosts", f"{host!r} {words}")
-
-
-# RFC 6454, 6.2: what a browser sends as Origin.
-ORIGIN = re.compile(
-    r"[a-z][a-z0-9+.-]*://"
-    r"(?:\[[0-9a-f:.]+\]|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*)(?::([0-9]{1,5}))?"
-)
-
-
-def check_origins(origins: tuple[str, ...]) -> None:
-    """Refuse what a browser never sends as Origin."""
-    for origin in origins:
-        match = ORIGIN.fullmatch(origin)
-        is_usual = re.fullmatch("http://.*:80|https://.*:443", origin)
-        if not match or is_usual or int(match[1] or 0) > 65535:
-            words = "must be scheme://host[:port] in lower case, without path, * or usual port"
-            raise wrong("allowed_origins", f"{origin!r} {words}")
 
 
 def curl_target(url: str) -> str:
@@ -648,6 +613,8 @@ def is_loopback(host: str) -> bool:
 # ------------------------------------------------------------ a connection
 
 READ_SIZE = 64 << 10
+# Bytes of a request's target and headers; Node takes 16 KiB, nginx 32.
+MAX_HEADER_BYTES = 64 << 10
 # Bytes that are read ahead while an answer is given.
 MAX_PIPELINED = 64 << 10
 # A body that comes in more than MAX_CHUNKS pieces, chunks or reads, is refused when they
@@ -681,8 +648,9 @@ class Connection:
         self.config = bridge.config
         self.reader = reader
         self.writer = writer
-        max_size = self.config.max_header_bytes
-        self.http = h11.Connection(h11.SERVER, max_incomplete_event_size=max_size)
+        self.http = h11.Connection(
+            h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES
+        )
         # A request is being answered.
         self.answering = False
         # One has been answered.
@@ -778,7 +746,7 @@ class Connection:
         for name, value in request.headers:
             size += len(name) + len(value)
         # h11 counts only a head that comes in several reads.
-        if size > self.config.max_header_bytes:
+        if size > MAX_HEADER_BYTES:
             raise ApiError(431, "the headers are too large")
         length = exchange.header(b"content-length")
         if length and exchange.header(b"transfer-encoding"):
@@ -992,8 +960,6 @@ GRACE_SECS = 1.0
 HELLO_SECS = 10.0
 HEALTHY_SECS = 60.0
 PROBLEM_SECS = 5.0
-# Seconds between the two events of /healthz?stream=1.
-STREAM_GAP_SECS = 0.5
 MODELS = "/v1/models"
 LOGIN_ADVICE = "`claude-cli-bridge check` says which one that is"
 # Prometheus' text-based exposition format.
@@ -1252,15 +1218,7 @@ class Bridge:
         )
 
     async def health(self, connection: Connection, exchange: Exchange) -> None:
-        """`ok`; with ?deep=1 what is wrong, or `ok`; with ?stream=1 a stream of two
-        events."""
-        if exchange.query.get("stream") == "1" and exchange.method == "GET":
-            with Stream(connection, exchange, pings=False) as stream:
-                stream.send(translate.PING)
-                await asyncio.sleep(STREAM_GAP_SECS)
-                stream.send(translate.PING)
-            await connection.send(h11.EndOfMessage())
-            return
+        """`ok`; with ?deep=1 what is wrong, or `ok`."""
         problem = ""
         if exchange.query.get("deep") == "1":
             problem = await self.problem()
@@ -1356,7 +1314,7 @@ class Bridge:
     async def models(self, connection: Connection, exchange: Exchange) -> None:
         models = model_list(await self.pool.hello())
         name = unquote(exchange.path.removeprefix(MODELS).removeprefix("/"))
-        found = find_model(models, name) if name else model_page(models, exchange.query)
+        found = find_model(models, name) if name else model_page(models)
         await connection.respond(exchange, orjson.dumps(found))
 
     # The log
@@ -1521,31 +1479,13 @@ def find_model(models: list[Json], name: str) -> Json:
     raise ApiError(404, f"model: {name}")
 
 
-def model_page(models: list[Json], query: dict[str, str]) -> Json:
-    """A page of models: `limit` (1 to 1000, default 20), `after_id`, `before_id` (API:
-    "List models")."""
-    text = query.get("limit", "20")
-    limit = int(text) if re.fullmatch("[0-9]{1,4}", text) else 0
-    if not 1 <= limit <= 1000:
-        raise bad_request("limit", "Input should be a valid integer from 1 to 1000")
-    ids = [model["id"] for model in models]
-    for name in ("after_id", "before_id"):
-        if name in query and query[name] not in ids:
-            raise bad_request(name, f"no such model: {query[name]}")
-    start = 0
-    if "after_id" in query:
-        start = ids.index(query["after_id"]) + 1
-    end = len(ids)
-    if "before_id" in query:
-        end = ids.index(query["before_id"])
-    found = models[start:end]
-    is_backwards = "before_id" in query and "after_id" not in query
-    data = found[-limit:] if is_backwards else found[:limit]
+def model_page(models: list[Json]) -> Json:
+    """All models, as one page (API: "List models")."""
     return {
-        "data": data,
-        "has_more": len(found) > limit,
-        "first_id": data[0]["id"] if data else None,
-        "last_id": data[-1]["id"] if data else None,
+        "data": models,
+        "has_more": False,
+        "first_id": models[0]["id"] if models else None,
+        "last_id": models[-1]["id"] if models else None,
     }
 
 
@@ -1771,7 +1711,6 @@ COMMANDS = {
 }
 FLAGS = {
     "config FILE": "start only if there is a claude-cli provider in FILE",
-    "url URL": "for check: try a running bridge from outside",
     "version": "print the version",
     "help": "print this",
 }
@@ -1896,7 +1835,7 @@ def read_flags(words: list[str]) -> dict[str, str | None]:
     parser.add_argument("command", nargs="?")
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--version", action="store_true")
-    for name in ("config", "url", *names):
+    for name in ("config", *names):
         parser.add_argument("--" + name)
     known, others = parser.parse_known_args(words)
     flags = vars(known)
@@ -1912,8 +1851,6 @@ def read_flags(words: list[str]) -> dict[str, str | None]:
         raise ConfigError(
             f"there is no such command{hint or ': ' + ', '.join(COMMANDS)}"
         )
-    if flags["url"] and command != "check":
-        raise ConfigError("--url is for check")
     if others:
         raise ConfigError(f"{command} takes nothing but flags; see --help")
     if flags.pop("help"):
@@ -1929,9 +1866,7 @@ def execute(config: Config, flags: Mapping[str, str | None], path: str) -> None:
     """Run a command of the command line; `path` is the configuration file's."""
     command = flags["command"]
     if command == "check":
-        url = flags["url"]
-        is_fine = check_url(url, config.api_key) if url else asyncio.run(check(config))
-        sys.exit(0 if is_fine else 1)
+        sys.exit(0 if asyncio.run(check(config)) else 1)
     if command == "login":
         program = find_cli(config.bin)
         os.execv(program, [program, "auth", "login"])
@@ -2059,19 +1994,6 @@ def page_html(bridge: Bridge) -> str:
 
 # ------------------------------------------------------------ appendix: providers
 
-# The keys of a claude-cli entry of a gateway's model_providers, and their types.
-PROVIDER: dict[str, type] = {
-    "model": str,
-    "name": str,
-    "provider_interface": str,
-    "base_url": str,
-    "http_host": str,
-    "access_key": str,
-    "default": bool,
-    "passthrough_auth": bool,
-    "headers": dict,
-    "routing_preferences": list,
-}
 # The lists of a gateway's file that hold providers; the second one is older.
 PROVIDER_LISTS = ("model_providers", "llm_providers")
 INTERFACE = "claude-cli"
@@ -2088,7 +2010,10 @@ def read_providers(path: str, config: Config) -> list[Json]:
     """
     try:
         entries = read_entries(Path(path))
-        providers = complete_providers(entries, config)
+        providers = [
+            complete_entry(entry, config) if is_own(entry) else entry
+            for entry in entries
+        ]
         # TOML and YAML have numbers, keys and depths that JSON has not.
         orjson.dumps(providers)
         return providers
@@ -2103,9 +2028,8 @@ def read_providers(path: str, config: Config) -> list[Json]:
         raise wrong("config", f"{path} cannot be read: {error}") from None
 
 
-def read_entries(path: Path) -> dict[str, Json]:
-    """The providers of a file, by their places in it.  Raises OSError, ValueError or
-    ApiError."""
+def read_entries(path: Path) -> list[Json]:
+    """The providers of a file.  Raises OSError, ValueError or ApiError."""
     data = path.read_bytes()
     kind = path.suffix.lower()
     document: Any
@@ -2116,16 +2040,13 @@ def read_entries(path: Path) -> dict[str, Json]:
     else:
         document = orjson.loads(data)
     if document is None:
-        return {}
+        return []
     check_type(document, dict, "file")
-    found: dict[str, Json] = {}
+    found: list[Json] = []
     for name in PROVIDER_LISTS:
-        if document.get(name) is None:
-            continue
-        for number, entry in enumerate(check_type(document[name], list, name)):
-            place = f"{name}.{number}"
-            found[place] = check_type(entry, dict, place)
-    return found
+        if document.get(name) is not None:
+            found += check_type(document[name], list, name)
+    return [check_type(entry, dict, "a provider") for entry in found]
 
 
 def load_yaml(data: bytes) -> Any:
@@ -2154,63 +2075,17 @@ def is_own(entry: Json) -> bool:
     return any(name.startswith(translate.MODEL_PREFIX) for name in named)
 
 
-def complete_providers(entries: Mapping[str, Json], config: Config) -> list[Json]:
-    """Fill in what claude-cli entries leave out.  Raises ApiError, which names the
-    place."""
-    completed = dict(entries)
-    own: dict[str, Json] = {}
-    for place, entry in entries.items():
-        if is_own(entry):
-            check_entry(entry, place)
-            own[place] = completed[place] = complete_entry(entry, config)
-            for other_place, other in own.items():
-                check_agreement(own[place], other, place, other_place)
-    return list(completed.values())
-
-
-def check_entry(entry: Json, place: str) -> None:
-    if entry.get("model") is None:
-        raise bad_request(f"{place}.model", "Field required")
-    for name, value in entry.items():
-        if name not in PROVIDER:
-            raise bad_request(f"{place}.{name}", "Extra inputs are not permitted")
-        if value is not None:
-            check_type(value, PROVIDER[name], f"{place}.{name}")
-    if entry.get("provider_interface") not in (None, INTERFACE):
-        raise bad_request(f"{place}.provider_interface", "Input should be 'claude-cli'")
-    prefix, slash, name = entry["model"].partition("/")
-    is_name = name == "*" or translate.MODEL_NAME.fullmatch(name)
-    if prefix + slash != translate.MODEL_PREFIX or not is_name:
-        words = "Input should be claude-cli/* or claude-cli/ and the name of a model"
-        raise bad_request(f"{place}.model", words)
-    if name == "*" and entry.get("default"):
-        raise bad_request(f"{place}.default", "a wildcard cannot be the default model")
-
-
 def complete_entry(entry: Json, config: Config) -> Json:
     given = translate.without_nulls(entry)
     completed: Json = {}
     if "http_host" not in given:
         completed["base_url"] = config.base_url
-    completed["name"] = given["model"]
+    completed["name"] = given.get("model", translate.MODEL_PREFIX + "*")
     completed["provider_interface"] = INTERFACE
     if not given.get("passthrough_auth"):
         key = f"${variable('api_key')}" if config.api_key else PLACEHOLDER_KEY
         completed["access_key"] = key
     return completed | given
-
-
-def check_agreement(entry: Json, other: Json, place: str, other_place: str) -> None:
-    """Entries of one model must be equal; those of one name must lead to one
-    address."""
-    for same, keys in (
-        ("model", entry.keys() | other.keys()),
-        ("name", {"base_url", "http_host", "access_key"}),
-    ):
-        different = [key for key in sorted(keys) if entry.get(key) != other.get(key)]
-        if different and entry[same] == other[same]:
-            words = f"contradicts {other_place}, of the same {same}"
-            raise bad_request(f"{place}.{different[0]}", words)
 
 
 # ------------------------------------------------------------ appendix: check
@@ -2446,55 +2321,6 @@ def doing(words: str) -> Iterator[None]:
     finally:
         if terminal:
             print(ERASE_LINE, end="\r", file=terminal, flush=True)
-
-
-def check_url(url: str, key: str) -> bool:
-    """Print whether a running bridge can be used from here; True if all is well.  No
-    model call.
-
-    Only http:// is spoken; behind a TLS proxy try the address of the proxy's own
-    client.
-    """
-    check_own_key(key)
-    try:
-        with ask(url, "/healthz?stream=1", key) as answer:
-            times = [time.monotonic() for _ in answer]
-        with ask(url, MODELS, key) as answer:
-            status = answer.status
-            text = answer.read().decode(errors="replace")
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        print(f"reachable: no ({error})")
-        return False
-    print("reachable: yes")
-    if status != 200:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            text = orjson.loads(text)["error"]["message"]
-        print(f"access: refused ({text})")
-        return False
-    print("access: the key and Host are accepted")
-    gap = times[-1] - times[0] if times else 0
-    is_live = gap > STREAM_GAP_SECS / 2
-    print(
-        f"streams: {'arrive as they are sent' if is_live else 'are held back by a proxy'}"
-    )
-    return is_live
-
-
-@contextlib.contextmanager
-def ask(url: str, path: str, key: str) -> Iterator[http.client.HTTPResponse]:
-    """GET a path of a running bridge.  Raises OSError, HTTPException, and ValueError
-    for the URL."""
-    where = urlsplit(url)
-    if where.scheme != "http" or not where.hostname:
-        raise ValueError("give http://host:port")
-    connection = http.client.HTTPConnection(
-        where.hostname, where.port or 80, timeout=10
-    )
-    with contextlib.closing(connection):
-        headers = {"x-api-key": key.encode()}
-        target = where.path.rstrip("/") + path
-        connection.request("GET", target, headers=headers)
-        yield connection.getresponse()
 
 
 if __name__ == "__main__":

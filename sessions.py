@@ -125,6 +125,8 @@ READ_ROUNDS = 3
 # Fingerprints of lost sessions that are remembered, to say why a conversation was
 # rebuilt.
 MAX_PAST = 4096
+# The model of a process that is asked about the CLI itself.
+PROBE_MODEL = "sonnet"
 # Seconds between two looks at the resting processes.
 SWEEP_SECS = 5.0
 # Answers of count_tokens that are remembered: Claude Code's /context asks for 24, some of
@@ -159,8 +161,6 @@ CLOSED_GATE = (
 # What a process never says unless a turn asked for it.
 ANSWERS = {"stream_event", "assistant", "user"}
 CORES = os.cpu_count() or 1
-# malloc_trim(3), where there is one: gives memory that was freed back to the system.
-TRIM: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
 PRCTL: Any = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
@@ -198,7 +198,6 @@ def setting(
     group: str = "processes",
     *,
     least: float = 0,
-    most: float = math.inf,
     choices: tuple[str, ...] = (),
     secret: bool = False,
 ) -> Any:
@@ -211,7 +210,6 @@ def setting(
         "meaning": meaning,
         "group": group,
         "least": least,
-        "most": most,
         "choices": choices,
     }
     return field(default=default, metadata=metadata, repr=not secret)
@@ -231,10 +229,6 @@ class PoolConfig:
         "names of environment variables that the CLI may see although they change what it does, "
         "such as `ANTHROPIC_API_KEY`",
         "everyday",
-    )
-    model: str = setting(
-        "sonnet",
-        "the model of the process that is asked who is logged in",
     )
     session_ttl_secs: float = setting(
         600.0,
@@ -547,23 +541,6 @@ def reap_orphans(own: set[int]) -> None:
             os.waitid(os.P_PID, found.si_pid, options)
 
 
-# include/linux/sched.h
-PF_EXITING = 0x4
-
-
-def exiting(pid: int) -> bool:
-    """Whether the kernel is ending a process.  A killed CLI frees its memory first and
-    closes its pipes 10 ms later: a request that comes in between must not be given to
-    it (proc(5): /proc/pid/stat, state and flags)."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:  # no /proc: the end of its output will tell
-        return False
-    state, flags = fields[0], int(fields[6])
-    return state in (b"Z", b"X") or bool(flags & PF_EXITING)
-
-
 # The writing ends of all gates.  A fork of the program that embeds the bridge gets them
 # too, and a gate with two ends never comes to its end.
 OPEN_GATES: set[int] = set()
@@ -686,7 +663,7 @@ class Process(asyncio.SubprocessProtocol):
     @property
     def ended(self) -> bool:
         """It is dead or dying, whether or not asyncio knows."""
-        return self._eof or self.exited.done() or exiting(self.pid)
+        return self._eof or self.exited.done()
 
     @property
     def gone(self) -> bool:
@@ -1434,8 +1411,6 @@ class Pool:
         self._large = asyncio.Semaphore(1)
         # A thread for large requests, and one for those that need not wait for them.
         self._executors: dict[bool, ThreadPoolExecutor] = {}
-        # Whether `compute` has used the thread since memory was given back last.
-        self._has_computed = False
 
     async def __aenter__(self) -> "Pool":
         self._sweeper = asyncio.create_task(self._sweep())
@@ -1497,7 +1472,6 @@ class Pool:
             if is_large not in self._executors:
                 self._executors[is_large] = ThreadPoolExecutor(1)
             executor = self._executors[is_large]
-            self._has_computed = True
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(executor, function)
         finally:
@@ -1553,13 +1527,13 @@ class Pool:
     async def _probe(self, is_curious: bool) -> None:
         await self.look_at_cli()
         bare = self._is_bare(agent=False, by_environment=True)
-        session = await self._spawn(Kind(self.config.model), bare)
+        session = await self._spawn(Kind(PROBE_MODEL), bare)
         if is_curious:
             self._curious.append(session)
             self._give_way(self._curious)
         try:
             session.process.listen()
-            session.process.open_gate(translate.transcript([], self.config.model))
+            session.process.open_gate(translate.transcript([], PROBE_MODEL))
             session.process.write(translate.initialize_line([], has_tools=False))
             await session.process.until(
                 lambda event: control_result(event, "initialize")
@@ -2153,17 +2127,13 @@ class Pool:
                 keep(self._last_seen, key, (session.parts, reason), MAX_PAST)
 
     async def _sweep(self) -> None:
-        """Retire the sessions not in use that died or whose time is up, and give back
-        the memory of large requests."""
+        """Retire the sessions not in use that died or whose time is up."""
         ttl = self.config.session_ttl_secs
         pause = SWEEP_SECS
         if ttl:
             pause = max(0.05, min(ttl / 4, SWEEP_SECS))
         while True:
             await asyncio.sleep(pause)
-            if self._has_computed and TRIM:
-                self._has_computed = False
-                next(iter(self._executors.values())).submit(TRIM, 0)
             if (
                 os.getpid() == 1 and not self._cli_lock.locked()
             ):  # `ask_version` has one
