@@ -86,9 +86,8 @@ else:  # copied into a package
 __version__ = "0.2.0"
 log = logging.getLogger("claude_cli_bridge")
 
-Event = CliEvent | bytes  # of a process: bytes are a line with a delta, not decoded
 # Takes the events of one read; False: it wants no more.
-Sink = Callable[[list[Event]], bool]
+Sink = Callable[[list[CliEvent]], bool]
 T = TypeVar("T")
 
 # Bytes of one line of the CLI.  It can hold a whole tool result or screenshot: 1 MB was
@@ -595,7 +594,7 @@ class Process(asyncio.SubprocessProtocol):
         self._watchdog_secs = watchdog_secs
         # When the last sign of life came, or is due after an announced retry.
         self._alive_at = self.loop.time()
-        self._events: list[Event] = []
+        self._events: list[CliEvent] = []
         # Bytes of what was read since _events was empty.
         self._unread = 0
         # Where a turn wants its events at once, instead of in _events.
@@ -725,7 +724,7 @@ class Process(asyncio.SubprocessProtocol):
         is_quiet = True
         for event in self._events:
             is_quiet = is_quiet and not (seen and self.is_unasked([event]))
-            seen = seen or (isinstance(event, dict) and event["type"] == "result")
+            seen = seen or event["type"] == "result"
         self._events.clear()
         self._resume()
         is_over = seen or self._due or self._failure
@@ -753,8 +752,7 @@ class Process(asyncio.SubprocessProtocol):
             self._calls[call] = event
 
     async def until(self, find: Callable[[CliEvent], Any]) -> Any:
-        """Read until `find` returns something for an event that is no delta, and return
-        that.
+        """Read until `find` returns something for an event, and return that.
 
         Raises ApiError: that of a failed turn, 504 after the watchdog's time without a
         sign of life, 502 when the process is gone.
@@ -764,9 +762,8 @@ class Process(asyncio.SubprocessProtocol):
         while not found:
             await self._more()
             for event in self._take_events():
-                if isinstance(event, dict):
-                    translator.feed(event)
-                    found = found or find(event)
+                translator.feed(event)
+                found = found or find(event)
         return found
 
     async def ask(self, name: str, subtype: str, **fields: Any) -> Json:
@@ -791,7 +788,7 @@ class Process(asyncio.SubprocessProtocol):
         if self._failure:
             raise self._failure
 
-    def _hand_to_sink(self, events: list[Event]) -> None:
+    def _hand_to_sink(self, events: list[CliEvent]) -> None:
         try:
             if events and self._sink is not None and not self._sink(events):
                 self._sink = None
@@ -804,7 +801,7 @@ class Process(asyncio.SubprocessProtocol):
         self._sink = None
         self._wake()
 
-    def _take_events(self) -> list[Event]:
+    def _take_events(self) -> list[CliEvent]:
         events, self._events = self._events, []
         self._resume()
         return events
@@ -891,17 +888,11 @@ class Process(asyncio.SubprocessProtocol):
             lines[0] = bytes(self._partial) + lines[0]
             self._partial.clear()
         self._partial += rest
-        events: list[Event] = []
+        events: list[CliEvent] = []
         failure: ApiError | None = None
-        now = self.loop.time()
         try:
             for line in lines:
-                new: list[Event]
-                if line.startswith(translate.DELTA_START):
-                    self._alive_at = now
-                    new = [line]
-                else:
-                    new = [*self._read(line)]
+                new = self._read(line)
                 if not self.listening and self.is_unasked(new):
                     raise cli_error("the claude CLI spoke unasked")
                 events += new
@@ -920,21 +911,21 @@ class Process(asyncio.SubprocessProtocol):
                 is_damaged = failure.message == translate.DAMAGED_LINE
                 self.on_fault("failed" if is_damaged else "unasked")
 
-    def is_unasked(self, events: list[Event]) -> bool:
+    def is_unasked(self, events: list[CliEvent]) -> bool:
         """Whether events outside a turn show that the process goes on by itself.  Until
         the last turn's `result` has come they may still be that turn's, except another
         answer of the model and the call of a tool that was not announced."""
         is_settled = self.settled is None or self.settled.done()
         unasked = ANSWERS if is_settled else {"stream_event"}
         for event in events:
-            if isinstance(event, bytes) or event["type"] in unasked:
+            if event["type"] in unasked:
                 return True
             call = translate.tool_call_id(event)
             if call and call not in self._due:
                 return True
         return False
 
-    def _keep(self, events: list[Event], size: int) -> None:
+    def _keep(self, events: list[CliEvent], size: int) -> None:
         if self._sink is not None:
             self._hand_to_sink(events)
             return
@@ -1293,7 +1284,7 @@ class Turn:
         translator = self.translator
         is_ready = True
 
-        def take(events: list[Event]) -> bool:
+        def take(events: list[CliEvent]) -> bool:
             nonlocal is_ready
             frames: list[bytes] = []
             try:
@@ -1321,19 +1312,12 @@ class Turn:
             # killed before it can ask.
             self.process.kill(signal.SIGKILL)
 
-    def _translate(self, events: list[Event], frames: list[bytes]) -> None:
-        deltas: list[bytes] = []
+    def _translate(self, events: list[CliEvent], frames: list[bytes]) -> None:
         for event in events:
             if self.translator.result:
                 self.overran = self.overran or self.process.is_unasked([event])
-            if isinstance(event, bytes):
-                deltas.append(event)
-                continue
-            frames.extend(self.translator.relay(deltas))
-            deltas = []
             fed = self.translator.feed(event)
             frames.extend(map(translate.frame, fed))
-        frames.extend(self.translator.relay(deltas))
 
     @property
     def rests(self) -> bool:

@@ -16,7 +16,7 @@ import itertools
 import json
 import re
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Required, TypedDict, cast
 
@@ -272,38 +272,9 @@ def api_message(text: str, kind: str) -> tuple[str, str]:
 
 # ------------------------------------------------------------ JSON
 
-# 19 digits, once all are written as zeroes: such an integer may exceed 64 bits, and orjson
-# would read a float and lose digits.
-LONG_INTEGER = b"0" * 19
-ZEROES = bytes.maketrans(b"123456789", b"000000000")
-
-
-def from_json(text: bytes) -> Any:
-    """A JSON value with all digits of its integers.  Raises orjson.JSONDecodeError."""
-    value = orjson.loads(text)
-    if LONG_INTEGER not in text.translate(ZEROES):
-        return value
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # too many digits, or levels
-        raise orjson.JSONDecodeError(str(error), "", 0) from None
-
 
 def to_json(value: Any, *, sort_keys: bool = False) -> bytes:
-    """One line of JSON.  Raises ApiError when it is nested too deeply for Python (about
-    1,000)."""
-    try:
-        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS if sort_keys else None)
-    except TypeError:  # an integer of more than 64 bits, or more than 254 levels
-        pass
-    separators = (",", ":")
-    try:
-        text = json.dumps(
-            value, ensure_ascii=False, separators=separators, sort_keys=sort_keys
-        )
-    except RecursionError:
-        raise cli_error("the claude CLI wrote JSON that is nested too deeply") from None
-    return text.encode()
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS if sort_keys else None)
 
 
 def line(value: Json) -> bytes:
@@ -541,7 +512,7 @@ def read_object(body: bytes) -> Json:
     if has_more_values(body):
         raise not_json(f"it holds more than {MAX_VALUES} values")
     try:
-        data = from_json(body)
+        data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise not_json(str(error)) from None
     if is_deeper(data, MAX_DEPTH):
@@ -572,18 +543,11 @@ def count_marks(text: bytes) -> int:
 
 def is_deeper(value: Any, levels: int) -> bool:
     """Whether a JSON value is nested more than so many levels deep."""
-    layer = [value]
-    for _ in range(levels + 1):
-        below: list[Any] = []
-        for item in layer:
-            if isinstance(item, dict):
-                below.extend(item.values())
-            elif isinstance(item, list):
-                below.extend(item)
-        layer = below
-        if not layer:
-            return False
-    return True
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        return False
+    return not levels or any(is_deeper(item, levels - 1) for item in value)
 
 
 def check_type(value: Any, kind: type, place: str) -> Any:
@@ -632,19 +596,7 @@ def read_system(system: Any, not_sent: list[str]) -> list[str]:
             not_sent.append(place)
         elif text:
             texts.append(text)
-        # A breakpoint on it is told where it is lost (`read_breakpoints`).
-        not_sent += lost_keys(without(block, {"cache_control"}), place)
     return texts
-
-
-def lost_keys(block: Mapping[str, Any], place: str) -> list[str]:
-    """The places of the keys of a system block besides its text: none of them reaches
-    the API."""
-    return [
-        f"{place}.{printable(key)}"
-        for key, value in block.items()
-        if value is not None and key not in ("type", "text")
-    ]
 
 
 def printable(key: str) -> str:
@@ -736,10 +688,10 @@ class MessageReader:
                 self.not_sent.append(place)  # the API takes it for none
                 break
             role, blocks = read_message(message, place)
-            for key, value in message.items():
-                if value is not None and key not in ("role", "content"):
-                    self.not_sent.append(f"{place}.{printable(key)}")
             if role == "system":
+                # Such as the settings of a turn (beta per-turn-control).
+                own = without(message, {"role", "content"})
+                self.not_sent += [f"{place}.{printable(key)}" for key in own]
                 check_system_place(raw, number)
                 # The CLI's input knows the user's and the assistant's messages only.
                 self.not_sent.append(f"{place}.role")
@@ -792,7 +744,6 @@ class MessageReader:
             where = f"{place}.content.{index}"
             if block["type"] == "text":
                 texts.append(text_of(block, "text"))
-                self.not_sent += lost_keys(without(block, {"cache_control"}), where)
             else:
                 self.not_sent.append(where)
         if not texts:
@@ -1745,11 +1696,8 @@ def mcp_part(block: Any) -> Json | None:
 
 # ------------------------------------------------------------ from the CLI
 
-# How a line with an event of the stream begins, and one with a delta.
+# How a line with an event of the stream begins.
 STREAM_EVENT = b'{"type":"stream_event","event":'
-DELTA_START = STREAM_EVENT + b'{"type":"content_block_delta","index":'
-# In a line whose event is not a subagent's.
-MAIN = b'"parent_tool_use_id":null'
 # How the SDK inside the CLI logs a call of the API (ANTHROPIC_LOG=info).
 API_CALL = re.compile(
     rb"\[log_[^]]*\] post \S+/v1/messages(/count_tokens)?\S* \w+(?: with status (\d{3}))?"
@@ -1769,7 +1717,10 @@ def decode(text: bytes) -> list[CliEvent]:
     """
     values: list[Any]
     try:
-        values = [from_json(text)]
+        values = [orjson.loads(text)]
+        opened = text.count(b"[") + text.count(b"{")
+        if opened > MAX_DEPTH and is_deeper(values, MAX_DEPTH):
+            raise cli_error("the claude CLI wrote JSON that is nested too deeply")
     except orjson.JSONDecodeError:
         if call := API_CALL.match(text):
             kind = "count" if call[1] else "message"
@@ -1790,7 +1741,7 @@ def glued(text: str) -> list[Any]:
             # orjson takes neither NaN, which fails here, nor half a character.
             whole = json.dumps(value, ensure_ascii=False)
             whole = whole.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            values.append(from_json(whole.encode()))
+            values.append(orjson.loads(whole.encode()))
         except (ValueError, RecursionError):
             break
         text = text[end:].lstrip()
@@ -1937,39 +1888,13 @@ TOKENS = (
     "cache_creation_input_tokens",
     "cache_read_input_tokens",
 )
-# The block types that clients know, each with the values that deltas fill.  A
-# content_block_start must carry them empty (API; SDKs fail without them), but for
-# citations.
-FILLED: dict[str, Json] = {
-    "text": {"text": "", "citations": []},
-    "thinking": {"thinking": "", "signature": ""},
-    "redacted_thinking": {},
-    "tool_use": {"input": {}},
-    "server_tool_use": {"input": {}},
-    "mcp_tool_use": {"input": {}},
-}
-# What a block of these types cannot be without.
-NEEDED = {
-    "redacted_thinking": ("data",),
-    "tool_use": ("id", "name"),
-    "server_tool_use": ("id", "name"),
-    "mcp_tool_use": ("id", "name"),
-}
-# Delta type -> the value of the block that it fills, and the key and type of its piece.
-DELTAS: dict[str, tuple[str, str, type]] = {
-    "text_delta": ("text", "text", str),
-    "thinking_delta": ("thinking", "thinking", str),
-    "signature_delta": ("signature", "signature", str),
-    "input_json_delta": ("input", "partial_json", str),
-    "citations_delta": ("citations", "citation", dict),
-}
-# Block type -> the type of its deltas that may be relayed as bytes.
-RELAYED = {
-    "text": "text_delta",
-    "thinking": "thinking_delta",
-    "tool_use": "input_json_delta",
-    "server_tool_use": "input_json_delta",
-    "mcp_tool_use": "input_json_delta",
+# Delta type -> the value of the block that it fills, and the key of its piece.
+DELTAS = {
+    "text_delta": ("text", "text"),
+    "thinking_delta": ("thinking", "thinking"),
+    "signature_delta": ("signature", "signature"),
+    "input_json_delta": ("input", "partial_json"),
+    "citations_delta": ("citations", "citation"),
 }
 # Keys of a block that no delta of a new type may replace.
 BLOCK_KEYS = {
@@ -2053,13 +1978,6 @@ class Translator:
         self._pieces: dict[str, list[str]] = {}
         # A tool input that is no JSON object, as when max_tokens cut it off.
         self._input_error: ApiError | None = None
-        # The end of its block, until it is known why.
-        self._held: list[StreamEvent] = []
-        # An input that came whole, and is not passed on yet.
-        self._given_input: Json = {}
-        # How a line begins that holds a delta of the open block, and may keep its
-        # bytes.
-        self._delta_head = b""
         # The `assistant` event by which the CLI tells of a failure.
         self._failure: CliEvent | None = None
 
@@ -2092,6 +2010,28 @@ class Translator:
 
     def feed(self, event: CliEvent) -> list[StreamEvent]:
         """Translate one event of the CLI; the list may be empty."""
+        try:
+            inner: Any = event.get("event")
+            if self._is_next_delta(event, inner):
+                return self._block_delta(inner)
+            return self._feed(event)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            words = "the claude CLI printed an event of a shape that is not known"
+            raise cli_error(f"{words} ({type(error).__name__})") from error
+
+    def _is_next_delta(self, event: CliEvent, inner: Any) -> bool:
+        """Whether it is the usual event: another piece of the open block."""
+        return (
+            self.state is State.BLOCK
+            and self._is_ours
+            and event["type"] == "stream_event"
+            and inner["type"] == "content_block_delta"
+            and inner["index"] == self._index
+            and event.get("parent_tool_use_id") is None
+            and "user_message_uuids" not in event
+        )
+
+    def _feed(self, event: CliEvent) -> list[StreamEvent]:
         kind = event["type"]
         answers_to = event.get("user_message_uuids")
         if self._turn_id and isinstance(answers_to, list):
@@ -2154,7 +2094,7 @@ class Translator:
         if kind == "content_block_start":
             self._index = index
         is_about_block = kind.startswith("content_block_")
-        if is_about_block and (type(index) is not int or index != self._index):
+        if is_about_block and index != self._index:
             following = None
         if following is None:
             raise cli_error(f"the claude CLI sent a {kind} out of place")
@@ -2164,15 +2104,13 @@ class Translator:
         return self.HANDLERS[kind](self, event)
 
     def _message_start(self, event: Json) -> list[StreamEvent]:
-        message: Any = event.get("message")
-        self._id = text_of(message, "id")
-        if not self._id:
-            raise cli_error("the claude CLI sent a message_start without an id")
+        message = event["message"]
+        self._id = message["id"]
         self._usage = usage(message.get("usage"))
         self._check_refused()
         if self.message:  # an agent's answer goes on in another API message
             return []
-        answered = text_of(message, "model")
+        answered = message["model"]
         if self._model and not is_same_model(self._model, answered):
             self.is_wrong_model = True
             words = f"the claude CLI asked {answered} in place of {self._model}"
@@ -2180,7 +2118,7 @@ class Translator:
         started = without_empties(message)
         started["type"] = "message"
         started["role"] = "assistant"
-        started["model"] = text_of(message, "model") or "unknown"
+        started["model"] = answered
         started["content"] = []
         started["stop_reason"] = None
         started["stop_sequence"] = None
@@ -2201,48 +2139,23 @@ class Translator:
     def _block_start(self, event: Json) -> list[StreamEvent]:
         if self._input_error:
             raise self._input_error
-        given: Any = event.get("content_block")
-        kind = text_of(given, "type")
-        if not kind:
-            raise cli_error("the claude CLI opened a content block without a type")
+        given = event["content_block"]
+        kind = given["type"]
         if kind == "tool_use" and self._agent:
             self.state = State.HIDDEN
             return []
-        for key in NEEDED.get(kind, ()):
-            if not text_of(given, key):
-                raise cli_error(f"the claude CLI opened a {kind} without {key}")
         if kind == "tool_use" and given["name"] not in self._tool_names:
             self._foreign_call = True
         block = without_nulls(given)
-        whole: Json = {}
-        for key, empty in FILLED.get(kind, {}).items():
-            value = block.get(key)
-            if value and type(value) is type(empty):
-                whole[key] = value
-            block[key] = empty
-        if kind == "text":
-            del block["citations"]  # they come as deltas
         self.message["content"].append(block.copy())
         index = len(self.message["content"]) - 1
         self._pieces = {}
-        self._given_input = whole.pop("input", {})
-        self._delta_head = delta_head(kind, index) if index == self._index else b""
-        events = [renewed(event, index=index, content_block=block)]
-        return events + self._fill(whole)
-
-    def _fill(self, values: Json) -> list[StreamEvent]:
-        """The deltas that fill in what came whole."""
-        events: list[StreamEvent] = []
-        for delta in deltas(values):
-            events += self._block_delta({"type": "content_block_delta", "delta": delta})
-        return events
+        return [renewed(event, index=index, content_block=block)]
 
     def _block_delta(self, event: Json) -> list[StreamEvent]:
-        delta: Any = event.get("delta")
-        kind = text_of(delta, "type")
+        delta = event["delta"]
+        kind = delta["type"]
         block = self.message["content"][-1]
-        if not kind:
-            raise cli_error("the claude CLI sent a content_block_delta without a type")
         if kind in DELTAS:
             self._add_piece(block, kind, delta)
         else:  # a delta of a new type: its keys are the block's
@@ -2252,52 +2165,31 @@ class Translator:
         return [renewed(event, index=index)]
 
     def _add_piece(self, block: Json, kind: str, delta: Json) -> None:
-        key, name, shape = DELTAS[kind]
-        piece = delta.get(name)
-        if type(piece) is not shape:
-            raise cli_error(f"the claude CLI sent a {kind} without its content")
-        if key not in FILLED.get(block["type"], (key,)):
-            raise cli_error(
-                f"the claude CLI sent a {kind} in a block of type {block['type']}"
-            )
-        if isinstance(piece, str):
-            self._pieces.setdefault(key, []).append(piece)
-            return
-        if not isinstance(block.get(key), list):
-            block[key] = []
-        block[key] = [*block[key], piece]
+        key, name = DELTAS[kind]
+        if key == "citations":
+            block[key] = [*block.get(key, ()), delta[name]]
+        else:
+            self._pieces.setdefault(key, []).append(delta[name])
 
     def _block_stop(self, event: Json) -> list[StreamEvent]:
-        events: list[StreamEvent] = []
-        if self._given_input and not any(self._pieces.get("input", ())):
-            events = self._fill({"input": self._given_input})
         block = self.message["content"][-1]
         for key, pieces in self._pieces.items():
             text = "".join(pieces)
-            before = block.get(key)
-            if key == "input" and text:
+            if key == "signature":
+                block[key] = pieces[-1]  # the last one counts (SDK)
+            elif key != "input":
+                block[key] = block.get(key, "") + text
+            elif text:
                 try:
                     block[key] = tool_input(text)
                 except ApiError as error:
                     self._input_error = error
-            elif key == "input":
-                block[key] = before or {}
-            elif key == "signature":  # the last one counts (SDK)
-                block[key] = pieces[-1]
-            else:
-                block[key] = before + text if isinstance(before, str) else text
         self._pieces = {}
-        self._delta_head = b""
-        events.append(renewed(event, index=len(self.message["content"]) - 1))
-        if self._input_error:
-            self._held = events
-            return []
-        return events
+        return [renewed(event, index=len(self.message["content"]) - 1)]
 
     def _message_delta(self, event: Json) -> list[StreamEvent]:
         given = event["delta"]
         reason = given["stop_reason"]
-        held, self._held = self._held, []
         if self._input_error and reason in ("tool_use", *RESTING):
             raise self._input_error
         counts = self._counts(event.get("usage"))
@@ -2326,11 +2218,11 @@ class Translator:
         }
         last.update(final)
         if self.rests:
-            return [*held, last]
+            return [last]
         # The CLI goes on by itself, so nothing more is waited for: the answer is
         # complete.
         self.state = State.DONE
-        return [*held, last, {"type": "message_stop"}]
+        return [last, {"type": "message_stop"}]
 
     def _message_stop(self, event: Json) -> list[StreamEvent]:
         return [renewed(event)] if self.done else []
@@ -2357,33 +2249,6 @@ class Translator:
             if name in newest or name in self._spent:
                 counts[name] = newest.get(name, 0) + self._spent.get(name, 0)
         return counts
-
-    # Deltas as bytes
-
-    def relay(self, lines: list[bytes]) -> Iterator[bytes]:
-        """Translate lines of the CLI that begin with `DELTA_START`, into frames.
-
-        Deltas of the open block keep their bytes: decoding them took ten times as long
-        (tests/bench/relay.py).
-        """
-        pieces = same_block_deltas(lines, self._delta_head) if self._is_ours else []
-        if pieces:
-            block = self.message["content"][-1]
-            key = DELTAS[RELAYED[block["type"]]][0]
-            self._pieces.setdefault(key, []).append(
-                orjson.loads(b'"%b"' % b"".join(pieces))
-            )
-            head = b"event: content_block_delta\ndata: "
-            head += self._delta_head.removeprefix(STREAM_EVENT)
-            yield escape_line_breaks(
-                head + (b'"}}\n\n' + head).join(pieces) + b'"}}\n\n'
-            )
-            return
-        for text in lines:
-            if self.done:
-                return  # what comes behind the answer may be damaged
-            for event in decode(text):
-                yield from map(frame, self.feed(event))
 
     def _assistant(self, event: CliEvent) -> None:
         """An `assistant` event: the same content once more, except for a text that the
@@ -2448,38 +2313,18 @@ def ends_message(event: Json) -> bool:
     return text_of(event.get("delta"), "stop_reason") != ""
 
 
-# Levels of JSON that Python can still write, with room to spare: its limit is 1,000
-# calls.
-MAX_INPUT_DEPTH = 500
-
-
 def tool_input(text: str) -> Json:
     """The input of a tool call, from its pieces.  Raises ApiError when it is no JSON
     object."""
     try:
-        value = from_json(text.encode())
+        value = orjson.loads(text.encode())
     except (orjson.JSONDecodeError, UnicodeEncodeError):
         value = None
-    if not isinstance(value, dict) or is_deeper(value, MAX_INPUT_DEPTH):
+    if not isinstance(value, dict) or is_deeper(value, MAX_DEPTH):
         raise cli_error(
             "the model's tool input is not a JSON object, or is nested too deeply"
         )
     return value
-
-
-def deltas(values: Json) -> Iterator[Json]:
-    """The deltas that fill the values of a block that came whole."""
-    for kind, (key, name, _) in DELTAS.items():
-        value = values.get(key)
-        if key == "citations":
-            for citation in value or ():
-                if isinstance(citation, dict):
-                    yield {"type": kind, name: citation}
-        elif value:
-            yield {
-                "type": kind,
-                name: to_json(value).decode() if key == "input" else value,
-            }
 
 
 # ------------------------------------------------------------ usage
@@ -2526,52 +2371,6 @@ def usage(
 
 
 # ------------------------------------------------------------ frames
-
-
-def delta_head(kind: str, index: int) -> bytes:
-    """How the CLI begins a line that holds a delta of an open block; empty: such deltas
-    are always decoded."""
-    delta_kind = RELAYED.get(kind)
-    if not delta_kind:
-        return b""
-    name = DELTAS[delta_kind][1]
-    return DELTA_START + f'{index},"delta":{{"type":"{delta_kind}","{name}":"'.encode()
-
-
-def same_block_deltas(lines: list[bytes], head: bytes) -> list[bytes]:
-    """The JSON strings, without their quotes, of lines that are all deltas of one
-    block; empty: not all are.
-
-    `head` is how such a line begins, up to the opening quote.  All lines are proved
-    right at once, by decoding what is joined of them.
-    """
-    if not head or not lines:
-        return []
-    pieces, rests = [], []
-    for text in lines:
-        # A JSON string holds no bare quote, so the first `"}},` is the end of the
-        # piece.
-        inner, _, rest = text.partition(b'"}},')
-        if not inner.startswith(head):
-            return []
-        pieces.append(inner[len(head) :])
-        rests.append(rest)
-    # In each line one event, which is not a subagent's, opens no further object in
-    # which something else could hide, and names no turn.
-    rest = b"\n".join([*rests, b""])
-    ours = rest.count(MAIN) == len(lines)
-    one_event_each = rest.count(b"}\n") == len(lines)
-    nested = b"{" in rest
-    named = b'"user_message_uuids"' in rest
-    if not ours or not one_event_each or nested or named:
-        return []
-    try:
-        # The spaces keep a piece from ending inside an escape.
-        orjson.loads(b'"%b"' % b" ".join(pieces))
-        orjson.loads(b"[{%b]" % b",{".join(rests))
-    except orjson.JSONDecodeError:
-        return []
-    return pieces
 
 
 def frame(event: StreamEvent | Json) -> bytes:
