@@ -475,7 +475,7 @@ class Exchange:
     failure: str = ""
 
     @property
-    def owner(self) -> str:
+    def key_digest(self) -> str:
         """A digest of the key that the client sent: two clients may use one session
         name."""
         given = f"{self.header(b'x-api-key')} {self.header(b'authorization')}"
@@ -1158,7 +1158,7 @@ class Bridge:
         if turn:
             reason = f"; reason={turn.reason}" if turn.reason else ""
             head.append((SESSION_HEADER.decode(), turn.session.id))
-            head.append(("x-bridge-session", turn.how + reason))
+            head.append(("x-bridge-session", turn.origin + reason))
             if turn.not_sent:
                 head.append(("x-bridge-not-sent", listing(turn.not_sent)))
             if turn.translator.api_calls > 1:
@@ -1274,7 +1274,7 @@ class Bridge:
     async def messages(self, connection: Connection, exchange: Exchange) -> None:
         request = await self.parse(exchange)
         token = exchange.header(SESSION_HEADER)
-        async with self.pool.turn(request, token, exchange.owner) as turn:
+        async with self.pool.turn(request, token, exchange.key_digest) as turn:
             exchange.turn = turn
             with Stream(connection, exchange, pings=request.stream) as stream:
                 await turn.relay(stream.send, connection.drain)
@@ -1331,7 +1331,7 @@ class Bridge:
         if turn:
             # Whoever reads the log cannot go on with the conversation.
             row["session"] = translate.digest(turn.session.id).hex()[:12]
-            row["conversation"] = turn.how
+            row["conversation"] = turn.origin
             row["reason"] = turn.reason or None
             row["model"] = turn.request.model
             row["not_sent"] = listing(turn.not_sent).replace(" ", "") or None
@@ -1359,7 +1359,7 @@ class Bridge:
             metrics.time("first_byte_seconds", exchange.first_byte - exchange.began)
         turn = exchange.turn
         if turn:
-            metrics.add("turns_total", conversation=turn.how, reason=turn.reason)
+            metrics.add("turns_total", conversation=turn.origin, reason=turn.reason)
             metrics.time("turn_seconds", now - exchange.began)
         for kind, number in tokens(turn).items():
             metrics.add("tokens_total", number, kind=kind.removesuffix("_tokens"))
@@ -1631,7 +1631,7 @@ class JsonFormatter(logging.Formatter):
 
 # Seconds after the start at which the CLI is asked who is logged in: the first spare
 # starts undisturbed, and a first request may make the question needless.
-CURIOUS_SECS = 2.0
+LOGIN_PROBE_SECS = 2.0
 
 
 async def announce(bridge: Bridge) -> None:
@@ -1645,8 +1645,8 @@ async def announce(bridge: Bridge) -> None:
         )
         if cli.warning:
             log.warning("%s", cli.warning)
-        await asyncio.sleep(CURIOUS_SECS)
-        hello = await bridge.pool.hello(is_curious=True)
+        await asyncio.sleep(LOGIN_PROBE_SECS)
+        hello = await bridge.pool.hello(gives_way=True)
     except ApiError as error:
         if error.status == 529:
             return  # there is no room for a question of its own
@@ -2218,7 +2218,7 @@ class Rehearsal:
                 if relay.done():
                     relay.result()
                 # Otherwise it got the result as part of a new conversation.
-                self.found["tools"] &= second.how == "hot"
+                self.found["tools"] &= second.origin == "hot"
                 second.interrupt()
                 await self.left.wait()
                 self.found["interrupt"] = not second.process.ended

@@ -10,7 +10,7 @@ two requests never share one; whatever goes wrong in it retires it alone.
                                 BUSY ──client tools called──> PARKED ──their results──> BUSY
     any of them ──fault, disconnect, TTL, LRU, shutdown──> RETIRED, until its group is reaped
 
-`Pool._move` is the only place that changes a state, and TRANSITIONS is what it allows.
+`Session.move` is the only place that changes a state, and TRANSITIONS is what it allows.
 
     model mode   the CLI has no tools but the client's: the default
     agent mode   the CLI runs tools of its own
@@ -50,11 +50,13 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Coroutine,
     Iterable,
     Mapping,
 )
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -86,8 +88,6 @@ else:  # copied into a package
 __version__ = "0.2.0"
 log = logging.getLogger("claude_cli_bridge")
 
-# Takes the events of one read; False: it wants no more.
-Sink = Callable[[list[CliEvent]], bool]
 T = TypeVar("T")
 
 # Bytes of one line of the CLI.  It can hold a whole tool result or screenshot: 1 MB was
@@ -175,18 +175,30 @@ class Kind:
 
 
 class State(enum.Enum):
-    SPARE = "spare"  # started, no conversation yet
-    BUSY = "busy"  # answers a request
-    IDLE = "idle"  # on file, waits for the next message of its conversation
-    PARKED = "parked"  # on file, waits for the results of client tools inside the CLI's tools/call
-    RETIRED = "retired"  # is being ended; counts until its process is reaped
+    """Of a session; the first four rest, and give way in this order to a request that
+    needs room."""
+
+    # It is asked for the bridge's own log.
+    PROBE = "probe"
+    # Started, no conversation yet.
+    SPARE = "spare"
+    # On file, waits for the next message of its conversation.
+    IDLE = "idle"
+    # On file, waits for the results of client tools inside the CLI's tools/call.
+    PARKED = "parked"
+    # Answers a request.
+    BUSY = "busy"
+    # Is being ended; counts until its process is reaped.
+    RETIRED = "retired"
 
 
+RESTING = [*State][:4]
 TRANSITIONS = {
+    State.PROBE: {State.RETIRED},
     State.SPARE: {State.BUSY, State.RETIRED},
-    State.BUSY: {State.IDLE, State.PARKED, State.RETIRED},
     State.IDLE: {State.BUSY, State.RETIRED},
     State.PARKED: {State.BUSY, State.RETIRED},
+    State.BUSY: {State.IDLE, State.PARKED, State.RETIRED},
     State.RETIRED: set(),
 }
 
@@ -553,94 +565,65 @@ def close_gates() -> None:
 os.register_at_fork(after_in_child=close_gates)
 
 
-# ------------------------------------------------------------ a process
+# ------------------------------------------------------------ a child
 
 
-class Process(asyncio.SubprocessProtocol):
-    """One child: its lines in and out, its silence, its end.
+class Child(asyncio.SubprocessProtocol):
+    """A child process as bytes: its gate, its lines in and out, its end.
 
-    Lines are read whether or not a turn is running: the CLI's control requests are
-    answered at once, a turn's events wait for it, and what comes unasked is a fault.
+    A subclass takes the lines (`lines_received`, `output_ended`, `fail`).
     """
 
-    def __init__(self, watchdog_secs: float) -> None:
+    def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self.loop.create_future()
-        # Done when it has said something, has ended, or START_SECS have passed.
+        # Done when it has printed something, has ended, or START_SECS have passed.
         self.started: asyncio.Future[None] = self.loop.create_future()
         self.loop.call_later(START_SECS, self._set_started)
-        # A turn is running: events are kept for it.
-        self.listening = False
-        # The CLI's answer to `initialize`: models, account.
-        self.hello: Json = {}
-        # The client's tools, for the CLI to list.
-        self.tools: list[Json] = []
-        # The CLI has listed them.
-        self.has_listed = False
-        # The CLI runs a tool of its own: silence is no fault.
-        self.working = False
-        # The watchdog fired.
-        self.silent = False
-        # Set at the `result` of an answer that was complete before it.
-        self.settled: asyncio.Future[bool] | None = None
-        # Called with the reason when it fails between turns.
-        self.on_fault: Callable[[str], None] | None = None
-        # Called with what it reports of the account's limits, mostly behind an answer.
-        self.on_limits: Callable[[dict[str, Json]], None] | None = None
-        # By id, the tool calls that wait for a result.
-        self._calls: dict[str, CliEvent] = {}
-        # By id, the results that wait for their call: the CLI may ask one by one.
-        self._results: dict[str, Json] = {}
-        self._watchdog_secs = watchdog_secs
-        # When the last sign of life came, or is due after an announced retry.
-        self._alive_at = self.loop.time()
-        self._events: list[CliEvent] = []
-        # Bytes of what was read since _events was empty.
-        self._unread = 0
-        # Where a turn wants its events at once, instead of in _events.
-        self._sink: Sink | None = None
+        # Its output has ended.
+        self.eof = False
+        self.has_spoken = False
+        # When it was given its conversation; infinite: it waits at its gate.
+        self.opened_at = math.inf
         # The beginning of a line whose end has not come.
         self._partial = bytearray()
         self._stderr = b""
-        self._eof = False
-        self._paused = False
-        self._waiter: asyncio.Future[None] | None = None
-        self._failure: Exception | None = None
+        self._is_paused = False
         # The spawn failed: connection_made must kill and reap it.
         self._is_orphan = False
-        # Client tools that the last answer called: the calls themselves may come later.
-        self._due: frozenset[str] = frozenset()
         # The writing end of the gate; -1: closed.
         self._gate = -1
         self._gate_path = ""
-        # When it was given its conversation.
-        self._opened_at = math.inf
-        # It has said something.
-        self._has_spoken = False
         # What of the conversation is still to be written.
         self._rows: deque[memoryview] = deque()
 
-    @classmethod
+    def lines_received(self, lines: list[bytes], size: int) -> None:
+        """Called with the whole lines of a read of `size` bytes."""
+        raise NotImplementedError
+
+    def output_ended(self) -> None:
+        """Called at the end of its output."""
+        raise NotImplementedError
+
+    def fail(self, error: ApiError) -> None:
+        """Called when it cannot be used any more."""
+        raise NotImplementedError
+
     async def spawn(
-        cls,
-        argv: list[str],
-        environment: dict[str, str],
-        cwd: str,
-        watchdog_secs: float,
-    ) -> "Process":
-        """Start a child that waits at its gate, in a process group of its own.  Raises
-        OSError when it cannot."""
-        process = cls(watchdog_secs)
-        reading, process._gate = os.pipe()
-        OPEN_GATES.add(process._gate)
-        os.set_blocking(process._gate, False)
+        self, argv: list[str], environment: dict[str, str], cwd: str
+    ) -> None:
+        """Start it at its gate, in a process group of its own.  Raises OSError when it
+        cannot be started."""
+        reading, self._gate = os.pipe()
+        OPEN_GATES.add(self._gate)
+        os.set_blocking(self._gate, False)
         try:
-            process._gate_path = gate_path(reading)
-            await process.loop.subprocess_exec(
-                lambda: process,
+            self._gate_path = gate_path(reading)
+            await self.loop.subprocess_exec(
+                lambda: self,
                 *argv,
                 "--resume",
-                process._gate_path,
+                self._gate_path,
                 env=environment,
                 cwd=cwd,
                 pass_fds=(reading,),
@@ -648,39 +631,28 @@ class Process(asyncio.SubprocessProtocol):
                 preexec_fn=die_with_parent if PRCTL else None,
             )
         except BaseException as error:
-            process._is_orphan = True
-            process._close_gate()
-            process._remove_gate()
+            self._is_orphan = True
+            self._close_gate()
+            self._remove_gate()
             # There is no thread left that could wait for its end.
             if isinstance(error, RuntimeError):
                 raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
             raise
         finally:
             os.close(reading)
-        return process
-
-    @property
-    def ended(self) -> bool:
-        """It is dead or dying, whether or not asyncio knows."""
-        return self._eof or self.exited.done()
-
-    @property
-    def gone(self) -> bool:
-        """It cannot take another turn: it failed or ended."""
-        return self._failure is not None or self.ended
 
     # The gate
 
     def open_gate(self, rows: list[bytes]) -> None:
-        """Give the waiting process its conversation (`translate.transcript`); it goes
-        through as the process reads."""
+        """Give the waiting child its conversation (`translate.transcript`); it goes
+        through as the child reads."""
         if self._gate < 0:
-            return  # it died meanwhile, which the end of its output will tell
+            return  # it has died; the end of its output reports it
         self._rows = deque(memoryview(row) for row in rows)
-        self._opened_at = self.loop.time()
-        self.loop.add_writer(self._gate, self._pour_rows)
+        self.opened_at = self.loop.time()
+        self.loop.add_writer(self._gate, self._write_rows)
 
-    def _pour_rows(self) -> None:
+    def _write_rows(self) -> None:
         try:
             while self._rows:
                 row = self._rows[0]
@@ -691,13 +663,9 @@ class Process(asyncio.SubprocessProtocol):
                 self._rows.popleft()
         except BlockingIOError:
             return
-        except OSError:  # it is gone, which the end of its output will tell
+        except OSError:  # it has died; the end of its output reports it
             self._rows.clear()
         self._close_gate()
-
-    def _remove_gate(self) -> None:
-        if self._gate_path:
-            shutil.rmtree(os.path.dirname(self._gate_path), ignore_errors=True)
 
     def _close_gate(self) -> None:
         if self._gate >= 0:
@@ -706,165 +674,39 @@ class Process(asyncio.SubprocessProtocol):
             os.close(self._gate)
             self._gate = -1
 
-    # Turns
+    def _remove_gate(self) -> None:
+        if self._gate_path:
+            shutil.rmtree(os.path.dirname(self._gate_path), ignore_errors=True)
 
-    def listen(self) -> None:
-        """Begin a turn: the watchdog runs, events are kept."""
-        self.listening = True
-        self._due = frozenset()
-        self._alive_at = self.loop.time()
+    async def kept_rows(self) -> bytes:
+        """What it has written of its conversation, beside its gate, once it has ended
+        by itself."""
+        self._transport.get_pipe_transport(0).close()
+        await asyncio.wait({self.exited}, timeout=SETTLE_SECS)
+        folder = Path(self._gate_path).parent
+        files = [path for path in folder.glob("*.jsonl") if not path.is_symlink()]
+        return b"".join(path.read_bytes() for path in files)
 
-    def settle(self, seen: bool, calls: Iterable[str] = ()) -> bool:
-        """End a turn whose answer called the client tools `calls`.  `seen`: its
-        `result` has come.  If it has not, and no tool call holds it back, `settled`
-        becomes a future for it.  Returns False when the process said something after
-        the `result`."""
-        self.listening = False
-        self._due = frozenset(calls)
-        is_quiet = True
-        for event in self._events:
-            is_quiet = is_quiet and not (seen and self.is_unasked([event]))
-            seen = seen or event["type"] == "result"
-        self._events.clear()
-        self._resume()
-        is_over = seen or self._due or self._failure
-        self.settled = None if is_over else self.loop.create_future()
-        return is_quiet
+    # Lines
 
     def write(self, *lines: bytes) -> None:
         stdin: Any = self._transport.get_pipe_transport(0)
         if stdin and not stdin.is_closing():
             stdin.writelines(lines)
 
-    def hand_over(self, results: dict[str, Json]) -> None:
-        """Give the results of tool calls, by id, to those that wait and those that are
-        yet to come."""
-        self._results |= results
-        for call in results.keys() & self._calls.keys():
-            self._answer_call(self._calls.pop(call), call)
+    def pause(self) -> None:
+        """Read nothing more until `resume`."""
+        if not self._is_paused:
+            self._is_paused = True
+            self._transport.get_pipe_transport(1).pause_reading()
 
-    def _answer_call(self, event: CliEvent, call: str) -> None:
-        if call in self._results:
-            self.write(
-                translate.control_answer(event, self.tools, self._results.pop(call))
-            )
-        else:
-            self._calls[call] = event
-
-    async def until(self, find: Callable[[CliEvent], Any]) -> Any:
-        """Read until `find` returns something for an event, and return that.
-
-        Raises ApiError: that of a failed turn, 504 after the watchdog's time without a
-        sign of life, 502 when the process is gone.
-        """
-        translator = Translator()  # it raises what fails
-        found = None
-        while not found:
-            await self._more()
-            for event in self._take_events():
-                translator.feed(event)
-                found = found or find(event)
-        return found
-
-    async def ask(self, name: str, subtype: str, **fields: Any) -> Json:
-        """Send a control request under a name of its own; returns the CLI's response,
-        good or bad.  Raises as `until`."""
-        self.write(translate.control_line(name, subtype, **fields))
-        answer: Json = await self.until(
-            lambda event: translate.control_response(event, name)
-        )
-        return answer
-
-    async def pump(self, sink: Sink) -> None:
-        """Pass the events of each read to `sink` as they arrive, until it returns
-        False.  Raises as `until`, and what `sink` raises."""
-        self._sink = sink
-        try:
-            self._hand_to_sink(self._take_events())
-            while self._sink is not None:
-                await self._more()
-        finally:
-            self._sink = None
-        if self._failure:
-            raise self._failure
-
-    def _hand_to_sink(self, events: list[CliEvent]) -> None:
-        try:
-            if events and self._sink is not None and not self._sink(events):
-                self._sink = None
-                self._wake()
-        except Exception as error:  # noqa: BLE001 - raised again in the task of the turn
-            self._fail(error)
-
-    def _fail(self, error: Exception) -> None:
-        self._failure = error
-        self._sink = None
-        self._wake()
-
-    def _take_events(self) -> list[CliEvent]:
-        events, self._events = self._events, []
-        self._resume()
-        return events
-
-    async def _more(self) -> None:
-        """Wait until there are events, or until `_wake`.  Raises as `until`."""
-        if self._events:
-            return
-        if self._failure:
-            raise self._failure
-        if self._eof:
-            raise await self._death()
-        silent_since = self.loop.time() if self.working else self._alive_at
-        silent_at = silent_since + self._watchdog_secs
-        mute_at = math.inf if self._has_spoken else self._opened_at + GATE_SECS
-        if mute_at < silent_at and self.loop.time() >= mute_at:
-            raise cli_error(CLOSED_GATE)
-        silent_at = min(silent_at, mute_at)
-        if self.loop.time() >= silent_at:
-            # The bridge itself may have been stopped: what came meanwhile is in the pipe.
-            for _ in range(READ_ROUNDS):
-                await asyncio.sleep(0)
-            if self._events or self._alive_at > silent_since:
-                return
-            self.silent = True
-            raise ApiError(
-                504, f"the claude CLI was silent for {self._watchdog_secs:g} seconds"
-            )
-        self._waiter = self.loop.create_future()
-        timer = self.loop.call_at(silent_at, self._wake)
-        try:
-            await self._waiter
-        finally:
-            timer.cancel()
-            self._waiter = None
-
-    async def _death(self) -> ApiError:
-        # Its status follows the end of its output.
-        await asyncio.wait({self.exited}, timeout=1)
-        status = (
-            f"exited with status {self.exited.result()}"
-            if self.exited.done()
-            else "closed its output"
-        )
-        lines = self._stderr.decode(errors="replace").strip()
-        said = lines.rpartition("\n")[2][:300]
-        return cli_error(f"the claude CLI {status}" + (f": {said}" if said else ""))
-
-    def _set_started(self) -> None:
-        if not self.started.done():
-            self.started.set_result(None)
-
-    def _wake(self) -> None:
-        if self._waiter and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def _resume(self) -> None:
-        self._unread = 0
+    def resume(self) -> bool:
+        """Read on; whether it was paused."""
+        was_paused, self._is_paused = self._is_paused, False
         stdout: Any = self._transport.get_pipe_transport(1)
-        if self._paused and stdout and not self._eof:
+        if was_paused and stdout and not self.eof:
             stdout.resume_reading()
-            self._alive_at = self.loop.time()  # the silence was the client's
-        self._paused = False
+        return was_paused
 
     # asyncio's callbacks
 
@@ -882,85 +724,328 @@ class Process(asyncio.SubprocessProtocol):
             self._stderr = (self._stderr + data)[-STDERR_TAIL:]
             return
         self._set_started()
-        self._has_spoken = True
+        self.has_spoken = True
         *lines, rest = data.split(b"\n")
         if lines:
             lines[0] = bytes(self._partial) + lines[0]
             self._partial.clear()
         self._partial += rest
+        self.lines_received(lines, len(data))
+        if len(self._partial) > MAX_LINE:
+            self._partial.clear()
+            size = MAX_LINE >> 20
+            self.fail(cli_error(f"the claude CLI wrote a line of more than {size} MiB"))
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if fd == 1:
+            self.eof = True
+            self._set_started()
+            self.output_ended()
+
+    def process_exited(self) -> None:
+        self.kill(signal.SIGKILL)  # what it left behind in its group
+        self._close_gate()
+        if not self.exited.done():
+            self.exited.set_result(self._transport.get_returncode() or 0)
+
+    def _set_started(self) -> None:
+        if not self.started.done():
+            self.started.set_result(None)
+
+    # The end
+
+    def kill(self, number: signal.Signals) -> None:
+        """Send a signal to its process group."""
+        if self.exited.done():
+            return  # its number may be another's
+        # EPERM on macOS, for a group of zombies.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+    async def death(self) -> ApiError:
+        """The error of a child whose output has ended."""
+        # Its status follows the end of its output.
+        await asyncio.wait({self.exited}, timeout=1)
+        status = (
+            f"exited with status {self.exited.result()}"
+            if self.exited.done()
+            else "closed its output"
+        )
+        lines = self._stderr.decode(errors="replace").strip()
+        said = lines.rpartition("\n")[2][:300]
+        return cli_error(f"the claude CLI {status}" + (f": {said}" if said else ""))
+
+    async def end(self, *, at_once: bool = False) -> None:
+        """End it and its group, and wait until it is reaped."""
+        self._close_gate()
+        stdin = self._transport.get_pipe_transport(0)
+        if stdin and not at_once:
+            stdin.close()
+        steps = ENDING[-1:] if at_once else ENDING
+        for number, seconds in steps:
+            if number:
+                self.kill(number)
+            await asyncio.wait({self.exited}, timeout=seconds)
+            if self.exited.done():
+                break
+        self._transport.close()
+        self._remove_gate()
+
+
+# ------------------------------------------------------------ a process
+
+
+class Process(Child):
+    """The CLI's protocol on a child: its control requests, tool calls, silence, faults.
+
+    Lines are read whether or not a turn is running: control requests are answered at
+    once, a turn's events wait for `read`, and what comes unasked is a fault.
+    """
+
+    def __init__(self, watchdog_secs: float) -> None:
+        super().__init__()
+        # The CLI's answer to `initialize`: models, account.
+        self.hello: Json = {}
+        # The client's tools, for the CLI to list.
+        self.tools: list[Json] = []
+        # The CLI has listed them.
+        self.has_listed = False
+        # The CLI runs a tool of its own: silence is no fault.
+        self.working = False
+        # The watchdog fired.
+        self.timed_out = False
+        # Called with the reason when it fails between turns.
+        self.on_fault: Callable[[str], None] | None = None
+        # Called with what it reports of the account's limits, mostly after an answer.
+        self.on_limits: Callable[[dict[str, Json]], None] | None = None
+        # A turn is running: events are kept for it.
+        self._is_in_turn = False
+        # Set at the `result` of an answer that was complete before it.
+        self._result_seen: asyncio.Future[bool] | None = None
+        # By id, the tool calls that wait for a result.
+        self._calls: dict[str, CliEvent] = {}
+        # By id, the results that wait for their call: the CLI may ask one by one.
+        self._results: dict[str, Json] = {}
+        # Client tools that the last answer called: the calls themselves may come later.
+        self._announced_calls: frozenset[str] = frozenset()
+        self._watchdog_secs = watchdog_secs
+        # When the last sign of life came, or is due after an announced retry.
+        self._alive_at = self.loop.time()
+        self._events: list[CliEvent] = []
+        # Bytes of what was read since _events was empty.
+        self._unread = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self._failure: ApiError | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Its output has ended, or it is dead."""
+        return self.eof or self.exited.done()
+
+    @property
+    def is_unusable(self) -> bool:
+        """It cannot take another turn: it failed or ended."""
+        return self._failure is not None or self.ended
+
+    # Turns
+
+    def begin_turn(self) -> None:
+        """The watchdog runs, events are kept."""
+        self._is_in_turn = True
+        self._announced_calls = frozenset()
+        self._alive_at = self.loop.time()
+
+    def end_turn(self, seen: bool, calls: Iterable[str] = ()) -> bool:
+        """End a turn whose answer called the client tools `calls`.  `seen`: its
+        `result` has come.  Returns False when the process printed something after the
+        `result`."""
+        self._is_in_turn = False
+        self._announced_calls = frozenset(calls)
+        is_quiet = True
+        for event in self._events:
+            is_quiet = is_quiet and not (seen and self.is_unasked([event]))
+            seen = seen or event["type"] == "result"
+        self._events.clear()
+        self.resume()
+        is_over = seen or self._announced_calls or self._failure
+        self._result_seen = None if is_over else self.loop.create_future()
+        return is_quiet
+
+    async def is_ready(self) -> bool:
+        """Whether it is done with its last turn, and has not spoken or died since."""
+        is_done = True
+        if self._result_seen:
+            try:
+                async with asyncio.timeout(SETTLE_SECS):
+                    is_done = await self._result_seen
+            except TimeoutError:
+                return False
+        for _ in range(READ_ROUNDS):
+            await asyncio.sleep(0)
+        return is_done and not self.is_unusable
+
+    def hand_over(self, results: dict[str, Json]) -> None:
+        """Give the results of tool calls, by id, to those that wait and those that are
+        yet to come."""
+        self._results |= results
+        for call in results.keys() & self._calls.keys():
+            self._answer_call(self._calls.pop(call), call)
+
+    def _answer_call(self, event: CliEvent, call: str) -> None:
+        if call in self._results:
+            result = self._results.pop(call)
+            self.write(translate.control_answer(event, self.tools, result))
+        else:
+            self._calls[call] = event
+
+    # Reading
+
+    async def read(self) -> list[CliEvent]:
+        """The events that have come since the last call, at least one.
+
+        Raises ApiError: 504 after the watchdog's time without a sign of life, 502 when
+        the process failed or ended.
+        """
+        while not self._events:
+            if self._failure:
+                raise self._failure
+            if self.eof:
+                raise await self.death()
+            await self._wait()
+        events, self._events = self._events, []
+        self._resume_reading()
+        return events
+
+    async def _wait(self) -> None:
+        """Wait for what `_wake` reports.  Raises as `read`, when it comes too late."""
+        self._resume_reading()  # what is unread is the beginning of a line
+        now = self.loop.time()
+        silent_since = now if self.working else self._alive_at
+        silent_at = silent_since + self._watchdog_secs
+        mute_at = math.inf if self.has_spoken else self.opened_at + GATE_SECS
+        if now >= mute_at:
+            raise cli_error(CLOSED_GATE)
+        if now >= silent_at:
+            # The bridge itself may have been stopped: what came meanwhile is in the pipe.
+            for _ in range(READ_ROUNDS):
+                await asyncio.sleep(0)
+            if self._events or self._alive_at > silent_since:
+                return
+            self.timed_out = True
+            seconds = f"{self._watchdog_secs:g}"
+            raise ApiError(504, f"the claude CLI was silent for {seconds} seconds")
+        self._waiter = self.loop.create_future()
+        timer = self.loop.call_at(min(silent_at, mute_at), self._wake)
+        try:
+            await self._waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
+
+    async def read_until(self, find: Callable[[CliEvent], Any]) -> Any:
+        """Read until `find` returns something for an event, and return that.  Raises
+        ApiError: as `read`, and that of a failed turn."""
+        translator = Translator()  # it raises what fails
+        found = None
+        while not found:
+            for event in await self.read():
+                translator.feed(event)
+                found = found or find(event)
+        return found
+
+    async def ask(self, name: str, subtype: str, **fields: Any) -> Json:
+        """Send a control request under a name of its own; returns the CLI's response,
+        good or bad.  Raises as `read_until`."""
+        self.write(translate.control_line(name, subtype, **fields))
+        answer: Json = await self.read_until(
+            lambda event: translate.control_response(event, name)
+        )
+        return answer
+
+    def _wake(self) -> None:
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _resume_reading(self) -> None:
+        self._unread = 0
+        if self.resume():
+            self._alive_at = self.loop.time()  # the silence was the client's
+
+    # What a child reports
+
+    def lines_received(self, lines: list[bytes], size: int) -> None:
         events: list[CliEvent] = []
         failure: ApiError | None = None
         try:
             for line in lines:
-                new = self._read(line)
-                if not self.listening and self.is_unasked(new):
+                new = self._take_in(line)
+                if not self._is_in_turn and self.is_unasked(new):
                     raise cli_error("the claude CLI spoke unasked")
                 events += new
         except ApiError as error:
             failure = error
-        if len(self._partial) > MAX_LINE:
-            failure = cli_error(
-                f"the claude CLI wrote a line of more than {MAX_LINE >> 20} MiB"
-            )
-            self._partial.clear()
-        if self.listening:
-            self._keep(events, len(data))
+        if self._is_in_turn:
+            self._buffer(events, size)
         if failure:
-            self._fail(failure)  # after what came before it
-            if self.on_fault and not self.listening:
-                is_damaged = failure.message == translate.DAMAGED_LINE
-                self.on_fault("failed" if is_damaged else "unasked")
+            self.fail(failure)  # after what came before it
+
+    def fail(self, error: ApiError) -> None:
+        self._failure = error
+        self._wake()
+        if self.on_fault and not self._is_in_turn:
+            is_damaged = error.message == translate.DAMAGED_LINE
+            self.on_fault("failed" if is_damaged else "unasked")
+
+    def output_ended(self) -> None:
+        if self._result_seen and not self._result_seen.done():
+            self._result_seen.set_result(False)
+        self._wake()
+
+    def _buffer(self, events: list[CliEvent], size: int) -> None:
+        self._events += events
+        self._unread += size
+        if self._unread > MAX_UNREAD and self._events:
+            self.pause()
+        if events:
+            self._wake()
 
     def is_unasked(self, events: list[CliEvent]) -> bool:
         """Whether events outside a turn show that the process goes on by itself.  Until
         the last turn's `result` has come they may still be that turn's, except another
         answer of the model and the call of a tool that was not announced."""
-        is_settled = self.settled is None or self.settled.done()
-        unasked = ANSWERS if is_settled else {"stream_event"}
+        is_over = self._result_seen is None or self._result_seen.done()
+        unasked = ANSWERS if is_over else {"stream_event"}
         for event in events:
-            if event["type"] in unasked:
-                return True
             call = translate.tool_call_id(event)
-            if call and call not in self._due:
+            if event["type"] in unasked or (call and call not in self._announced_calls):
                 return True
         return False
 
-    def _keep(self, events: list[CliEvent], size: int) -> None:
-        if self._sink is not None:
-            self._hand_to_sink(events)
-            return
-        self._events += events
-        self._unread += size
-        if self._unread > MAX_UNREAD and not self._paused:
-            self._paused = True
-            self._transport.get_pipe_transport(1).pause_reading()
-        self._wake()
-
-    def _read(self, line: bytes) -> list[CliEvent]:
+    def _take_in(self, line: bytes) -> list[CliEvent]:
         """Decode a line, and act on it at once: answer control requests, note signs of
         life."""
         events = translate.decode(line)
         for event in events:
             kind = event["type"]
-            now = self.loop.time()
             if kind in SIGNS_OF_LIFE:
-                self._alive_at = now
-            elif event.get("subtype") == "api_retry":
-                delay: Any = event.get("retry_delay_ms")
-                is_known = isinstance(delay, int | float)
-                self._alive_at = now + delay / 1000 if is_known else now
-            if kind == "rate_limit_event" and self.on_limits:
-                self.on_limits(translate.account_limits(event))
-            elif kind == "control_request":
+                self._alive_at = self.loop.time()
+            if kind == "control_request":
                 self._answer_control(event)
             elif kind == "control_response":
                 self.hello = control_result(event, "initialize") or self.hello
-            elif kind == "result" and not self.listening:
-                if self.settled and not self.settled.done():
-                    self.settled.set_result(not event.get("is_error"))
-                else:
-                    raise cli_error("the claude CLI ended a turn that nobody asked for")
+            elif kind == "rate_limit_event" and self.on_limits:
+                self.on_limits(translate.account_limits(event))
+            elif kind == "result" and not self._is_in_turn:
+                self._take_late_result(event)
+            elif event.get("subtype") == "api_retry":
+                delay: Any = event.get("retry_delay_ms") or 0
+                self._alive_at = self.loop.time() + delay / 1000
         return events
+
+    def _take_late_result(self, event: CliEvent) -> None:
+        if self._result_seen is None or self._result_seen.done():
+            raise cli_error("the claude CLI ended a turn that nobody asked for")
+        self._result_seen.set_result(not event.get("is_error"))
 
     def _answer_control(self, event: CliEvent) -> None:
         call = translate.tool_call_id(event)
@@ -971,56 +1056,10 @@ class Process(asyncio.SubprocessProtocol):
         if translate.mcp_method(event) == "tools/list":
             self.has_listed = True
 
-    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
-        if fd == 1:
-            self._eof = True
-            self._set_started()
-            if self.settled and not self.settled.done():
-                self.settled.set_result(False)
-            self._wake()
-
-    def process_exited(self) -> None:
-        self.kill(signal.SIGKILL)  # what it left behind in its group
-        self._close_gate()
-        if not self.exited.done():
-            self.exited.set_result(self._transport.get_returncode() or 0)
-
-    def kill(self, number: signal.Signals) -> None:
-        if self.exited.done():
-            return  # its number may be another's
-        # EPERM on macOS, for a group of zombies.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, number)
-
-    async def kept_rows(self) -> bytes:
-        """What a process has written of its conversation, beside its gate, once it has
-        ended by itself."""
-        self._transport.get_pipe_transport(0).close()
-        await asyncio.wait({self.exited}, timeout=SETTLE_SECS)
-        folder = Path(self._gate_path).parent
-        files = [path for path in folder.glob("*.jsonl") if not path.is_symlink()]
-        return b"".join(path.read_bytes() for path in files)
-
-    async def end(self) -> None:
-        """End the process and its group, and wait until it is reaped.
-
-        One that waits for a tool result is killed: 2.1.330 calls the API once more when
-        its stdin closes.
-        """
-        self._close_gate()
-        stdin = self._transport.get_pipe_transport(0)
-        is_parked = self._calls or self._due
-        if stdin and not is_parked:
-            stdin.close()
-        steps = ENDING[-1:] if is_parked else ENDING
-        for number, seconds in steps:
-            if number:
-                self.kill(number)
-            await asyncio.wait({self.exited}, timeout=seconds)
-            if self.exited.done():
-                break
-        self._transport.close()
-        self._remove_gate()
+    async def stop(self) -> None:
+        """End it.  One that waits for a tool result is killed: 2.1.330 calls the API
+        once more when its stdin closes."""
+        await self.end(at_once=bool(self._calls or self._announced_calls))
 
 
 # ------------------------------------------------------------ the CLI
@@ -1162,15 +1201,13 @@ async def ask_version(program: str, environment: Mapping[str, str], secs: float)
     return words[0] if words and re.match(r"\d+\.\d", words[0]) else ""
 
 
-# ------------------------------------------------------------ a turn
+# ------------------------------------------------------------ a conversation
 
 
 @dataclass(eq=False)
 class Session:
-    """A process and the conversation in it."""
+    """A process and the conversation in it; the only writer of its own fields."""
 
-    # As clients see it, and by default `own_id`.
-    id: str
     process: Process
     kind: Kind
     # The CLI that it runs.
@@ -1178,11 +1215,13 @@ class Session:
     # In the CLI's bare mode, in which it says nothing to the model of its own accord,
     # and reads no subscription's login.
     bare: bool
-    state: State = State.SPARE
-    # What it is filed under.
-    key: str = ""
-    # The client names it by header.
-    is_pinned: bool = False
+    state: State
+    # The id under which the CLI asks the API, a UUID.
+    own_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    # As clients see it.
+    id: str = ""
+    # The name that the client gave it by header, with its owner; empty: none.
+    pin: str = ""
     # Digests of what it cannot change.
     parts: Digests = field(default_factory=dict)
     # Digest of the messages in it, its own answers included.
@@ -1199,26 +1238,99 @@ class Session:
     turns: int = 0
     # The UUID of the user line that started its last turn.
     turn_id: str = ""
-    # The id under which the CLI asks the API, a UUID.
-    own_id: str = ""
     # Monotonic time of its last change of state.
     since: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.id = self.own_id
+
+    @property
+    def holds_thinking(self) -> bool:
+        return self.chain != self.unthinking_chain
 
     def is_like(self, other: "Session") -> bool:
         """Whether a request could find either of the two; a client may leave out
         thinking."""
         mine = (self.unthinking_chain, self.parts)
         is_same = mine == (other.unthinking_chain, other.parts)
-        return is_same and not self.is_pinned and not other.is_pinned
+        return is_same and not self.pin and not other.pin
 
-    @property
-    def holds_thinking(self) -> bool:
-        return self.chain != self.unthinking_chain
-
-    def holds(self, request: Request) -> bool:
+    def matches(self, request: Request) -> bool:
         """Whether it has the request's history, and all that cannot change."""
         chain = self.chain if request.has_thinking else self.unthinking_chain
         return (chain, self.parts) == (request.past, request.parts)
+
+    def move(self, state: State) -> None:
+        if state not in TRANSITIONS[self.state]:
+            raise RuntimeError(f"a session cannot go from {self.state} to {state}")
+        self.state = state
+        self.since = time.monotonic()
+
+    # A first turn
+
+    def adopt(self, request: Request, tools: list[Json]) -> None:
+        """Take on a request's conversation."""
+        self.process.begin_turn()
+        self.process.tools = tools
+        self.process.hello = self.process.hello or self.cli.hello
+        self.parts = request.parts
+        self.chain = request.past
+        self.unthinking_chain = request.unthinking_past
+        listed = translate.listed_model(self.cli.hello, request.model)
+        self.model = listed or request.model
+
+    def start(self, request: Request, rows: list[bytes], query: bool) -> list[bytes]:
+        """Open its gate for the `rows` of the conversation, and give it what comes with
+        it; returns the line that asks.  Without `query` it only counts."""
+        self.turn_id = str(uuid.uuid4())
+        settings = translate.turn_settings(request)
+        self.settings = {
+            name: translate.digest(value) for name, value in settings.items()
+        }
+        has_tools = bool(self.process.tools)
+        self.process.open_gate(rows)
+        self.process.write(
+            translate.initialize_line(
+                request.system, has_tools=has_tools, agent=self.kind.agent
+            ),
+            translate.settings_line(
+                {name: value for name, value in settings.items() if value}
+            ),
+        )
+        return [translate.user_line([], self.turn_id, query=query)]
+
+    # Later turns
+
+    def question(self, request: Request, with_message: bool) -> list[bytes]:
+        """The lines that ask what is new in a request: changed settings, and the
+        message, unless it holds the results that the process waits for."""
+        has_tools = bool(self.process.tools)
+        settings = translate.turn_settings(request, has_listed_tools=has_tools)
+        changed = {}
+        for name, value in settings.items():
+            known = translate.digest(value)
+            if self.settings.get(name) != known:
+                self.settings[name] = known
+                changed[name] = value
+        lines = [translate.settings_line(changed)] if changed else []
+        self.turn_id = ""
+        if with_message:
+            self.turn_id = str(uuid.uuid4())
+            content = request.messages[-1]["content"]
+            lines.append(translate.user_line(content, self.turn_id))
+        return lines
+
+    def extend(self, request: Request, answer: Json, calls: list[str]) -> None:
+        """Add the question and the answer of a turn to what it holds."""
+        message: Any = answer
+        for_all = translate.link(self.chain, request.newest)
+        self.chain = translate.link(for_all, translate.message_digest(message))
+        unthinking = translate.link(self.unthinking_chain, request.newest)
+        self.unthinking_chain = translate.link(
+            unthinking, translate.message_digest(message, thinking=False)
+        )
+        self.calls = calls
+        self.turns += 1
 
 
 @dataclass
@@ -1228,7 +1340,7 @@ class Turn:
     request: Request
     session: Session
     # Hot, new or rebuilt.
-    how: str
+    origin: str
     # Why it was rebuilt; empty otherwise.
     reason: str
     # What is written to start it.
@@ -1239,24 +1351,23 @@ class Turn:
     on_begin: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
-        self.process = self.session.process
         session = self.session
-        names = [tool["name"] for tool in self.process.tools]
+        self.process = session.process
         self.translator = Translator(
-            names,
+            [tool["name"] for tool in self.process.tools],
             agent=session.kind.agent,
             turn_id=session.turn_id,
             # The API may answer from one of the client's own `fallbacks`.
             model="" if "fallbacks" in self.request.fields else session.model,
         )
-        # The process went on by itself behind the `result`.
-        self.overran = False
+        # The process went on by itself after the `result`.
+        self.spoke_after_result = False
 
     @property
     def not_sent(self) -> list[str]:
         """The fields and places of the request that cannot arrive as sent."""
         keeps_thinking = (
-            self.how == "hot"
+            self.origin == "hot"
             and not self.request.has_thinking
             and self.session.holds_thinking
         )
@@ -1281,32 +1392,19 @@ class Turn:
         self.lines = []
         if self.results is not None:
             self.process.hand_over(self.results)
-        translator = self.translator
-        is_ready = True
-
-        def take(events: list[CliEvent]) -> bool:
-            nonlocal is_ready
+        while not self.translator.done:
+            events = await self.process.read()
             frames: list[bytes] = []
+            is_ready = True
             try:
                 self._translate(events, frames)
             finally:  # what came before a fault is sent
-                if translator.message:
+                if self.translator.message:
                     is_ready = send(b"".join(frames) if self.request.stream else b"")
-                    if self.on_begin:
-                        self.on_begin()
-                        self.on_begin = None
-            self.process.working = translator.working
-            return is_ready and not translator.done
-
-        while not translator.done:
+                    self._begun()
+            self.process.working = self.translator.working
             if not is_ready:
                 await drain()
-            try:
-                await self.process.pump(take)
-            except ApiError:
-                # What fails behind a complete answer is the next turn's matter.
-                if not translator.done:
-                    raise
         if not self.rests:
             # The CLI goes on by itself here, and nothing more may be billed: it is
             # killed before it can ask.
@@ -1315,9 +1413,15 @@ class Turn:
     def _translate(self, events: list[CliEvent], frames: list[bytes]) -> None:
         for event in events:
             if self.translator.result:
-                self.overran = self.overran or self.process.is_unasked([event])
+                unasked = self.process.is_unasked([event])
+                self.spoke_after_result = self.spoke_after_result or unasked
             fed = self.translator.feed(event)
             frames.extend(map(translate.frame, fed))
+
+    def _begun(self) -> None:
+        if self.on_begin:
+            self.on_begin()
+            self.on_begin = None
 
     @property
     def rests(self) -> bool:
@@ -1332,10 +1436,76 @@ class Turn:
         self.process.write(translate.control_line("interrupt", "interrupt"))
 
 
+# ------------------------------------------------------------ room
+
+
+class Room:
+    """Places for processes.  A place is free again when its process is reaped."""
+
+    def __init__(self, places: int) -> None:
+        self._places = asyncio.Semaphore(places)
+        # At most so many start at a time: more would slow each other down.
+        self._starting = asyncio.Semaphore(2 * CORES)
+        # Who waits for a place.
+        self._waiting = 0
+        # The ends of processes that still have one.
+        self.ending: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_full(self) -> bool:
+        return self._places.locked()
+
+    @property
+    def has_next(self) -> bool:
+        """Whether a place will be free for one who comes now."""
+        return not self.is_full or len(self.ending) > self._waiting
+
+    @property
+    def is_short(self) -> bool:
+        """Whether somebody waits for whom no process is being ended."""
+        return self._waiting > len(self.ending)
+
+    async def enter(self) -> None:
+        """Take a place, and a turn to start."""
+        self._waiting += 1
+        try:
+            await self._places.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            await self._starting.acquire()
+        except BaseException:
+            self._places.release()
+            raise
+
+    def started(self) -> None:
+        self._starting.release()
+
+    def leave(self) -> None:
+        self._places.release()
+
+    def leave_after(
+        self, end: Coroutine[Any, Any, None], then: Callable[[], None]
+    ) -> None:
+        """Give a place back at the end of its process."""
+        task = asyncio.create_task(end)
+        self.ending.add(task)
+
+        def leave(task: asyncio.Task[None]) -> None:
+            # All at once, or one who waits could count on an end whose place is taken.
+            self.ending.discard(task)
+            then()
+            self.leave()
+
+        task.add_done_callback(leave)
+
+
 # ------------------------------------------------------------ all of them
 
 
-def keep(cache: OrderedDict[Any, Any], key: object, value: object, most: int) -> None:
+def cache_put(
+    cache: OrderedDict[Any, Any], key: object, value: object, most: int
+) -> None:
     """Add an entry to a cache, and drop the oldest beyond `most`."""
     cache[key] = value
     cache.move_to_end(key)
@@ -1353,19 +1523,14 @@ class Pool:
         self.metrics = Metrics()
         # Every process that is not reaped.
         self.sessions: set[Session] = set()
-        # By key, the least recently used first.
-        self.on_file: OrderedDict[str, Session] = OrderedDict()
-        # The oldest first.
-        self.spares: list[Session] = []
-        # Processes that the bridge asks for its own log: any request may have their room.
-        self._curious: list[Session] = []
+        self.room = Room(config.max_sessions)
+        self.cli = Cli()
+        # Limits of the account by type, the one reported last at the end.
+        self.rate_limits: dict[str, Json] = {}
         # What the last requests needed.
         self._kinds: deque[Kind] = deque(maxlen=2 * config.spares)
         # Spares that are being started.
         self._preparing: dict[asyncio.Task[None], Kind] = {}
-        # At most so many start at a time: more would slow each other down.
-        self._starting = asyncio.Semaphore(2 * CORES)
-        self._slots = asyncio.Semaphore(config.max_sessions)
         self._counting = asyncio.Semaphore(CORES)
         # One caller of `hello` at a time.
         self._hello_lock = asyncio.Lock()
@@ -1373,22 +1538,16 @@ class Pool:
         self._agent_cwd = os.path.abspath(config.cwd)
         # Requests and spares in `_queue`: they wait for a lock, a count or a process.
         self._queued = 0
-        # Those of them that wait for a slot.
-        self._waiting_for_slot = 0
-        self._ending: set[asyncio.Task[None]] = set()
-        self.cli = Cli()
         # One looks at the CLI at a time, and one learns what it announces.
         self._cli_lock = asyncio.Lock()
         self._announcing = asyncio.Lock()
-        # Limits of the account by type, the one told last at the end.
-        self.rate_limits: dict[str, Json] = {}
         # A lock for each session header in use: its requests run one after another.
         self._pins: weakref.WeakValueDictionary[str, asyncio.Lock] = (
             weakref.WeakValueDictionary()
         )
-        # By fingerprint and by key, the parts of the session that held a conversation
+        # By fingerprint and by pin, the parts of the session that held a conversation
         # last, and why a request may not find it there.
-        self._last_seen: OrderedDict[bytes | str, tuple[Digests, str]] = OrderedDict()
+        self._outcomes: OrderedDict[bytes | str, tuple[Digests, str]] = OrderedDict()
         # The process of each conversation of an agent that was filed last.
         self._agents: OrderedDict[bytes, str] = OrderedDict()
         # One large request is read or written at a time.
@@ -1410,22 +1569,24 @@ class Pool:
         await asyncio.wait({self._sweeper, *self._preparing})
         for session in list(self.sessions):
             self.retire(session, "shutdown")
-        while self._ending:
-            await asyncio.wait(self._ending)
+        while self.room.ending:
+            await asyncio.wait(self.room.ending)
         for executor in self._executors.values():
             executor.shutdown()
 
-    def _learn_limits(self, limits: dict[str, Json]) -> None:
-        for name, info in limits.items():
-            self.rate_limits.pop(name, None)
-            self.rate_limits[name] = info
+    def resting(self, *states: State) -> list[Session]:
+        """The sessions in these states, in the order in which they give way."""
+        found = [session for session in self.sessions if session.state in states]
+        order = [*State]
+        return sorted(found, key=lambda item: (order.index(item.state), item.since))
 
-    def _learn_version(self, turn: Turn) -> None:
-        """Another CLI behind a script that is the same is another one."""
-        version = turn.translator.cli_version
-        is_newest = turn.session.cli is self.cli
-        if is_newest and version and version != self.cli.version:
-            self.cli = Cli(self.cli.files, version)
+    @property
+    def spares(self) -> list[Session]:
+        return self.resting(State.SPARE)
+
+    @property
+    def on_file(self) -> list[Session]:
+        return self.resting(State.IDLE, State.PARKED)
 
     def measure(self) -> str:
         """All metrics, as text."""
@@ -1435,11 +1596,8 @@ class Pool:
                 if isinstance(value, int | float):
                     self.metrics.set(metric, value, limit=name)
         for state in State:
-            self.metrics.set(
-                "processes",
-                sum(session.state is state for session in self.sessions),
-                state=state.value,
-            )
+            count = len(self.resting(state))
+            self.metrics.set("processes", count, state=state.value)
         self.metrics.set("waiting_requests", self._queued)
         return self.metrics.text()
 
@@ -1464,20 +1622,20 @@ class Pool:
 
     @contextlib.asynccontextmanager
     async def turn(
-        self, request: Request, token: str | None, owner: str = ""
+        self, request: Request, token: str | None, key_digest: str = ""
     ) -> AsyncIterator[Turn]:
         """A session for the request: a warm one, or a fresh process that was given the
         history.  `token` is the session header; it names a conversation of the client
-        with the key `owner`.
+        with the key of that digest.
 
         Raises ApiError: 529 when there is no room in time, 502 when the CLI cannot be
         started. On exit the session is filed if the answer is complete, and retired
         otherwise.
         """
-        async with self._pin(token, owner) as key:
-            turn = await self._hot_turn(request, key) or await self._fresh_turn(
-                request, key, token
-            )
+        async with self._pinned(token, key_digest) as pin:
+            turn = await self._hot_turn(request, pin)
+            if not turn:
+                turn = await self._fresh_turn(request, pin, token)
             try:
                 yield turn
             finally:
@@ -1487,47 +1645,40 @@ class Pool:
     def has_room(self) -> bool:
         """Whether a request would get a process, at worst that of a resting
         conversation or the room of one that is being ended."""
-        if not self._slots.locked() or len(self._ending) > self._waiting_for_slot:
-            return True
-        return bool(self.spares or self.on_file or self._curious)
+        return self.room.has_next or bool(self.resting(*RESTING))
 
-    async def hello(self, *, anew: bool = False, is_curious: bool = False) -> Json:
+    async def hello(self, *, anew: bool = False, gives_way: bool = False) -> Json:
         """What the CLI says of itself, without a model call: `models`, `account`.
 
         The last answer of any process is good, unless it is asked `anew` and there is
-        room; else one process is started for it, which gives way to any request when
-        only the bridge itself `is_curious`.  Raises ApiError when the CLI does not
-        work.
+        room; else one process is started for it, which `gives_way` to any request.
+        Raises ApiError when the CLI does not work.
         """
         await self._queue(self._hello_lock.acquire, "the claude CLI did not start")
         try:
             await self.look_at_cli()
-            if not self.cli.hello or (anew and not self._slots.locked()):
-                await self._probe(is_curious)
+            if not self.cli.hello or (anew and not self.room.is_full):
+                await self._probe(State.PROBE if gives_way else State.BUSY)
             return self.cli.hello
         finally:
             self._hello_lock.release()
 
-    async def _probe(self, is_curious: bool) -> None:
-        await self.look_at_cli()
+    async def _probe(self, state: State) -> None:
         bare = self._is_bare(agent=False, by_environment=True)
-        session = await self._spawn(Kind(PROBE_MODEL), bare)
-        if is_curious:
-            self._curious.append(session)
-            self._give_way(self._curious)
+        session = await self._spawn(Kind(PROBE_MODEL), bare, state)
+        self._evict_for_waiter()
         try:
-            session.process.listen()
+            session.process.begin_turn()
             session.process.open_gate(translate.transcript([], PROBE_MODEL))
             session.process.write(translate.initialize_line([], has_tools=False))
-            await session.process.until(
+            session.cli.hello = await session.process.read_until(
                 lambda event: control_result(event, "initialize")
             )
-            session.cli.hello = session.process.hello
         except ApiError:
             if session.state is not State.RETIRED:
                 raise
-            words = "a request took the room of the process that was asked"
-            raise ApiError(529, words) from None
+            message = "a request took the room of the process that was asked"
+            raise ApiError(529, message) from None
         finally:
             self.retire(session, "probe")
 
@@ -1540,150 +1691,114 @@ class Pool:
     # Finding a session
 
     @contextlib.asynccontextmanager
-    async def _pin(self, token: str | None, owner: str) -> AsyncIterator[str]:
-        """The key of a pinned conversation; no other request of it runs meanwhile."""
+    async def _pinned(self, token: str | None, key_digest: str) -> AsyncIterator[str]:
+        """The pin of a named conversation; no other request of it runs meanwhile."""
         if not token:
             yield ""
             return
-        key = f"{session_id(token)} {owner}"
-        pin = self._pins.setdefault(key, asyncio.Lock())
-        await self._queue(pin.acquire, "the session's other requests did not end")
+        pin = f"{session_id(token)} {key_digest}"
+        lock = self._pins.setdefault(pin, asyncio.Lock())
+        await self._queue(lock.acquire, "the session's other requests did not end")
         try:
-            yield key
+            yield pin
         finally:
-            pin.release()
+            lock.release()
 
     async def _queue(self, room: Callable[[], Awaitable[object]], what: str) -> None:
         """Wait for `room` in a line of at most `max_queue` requests, for at most
         `queue_secs`.  Raises ApiError 529."""
-        patience = self.config.queue_secs
-        words = f"{what} within {patience:g} seconds"
+        timeout = self.config.queue_secs
+        message = f"{what} within {timeout:g} seconds"
         if self._queued >= self.config.max_queue:
-            patience = 0  # it may still be had at once
-            words = f"{self._queued} requests wait for room already"
+            timeout = 0  # it may still be had at once
+            message = f"{self._queued} requests wait for room already"
         self._queued += 1
         began = time.monotonic()
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(timeout):
                 await room()
         except TimeoutError:
             after = max(1, round(self.config.queue_secs))
-            raise ApiError(
-                529, f"{words}; try again later", retry_after=after
-            ) from None
+            message += "; try again later"
+            raise ApiError(529, message, retry_after=after) from None
         finally:
             self._queued -= 1
             is_for_spare = asyncio.current_task() in self._preparing
             if not is_for_spare:  # nobody waits for one
                 self.metrics.time("queue_seconds", time.monotonic() - began)
 
-    async def _hot_turn(self, request: Request, key: str) -> Turn | None:
+    async def _hot_turn(self, request: Request, pin: str) -> Turn | None:
         """A turn of the warm session that holds the request's history, if there is
         one."""
-        session = self._by_name(request, key) if key else self._by_history(request)
+        session = self._find_pinned(request, pin) if pin else self._find(request)
         if not session:
             return None
-        if translate.has_images(request.messages[-1]["content"]):
-            self.retire(session, "images")  # only a transcript keeps them as they are
-            return None
+        content = request.messages[-1]["content"]
+        is_parked = session.state is State.PARKED
+        results = translate.tool_results(content, session.calls) if is_parked else None
+        reason = ""
         if session.bare and session.cli.files != self._identify_cli():
             # It reads no subscription's login, and there may be one now.
-            self.retire(session, "login")
+            reason = "login"
+        elif translate.has_images(content):
+            reason = "images"  # only a transcript keeps them as they are
+        elif is_parked and results is None:
+            reason = "tool-results"
+        if reason:
+            self.retire(session, reason)
             return None
-        results = None
-        if session.state is State.PARKED:
-            results = translate.tool_results(
-                request.messages[-1]["content"], session.calls
-            )
-            if results is None:
-                self.retire(session, "tool-results")
-                return None
-        self._move(session, State.BUSY)
-        self._remember(session, "busy")
+        session.move(State.BUSY)
+        self._record_outcome(session, "busy")
         try:
             lines = await self.compute(
-                request.size, lambda: self._hot_lines(request, session, results is None)
+                request.size, lambda: session.question(request, results is None)
             )
-            is_ready = await self._is_ready(session.process)
+            is_ready = await session.process.is_ready()
         except BaseException:
             self.retire(session, "interrupted")
             raise
         if not is_ready:
             self.retire(session, "failed")
             return None
-        session.process.listen()
+        session.process.begin_turn()
         return Turn(request, session, "hot", "", lines, results)
 
-    def _by_name(self, request: Request, key: str) -> Session | None:
-        session = self.on_file.get(key)
+    def _find_pinned(self, request: Request, pin: str) -> Session | None:
+        session = next((item for item in self.on_file if item.pin == pin), None)
         if not session:
-            if not request.past and key in self._last_seen:
+            if not request.past and pin in self._outcomes:
                 raise ApiError(400, LOST_NAME)
             return None
         # A client that names its conversation may leave out what it said before.
         only_what_is_new = (
             not request.past and session.parts.items() >= request.sent_parts.items()
         )
-        if session.holds(request) or only_what_is_new:
-            has_results = translate.has_results(request.messages[-1])
-            if session.state is State.PARKED and not has_results:
-                raise translate.unanswered(session.calls, ["messages.0"])
-            return session
-        self.retire(session, "changed")
-        return None
+        if not session.matches(request) and not only_what_is_new:
+            self.retire(session, "changed")
+            return None
+        has_results = translate.has_results(request.messages[-1])
+        if session.state is State.PARKED and not has_results:
+            raise translate.unanswered(session.calls, ["messages.0"])
+        return session
 
-    def _by_history(self, request: Request) -> Session | None:
-        for session in self.on_file.values():
-            if session.holds(request) and not session.is_pinned:
+    def _find(self, request: Request) -> Session | None:
+        for session in self.on_file:
+            if session.matches(request) and not session.pin:
                 return session
         return None
 
-    def _hot_lines(
-        self, request: Request, session: Session, with_message: bool
-    ) -> list[bytes]:
-        settings = translate.turn_settings(
-            request, has_listed_tools=bool(session.process.tools)
-        )
-        changed = {}
-        for name, value in settings.items():
-            known = translate.digest(value)
-            if session.settings.get(name) != known:
-                session.settings[name] = known
-                changed[name] = value
-        lines = [translate.settings_line(changed)] if changed else []
-        session.turn_id = ""
-        if with_message:
-            session.turn_id = str(uuid.uuid4())
-            lines.append(
-                translate.user_line(request.messages[-1]["content"], session.turn_id)
-            )
-        return lines
-
-    async def _is_ready(self, process: Process) -> bool:
-        """Whether the process is done with its last turn, and has not spoken or died
-        since."""
-        try:
-            async with asyncio.timeout(SETTLE_SECS):
-                settled = process.settled is None or await process.settled
-        except TimeoutError:
-            return False
-        for _ in range(READ_ROUNDS):
-            await asyncio.sleep(0)
-        return settled and not process.gone
-
-    async def _fresh_turn(self, request: Request, key: str, token: str | None) -> Turn:
-        how, reason = self._why(request, key)
+    async def _fresh_turn(self, request: Request, pin: str, token: str | None) -> Turn:
+        origin, reason = self._rebuild_reason(request, pin)
         session, lines = await self._open(request, translate.listed_tools(request))
         if token:
             session.id = session_id(token)
-            session.key = key
-            session.is_pinned = True
-        return Turn(request, session, how, reason, lines, on_begin=self._refill)
+            session.pin = pin
+        return Turn(request, session, origin, reason, lines, on_begin=self._refill)
 
-    def _why(self, request: Request, key: str) -> tuple[str, str]:
+    def _rebuild_reason(self, request: Request, pin: str) -> tuple[str, str]:
         """Why a turn is not hot: `new`, or `rebuilt` with a reason that its user can
         act on."""
-        past = self._last_seen.get(request.past) or self._last_seen.get(key)
+        past = self._outcomes.get(request.past) or self._outcomes.get(pin)
         if request.continues:
             return "rebuilt", "prefill"
         if not past:
@@ -1708,11 +1823,11 @@ class Pool:
         agent = request.is_agent
         cli = await self.look_at_cli()
         if request.continues and not cli.since(CONTINUES):
-            words = (
+            message = (
                 "a conversation that ends with an assistant message needs Claude Code"
             )
-            words += f" {dotted(CONTINUES)} or newer; this is {cli.version}"
-            raise translate.bad_request("messages", words)
+            message += f" {dotted(CONTINUES)} or newer; this is {cli.version}"
+            raise translate.bad_request("messages", message)
         # Thinking is kept only beside the full name of the model, and only the CLI
         # knows what login is in its settings.
         needs_hello = request.has_thinking or self.config.setting_sources
@@ -1723,11 +1838,18 @@ class Pool:
         if not agent and not bare:
             announced = await self._announced(request.model)
         while True:
-            session = await self._take(request.model, agent, bare)
-            was_spare = session in self.spares
-            self._move(session, State.BUSY)
+            session, was_spare = await self._take(request.model, agent, bare)
             try:
-                lines = await self._set_up(session, request, tools, announced, query)
+                session.adopt(request, tools)
+                make_rows = partial(
+                    translate.transcript,
+                    request.messages,
+                    session.model,
+                    announced,
+                    session.own_id,
+                )
+                rows = await self.compute(request.size, make_rows)
+                lines = session.start(request, rows, query)
                 if await self._has_model(session, request.model):
                     return session, lines
             except BaseException as error:
@@ -1737,43 +1859,6 @@ class Pool:
                     continue
                 raise
             self.retire(session, "model")  # the next one is started with --model
-
-    async def _set_up(
-        self,
-        session: Session,
-        request: Request,
-        tools: list[Json],
-        announced: list[Json],
-        query: bool,
-    ) -> list[bytes]:
-        process = session.process
-        process.listen()
-        process.tools = tools
-        process.hello = process.hello or session.cli.hello
-        session.parts = request.parts
-        session.turn_id = str(uuid.uuid4())
-        model = translate.listed_model(session.cli.hello, request.model)
-        session.model = model = model or request.model
-        rows = await self.compute(
-            request.size,
-            lambda: translate.transcript(
-                request.messages, model, announced, session.own_id
-            ),
-        )
-        settings = translate.turn_settings(request)
-        session.settings = {
-            name: translate.digest(value) for name, value in settings.items()
-        }
-        process.open_gate(rows)
-        process.write(
-            translate.initialize_line(
-                request.system, has_tools=bool(tools), agent=session.kind.agent
-            ),
-            translate.settings_line(
-                {name: value for name, value in settings.items() if value}
-            ),
-        )
-        return [translate.user_line([], session.turn_id, query=query)]
 
     async def _has_model(self, session: Session, name: str) -> bool:
         """Whether a process that was started without --model runs the one that its
@@ -1788,7 +1873,7 @@ class Pool:
         answer = await session.process.ask("get_settings", "get_settings")
         wanted = translate.listed_model(session.process.hello, name) or name
         runs = translate.applied_model(answer) == wanted
-        keep(models, name, runs, MAX_MODELS)
+        cache_put(models, name, runs, MAX_MODELS)
         return runs
 
     def _is_bare(self, agent: bool, *, by_environment: bool = False) -> bool:
@@ -1807,7 +1892,7 @@ class Pool:
         async with self._cli_lock:
             files = self._identify_cli()
             if files != self.cli.files:
-                for spare in list(self.spares):
+                for spare in self.spares:
                     self.retire(spare, "unwanted")
                 secs = min(VERSION_SECS, self.config.watchdog_secs)
                 version = await ask_version(self.config.bin, self._environment, secs)
@@ -1844,25 +1929,25 @@ class Pool:
 
     async def _ask_announcements(self, name: str) -> bytes:
         """The rows that the CLI writes for a conversation of one word."""
-        session = await self._spawn(Kind(name), bare=False, is_kept=True)
+        session = await self._spawn(Kind(name), False, State.BUSY, is_kept=True)
         process = session.process
         try:
-            process.listen()
+            process.begin_turn()
             process.open_gate(translate.transcript([], name))
             process.write(
                 translate.initialize_line([], has_tools=False),
                 translate.user_line([translate.text_block("-")], str(uuid.uuid4())),
             )
             with contextlib.suppress(ApiError):  # as it should: nobody answers
-                await process.until(lambda event: event["type"] == "result")
+                await process.read_until(lambda event: event["type"] == "result")
             session.cli.hello = process.hello or session.cli.hello
             return await process.kept_rows()
         finally:
             self.retire(session, "announcements")
 
-    async def _take(self, model: str, agent: bool, bare: bool) -> Session:
-        """A process without a conversation: a spare, even one that is still starting,
-        or else a fresh one.
+    async def _take(self, model: str, agent: bool, bare: bool) -> tuple[Session, bool]:
+        """A process without a conversation, and whether it was a spare, even one that
+        is still starting.
 
         A full model name needs no --model, so any spare will do.  That of an alias is
         known once a CLI has listed its models.
@@ -1873,41 +1958,42 @@ class Pool:
         is_needless = has_full_name and self.cli.models.get(model, True)
         kind = Kind("" if is_needless else model, agent)
         self._kinds.append(kind if hello else Kind("", agent))
-        for spare in list(self.spares):
-            if spare.process.gone:
+        for spare in self.spares:
+            if spare.process.is_unusable:
                 self.retire(spare, "died")
             elif spare.kind == kind and spare.bare == bare:
-                return spare
-        return await self._spawn(kind, bare)
+                spare.move(State.BUSY)
+                return spare, True
+        return await self._spawn(kind, bare, State.BUSY), False
 
-    async def _spawn(self, kind: Kind, bare: bool, *, is_kept: bool = False) -> Session:
+    async def _spawn(
+        self, kind: Kind, bare: bool, state: State, *, is_kept: bool = False
+    ) -> Session:
         """Start a process; one that `is_kept` writes its conversation down."""
         cli = await self.look_at_cli()
-        if self._slots.locked() and self._waiting_for_slot >= len(self._ending):
-            sessions = [*self._curious, *self.spares]
-            self._evict([*sessions, *self.on_file.values()])
-        words = f"all {self.config.max_sessions} processes were busy, none got free"
-        await self._queue(self._take_slot, words)
+        if not self.room.has_next:
+            self._evict()
+        message = f"all {self.config.max_sessions} processes were busy, none got free"
+        await self._queue(self.room.enter, message)
+        process = Process(self.config.watchdog_secs)
         try:
-            process = await Process.spawn(
+            await process.spawn(
                 self._arguments(kind, bare, is_kept),
                 self._environment_of(kind, bare, is_kept),
                 self._agent_cwd if kind.agent else "/",
-                self.config.watchdog_secs,
             )
         except BaseException as error:
-            self._starting.release()
-            self._slots.release()
+            self.room.started()
+            self.room.leave()
             if isinstance(error, OSError):
-                words = f"the claude CLI cannot be started: {error.strerror}"
+                message = f"the claude CLI cannot be started: {error.strerror}"
                 where = f": {error.filename}" if error.filename else ""
-                raise cli_error(words + where) from error
+                raise cli_error(message + where) from error
             raise
-        process.started.add_done_callback(lambda _: self._starting.release())
-        session = Session(str(uuid.uuid4()), process, kind, cli, bare)
-        session.key = session.own_id = session.id
+        process.started.add_done_callback(lambda _: self.room.started())
+        session = Session(process, kind, cli, bare, state)
         process.on_fault = lambda reason: self.retire(session, reason)
-        process.on_limits = self._learn_limits
+        process.on_limits = self._record_limits
         self.sessions.add(session)
         self.metrics.add("processes_started_total")
         return session
@@ -1931,24 +2017,12 @@ class Pool:
             environment.update(UNREACHABLE)
         return environment
 
-    async def _take_slot(self) -> None:
-        self._waiting_for_slot += 1
-        try:
-            await self._slots.acquire()
-        finally:
-            self._waiting_for_slot -= 1
-        try:
-            await self._starting.acquire()
-        except BaseException:
-            self._slots.release()
-            raise
-
     def _refill(self) -> None:
         """Start the missing spares, each of the recently requested kind that has
         fewest."""
         if not self._kinds:
             return
-        for spare in list(self.spares):
+        for spare in self.spares:
             if spare.kind not in self._kinds:
                 self.retire(spare, "unwanted")
         have = [spare.kind for spare in self.spares]
@@ -1962,90 +2036,58 @@ class Pool:
             have.append(kind)
 
     async def _prepare(self, kind: Kind) -> None:
-        if self._slots.locked():
+        if self.room.is_full:
             return  # nobody makes room for a spare
-        try:
+        with contextlib.suppress(ApiError):  # the next request will report it
             await self.look_at_cli()
-            session = await self._spawn(kind, self._is_bare(kind.agent))
-        except ApiError:
-            return  # the next request will say it
-        self.spares.append(session)
-        self._give_way(self.spares)
+            await self._spawn(kind, self._is_bare(kind.agent), State.SPARE)
+            self._evict_for_waiter()
 
     # What becomes of a session
-
-    def _move(self, session: Session, state: State) -> None:
-        """Change a session's state.  IDLE and PARKED sessions are on file."""
-        if state not in TRANSITIONS[session.state]:
-            raise RuntimeError(f"a session cannot go from {session.state} to {state}")
-        session.state = state
-        session.since = time.monotonic()
-        if state in (State.IDLE, State.PARKED):
-            self.on_file[session.key] = session
-        elif self.on_file.get(session.key) is session:
-            del self.on_file[session.key]
-        for others in (self.spares, self._curious):
-            if session in others:
-                others.remove(session)
 
     def _finish(self, turn: Turn) -> None:
         """File the session of a turn, or retire it."""
         session, translator = turn.session, turn.translator
-        if turn.how != "hot":
+        if turn.origin != "hot":
             session.cli.hello = turn.process.hello or session.cli.hello
         if translator.is_wrong_model:
             session.cli.models.clear()
-        self._learn_version(turn)
+        self._record_version(turn)
         if turn.on_begin:
             self._refill()
         if session.state is not State.BUSY:
             return
         if not translator.done:
             turn.interrupt()
-            is_broken = turn.process.gone or turn.process.silent
+            is_broken = turn.process.is_unusable or turn.process.timed_out
             self.retire(session, "failed" if is_broken else "interrupted")
             return
-        self._remember(session, "continued")
-        self._extend(turn)
-        session.turns += 1
+        # What a later request of the same history is told.
+        self._record_outcome(session, "continued")
+        session.extend(turn.request, translator.message, translator.calls)
+        is_quiet = turn.process.end_turn(bool(translator.result), session.calls)
+        reason = ""
         if not turn.rests:
             reason = translator.stop_reason
-            self.retire(
-                session,
-                reason if reason.isascii() and reason.isidentifier() else "other",
-            )
-            return
-        session.calls = translator.calls
-        if session.turns >= self.config.max_turns and not session.calls:
-            self.retire(session, "max_turns")
-            return
-        is_quiet = turn.process.settle(bool(translator.result), session.calls)
-        if turn.overran or not is_quiet:
-            self.retire(session, "unasked")
+            is_word = reason.isascii() and reason.isidentifier()
+            reason = reason if is_word else "other"
+        elif session.turns >= self.config.max_turns and not session.calls:
+            reason = "max_turns"
+        elif turn.spoke_after_result or not is_quiet:
+            reason = "unasked"
+        if reason:
+            self.retire(session, reason)
             return
         # Why a request may miss it while it is on file: one has a session header, the
         # other has not.
-        self._remember(session, "pinned")
-        self._file(session, State.PARKED if session.calls else State.IDLE)
+        self._record_outcome(session, "pinned")
+        self._file(session)
 
-    def _extend(self, turn: Turn) -> None:
-        """Add the question and the answer of a turn to what its session holds."""
-        session, request = turn.session, turn.request
-        if turn.how != "hot":
-            session.chain = request.past
-            session.unthinking_chain = request.unthinking_past
-        answer: Any = turn.translator.message
-        for_all = translate.link(session.chain, request.newest)
-        session.chain = translate.link(for_all, translate.message_digest(answer))
-        unthinking = translate.link(session.unthinking_chain, request.newest)
-        session.unthinking_chain = translate.link(
-            unthinking, translate.message_digest(answer, thinking=False)
-        )
-
-    def _file(self, session: Session, state: State) -> None:
-        same = [other for other in self.on_file.values() if other.is_like(session)]
-        is_ambiguous = session.kind.agent and not session.is_pinned
-        if is_ambiguous and self._was_filed(session):
+    def _file(self, session: Session) -> None:
+        same = [other for other in self.on_file if other.is_like(session)]
+        is_ambiguous = session.kind.agent and not session.pin
+        last = self._agents.get(session.unthinking_chain, session.own_id)
+        if is_ambiguous and last != session.own_id:
             # What its tools have seen does not follow from the conversation, so a
             # request could not be told which of the two it goes on with.
             for other in [session, *same]:
@@ -2054,61 +2096,58 @@ class Pool:
         for other in same:
             self.retire(other, "duplicate")
         if is_ambiguous:
-            keep(self._agents, session.unthinking_chain, session.id, MAX_PAST)
-        self._move(session, state)
-        resting = [*self.on_file.values()]
-        idle = sum(other.state is State.IDLE for other in resting)
-        if idle > self.config.max_idle:
-            self._evict(resting)
+            chain = session.unthinking_chain
+            cache_put(self._agents, chain, session.own_id, MAX_PAST)
+        session.move(State.PARKED if session.calls else State.IDLE)
+        idle = self.resting(State.IDLE)
+        if len(idle) > self.config.max_idle:
+            self.retire(idle[0], "evicted")
         else:
-            self._give_way(resting)
+            self._evict_for_waiter()
 
-    def _was_filed(self, session: Session) -> bool:
-        """Whether another agent's process has held the same conversation."""
-        last = self._agents.get(session.unthinking_chain, session.id)
-        return last != session.id
+    def _evict_for_waiter(self) -> None:
+        """Make room for a request that found none when it came."""
+        if self.room.is_short:
+            self._evict()
 
-    def _give_way(self, sessions: list[Session]) -> None:
-        """Evict one of the sessions for a request that waits for a slot, and found none
-        to evict when it came."""
-        if self._waiting_for_slot > len(self._ending):
-            self._evict(sessions)
-
-    def _evict(self, sessions: list[Session]) -> None:
-        """Retire the first of the sessions that is not PARKED, or else the first."""
-        if sessions:
-            first = min(sessions, key=lambda session: session.state is State.PARKED)
-            self.retire(first, "evicted")
+    def _evict(self) -> None:
+        resting = self.resting(*RESTING)
+        if resting:
+            self.retire(resting[0], "evicted")
 
     def retire(self, session: Session, reason: str) -> None:
-        """End a session's process in the background; its slot is free once the process
+        """End a session's process in the background; its place is free once the process
         is reaped."""
         if session.state is State.RETIRED:
             return
         if reason == "failed" and session.process.ended:
             reason = "died"
-        self._move(session, State.RETIRED)
-        self._remember(session, reason)
+        session.move(State.RETIRED)
+        self._record_outcome(session, reason)
         self.metrics.add("processes_ended_total", reason=reason)
         if reason == "died":
             self.metrics.add("process_restarts_total")
-        if session.process.silent:
+        if session.process.timed_out:
             self.metrics.add("watchdog_fires_total")
-        task = asyncio.create_task(session.process.end())
-        self._ending.add(task)
-        task.add_done_callback(lambda task: self._forget(session, task))
+        forget = partial(self.sessions.remove, session)
+        self.room.leave_after(session.process.stop(), forget)
 
-    def _forget(self, session: Session, task: asyncio.Task[None]) -> None:
-        # In one step: else a request could count on an end whose slot is taken.
-        self._ending.discard(task)
-        self.sessions.remove(session)
-        self._slots.release()
+    def _record_outcome(self, session: Session, reason: str) -> None:
+        for key in (session.chain, session.pin if session.turns else ""):
+            if key and session.turns:
+                cache_put(self._outcomes, key, (session.parts, reason), MAX_PAST)
 
-    def _remember(self, session: Session, reason: str) -> None:
-        is_named = session.is_pinned and session.turns
-        for key in (session.chain, session.key if is_named else b""):
-            if key:
-                keep(self._last_seen, key, (session.parts, reason), MAX_PAST)
+    def _record_limits(self, limits: dict[str, Json]) -> None:
+        for name, info in limits.items():
+            self.rate_limits.pop(name, None)
+            self.rate_limits[name] = info
+
+    def _record_version(self, turn: Turn) -> None:
+        """Another CLI behind a script that is the same is another one."""
+        version = turn.translator.cli_version
+        is_newest = turn.session.cli is self.cli
+        if is_newest and version and version != self.cli.version:
+            self.cli = Cli(self.cli.files, version)
 
     async def _sweep(self) -> None:
         """Retire the sessions not in use that died or whose time is up."""
@@ -2123,8 +2162,8 @@ class Pool:
             ):  # `ask_version` has one
                 reap_orphans({session.process.pid for session in self.sessions})
             now = time.monotonic()
-            for session in [*self.spares, *self.on_file.values()]:
-                if session.process.gone:
+            for session in [*self.spares, *self.on_file]:
+                if session.process.is_unusable:
                     self.retire(session, "died")
                 elif ttl and now - session.since >= ttl:
                     if session.state is State.SPARE:
@@ -2156,7 +2195,7 @@ class Pool:
         finally:
             self._counting.release()
             self._refill()
-        keep(counts, key, tokens, MAX_COUNTS)
+        cache_put(counts, key, tokens, MAX_COUNTS)
         return tokens
 
     async def _count(self, request: Request) -> int:
@@ -2196,9 +2235,9 @@ class Pool:
             return control_result(event, "usage")
 
         process.write(*lines)
-        await process.until(lambda event: event["type"] == "result")
+        await process.read_until(lambda event: event["type"] == "result")
         process.write(translate.control_line("usage", "get_context_usage"))
-        return await process.until(find), statuses
+        return await process.read_until(find), statuses
 
 
 # ------------------------------------------------------------ appendix: metrics

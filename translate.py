@@ -2024,7 +2024,7 @@ class Translator:
         return (
             self.state is State.BLOCK
             and self._is_ours
-            and event["type"] == "stream_event"
+            and isinstance(inner, dict)
             and inner["type"] == "content_block_delta"
             and inner["index"] == self._index
             and event.get("parent_tool_use_id") is None

@@ -10,9 +10,9 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import orjson
 import pytest
@@ -38,7 +38,7 @@ from messages import (
 from servers import Server
 from test_processes import pid
 
-from sessions import Kind, Pool, Session
+from sessions import Kind, Session, State
 from translate import ApiError, Request, parse_request
 
 Json = dict[str, Any]
@@ -109,11 +109,12 @@ def same_betas(case: Json) -> None:
 def same_marks(case: Json) -> None:
     body = case["body"]
     are_own = sum(map(marked, [*(body.get("tools") or []), body])) > 1
-    for message in body["messages"]:
+    for message, following in zip_longest(body["messages"], body["messages"][1:]):
         content = listed(message["content"])
         after = [block["type"] == "tool_result" for block in content]
-        for number, block in enumerate(content[:-1]):
-            is_end = all(after[number:])
+        goes_on = following is not None and following["role"] in ("user", "system")
+        for number, block in enumerate(content if goes_on else content[:-1]):
+            is_end = all(after[number:]) and not goes_on
             are_own |= message["role"] == "user" and marked(block) and not is_end
     body["marks"] = "client" if are_own else "cli"
 
@@ -416,14 +417,13 @@ def session_of(case: Json) -> Session | None:
             session = None
             continue
         request = read(case, messages[:number])
-        how = "hot"
-        if not session or not session.holds(request):
-            how = "rebuilt"
-            session = Session("", cast(Any, None), Kind(), cast(Any, None), bare=False)
+        if not session or not session.matches(request):
+            none: Any = None
+            session = Session(none, Kind(), none, bare=False, state=State.BUSY)
             session.parts = request.parts
-        turn = SimpleNamespace(session=session, request=request, how=how)
-        turn.translator = SimpleNamespace(message=answer)
-        Pool._extend(cast(Any, None), cast(Any, turn))
+            session.chain = request.past
+            session.unthinking_chain = request.unthinking_past
+        session.extend(request, answer, [])
     return session
 
 
@@ -843,7 +843,7 @@ def test_a_session_holds_a_request_if_and_only_if_its_history_is_the_same() -> N
             if session:
                 thinking = echoes_thinking(other)
                 same = history(other, thinking=thinking) == had[thinking]
-                assert session.holds(request) == same
+                assert session.matches(request) == same
                 seen[same] += 1
 
     check()
@@ -863,7 +863,7 @@ def test_the_session_of_a_changed_conversation_holds_the_unchanged_one_only_if_i
             session = session_of(other) if roles == ["user", "assistant", "user"] else None
             if session:
                 same = is_same(as_had(other), case)
-                assert session.holds(read(case)) == same
+                assert session.matches(read(case)) == same
                 seen[same] += 1
 
     check()
@@ -888,7 +888,7 @@ def talk(*messages: Any, **fields: Any) -> Json:
 def holds(had: Json, asked: Json) -> bool:
     session = session_of(had)
     assert session
-    return session.holds(read(asked))
+    return session.matches(read(asked))
 
 
 @pytest.mark.parametrize("key", ["is_error", "citations"])

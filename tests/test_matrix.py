@@ -204,7 +204,7 @@ def hot(made: Bench, words: str, **fields: Any) -> list[Any]:
 
 
 def lost(session: Session) -> bool:
-    return session.process.gone or session.process._failure is not None
+    return session.process.is_unusable or session.process._failure is not None
 
 
 def parked(made: Bench, fault: str, words: str, **fields: Any) -> list[Any]:

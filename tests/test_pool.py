@@ -70,13 +70,13 @@ def test_what_a_process_said_before_it_is_given_a_turn_is_not_the_turns_answer(
     async def use(pool: Pool) -> None:
         turn, first = await ask(pool, "one")
         process = turn.process
-        await soon(lambda: process.settled is None or process.settled.done())
+        await soon(lambda: process._result_seen is None or process._result_seen.done())
         os.kill(process.pid, signal.SIGUSR1)
         end = time.monotonic() + 10
         while process.pid not in log.reached("unasked"):  # the loop stands still
             assert time.monotonic() < end
         turn, answer = await ask(pool, "one", first, "two")
-        assert (turn.how, turn.reason) == ("rebuilt", "unasked")
+        assert (turn.origin, turn.reason) == ("rebuilt", "unasked")
         assert answer == "echo: two; 3 messages"
 
     in_pool(use)
@@ -85,10 +85,10 @@ def test_what_a_process_said_before_it_is_given_a_turn_is_not_the_turns_answer(
 def test_a_client_that_leaves_as_the_last_turn_ends_gets_no_turn(gate: Path) -> None:
     async def use(pool: Pool) -> None:
         turn, first = await ask(pool, "LATE one")
-        settled = turn.process.settled
+        settled = turn.process._result_seen
         assert settled
         second = asyncio.create_task(ask(pool, "LATE one", first, "two"))
-        await soon(lambda: turn.session not in pool.on_file.values())
+        await soon(lambda: turn.session not in pool.on_file)
         settled.add_done_callback(lambda _: second.cancel())
         open_gate(gate)
         with pytest.raises(asyncio.CancelledError):
@@ -97,12 +97,16 @@ def test_a_client_that_leaves_as_the_last_turn_ends_gets_no_turn(gate: Path) -> 
     in_pool(use)
 
 
-def test_of_two_requests_one_takes_the_curious_process_and_one_a_resting_one(gate: Path) -> None:
+def test_of_two_requests_one_takes_the_curious_process_and_one_a_resting_one(
+    gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sessions.PROBE_MODEL", "hang-at-start")
+
     async def use(pool: Pool) -> None:
         await ask(pool, "idle")
         pool.cli.hello = {}
-        curious = asyncio.create_task(pool.hello(is_curious=True))
-        await soon(lambda: pool._curious)
+        curious = asyncio.create_task(pool.hello(gives_way=True))
+        await soon(lambda: pool.resting(State.PROBE))
         answers = [asyncio.create_task(ask(pool, f"PAUSE {number}")) for number in range(2)]
         await soon(lambda: [one.state for one in pool.sessions] == [State.BUSY] * 2)
         open_gate(gate)
@@ -111,24 +115,28 @@ def test_of_two_requests_one_takes_the_curious_process_and_one_a_resting_one(gat
         with pytest.raises(ApiError, match="a request took the room"):
             await curious
 
-    in_pool(use, max_sessions=2, model="hang-at-start")
+    in_pool(use, max_sessions=2)
 
 
-def test_a_curious_process_that_is_being_started_gives_way_to_a_request() -> None:
+def test_a_curious_process_that_is_being_started_gives_way_to_a_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sessions.PROBE_MODEL", "hang-at-start")
+
     async def use(pool: Pool) -> None:
-        curious = asyncio.create_task(pool.hello(is_curious=True))
-        await soon(pool._slots.locked)
+        curious = asyncio.create_task(pool.hello(gives_way=True))
+        await soon(pool.room._places.locked)
         _, answer = await ask(pool, "hello")
         assert answer == "echo: hello; 1 messages"
         with pytest.raises(ApiError, match="a request took the room"):
             await curious
 
-    in_pool(use, max_sessions=1, model="hang-at-start")
+    in_pool(use, max_sessions=1)
 
 
 def test_a_spare_that_is_being_started_gives_way_to_a_request_of_another_kind() -> None:
     async def use(pool: Pool) -> None:
-        await soon(pool._slots.locked)
+        await soon(pool.room._places.locked)
         assert not pool.spares
         _, answer = await ask(pool, "hello")
         assert answer == "echo: hello; 1 messages"
@@ -145,14 +153,14 @@ def test_of_two_requests_one_gets_the_room_of_a_process_that_ended_and_one_that_
         await ask(pool, "one")
         turn, _ = await ask(pool, "two")
         asked: list[asyncio.Task[tuple[Turn, str]]] = []
-        release = pool._slots.release
+        release = pool.room._places.release
 
         def release_and_ask() -> None:
             release()
             if not asked:
                 asked.extend(asyncio.create_task(ask(pool, f"new {n}")) for n in range(2))
 
-        monkeypatch.setattr(pool._slots, "release", release_and_ask)
+        monkeypatch.setattr(pool.room._places, "release", release_and_ask)
         pool.retire(turn.session, "expired")
         await soon(lambda: asked)
         assert [answer for _, answer in await asyncio.gather(*asked)] == [
@@ -167,7 +175,7 @@ def test_what_an_old_process_said_of_itself_does_not_replace_what_a_new_one_said
         _, first = await ask(pool, "one")
         newest = (await pool.hello(anew=True))["pid"]
         turn, _ = await ask(pool, "one", first, "two")
-        assert turn.how == "hot"
+        assert turn.origin == "hot"
         assert pool.cli.hello["pid"] == newest != turn.process.pid
 
     in_pool(use)
@@ -181,10 +189,10 @@ def test_no_room_for_the_bridges_own_question_is_no_warning(
     async def use(pool: Pool) -> None:
         running: Any = SimpleNamespace(config=pool.config, pool=pool)
         curious = asyncio.create_task(bridge.announce(running))
-        await soon(lambda: pool._curious)
+        await soon(lambda: pool.resting(State.PROBE))
         await ask(pool, "hello")
         await curious
 
     with caplog.at_level(logging.WARNING):
-        in_pool(use, max_sessions=1, model="hang-at-start")
+        in_pool(use, max_sessions=1)
     assert caplog.records == []

@@ -44,7 +44,7 @@ def known(serve: Serve) -> Serve:
         server = serve(**settings)
         assert server.call("GET", "/v1/models").status == 200
         wait_until(
-            lambda: server.bridge and not server.bridge.pool._ending,
+            lambda: server.bridge and not server.bridge.pool.room.ending,
             "the end of the process that was asked",
         )
         return server
@@ -161,7 +161,7 @@ def test_several_spares_are_shared_among_the_models(known: Serve, log: Log) -> N
             server.post(f"{number}", model=name)
             wait_until(
                 lambda: (
-                    len(ready(server)) == 2 and server.bridge and not server.bridge.pool._ending
+                    len(ready(server)) == 2 and server.bridge and not server.bridge.pool.room.ending
                 ),
                 "the spares",
             )
