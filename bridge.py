@@ -162,9 +162,7 @@ class Config(PoolConfig):
     )
 
     @classmethod
-    def read(
-        cls, environ: Mapping[str, str], flags: Mapping[str, str | None]
-    ) -> "Config":
+    def read(cls, environ: Mapping[str, str], flags: Mapping[str, str]) -> "Config":
         """Settings from flags, else from the environment.  Raises ConfigError, which
         names one."""
         values: dict[str, Any] = {}
@@ -1709,11 +1707,6 @@ COMMANDS = {
     "login": "log the CLI in, in this terminal",
     "providers": "print the model_providers of the configuration file, completed",
 }
-FLAGS = {
-    "config FILE": "start only if there is a claude-cli provider in FILE",
-    "version": "print the version",
-    "help": "print this",
-}
 GROUPS = {
     "everyday": "Everyday",
     "access": "Access",
@@ -1721,45 +1714,6 @@ GROUPS = {
     "agent": "Agent mode",
     "limits": "Limits",
 }
-
-
-def help_text() -> str:
-    """What --help prints: each command, flag and setting, with its default and
-    meaning."""
-    lines = ["Answer the Anthropic Messages API with the claude CLI.", ""]
-    lines += [
-        "usage: claude-cli-bridge [check | login | providers] [--SETTING VALUE]...",
-        "",
-    ]
-    for name, meaning in COMMANDS.items():
-        lines += help_rows(name, meaning)
-    for name, meaning in FLAGS.items():
-        lines += help_rows("--" + name, meaning)
-    lines += [
-        "",
-        "Each setting is also an environment variable: --max-idle is CLAUDE_CLI_MAX_IDLE.",
-    ]
-    for group, title in GROUPS.items():
-        lines += ["", title]
-        for item in dataclasses.fields(Config):
-            if item.metadata["group"] == group:
-                lines += setting_rows(item)
-    return "\n".join([*lines, ""])
-
-
-def setting_rows(item: "dataclasses.Field[Any]") -> list[str]:
-    name = "--" + item.name.replace("_", "-")
-    if item.name == "api_key":
-        name = variable(item.name)
-    meaning = item.metadata["meaning"].replace("`", "")
-    if item.default:
-        meaning += f" [{item.default}]"
-    return help_rows(name, meaning)
-
-
-def help_rows(name: str, meaning: str) -> list[str]:
-    rows = textwrap.wrap(meaning, 54)
-    return [f"  {name:22}{rows[0]}"] + [" " * 24 + row for row in rows[1:]]
 
 
 class Parser(argparse.ArgumentParser):
@@ -1773,6 +1727,37 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{where}: {words}; see --help")
 
 
+def make_parser() -> Parser:
+    """The command line: a command, and a flag for each setting that is no secret."""
+    lines = ["Answer the Anthropic Messages API with the claude CLI.", "", "commands:"]
+    lines += [f"  {name:10} {meaning}" for name, meaning in COMMANDS.items()]
+    parser = Parser(
+        prog="claude-cli-bridge",
+        usage="claude-cli-bridge [check | login | providers] [--SETTING VALUE]...",
+        description="\n".join(lines),
+        epilog="Each setting is also an environment variable: --max-idle is"
+        f" CLAUDE_CLI_MAX_IDLE.  {variable('api_key')} has no flag.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    version = f"claude-cli-bridge {__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    words = "start only if there is a claude-cli provider in FILE"
+    parser.add_argument("--config", metavar="FILE", help=words)
+    groups = {name: parser.add_argument_group(GROUPS[name]) for name in GROUPS}
+    for item in dataclasses.fields(Config):
+        if item.name != "api_key":
+            default = f" [{item.default}]" if item.default else ""
+            groups[item.metadata["group"]].add_argument(
+                "--" + item.name.replace("_", "-"),
+                metavar="VALUE",
+                help=item.metadata["meaning"].replace("`", "") + default,
+            )
+    return parser
+
+
 def main() -> None:
     """The command line.
 
@@ -1783,9 +1768,7 @@ def main() -> None:
     try:
         try:
             flags = read_flags(sys.argv[1:])
-            path = flags.pop("config")
-            if path is None:
-                path = os.environ.get(variable("config"), "")
+            path = flags.get("config", os.environ.get(variable("config"), ""))
             execute(Config.read(os.environ, flags), flags, path)
         finally:
             if sys.stdout:  # None: it was closed at the start
@@ -1827,25 +1810,18 @@ def put_right_what_was_inherited() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def read_flags(words: list[str]) -> dict[str, str | None]:
-    """The command, if there is one, and the flags, by setting.  Raises ConfigError."""
-    names = [item.name.replace("_", "-") for item in dataclasses.fields(Config)]
-    names.remove("api-key")
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("command", nargs="?")
-    parser.add_argument("--help", "-h", action="store_true")
-    parser.add_argument("--version", action="store_true")
-    for name in ("config", *names):
-        parser.add_argument("--" + name)
+def read_flags(words: list[str]) -> dict[str, str]:
+    """The command, if there is one, and the flags that are given, by setting.  Raises
+    ConfigError."""
+    parser = make_parser()
     known, others = parser.parse_known_args(words)
     flags = vars(known)
     unknown = [name.partition("=")[0] for name in others if name.startswith("-")]
     if unknown:
-        flag_names = [name.partition(" ")[0] for name in FLAGS]
-        known_flags = ["--" + name for name in (*names, *flag_names)]
-        hint = suggestion(unknown[0], known_flags)
+        # argparse knows its own flags by no other name.
+        hint = suggestion(unknown[0], parser._option_string_actions)
         raise ConfigError(f"there is no {unknown[0]}{hint or '; see --help'}")
-    command = flags["command"]
+    command = flags.get("command")
     if command and command not in COMMANDS:
         hint = suggestion(command, COMMANDS)
         raise ConfigError(
@@ -1853,18 +1829,12 @@ def read_flags(words: list[str]) -> dict[str, str | None]:
         )
     if others:
         raise ConfigError(f"{command} takes nothing but flags; see --help")
-    if flags.pop("help"):
-        print(help_text(), end="")
-        sys.exit(0)
-    if flags.pop("version"):
-        print(f"claude-cli-bridge {__version__}")
-        sys.exit(0)
     return flags
 
 
-def execute(config: Config, flags: Mapping[str, str | None], path: str) -> None:
+def execute(config: Config, flags: Mapping[str, str], path: str) -> None:
     """Run a command of the command line; `path` is the configuration file's."""
-    command = flags["command"]
+    command = flags.get("command")
     if command == "check":
         sys.exit(0 if asyncio.run(check(config)) else 1)
     if command == "login":

@@ -1362,6 +1362,8 @@ class Turn:
         )
         # The process went on by itself after the `result`.
         self.spoke_after_result = False
+        # What it printed is no answer.
+        self.has_failed = False
 
     @property
     def not_sent(self) -> list[str]:
@@ -1398,6 +1400,9 @@ class Turn:
             is_ready = True
             try:
                 self._translate(events, frames)
+            except ApiError:
+                self.has_failed = True
+                raise
             finally:  # what came before a fault is sent
                 if self.translator.message:
                     is_ready = send(b"".join(frames) if self.request.stream else b"")
@@ -1892,11 +1897,13 @@ class Pool:
         async with self._cli_lock:
             files = self._identify_cli()
             if files != self.cli.files:
-                for spare in self.spares:
-                    self.retire(spare, "unwanted")
                 secs = min(VERSION_SECS, self.config.watchdog_secs)
                 version = await ask_version(self.config.bin, self._environment, secs)
-                self.cli = Cli(files, version)
+                before, self.cli = self.cli, Cli(files, version)
+                for spare in self.spares:
+                    if before.program != self.cli.program:
+                        self.retire(spare, "unwanted")
+                    spare.cli = self.cli  # it looks for a login when it is asked
         if self.cli.problem:
             raise cli_error(self.cli.problem)
         return self.cli
@@ -2059,7 +2066,8 @@ class Pool:
             return
         if not translator.done:
             turn.interrupt()
-            is_broken = turn.process.is_unusable or turn.process.timed_out
+            process = turn.process
+            is_broken = turn.has_failed or process.is_unusable or process.timed_out
             self.retire(session, "failed" if is_broken else "interrupted")
             return
         # What a later request of the same history is told.
