@@ -94,7 +94,7 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message names it."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Config(PoolConfig):
     """All settings.
 
@@ -174,9 +174,9 @@ class Config(PoolConfig):
                 values[item.name] = parse_setting(item.name, type(item.default), text)
         return cls(**values)
 
-    def check(self) -> None:
-        """Check the settings, and find the CLI.  Raises ConfigError, which names the
-        wrong one."""
+    def checked(self) -> "Config":
+        """The same settings, with the path of the CLI.  Raises ConfigError, which names
+        one that cannot be used."""
         for item in dataclasses.fields(self):
             check_bounds(item, getattr(self, item.name))
         bypasses = self.tools and self.permission_mode == "bypassPermissions"
@@ -204,7 +204,7 @@ class Config(PoolConfig):
                 "there is no /dev/fd, which the CLI needs: is /proc mounted?"
             )
         self.check_api_address(os.environ)
-        self.bin = find_cli(self.bin)
+        return dataclasses.replace(self, bin=find_cli(self.bin))
 
     def check_api_address(self, environ: Mapping[str, str]) -> None:
         """Refuse an address of the API that leads back to the bridge."""
@@ -1300,8 +1300,8 @@ class Bridge:
         if self.pool.is_own(asking, request.user_id):
             words = "this request comes from the claude CLI that this bridge runs: the"
             raise ApiError(400, f"{words} CLI's address of the API leads to the bridge")
-        request.not_sent[:0] = lost_headers(exchange)
-        return request
+        not_sent = lost_headers(exchange) + request.not_sent
+        return dataclasses.replace(request, not_sent=not_sent)
 
     async def count_tokens(self, connection: Connection, exchange: Exchange) -> None:
         request = await self.parse(exchange, counting=True)
@@ -1505,8 +1505,7 @@ async def serve(
         # Its address is the one that a Host may have.
         where = host_and_port(*sock.getsockname()[:2])
         config = dataclasses.replace(config, listen_addr=where)
-    config = dataclasses.replace(config)  # the caller's stays as it is
-    config.check()
+    config = config.checked()
     stack = contextlib.AsyncExitStack()
     bridge = Bridge(config, await stack.enter_async_context(Pool(config)))
     try:
@@ -2244,7 +2243,7 @@ async def check(config: Config) -> bool:
     """Print in plain words whether the CLI is there, is logged in and does what is
     needed; True if all is well.  It costs no token."""
     try:
-        config.check()
+        config = config.checked()
     except ConfigError as error:
         print(f"settings: {error}")
         return False

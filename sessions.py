@@ -226,7 +226,7 @@ def setting(
     return field(default=default, metadata=metadata, repr=not secret)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PoolConfig:
     """Settings of the processes."""
 
@@ -612,8 +612,8 @@ class Child(asyncio.SubprocessProtocol):
     async def spawn(
         self, argv: list[str], environment: dict[str, str], cwd: str
     ) -> None:
-        """Start it at its gate, in a process group of its own.  Raises OSError when it
-        cannot be started."""
+        """Start it at its gate, in a process group of its own; without `cwd` it works
+        in the folder of its gate.  Raises OSError when it cannot be started."""
         reading, self._gate = os.pipe()
         OPEN_GATES.add(self._gate)
         os.set_blocking(self._gate, False)
@@ -625,7 +625,7 @@ class Child(asyncio.SubprocessProtocol):
                 "--resume",
                 self._gate_path,
                 env=environment,
-                cwd=cwd,
+                cwd=cwd or os.path.dirname(self._gate_path),
                 pass_fds=(reading,),
                 start_new_session=True,
                 preexec_fn=die_with_parent if PRCTL else None,
@@ -1257,8 +1257,9 @@ class Session:
 
     def matches(self, request: Request) -> bool:
         """Whether it has the request's history, and all that cannot change."""
-        chain = self.chain if request.has_thinking else self.unthinking_chain
-        return (chain, self.parts) == (request.past, request.parts)
+        wanted = request.fingerprint
+        chain = self.chain if wanted.has_thinking else self.unthinking_chain
+        return (chain, self.parts) == (wanted.past, wanted.parts)
 
     def move(self, state: State) -> None:
         if state not in TRANSITIONS[self.state]:
@@ -1273,9 +1274,10 @@ class Session:
         self.process.begin_turn()
         self.process.tools = tools
         self.process.hello = self.process.hello or self.cli.hello
-        self.parts = request.parts
-        self.chain = request.past
-        self.unthinking_chain = request.unthinking_past
+        wanted = request.fingerprint
+        self.parts = wanted.parts
+        self.chain = wanted.past
+        self.unthinking_chain = wanted.unthinking_past
         listed = translate.listed_model(self.cli.hello, request.model)
         self.model = listed or request.model
 
@@ -1323,9 +1325,10 @@ class Session:
     def extend(self, request: Request, answer: Json, calls: list[str]) -> None:
         """Add the question and the answer of a turn to what it holds."""
         message: Any = answer
-        for_all = translate.link(self.chain, request.newest)
-        self.chain = translate.link(for_all, translate.message_digest(message))
-        unthinking = translate.link(self.unthinking_chain, request.newest)
+        newest = request.fingerprint.newest
+        asked = translate.link(self.chain, newest)
+        self.chain = translate.link(asked, translate.message_digest(message))
+        unthinking = translate.link(self.unthinking_chain, newest)
         self.unthinking_chain = translate.link(
             unthinking, translate.message_digest(message, thinking=False)
         )
@@ -1370,7 +1373,7 @@ class Turn:
         """The fields and places of the request that cannot arrive as sent."""
         keeps_thinking = (
             self.origin == "hot"
-            and not self.request.has_thinking
+            and not self.request.fingerprint.has_thinking
             and self.session.holds_thinking
         )
         lost = self.request.not_sent.copy()
@@ -1769,14 +1772,15 @@ class Pool:
         return Turn(request, session, "hot", "", lines, results)
 
     def _find_pinned(self, request: Request, pin: str) -> Session | None:
+        wanted = request.fingerprint
         session = next((item for item in self.on_file if item.pin == pin), None)
         if not session:
-            if not request.past and pin in self._outcomes:
+            if not wanted.past and pin in self._outcomes:
                 raise ApiError(400, LOST_NAME)
             return None
         # A client that names its conversation may leave out what it said before.
         only_what_is_new = (
-            not request.past and session.parts.items() >= request.sent_parts.items()
+            not wanted.past and session.parts.items() >= wanted.sent_parts.items()
         )
         if not session.matches(request) and not only_what_is_new:
             self.retire(session, "changed")
@@ -1803,14 +1807,15 @@ class Pool:
     def _rebuild_reason(self, request: Request, pin: str) -> tuple[str, str]:
         """Why a turn is not hot: `new`, or `rebuilt` with a reason that its user can
         act on."""
-        past = self._outcomes.get(request.past) or self._outcomes.get(pin)
+        wanted = request.fingerprint
+        outcome = self._outcomes.get(wanted.past) or self._outcomes.get(pin)
         if request.continues:
             return "rebuilt", "prefill"
-        if not past:
-            return ("rebuilt", "unknown-history") if request.past else ("new", "")
-        parts, reason = past
+        if not outcome:
+            return ("rebuilt", "unknown-history") if wanted.past else ("new", "")
+        parts, reason = outcome
         changed = [
-            name for name, value in request.parts.items() if parts.get(name) != value
+            name for name in wanted.parts if parts.get(name) != wanted.parts[name]
         ]
         if changed:
             reason = f"{changed[0]}-changed"
@@ -1835,7 +1840,7 @@ class Pool:
             raise translate.bad_request("messages", message)
         # Thinking is kept only beside the full name of the model, and only the CLI
         # knows what login is in its settings.
-        needs_hello = request.has_thinking or self.config.setting_sources
+        needs_hello = request.fingerprint.has_thinking or self.config.setting_sources
         if needs_hello and not cli.hello:
             await self.hello()
         bare = self._is_bare(agent)
@@ -1983,11 +1988,14 @@ class Pool:
         message = f"all {self.config.max_sessions} processes were busy, none got free"
         await self._queue(self.room.enter, message)
         process = Process(self.config.watchdog_secs)
+        # One that announces its folder to the model works in one that never changes; an
+        # older one would list all files in it.
+        cwd = "/" if cli.since(ANNOUNCES) else ""
         try:
             await process.spawn(
                 self._arguments(kind, bare, is_kept),
                 self._environment_of(kind, bare, is_kept),
-                self._agent_cwd if kind.agent else "/",
+                self._agent_cwd if kind.agent else cwd,
             )
         except BaseException as error:
             self.room.started()

@@ -17,7 +17,7 @@ import json
 import re
 import uuid
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Required, TypedDict, cast
 
 import orjson
@@ -341,7 +341,9 @@ LOST_BETAS = frozenset(
 # Fields that the bridge passes on in another way, or leaves to the CLI.  All others go
 # to the API as sent.  `betas` would replace the CLI's own list, which an OAuth login
 # needs; `metadata` identifies the CLI.
-OWN_FIELDS = frozenset({"model", "messages", "system", "stream", "metadata", "betas"})
+OWN_FIELDS = frozenset(
+    {"model", "messages", "system", "stream", "metadata", "betas", "tools"}
+)
 # Claude Code's first system block: a hash that changes with every request, and that the
 # CLI writes itself.
 BILLING_LINE = "x-anthropic-billing-header:"
@@ -369,7 +371,25 @@ TOOLSETS = {
 }
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """Digests of a request, by which the process is found that holds its history."""
+
+    # Of what is fixed for the life of a process, by name.
+    parts: Digests
+    # Those of them that the client's request sets.
+    sent_parts: Digests
+    # Of all messages but the last one.
+    past: bytes
+    # The same without thinking.
+    unthinking_past: bytes
+    # Of the last message.
+    newest: bytes
+    # The messages hold thinking that the client echoes.
+    has_thinking: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """A valid Messages request, in the form that the rest of the bridge works with."""
 
@@ -401,18 +421,7 @@ class Request:
     user_id: str
     # It is for the CLI's own tools.
     is_agent: bool
-    # Digests of what is fixed for the life of a process.
-    parts: Digests = field(default_factory=dict)
-    # Those of them that the client's request sets.
-    sent_parts: Digests = field(default_factory=dict)
-    # Digest of all messages but the last one.
-    past: bytes = b""
-    # Digest of the last message.
-    newest: bytes = b""
-    # Its messages hold thinking that the client echoes.
-    has_thinking: bool = False
-    # `past` of the same request without thinking.
-    unthinking_past: bytes = b""
+    fingerprint: "Fingerprint"
 
     @property
     def continues(self) -> bool:
@@ -438,39 +447,36 @@ def parse_request(
     data = read_object(body)
     check_fields(data, counting)
     not_sent = [name for name in ("metadata", "betas") if data.get(name) is not None]
-    stream = data.get("stream")
-    if stream is not None:
-        check_type(stream, bool, "stream")
+    tools = data.get("tools") or []
+    raw = data["messages"]
     system = read_system(data.get("system"), not_sent)
-    tools = data.get("tools")
-    tools = [] if tools is None else check_type(tools, list, "tools")
-    raw = check_type(data["messages"], list, "messages")
-    if len(raw) > MAX_MESSAGES:
-        raise bad_request("messages", f"List should have at most {MAX_MESSAGES} items")
+    model = read_model(data["model"])
     is_agent = agent and not tools
     breakpoints = read_breakpoints(raw, tools, data)
     caching = "client" if breakpoints.are_own and not is_agent else "cli"
-    tool_names = read_tool_names(tools)
+    names = read_tool_names(tools)
     betas = read_betas(betas, not_sent)
     reader = MessageReader(caching, not_sent)
     reader.read(raw)
     fields = without(data, OWN_FIELDS)
-    fields.pop("tools", None)
     if tools:
         fields["tools"] = without_deferring(tools, reader.loaded, not_sent)
     if is_agent:
-        # They reach the API by the environment of the CLI, and the commands that an
-        # agent runs would see them there.
-        not_sent += [printable(key) for key in fields if key != "thinking"]
-        not_sent += [f"anthropic-beta.{name}" for name in betas.split(",") if name]
-        fields = {key: fields[key] for key in fields if key == "thinking"}
-        betas = ""
-    request = Request(
-        model=read_model(data["model"]),
+        fields, betas = agent_fields(fields, betas, not_sent)
+    parts = {
+        "model": model,
+        "system": system,
+        # All else about them is said with each turn.
+        "tools": None if is_agent else sorted(names),
+        "betas": betas,
+        "caching": caching,
+    }
+    return Request(
+        model=model,
         system=system,
         messages=reader.messages,
-        stream=bool(stream),
-        tool_names=tool_names,
+        stream=data.get("stream") is True,
+        tool_names=names,
         fields=fields,
         betas=betas,
         caching=caching,
@@ -480,9 +486,16 @@ def parse_request(
         size=len(body),
         user_id=text_of(data.get("metadata"), "user_id"),
         is_agent=is_agent,
+        fingerprint=fingerprint(parts, data, reader.messages),
     )
-    identify(request, data)
-    return request
+
+
+def agent_fields(fields: Json, betas: str, not_sent: list[str]) -> tuple[Json, str]:
+    """The fields and betas of a request that an agent gets.  They reach the API by the
+    environment of the CLI, where the commands that an agent runs would see them."""
+    not_sent += [printable(key) for key in fields if key != "thinking"]
+    not_sent += [f"anthropic-beta.{name}" for name in betas.split(",") if name]
+    return {key: fields[key] for key in fields if key == "thinking"}, ""
 
 
 def check_fields(data: Json, counting: bool) -> None:
@@ -495,6 +508,11 @@ def check_fields(data: Json, counting: bool) -> None:
         is_optional = counting and name == "max_tokens"
         if data.get(name) is None and not is_optional:
             raise bad_request(name, "Field required")
+    for name, kind in (("stream", bool), ("tools", list), ("messages", list)):
+        if data.get(name) is not None:
+            check_type(data[name], kind, name)
+    if len(data["messages"]) > MAX_MESSAGES:
+        raise bad_request("messages", f"List should have at most {MAX_MESSAGES} items")
 
 
 def not_json(words: str) -> ApiError:
@@ -1150,36 +1168,29 @@ def chain_of(messages: list[Message], caching: str, *, thinking: bool = True) ->
     return chain
 
 
-def identify(request: Request, data: Json) -> None:
-    """Fill in the digests of a request."""
-    values = {
-        "model": request.model,
-        "system": request.system,
-        # All else about them is said with each turn.
-        "tools": None if request.is_agent else sorted(request.tool_names),
-        "betas": request.betas,
-        "caching": request.caching,
-    }
-    request.parts = {name: digest(value) for name, value in values.items()}
-    named = {
-        name for name in ("model", "system", "tools") if data.get(name) is not None
-    }
-    named |= {"betas", "caching"}
-    request.sent_parts = {name: request.parts[name] for name in named}
-    request.has_thinking = has_thinking(request.messages)
-    caching = request.caching
-    request.past = chain_of(request.messages[:-1], caching)
-    request.unthinking_past = request.past
-    if request.has_thinking:
-        request.unthinking_past = chain_of(
-            request.messages[:-1], caching, thinking=False
-        )
-    request.newest = message_digest(request.messages[-1], caching=caching)
+def fingerprint(parts: Json, data: Json, messages: list[Message]) -> Fingerprint:
+    """The fingerprint of a request: of its `parts`, of which `data`, the body, may leave
+    some out, and of its messages."""
+    digests = {name: digest(value) for name, value in parts.items()}
+    unsent = {name for name in ("model", "system", "tools") if data.get(name) is None}
+    caching = parts["caching"]
+    past = chain_of(messages[:-1], caching)
+    unthinking_past = past
+    if has_thinking(messages):
+        unthinking_past = chain_of(messages[:-1], caching, thinking=False)
+    return Fingerprint(
+        parts=digests,
+        sent_parts={name: digests[name] for name in digests.keys() - unsent},
+        past=past,
+        unthinking_past=unthinking_past,
+        newest=message_digest(messages[-1], caching=caching),
+        has_thinking=has_thinking(messages),
+    )
 
 
 def request_digest(request: Request) -> bytes:
     """A digest of all that a count of tokens depends on."""
-    parts = [part.hex() for part in request.parts.values()]
+    parts = [part.hex() for part in request.fingerprint.parts.values()]
     return digest([parts, request.messages, request.fields])
 
 
