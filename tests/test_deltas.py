@@ -99,7 +99,10 @@ def test_the_deltas_of_a_recording_are_passed_on_as_they_came(turn: Recorded) ->
         ([text(b"a subagent's", SUBAGENTS), text(b"the client's")], ["the client's"]),
         ([text(b"no UTF-8 \xff\xfe")], ["no UTF-8 \ufffd\ufffd"]),
         ([text(b"glued") + text(b" to it")], ["glued", " to it"]),
-        ([text(b"with an inner object", TAIL[:-1] + b',"more":{"a":1}}')], ["with an inner object"]),
+        (
+            [text(b"with an inner object", TAIL[:-1] + b',"more":{"a":1}}')],
+            ["with an inner object"],
+        ),
     ],
 )
 def test_an_odd_delta_is_decoded(lines: list[bytes], texts: list[str]) -> None:

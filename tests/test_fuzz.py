@@ -152,5 +152,5 @@ def test_a_tool_call_without_a_name_is_none_of_the_clients(name: object) -> None
         index=0,
         content_block={"type": "tool_use", "id": "t", "name": name},
     )
-    events, _, error = fuzz.relayed([[BEGIN[0], call, *END]])
+    events, _, error = fuzz.relayed([[BEGIN[0], call, *END]], strict=False)
     assert error or events[-1] == {"type": "message_stop"}

@@ -18,6 +18,7 @@ from host import STANDIN
 from stand_in import Log
 
 import bridge
+import sessions
 from sessions import Pool, PoolConfig, State, Turn
 from translate import ApiError, parse_request
 
@@ -97,7 +98,11 @@ def test_a_client_that_leaves_as_the_last_turn_ends_gets_no_turn(gate: Path) -> 
     in_pool(use)
 
 
-def test_of_two_requests_one_takes_the_curious_process_and_one_a_resting_one(gate: Path) -> None:
+def test_of_two_requests_one_takes_the_curious_process_and_one_a_resting_one(
+    gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "PROBE_MODEL", "hang-at-start")
+
     async def use(pool: Pool) -> None:
         await ask(pool, "idle")
         pool.cli.hello = {}
@@ -111,10 +116,14 @@ def test_of_two_requests_one_takes_the_curious_process_and_one_a_resting_one(gat
         with pytest.raises(ApiError, match="a request took the room"):
             await curious
 
-    in_pool(use, max_sessions=2, model="hang-at-start")
+    in_pool(use, max_sessions=2)
 
 
-def test_a_curious_process_that_is_being_started_gives_way_to_a_request() -> None:
+def test_a_curious_process_that_is_being_started_gives_way_to_a_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sessions, "PROBE_MODEL", "hang-at-start")
+
     async def use(pool: Pool) -> None:
         curious = asyncio.create_task(pool.hello(is_curious=True))
         await soon(pool._slots.locked)
@@ -123,7 +132,7 @@ def test_a_curious_process_that_is_being_started_gives_way_to_a_request() -> Non
         with pytest.raises(ApiError, match="a request took the room"):
             await curious
 
-    in_pool(use, max_sessions=1, model="hang-at-start")
+    in_pool(use, max_sessions=1)
 
 
 def test_a_spare_that_is_being_started_gives_way_to_a_request_of_another_kind() -> None:
@@ -177,6 +186,7 @@ def test_no_room_for_the_bridges_own_question_is_no_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(bridge, "CURIOUS_SECS", 0)
+    monkeypatch.setattr(sessions, "PROBE_MODEL", "hang-at-start")
 
     async def use(pool: Pool) -> None:
         running: Any = SimpleNamespace(config=pool.config, pool=pool)
@@ -186,5 +196,5 @@ def test_no_room_for_the_bridges_own_question_is_no_warning(
         await curious
 
     with caplog.at_level(logging.WARNING):
-        in_pool(use, max_sessions=1, model="hang-at-start")
+        in_pool(use, max_sessions=1)
     assert caplog.records == []

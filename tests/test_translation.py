@@ -385,17 +385,6 @@ def test_without_an_id_of_its_own_a_turn_takes_every_event() -> None:
     assert play(of_turn(["another"], *TEXT)).emitted == GOOD
 
 
-def test_deltas_that_keep_their_bytes_have_to_be_of_the_turn_as_well() -> None:
-    delta = translate.DELTA_START + b'0,"delta":{"type":"text_delta","text":"no"}}'
-    unnamed = delta + b',"session_id":"s","parent_tool_use_id":null,"uuid":"u"}'
-    named = unnamed[:-1] + b',"user_message_uuids":["another"]}'
-    for other, line in (([], named), (of_turn(["another"], start(id="msg_2")), unnamed)):
-        translator = Translator(turn_id="mine")
-        for event in [*of_turn(["mine"], *TEXT[:2]), *other]:
-            translator.feed(event)
-        assert list(translator.relay([line, line])) == []
-
-
 # ---------------------------------------------------------------- tools
 
 
