@@ -223,8 +223,8 @@ BROKEN = {
     "block after the end": (*TEXT[:5], opened(1)),
     "second end": (*TEXT[:5], finish()),
     "no stop_reason": (*TEXT[:4], STOP),
-    "no message": (start(id=None),),
-    "piece without text": (*TEXT[:2], piece(text=None)),
+    "no message": ({"type": "message_start"},),
+    "piece without text": (*TEXT[:2], {**piece(), "delta": {"type": "text_delta"}}),
     "piece of no index": (*TEXT[:2], {**piece(), "index": None}),
     "input that is not JSON": (
         TEXT[0],
@@ -491,7 +491,11 @@ def test_the_answer_ends_at_its_stop_reason_unless_the_cli_rests_there(reason: s
     [
         (),
         (opened(), closed()),
-        (opened(type="thinking"), piece(type="thinking_delta", thinking="hm"), closed()),
+        (
+            opened(type="thinking", thinking="", signature=""),
+            piece(type="thinking_delta", thinking="hm"),
+            closed(),
+        ),
         (opened(type="server_tool_use", id="x", name="web_search", input={}), closed()),
     ],
 )
