@@ -66,7 +66,6 @@ NOISE = (
 STRANGE: tuple[Json, ...] = (
     {"type": "brand_new"},
     {"no": "type"},
-    {"type": "stream_event", "event": None},
     {"type": "stream_event", "event": {"type": "ping"}, "parent_tool_use_id": None},
     {
         "type": "stream_event",

@@ -51,7 +51,6 @@ def printed(program: Program, words: str) -> None:
         ("SESSION_TTL_SECS", "inf"),
         ("DRAIN_SECS", "1s"),
         ("LOG_FORMAT", "xml"),
-        ("MODEL", "--dangerously-skip-permissions"),
         ("LISTEN_ADDR", "nonsense"),
         ("LISTEN_ADDR", "127.0.0.1:99999"),
         ("LISTEN_ADDR", "0.0.0.0:0"),
