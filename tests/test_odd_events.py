@@ -117,6 +117,7 @@ ODD: dict[str, list[Json]] = {
 }
 # What is in them is passed on, or is an error: the order of events is kept all the same.
 MISTYPED: dict[str, list[Json]] = {
+    "event is null": [*stream(*TEXT[:2]), {"type": "stream_event", "event": None}],
     # types
     "block type is a list": answer(opened(type=[]), closed()),
     "delta type is null": answer(opened(), piece(type=None), closed()),

@@ -251,6 +251,22 @@ def test_an_error_in_the_stream_keeps_its_type_and_text() -> None:
     assert (error.status, error.kind, error.message) == (502, "overloaded_error", "Overloaded")
 
 
+def test_the_end_of_a_call_that_was_cut_off_is_sent_and_the_reason_decides_whether_it_is_an_error() -> (
+    None
+):
+    cut = BROKEN["input that is not JSON"]
+    assert play(stream(*cut)).emitted == list(cut)
+    for reason in ("tool_use", "end_turn", "stop_sequence", "pause_turn"):
+        played = play(stream(*cut, finish(reason), STOP))
+        assert played.emitted == list(cut)
+        assert played.error
+        assert "tool input is not a JSON object" in played.error.message
+    for reason in ("max_tokens", "refusal"):
+        played = play(stream(*cut, finish(reason), STOP))
+        assert played.error is None
+        assert [event["type"] for event in played.emitted[4:]] == ["message_delta", "message_stop"]
+
+
 LATE: dict[str, Json] = {
     "result": DONE,
     "failed result": {**DONE, "is_error": True, "api_error_status": 500},
