@@ -251,9 +251,7 @@ def test_an_error_in_the_stream_keeps_its_type_and_text() -> None:
     assert (error.status, error.kind, error.message) == (502, "overloaded_error", "Overloaded")
 
 
-def test_the_end_of_a_call_that_was_cut_off_is_sent_and_the_reason_decides_whether_it_is_an_error() -> (
-    None
-):
+def test_a_call_that_was_cut_off_ends_and_the_stop_reason_decides_whether_it_is_an_error() -> None:
     cut = BROKEN["input that is not JSON"]
     assert play(stream(*cut)).emitted == list(cut)
     for reason in ("tool_use", "end_turn", "stop_sequence", "pause_turn"):
