@@ -86,6 +86,51 @@ def check_stream(events: list[Json]) -> Json:
     return {"message": None if client.error else client.message, "error": client.error}
 
 
+def check_order(events: list[Json]) -> None:
+    """Assert the grammar's order of events, whatever is in them."""
+    place = "begin"
+    count = 0
+    for number, event in enumerate(events):
+        kind = event["type"]
+        at = f"event {number} ({kind}) at {place}"
+        assert place != "end", at
+        if kind == "error":
+            place = "end"
+        if kind not in ORDER:
+            assert place != "begin" or kind == "ping", at
+            continue
+        before, following = ORDER[kind]
+        assert place in before, at
+        place = following
+        if kind.startswith("content_block_"):
+            count += kind == "content_block_start"
+            assert event["index"] == count - 1, f"{at}: index {event['index']}"
+    assert place == "end", "the stream ended without message_stop or error"
+
+
+def loose_message(events: list[Json]) -> Json | None:
+    """Assert the order, whatever the CLI put into the events.
+
+    Returns the message that a client assembles; None: of an error, or of what no client knows.
+    """
+    check_order(events)
+    with contextlib.suppress(AssertionError):
+        message: Json | None = check_stream(events)["message"]
+        return message
+    return None
+
+
+# Event -> where it may stand, and where the next one does.
+ORDER = {
+    "message_start": (("begin",), "outside"),
+    "content_block_start": (("outside",), "inside"),
+    "content_block_delta": (("inside",), "inside"),
+    "content_block_stop": (("inside",), "outside"),
+    "message_delta": (("outside", "behind"), "behind"),
+    "message_stop": (("behind",), "end"),
+}
+
+
 class Client:
     """A client that is as strict as the strictest, and forgets nothing of what it reads."""
 
@@ -165,9 +210,7 @@ class Client:
             case "input_json_delta":
                 self._input += delta["partial_json"]
             case "citations_delta":
-                before = block.get("citations")
-                before = before if isinstance(before, list) else []
-                block["citations"] = [*before, delta["citation"]]
+                block["citations"] = [*block.get("citations", ()), delta["citation"]]
             case "signature_delta":
                 block["signature"] = delta["signature"]
             case _:  # the keys of something new are the block's, but for those that are known

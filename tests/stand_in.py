@@ -29,8 +29,8 @@ Words in the last text of the user, alone or together:
     BEHIND                the end of the answer, its result and what $STANDIN_UNASKED says come in one write
 
 Models: exit-at-start, hang-at-start (answers nothing), slow-start (not before $STANDIN_GATE),
-ignore-sigterm (and the end of stdin), not-logged-in.  The model POINT.FAULT... does FAULT whenever
-it gets to POINT (see `Standin.fault`). The word PROBE calls the client's tool `probe` before the
+ignore-sigterm (and the end of stdin), not-logged-in; $STANDIN_SONNET is the one that sonnet is.
+The model POINT.FAULT... does FAULT whenever it gets to POINT (see `Standin.fault`). The word PROBE calls the client's tool `probe` before the
 answer, which then echoes the result. With $STANDIN_UNASKED=kind it says on SIGUSR1, whatever it
 does, what nobody asked for (a kind of UNASKED). With $STANDIN_LOG=dir every line of stdin goes to
 dir/<pid>.ndjson, what it reads at its gate to dir/<pid>.rows, and argv, environment and working
@@ -66,7 +66,6 @@ NOISE = (
 STRANGE: tuple[Json, ...] = (
     {"type": "brand_new"},
     {"no": "type"},
-    {"type": "stream_event", "event": None},
     {"type": "stream_event", "event": {"type": "ping"}, "parent_tool_use_id": None},
     {
         "type": "stream_event",
@@ -877,6 +876,8 @@ def main() -> None:
     flags = dict(itertools.pairwise(sys.argv))
     conversation = flags.get("--resume")
     model = flags.get("--model", "" if conversation else "sonnet")
+    if model == "sonnet":
+        model = os.environ.get("STANDIN_SONNET", model)
     if model == "ignore-sigterm":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     standin = Standin(model)

@@ -1,5 +1,6 @@
 """What a Messages stream carries: blocks, deltas and keys, known and new ones, and the usage."""
 
+import json
 from typing import Any
 
 import pytest
@@ -69,10 +70,6 @@ KNOWN: dict[str, tuple[list[Json], Json]] = {
         block("thinking", thinking="", signature=""),
         {"type": "thinking", "thinking": "", "signature": ""},
     ),
-    "thinking that begins without its keys": (
-        block("thinking", *THINKING),
-        {"type": "thinking", "thinking": "hm", "signature": "c2ln"},
-    ),
     "redacted thinking": (
         block(**REDACTED),
         REDACTED,
@@ -84,10 +81,6 @@ KNOWN: dict[str, tuple[list[Json], Json]] = {
     "call without input": (
         block("tool_use", **WEATHER),
         {"type": "tool_use", **WEATHER},
-    ),
-    "call that begins without input": (
-        block("tool_use", *INPUT, id="toolu_1", name="weather"),
-        {"type": "tool_use", **WEATHER, "input": PARIS},
     ),
     "call that begins with its input": (
         block("tool_use", **WEATHER | {"input": PARIS}),
@@ -246,11 +239,24 @@ def test_keys_that_hold_nothing_are_left_out_where_strict_clients_break_on_them(
     checked(played)
 
 
-def test_an_input_keeps_the_digits_of_its_numbers() -> None:
-    number = 1234567890123456789012345678901234567890
-    delta = piece(type="input_json_delta", partial_json=f'{{"a": {number}, "b": [-{number}]}}')
+def test_an_integer_of_an_input_that_is_longer_than_64_bits_is_a_float_as_for_the_cli() -> None:
+    whole, long = 2**63 - 1, 1234567890123456789012345678901234567890
+    partial = f'{{"a": [{whole}, {-whole}], "b": [{long}, -{long}]}}'
+    delta = piece(type="input_json_delta", partial_json=partial)
     played = play(stream(start(), opened(**CALL), delta, closed(), finish("tool_use"), STOP))
-    assert checked(played)["content"][0]["input"] == {"a": number, "b": [-number]}
+    assert not played.error
+    assert played.sent[2]["delta"]["partial_json"] == partial  # the client gets all digits
+    found = played.message["content"][0]["input"]
+    assert found == {"a": [whole, -whole], "b": [float(long), -float(long)]}
+    assert json.dumps(found["b"]) == json.dumps([float(long), -float(long)])
+
+
+def test_the_start_of_a_block_passes_as_it_came_but_for_nulls() -> None:
+    begun = opened(type="tool_use", id="t", name="weather", input={"city": "Paris"}, caller=None)
+    played = play(stream(start(), begun, closed(), finish("tool_use"), STOP))
+    del begun["content_block"]["caller"]
+    assert played.emitted[1:-2] == [begun, closed()]
+    assert checked(played)["content"] == [begun["content_block"]]
 
 
 # ---------------------------------------------------------------- usage

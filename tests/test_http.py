@@ -232,11 +232,7 @@ def test_streams_ask_proxies_not_to_hold_them_back_and_other_answers_do_not(wire
 def test_no_query_is_too_strange_for_an_answer(wire: Wire, path: bytes, limit: bytes) -> None:
     wire.send(GET.replace(b"/healthz", path + b"?limit=" + limit))
     answer = wire.answer()
-    if path == b"/healthz" or not limit:
-        assert answer.status == 200
-    else:
-        assert_error(answer, 400, "invalid_request_error")
-        assert said(answer).startswith("limit: ")
+    assert answer.status == 200
 
 
 # ---------------------------------------------------------------- connections
@@ -552,7 +548,7 @@ def test_headers_beyond_the_limit_get_431_and_no_reset(wire: Wire, data: bytes) 
 
 
 def test_headers_up_to_the_limit_are_taken(wire: Wire) -> None:
-    size = bridge.Config.max_header_bytes - 200
+    size = bridge.MAX_HEADER_BYTES - 200
     wire.send(GET.replace(HOST, HOST + b"X: " + b"x" * size + b"\r\n") + GET)
     assert [wire.answer().body, wire.answer().body] == [b"ok", b"ok"]
 

@@ -420,9 +420,9 @@ def session_of(case: Json) -> Session | None:
         if not session or not session.matches(request):
             none: Any = None
             session = Session(none, Kind(), none, bare=False, state=State.BUSY)
-            session.parts = request.parts
-            session.chain = request.past
-            session.unthinking_chain = request.unthinking_past
+            session.parts = request.fingerprint.parts
+            session.chain = request.fingerprint.past
+            session.unthinking_chain = request.fingerprint.unthinking_past
         session.extend(request, answer, [])
     return session
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from client import assemble
-from grammar import check_stream
+from grammar import check_stream, loose_message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from messages import (
@@ -17,6 +17,7 @@ from messages import (
     STOP,
     TEXT,
     TURNS,
+    Played,
     checked,
     closed,
     finish,
@@ -33,7 +34,7 @@ from test_blocks import KNOWN, NEW
 from test_translation import AGENT, LATE
 
 import translate
-from translate import ApiError, decode, usage
+from translate import decode, usage
 
 Json = dict[str, Any]
 
@@ -60,56 +61,16 @@ HALF = json.dumps(stream(*TEXT)[2] | {"event": piece(text="\ud83d")}).encode()
 # Each ends in a message or an ApiError.
 ODD: dict[str, list[Json]] = {
     # types
-    "block type is a list": answer(opened(type=[]), closed()),
-    "delta type is null": answer(opened(), piece(type=None), closed()),
     "event type is a list": stream(*TEXT[:2], {"type": []}, *TEXT[2:]),
-    "block type is empty": answer(opened(type=""), closed()),
-    "delta type is empty": answer(opened(), piece(type=""), closed()),
     "event type is empty": stream(*TEXT[:2], {"type": ""}, *TEXT[2:]),
     "event type of two lines": stream(*TEXT[:2], {"type": "a\nevent: b"}, *TEXT[2:]),
     # how blocks begin
-    "tool without id": answer(opened(**CALL | {"id": None}), closed(), reason="tool_use"),
-    "input at the start is a text": answer(opened(**CALL | {"input": "x"}), closed()),
     "input of a text": answer(opened(input={}), piece(), closed()),
-    "citations at the start are a text": answer(
-        opened(citations="x"), piece(type="citations_delta", citation={}), closed()
-    ),
-    "text at the start": answer(opened(text="Oh: "), piece(), closed()),
-    "text at the start is a number": answer(opened(text=5), piece(), closed()),
-    "thoughts at the start": answer(
-        opened(**THOUGHT | {"thinking": "Oh: ", "signature": "s"}),
-        piece(type="thinking_delta", thinking="hm"),
-        closed(),
-    ),
-    "signature at the start is a number": answer(opened(**THOUGHT | {"signature": 5}), closed()),
-    "server's input is a text": answer(
-        opened(type="server_tool_use", id="x", name="x", input="y"), closed()
-    ),
-    "tool of an empty id": answer(opened(**CALL | {"id": ""}), closed(), reason="tool_use"),
-    "tool of an empty name": answer(opened(**CALL | {"name": ""}), closed(), reason="tool_use"),
-    "server's tool without id": answer(opened(type="server_tool_use", name="x"), closed()),
-    "redacted thinking without data": answer(opened(type="redacted_thinking"), closed()),
-    "citations of a new block are a text": answer(
-        opened(type="new", citations="x"), piece(type="citations_delta", citation={}), closed()
-    ),
     "text of a new block is a number": answer(opened(type="new", text=5), piece(), closed()),
     # pieces
-    "citation of null": answer(opened(), piece(type="citations_delta", citation=None), closed()),
     "delta of no block and no index": stream(*TEXT[:4], {**piece(), "index": None}, *TEXT[4:]),
     "delta after the end, no index": stream(*TEXT[:5], {**piece(), "index": None}, STOP),
     "half a surrogate pair": [*stream(*TEXT[:2]), *decode(HALF), *stream(*TEXT[3:])],
-    "thoughts of a text": answer(opened(), piece(type="thinking_delta", thinking="hm"), closed()),
-    "input of pieces of a text": answer(
-        opened(), piece(type="input_json_delta", partial_json="{}"), closed()
-    ),
-    "signature of a text": answer(opened(), piece(type="signature_delta", signature="s"), closed()),
-    "citation of a thought": answer(
-        opened(**THOUGHT), piece(type="citations_delta", citation={}), closed()
-    ),
-    "text of a call": answer(opened(**CALL), piece(), closed(), reason="tool_use"),
-    "signature of null": answer(
-        opened(**THOUGHT), piece(type="signature_delta", signature=None), closed()
-    ),
     "new delta of a text's text": answer(opened(), piece(), piece(type="new", text=5), closed()),
     "new delta of a call's id": answer(
         opened(**CALL), piece(type="new", id=None), closed(), reason="tool_use"
@@ -127,9 +88,6 @@ ODD: dict[str, list[Json]] = {
     # the message
     "role of a user": stream(start(role="user"), *TEXT[1:]),
     "type of another": stream(start(type="x"), *TEXT[1:]),
-    "model is a number": stream(start(model=5), *TEXT[1:]),
-    "model of null": stream(start(model=None), *TEXT[1:]),
-    "empty id": stream(start(id=""), *TEXT[1:]),
     "content is a text": stream(start(content="x"), *TEXT[1:]),
     # its end
     "empty stop_reason": stream(*TEXT[:4], finish(""), STOP),
@@ -157,6 +115,64 @@ ODD: dict[str, list[Json]] = {
         failed(result='API Error: 400 {"error": {"type": "", "message": ""}}')
     ],
 }
+# What is in them is passed on, or is an error: the order of events is kept all the same.
+MISTYPED: dict[str, list[Json]] = {
+    "event is null": [*stream(*TEXT[:2]), {"type": "stream_event", "event": None}],
+    # types
+    "block type is a list": answer(opened(type=[]), closed()),
+    "delta type is null": answer(opened(), piece(type=None), closed()),
+    "block type is empty": answer(opened(type=""), closed()),
+    "delta type is empty": answer(opened(), piece(type=""), closed()),
+    # how blocks begin
+    "tool without id": answer(opened(**CALL | {"id": None}), closed(), reason="tool_use"),
+    "input at the start is a text": answer(opened(**CALL | {"input": "x"}), closed()),
+    "citations at the start are a text": answer(
+        opened(citations="x"), piece(type="citations_delta", citation={}), closed()
+    ),
+    "text at the start": answer(opened(text="Oh: "), piece(), closed()),
+    "text at the start is a number": answer(opened(text=5), piece(), closed()),
+    "thoughts at the start": answer(
+        opened(**THOUGHT | {"thinking": "Oh: ", "signature": "s"}),
+        piece(type="thinking_delta", thinking="hm"),
+        closed(),
+    ),
+    "signature at the start is a number": answer(opened(**THOUGHT | {"signature": 5}), closed()),
+    "server's input is a text": answer(
+        opened(type="server_tool_use", id="x", name="x", input="y"), closed()
+    ),
+    "tool of an empty id": answer(opened(**CALL | {"id": ""}), closed(), reason="tool_use"),
+    "tool of an empty name": answer(opened(**CALL | {"name": ""}), closed(), reason="tool_use"),
+    "server's tool without id": answer(opened(type="server_tool_use", name="x"), closed()),
+    "redacted thinking without data": answer(opened(type="redacted_thinking"), closed()),
+    "citations of a new block are a text": answer(
+        opened(type="new", citations="x"), piece(type="citations_delta", citation={}), closed()
+    ),
+    # pieces
+    "citation of null": answer(opened(), piece(type="citations_delta", citation=None), closed()),
+    "thoughts of a text": answer(opened(), piece(type="thinking_delta", thinking="hm"), closed()),
+    "input of pieces of a text": answer(
+        opened(), piece(type="input_json_delta", partial_json="{}"), closed()
+    ),
+    "signature of a text": answer(opened(), piece(type="signature_delta", signature="s"), closed()),
+    "citation of a thought": answer(
+        opened(**THOUGHT), piece(type="citations_delta", citation={}), closed()
+    ),
+    "text of a call": answer(opened(**CALL), piece(), closed(), reason="tool_use"),
+    "signature of null": answer(
+        opened(**THOUGHT), piece(type="signature_delta", signature=None), closed()
+    ),
+    # the message
+    "model is a number": stream(start(model=5), *TEXT[1:]),
+    "model of null": stream(start(model=None), *TEXT[1:]),
+    "empty id": stream(start(id=""), *TEXT[1:]),
+}
+
+
+def loosely_checked(played: Played) -> None:
+    """The order of events is right, and so is the message if the events are as clients know them."""
+    message = loose_message(played.sent)
+    if message:
+        assert message == played.message
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer")
@@ -172,21 +188,43 @@ def test_whatever_the_cli_prints_a_client_gets_a_stream_of_the_grammar(events: l
             translate.message_digest(kept)
 
 
-def test_an_input_of_300_levels_arrives_whole() -> None:
-    """More than orjson writes."""
-    value = json.loads(nested(300))
-    assert checked(play(call_of(nested(300))))["content"][0]["input"] == value
+@pytest.mark.parametrize("events", MISTYPED.values(), ids=MISTYPED.keys())
+def test_what_lies_about_types_is_an_error_or_passes_in_the_order_of_the_grammar(
+    events: list[Json],
+) -> None:
+    for agent in (False, True):
+        loosely_checked(play(events, agent=agent))
 
 
-def test_what_is_nested_too_deeply_fails_the_turn() -> None:
-    for value in (nested(1000), f'{{"a":{10**30},"b":{nested(1000)}}}'):
-        assert play(call_of(value)).error
-    deep: Any = 1
-    for _ in range(100_000):
-        deep = [deep]
-    events = play(answer(opened(type="new", x=deep), closed())).emitted
-    with pytest.raises(ApiError):
-        list(map(translate.frame, events))
+UNKNOWN_SHAPES = {
+    "message_start without a message": stream({"type": "message_start"}),
+    "message is a list": stream({"type": "message_start", "message": []}),
+    "block is null": answer({**opened(), "content_block": None}),
+    "block without a type": answer({**opened(), "content_block": {"text": ""}}),
+    "delta is a text": answer(opened(), {**piece(), "delta": "x"}),
+    "delta without a text": answer(opened(), {**piece(), "delta": {"type": "text_delta"}}),
+    "text of a number": answer(opened(), piece(text=5), closed()),
+    "tool without a name": answer(opened(type="tool_use", id="t", input={}), closed()),
+}
+
+
+@pytest.mark.parametrize("events", UNKNOWN_SHAPES.values(), ids=UNKNOWN_SHAPES.keys())
+def test_an_event_of_an_unknown_shape_is_a_502(events: list[Json]) -> None:
+    error = play(events).error
+    assert error
+    assert (error.status, error.kind) == (502, "claude_cli_error")
+    words = "the claude CLI printed an event of a shape that is not known ("
+    assert error.message.startswith(words)
+    assert error.message.endswith("Error)")
+
+
+def test_an_input_of_200_levels_arrives_whole_and_a_deeper_one_fails_the_turn() -> None:
+    value = json.loads(nested(200))
+    assert checked(play(call_of(nested(200))))["content"][0]["input"] == value
+    for levels in (201, 300, 1000):
+        error = play(call_of(nested(levels))).error
+        assert error
+        assert "nested too deeply" in error.message
 
 
 NOISE: list[Json] = [
@@ -252,12 +290,15 @@ def printed(events: list[Json]) -> list[Any]:
 
 @settings(max_examples=400, **QUICK)
 @given(turn=st.sampled_from(SHORT_TURNS), steps=STEPS, agent=st.booleans())
-def test_a_mutated_turn_ends_in_a_message_or_an_error_by_the_grammar(
+def test_a_mutated_turn_ends_in_a_message_or_an_error_in_the_order_of_the_grammar(
     turn: list[Json], steps: Any, agent: bool
 ) -> None:
     played = play(mutate(turn, steps), agent=agent)
-    message = check_stream(played.sent)["message"]
-    assert message == (played.message if played.translator.done else None)
+    if {step[0] for step in steps} & {"junk", "rename", "swap"}:
+        loosely_checked(played)
+    else:
+        message = check_stream(played.sent)["message"]
+        assert message == (played.message if played.translator.done else None)
 
 
 JUNK_USAGE = st.dictionaries(

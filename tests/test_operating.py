@@ -1,5 +1,5 @@
 """What a user or a launcher does with the program: mistyped words, --help, signals, a log that
-nobody reads, `check --url`, `login`."""
+nobody reads, `login`."""
 
 import dataclasses
 import fcntl
@@ -10,16 +10,14 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from client import Client
 from host import ROOT, STANDIN, wait_until
-from servers import Program, Server
+from servers import Program
 from stand_in import Log
 from test_metrics import measure
 from test_program import alive, printed, refuses
@@ -52,7 +50,7 @@ def run(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
         (["provider"], "there is no such command; did you mean providers?"),
         (["sesame"], "there is no such command: check, login, providers"),
         (["check", "sesame"], "check takes nothing but flags; see --help"),
-        (["--url", "http://localhost:1"], "--url is for check"),
+        (["--url", "http://localhost:1"], "there is no --url; see --help"),
         (["--help=sesame"], "--help: ignored explicit argument; see --help"),
         (["--max-idle"], "--max-idle: expected one argument; see --help"),
     ],
@@ -299,140 +297,3 @@ def test_a_program_started_without_open_standard_files_works_and_writes_its_log_
     finally:
         process.kill()
         process.wait()
-
-
-# ---------------------------------------------------------------- check --url
-
-KEY = "sesam\xe9"
-
-
-@pytest.fixture
-def proxy() -> Iterator[Callable[[Server, bytes | None], str]]:
-    """The address of a proxy that holds answers back to their end; or answers all with this."""
-    started: list[ThreadingHTTPServer] = []
-
-    def start(server: Server, body: bytes | None = None) -> str:
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                answer = body
-                if answer is None:
-                    connection = HTTPConnection(server.host, server.port)
-                    connection.request("GET", self.path, headers=dict(self.headers))
-                    answer = connection.getresponse().read()
-                    connection.close()
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        started.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=started[-1].serve_forever, args=(0.01,)).start()
-        return f"http://127.0.0.1:{started[-1].server_port}"
-
-    yield start
-    for one in started:
-        one.shutdown()
-        one.server_close()
-
-
-def checked(url: str, key: str, capsys: pytest.CaptureFixture[str]) -> tuple[bool, list[str]]:
-    is_fine = bridge.check_url(url, key)
-    said = capsys.readouterr()
-    assert said.err == ""
-    assert "sesam" not in said.out
-    return is_fine, said.out.splitlines()
-
-
-@pytest.mark.parametrize("key", ["", "sesame", KEY])
-@pytest.mark.parametrize("end", ["", "/"])
-def test_a_bridge_that_can_be_used_from_here_passes(
-    serve: Callable[..., Server], capsys: pytest.CaptureFixture[str], log: Log, key: str, end: str
-) -> None:
-    server = serve(api_key=key)
-    fine = ["reachable: yes", "access: the key and Host are accepted"]
-    fine.append("streams: arrive as they are sent")
-    assert checked(server.url + end, key, capsys) == (True, fine)
-    assert [log.requests(pid) for pid in log.started()] == [["initialize"]]  # and no model
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [("", "this bridge requires a key"), ("another", "the key sent does not match")],
-)
-def test_a_wrong_key_fails_the_check_and_says_so(
-    serve: Callable[..., Server], capsys: pytest.CaptureFixture[str], given: str, words: str
-) -> None:
-    is_fine, said = checked(serve(api_key=KEY).url, given, capsys)
-    assert not is_fine
-    assert said[0] == "reachable: yes"
-    assert said[1].startswith(f"access: refused ({words}")
-    assert len(said) == 2
-
-
-def test_a_host_that_is_not_allowed_fails_the_check_and_says_so(
-    serve: Callable[..., Server], capsys: pytest.CaptureFixture[str]
-) -> None:
-    server = serve(listen_addr="0.0.0.0:0", api_key="sesame")
-    url = f"http://127.1:{server.port}"  # another name of this machine
-    is_fine, said = checked(url, "sesame", capsys)
-    assert not is_fine
-    assert said[1].startswith("access: refused (Host '127.1:")
-    assert "CLAUDE_CLI_ALLOWED_HOSTS" in said[1]
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://127.0.0.1:1",
-        *("127.0.0.1:14001", "unix:/run/bridge", "https://127.0.0.1:1", "http://", "http://[::1"),
-        *(
-            "http://127.0.0.1:x",
-            "http://127.0.0.1:99999",
-            "http://127.0.0.1:1/\u20ac",
-            "http://a b",
-        ),
-    ],
-)
-def test_what_is_not_there_fails_the_check_in_one_line(
-    capsys: pytest.CaptureFixture[str], url: str
-) -> None:
-    is_fine, [line] = checked(url, KEY, capsys)
-    assert not is_fine
-    assert line.startswith("reachable: no (")
-
-
-def test_a_proxy_that_holds_streams_back_fails_the_check_and_is_named(
-    serve: Callable[..., Server],
-    capsys: pytest.CaptureFixture[str],
-    proxy: Callable[..., str],
-) -> None:
-    is_fine, said = checked(proxy(serve(api_key=KEY)), KEY, capsys)
-    assert not is_fine
-    assert said[1:] == [
-        "access: the key and Host are accepted",
-        "streams: are held back by a proxy",
-    ]
-
-
-@pytest.mark.parametrize("body", [b"", b"ok", b"\xff\n" * 9])
-def test_another_server_is_no_bridge_that_works(
-    serve: Callable[..., Server],
-    capsys: pytest.CaptureFixture[str],
-    proxy: Callable[..., str],
-    body: bytes,
-) -> None:
-    is_fine, _ = checked(proxy(serve(), body), KEY, capsys)
-    assert not is_fine
-
-
-def test_the_check_of_a_url_is_a_command(serve: Callable[..., Server]) -> None:
-    server = serve(api_key=KEY)
-    done = run("check", "--url", server.url, CLAUDE_CLI_API_KEY=KEY, CLAUDE_CLI_BIN="/no/such")
-    assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 3)
-    done = run("check", "--url", server.url, CLAUDE_CLI_API_KEY="another")
-    assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (1, "", 2)
-    done = run("check", "--url", server.url, CLAUDE_CLI_API_KEY="sesame\n")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "sesame" not in done.stderr

@@ -34,7 +34,18 @@ ARROWS = {
     "translate.py": {"orjson"},
 }
 # The standard library that translate.py uses: nothing that reads, writes, waits or knows the time.
-PURE = {"itertools", "binascii", "collections", "dataclasses", "enum", "hashlib", "json", "re", "typing", "uuid"}
+PURE = {
+    "itertools",
+    "binascii",
+    "collections",
+    "dataclasses",
+    "enum",
+    "hashlib",
+    "json",
+    "re",
+    "typing",
+    "uuid",
+}
 BOUNDED = re.compile(r"[\w-]+>=[\d.]+,<[\d.]+(; .+)?")
 
 # ---------------------------------------------------------------- the checkout

@@ -18,6 +18,7 @@ from host import STANDIN
 from stand_in import Log
 
 import bridge
+import sessions
 from sessions import Pool, PoolConfig, State, Turn
 from translate import ApiError, parse_request
 
@@ -100,7 +101,7 @@ def test_a_client_that_leaves_as_the_last_turn_ends_gets_no_turn(gate: Path) -> 
 def test_of_two_requests_one_takes_the_curious_process_and_one_a_resting_one(
     gate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sessions.PROBE_MODEL", "hang-at-start")
+    monkeypatch.setattr(sessions, "PROBE_MODEL", "hang-at-start")
 
     async def use(pool: Pool) -> None:
         await ask(pool, "idle")
@@ -121,7 +122,7 @@ def test_of_two_requests_one_takes_the_curious_process_and_one_a_resting_one(
 def test_a_curious_process_that_is_being_started_gives_way_to_a_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sessions.PROBE_MODEL", "hang-at-start")
+    monkeypatch.setattr(sessions, "PROBE_MODEL", "hang-at-start")
 
     async def use(pool: Pool) -> None:
         curious = asyncio.create_task(pool.hello(gives_way=True))
@@ -185,6 +186,7 @@ def test_no_room_for_the_bridges_own_question_is_no_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(bridge, "CURIOUS_SECS", 0)
+    monkeypatch.setattr(sessions, "PROBE_MODEL", "hang-at-start")
 
     async def use(pool: Pool) -> None:
         running: Any = SimpleNamespace(config=pool.config, pool=pool)

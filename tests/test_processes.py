@@ -18,6 +18,8 @@ from host import wait_until
 from servers import Server
 from stand_in import Log
 
+import sessions
+
 Serve = Callable[..., Server]
 HEADER = "x-arch-claude-cli-session"
 PROBE = {"name": "probe", "input_schema": {"type": "object"}}
@@ -35,9 +37,9 @@ def alive(number: int) -> bool:
 
 
 def kill(number: int) -> None:
-    """End a process; it may be not reaped yet, and its pipes not be read to their end."""
+    """End a process, and wait until the bridge has reaped it."""
     psutil.Process(number).kill()
-    wait_until(lambda: not alive(number), "its end")
+    wait_until(lambda: not psutil.pid_exists(number), "its end")
 
 
 def in_work(server: Server, count: int) -> None:
@@ -419,9 +421,14 @@ def test_a_request_that_gets_the_room_of_a_process_that_ends_costs_no_other_its_
 
 
 def test_a_question_who_is_logged_in_gives_way_to_no_request_that_came_later(
-    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
+    serve: Serve,
+    gate: Path,
+    log: Log,
+    background: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    server = serve(max_sessions=1, model="slow-start")
+    monkeypatch.setattr(sessions, "PROBE_MODEL", "slow-start")
+    server = serve(max_sessions=1)
     models = background.submit(server.call, "GET", "/v1/models")
     wait_until(lambda: log.started(), "the process that is asked")
     answer = background.submit(server.post, "hello")

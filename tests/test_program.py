@@ -51,7 +51,6 @@ def printed(program: Program, words: str) -> None:
         ("SESSION_TTL_SECS", "inf"),
         ("DRAIN_SECS", "1s"),
         ("LOG_FORMAT", "xml"),
-        ("MODEL", "--dangerously-skip-permissions"),
         ("LISTEN_ADDR", "nonsense"),
         ("LISTEN_ADDR", "127.0.0.1:99999"),
         ("LISTEN_ADDR", "0.0.0.0:0"),
@@ -107,7 +106,7 @@ def test_the_start_asks_who_is_logged_in_and_sends_nothing_to_the_model(
 
 
 def test_without_a_login_the_bridge_starts_and_says_how_to_log_in(launch: Launch) -> None:
-    program = launch(CLAUDE_CLI_MODEL="not-logged-in")
+    program = launch(STANDIN_SONNET="not-logged-in")
     printed(program, "nobody is logged in: no login of user ")
     answer = program.post(model="not-logged-in")
     assert (answer.status, answer.json["error"]["type"]) == (401, "authentication_error")
@@ -119,10 +118,10 @@ def test_without_a_login_the_bridge_starts_and_says_how_to_log_in(launch: Launch
 def test_a_cli_that_does_not_work_is_said_at_the_start_and_does_not_stop_it(
     launch: Launch, model: str
 ) -> None:
-    program = launch(CLAUDE_CLI_MODEL=model, CLAUDE_CLI_WATCHDOG_SECS="1")
+    program = launch(STANDIN_SONNET=model, CLAUDE_CLI_WATCHDOG_SECS="1")
     printed(program, "cannot be used: ")
     assert program.call("GET", "/healthz").status == 200
-    assert program.post().text == "echo: hello; 1 messages"
+    assert program.post(model="opus").text == "echo: hello; 1 messages"
 
 
 # the end
@@ -148,7 +147,7 @@ def test_a_signal_ends_an_idle_bridge_with_its_processes_and_connections(
 
 
 def test_a_signal_during_the_start_ends_the_bridge(launch: Launch, log: Log) -> None:
-    program = launch(CLAUDE_CLI_MODEL="hang-at-start", CLAUDE_CLI_DRAIN_SECS="1000")
+    program = launch(STANDIN_SONNET="hang-at-start", CLAUDE_CLI_DRAIN_SECS="1000")
     wait_until(log.started, "the process that is asked who is logged in")
     program.process.send_signal(signal.SIGTERM)
     assert program.wait() == 0

@@ -395,12 +395,15 @@ def test_what_a_text_holds_is_no_value(value: str) -> None:
     assert parse_request(body).messages == user(text(message))
 
 
-def test_numbers_keep_their_digits() -> None:
-    number = 10**30 + 7
-    use = USE | {"input": {"n": [number, -number]}}
-    request = parsed(answered(use, RESULT), new={"n": number})
-    assert request.messages[1]["content"] == [use]
-    assert request.fields["new"] == {"n": number}
+def test_integers_of_64_bits_keep_their_digits_and_longer_ones_are_floats_as_for_the_cli() -> None:
+    for number, kept in ((2**64 - 1, 2**64 - 1), (-(2**63), -(2**63)), (10**30 + 7, 1e30)):
+        use = USE | {"input": {"n": [number]}}
+        request = parsed(answered(use, RESULT), new={"n": number})
+        for found in (
+            request.messages[1]["content"][0]["input"]["n"][0],
+            request.fields["new"]["n"],
+        ):
+            assert (found, type(found)) == (kept, type(kept))
 
 
 # ---------------------------------------------------------------- what the API judges
@@ -966,11 +969,6 @@ LOST: dict[str, tuple[Any, Json, list[str]]] = {
         ["system.0"],
     ),
     "role": ([role("user"), role("system")], {}, ["messages.1.role"]),
-    "keys of the system's texts": (
-        [role("user"), role("system", [text("a"), text("b", new=1, old=None)])],
-        {},
-        ["messages.1.role", "messages.1.content.1.new"],
-    ),
     "blocks of the system without text": (
         [role("user"), role("system", [ADDED, text("a"), IMAGE | {"new": 1}])],
         {},
@@ -1007,15 +1005,15 @@ LOST: dict[str, tuple[Any, Json, list[str]]] = {
         {},
         ["messages.2.content.2"],
     ),
-    "key of a message": (
-        [role("user"), "y", role("user") | {"name": "x"}],
-        {},
-        ["messages.2.name"],
-    ),
     "several": (
-        [role("user") | {"id": 1}, role("system") | {"id": 2}],
+        [role("user"), role("system") | {"id": 2}],
         {"metadata": {}},
-        ["metadata", "messages.0.id", "messages.1.id", "messages.1.role"],
+        ["metadata", "messages.1.id", "messages.1.role"],
+    ),
+    "keys that the API refuses itself": (
+        [role("user") | {"name": "x"}, role("system", [text("b", new=1)])],
+        {"system": [text("a", citations=[{"type": "new"}], new=1)]},
+        ["messages.1.role"],
     ),
     "key of a call": (
         answered(USE | {"caller": {"type": "code_execution_20250825"}}, RESULT),
@@ -1041,11 +1039,6 @@ LOST: dict[str, tuple[Any, Json, list[str]]] = {
         {"tools": [BASH, DEFERRED]},
         ["messages.2.content.0.content.0", "tools.1.defer_loading"],
     ),
-    "key of a system text": (
-        "x",
-        {"system": [text("a", citations=[{"type": "new"}], new=1)]},
-        ["system.0.citations", "system.0.new"],
-    ),
     "null of a message": ([role("user") | {"name": None}], {}, []),
 }
 
@@ -1059,8 +1052,10 @@ def test_what_cannot_arrive_as_sent_is_named_once(
 
 @pytest.mark.parametrize("name", ["a\r\nx-evil: 1", "é", "\U0001f600", "a, b", ""], ids=ascii)
 def test_what_is_named_fits_into_a_header(name: str) -> None:
-    # and the request ends as a 500.
-    for place in parsed([role("user") | {name: 1}]).not_sent:
+    # Or the request ends as a 500.
+    places = parsed([role("user"), role("system") | {name: 1}]).not_sent
+    assert len(places) == 2
+    for place in places:
         assert re.fullmatch(r"[\x21-\x2b\x2d-\x7e]+", place)
 
 
@@ -1152,7 +1147,7 @@ def test_a_mutated_request_is_served_or_refused_with_400(
 
 texts = st.text(st.characters(codec="utf-8") | st.sampled_from("\u2028\u2029\u0085\n\r\x00"))
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**80), 2**80) | texts,
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | texts,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
 )
 

@@ -223,8 +223,8 @@ BROKEN = {
     "block after the end": (*TEXT[:5], opened(1)),
     "second end": (*TEXT[:5], finish()),
     "no stop_reason": (*TEXT[:4], STOP),
-    "no message": (start(id=None),),
-    "piece without text": (*TEXT[:2], piece(text=None)),
+    "no message": ({"type": "message_start"},),
+    "piece without text": (*TEXT[:2], {**piece(), "delta": {"type": "text_delta"}}),
     "piece of no index": (*TEXT[:2], {**piece(), "index": None}),
     "input that is not JSON": (
         TEXT[0],
@@ -249,6 +249,20 @@ def test_an_answer_out_of_order_ends_in_an_error(events: tuple[Json, ...]) -> No
 def test_an_error_in_the_stream_keeps_its_type_and_text() -> None:
     error = failure(stream(*BROKEN["error"]))
     assert (error.status, error.kind, error.message) == (502, "overloaded_error", "Overloaded")
+
+
+def test_a_call_that_was_cut_off_ends_and_the_stop_reason_decides_whether_it_is_an_error() -> None:
+    cut = BROKEN["input that is not JSON"]
+    assert play(stream(*cut)).emitted == list(cut)
+    for reason in ("tool_use", "end_turn", "stop_sequence", "pause_turn"):
+        played = play(stream(*cut, finish(reason), STOP))
+        assert played.emitted == list(cut)
+        assert played.error
+        assert "tool input is not a JSON object" in played.error.message
+    for reason in ("max_tokens", "refusal"):
+        played = play(stream(*cut, finish(reason), STOP))
+        assert played.error is None
+        assert [event["type"] for event in played.emitted[4:]] == ["message_delta", "message_stop"]
 
 
 LATE: dict[str, Json] = {
@@ -385,17 +399,6 @@ def test_without_an_id_of_its_own_a_turn_takes_every_event() -> None:
     assert play(of_turn(["another"], *TEXT)).emitted == GOOD
 
 
-def test_deltas_that_keep_their_bytes_have_to_be_of_the_turn_as_well() -> None:
-    delta = translate.DELTA_START + b'0,"delta":{"type":"text_delta","text":"no"}}'
-    unnamed = delta + b',"session_id":"s","parent_tool_use_id":null,"uuid":"u"}'
-    named = unnamed[:-1] + b',"user_message_uuids":["another"]}'
-    for other, line in (([], named), (of_turn(["another"], start(id="msg_2")), unnamed)):
-        translator = Translator(turn_id="mine")
-        for event in [*of_turn(["mine"], *TEXT[:2]), *other]:
-            translator.feed(event)
-        assert list(translator.relay([line, line])) == []
-
-
 # ---------------------------------------------------------------- tools
 
 
@@ -502,7 +505,11 @@ def test_the_answer_ends_at_its_stop_reason_unless_the_cli_rests_there(reason: s
     [
         (),
         (opened(), closed()),
-        (opened(type="thinking"), piece(type="thinking_delta", thinking="hm"), closed()),
+        (
+            opened(type="thinking", thinking="", signature=""),
+            piece(type="thinking_delta", thinking="hm"),
+            closed(),
+        ),
         (opened(type="server_tool_use", id="x", name="web_search", input={}), closed()),
     ],
 )

@@ -120,7 +120,7 @@ def measure_one(name: str, senders: int) -> dict[str, float]:
         done.set()
         sampler.join()
         program.rest()
-        time.sleep(6)  # what was freed is given back by then
+        time.sleep(6)  # turns and bodies are gone by then
         with program.connect() as client:  # it still serves
             client.sendall(request(["FEED 1"]))
             assert client.recv(100).startswith(b"HTTP/1.1 200")
