@@ -36,7 +36,7 @@ Json = dict[str, Any]
 def chain(messages: Any) -> bytes:
     """The fingerprint under which a conversation is filed or looked up."""
     if messages[-1]["role"] == "assistant":
-        return parsed([*messages, role("user", "next")]).past
+        return parsed([*messages, role("user", "next")]).fingerprint.past
     request = parsed(messages)
     assert not request.continues
     return link(request.fingerprint.past, request.fingerprint.newest)
@@ -166,8 +166,8 @@ def test_a_fingerprint_sees_thinking_unless_it_is_asked_for_without(
     messages: list[Json],
 ) -> None:
     request, talked = (parsed([*talk, role("user", "x")]) for talk in (messages, TALK))
-    assert request.fingerprint.past != talked.past
-    assert request.fingerprint.unthinking_past == talked.unthinking_past
+    assert request.fingerprint.past != talked.fingerprint.past
+    assert request.fingerprint.unthinking_past == talked.fingerprint.unthinking_past
     assert raw_chain(messages) != raw_chain(TALK)
     assert raw_chain(messages, thinking=False) == raw_chain(TALK, thinking=False)
 
@@ -261,7 +261,7 @@ def test_what_json_holds_alike_is_told_apart() -> None:
 
 def test_a_fingerprint_grows_as_the_conversation_does() -> None:
     messages = [*TALK, *user(text("x"))]
-    assert parsed(user(text("x"))).past == b""
+    assert parsed(user(text("x"))).fingerprint.past == b""
     for number in (2, 4):
         request = parsed(messages[: number + 1])
         assert request.fingerprint.past == raw_chain(messages[:number])
@@ -275,7 +275,7 @@ def test_a_conversation_and_its_answer_are_known_again_in_the_next_request(turn:
     if not played.translator.rests:
         return
     asked = parsed("hello")
-    question = link(asked.past, asked.newest)
+    question = link(asked.fingerprint.past, asked.fingerprint.newest)
     filed = link(question, message_digest(played.message))
     unthinking = link(question, message_digest(played.message, thinking=False))
     answer = assemble(played.sent)
@@ -284,8 +284,8 @@ def test_a_conversation_and_its_answer_are_known_again_in_the_next_request(turn:
     next_request = parsed(
         ["hello", role("assistant", answer["content"]), role("user", results or "go on")]
     )
-    assert next_request.past == filed
-    assert next_request.unthinking_past == unthinking
+    assert next_request.fingerprint.past == filed
+    assert next_request.fingerprint.unthinking_past == unthinking
 
 
 def test_a_fingerprint_sees_the_breakpoints_of_a_client_that_sets_its_own() -> None:
@@ -306,9 +306,11 @@ def test_a_fingerprint_sees_the_breakpoints_of_a_client_that_sets_its_own() -> N
 
 
 def test_a_fingerprint_sees_the_newest_breakpoint_of_a_client_that_sets_its_own() -> None:
-    newest = [parsed(user(PAGE | CACHED, text("a", **keys))).newest for keys in ({}, CACHED)]
+    newest = [
+        parsed(user(PAGE | CACHED, text("a", **keys))).fingerprint.newest for keys in ({}, CACHED)
+    ]
     assert newest[0] != newest[1]
-    ends = [parsed(user(PAGE, text("a", **keys))).newest for keys in ({}, CACHED)]
+    ends = [parsed(user(PAGE, text("a", **keys))).fingerprint.newest for keys in ({}, CACHED)]
     assert ends[0] == ends[1]
 
 
@@ -373,9 +375,9 @@ def test_the_betas_part_sees_which_there_are() -> None:
 
 
 def test_the_caching_part_sees_whose_breakpoints_they_are() -> None:
-    own = parsed(user(PAGE | CACHED, text("a"))).parts
+    own = parsed(user(PAGE | CACHED, text("a"))).fingerprint.parts
     assert own["caching"] != parsed().fingerprint.parts["caching"]
-    assert parsed(user(text("a", **CACHED))).parts == parsed().fingerprint.parts
+    assert parsed(user(text("a", **CACHED))).fingerprint.parts == parsed().fingerprint.parts
 
 
 def test_no_part_sees_the_parameters_of_a_turn() -> None:
@@ -491,8 +493,8 @@ def test_a_conversation_that_clients_echo_keeps_its_fingerprint(
     messages: list[Json], steps: Any
 ) -> None:
     echoed = parsed([*echo(messages, steps), role("user", "next")])
-    assert echoed.unthinking_past == chain(messages)
-    assert (echoed.past == chain(messages)) != echoed.has_thinking
+    assert echoed.fingerprint.unthinking_past == chain(messages)
+    assert (echoed.fingerprint.past == chain(messages)) != echoed.fingerprint.has_thinking
 
 
 CHANGES = st.sampled_from(["edit", "key", "drop", "swap", "role", "add", "error"])
