@@ -405,9 +405,10 @@ def test_thinking_that_the_client_drops_or_keeps_is_still_hot(real: Server) -> N
 
 def test_conversation_survives_the_death_of_its_process(real: Server, stub: Stub) -> None:
     history, _ = converse(real, 2)
-    for process in real.processes():
-        process.kill()
-    wait_until(lambda: not real.processes(), "the death")
+    killed = [process.pid for process in real.processes()]
+    for number in killed:
+        psutil.Process(number).kill()
+    wait_until(lambda: not any(map(psutil.pid_exists, killed)), "the death")
     answer = real.post([*history, "SAY on"])
     assert answer.session == "rebuilt; reason=died"
     assert last_arrived(stub) == sent([*history, "SAY on"])
