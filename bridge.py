@@ -1734,8 +1734,8 @@ def make_parser() -> Parser:
         prog="claude-cli-bridge",
         usage="claude-cli-bridge [check | login | providers] [--SETTING VALUE]...",
         description="\n".join(lines),
-        epilog="Each setting is also an environment variable: --max-idle is"
-        f" CLAUDE_CLI_MAX_IDLE.  {variable('api_key')} has no flag.",
+        epilog="Each setting is also an environment variable: --max-idle is\n"
+        f"CLAUDE_CLI_MAX_IDLE.  {variable('api_key')} has no flag.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

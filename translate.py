@@ -341,9 +341,7 @@ LOST_BETAS = frozenset(
 # Fields that the bridge passes on in another way, or leaves to the CLI.  All others go
 # to the API as sent.  `betas` would replace the CLI's own list, which an OAuth login
 # needs; `metadata` identifies the CLI.
-OWN_FIELDS = frozenset(
-    {"model", "messages", "system", "stream", "metadata", "betas", "tools"}
-)
+OWN_FIELDS = frozenset({"model", "messages", "system", "stream", "metadata", "betas"})
 # Claude Code's first system block: a hash that changes with every request, and that the
 # CLI writes itself.
 BILLING_LINE = "x-anthropic-billing-header:"
@@ -458,7 +456,7 @@ def parse_request(
     betas = read_betas(betas, not_sent)
     reader = MessageReader(caching, not_sent)
     reader.read(raw)
-    fields = without(data, OWN_FIELDS)
+    fields = without(data, OWN_FIELDS | {"tools"})
     if tools:
         fields["tools"] = without_deferring(tools, reader.loaded, not_sent)
     if is_agent:
@@ -708,7 +706,7 @@ class MessageReader:
             role, blocks = read_message(message, place)
             if role == "system":
                 # Such as the settings of a turn (beta per-turn-control).
-                own = without(message, {"role", "content"})
+                own = without(without_nulls(message), {"role", "content"})
                 self.not_sent += [f"{place}.{printable(key)}" for key in own]
                 check_system_place(raw, number)
                 # The CLI's input knows the user's and the assistant's messages only.
@@ -1729,9 +1727,6 @@ def decode(text: bytes) -> list[CliEvent]:
     values: list[Any]
     try:
         values = [orjson.loads(text)]
-        opened = text.count(b"[") + text.count(b"{")
-        if opened > MAX_DEPTH and is_deeper(values, MAX_DEPTH):
-            raise cli_error("the claude CLI wrote JSON that is nested too deeply")
     except orjson.JSONDecodeError:
         if call := API_CALL.match(text):
             kind = "count" if call[1] else "message"
@@ -1740,6 +1735,9 @@ def decode(text: bytes) -> list[CliEvent]:
         values = glued(text.decode(errors="replace").strip())
         if not values and text.startswith(STREAM_EVENT):
             raise cli_error(DAMAGED_LINE) from None
+    opened = text.count(b"[") + text.count(b"{")
+    if opened > MAX_DEPTH and any(is_deeper(value, MAX_DEPTH) for value in values):
+        raise cli_error("the claude CLI wrote JSON that is nested too deeply")
     return [value for value in values if text_of(value, "type")]
 
 

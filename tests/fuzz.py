@@ -553,6 +553,7 @@ class Reads:
 
     def __init__(self, reads: list[list[bytes]]) -> None:
         self.reads = iter(reads)
+        self.failure: ApiError | None = None
         self.working = False
         self.has_listed = True
         self.tools = [translate.listed_tool(name) for name in SERVED]
@@ -567,20 +568,18 @@ class Reads:
         """What comes behind a turn is not what is tried here."""
         return False
 
-    async def pump(self, sink: Callable[[list[Json]], bool]) -> None:
-        for lines in self.reads:
-            events: list[Any] = []
-            failure = None
-            try:
-                for line in lines:
-                    events += translate.decode(line)
-            except ApiError as error:
-                failure = error
-            if not sink(events):
-                return
-            if failure:
-                raise failure
-        raise cli_error("the claude CLI closed its output")
+    async def read(self) -> list[Any]:
+        if self.failure:
+            raise self.failure
+        events: list[Any] = []
+        try:
+            for line in next(self.reads):
+                events += translate.decode(line)
+        except ApiError as error:
+            self.failure = error
+        except StopIteration:
+            raise cli_error("the claude CLI closed its output") from None
+        return events
 
 
 REQUEST = parse_request(json.dumps(request_body(stream=True)).encode())

@@ -346,7 +346,7 @@ def test_a_page_without_an_origin_is_refused_and_cannot_be_allowed(
     assert_refused(answer, 403, "permission_error")
     assert "CLAUDE_CLI_ALLOWED_ORIGINS" not in answer.json["error"]["message"]
     with pytest.raises(bridge.ConfigError, match="CLAUDE_CLI_ALLOWED_ORIGINS"):
-        bridge.Config(allowed_origins=("null",)).check()
+        bridge.Config(allowed_origins=("null",)).checked()
 
 
 @pytest.mark.parametrize("origins", [(), ("https://other.example",)])
@@ -592,8 +592,8 @@ def test_health_is_open_to_all(locked: Server) -> None:
 )
 def test_to_listen_beyond_loopback_takes_a_key(address: str) -> None:
     with pytest.raises(bridge.ConfigError, match="CLAUDE_CLI_API_KEY"):
-        bridge.Config(listen_addr=address, bin=str(STANDIN)).check()
-    bridge.Config(listen_addr=address, bin=str(STANDIN), api_key=KEY).check()
+        bridge.Config(listen_addr=address, bin=str(STANDIN)).checked()
+    bridge.Config(listen_addr=address, bin=str(STANDIN), api_key=KEY).checked()
 
 
 @pytest.mark.parametrize(
@@ -604,7 +604,7 @@ def test_to_listen_beyond_loopback_takes_a_key(address: str) -> None:
     ],
 )
 def test_loopback_and_unix_sockets_take_no_key(address: str) -> None:
-    bridge.Config(listen_addr=address, bin=str(STANDIN)).check()
+    bridge.Config(listen_addr=address, bin=str(STANDIN)).checked()
 
 
 @pytest.mark.parametrize(

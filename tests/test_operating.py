@@ -106,9 +106,9 @@ def test_version_is_printed() -> None:
 @pytest.mark.parametrize(
     ("words", "closed", "status"),
     [
-        (["--version"], "| (exec <&-)", 141),
-        (["--help"], "| (exec <&-)", 141),
-        (["--version"], ">&-", 0),
+        # argparse itself ignores that nobody reads.
+        (["--version"], "| (exec <&-)", 0),
+        (["--help"], "| (exec <&-)", 0),
         (["providers", "--config", "{file}"], ">&-", 0),
         (["check", "--bin", "{cli}", "--watchdog-secs", "1"], ">&-", 1),
     ],

@@ -185,7 +185,7 @@ def test_what_an_old_process_said_of_itself_does_not_replace_what_a_new_one_said
 def test_no_room_for_the_bridges_own_question_is_no_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(bridge, "CURIOUS_SECS", 0)
+    monkeypatch.setattr(bridge, "LOGIN_PROBE_SECS", 0)
     monkeypatch.setattr(sessions, "PROBE_MODEL", "hang-at-start")
 
     async def use(pool: Pool) -> None:
