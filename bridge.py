@@ -2,9 +2,26 @@
 
 To embed it in an asyncio program: `async with serve(Config()) as bridge: ...`.
 
-In this file: settings, access, a connection, the server and its routes, `serve`, the
-program; then, as appendices, the page for people, the providers of a gateway's file,
-and `check`.
+A request passes through these sections of the three files, in this order:
+
+    bridge.py     a connection     bytes become an Exchange, by h11
+                  access           who may ask
+                  the server       its route; failures become answers
+    translate.py  requests         a body becomes a Request
+                  messages         what the API or the CLI would not take as it is
+                  fingerprints     by which a process is found that holds the history
+    sessions.py   all of them      such a process, or a fresh one
+                  a conversation   what it is asked
+    translate.py  to the CLI       as lines, and as rows of a transcript
+    sessions.py   a child          which are written to it
+                  a process        what it prints is read, and its requests answered
+    translate.py  from the CLI     lines become events
+                  translation      which become those of a Messages stream
+    bridge.py     a connection     that go to the client
+    sessions.py   all of them      and the process rests, or is ended
+
+What is not on this way stands after it: models, `serve`, the program, and in each file
+what is called an appendix.
 """
 
 import argparse
@@ -56,6 +73,7 @@ if sys.platform == "win32":
 if TYPE_CHECKING or not __package__:
     import translate
     from sessions import (
+        Counter,
         Pool,
         PoolConfig,
         State,
@@ -70,6 +88,7 @@ if TYPE_CHECKING or not __package__:
 else:  # copied into a package
     from . import translate
     from .sessions import (
+        Counter,
         Pool,
         PoolConfig,
         State,
@@ -768,6 +787,25 @@ class Connection:
         self.write(self.http.send(event) or b"")
         await self.drain()
 
+    def write_events(self, exchange: Exchange, data: bytes) -> None:
+        """Write a piece of a stream, the first one with the head of the answer."""
+        head = b""
+        if self.http.our_state is h11.SEND_RESPONSE:
+            exchange.status = 200
+            exchange.streaming = True
+            # nginx must not hold the stream back.
+            more = {
+                "cache_control": "no-cache",
+                "x_accel_buffering": "no",
+            }
+            headers = self.bridge.headers(exchange, "text/event-stream", more)
+            head = self.http.send(response(200, headers)) or b""
+        self.write(head + (self.http.send(h11.Data(data=data)) or b""))
+
+    async def finish(self) -> None:
+        """End an answer."""
+        await self.send(h11.EndOfMessage())
+
     def write(self, data: bytes) -> None:
         """Write, unless the client is gone: uvloop would raise, and `drain` says so."""
         if data and not self.writer.is_closing():
@@ -804,7 +842,7 @@ class Connection:
         await self.send(response(status, head))
         if exchange.method != "HEAD":
             await self.send(h11.Data(data=body))
-        await self.send(h11.EndOfMessage())
+        await self.finish()
 
     async def fail(self, exchange: Exchange, error: ApiError) -> None:
         """Send an error as a whole answer, or as the last event of a stream that has
@@ -814,7 +852,7 @@ class Connection:
         if self.http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             if exchange.streaming and self.http.our_state is h11.SEND_BODY:
                 await self.send(h11.Data(data=translate.frame(body)))
-                await self.send(h11.EndOfMessage())
+                await self.finish()
             return  # a whole answer has begun: closing is all that can be said
         headers = {}
         if error.status == 401:
@@ -917,22 +955,7 @@ class Stream:
         self._timer = self._loop.call_later(PING_SECS - silent, self._tick)
 
     def _write(self, data: bytes) -> None:
-        connection = self.connection
-        head = b""
-        if connection.http.our_state is h11.SEND_RESPONSE:
-            self.exchange.status = 200
-            self.exchange.streaming = True
-            # nginx must not hold the stream back.
-            more = {
-                "cache_control": "no-cache",
-                "x_accel_buffering": "no",
-            }
-            headers = connection.bridge.headers(
-                self.exchange, "text/event-stream", more
-            )
-            head = connection.http.send(response(200, headers)) or b""
-        body = connection.http.send(h11.Data(data=data)) or b""
-        connection.write(head + body)
+        self.connection.write_events(self.exchange, data)
         self._wrote_at = self._loop.time()
 
     def send(self, frames: bytes) -> bool:
@@ -983,6 +1006,7 @@ class Bridge:
     def __init__(self, config: Config, pool: Pool) -> None:
         self.config = config
         self.pool = pool
+        self.counter = Counter(pool)
         self.started = time.time()
         self.closing = False
         # As clients reach it: host:port or unix:/path.
@@ -1071,13 +1095,13 @@ class Bridge:
         for seconds in (self.config.drain_secs, GRACE_SECS):
             if self._answers:
                 await asyncio.wait(self._answers, timeout=seconds)
-            self.hurry()
+            self.cancel_answers()
         for connection in self._connections.values():
             connection.abort()  # its client still has not read the answer
         if self._connections:
             await asyncio.wait(self._connections)
 
-    def hurry(self) -> None:
+    def cancel_answers(self) -> None:
         """Cut running answers short; no new ones are begun."""
         self.closing = True
         for answer in self._answers:
@@ -1158,12 +1182,12 @@ class Bridge:
             head.append((SESSION_HEADER.decode(), turn.session.id))
             head.append(("x-bridge-session", turn.origin + reason))
             if turn.not_sent:
-                head.append(("x-bridge-not-sent", listing(turn.not_sent)))
+                head.append(("x-bridge-not-sent", join_limited(turn.not_sent)))
             if turn.translator.api_calls > 1:
                 head.append(("x-bridge-api-calls", str(turn.translator.api_calls)))
             head += translate.quota_headers(self.pool.rate_limits)
         if exchange.not_counted:
-            head.append(("x-bridge-not-counted", listing(exchange.not_counted)))
+            head.append(("x-bridge-not-counted", join_limited(exchange.not_counted)))
         origin = exchange.header(b"origin")
         if origin in self.config.allowed_origins:
             head.append(("access-control-allow-origin", origin))
@@ -1231,12 +1255,12 @@ class Bridge:
             return f"all {self.config.max_sessions} processes are busy"
         async with self._asking:
             if time.monotonic() >= self._problem_until:
-                self._problem = await self._find_problem()
+                self._problem = await self._ask_what_is_wrong()
                 seconds = PROBLEM_SECS if self._problem else HEALTHY_SECS
                 self._problem_until = time.monotonic() + seconds
             return self._problem
 
-    async def _find_problem(self) -> str:
+    async def _ask_what_is_wrong(self) -> str:
         """Ask the CLI what is wrong."""
         try:
             async with asyncio.timeout(HELLO_SECS):
@@ -1277,7 +1301,7 @@ class Bridge:
             with Stream(connection, exchange, pings=request.stream) as stream:
                 await turn.relay(stream.send, connection.drain)
         if request.stream:
-            await connection.send(h11.EndOfMessage())
+            await connection.finish()
             return
         await connection.respond(exchange, translate.to_json(turn.translator.message))
 
@@ -1300,12 +1324,12 @@ class Bridge:
         if self.pool.is_own(asking, request.user_id):
             words = "this request comes from the claude CLI that this bridge runs: the"
             raise ApiError(400, f"{words} CLI's address of the API leads to the bridge")
-        not_sent = lost_headers(exchange) + request.not_sent
+        not_sent = dropped_headers(exchange) + request.not_sent
         return dataclasses.replace(request, not_sent=not_sent)
 
     async def count_tokens(self, connection: Connection, exchange: Exchange) -> None:
         request = await self.parse(exchange, counting=True)
-        found = {"input_tokens": await self.pool.count(request)}
+        found = {"input_tokens": await self.counter.count(request)}
         exchange.not_counted = translate.not_counted(request)
         await connection.respond(exchange, orjson.dumps(found))
 
@@ -1332,7 +1356,7 @@ class Bridge:
             row["conversation"] = turn.origin
             row["reason"] = turn.reason or None
             row["model"] = turn.request.model
-            row["not_sent"] = listing(turn.not_sent).replace(" ", "") or None
+            row["not_sent"] = join_limited(turn.not_sent).replace(" ", "") or None
             calls = turn.translator.api_calls
             row["api_calls"] = calls if calls > 1 else None
         # nginx's number for a client that left before there was a status.
@@ -1381,20 +1405,20 @@ ROUTES: dict[str, dict[str, Handler]] = {
 
 
 # Headers of the API that the CLI sets itself, or not at all.
-LOST_HEADERS = ("anthropic-user-profile-id", "anthropic-workspace-id")
+DROPPED_HEADERS = ("anthropic-user-profile-id", "anthropic-workspace-id")
 # The version of the API that the CLI asks for (all versions that were tested).
 API_VERSION = "2023-06-01"
 
 
-def lost_headers(exchange: Exchange) -> list[str]:
+def dropped_headers(exchange: Exchange) -> list[str]:
     """The headers of a request that mean something to the API, and do not reach it."""
-    lost = [name for name in LOST_HEADERS if exchange.header(name.encode())]
+    lost = [name for name in DROPPED_HEADERS if exchange.header(name.encode())]
     if (exchange.header(b"anthropic-version") or API_VERSION) != API_VERSION:
         lost.append("anthropic-version")
     return lost
 
 
-def listing(places: list[str]) -> str:
+def join_limited(places: list[str]) -> str:
     """The first of many places: clients take 16 KiB of headers (Node), 64 KiB a line
     (Python)."""
     more = len(places) - MAX_PLACES
@@ -1524,7 +1548,7 @@ async def serve(
         stack.push_async_callback(stop, bridge, server, own)
         yield bridge
     finally:
-        await to_its_end(stack.aclose(), bridge.hurry)
+        await finish_despite_cancel(stack.aclose(), bridge.cancel_answers)
 
 
 async def stop(
@@ -1546,10 +1570,10 @@ async def stop(
         os.unlink(bridge.config.unix_path)
 
 
-async def to_its_end(
-    work: Coroutine[Any, Any, None], hurry: Callable[[], None]
+async def finish_despite_cancel(
+    work: Coroutine[Any, Any, None], cancel_answers: Callable[[], None]
 ) -> None:
-    """Finish `work` even if this task is cancelled; each cancel calls `hurry`, and is
+    """Finish `work` even if this task is cancelled; each cancel calls `cancel_answers`, and is
     raised at the end."""
     task = asyncio.create_task(work)
     is_cancelled = False
@@ -1558,7 +1582,7 @@ async def to_its_end(
             await asyncio.wait({task})
         except asyncio.CancelledError:
             is_cancelled = True
-            hurry()
+            cancel_answers()
     task.result()
     if is_cancelled:
         raise asyncio.CancelledError
@@ -1678,7 +1702,7 @@ async def run(config: Config) -> None:
 
     def signalled() -> None:
         if stopping.is_set() and bridge:
-            bridge.hurry()
+            bridge.cancel_answers()
         stopping.set()
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -1798,7 +1822,7 @@ def open_standard_files() -> None:
 WANTED_FILES = 65_536
 
 
-def put_right_what_was_inherited() -> None:
+def reset_inherited_state() -> None:
     """Undo what a launcher may have set for its children: blocked or ignored signals,
     without which no child is waited for, and a low limit of open files."""
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -1852,7 +1876,7 @@ def execute(config: Config, flags: Mapping[str, str], path: str) -> None:
     if path and not any(map(is_own, providers)):
         log.info("there is no claude-cli provider in %s: nothing to do", path)
         return
-    put_right_what_was_inherited()
+    reset_inherited_state()
     # A thread that reads a large request gives way to the event loop sooner (5 ms by
     # default): tests/bench/hostile.py.
     sys.setswitchinterval(0.001)
@@ -1910,7 +1934,7 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
     for name, info in pool.rate_limits.items():
         used = info.get("utilization")
         share = f", {used:.0%} used" if isinstance(used, int | float) else ""
-        quota.append((name, translate.text_of(info, "status") + share))
+        quota.append((name, translate.get_str(info, "status") + share))
     return {
         "State": [
             ("version", __version__),
@@ -2084,7 +2108,7 @@ FEATURES = {
 }
 
 
-class Rehearsal:
+class FakeApi:
     """The fake API that `check` starts on loopback; it costs nothing.
 
     Its first answer calls a tool, the second one is held back.  It notes in `found`
@@ -2214,8 +2238,8 @@ class Rehearsal:
         """Nothing holds this client up."""
 
 
-async def rehearse(config: Config, rehearsal: Rehearsal) -> None:
-    """Run a Rehearsal with an empty home: the user's files must supply neither a login
+async def rehearse(config: Config, rehearsal: FakeApi) -> None:
+    """Run a FakeApi with an empty home: the user's files must supply neither a login
     nor another address."""
     server = await asyncio.start_server(rehearsal.serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
@@ -2253,7 +2277,7 @@ async def check(config: Config) -> bool:
     config = dataclasses.replace(config, spares=0)
     limit = min(REHEARSAL_SECS, config.watchdog_secs)
     try:
-        with doing("starting it ..."):
+        with progress_line("starting it ..."):
             async with Pool(config) as pool, asyncio.timeout(limit):
                 cli = await pool.look_at_cli()
                 source = translate.login_source(await pool.hello())
@@ -2263,10 +2287,10 @@ async def check(config: Config) -> bool:
     cure = login_cure(config, os.environ)
     print(f"login: {source or 'nobody is logged in: ' + cure}")
     found = dict.fromkeys(FEATURES, False)
-    rehearsal = Rehearsal(found)
+    rehearsal = FakeApi(found)
     failure = ""
     try:
-        with doing("asking it two questions in front of a fake API ..."):
+        with progress_line("asking it two questions in front of a fake API ..."):
             async with asyncio.timeout(limit):
                 await rehearse(config, rehearsal)
     except (ApiError, OSError) as error:
@@ -2280,7 +2304,7 @@ async def check(config: Config) -> bool:
 
 
 @contextlib.contextmanager
-def doing(words: str) -> Iterator[None]:
+def progress_line(words: str) -> Iterator[None]:
     """On a terminal, say what is being done while it is."""
     terminal = sys.stdout if sys.stdout and sys.stdout.isatty() else None
     if terminal:

@@ -427,7 +427,7 @@ CHILD_DEFAULTS = {
     # A stream that broke off is a failure: the CLI would ask once more, without
     # streaming.
     "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",
-    # Nothing goes on behind an answer: a task in the background would make a turn of
+    # Nothing goes on after an answer: a task in the background would make a turn of
     # its own.
     "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1",
     "CLAUDE_CODE_DISABLE_CRON": "1",
@@ -1074,7 +1074,7 @@ NEWEST_TESTED = (2, 1, 332)
 # does not in its bare mode.
 ANNOUNCES = (2, 1, 267)
 HAS_BARE_MODE = (2, 1, 300)
-# From here on it keeps a text behind a tool call there.
+# From here on it keeps a text after a tool call there.
 KEEPS_ORDER = (2, 1, 266)
 # From here on a conversation can end with an assistant message.
 CONTINUES = (2, 1, 300)
@@ -1326,10 +1326,10 @@ class Session:
         """Add the question and the answer of a turn to what it holds."""
         message: Any = answer
         newest = request.fingerprint.newest
-        asked = translate.link(self.chain, newest)
-        self.chain = translate.link(asked, translate.message_digest(message))
-        unthinking = translate.link(self.unthinking_chain, newest)
-        self.unthinking_chain = translate.link(
+        asked = translate.extend_chain(self.chain, newest)
+        self.chain = translate.extend_chain(asked, translate.message_digest(message))
+        unthinking = translate.extend_chain(self.unthinking_chain, newest)
+        self.unthinking_chain = translate.extend_chain(
             unthinking, translate.message_digest(message, thinking=False)
         )
         self.calls = calls
@@ -1539,7 +1539,6 @@ class Pool:
         self._kinds: deque[Kind] = deque(maxlen=2 * config.spares)
         # Spares that are being started.
         self._preparing: dict[asyncio.Task[None], Kind] = {}
-        self._counting = asyncio.Semaphore(CORES)
         # One caller of `hello` at a time.
         self._hello_lock = asyncio.Lock()
         self._environment = child_environment(config, environ)
@@ -1566,7 +1565,7 @@ class Pool:
     async def __aenter__(self) -> "Pool":
         self._sweeper = asyncio.create_task(self._sweep())
         self._kinds.append(Kind())
-        self._refill()
+        self.refill()
         self._kinds.clear()  # from here on it is what clients ask for
         return self
 
@@ -1617,7 +1616,7 @@ class Pool:
             return function()
         is_large = size >= LARGE_SIZE
         if is_large:
-            await self._queue(self._large.acquire, "other large requests were not read")
+            await self.queue(self._large.acquire, "other large requests were not read")
         try:
             if is_large not in self._executors:
                 self._executors[is_large] = ThreadPoolExecutor(1)
@@ -1662,7 +1661,7 @@ class Pool:
         room; else one process is started for it, which `gives_way` to any request.
         Raises ApiError when the CLI does not work.
         """
-        await self._queue(self._hello_lock.acquire, "the claude CLI did not start")
+        await self.queue(self._hello_lock.acquire, "the claude CLI did not start")
         try:
             await self.look_at_cli()
             if not self.cli.hello or (anew and not self.room.is_full):
@@ -1706,13 +1705,13 @@ class Pool:
             return
         pin = f"{session_id(token)} {key_digest}"
         lock = self._pins.setdefault(pin, asyncio.Lock())
-        await self._queue(lock.acquire, "the session's other requests did not end")
+        await self.queue(lock.acquire, "the session's other requests did not end")
         try:
             yield pin
         finally:
             lock.release()
 
-    async def _queue(self, room: Callable[[], Awaitable[object]], what: str) -> None:
+    async def queue(self, room: Callable[[], Awaitable[object]], what: str) -> None:
         """Wait for `room` in a line of at most `max_queue` requests, for at most
         `queue_secs`.  Raises ApiError 529."""
         timeout = self.config.queue_secs
@@ -1798,11 +1797,11 @@ class Pool:
 
     async def _fresh_turn(self, request: Request, pin: str, token: str | None) -> Turn:
         origin, reason = self._rebuild_reason(request, pin)
-        session, lines = await self._open(request, translate.listed_tools(request))
+        session, lines = await self.open(request, translate.listed_tools(request))
         if token:
             session.id = session_id(token)
             session.pin = pin
-        return Turn(request, session, origin, reason, lines, on_begin=self._refill)
+        return Turn(request, session, origin, reason, lines, on_begin=self.refill)
 
     def _rebuild_reason(self, request: Request, pin: str) -> tuple[str, str]:
         """Why a turn is not hot: `new`, or `rebuilt` with a reason that its user can
@@ -1825,7 +1824,7 @@ class Pool:
 
     # Fresh processes
 
-    async def _open(
+    async def open(
         self, request: Request, tools: list[Json], *, query: bool = True
     ) -> tuple[Session, list[bytes]]:
         """A process that holds the history of the request, and the lines that start its
@@ -1986,7 +1985,7 @@ class Pool:
         if not self.room.has_next:
             self._evict()
         message = f"all {self.config.max_sessions} processes were busy, none got free"
-        await self._queue(self.room.enter, message)
+        await self.queue(self.room.enter, message)
         process = Process(self.config.watchdog_secs)
         # One that announces its folder to the model works in one that never changes; an
         # older one would list all files in it.
@@ -2032,7 +2031,7 @@ class Pool:
             environment.update(UNREACHABLE)
         return environment
 
-    def _refill(self) -> None:
+    def refill(self) -> None:
         """Start the missing spares, each of the recently requested kind that has
         fewest."""
         if not self._kinds:
@@ -2069,7 +2068,7 @@ class Pool:
             session.cli.models.clear()
         self._record_version(turn)
         if turn.on_begin:
-            self._refill()
+            self.refill()
         if session.state is not State.BUSY:
             return
         if not translator.done:
@@ -2078,7 +2077,7 @@ class Pool:
             is_broken = turn.has_failed or process.is_unusable or process.timed_out
             self.retire(session, "failed" if is_broken else "interrupted")
             return
-        # What a later request of the same history is told.
+        # Why a later request of the same history is not hot.
         self._record_outcome(session, "continued")
         session.extend(turn.request, translator.message, translator.calls)
         is_quiet = turn.process.end_turn(bool(translator.result), session.calls)
@@ -2105,7 +2104,7 @@ class Pool:
         last = self._agents.get(session.unthinking_chain, session.own_id)
         if is_ambiguous and last != session.own_id:
             # What its tools have seen does not follow from the conversation, so a
-            # request could not be told which of the two it goes on with.
+            # request could go on with either.
             for other in [session, *same]:
                 self.retire(other, "ambiguous")
             return
@@ -2159,7 +2158,7 @@ class Pool:
             self.rate_limits[name] = info
 
     def _record_version(self, turn: Turn) -> None:
-        """Another CLI behind a script that is the same is another one."""
+        """A script may start another CLI than before."""
         version = turn.translator.cli_version
         is_newest = turn.session.cli is self.cli
         if is_newest and version and version != self.cli.version:
@@ -2186,7 +2185,17 @@ class Pool:
                         self._kinds.clear()  # the next comes when it is needed
                     self.retire(session, "expired")
 
-    # Counting
+
+# ------------------------------------------------------------ appendix: counting
+
+
+class Counter:
+    """Counts the tokens of requests, each with a process of its own."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        # So many count at a time.
+        self._lane = asyncio.Semaphore(CORES)
 
     async def count(self, request: Request) -> int:
         """The tokens of a request, as the API counts what a turn would send, without a
@@ -2196,35 +2205,35 @@ class Pool:
         failures.  The CLI passes off an estimate as a count when the API does not
         count, so its log is watched for the API's answers.
         """
-        key = await self.compute(
+        key = await self._pool.compute(
             request.size, lambda: translate.request_digest(request)
         )
-        counts = (await self.look_at_cli()).counts
+        counts = (await self._pool.look_at_cli()).counts
         if key in counts:
             return counts[key]
-        await self._queue(self._counting.acquire, "other counts did not end")
+        await self._pool.queue(self._lane.acquire, "other counts did not end")
         try:
             tokens = await self._count(request)
         except TimeoutError:
             words = f"the claude CLI did not count within {COUNT_SECS:g} seconds"
             raise ApiError(504, words) from None
         finally:
-            self._counting.release()
-            self._refill()
+            self._lane.release()
+            self._pool.refill()
         cache_put(counts, key, tokens, MAX_COUNTS)
         return tokens
 
     async def _count(self, request: Request) -> int:
         tools = translate.described_tools(request)
-        session, lines = await self._open(request, tools, query=False)
+        session, lines = await self._pool.open(request, tools, query=False)
         try:
             # The wait for a process is not the CLI's.
             async with asyncio.timeout(COUNT_SECS):
                 usage, statuses = await self._ask_usage(session.process, lines)
         except BaseException:
-            self.retire(session, "failed")
+            self._pool.retire(session, "failed")
             raise
-        self.retire(session, "counted")
+        self._pool.retire(session, "counted")
         session.cli.hello = session.process.hello or session.cli.hello
         failed = next((status for status in statuses if status >= 400), None)
         if failed:
@@ -2317,7 +2326,7 @@ METRICS = {
         "When a limit of the account is reset, in epoch seconds",
     ),
 }
-# Key of what the CLI tells of a limit -> its metric.
+# Key of what the CLI reports of a limit -> its metric.
 QUOTA_METRICS = {
     "utilization": "quota_utilization_ratio",
     "resetsAt": "quota_resets_at_seconds",

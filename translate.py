@@ -204,13 +204,13 @@ VERDICTS = {
 
 
 def result_error(
-    result: CliEvent, told: CliEvent | None = None, resets_at: float | None = None
+    result: CliEvent, failure: CliEvent | None = None, resets_at: float | None = None
 ) -> ApiError:
     """The error that a `result` event with `is_error` stands for.
 
     The CLI writes `subtype: success` on failures as well, so only `is_error`,
     `api_error_status` and the text count (recordings error_401, error_429, error_529,
-    not_logged_in).  `told` is the `assistant` event before it, in which 2.1.330 keeps
+    not_logged_in).  `failure` is the `assistant` event before it, in which 2.1.330 keeps
     the API's error.type and error_code.
     """
     errors = result.get("errors")
@@ -218,10 +218,10 @@ def result_error(
     if not text and isinstance(errors, list):
         text = "; ".join(map(str, errors))
     text = str(text or "the claude CLI ended the turn with an error")
-    message, kind = api_message(text, text_of(told, "api_error_type"))
+    message, kind = api_message(text, get_str(failure, "api_error_type"))
     given: Any = result.get("api_error_status")
     is_from_api = isinstance(given, int) and 400 <= given <= 599
-    reason = text_of(result, "terminal_reason")
+    reason = get_str(result, "terminal_reason")
     status = given if is_from_api else verdict(text, reason, kind)
     if status == 502 and is_from_api:
         kind = kind or "api_error"  # of a proxy before it
@@ -230,7 +230,7 @@ def result_error(
         message = message[0].lower() + message[1:]
     if message.startswith(NOT_LOGGED_IN):
         message = f"{message} ({LOGIN_CURE})"
-    code = text_of(told, "api_error_code")
+    code = get_str(failure, "api_error_code")
     details = {"error_code": code} if code else None
     if status != 429:
         resets_at = None
@@ -281,7 +281,7 @@ def line(value: Json) -> bytes:
     return to_json(value) + b"\n"
 
 
-def text_of(value: Any, key: str) -> str:
+def get_str(value: Any, key: str) -> str:
     """The string under a key of an object; empty if there is none."""
     text = value.get(key) if isinstance(value, dict) else None
     return text if isinstance(text, str) else ""
@@ -329,7 +329,7 @@ FULL_NAME = "claude-"
 HEADER_WORD = re.compile(r"[\x21-\x2b\x2d-\x7e]+")
 NOT_IN_HEADER = re.compile(r"[^\x21-\x2b\x2d-\x7e]")
 # Betas that 2.1.332 reserves for itself: it sends them for no client.
-LOST_BETAS = frozenset(
+DROPPED_BETAS = frozenset(
     {
         "afk-mode-2026-01-31",
         "inline-tools-2026-09-15",
@@ -411,7 +411,7 @@ class Request:
     ttl: str
     # Fields and places that cannot arrive as sent (header x-bridge-not-sent).
     not_sent: list[str]
-    # The places of texts behind a tool call, which versions before 2.1.266 put before it.
+    # The places of texts after a tool call, which versions before 2.1.266 put before it.
     misplaced: list[str]
     # Bytes of the request as it came.
     size: int
@@ -482,7 +482,7 @@ def parse_request(
         not_sent=list(dict.fromkeys([*not_sent, *breakpoints.lost])),
         misplaced=reader.misplaced,
         size=len(body),
-        user_id=text_of(data.get("metadata"), "user_id"),
+        user_id=get_str(data.get("metadata"), "user_id"),
         is_agent=is_agent,
         fingerprint=fingerprint(parts, data, reader.messages),
     )
@@ -590,7 +590,7 @@ def read_betas(header: str, not_sent: list[str]) -> str:
         if not HEADER_WORD.fullmatch(name):
             words = "names are visible ASCII characters, separated by commas"
             raise bad_request("anthropic-beta", words)
-    not_sent += [f"anthropic-beta.{name}" for name in sorted(names & LOST_BETAS)]
+    not_sent += [f"anthropic-beta.{name}" for name in sorted(names & DROPPED_BETAS)]
     return ",".join(sorted(names))
 
 
@@ -641,7 +641,7 @@ def read_tool_names(tools: list[Any]) -> list[str]:
 def called_names(messages: list[Message]) -> list[str]:
     """The names of the tools that a conversation has called."""
     return [
-        text_of(block, "name")
+        get_str(block, "name")
         for message in messages
         for block in message["content"]
         if block["type"] == "tool_use"
@@ -667,7 +667,7 @@ def without_deferring(
 # Clients drop thinking, or echo a part of it: it does not tell conversations apart.
 THOUGHTS = frozenset({"thinking", "redacted_thinking"})
 # Blocks that are no answer if an assistant message holds nothing else.
-UNSAID = THOUGHTS | {"fallback"}
+NON_ANSWER_TYPES = THOUGHTS | {"fallback"}
 CANNOT_CONTINUE = (
     "the claude CLI cannot continue a message that ends with thinking, or that holds the "
     "call of a server tool without its result"
@@ -713,7 +713,7 @@ class MessageReader:
                 self.not_sent.append(f"{place}.role")
                 role = "user"
                 blocks = self._as_reminder(blocks, place)
-            is_unsaid = all(block["type"] in UNSAID for block in blocks)
+            is_unsaid = all(block["type"] in NON_ANSWER_TYPES for block in blocks)
             if role == "assistant" and is_unsaid:
                 if number == len(raw) - 1:
                     raise bad_request(place, CANNOT_CONTINUE)
@@ -724,11 +724,11 @@ class MessageReader:
         if not self.messages:
             raise bad_request("messages", "at least one message is required")
         for message, places in zip(self.messages, self.places, strict=True):
-            self.not_sent += lost_parts(message["content"], places)
-            self.misplaced += texts_behind_calls(message["content"], places)
+            self.not_sent += dropped_parts(message["content"], places)
+            self.misplaced += texts_after_calls(message["content"], places)
         last, places = self.messages[-1], self.places[-1]
         lost = [
-            place for place in lost_parts(last["content"], places) if place in places
+            place for place in dropped_parts(last["content"], places) if place in places
         ]
         if last["role"] == "assistant" and lost:
             raise bad_request(lost[0], CANNOT_CONTINUE)
@@ -759,7 +759,7 @@ class MessageReader:
         for index, block in enumerate(blocks):
             where = f"{place}.content.{index}"
             if block["type"] == "text":
-                texts.append(text_of(block, "text"))
+                texts.append(get_str(block, "text"))
             else:
                 self.not_sent.append(where)
         if not texts:
@@ -775,9 +775,9 @@ class MessageReader:
             return block
         kept: list[Any] = []
         for index, inner in enumerate(content):
-            kind = text_of(inner, "type")
+            kind = get_str(inner, "type")
             if kind == "tool_reference":
-                name = text_of(inner, "tool_name")
+                name = get_str(inner, "tool_name")
                 self.loaded.add(name)
                 kept.append(text_block(f"Tool loaded: {name}"))
             elif kind == "text" or not block.get("is_error"):
@@ -801,7 +801,7 @@ NO_CONTENT = "(no content)"
 CALL_KEYS = {"type", "id", "name", "input"}
 
 
-def lost_parts(blocks: list[Block], places: list[str]) -> list[str]:
+def dropped_parts(blocks: list[Block], places: list[str]) -> list[str]:
     """The places of what some version of the CLI leaves out of an assistant message:
     marks of a fallback, the advisor's words, keys of tool calls, citations of
     documents, and calls of server tools that wait for a client's tool, and so have no
@@ -821,14 +821,14 @@ def lost_parts(blocks: list[Block], places: list[str]) -> list[str]:
             if written_input(block) != block.get("input"):
                 extra.append("input")
             lost += [f"{place}.{printable(key)}" for key in extra]
-        elif kind == "text" and text_of(block, "text").strip() == NO_CONTENT:
+        elif kind == "text" and get_str(block, "text").strip() == NO_CONTENT:
             lost.append(place)
         elif kind == "text" and not all(map(is_from_web, citations)):
             lost.append(f"{place}.citations")
     return lost
 
 
-def texts_behind_calls(blocks: list[Block], places: list[str]) -> list[str]:
+def texts_after_calls(blocks: list[Block], places: list[str]) -> list[str]:
     """The places of the texts that follow a tool call in their message."""
     kinds = [block["type"] for block in blocks]
     if "tool_use" not in kinds:
@@ -840,7 +840,7 @@ def texts_behind_calls(blocks: list[Block], places: list[str]) -> list[str]:
 
 def is_from_web(citation: Any) -> bool:
     """Whether it is one of the citations that 2.1.332 keeps."""
-    return text_of(citation, "type") == "web_search_result_location"
+    return get_str(citation, "type") == "web_search_result_location"
 
 
 def read_message(message: Any, place: str) -> tuple[str, list[Block]]:
@@ -880,7 +880,7 @@ def check_block(block: Any, role: str, message_place: str, place: str) -> None:
         check_role(role, "user", kind, place)
         check_type(block.get("tool_use_id"), str, f"{place}.tool_result.tool_use_id")
         for number, inner in enumerate(as_list(block.get("content"))):
-            if text_of(inner, "type") == "image":
+            if get_str(inner, "type") == "image":
                 check_image(inner, f"{place}.tool_result.content.{number}")
 
 
@@ -981,7 +981,7 @@ def check_pairs(messages: list[Message], all_places: list[list[str]]) -> None:
         for block, place in zip(message["content"], places, strict=True):
             if block["type"] != "tool_result":
                 continue
-            call_id = text_of(block, "tool_use_id")
+            call_id = get_str(block, "tool_use_id")
             if call_id in results:
                 words = "each tool_use must have a single result. Found multiple"
                 words += f" `tool_result` blocks with id: {call_id}"
@@ -999,7 +999,7 @@ def check_pairs(messages: list[Message], all_places: list[list[str]]) -> None:
         for block in message["content"]:
             if block["type"] != "tool_use":
                 continue
-            call_id = text_of(block, "id")
+            call_id = get_str(block, "id")
             if call_id in seen:
                 raise bad_request("messages", "`tool_use` ids must be unique")
             seen.add(call_id)
@@ -1054,9 +1054,9 @@ def read_breakpoints(messages: list[Any], tools: list[Any], data: Json) -> Break
     for message, following in itertools.zip_longest(messages, messages[1:]):
         blocks = as_list(message.get("content")) if isinstance(message, dict) else []
         end = start_of_end(blocks)
-        if text_of(following, "role") in ("user", "system"):
+        if get_str(following, "role") in ("user", "system"):
             end = len(blocks)  # the two are one message
-        if text_of(message, "role") == "user":
+        if get_str(message, "role") == "user":
             inside += breakpoints_on(blocks[:end])
             at_ends += breakpoints_on(blocks[end:])
         else:
@@ -1081,14 +1081,14 @@ def breakpoints_on(values: list[Any]) -> list[Any]:
 
 
 def is_for_an_hour(control: Any) -> bool:
-    return text_of(control, "ttl") == "1h"
+    return get_str(control, "ttl") == "1h"
 
 
 def start_of_end(blocks: list[Any]) -> int:
     """Where the end of a message begins: its last block, or the tool results that
     nothing follows."""
     start = len(blocks)
-    while start and text_of(blocks[start - 1], "type") == "tool_result":
+    while start and get_str(blocks[start - 1], "type") == "tool_result":
         start -= 1
     return min(start, max(0, len(blocks) - 1))
 
@@ -1122,8 +1122,8 @@ def without_breakpoints(block: Any, levels: int = INNER_LEVELS) -> Any:
 # Keys of a block that mean nothing to the model: SDKs and clients add, move and drop
 # them when they echo a block.  Where the client's own cache breakpoints count, a process
 # holds them too, so `cache_control` is none of these.
-NOISE = frozenset({"cache_control", "parsed_output"})
-NOISE_BUT_BREAKPOINTS = NOISE - {"cache_control"}
+IGNORED_KEYS = frozenset({"cache_control", "parsed_output"})
+IGNORED_KEYS_BUT_BREAKPOINTS = IGNORED_KEYS - {"cache_control"}
 # Values, as JSON, that mean the same as a key that is not there.
 DEFAULTS = {
     "is_error": (b"false",),
@@ -1139,7 +1139,7 @@ def digest(value: Any) -> bytes:
     return hashlib.blake2b(text, digest_size=16).digest()
 
 
-def link(chain: bytes, message: bytes) -> bytes:
+def extend_chain(chain: bytes, message: bytes) -> bytes:
     """The digest of a conversation that goes on from `chain` (b"": its start) with a
     message of that digest."""
     return hashlib.blake2b(chain + message, digest_size=16).digest()
@@ -1151,18 +1151,20 @@ def message_digest(
     """The digest of a message.  Without `thinking` it is that of a message whose
     client has dropped the thinking."""
     role = message["role"]
-    noise = NOISE_BUT_BREAKPOINTS if caching == "client" else NOISE
+    ignored = IGNORED_KEYS_BUT_BREAKPOINTS if caching == "client" else IGNORED_KEYS
     blocks = message["content"]
     if not thinking:
         blocks = [block for block in blocks if block["type"] not in THOUGHTS]
-    return digest([role, canonical_blocks(role, blocks, noise)])
+    return digest([role, canonical_blocks(role, blocks, ignored)])
 
 
 def chain_of(messages: list[Message], caching: str, *, thinking: bool = True) -> bytes:
     """The digest of a conversation (`message_digest`)."""
     chain = b""
     for message in messages:
-        chain = link(chain, message_digest(message, caching=caching, thinking=thinking))
+        chain = extend_chain(
+            chain, message_digest(message, caching=caching, thinking=thinking)
+        )
     return chain
 
 
@@ -1193,9 +1195,9 @@ def request_digest(request: Request) -> bytes:
 
 
 def canonical_blocks(
-    role: str, blocks: list[Block], noise: frozenset[str] = NOISE
+    role: str, blocks: list[Block], ignored: frozenset[str] = IGNORED_KEYS
 ) -> list[Block | Json]:
-    """Blocks without what clients change when they echo them: `noise`, nulls and
+    """Blocks without what clients change when they echo them: `ignored`, nulls and
     defaults vanish, and an assistant's neighbouring texts are one text without white
     space at its ends."""
     canonical: list[Block | Json] = []
@@ -1209,7 +1211,7 @@ def canonical_blocks(
         run.clear()
 
     for block in blocks:
-        kept = canonical_block(block, noise)
+        kept = canonical_block(block, ignored)
         if (
             role == "assistant"
             and block["type"] == "text"
@@ -1223,23 +1225,23 @@ def canonical_blocks(
     return canonical
 
 
-def canonical_block(block: Any, noise: frozenset[str] = NOISE) -> Json:
+def canonical_block(block: Any, ignored: frozenset[str] = IGNORED_KEYS) -> Json:
     kept = {}
     for key, value in block.items():
-        if value is None or key in noise:
+        if value is None or key in ignored:
             continue
         if key in DEFAULTS and to_json(value) in DEFAULTS[key]:
             continue
         kept[key] = value
     if "input" in kept:
         kept["input"] = with_plain_numbers(written_input(block))
-    if "content" in kept and text_of(kept, "type").endswith("tool_result"):
-        kept["content"] = canonical_content(kept["content"], noise)
+    if "content" in kept and get_str(kept, "type").endswith("tool_result"):
+        kept["content"] = canonical_content(kept["content"], ignored)
     if isinstance(kept.get("citations"), list):
-        kept["citations"] = canonical_content(kept["citations"], noise)
+        kept["citations"] = canonical_content(kept["citations"], ignored)
     source = kept.get("source")
     if isinstance(source, dict) and "content" in source:
-        content = canonical_content(source["content"], noise)
+        content = canonical_content(source["content"], ignored)
         kept["source"] = source | {"content": content}
     return kept
 
@@ -1256,12 +1258,12 @@ def plain_number(text: str) -> float:
     return int(number) if is_exact else number
 
 
-def canonical_content(content: Any, noise: frozenset[str]) -> Any:
+def canonical_content(content: Any, ignored: frozenset[str]) -> Any:
     """The content of a tool_result or a document: a string is one text block (API)."""
     if not isinstance(content, str | list):
         return content
     return [
-        canonical_block(block, noise) if isinstance(block, dict) else block
+        canonical_block(block, ignored) if isinstance(block, dict) else block
         for block in as_blocks(content)
     ]
 
@@ -1271,14 +1273,14 @@ def canonical_content(content: Any, noise: frozenset[str]) -> Any:
 # A conversation reaches the CLI in three ways, and it changes what is odd in each
 # (tests/README.md has the table, tests/test_repairs.py the proof):
 #
-# * with the transcript, which it takes as it is, but for `lost_parts`;
+# * with the transcript, which it takes as it is, but for `dropped_parts`;
 # * as a user line, in which it scales images (`has_images`) and searches the end for
 #   commands (GUARD);
 # * as the result of a call that waits, which it scales, cuts and words anew
 #   (`mcp_result`).
 #
 # So only what arrives the same goes by the second and the third way, what the API would
-# refuse is refused (`check_block`), and the rest is told (`Request.not_sent`).
+# refuse is refused (`check_block`), and the rest is reported (`Request.not_sent`).
 
 # Ends every user line: a text that ends it would otherwise be searched for /commands
 # and @files (recording slash_command_unescaped).  The CLI drops it before the API call.
@@ -1296,7 +1298,7 @@ ROW_TIME = "2026-01-01T00:00:00.000Z"
 
 
 # What the CLI says to the model of its own accord, as attachments of a conversation
-# (from 2.1.285 on).  It says each again, behind the newest message, unless it finds it in
+# (from 2.1.285 on).  It says each again, after the newest message, unless it finds it in
 # the conversation that it resumes.
 ANNOUNCEMENTS = ("environment", "model", "session_context", "date")
 
@@ -1308,7 +1310,7 @@ def announcements(rows: bytes) -> list[Json]:
     for text in rows.splitlines():
         [row, *_] = [*decode(text), {}]
         attachment: Any = row.get("attachment")
-        if text_of(attachment, "type") in ANNOUNCEMENTS:
+        if get_str(attachment, "type") in ANNOUNCEMENTS:
             if attachment["type"] == "model":
                 attachment["text"] = ""
             found.append(attachment)
@@ -1326,7 +1328,7 @@ def transcript(
 
     The first row is one that the API does not see: without it the CLI refuses a
     conversation that has no message.  What the CLI has `announced` follows, so that it
-    stands behind the first message, in every request of a conversation.  The last row
+    stands after the first message, in every request of a conversation.  The last row
     is an assistant message that the API does not see either (`isVirtual`): a process
     that was started without --model takes the `model` of the last assistant message,
     and finds no turn that was interrupted.  The CLI takes over the `session_id`, a
@@ -1401,7 +1403,7 @@ def written_result(block: Block) -> Block:
     result = mcp_result(block)
     if result is None:
         return block
-    call_id = text_of(block, "tool_use_id")
+    call_id = get_str(block, "tool_use_id")
     if result["isError"]:
         return {
             "type": "tool_result",
@@ -1470,7 +1472,7 @@ def has_images(blocks: list[Block]) -> bool:
 
 def is_base64_image(block: Any) -> bool:
     source = block.get("source") if isinstance(block, dict) else None
-    return text_of(block, "type") == "image" and text_of(source, "type") == "base64"
+    return get_str(block, "type") == "image" and get_str(source, "type") == "base64"
 
 
 def has_results(message: Message) -> bool:
@@ -1531,7 +1533,7 @@ def turn_settings(
     """
     body = request.fields
     if request.is_agent:
-        kind = text_of(body.get("thinking"), "type")
+        kind = get_str(body.get("thinking"), "type")
         return {"CLAUDE_CODE_DISABLE_THINKING": "0" if kind in THINKING else "1"}
     if has_listed_tools and not body.get("tools"):
         body = body | {"tools": []}
@@ -1580,7 +1582,7 @@ def control_answer(
         method = message.get("method")
         if method == "initialize":
             result = {
-                "protocolVersion": text_of(message.get("params"), "protocolVersion"),
+                "protocolVersion": get_str(message.get("params"), "protocolVersion"),
                 "capabilities": {"tools": {}},
                 "serverInfo": {
                     "name": MCP_SERVER,
@@ -1650,7 +1652,7 @@ def not_counted(request: Request) -> list[str]:
     for number, tool in enumerate(request.fields.get("tools") or []):
         if tool.get("type") not in (None, "custom"):
             left_out.append(f"tools.{number}")
-        elif len(text_of(tool, "description")) > COUNTED:
+        elif len(get_str(tool, "description")) > COUNTED:
             left_out.append(f"tools.{number}.description")
     return left_out
 
@@ -1669,7 +1671,7 @@ def tool_results(content: list[Block], calls: list[str]) -> dict[str, Json] | No
         result = mcp_result(block)
         if result is None:
             return None
-        results[text_of(block, "tool_use_id")] = result
+        results[get_str(block, "tool_use_id")] = result
     if len(content) != len(results) or results.keys() != set(calls):
         return None
     return results
@@ -1699,7 +1701,7 @@ def mcp_part(block: Any) -> Json | None:
     for all that it holds, or the CLI would scale it."""
     if not isinstance(block, dict):
         return None
-    part: Json = {"type": "text", "text": text_of(block, "text")}
+    part: Json = {"type": "text", "text": get_str(block, "text")}
     return part if without_nulls(block) == part else None
 
 
@@ -1718,7 +1720,7 @@ DAMAGED_LINE = "the claude CLI wrote a damaged line"
 
 def decode(text: bytes) -> list[CliEvent]:
     """The events of one line of the CLI's output: one as a rule, several when it glued
-    them, none when it is noise.  A logged call of the API becomes an event `api_call`,
+    them, none when it is ignored.  A logged call of the API becomes an event `api_call`,
     whose `response` is the HTTP status (502: there was none); its subtype is `count` for
     one of count_tokens, else `message`.
 
@@ -1732,16 +1734,16 @@ def decode(text: bytes) -> list[CliEvent]:
             kind = "count" if call[1] else "message"
             status = int(call[2] or 502)
             return [{"type": "api_call", "subtype": kind, "response": status}]
-        values = glued(text.decode(errors="replace").strip())
+        values = split_concatenated(text.decode(errors="replace").strip())
         if not values and text.startswith(STREAM_EVENT):
             raise cli_error(DAMAGED_LINE) from None
     opened = text.count(b"[") + text.count(b"{")
     if opened > MAX_DEPTH and any(is_deeper(value, MAX_DEPTH) for value in values):
         raise cli_error("the claude CLI wrote JSON that is nested too deeply")
-    return [value for value in values if text_of(value, "type")]
+    return [value for value in values if get_str(value, "type")]
 
 
-def glued(text: str) -> list[Any]:
+def split_concatenated(text: str) -> list[Any]:
     """The JSON objects at the start of a text that orjson does not take."""
     values: list[Any] = []
     while text.startswith("{"):
@@ -1790,14 +1792,14 @@ def login_source(hello: Json) -> str:
     account = hello.get("account")
     if not isinstance(account, dict):
         return ""
-    key = text_of(account, "apiKeySource")
-    token = text_of(account, "tokenSource")
-    cloud = text_of(account, "apiProvider")
+    key = get_str(account, "apiKeySource")
+    token = get_str(account, "tokenSource")
+    cloud = get_str(account, "apiProvider")
     if key not in ("", "none"):
         return key
     if cloud not in ("", "firstParty"):
         return cloud
-    if plan := text_of(account, "subscriptionType"):
+    if plan := get_str(account, "subscriptionType"):
         return plan
     return "" if token == "none" else token or "claude.ai"
 
@@ -1805,7 +1807,7 @@ def login_source(hello: Json) -> str:
 def has_api_key(hello: Json) -> bool:
     """Whether the CLI has an API key, of whatever source, by its answer to
     `initialize`."""
-    return text_of(hello.get("account"), "apiKeySource") not in ("", "none")
+    return get_str(hello.get("account"), "apiKeySource") not in ("", "none")
 
 
 # What the name of one model may have at its end: a context size, a date, or what stands
@@ -1836,8 +1838,8 @@ def listed_model(hello: Json, name: str) -> str:
     """The full id of a model, by the CLI's answer to `initialize`; empty: it does not
     list the name."""
     for model in as_list(hello.get("models")):
-        full_name = text_of(model, "resolvedModel")
-        if name in (text_of(model, "value"), full_name):
+        full_name = get_str(model, "resolvedModel")
+        if name in (get_str(model, "value"), full_name):
             return full_name
     return ""
 
@@ -1959,7 +1961,7 @@ class Translator:
         self._limits: dict[str, Json] = {}
         # Calls of the API that the turn has taken.
         self.api_calls = 0
-        # The version of the CLI, once it has told it.
+        # The version of the CLI, once it has reported it.
         self.cli_version = ""
         self._agent = agent
         self._turn_id = turn_id
@@ -1987,7 +1989,7 @@ class Translator:
         self._pieces: dict[str, list[str]] = {}
         # A tool input that is no JSON object, as when max_tokens cut it off.
         self._input_error: ApiError | None = None
-        # The `assistant` event by which the CLI tells of a failure.
+        # The `assistant` event by which the CLI reports a failure.
         self._failure: CliEvent | None = None
 
     @property
@@ -2053,13 +2055,13 @@ class Translator:
                 self._refused = status
         self._limits.update(account_limits(event))
         if event.get("subtype") == "init":
-            self.cli_version = text_of(event, "claude_code_version")
+            self.cli_version = get_str(event, "claude_code_version")
         if not self._is_ours:
             return []  # of a turn that the CLI made by itself
         if kind == "result":
             return self._end_turn(event)
         if self.done or event.get("parent_tool_use_id") is not None:
-            return []  # behind the answer, or a subagent's
+            return []  # after the answer, or a subagent's
         inner = event.get("event")
         if kind == "stream_event" and isinstance(inner, dict):
             return self._stream_event(inner)
@@ -2071,7 +2073,7 @@ class Translator:
 
     def _check_control(self, event: CliEvent) -> None:
         given: Any = event.get("response")
-        is_refused = text_of(given, "subtype") == "error"
+        is_refused = get_str(given, "subtype") == "error"
         if is_refused and given.get("request_id") != "get_settings":
             raise cli_error(
                 f"the claude CLI refused a control request: {given.get('error')}"
@@ -2080,7 +2082,7 @@ class Translator:
     # The events of a stream
 
     def _stream_event(self, event: Json) -> list[StreamEvent]:
-        kind = text_of(event, "type")
+        kind = get_str(event, "type")
         if not kind or not kind.isprintable():
             return []
         if kind == "error":
@@ -2089,7 +2091,7 @@ class Translator:
             return []  # of a message that began before the turn
         if kind not in GRAMMAR:
             is_seen = self.state in (State.OPEN, State.BLOCK, State.ENDED)
-            return [renewed(event)] if is_seen else []
+            return [with_keys(event)] if is_seen else []
         if kind == "message_delta" and not ends_message(event):
             return []  # an interrupted answer ends so (recording interrupt of 2.1.330)
         is_inside = self.state in (State.OPEN, State.BLOCK, State.HIDDEN)
@@ -2135,7 +2137,7 @@ class Translator:
         self.message = started.copy()
         self.message["content"] = []
         self.message["usage"] = self._usage.copy()
-        return [renewed(event, message=started)]
+        return [with_keys(event, message=started)]
 
     def _check_refused(self) -> None:
         """Raises ApiError for an answer that the CLI got when it asked again, without
@@ -2159,7 +2161,7 @@ class Translator:
         self.message["content"].append(block.copy())
         index = len(self.message["content"]) - 1
         self._pieces = {}
-        return [renewed(event, index=index, content_block=block)]
+        return [with_keys(event, index=index, content_block=block)]
 
     def _block_delta(self, event: Json) -> list[StreamEvent]:
         delta = event["delta"]
@@ -2171,7 +2173,7 @@ class Translator:
             block.update(without(delta, BLOCK_KEYS))
             self._new_delta = True
         index = len(self.message["content"]) - 1
-        return [renewed(event, index=index)]
+        return [with_keys(event, index=index)]
 
     def _add_piece(self, block: Json, kind: str, delta: Json) -> None:
         key, name = DELTAS[kind]
@@ -2194,7 +2196,7 @@ class Translator:
                 except ApiError as error:
                     self._input_error = error
         self._pieces = {}
-        return [renewed(event, index=len(self.message["content"]) - 1)]
+        return [with_keys(event, index=len(self.message["content"]) - 1)]
 
     def _message_delta(self, event: Json) -> list[StreamEvent]:
         given = event["delta"]
@@ -2207,15 +2209,15 @@ class Translator:
             self._spent = {name: counts.get(name, 0) for name in TOKENS}
             return []
         ends = without_empties(without(given, MESSAGE_KEYS))
-        sequence = text_of(given, "stop_sequence")
+        sequence = get_str(given, "stop_sequence")
         ends["stop_reason"] = reason
         ends["stop_sequence"] = (
             sequence if sequence and reason == "stop_sequence" else None
         )
-        if not text_of(ends.get("stop_details"), "type"):
+        if not get_str(ends.get("stop_details"), "type"):
             ends.pop("stop_details", None)
-        told = {"delta"} | MESSAGE_KEYS | ends.keys()
-        final = without_empties(without(event, told))
+        known = {"delta"} | MESSAGE_KEYS | ends.keys()
+        final = without_empties(without(event, known))
         self.stop_reason = reason
         self.message.update(ends)
         self.message.update(final)
@@ -2234,7 +2236,7 @@ class Translator:
         return [last, {"type": "message_stop"}]
 
     def _message_stop(self, event: Json) -> list[StreamEvent]:
-        return [renewed(event)] if self.done else []
+        return [with_keys(event)] if self.done else []
 
     HANDLERS: ClassVar = {
         "message_start": _message_start,
@@ -2264,13 +2266,13 @@ class Translator:
         CLI made up, which is a failure, and for a message that the API refused to
         stream."""
         message: Any = event.get("message")
-        identity = text_of(message, "id")
-        if text_of(message, "model") == "<synthetic>":
+        identity = get_str(message, "id")
+        if get_str(message, "model") == "<synthetic>":
             self._failure = event
             text = synthetic_text(message)
             if removal := REMOVAL.match(text):
                 raise ApiError(400, removal[1])
-            if text_of(event, "api_error") == "media_removed":
+            if get_str(event, "api_error") == "media_removed":
                 raise ApiError(400, text.removeprefix("API Error: "))
         elif self.state in (State.WAITING, State.WORKING) and identity != self._id:
             self._check_refused()
@@ -2301,25 +2303,25 @@ class Translator:
         return None
 
 
-def renewed(event: Json, **values: Any) -> StreamEvent:
+def with_keys(event: Json, **values: Any) -> StreamEvent:
     """The event with some values replaced; keys that are not known are kept."""
     return cast(StreamEvent, event | values)
 
 
 def stream_error(error: Any) -> ApiError:
-    """The failure that an `error` event in a stream tells of."""
-    words = text_of(error, "message") or "The API ended the answer with an error."
-    return ApiError(502, words, kind=text_of(error, "type") or "api_error")
+    """The failure that an `error` event in a stream reports."""
+    words = get_str(error, "message") or "The API ended the answer with an error."
+    return ApiError(502, words, kind=get_str(error, "type") or "api_error")
 
 
 def synthetic_text(message: Json) -> str:
     """What the CLI says in a message of its own."""
     blocks = as_blocks(message.get("content"))
-    return "".join(text_of(block, "text") for block in blocks)
+    return "".join(get_str(block, "text") for block in blocks)
 
 
 def ends_message(event: Json) -> bool:
-    return text_of(event.get("delta"), "stop_reason") != ""
+    return get_str(event.get("delta"), "stop_reason") != ""
 
 
 def tool_input(text: str) -> Json:
@@ -2427,17 +2429,17 @@ def account_limits(event: CliEvent) -> dict[str, Json]:
     limits: dict[str, Json] = {}
     if isinstance(windows, dict):
         limits = {key: value for key, value in windows.items() if type(value) is dict}
-    name = text_of(info, "rateLimitType") or "unknown"
+    name = get_str(info, "rateLimitType") or "unknown"
     window = limits.pop(name, {})
     limits[name] = window | without(info, {"unifiedWindows"})
     return limits
 
 
 def quota_headers(limits: Mapping[str, Json]) -> list[tuple[str, str]]:
-    """The API's `anthropic-ratelimit-unified-*` headers, of what the CLI told last of
+    """The API's `anthropic-ratelimit-unified-*` headers, of what the CLI reported last of
     each limit.
 
-    The limit that was told last of all is the one that `-status`, `-reset` and
+    The limit that was reported last of all is the one that `-status`, `-reset` and
     `-representative-claim` speak of.
     """
     headers: dict[str, str] = {}
@@ -2445,7 +2447,7 @@ def quota_headers(limits: Mapping[str, Json]) -> list[tuple[str, str]]:
     for name, info in limits.items():
         resets_at: Any = info.get("resetsAt")
         utilization: Any = info.get("utilization")
-        newest = {"status": text_of(info, "status")}
+        newest = {"status": get_str(info, "status")}
         if type(resets_at) in (int, float):
             newest["reset"] = str(int(resets_at))
         short = LIMIT_NAMES.get(name)

@@ -28,7 +28,7 @@ from messages import (
     user,
 )
 
-from translate import link, message_digest, request_digest
+from translate import extend_chain, message_digest, request_digest
 
 Json = dict[str, Any]
 
@@ -39,7 +39,7 @@ def chain(messages: Any) -> bytes:
         return parsed([*messages, role("user", "next")]).fingerprint.past
     request = parsed(messages)
     assert not request.continues
-    return link(request.fingerprint.past, request.fingerprint.newest)
+    return extend_chain(request.fingerprint.past, request.fingerprint.newest)
 
 
 def raw_chain(messages: list[Any], **how: Any) -> bytes:
@@ -47,7 +47,7 @@ def raw_chain(messages: list[Any], **how: Any) -> bytes:
     `message_digest`."""
     digest = b""
     for message in messages:
-        digest = link(digest, message_digest(message, **how))
+        digest = extend_chain(digest, message_digest(message, **how))
     return digest
 
 
@@ -265,7 +265,7 @@ def test_a_fingerprint_grows_as_the_conversation_does() -> None:
     for number in (2, 4):
         request = parsed(messages[: number + 1])
         assert request.fingerprint.past == raw_chain(messages[:number])
-        longer = link(request.fingerprint.past, request.fingerprint.newest)
+        longer = extend_chain(request.fingerprint.past, request.fingerprint.newest)
         assert longer == raw_chain(messages[: number + 1])
 
 
@@ -275,9 +275,9 @@ def test_a_conversation_and_its_answer_are_known_again_in_the_next_request(turn:
     if not played.translator.rests:
         return
     asked = parsed("hello")
-    question = link(asked.fingerprint.past, asked.fingerprint.newest)
-    filed = link(question, message_digest(played.message))
-    unthinking = link(question, message_digest(played.message, thinking=False))
+    question = extend_chain(asked.fingerprint.past, asked.fingerprint.newest)
+    filed = extend_chain(question, message_digest(played.message))
+    unthinking = extend_chain(question, message_digest(played.message, thinking=False))
     answer = assemble(played.sent)
     calls = [block["id"] for block in answer["content"] if block["type"] == "tool_use"]
     results = [{"type": "tool_result", "tool_use_id": call, "content": "x"} for call in calls]

@@ -50,7 +50,7 @@ Draw = Callable[[Any], Any]
 # ---------------------------------------------------------------- what is the same
 
 THINKING = ("thinking", "redacted_thinking")
-UNSAID = (*THINKING, "fallback")
+NON_ANSWER_TYPES = (*THINKING, "fallback")
 
 
 def copied(value: Any) -> Any:
@@ -185,7 +185,7 @@ def same_unsaid(case: Json) -> None:
         message
         for message in case["body"]["messages"]
         if message["role"] == "user"
-        or not all(block["type"] in UNSAID for block in message["content"])
+        or not all(block["type"] in NON_ANSWER_TYPES for block in message["content"])
     ]
 
 
