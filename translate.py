@@ -18,7 +18,7 @@ import re
 import uuid
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Required, TypedDict, cast
+from typing import Any, ClassVar, Required, TypedDict
 
 import orjson
 
@@ -55,41 +55,10 @@ class Message(TypedDict):
     content: list[Block]
 
 
-class StreamEvent(TypedDict, total=False):
-    """An event of a Messages stream (API: "Streaming")."""
-
-    type: Required[str]
-    index: Any
-    message: Any
-    content_block: Any
-    delta: Any
-    usage: Any
-    error: Any
-
-
-class CliEvent(TypedDict, total=False):
-    """An event that the CLI prints; only its type has been checked (`decode`)."""
-
-    type: Required[str]
-    subtype: Any
-    parent_tool_use_id: Any
-    event: Any
-    message: Any
-    request: Any
-    request_id: Any
-    response: Any
-    user_message_uuids: Any
-    rate_limit_info: Any
-    retry_delay_ms: Any
-    is_error: Any
-    result: Any
-    errors: Any
-    api_error_status: Any
-    terminal_reason: Any
-    api_error_type: Any
-    api_error_code: Any
-    stop_reason: Any
-    usage: Any
+# An event of a Messages stream (API: "Streaming").
+StreamEvent = Json
+# An event that the CLI prints; only its type has been checked (`decode`).
+CliEvent = Json
 
 
 # ------------------------------------------------------------ errors
@@ -435,50 +404,43 @@ def parse_request(
     counting: bool = False,
     agent: bool = False,
 ) -> Request:
-    """Read the body of POST /v1/messages, or of .../count_tokens if `counting`.
-    `betas` is the header anthropic-beta.  With `agent`, a request without tools is for
-    the CLI's own.
-
-    It checks only what the bridge itself depends on, and what the CLI would change
-    silently; the API judges the rest.  Raises ApiError 400, worded like the API's.
-    """
+    """Read the body of a message, or of a count; `betas` is the header anthropic-beta.
+    With `agent`, a request without tools is for the CLI's own.  Raises ApiError 400 for
+    what the bridge depends on, and for what the CLI would change silently."""
     data = read_object(body)
     check_fields(data, counting)
     not_sent = [name for name in ("metadata", "betas") if data.get(name) is not None]
-    tools = data.get("tools") or []
-    raw = data["messages"]
+    tools, raw = data.get("tools") or [], data["messages"]
     system = read_system(data.get("system"), not_sent)
-    model = read_model(data["model"])
     is_agent = agent and not tools
-    breakpoints = read_breakpoints(raw, tools, data)
-    caching = "client" if breakpoints.are_own and not is_agent else "cli"
+    breakpoints = read_breakpoints(raw, tools, data, is_agent)
     names = read_tool_names(tools)
     betas = read_betas(betas, not_sent)
-    reader = MessageReader(caching, not_sent)
+    reader = MessageReader(breakpoints.caching, not_sent)
     reader.read(raw)
     fields = without(data, OWN_FIELDS | {"tools"})
     if tools:
         fields["tools"] = without_deferring(tools, reader.loaded, not_sent)
     if is_agent:
         fields, betas = agent_fields(fields, betas, not_sent)
-    parts = {
-        "model": model,
+    parts: Json = {
+        "model": read_model(data["model"]),
         "system": system,
         # All else about them is said with each turn.
         "tools": None if is_agent else sorted(names),
         "betas": betas,
-        "caching": caching,
+        "caching": breakpoints.caching,
     }
     return Request(
-        model=model,
+        model=parts["model"],
         system=system,
         messages=reader.messages,
         stream=data.get("stream") is True,
         tool_names=names,
         fields=fields,
         betas=betas,
-        caching=caching,
-        ttl="" if is_agent else breakpoints.ttl,
+        caching=breakpoints.caching,
+        ttl=breakpoints.ttl,
         not_sent=list(dict.fromkeys([*not_sent, *breakpoints.lost])),
         misplaced=reader.misplaced,
         size=len(body),
@@ -1028,15 +990,17 @@ CLI_BREAKPOINTS = 3
 class Breakpoints:
     """What becomes of a client's cache breakpoints (API: "Prompt caching")."""
 
-    # They go to the API as sent, and the CLI sets none.
-    are_own: bool
+    # Who sets those of the messages: "client", as sent, or "cli", its own.
+    caching: str
     # How long the CLI's are kept: "5m", "1h", or "" where the client sets none.
     ttl: str
     # "cache_control" if the CLI's own do not stand for all of them.
     lost: list[str]
 
 
-def read_breakpoints(messages: list[Any], tools: list[Any], data: Json) -> Breakpoints:
+def read_breakpoints(
+    messages: list[Any], tools: list[Any], data: Json, is_agent: bool
+) -> Breakpoints:
     """Tell the breakpoints that the CLI's own can stand for from those that only the
     client can set.
 
@@ -1063,15 +1027,19 @@ def read_breakpoints(messages: list[Any], tools: list[Any], data: Json) -> Break
             elsewhere += breakpoints_on(blocks)
         for block in blocks:
             elsewhere += breakpoints_on(blocks_in(block))
-    are_own = bool(inside) or len(on_tools) > API_BREAKPOINTS - CLI_BREAKPOINTS
+    has_more = bool(inside) or len(on_tools) > API_BREAKPOINTS - CLI_BREAKPOINTS
+    are_own = has_more and not is_agent
     ttl = ""
     controls = [*on_tools, *at_ends, *elsewhere]
-    if controls and not are_own:
+    if controls and not are_own and not is_agent:
         # API: what is kept for longer comes first.
         ttl = "1h" if all(map(is_for_an_hour, controls)) else "5m"
     is_shorter = ttl == "5m" and any(map(is_for_an_hour, at_ends))
-    is_lossy = bool(on_system) if are_own else bool(elsewhere) or is_shorter
-    return Breakpoints(are_own, ttl, ["cache_control"] if is_lossy else [])
+    is_lossy = bool(elsewhere) or is_shorter or (has_more and is_agent)
+    if are_own:
+        is_lossy = bool(on_system)
+    caching = "client" if are_own else "cli"
+    return Breakpoints(caching, ttl, ["cache_control"] if is_lossy else [])
 
 
 def breakpoints_on(values: list[Any]) -> list[Any]:
@@ -2305,7 +2273,7 @@ class Translator:
 
 def with_keys(event: Json, **values: Any) -> StreamEvent:
     """The event with some values replaced; keys that are not known are kept."""
-    return cast(StreamEvent, event | values)
+    return event | values
 
 
 def stream_error(error: Any) -> ApiError:

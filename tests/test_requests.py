@@ -935,8 +935,8 @@ def test_breakpoints_are_told_apart_whatever_else_is_wrong_with_a_request() -> N
     for junk in JUNK:
         for messages in ([junk], [role(junk)], [role("user", junk)], user(junk, junk)):
             data = {"system": junk, "cache_control": None}
-            found = translate.read_breakpoints(messages, [junk], data)
-            assert found == translate.Breakpoints(are_own=False, ttl="", lost=[])
+            found = translate.read_breakpoints(messages, [junk], data, False)
+            assert found == translate.Breakpoints(caching="cli", ttl="", lost=[])
 
 
 def test_the_breakpoints_of_tools_and_of_the_whole_request_go_to_the_api() -> None:
