@@ -407,8 +407,7 @@ def parse_request(
     """Read the body of a message, or of a count; `betas` is the header anthropic-beta.
     With `agent`, a request without tools is for the CLI's own.  Raises ApiError 400 for
     what the bridge depends on, and for what the CLI would change silently."""
-    data = read_object(body)
-    check_fields(data, counting)
+    data = check_fields(read_object(body), counting)
     not_sent = [name for name in ("metadata", "betas") if data.get(name) is not None]
     tools, raw = data.get("tools") or [], data["messages"]
     system = read_system(data.get("system"), not_sent)
@@ -458,7 +457,7 @@ def agent_fields(fields: Json, betas: str, not_sent: list[str]) -> tuple[Json, s
     return {key: fields[key] for key in fields if key == "thinking"}, ""
 
 
-def check_fields(data: Json, counting: bool) -> None:
+def check_fields(data: Json, counting: bool) -> Json:
     if data.get("thread") is not None:
         # The SDKs send the whole history after this error_code alone (anthropic
         # lib/threads/_thread_state.py).
@@ -473,6 +472,7 @@ def check_fields(data: Json, counting: bool) -> None:
             check_type(data[name], kind, name)
     if len(data["messages"]) > MAX_MESSAGES:
         raise bad_request("messages", f"List should have at most {MAX_MESSAGES} items")
+    return data
 
 
 def not_json(words: str) -> ApiError:
