@@ -1279,7 +1279,8 @@ class Bridge:
         handlers = logging.getLogger().handlers
         lost = sum(item.lost for item in handlers if isinstance(item, LogWriter))
         metrics.set("log_lines_lost_total", lost)
-        await connection.respond(exchange, self.pool.measure().encode(), METRICS_TYPE)
+        metrics.observe(self.pool.snapshot())
+        await connection.respond(exchange, metrics.text().encode(), METRICS_TYPE)
 
     async def root(self, connection: Connection, exchange: Exchange) -> None:
         """The page for people; Claude Code as a client asks HEAD / first."""
@@ -1922,16 +1923,15 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
             translate.login_source(hello)
             or f"nobody: {login_cure(bridge.config, os.environ)}"
         )
-    now = time.monotonic()
+    snapshot = pool.snapshot()
     sessions = []
-    for session in sorted(pool.sessions, key=lambda item: item.state.value):
-        age = now - session.since
-        words = f"turns: {session.turns}"
-        if session.state not in (State.BUSY, State.RETIRED):
-            words += f", waits for {age:.0f} s"
-        sessions.append((session.state.value, words))
+    for state, turns, seconds in snapshot.processes:
+        words = f"turns: {turns}"
+        if state not in (State.BUSY, State.RETIRED):
+            words += f", waits for {seconds:.0f} s"
+        sessions.append((state.value, words))
     quota = []
-    for name, info in pool.rate_limits.items():
+    for name, info in snapshot.limits.items():
         used = info.get("utilization")
         share = f", {used:.0%} used" if isinstance(used, int | float) else ""
         quota.append((name, translate.get_str(info, "status") + share))

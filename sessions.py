@@ -1521,6 +1521,18 @@ def cache_put(
         cache.popitem(last=False)
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """How a pool stands, for the page and the metrics."""
+
+    # State, answers given and seconds in that state of each process.
+    processes: list[tuple[State, int, float]]
+    # Requests that wait.
+    waiting: int
+    # Limits of the account by type.
+    limits: dict[str, Json]
+
+
 class Pool:
     """All sessions, at most `max_sessions` processes at any time."""
 
@@ -1595,18 +1607,13 @@ class Pool:
     def on_file(self) -> list[Session]:
         return self.resting(State.IDLE, State.PARKED)
 
-    def measure(self) -> str:
-        """All metrics, as text."""
-        for name, info in self.rate_limits.items():
-            for key, metric in QUOTA_METRICS.items():
-                value = info.get(key)
-                if isinstance(value, int | float):
-                    self.metrics.set(metric, value, limit=name)
-        for state in State:
-            count = len(self.resting(state))
-            self.metrics.set("processes", count, state=state.value)
-        self.metrics.set("waiting_requests", self._queued)
-        return self.metrics.text()
+    def snapshot(self) -> Snapshot:
+        now = time.monotonic()
+        processes = [
+            (session.state, session.turns, now - session.since)
+            for session in self.resting(*State)
+        ]
+        return Snapshot(processes, self._queued, self.rate_limits.copy())
 
     async def compute(self, size: int, function: Callable[[], T]) -> T:
         """Run what takes time in proportion to a request of `size` bytes: a large one
@@ -2383,6 +2390,18 @@ class Metrics:
             name = ", ".join(filter(None, words))
             rows.append((name, f"{value:g}"))
         return rows
+
+    def observe(self, snapshot: Snapshot) -> None:
+        """Set the gauges of a pool."""
+        for name, info in snapshot.limits.items():
+            for key, metric in QUOTA_METRICS.items():
+                value = info.get(key)
+                if isinstance(value, int | float):
+                    self.set(metric, value, limit=name)
+        states = [state for state, _, _ in snapshot.processes]
+        for state in State:
+            self.set("processes", states.count(state), state=state.value)
+        self.set("waiting_requests", snapshot.waiting)
 
     def text(self) -> str:
         lines = []
