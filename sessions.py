@@ -974,6 +974,8 @@ class Process(Child):
     # What a child reports
 
     def lines_received(self, lines: list[bytes], size: int) -> None:
+        if self._failure:
+            return  # it is not used again
         events: list[CliEvent] = []
         failure: ApiError | None = None
         try:
@@ -2186,7 +2188,7 @@ class Pool:
             now = time.monotonic()
             for session in [*self.spares, *self.on_file]:
                 if session.process.is_unusable:
-                    self.retire(session, "died")
+                    self.retire(session, "failed")
                 elif ttl and now - session.since >= ttl:
                     if session.state is State.SPARE:
                         self._kinds.clear()  # the next comes when it is needed
