@@ -83,7 +83,7 @@ def test_the_model_is_not_asked_again_by_the_cli(
 def test_more_than_one_call_of_the_api_for_a_turn_is_told(
     serve: Callable[..., Server], cli: Path, since: Since
 ) -> None:
-    answer = serve(bin=cli, retries=1).post("RETRYONCE")
+    answer = serve(bin=cli, retries=1).post(f"RETRYONCE {cli}")  # once for each text
     assert (answer.status, answer.headers["x-bridge-api-calls"]) == (200, "2")
     assert len(since()) == 2
 
