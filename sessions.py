@@ -835,6 +835,8 @@ class Process(Child):
         # Bytes of what was read since _events was empty.
         self._unread = 0
         self._waiter: asyncio.Future[None] | None = None
+        # When it has been silent for too long, at the earliest.
+        self._timer: asyncio.TimerHandle | None = None
         self._failure: ApiError | None = None
 
     @property
@@ -860,6 +862,7 @@ class Process(Child):
         `result` has come.  Returns False when the process printed something after the
         `result`."""
         self._is_in_turn = False
+        self._stop_timer()
         self._announced_calls = frozenset(calls)
         is_quiet = True
         for event in self._events:
@@ -934,13 +937,21 @@ class Process(Child):
             self.timed_out = True
             seconds = f"{self._watchdog_secs:g}"
             raise ApiError(504, f"the claude CLI was silent for {seconds} seconds")
+        if not self._timer:
+            # One for many waits: a new one for each delta costs as much as the delta.
+            self._timer = self.loop.call_at(min(silent_at, mute_at), self._look)
         self._waiter = self.loop.create_future()
-        timer = self.loop.call_at(min(silent_at, mute_at), self._wake)
-        try:
-            await self._waiter
-        finally:
-            timer.cancel()
-            self._waiter = None
+        await self._waiter
+
+    def _look(self) -> None:
+        """Look whether it has been silent for too long."""
+        self._timer = None
+        self._wake()
+
+    def _stop_timer(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
 
     async def read_until(self, find: Callable[[CliEvent], Any]) -> Any:
         """Read until `find` returns something for an event, and return that.  Raises
@@ -968,7 +979,7 @@ class Process(Child):
 
     def _resume_reading(self) -> None:
         self._unread = 0
-        if self.resume():
+        if self._is_paused and self.resume():
             self._alive_at = self.loop.time()  # the silence was the client's
 
     # What a child reports
@@ -1031,6 +1042,8 @@ class Process(Child):
             kind = event["type"]
             if kind in SIGNS_OF_LIFE:
                 self._alive_at = self.loop.time()
+            if kind == "stream_event":
+                continue  # most are
             if kind == "control_request":
                 self._answer_control(event)
             elif kind == "control_response":
@@ -1061,6 +1074,7 @@ class Process(Child):
     async def stop(self) -> None:
         """End it.  One that waits for a tool result is killed: 2.1.330 calls the API
         once more when its stdin closes."""
+        self._stop_timer()
         await self.end(at_once=bool(self._calls or self._announced_calls))
 
 
@@ -1421,12 +1435,13 @@ class Turn:
             self.process.kill(signal.SIGKILL)
 
     def _translate(self, events: list[CliEvent], frames: list[bytes]) -> None:
+        translator = self.translator
         for event in events:
-            if self.translator.result:
+            if translator.result:
                 unasked = self.process.is_unasked([event])
                 self.spoke_after_result = self.spoke_after_result or unasked
-            fed = self.translator.feed(event)
-            frames.extend(map(translate.frame, fed))
+            for fed in translator.feed(event):
+                frames.append(translate.frame(fed))
 
     def _begun(self) -> None:
         if self.on_begin:

@@ -1705,8 +1705,8 @@ def decode(text: bytes) -> list[CliEvent]:
         values = split_concatenated(text.decode(errors="replace").strip())
         if not values and text.startswith(STREAM_EVENT):
             raise cli_error(DAMAGED_LINE) from None
-    opened = text.count(b"[") + text.count(b"{")
-    if opened > MAX_DEPTH and any(is_deeper(value, MAX_DEPTH) for value in values):
+    is_long = len(text) > 2 * MAX_DEPTH
+    if is_long and any(is_deeper(value, MAX_DEPTH) for value in values):
         raise cli_error("the claude CLI wrote JSON that is nested too deeply")
     return [value for value in values if get_str(value, "type")]
 
@@ -2135,20 +2135,17 @@ class Translator:
         delta = event["delta"]
         kind = delta["type"]
         block = self.message["content"][-1]
-        if kind in DELTAS:
-            self._add_piece(block, kind, delta)
+        key, name = DELTAS.get(kind, ("", ""))
+        if key == "citations":
+            block[key] = [*block.get(key, ()), delta[name]]
+        elif key:
+            self._pieces.setdefault(key, []).append(delta[name])
         else:  # a delta of a new type: its keys are the block's
             block.update(without(delta, BLOCK_KEYS))
             self._new_delta = True
         index = len(self.message["content"]) - 1
-        return [with_keys(event, index=index)]
-
-    def _add_piece(self, block: Json, kind: str, delta: Json) -> None:
-        key, name = DELTAS[kind]
-        if key == "citations":
-            block[key] = [*block.get(key, ()), delta[name]]
-        else:
-            self._pieces.setdefault(key, []).append(delta[name])
+        is_same = event.get("index") == index
+        return [event if is_same else with_keys(event, index=index)]
 
     def _block_stop(self, event: Json) -> list[StreamEvent]:
         block = self.message["content"][-1]
@@ -2356,7 +2353,7 @@ def frame(event: StreamEvent | Json) -> bytes:
     """One server-sent event."""
     return b"event: %b\ndata: %b\n\n" % (
         event["type"].encode(),
-        escape_line_breaks(to_json(event)),
+        escape_line_breaks(orjson.dumps(event)),
     )
 
 
