@@ -1,16 +1,14 @@
 """Counting, the model list, and parameters that never mix.  With the real CLI; what arrives at the
 stub API counts."""
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
-from client import IMAGE, Answer, Client, Json, request_body, text
+from client import Answer, Client, Json, request_body
 from servers import Server
 from stubs import Stub
 
@@ -148,39 +146,3 @@ def test_parameters_of_parallel_conversations_never_mix(
         assert f"conversation {number}" in str(body["messages"][0])
         assert body.get("temperature") == (number / 4 if turn % 2 else None)
         assert body.get("top_k") == (None if turn % 2 else number + 1)
-
-
-def test_a_process_that_has_counted_counts_other_messages_and_tools_as_a_fresh_one(
-    serve: Callable[..., Server], cli: Path
-) -> None:
-    """Claude Code's /context asks for 24 counts, most of them with another tool."""
-    long = {**TOOL, "name": "long", "description": "The weather. " * 100}
-    questions: list[dict[str, Any]] = [
-        {"messages": "one", "tools": [TOOL]},
-        {"messages": "two " * 200, "tools": [long]},
-        {"messages": "three", "tools": []},
-        {"messages": [{"role": "user", "content": [IMAGE, text("see")]}]},
-        {"messages": ["four", "yes", "and now"], "tools": [TOOL]},
-    ]
-    used = serve(bin=cli)
-    together = [count(used, **question).json["input_tokens"] for question in questions]
-    for question, tokens in zip(questions, together, strict=True):
-        with serve_alone(serve, cli) as fresh:
-            assert count(fresh, **question).json["input_tokens"] == tokens
-
-
-def test_counts_of_an_agent_and_of_a_clients_tools_share_no_process(
-    serve: Callable[..., Server], cli: Path
-) -> None:
-    """The agent's own prompt and tools would be counted as the client's, or left out."""
-    used, fresh = (serve(bin=cli, tools="default") for _ in range(2))
-    of_agent = count(used).json["input_tokens"]
-    of_client = count(used, tools=[TOOL]).json["input_tokens"]
-    assert of_client == count(fresh, tools=[TOOL]).json["input_tokens"] < of_agent
-
-
-@contextlib.contextmanager
-def serve_alone(serve: Callable[..., Server], cli: Path) -> Iterator[Server]:
-    server = serve(bin=cli)
-    yield server
-    server.close()
