@@ -932,7 +932,7 @@ class Process(Child):
             # The bridge itself may have been stopped: what came meanwhile is in the pipe.
             for _ in range(READ_ROUNDS):
                 await asyncio.sleep(0)
-            if self._events or self._alive_at > silent_since:
+            if self._events or self.is_unusable or self._alive_at > silent_since:
                 return
             self.timed_out = True
             seconds = f"{self._watchdog_secs:g}"
@@ -1768,7 +1768,7 @@ class Pool:
         is_parked = session.state is State.PARKED
         results = translate.tool_results(content, session.calls) if is_parked else None
         reason = ""
-        if session.bare and session.cli.files != self._identify_cli():
+        if session.bare and session.cli.files[1:] != self._identify_cli()[1:]:
             # It reads no subscription's login, and there may be one now.
             reason = "login"
         elif translate.has_images(content):
@@ -1927,9 +1927,10 @@ class Pool:
             if files != self.cli.files:
                 secs = min(VERSION_SECS, self.config.watchdog_secs)
                 version = await ask_version(self.config.bin, self._environment, secs)
-                before, self.cli = self.cli, Cli(files, version)
+                is_other_program = files[:1] != self.cli.files[:1]
+                self.cli = Cli(files, version)
                 for spare in self.spares:
-                    if before.program != self.cli.program:
+                    if is_other_program:
                         self.retire(spare, "unwanted")
                     spare.cli = self.cli  # it looks for a login when it is asked
         if self.cli.problem:

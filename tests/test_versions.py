@@ -161,6 +161,20 @@ def test_what_was_learnt_of_a_cli_is_forgotten_when_another_takes_its_place(
     assert set(log.started()) - before
 
 
+def test_a_cli_that_is_replaced_at_its_own_path_ends_the_spares_of_before(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    program = tmp_path / "claude"
+    os.replace(script(tmp_path / "old", "2.1.260"), program)
+    server = serve(bin=program, spares=1)
+    pool = pool_of(server)
+    wait_until(lambda: pool.spares, "a spare")
+    [spare] = pool.spares
+    os.replace(script(tmp_path / "new", "2.1.261"), program)
+    assert server.post("one").status == 200
+    assert (pool.cli.version, spare.state) == ("2.1.261", State.RETIRED)
+
+
 def test_a_model_that_only_the_old_cli_knew_is_looked_at_anew(
     serve: Callable[..., Server], tmp_path: Path, log: Log
 ) -> None:
