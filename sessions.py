@@ -1283,7 +1283,16 @@ class Session:
         self.state = state
         self.since = time.monotonic()
 
+    def renew(self, cli: Cli) -> None:
+        """Go on under another login, which a process looks for when it is asked."""
+        self.cli = cli
+
     # A first turn
+
+    def take_name(self, id: str, pin: str) -> None:
+        """Be found by the name that the client gave it."""
+        self.id = id
+        self.pin = pin
 
     def adopt(self, request: Request, tools: list[Json]) -> None:
         """Take on a request's conversation."""
@@ -1823,8 +1832,7 @@ class Pool:
         origin, reason = self._rebuild_reason(request, pin)
         session, lines = await self.open(request, translate.listed_tools(request))
         if token:
-            session.id = session_id(token)
-            session.pin = pin
+            session.take_name(session_id(token), pin)
         return Turn(request, session, origin, reason, lines, on_begin=self.refill)
 
     def _rebuild_reason(self, request: Request, pin: str) -> tuple[str, str]:
@@ -1932,7 +1940,7 @@ class Pool:
                 for spare in self.spares:
                     if is_other_program:
                         self.retire(spare, "unwanted")
-                    spare.cli = self.cli  # it looks for a login when it is asked
+                    spare.renew(self.cli)
         if self.cli.problem:
             raise cli_error(self.cli.problem)
         return self.cli
