@@ -119,8 +119,9 @@ THREAD_SIZE = 64 << 10
 # Those of this many wait for each other, as others for a process.
 LARGE_SIZE = 1 << 20
 # Rounds of the event loop in which what is in a pipe comes in: one to look at it, one to
-# read it, one in which what was read is taken in (asyncio's call_soon).
-READ_ROUNDS = 3
+# read it, one in which what was read is taken in, and two more for the end of the pipe
+# (asyncio's call_soon).
+READ_ROUNDS = 5
 # Fingerprints of lost sessions that are remembered, to say why a conversation was
 # rebuilt.
 MAX_PAST = 4096
@@ -937,9 +938,12 @@ class Process(Child):
             self.timed_out = True
             seconds = f"{self._watchdog_secs:g}"
             raise ApiError(504, f"the claude CLI was silent for {seconds} seconds")
+        due = min(silent_at, mute_at)
+        if self._timer and self._timer.when() > due:
+            self._stop_timer()
         if not self._timer:
             # One for many waits: a new one for each delta costs as much as the delta.
-            self._timer = self.loop.call_at(min(silent_at, mute_at), self._look)
+            self._timer = self.loop.call_at(due, self._look)
         self._waiter = self.loop.create_future()
         await self._waiter
 
@@ -1004,7 +1008,7 @@ class Process(Child):
 
     def fail(self, error: ApiError) -> None:
         self._failure = error
-        self._wake()
+        self.output_ended()
         if self.on_fault and not self._is_in_turn:
             is_damaged = error.message == translate.DAMAGED_LINE
             self.on_fault("failed" if is_damaged else "unasked")
@@ -1053,8 +1057,10 @@ class Process(Child):
             elif kind == "result" and not self._is_in_turn:
                 self._take_late_result(event)
             elif event.get("subtype") == "api_retry":
-                delay: Any = event.get("retry_delay_ms") or 0
-                self._alive_at = self.loop.time() + delay / 1000
+                delay: Any = event.get("retry_delay_ms")
+                is_known = isinstance(delay, int | float)
+                seconds = delay / 1000 if is_known else 0
+                self._alive_at = self.loop.time() + seconds
         return events
 
     def _take_late_result(self, event: CliEvent) -> None:
@@ -2005,9 +2011,17 @@ class Pool:
         for spare in self.spares:
             if spare.process.is_unusable:
                 self.retire(spare, "died")
-            elif spare.kind == kind and spare.bare == bare:
-                spare.move(State.BUSY)
-                return spare, True
+            is_wanted = spare.kind == kind and spare.bare == bare
+            if not is_wanted or spare.state is not State.SPARE:
+                continue
+            spare.move(State.BUSY)
+            try:
+                if await spare.process.is_ready():
+                    return spare, True
+            except BaseException:
+                self.retire(spare, "interrupted")
+                raise
+            self.retire(spare, "failed")
         return await self._spawn(kind, bare, State.BUSY), False
 
     async def _spawn(
@@ -2015,6 +2029,8 @@ class Pool:
     ) -> Session:
         """Start a process; one that `is_kept` writes its conversation down."""
         cli = await self.look_at_cli()
+        if state is State.SPARE and self.room.is_full:
+            raise ApiError(529, "nobody makes room for a spare")
         if not self.room.has_next:
             self._evict()
         message = f"all {self.config.max_sessions} processes were busy, none got free"
@@ -2070,7 +2086,8 @@ class Pool:
         if not self._kinds:
             return
         for spare in self.spares:
-            if spare.kind not in self._kinds:
+            is_bare = self._is_bare(spare.kind.agent)
+            if spare.kind not in self._kinds or spare.bare != is_bare:
                 self.retire(spare, "unwanted")
         have = [spare.kind for spare in self.spares]
         have += self._preparing.values()
@@ -2083,8 +2100,6 @@ class Pool:
             have.append(kind)
 
     async def _prepare(self, kind: Kind) -> None:
-        if self.room.is_full:
-            return  # nobody makes room for a spare
         with contextlib.suppress(ApiError):  # the next request will report it
             await self.look_at_cli()
             await self._spawn(kind, self._is_bare(kind.agent), State.SPARE)
