@@ -16,10 +16,11 @@ import pytest
 from client import request_body
 from host import STANDIN
 from stand_in import Log
+from test_processes import alive
 
 import bridge
 import sessions
-from sessions import Pool, PoolConfig, State, Turn
+from sessions import Cli, Pool, PoolConfig, State, Turn
 from translate import ApiError, parse_request
 
 PROBE = {"name": "probe", "input_schema": {"type": "object"}}
@@ -198,3 +199,41 @@ def test_no_room_for_the_bridges_own_question_is_no_warning(
     with caplog.at_level(logging.WARNING):
         in_pool(use, max_sessions=1)
     assert caplog.records == []
+
+
+def test_a_spare_whose_end_nobody_has_seen_costs_no_request() -> None:
+    async def use(pool: Pool) -> None:
+        for words in ("one", "two"):  # now a spare is known to have the model
+            await ask(pool, words)
+            await soon(lambda: pool.spares)
+        [spare] = pool.spares
+        os.kill(spare.process.pid, signal.SIGKILL)
+        end = time.monotonic() + 10
+        while alive(spare.process.pid):
+            assert time.monotonic() < end  # the loop stands still
+        turn, answer = await ask(pool, "other")
+        assert answer == "echo: other; 1 messages"
+        assert turn.session is not spare
+
+    in_pool(use, spares=1)
+
+
+def test_spares_that_start_as_the_cli_is_looked_at_evict_no_conversation(tmp_path: Path) -> None:
+    program = tmp_path / "claude"
+    program.symlink_to(STANDIN)
+
+    async def use(pool: Pool) -> None:
+        turns = [(await ask(pool, words))[0] for words in ("one", "two")]
+        for task in list(pool._preparing):
+            await task
+        for spare in pool.spares:
+            pool.retire(spare, "unwanted")
+        await soon(lambda: not pool.room.ending)
+        pool.cli = Cli()
+        pool.refill()
+        for task in list(pool._preparing):
+            await task
+        assert [turn.session.state for turn in turns] == [State.IDLE] * 2
+        assert len(pool.spares) == 1
+
+    in_pool(use, bin=str(program), spares=2, max_sessions=3)
