@@ -1332,9 +1332,14 @@ def transcript(
     return rows
 
 
-# What the CLI takes out of the end of each line that is written to a file (JavaScript,
-# /[^\S\r\n]+$/gm).
-LINE_ENDINGS = re.compile(r"[^\S\r\n]+(?=[\r\n]|\Z)")
+# What the CLI takes out of the end of each line that is written to a file: white space as
+# JavaScript has it (ECMA-262, "White Space" and "Line Terminators"), which differs from
+# Python's in the byte order mark and in control characters.
+LINE_ENDINGS = re.compile(
+    "[\t\v\f \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]+(?=[\r\n]|\\Z)"
+)
+# What else an Edit may hold, as JSON: in Python 1 is True.
+EDIT_OPTIONS = (b"{}", b'{"replace_all":false}', b'{"replace_all":true}')
 
 
 def written_input(call: Block) -> Any:
@@ -1351,7 +1356,7 @@ def written_input(call: Block) -> Any:
             "old_string": str(old),
             "new_string": str(new),
             **rest,
-        } if rest in ({}, {"replace_all": False}, {"replace_all": True}):
+        } if to_json(rest) in EDIT_OPTIONS:
             return {
                 "replace_all": rest.get("replace_all", False),
                 "file_path": path,

@@ -28,6 +28,12 @@ REWRITTEN: dict[str, tuple[str, Json, Json]] = {
         {"file_path": "/x.py", "content": "a  \r\nb\t\n"},
         {"file_path": "/x.py", "content": "a\r\nb\n"},
     ),
+    # White space is what JavaScript takes for it.
+    "write-odd-spaces": (
+        "Write",
+        {"file_path": "/x.py", "content": "a\x1c\nb\ufeff\u3000\nc\x85\n"},
+        {"file_path": "/x.py", "content": "a\x1c\nb\nc\x85\n"},
+    ),
     "write-markdown": (
         "Write",
         {"file_path": "/x.md", "content": "a  \n"},
