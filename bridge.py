@@ -426,11 +426,10 @@ def login_cure(config: Config, environ: Mapping[str, str]) -> str:
     for name in LOGIN_VARIABLES:
         is_kept = name in config.keep_env
         # Clients of the bridge need a key, and any will do: the README calls it so.
-        is_for_clients = environ.get(name, "") in (
-            "",
-            KEY_OF_CLIENTS,
-        ) or config.is_own_url(environ.get("ANTHROPIC_BASE_URL", ""))
-        if not is_kept and not is_for_clients:
+        value = environ.get(name, "")
+        has_own_url = config.is_own_url(environ.get("ANTHROPIC_BASE_URL", ""))
+        is_for_clients = value == KEY_OF_CLIENTS or has_own_url
+        if value and not is_kept and not is_for_clients:
             words = f"{found}; {name} is set, but not passed on to the CLI"
             return f"{words}: {variable('keep_env')}={name} passes it on"
     if os.path.isfile(settings) and not config.setting_sources:
@@ -1572,10 +1571,10 @@ async def stop(
 
 
 async def finish_despite_cancel(
-    work: Coroutine[Any, Any, None], cancel_answers: Callable[[], None]
+    work: Coroutine[Any, Any, None], on_cancel: Callable[[], None]
 ) -> None:
-    """Finish `work` even if this task is cancelled; each cancel calls `cancel_answers`, and is
-    raised at the end."""
+    """Finish `work` even if this task is cancelled; each cancel calls `on_cancel`, and
+    is raised at the end."""
     task = asyncio.create_task(work)
     is_cancelled = False
     while not task.done():
@@ -1583,7 +1582,7 @@ async def finish_despite_cancel(
             await asyncio.wait({task})
         except asyncio.CancelledError:
             is_cancelled = True
-            cancel_answers()
+            on_cancel()
     task.result()
     if is_cancelled:
         raise asyncio.CancelledError
@@ -1842,8 +1841,7 @@ def read_flags(words: list[str]) -> dict[str, str]:
     flags = vars(known)
     unknown = [name.partition("=")[0] for name in others if name.startswith("-")]
     if unknown:
-        # argparse knows its own flags by no other name.
-        hint = suggestion(unknown[0], parser._option_string_actions)
+        hint = suggestion(unknown[0], re.findall("--[a-z-]+", parser.format_help()))
         raise ConfigError(f"there is no {unknown[0]}{hint or '; see --help'}")
     command = flags.get("command")
     if command and command not in COMMANDS:
@@ -2238,10 +2236,10 @@ class FakeApi:
         """Nothing holds this client up."""
 
 
-async def rehearse(config: Config, rehearsal: FakeApi) -> None:
-    """Run a FakeApi with an empty home: the user's files must supply neither a login
-    nor another address."""
-    server = await asyncio.start_server(rehearsal.serve, "127.0.0.1", 0)
+async def rehearse(config: Config, api: FakeApi) -> None:
+    """Play the scenario of a FakeApi, with an empty home: the user's files must supply
+    neither a login nor another address."""
+    server = await asyncio.start_server(api.serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     kept = {
         "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{port}",
@@ -2260,7 +2258,7 @@ async def rehearse(config: Config, rehearsal: FakeApi) -> None:
             config, keep_env=names, setting_sources="", tools=""
         )
         async with server, Pool(config, environ) as pool:
-            await rehearsal.play(pool)
+            await api.play(pool)
 
 
 async def check(config: Config) -> bool:
@@ -2287,15 +2285,15 @@ async def check(config: Config) -> bool:
     cure = login_cure(config, os.environ)
     print(f"login: {source or 'nobody is logged in: ' + cure}")
     found = dict.fromkeys(FEATURES, False)
-    rehearsal = FakeApi(found)
+    api = FakeApi(found)
     failure = ""
     try:
         with progress_line("asking it two questions in front of a fake API ..."):
             async with asyncio.timeout(limit):
-                await rehearse(config, rehearsal)
+                await rehearse(config, api)
     except (ApiError, OSError) as error:
         failure = f" ({str(error) or 'no answer in time'})"
-    version = cli.version or rehearsal.version or "unknown"
+    version = cli.version or api.version or "unknown"
     print(f"version: {version}" + (f" ({cli.warning})" if cli.warning else ""))
     for name, meaning in FEATURES.items():
         missing = f"does not work: there is no sign that this CLI {meaning}{failure}"

@@ -1008,12 +1008,16 @@ class Process(Child):
 
     def fail(self, error: ApiError) -> None:
         self._failure = error
-        self.output_ended()
+        self._expect_nothing()
         if self.on_fault and not self._is_in_turn:
             is_damaged = error.message == translate.DAMAGED_LINE
             self.on_fault("failed" if is_damaged else "unasked")
 
     def output_ended(self) -> None:
+        self._expect_nothing()
+
+    def _expect_nothing(self) -> None:
+        """Let those go on who wait for its last `result`, or for events."""
         if self._result_seen and not self._result_seen.done():
             self._result_seen.set_result(False)
         self._wake()
@@ -1295,9 +1299,9 @@ class Session:
 
     # A first turn
 
-    def take_name(self, id: str, pin: str) -> None:
-        """Be found by the name that the client gave it."""
-        self.id = id
+    def take_name(self, name: str, pin: str) -> None:
+        """Be found by the name that the client gave it, and by nothing else."""
+        self.id = name
         self.pin = pin
 
     def adopt(self, request: Request, tools: list[Json]) -> None:
@@ -1867,25 +1871,22 @@ class Pool:
     ) -> tuple[Session, list[bytes]]:
         """A process that holds the history of the request, and the lines that start its
         turn.  Without `query` the message is only added, to be counted."""
-        agent = request.is_agent
         cli = await self.look_at_cli()
         if request.continues and not cli.since(CONTINUES):
-            message = (
-                "a conversation that ends with an assistant message needs Claude Code"
-            )
-            message += f" {dotted(CONTINUES)} or newer; this is {cli.version}"
+            message = "a conversation that ends with an assistant message needs Claude"
+            message += f" Code {dotted(CONTINUES)} or newer; this is {cli.version}"
             raise translate.bad_request("messages", message)
         # Thinking is kept only beside the full name of the model, and only the CLI
         # knows what login is in its settings.
         needs_hello = request.fingerprint.has_thinking or self.config.setting_sources
         if needs_hello and not cli.hello:
             await self.hello()
-        bare = self._is_bare(agent)
+        bare = self._is_bare(request.is_agent)
         announced: list[Json] = []
-        if not agent and not bare:
+        if not request.is_agent and not bare:
             announced = await self._announced(request.model)
         while True:
-            session, was_spare = await self._take(request.model, agent, bare)
+            session, was_spare = await self._take(request.model, request.is_agent, bare)
             try:
                 session.adopt(request, tools)
                 make_rows = partial(
@@ -2196,8 +2197,10 @@ class Pool:
         self.room.leave_after(session.process.stop(), forget)
 
     def _record_outcome(self, session: Session, reason: str) -> None:
-        for key in (session.chain, session.pin if session.turns else ""):
-            if key and session.turns:
+        if not session.turns:
+            return
+        for key in (session.chain, session.pin):
+            if key:
                 cache_put(self._outcomes, key, (session.parts, reason), MAX_PAST)
 
     def _record_limits(self, limits: dict[str, Json]) -> None:

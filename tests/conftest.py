@@ -109,7 +109,7 @@ IN_TURN = (
     "test_versions",
 )
 # These with both: what arrives of any request is what differs most between versions.
-WITH_BOTH = ("test_generated_requests",)
+WITH_BOTH = ("test_generated_requests", "test_a_text_after_a_call")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

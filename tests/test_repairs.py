@@ -104,7 +104,7 @@ def test_an_error_in_mid_stream_has_the_apis_own_words(real: Server, stream: boo
     )
 
 
-def test_a_text_behind_a_call_is_told_where_the_cli_moves_it(
+def test_a_text_after_a_call_is_told_where_the_cli_moves_it(
     serve: Callable[..., Server], cli: Path, since: Since
 ) -> None:
     call = {"type": "tool_use", "id": "toolu_1", "name": "mine", "input": {}}
