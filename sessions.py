@@ -52,13 +52,14 @@ from collections.abc import (
     Callable,
     Coroutine,
     Iterable,
+    Iterator,
     Mapping,
 )
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import orjson
 
@@ -109,8 +110,8 @@ ENDING = (
     (signal.SIGTERM, 1.0),
     (signal.SIGKILL, 5.0),
 )
-# Seconds after which a process that has said nothing no longer holds up the start of
-# others; 1.2 were measured.
+# Seconds that a process gets to print its first line, before others are started beside
+# it; 1.2 were measured.
 START_SECS = 2.0
 # Seconds by which the `result` may come later than the answer it belongs to; 0.02 were
 # measured.
@@ -136,8 +137,6 @@ SWEEP_SECS = 5.0
 # Answers of count_tokens that are remembered: Claude Code's /context asks for 24, some of
 # them twice.
 MAX_COUNTS = 256
-# Names of models of which it is known whether a process can take them without --model.
-MAX_MODELS = 256
 # Tokens of the prompt that the API adds for tools: the CLI subtracts them, so they are
 # added back.
 TOOLS_PROMPT_TOKENS = 500
@@ -145,6 +144,8 @@ LOST_NAME = (
     "messages: the process that held the conversation of this name is gone; send the whole "
     "conversation, or start over with a new name"
 )
+# Why a conversation is rebuilt that no session is known to have held.
+UNKNOWN_HISTORY = "unknown-history"
 # Only these show that a turn is alive; status lines and keep-alives come from a
 # half-open stream as well.
 SIGNS_OF_LIFE = {
@@ -173,10 +174,15 @@ class Kind:
     """What a process is started for."""
 
     # Its --model; empty: it takes that of the conversation it is given
-    # (`translate.transcript`).
+    # (`translate.transcript`), which must be one that the CLI lists.
     model: str = ""
     # It has the CLI's own tools.
     agent: bool = False
+    # It runs in the CLI's bare mode, in which it says nothing to the model of its own
+    # accord, and reads no subscription's login.
+    bare: bool = False
+    # It writes its conversation to a file beside its gate.
+    is_kept: bool = False
 
 
 class State(enum.Enum):
@@ -333,14 +339,18 @@ MANAGED_MCP = (
 )
 
 
-def arguments(config: PoolConfig, kind: Kind) -> list[str]:
+def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
     """The command line of a process: no settings, nothing on disk; in model mode no
-    tools but the client's."""
+    tools but the client's.  `settings` is the user's own file of them."""
     argv = [config.bin, "-p", "--verbose"]
     argv += ["--input-format", "stream-json"]
     argv += ["--output-format", "stream-json", "--include-partial-messages"]
-    argv += ["--no-session-persistence", "--setting-sources", config.setting_sources]
-    argv += ["--disable-slash-commands"]
+    argv += ["--setting-sources", config.setting_sources, "--disable-slash-commands"]
+    if not kind.is_kept:
+        argv += ["--no-session-persistence"]
+    if kind.bare and config.setting_sources:
+        # Otherwise the bare mode reads no apiKeyHelper (the CLI's help on --bare).
+        argv += ["--settings", settings]
     # The CLI refuses the flag beside an administrator's list, which excludes others.
     if not any(map(os.path.exists, MANAGED_MCP)):
         argv += ["--strict-mcp-config"]
@@ -462,8 +472,8 @@ OPT_OUTS = (
     "DISABLE_TELEMETRY",
     "DO_NOT_TRACK",
 )
-# Logins that the CLI also finds in its bare mode (`Session.bare`), by the variable that
-# holds them or asks for them.
+# Logins that the CLI also finds in its bare mode, by the variable that holds them or
+# asks for them.
 BARE_LOGINS = (
     "ANTHROPIC_API_KEY",
     "CLAUDE_CODE_USE_BEDROCK",
@@ -475,6 +485,18 @@ BARE_LOGINS = (
 MODEL_MODE = {
     "CLAUDE_AGENT_SDK_DISABLE_BUILTIN_AGENTS": "1",
     "CLAUDE_CODE_DISABLE_GIT_INSTRUCTIONS": "1",
+}
+# An address where nobody answers: RFC 863's port, on loopback.
+NOWHERE = "http://127.0.0.1:9"
+# For a process whose question must not be answered, whoever's settings name an API.
+UNREACHABLE = {
+    "ANTHROPIC_BASE_URL": NOWHERE,
+    "HTTP_PROXY": NOWHERE,
+    "HTTPS_PROXY": NOWHERE,
+    "NO_PROXY": "",
+    "http_proxy": NOWHERE,
+    "https_proxy": NOWHERE,
+    "no_proxy": "",
 }
 
 
@@ -494,6 +516,16 @@ def child_environment(config: PoolConfig, environ: Mapping[str, str]) -> dict[st
         if child.get(name):  # children have another working directory
             child[name] = os.path.abspath(os.path.expanduser(child[name]))
     return child
+
+
+def kind_environment(kind: Kind) -> dict[str, str]:
+    """What is set beside `child_environment` for a kind of process."""
+    added = {} if kind.agent else MODEL_MODE.copy()
+    if kind.bare:
+        added["CLAUDE_CODE_SIMPLE"] = "1"
+    if kind.is_kept:
+        added.update(UNREACHABLE)
+    return added
 
 
 def gate_path(descriptor: int) -> str:
@@ -584,45 +616,42 @@ class Trace:
     """
 
     def __init__(self, folder: str, request_id: str) -> None:
-        # -1: nothing is traced.
-        self._file = -1
-        if not folder or not request_id:
-            return
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        try:
+        self._file: IO[bytes] | None = None
+        if folder and request_id:
             path = os.path.join(folder, f"{request_id}.jsonl")
-            self._file = os.open(path, flags, 0o600)
-        except OSError as error:
-            self._give_up(error)
+            opener = partial(os.open, mode=0o600)
+            with self._no_failure():
+                self._file = open(path, "xb", buffering=0, opener=opener)  # noqa: SIM115
 
     def add(self, direction: str, lines: Iterable[bytes]) -> None:
-        if self._file < 0:
-            return
-        try:
-            for text in lines:
-                row = b'{"%b": %b}\n' % (direction.encode(), as_json(text))
-                while row:
-                    row = row[os.write(self._file, row) :]
-        except OSError as error:
-            self._give_up(error)
+        if self._file:
+            with self._no_failure():
+                for line in lines:
+                    self._file.write(
+                        b'{"%b": %b}\n' % (direction.encode(), as_json(line))
+                    )
 
-    def _give_up(self, error: OSError) -> None:
-        log.warning("the trace of a request is incomplete: %s", error)
-        self.close()
+    @contextlib.contextmanager
+    def _no_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            log.warning("the trace of a request is incomplete: %s", error)
+            self.close()
 
     def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        if self._file:
+            self._file.close()
+        self._file = None
 
 
-def as_json(text: bytes) -> bytes:
+def as_json(line: bytes) -> bytes:
     """A line as a JSON value: itself, or a string when it is none."""
     try:
-        orjson.loads(text)
+        orjson.loads(line)
     except orjson.JSONDecodeError:
-        return orjson.dumps(text.decode(errors="replace"))
-    return text.strip()
+        return orjson.dumps(line.decode(errors="replace"))
+    return line.strip()
 
 
 # ------------------------------------------------------------ a child
@@ -637,9 +666,6 @@ class Child(asyncio.SubprocessProtocol):
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self.loop.create_future()
-        # Done when it has printed something, has ended, or START_SECS have passed.
-        self.started: asyncio.Future[None] = self.loop.create_future()
-        self.loop.call_later(START_SECS, self._set_started)
         # Its output has ended.
         self.eof = False
         self.has_spoken = False
@@ -650,7 +676,7 @@ class Child(asyncio.SubprocessProtocol):
         # The beginning of a line whose end has not come.
         self._partial = bytearray()
         self._stderr = b""
-        self._is_paused = False
+        self.is_paused = False
         # The spawn failed: connection_made must kill and reap it.
         self._is_orphan = False
         # The writing end of the gate; -1: closed.
@@ -746,8 +772,8 @@ class Child(asyncio.SubprocessProtocol):
         by itself."""
         self._transport.get_pipe_transport(0).close()
         await asyncio.wait({self.exited}, timeout=SETTLE_SECS)
-        folder = Path(self._gate_path).parent
-        files = [path for path in folder.glob("*.jsonl") if not path.is_symlink()]
+        # The CLI names the file by a UUID.
+        files = Path(self._gate_path).parent.glob("*-*.jsonl")
         return b"".join(path.read_bytes() for path in files)
 
     # Lines
@@ -760,17 +786,14 @@ class Child(asyncio.SubprocessProtocol):
 
     def pause(self) -> None:
         """Read nothing more until `resume`."""
-        if not self._is_paused:
-            self._is_paused = True
+        if not self.is_paused:
+            self.is_paused = True
             self._transport.get_pipe_transport(1).pause_reading()
 
-    def resume(self) -> bool:
-        """Read on; whether it was paused."""
-        was_paused, self._is_paused = self._is_paused, False
-        stdout: Any = self._transport.get_pipe_transport(1)
-        if was_paused and stdout and not self.eof:
-            stdout.resume_reading()
-        return was_paused
+    def resume(self) -> None:
+        if self.is_paused and not self.eof:
+            self._transport.get_pipe_transport(1).resume_reading()
+        self.is_paused = False
 
     # asyncio's callbacks
 
@@ -790,7 +813,6 @@ class Child(asyncio.SubprocessProtocol):
             for line in text.splitlines():
                 log.debug("process %s prints: %s", self.pid, line[:MAX_LOGGED])
             return
-        self._set_started()
         self.has_spoken = True
         *lines, rest = data.split(b"\n")
         if lines:
@@ -807,7 +829,6 @@ class Child(asyncio.SubprocessProtocol):
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
         if fd == 1:
             self.eof = True
-            self._set_started()
             self.output_ended()
 
     def process_exited(self) -> None:
@@ -815,10 +836,6 @@ class Child(asyncio.SubprocessProtocol):
         self._close_gate()
         if not self.exited.done():
             self.exited.set_result(self._transport.get_returncode() or 0)
-
-    def _set_started(self) -> None:
-        if not self.started.done():
-            self.started.set_result(None)
 
     # The end
 
@@ -834,14 +851,13 @@ class Child(asyncio.SubprocessProtocol):
         """The error of a child whose output has ended."""
         # Its status follows the end of its output.
         await asyncio.wait({self.exited}, timeout=1)
-        status = (
-            f"exited with status {self.exited.result()}"
-            if self.exited.done()
-            else "closed its output"
-        )
-        lines = self._stderr.decode(errors="replace").strip()
-        said = lines.rpartition("\n")[2][:300]
-        return cli_error(f"the claude CLI {status}" + (f": {said}" if said else ""))
+        message = "the claude CLI closed its output"
+        if self.exited.done():
+            message = f"the claude CLI exited with status {self.exited.result()}"
+        printed = self._stderr.decode(errors="replace").strip()
+        if printed:
+            message += ": " + printed.rpartition("\n")[2][:MAX_LOGGED]
+        return cli_error(message)
 
     async def end(self, *, at_once: bool = False) -> None:
         """End it and its group, and wait until it is reaped."""
@@ -860,6 +876,134 @@ class Child(asyncio.SubprocessProtocol):
         self._remove_gate()
 
 
+# ------------------------------------------------------------ the CLI
+
+# Versions of the CLI (README, "Versions of the CLI"; tests/README.md has what was seen of
+# each).  One older than this lists no full names of models, without which it keeps no
+# thinking of the past; with still older ones the API gets another request than the
+# client's.
+OLDEST = (2, 1, 197)
+NEWEST_TESTED = (2, 1, 332)
+# From here on the CLI announces things to the model (`translate.ANNOUNCEMENTS`), and
+# does not in its bare mode.
+ANNOUNCES = (2, 1, 267)
+HAS_BARE_MODE = (2, 1, 300)
+# From here on it keeps a text after a tool call there.
+KEEPS_ORDER = (2, 1, 266)
+# From here on a conversation can end with an assistant message.
+CONTINUES = (2, 1, 300)
+# Seconds for `claude --version`; 0.1 were measured.
+VERSION_SECS = 5.0
+
+# A file: its path without links, device, inode, and time of change.
+FileIdentity = tuple[str, int, int, int]
+
+
+@dataclass(eq=False)
+class Cli:
+    """The CLI that is installed, and what is known of it; another program in its place,
+    or another login, is another Cli."""
+
+    # The program, the user's settings, and the credentials.
+    files: tuple[FileIdentity | None, ...] = ()
+    # As `claude --version` prints it; empty: unknown.
+    version: str = ""
+    # Its last answer to `initialize`; empty: none yet.
+    hello: Json = field(default_factory=dict)
+    # Answers of `Pool.count`.
+    counts: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
+    # By model and account, what it announces (`Pool._announced`).
+    announced: dict[tuple[str, bytes], list[Json]] = field(default_factory=dict)
+
+    def take_in(self, hello: Json) -> None:
+        """Remember what a process reports of itself.  The list of models stays that of
+        the first: a process may list its own one in another way."""
+        if hello:
+            models = self.hello.get("models") or hello.get("models")
+            self.hello = hello | {"models": models}
+
+    @property
+    def program(self) -> str:
+        """Its path without links; empty: unknown."""
+        return self.files[0][0] if self.files and self.files[0] else ""
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The version, to be compared; empty: unknown."""
+        match = re.match(r"(\d+)\.(\d+)\.(\d+)", self.version)
+        return tuple(map(int, match.groups())) if match else ()
+
+    def since(self, version: tuple[int, ...]) -> bool:
+        """Whether it is of this version or newer; one that does not say is."""
+        return not self.numbers or self.numbers >= version
+
+    @property
+    def problem(self) -> str:
+        """Why it cannot be used; empty: it can."""
+        if self.since(OLDEST):
+            return ""
+        needed = f"{dotted(OLDEST)} or newer is needed"
+        message = f"the claude CLI is version {self.version}, and {needed}"
+        return f"{message}: {update_cure(self.program)}"
+
+    @property
+    def warning(self) -> str:
+        """What to try first; empty: nothing."""
+        if self.numbers <= NEWEST_TESTED:
+            return ""
+        newest = f"{dotted(NEWEST_TESTED)}, the newest that was tested"
+        cure = "`claude-cli-bridge check` tries it"
+        return f"the claude CLI {self.version} is newer than {newest}: {cure}"
+
+
+def dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def update_cure(program: str) -> str:
+    """How to update the CLI: that of the wheel comes with pip."""
+    if "claude_agent_sdk" in program:
+        return "run `pip install --upgrade claude-agent-sdk`"
+    return "run `claude update`, or install Claude Code anew"
+
+
+def identify_file(path: str) -> FileIdentity | None:
+    """Which file is at a path; None: there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return os.path.realpath(path), found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+async def ask_version(program: str, environment: Mapping[str, str], secs: float) -> str:
+    """What `claude --version` prints first, such as 2.1.332; empty: nothing, within
+    this time."""
+    text = b""
+    with contextlib.suppress(
+        OSError, RuntimeError
+    ):  # the first conversation reports it
+        process = await asyncio.create_subprocess_exec(
+            program,
+            "--version",
+            env=environment,
+            cwd="/",
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            async with asyncio.timeout(secs):
+                text, _ = await process.communicate()
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+    match = re.match(rb"\d+\.\d\S*", text)
+    return match[0].decode() if match else ""
+
+
 # ------------------------------------------------------------ a process
 
 
@@ -870,18 +1014,16 @@ class Process(Child):
     once, a turn's events wait for `read`, and what comes unasked is a fault.
     """
 
-    def __init__(self, watchdog_secs: float) -> None:
+    def __init__(self, cli: Cli) -> None:
         super().__init__()
-        # The CLI's answer to `initialize`: models, account.
-        self.hello: Json = {}
+        # The CLI that it runs.
+        self.cli = cli
         # The client's tools, for the CLI to list.
         self.tools: list[Json] = []
         # The CLI has listed them.
         self.has_listed = False
         # The CLI runs a tool of its own: silence is no fault.
         self.working = False
-        # The watchdog fired.
-        self.timed_out = False
         # Called with the reason when it fails between turns.
         self.on_fault: Callable[[str], None] | None = None
         # Called with what it reports of the account's limits, mostly after an answer.
@@ -896,15 +1038,13 @@ class Process(Child):
         self._results: dict[str, Json] = {}
         # Client tools that the last answer called: the calls themselves may come later.
         self._announced_calls: frozenset[str] = frozenset()
-        self._watchdog_secs = watchdog_secs
         # When the last sign of life came, or is due after an announced retry.
         self._alive_at = self.loop.time()
         self._events: list[CliEvent] = []
         # Bytes of what was read since _events was empty.
         self._unread = 0
-        self._waiter: asyncio.Future[None] | None = None
-        # When it has been silent for too long, at the earliest.
-        self._timer: asyncio.TimerHandle | None = None
+        # Done when `read` has waited long enough.
+        self._waiter: asyncio.Future[None] = self.loop.create_future()
         self._failure: ApiError | None = None
 
     @property
@@ -920,7 +1060,7 @@ class Process(Child):
     # Turns
 
     def begin_turn(self, trace: Trace | None = None) -> None:
-        """The watchdog runs, events are kept, and lines are traced."""
+        """From now on events are kept, and lines traced."""
         self.trace = trace or self.trace
         self._is_in_turn = True
         self._announced_calls = frozenset()
@@ -931,7 +1071,6 @@ class Process(Child):
         `result` has come.  Returns False when the process printed something after the
         `result`."""
         self._is_in_turn = False
-        self._stop_timer()
         self._announced_calls = frozenset(calls)
         is_quiet = True
         for event in self._events:
@@ -952,8 +1091,7 @@ class Process(Child):
                     is_done = await self._result_seen
             except TimeoutError:
                 return False
-        for _ in range(READ_ROUNDS):
-            await asyncio.sleep(0)
+        await read_pipes()
         return is_done and not self.is_unusable
 
     def hand_over(self, results: dict[str, Json]) -> None:
@@ -975,8 +1113,8 @@ class Process(Child):
     async def read(self) -> list[CliEvent]:
         """The events that have come since the last call, at least one.
 
-        Raises ApiError: 504 after the watchdog's time without a sign of life, 502 when
-        the process failed or ended.
+        Raises ApiError: what `check_silence` says of one that is silent for too long,
+        502 when the process failed or ended.
         """
         while not self._events:
             if self._failure:
@@ -989,41 +1127,34 @@ class Process(Child):
         return events
 
     async def _wait(self) -> None:
-        """Wait for what `_wake` reports.  Raises as `read`, when it comes too late."""
+        """Wait for an event, or the end of all hope."""
         self._resume_reading()  # what is unread is the beginning of a line
-        now = self.loop.time()
-        silent_since = now if self.working else self._alive_at
-        silent_at = silent_since + self._watchdog_secs
-        mute_at = math.inf if self.has_spoken else self.opened_at + GATE_SECS
-        if now >= mute_at:
-            raise cli_error(CLOSED_GATE)
-        if now >= silent_at:
-            # The bridge itself may have been stopped: what came meanwhile is in the pipe.
-            for _ in range(READ_ROUNDS):
-                await asyncio.sleep(0)
-            if self._events or self.is_unusable or self._alive_at > silent_since:
-                return
-            self.timed_out = True
-            seconds = f"{self._watchdog_secs:g}"
-            raise ApiError(504, f"the claude CLI was silent for {seconds} seconds")
-        due = min(silent_at, mute_at)
-        if self._timer and self._timer.when() > due:
-            self._stop_timer()
-        if not self._timer:
-            # One for many waits: a new one for each delta costs as much as the delta.
-            self._timer = self.loop.call_at(due, self._look)
         self._waiter = self.loop.create_future()
         await self._waiter
 
-    def _look(self) -> None:
-        """Look whether it has been silent for too long."""
-        self._timer = None
-        self._wake()
+    async def first_event(self) -> None:
+        """Wait for a moment until it prints something, or ends."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(START_SECS):
+                while not self._events and not self.is_unusable:
+                    await self._wait()
 
-    def _stop_timer(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
+    def keep(self, events: list[CliEvent]) -> None:
+        """Take back the end of what was read."""
+        self._events = events
+
+    def check_silence(self, watchdog_secs: float) -> bool:
+        """Fail a turn that waits for too long; whether the watchdog did."""
+        if not self._is_in_turn or self._waiter.done():
+            return False  # nobody waits for it, as when its client is slow
+        now = self.loop.time()
+        if not self.has_spoken and now >= self.opened_at + GATE_SECS:
+            self.fail(cli_error(CLOSED_GATE))
+        elif not self.working and now >= self._alive_at + watchdog_secs:
+            seconds = f"{watchdog_secs:g} seconds"
+            self.fail(ApiError(504, f"the claude CLI was silent for {seconds}"))
+            return True
+        return False
 
     async def read_until(self, find: Callable[[CliEvent], Any]) -> Any:
         """Read until `find` returns something for an event, and return that.  Raises
@@ -1036,23 +1167,15 @@ class Process(Child):
                 found = found or find(event)
         return found
 
-    async def ask(self, name: str, subtype: str, **fields: Any) -> Json:
-        """Send a control request under a name of its own; returns the CLI's response,
-        good or bad.  Raises as `read_until`."""
-        self.write(translate.control_line(name, subtype, **fields))
-        answer: Json = await self.read_until(
-            lambda event: translate.control_response(event, name)
-        )
-        return answer
-
     def _wake(self) -> None:
-        if self._waiter and not self._waiter.done():
+        if not self._waiter.done():
             self._waiter.set_result(None)
 
     def _resume_reading(self) -> None:
         self._unread = 0
-        if self._is_paused and self.resume():
+        if self.is_paused:
             self._alive_at = self.loop.time()  # the silence was the client's
+            self.resume()
 
     # What a child reports
 
@@ -1123,16 +1246,15 @@ class Process(Child):
             if kind == "control_request":
                 self._answer_control(event)
             elif kind == "control_response":
-                self.hello = control_result(event, "initialize") or self.hello
+                self.cli.take_in(control_result(event, "initialize"))
             elif kind == "rate_limit_event" and self.on_limits:
                 self.on_limits(translate.account_limits(event))
             elif kind == "result" and not self._is_in_turn:
                 self._take_late_result(event)
             elif event.get("subtype") == "api_retry":
                 delay: Any = event.get("retry_delay_ms")
-                is_known = isinstance(delay, int | float)
-                seconds = delay / 1000 if is_known else 0
-                self._alive_at = self.loop.time() + seconds
+                if isinstance(delay, int | float):
+                    self._alive_at = self.loop.time() + delay / 1000
         return events
 
     def _take_late_result(self, event: CliEvent) -> None:
@@ -1152,150 +1274,20 @@ class Process(Child):
     async def stop(self) -> None:
         """End it.  One that waits for a tool result is killed: 2.1.330 calls the API
         once more when its stdin closes."""
-        self._stop_timer()
         await self.end(at_once=bool(self._calls or self._announced_calls))
 
 
-# ------------------------------------------------------------ the CLI
-
-# Versions of the CLI (README, "Versions of the CLI"; tests/README.md has what was seen of
-# each).  One older than this lists no full names of models, without which it keeps no
-# thinking of the past; with still older ones the API gets another request than the
-# client's.
-OLDEST = (2, 1, 197)
-NEWEST_TESTED = (2, 1, 332)
-# From here on the CLI announces things to the model (`translate.ANNOUNCEMENTS`), and
-# does not in its bare mode.
-ANNOUNCES = (2, 1, 267)
-HAS_BARE_MODE = (2, 1, 300)
-# From here on it keeps a text after a tool call there.
-KEEPS_ORDER = (2, 1, 266)
-# From here on a conversation can end with an assistant message.
-CONTINUES = (2, 1, 300)
-# Seconds for `claude --version`; 0.1 were measured.
-VERSION_SECS = 5.0
-# An address where nobody answers: RFC 863's port, on loopback.
-NOWHERE = "http://127.0.0.1:9"
-# For a process whose question must not be answered, whoever's settings name an API.
-UNREACHABLE = {
-    "ANTHROPIC_BASE_URL": NOWHERE,
-    "HTTP_PROXY": NOWHERE,
-    "HTTPS_PROXY": NOWHERE,
-    "NO_PROXY": "",
-    "http_proxy": NOWHERE,
-    "https_proxy": NOWHERE,
-    "no_proxy": "",
-}
-
-# A file: its path without links, device, inode, and time of change.
-FileIdentity = tuple[str, int, int, int]
-
-
-@dataclass(eq=False)
-class Cli:
-    """The CLI that is installed, and what is known of it; another program in its place,
-    or another login, is another Cli."""
-
-    # The program, the user's settings, and the credentials.
-    files: tuple[FileIdentity | None, ...] = ()
-    # As `claude --version` prints it; empty: unknown.
-    version: str = ""
-    # Its last answer to `initialize`; empty: none yet.
-    hello: Json = field(default_factory=dict)
-    # By name, whether a process takes a model without --model.
-    models: OrderedDict[str, bool] = field(default_factory=OrderedDict)
-    # Answers of `Pool.count`.
-    counts: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
-    # By model and account, what it announces (`Pool._announced`).
-    announced: dict[tuple[str, bytes], list[Json]] = field(default_factory=dict)
-
-    @property
-    def program(self) -> str:
-        """Its path without links; empty: unknown."""
-        return self.files[0][0] if self.files and self.files[0] else ""
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """The version, to be compared; empty: unknown."""
-        match = re.match(r"(\d+)\.(\d+)\.(\d+)", self.version)
-        return tuple(map(int, match.groups())) if match else ()
-
-    def since(self, version: tuple[int, ...]) -> bool:
-        """Whether it is of this version or newer; one that does not say is."""
-        return not self.numbers or self.numbers >= version
-
-    @property
-    def problem(self) -> str:
-        """Why it cannot be used; empty: it can."""
-        if self.since(OLDEST):
-            return ""
-        words = (
-            f"the claude CLI is version {self.version}, and {dotted(OLDEST)} or newer"
-        )
-        return f"{words} is needed: {update_cure(self.program)}"
-
-    @property
-    def warning(self) -> str:
-        """What to try first; empty: nothing."""
-        if self.numbers <= NEWEST_TESTED:
-            return ""
-        words = f"the claude CLI {self.version} is newer than {dotted(NEWEST_TESTED)}"
-        return (
-            f"{words}, the newest that was tested: `claude-cli-bridge check` tries it"
-        )
-
-
-def dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
-
-
-def update_cure(program: str) -> str:
-    """How to update the CLI: that of the wheel comes with pip."""
-    if "claude_agent_sdk" in program:
-        return "run `pip install --upgrade claude-agent-sdk`"
-    return "run `claude update`, or install Claude Code anew"
-
-
-def identify_file(path: str) -> FileIdentity | None:
-    """Which file is at a path; None: there is none."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return os.path.realpath(path), found.st_dev, found.st_ino, found.st_mtime_ns
-
-
-async def ask_version(program: str, environment: Mapping[str, str], secs: float) -> str:
-    """What `claude --version` prints first, such as 2.1.332; empty: nothing, within
-    this time."""
-    try:
-        process = await asyncio.create_subprocess_exec(
-            program,
-            "--version",
-            env=environment,
-            cwd="/",
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    except (OSError, RuntimeError):  # the first conversation will say it
-        return ""
-    text = b""
-    try:
-        async with asyncio.timeout(secs):
-            text, _ = await process.communicate()
-    except TimeoutError:
-        pass
-    finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-    words = text.decode(errors="replace").split()
-    return words[0] if words and re.match(r"\d+\.\d", words[0]) else ""
+async def read_pipes() -> None:
+    """Let in what is in the pipes already."""
+    for _ in range(READ_ROUNDS):
+        await asyncio.sleep(0)
 
 
 # ------------------------------------------------------------ a conversation
+
+
+# The digest of a setting that was not given.
+UNSET = translate.digest("")
 
 
 @dataclass(eq=False)
@@ -1304,11 +1296,6 @@ class Session:
 
     process: Process
     kind: Kind
-    # The CLI that it runs.
-    cli: Cli
-    # In the CLI's bare mode, in which it says nothing to the model of its own accord,
-    # and reads no subscription's login.
-    bare: bool
     state: State
     # The id under which the CLI asks the API, a UUID.
     own_id: str = field(default_factory=lambda: str(uuid.uuid4()))
@@ -1362,10 +1349,6 @@ class Session:
         self.state = state
         self.since = time.monotonic()
 
-    def renew(self, cli: Cli) -> None:
-        """Go on under another login, which a process looks for when it is asked."""
-        self.cli = cli
-
     # A first turn
 
     def take_name(self, name: str, pin: str) -> None:
@@ -1377,48 +1360,45 @@ class Session:
         """Take on a request's conversation."""
         self.process.begin_turn(trace)
         self.process.tools = tools
-        self.process.hello = self.process.hello or self.cli.hello
         wanted = request.fingerprint
         self.parts = wanted.parts
         self.chain = wanted.past
         self.unthinking_chain = wanted.unthinking_past
-        listed = translate.listed_model(self.cli.hello, request.model)
+        listed = translate.listed_model(self.process.cli.hello, request.model)
         self.model = listed or request.model
 
-    def start(self, request: Request, rows: list[bytes], query: bool) -> list[bytes]:
-        """Open its gate for the `rows` of the conversation, and give it what comes with
-        it; returns the line that asks.  Without `query` it only counts."""
+    def start(self, request: Request, rows: list[bytes], query: bool) -> None:
+        """Open its gate for the `rows` of the conversation, and ask what comes with it;
+        without `query` it only counts."""
+        process = self.process
         self.turn_id = str(uuid.uuid4())
-        settings = translate.turn_settings(request)
-        self.settings = {
-            name: translate.digest(value) for name, value in settings.items()
-        }
-        has_tools = bool(self.process.tools)
-        self.process.open_gate(rows)
-        self.process.write(
+        process.open_gate(rows)
+        process.write(
             translate.initialize_line(
-                request.system, has_tools=has_tools, agent=self.kind.agent
+                request.system, has_tools=bool(process.tools), agent=self.kind.agent
             ),
-            translate.settings_line(
-                {name: value for name, value in settings.items() if value}
-            ),
+            *self._changed_settings(request),
+            translate.user_line([], self.turn_id, query=query),
         )
-        return [translate.user_line([], self.turn_id, query=query)]
+
+    def _changed_settings(self, request: Request) -> list[bytes]:
+        """The line that sets what a request sets otherwise than the one before."""
+        has_tools = bool(self.process.tools)
+        settings = translate.turn_settings(request, has_listed_tools=has_tools)
+        changed = {}
+        for name, value in settings.items():
+            known = translate.digest(value)
+            if self.settings.get(name, UNSET) != known:
+                self.settings[name] = known
+                changed[name] = value
+        return [translate.settings_line(changed)] if changed else []
 
     # Later turns
 
     def question(self, request: Request, with_message: bool) -> list[bytes]:
         """The lines that ask what is new in a request: changed settings, and the
         message, unless it holds the results that the process waits for."""
-        has_tools = bool(self.process.tools)
-        settings = translate.turn_settings(request, has_listed_tools=has_tools)
-        changed = {}
-        for name, value in settings.items():
-            known = translate.digest(value)
-            if self.settings.get(name) != known:
-                self.settings[name] = known
-                changed[name] = value
-        lines = [translate.settings_line(changed)] if changed else []
+        lines = self._changed_settings(request)
         self.turn_id = ""
         if with_message:
             self.turn_id = str(uuid.uuid4())
@@ -1449,12 +1429,8 @@ class Turn:
     # Hot, new or rebuilt.
     origin: str
     # Why it was rebuilt; empty otherwise.
-    reason: str
-    # What is written to start it.
-    lines: list[bytes]
-    # By id the results of tool calls, when they are all that is new.
-    results: dict[str, Json] | None = None
-    # Called when the answer has begun.
+    reason: str = ""
+    # Called once, when the answer has begun or will not.
     on_begin: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
@@ -1467,10 +1443,6 @@ class Turn:
             # The API may answer from one of the client's own `fallbacks`.
             model="" if "fallbacks" in self.request.fields else session.model,
         )
-        # The process went on by itself after the `result`.
-        self.spoke_after_result = False
-        # What it printed is no answer.
-        self.has_failed = False
 
     @property
     def decision(self) -> str:
@@ -1492,37 +1464,33 @@ class Turn:
         lost = self.request.not_sent.copy()
         if keeps_thinking:
             lost.append("thinking")  # the process has what the client left out
-        if not self.session.cli.since(KEEPS_ORDER):
+        if not self.process.cli.since(KEEPS_ORDER):
             lost += self.request.misplaced
         return lost
 
     async def relay(
         self, send: Callable[[bytes], bool], drain: Callable[[], Awaitable[None]]
     ) -> None:
-        """Start the turn, and pass its frames to `send`, one call for each read; b""
-        unless the request streams.  When `send` returns False, `drain` is awaited, and
-        the child is not read meanwhile.
+        """Pass the frames of the answer to `send`, one call for each read; b"" unless
+        the request streams.  When `send` returns False, `drain` is awaited, and the
+        child is not read meanwhile.
 
         Raises ApiError when the turn fails; what was sent before stays a correct
         beginning.
         """
-        self.process.write(*self.lines)
-        self.lines = []
-        if self.results is not None:
-            self.process.hand_over(self.results)
         while not self.translator.done:
             events = await self.process.read()
             frames: list[bytes] = []
             is_ready = True
             try:
                 self._translate(events, frames)
-            except ApiError:
-                self.has_failed = True
+            except ApiError as error:
+                self.process.fail(error)
                 raise
             finally:  # what came before a fault is sent
                 if self.translator.message:
                     is_ready = send(b"".join(frames) if self.request.stream else b"")
-                    self._begun()
+                    self.begin()
             self.process.working = self.translator.working
             if not is_ready:
                 await drain()
@@ -1532,18 +1500,17 @@ class Turn:
             self.process.kill(signal.SIGKILL)
 
     def _translate(self, events: list[CliEvent], frames: list[bytes]) -> None:
-        translator = self.translator
-        for event in events:
-            if translator.result:
-                unasked = self.process.is_unasked([event])
-                self.spoke_after_result = self.spoke_after_result or unasked
-            for fed in translator.feed(event):
+        for number, event in enumerate(events):
+            if self.translator.done:
+                self.process.keep(events[number:])
+                return
+            for fed in self.translator.feed(event):
                 frames.append(translate.frame(fed))
 
-    def _begun(self) -> None:
+    def begin(self) -> None:
         if self.on_begin:
             self.on_begin()
-            self.on_begin = None
+        self.on_begin = None
 
     @property
     def rests(self) -> bool:
@@ -1566,8 +1533,6 @@ class Room:
 
     def __init__(self, places: int) -> None:
         self._places = asyncio.Semaphore(places)
-        # At most so many start at a time: more would slow each other down.
-        self._starting = asyncio.Semaphore(2 * CORES)
         # Who waits for a place.
         self._waiting = 0
         # The ends of processes that still have one.
@@ -1588,20 +1553,11 @@ class Room:
         return self._waiting > len(self.ending)
 
     async def enter(self) -> None:
-        """Take a place, and a turn to start."""
         self._waiting += 1
         try:
             await self._places.acquire()
         finally:
             self._waiting -= 1
-        try:
-            await self._starting.acquire()
-        except BaseException:
-            self._places.release()
-            raise
-
-    def started(self) -> None:
-        self._starting.release()
 
     def leave(self) -> None:
         self._places.release()
@@ -1661,19 +1617,18 @@ class Pool:
         self.cli = Cli()
         # Limits of the account by type, the one reported last at the end.
         self.rate_limits: dict[str, Json] = {}
-        # What the last requests needed.
-        self._kinds: deque[Kind] = deque(maxlen=2 * config.spares)
+        # The kinds of the last requests: each gets a spare.
+        self._kinds: deque[Kind] = deque(maxlen=config.spares)
         # Spares that are being started.
         self._preparing: dict[asyncio.Task[None], Kind] = {}
-        # One caller of `hello` at a time.
-        self._hello_lock = asyncio.Lock()
+        # At most so many start for a request at a time: more would slow each other down.
+        self._starting = asyncio.Semaphore(2 * CORES)
         self._environment = child_environment(config, environ)
-        self._agent_cwd = os.path.abspath(config.cwd)
-        # Requests and spares in `_queue`: they wait for a lock, a count or a process.
+        # Requests in `queue`: they wait for a lock, a count or a process.
         self._queued = 0
-        # One looks at the CLI at a time, and one learns what it announces.
-        self._cli_lock = asyncio.Lock()
-        self._announcing = asyncio.Lock()
+        # One looks at the CLI at a time, and one asks it what it says of itself.
+        self._looking = asyncio.Lock()
+        self._asking = asyncio.Lock()
         # A lock for each session header in use: its requests run one after another.
         self._pins: weakref.WeakValueDictionary[str, asyncio.Lock] = (
             weakref.WeakValueDictionary()
@@ -1681,18 +1636,13 @@ class Pool:
         # By fingerprint and by pin, the parts of the session that held a conversation
         # last, and why a request may not find it there.
         self._outcomes: OrderedDict[bytes | str, tuple[Digests, str]] = OrderedDict()
-        # The process of each conversation of an agent that was filed last.
-        self._agents: OrderedDict[bytes, str] = OrderedDict()
-        # One large request is read or written at a time.
-        self._large = asyncio.Semaphore(1)
-        # A thread for large requests, and one for those that need not wait for them.
-        self._executors: dict[bool, ThreadPoolExecutor] = {}
+        # Threads for large requests: one for the largest, and one for others, which
+        # need not wait for them.
+        self._threads = ThreadPoolExecutor(2)
+        self._lanes = (asyncio.Semaphore(1), asyncio.Semaphore(1))
 
     async def __aenter__(self) -> "Pool":
         self._sweeper = asyncio.create_task(self._sweep())
-        self._kinds.append(Kind())
-        self.refill()
-        self._kinds.clear()  # from here on it is what clients ask for
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -1704,8 +1654,7 @@ class Pool:
             self.retire(session, "shutdown")
         while self.room.ending:
             await asyncio.wait(self.room.ending)
-        for executor in self._executors.values():
-            executor.shutdown()
+        self._threads.shutdown()
 
     def resting(self, *states: State) -> list[Session]:
         """The sessions in these states, in the order in which they give way."""
@@ -1721,6 +1670,12 @@ class Pool:
     def on_file(self) -> list[Session]:
         return self.resting(State.IDLE, State.PARKED)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a request would get a process, at worst that of a resting
+        conversation or the room of one that is being ended."""
+        return self.room.has_next or bool(self.resting(*RESTING))
+
     def snapshot(self) -> Snapshot:
         now = time.monotonic()
         processes = [
@@ -1729,24 +1684,13 @@ class Pool:
         ]
         return Snapshot(processes, self._queued, self.rate_limits.copy())
 
-    async def compute(self, size: int, function: Callable[[], T]) -> T:
-        """Run what takes time in proportion to a request of `size` bytes: a large one
-        in a thread, one after another, so that others are served meanwhile.  Raises
-        ApiError 529 when its turn does not come."""
-        if size < THREAD_SIZE:
-            return function()
-        is_large = size >= LARGE_SIZE
-        if is_large:
-            await self.queue(self._large.acquire, "other large requests were not read")
-        try:
-            if is_large not in self._executors:
-                self._executors[is_large] = ThreadPoolExecutor(1)
-            executor = self._executors[is_large]
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(executor, function)
-        finally:
-            if is_large:
-                self._large.release()
+    def is_own(self, session_id: str, user_id: str) -> bool:
+        """Whether a request comes from a process of this pool, by the id in its header
+        or in its `metadata.user_id`."""
+        ids = [session.own_id for session in self.sessions]
+        return session_id in ids or any(own_id in user_id for own_id in ids)
+
+    # A turn
 
     @contextlib.asynccontextmanager
     async def turn(
@@ -1764,6 +1708,7 @@ class Pool:
         started. On exit the session is filed if the answer is complete, and retired
         otherwise.
         """
+        await self.look_at_cli()
         async with self._pinned(token, key_digest) as pin:
             with contextlib.closing(Trace(self.config.trace_dir, request_id)) as trace:
                 turn = await self._hot_turn(request, pin, trace)
@@ -1774,55 +1719,6 @@ class Pool:
                     yield turn
                 finally:
                     self._finish(turn)
-
-    @property
-    def has_room(self) -> bool:
-        """Whether a request would get a process, at worst that of a resting
-        conversation or the room of one that is being ended."""
-        return self.room.has_next or bool(self.resting(*RESTING))
-
-    async def hello(self, *, anew: bool = False, gives_way: bool = False) -> Json:
-        """What the CLI says of itself, without a model call: `models`, `account`.
-
-        The last answer of any process is good, unless it is asked `anew` and there is
-        room; else one process is started for it, which `gives_way` to any request.
-        Raises ApiError when the CLI does not work.
-        """
-        await self.queue(self._hello_lock.acquire, "the claude CLI did not start")
-        try:
-            await self.look_at_cli()
-            if not self.cli.hello or (anew and not self.room.is_full):
-                await self._probe(State.PROBE if gives_way else State.BUSY)
-            return self.cli.hello
-        finally:
-            self._hello_lock.release()
-
-    async def _probe(self, state: State) -> None:
-        bare = self._is_bare(agent=False, by_environment=True)
-        session = await self._spawn(Kind(PROBE_MODEL), bare, state)
-        self._evict_for_waiter()
-        try:
-            session.process.begin_turn()
-            session.process.open_gate(translate.transcript([], PROBE_MODEL))
-            session.process.write(translate.initialize_line([], has_tools=False))
-            session.cli.hello = await session.process.read_until(
-                lambda event: control_result(event, "initialize")
-            )
-        except ApiError:
-            if session.state is not State.RETIRED:
-                raise
-            message = "a request took the room of the process that was asked"
-            raise ApiError(529, message) from None
-        finally:
-            self.retire(session, "probe")
-
-    def is_own(self, session_id: str, user_id: str) -> bool:
-        """Whether a request comes from a process of this pool, by the id in its header
-        or in its `metadata.user_id`."""
-        ids = [session.own_id for session in self.sessions]
-        return session_id in ids or any(own_id in user_id for own_id in ids)
-
-    # Finding a session
 
     @contextlib.asynccontextmanager
     async def _pinned(self, token: str | None, key_digest: str) -> AsyncIterator[str]:
@@ -1857,9 +1753,23 @@ class Pool:
             raise ApiError(529, message, retry_after=after) from None
         finally:
             self._queued -= 1
-            is_for_spare = asyncio.current_task() in self._preparing
-            if not is_for_spare:  # nobody waits for one
-                self.metrics.time("queue_seconds", time.monotonic() - began)
+            self.metrics.time("queue_seconds", time.monotonic() - began)
+
+    async def compute(self, size: int, function: Callable[[], T]) -> T:
+        """Run what takes time in proportion to a request of `size` bytes: a large one
+        in a thread, one after another, so that others are served meanwhile.  Raises
+        ApiError 529 when its turn does not come."""
+        if size < THREAD_SIZE:
+            return function()
+        lane = self._lanes[size >= LARGE_SIZE]
+        await self.queue(lane.acquire, "other large requests were not read")
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, function)
+        finally:
+            lane.release()
+
+    # Hot
 
     async def _hot_turn(self, request: Request, pin: str, trace: Trace) -> Turn | None:
         """A turn of the warm session that holds the request's history, if there is
@@ -1867,11 +1777,12 @@ class Pool:
         session = self._find_pinned(request, pin) if pin else self._find(request)
         if not session:
             return None
+        process = session.process
         content = request.messages[-1]["content"]
         is_parked = session.state is State.PARKED
         results = translate.tool_results(content, session.calls) if is_parked else None
         reason = ""
-        if session.bare and session.cli.files[1:] != self._identify_cli()[1:]:
+        if session.kind.bare and process.cli.files[1:] != self.cli.files[1:]:
             # It reads no subscription's login, and there may be one now.
             reason = "login"
         elif translate.has_images(content):
@@ -1887,15 +1798,23 @@ class Pool:
             lines = await self.compute(
                 request.size, lambda: session.question(request, results is None)
             )
-            is_ready = await session.process.is_ready()
+            is_ready = await process.is_ready()
         except BaseException:
             self.retire(session, "interrupted")
             raise
         if not is_ready:
             self.retire(session, "failed")
             return None
-        session.process.begin_turn(trace)
-        return Turn(request, session, "hot", "", lines, results)
+        process.begin_turn(trace)
+        process.write(*lines)
+        process.hand_over(results or {})
+        return Turn(request, session, "hot")
+
+    def _find(self, request: Request) -> Session | None:
+        for session in self.on_file:
+            if session.matches(request) and not session.pin:
+                return session
+        return None
 
     def _find_pinned(self, request: Request, pin: str) -> Session | None:
         wanted = request.fingerprint
@@ -1909,61 +1828,48 @@ class Pool:
             not wanted.past and session.parts.items() >= wanted.sent_parts.items()
         )
         if not session.matches(request) and not only_what_is_new:
-            self.retire(session, "changed")
+            self.retire(session, UNKNOWN_HISTORY)
             return None
         has_results = translate.has_results(request.messages[-1])
         if session.state is State.PARKED and not has_results:
             raise translate.unanswered(session.calls, ["messages.0"])
         return session
 
-    def _find(self, request: Request) -> Session | None:
-        for session in self.on_file:
-            if session.matches(request) and not session.pin:
-                return session
-        return None
+    # Fresh
 
     async def _fresh_turn(
         self, request: Request, pin: str, token: str | None, trace: Trace
     ) -> Turn:
-        origin, reason = self._rebuild_reason(request, pin)
+        reason = self._rebuild_reason(request, pin)
         tools = translate.listed_tools(request)
-        session, lines = await self.open(request, tools, trace)
+        session = await self.open(request, tools, trace)
         if token:
             session.take_name(session_id(token), pin)
-        return Turn(request, session, origin, reason, lines, on_begin=self.refill)
+        turn = Turn(request, session, "rebuilt" if reason else "new", reason)
+        turn.on_begin = lambda: self.refill(self._kind(request))
+        return turn
 
-    def _rebuild_reason(self, request: Request, pin: str) -> tuple[str, str]:
-        """Why a turn is not hot: `new`, or `rebuilt` with a reason that its user can
-        act on."""
+    def _rebuild_reason(self, request: Request, pin: str) -> str:
+        """Why a conversation is rebuilt, such that its user can act on it; empty: it is
+        new."""
         wanted = request.fingerprint
         outcome = self._outcomes.get(wanted.past) or self._outcomes.get(pin)
         if request.continues:
-            return "rebuilt", "prefill"
+            return "prefill"
         if not outcome:
-            return ("rebuilt", "unknown-history") if wanted.past else ("new", "")
+            return UNKNOWN_HISTORY if wanted.past else ""
         parts, reason = outcome
-        changed = [
-            name for name in wanted.parts if parts.get(name) != wanted.parts[name]
-        ]
-        if changed:
-            reason = f"{changed[0]}-changed"
-        elif reason == "changed":
-            reason = "unknown-history"
-        return "rebuilt", reason
-
-    # Fresh processes
+        for name, digest in wanted.parts.items():
+            if parts.get(name) != digest:
+                return f"{name}-changed"
+        return reason
 
     async def open(
-        self,
-        request: Request,
-        tools: list[Json],
-        trace: Trace | None = None,
-        *,
-        query: bool = True,
-    ) -> tuple[Session, list[bytes]]:
-        """A process that holds the history of the request, and the lines that start its
-        turn.  Without `query` the message is only added, to be counted."""
-        cli = await self.look_at_cli()
+        self, request: Request, tools: list[Json], trace: Trace, *, query: bool = True
+    ) -> Session:
+        """A process that holds the history of the request and was asked what is new.
+        Without `query` the message is only added, to be counted."""
+        cli = self.cli
         if request.continues and not cli.since(CONTINUES):
             message = "a conversation that ends with an assistant message needs Claude"
             message += f" Code {dotted(CONTINUES)} or newer; this is {cli.version}"
@@ -1973,256 +1879,241 @@ class Pool:
         needs_hello = request.fingerprint.has_thinking or self.config.setting_sources
         if needs_hello and not cli.hello:
             await self.hello()
-        bare = self._is_bare(request.is_agent)
-        announced: list[Json] = []
-        if not request.is_agent and not bare:
-            announced = await self._announced(request.model)
-        while True:
-            session = await self._take(request.model, request.is_agent, bare)
-            try:
-                session.adopt(request, tools, trace)
-                make_rows = partial(
-                    translate.transcript,
-                    request.messages,
-                    session.model,
-                    announced,
-                    session.own_id,
-                )
-                rows = await self.compute(request.size, make_rows)
-                lines = session.start(request, rows, query)
-                if await self._has_model(session, request.model):
-                    return session, lines
-            except BaseException as error:
-                self.retire(session, "failed")
-                # No prompt was asked: another process can take it.
-                is_cli_error = isinstance(error, ApiError) and error.status == 502
-                if session.was_spare and is_cli_error:
-                    continue
-                raise
-            self.retire(session, "model")  # the next one is started with --model
+        kind = self._kind(request)
+        announced = await self._announced(request.model, kind)
+        start = partial(self._start, request, tools, trace, announced, query)
+        while spare := await self._take_spare(kind):
+            await start(spare)
+            if spare.process.has_spoken or not spare.process.is_unusable:
+                return spare
+            self.retire(spare, "failed")  # it died before it could ask
+        await self.queue(self._starting.acquire, self._all_busy)
+        try:
+            session = await self._spawn(kind, State.BUSY)
+            await start(session)
+            return session
+        finally:
+            self._starting.release()
 
-    async def _has_model(self, session: Session, name: str) -> bool:
-        """Whether a process that was started without --model runs the one that its
-        conversation names.
+    async def _start(
+        self,
+        request: Request,
+        tools: list[Json],
+        trace: Trace,
+        announced: list[Json],
+        query: bool,
+        session: Session,
+    ) -> None:
+        """Give a process its conversation."""
+        try:
+            session.adopt(request, tools, trace)
+            make_rows = partial(
+                translate.transcript,
+                request.messages,
+                session.model,
+                announced,
+                session.own_id,
+            )
+            rows = await self.compute(request.size, make_rows)
+            session.start(request, rows, query)
+            await session.process.first_event()
+        except BaseException:
+            self.retire(session, "failed")
+            raise
 
-        For a model that it cannot resume with, the CLI silently takes its default: each
-        name is checked once.
-        """
-        models = session.cli.models
-        if session.kind.model or models.get(name):
-            return True
-        answer = await session.process.ask("get_settings", "get_settings")
-        wanted = translate.listed_model(session.process.hello, name) or name
-        runs = translate.applied_model(answer) == wanted
-        cache_put(models, name, runs, MAX_MODELS)
-        return runs
+    def _kind(self, request: Request) -> Kind:
+        """The kind of process that a request needs.  A model that the CLI lists needs
+        no --model (2.1.197 to 2.1.332), so any spare will do."""
+        is_listed = translate.listed_model(self.cli.hello, request.model)
+        model = "" if is_listed else request.model
+        return Kind(model, request.is_agent, not request.is_agent and self._is_bare())
 
-    def _is_bare(self, agent: bool, *, by_environment: bool = False) -> bool:
-        """Whether a process is started in the CLI's bare mode: where its login is found
-        in it."""
-        if agent or not self.cli.since(HAS_BARE_MODE):
+    def _is_bare(self) -> bool:
+        """Whether the CLI finds its login in its bare mode."""
+        if not self.cli.since(HAS_BARE_MODE):
             return False
         if any(self._environment.get(name) for name in BARE_LOGINS):
             return True
         # A key in the user's settings; the CLI has said so.
-        is_in_settings = self.config.setting_sources and not by_environment
-        return bool(is_in_settings) and translate.has_api_key(self.cli.hello)
+        has_settings = bool(self.config.setting_sources)
+        return has_settings and translate.has_api_key(self.cli.hello)
 
-    async def look_at_cli(self) -> Cli:
-        """The CLI that is installed now.  Raises ApiError when it is too old."""
-        async with self._cli_lock:
-            files = self._identify_cli()
-            if files != self.cli.files:
-                secs = min(VERSION_SECS, self.config.watchdog_secs)
-                version = await ask_version(self.config.bin, self._environment, secs)
-                is_other_program = files[:1] != self.cli.files[:1]
-                self.cli = Cli(files, version)
-                for spare in self.spares:
-                    if is_other_program:
-                        self.retire(spare, "unwanted")
-                    spare.renew(self.cli)
-        if self.cli.problem:
-            raise cli_error(self.cli.problem)
-        return self.cli
+    # Processes
 
-    def _identify_cli(self) -> tuple[FileIdentity | None, ...]:
-        settings = settings_file(self._environment)
-        credentials = os.path.join(login_folder(self._environment), ".credentials.json")
-        return tuple(map(identify_file, (self.config.bin, settings, credentials)))
+    @property
+    def _all_busy(self) -> str:
+        return f"all {self.config.max_sessions} processes were busy, none got free"
 
-    async def _announced(self, name: str) -> list[Json]:
-        """What the CLI announces to a model, with today's date.
-
-        It is asked once, by a process that keeps its conversation in a file beside its
-        gate, and whose question reaches nobody.
-        """
-        cli = self.cli
-        if not cli.since(ANNOUNCES):
-            return []
-        async with self._announcing:
-            known = (name, translate.digest(cli.hello.get("account")))
-            if known not in cli.announced:
-                rows = await self._ask_announcements(name)
-                known = (name, translate.digest(cli.hello.get("account")))
-                cli.announced[known] = translate.announcements(rows)
-        today = {"type": "date", "date": time.strftime("%Y-%m-%d")}
-        return [
-            today if attachment["type"] == "date" else attachment
-            for attachment in cli.announced[known]
-        ]
-
-    async def _ask_announcements(self, name: str) -> bytes:
-        """The rows that the CLI writes for a conversation of one word."""
-        session = await self._spawn(Kind(name), False, State.BUSY, is_kept=True)
-        process = session.process
-        try:
-            process.begin_turn()
-            process.open_gate(translate.transcript([], name))
-            process.write(
-                translate.initialize_line([], has_tools=False),
-                translate.user_line([translate.text_block("-")], str(uuid.uuid4())),
-            )
-            with contextlib.suppress(ApiError):  # as it should: nobody answers
-                await process.read_until(lambda event: event["type"] == "result")
-            session.cli.hello = process.hello or session.cli.hello
-            return await process.kept_rows()
-        finally:
-            self.retire(session, "announcements")
-
-    async def _take(self, model: str, agent: bool, bare: bool) -> Session:
-        """A process without a conversation: a spare, even one that is still starting,
-        or a new one.
-
-        A full model name needs no --model, so any spare will do.  That of an alias is
-        known once a CLI has listed its models.
-        """
-        hello = self.cli.hello
-        full_name = translate.listed_model(hello, model) or model
-        has_full_name = full_name.startswith(translate.FULL_NAME)
-        is_needless = has_full_name and self.cli.models.get(model, True)
-        kind = Kind("" if is_needless else model, agent)
-        self._kinds.append(kind if hello else Kind("", agent))
-        for spare in self.spares:
-            if spare.process.is_unusable:
-                self.retire(spare, "died")
-            is_wanted = spare.kind == kind and spare.bare == bare
-            if not is_wanted or spare.state is not State.SPARE:
-                continue
-            spare.move(State.BUSY)
-            try:
-                if await spare.process.is_ready():
-                    return spare
-            except BaseException:
-                self.retire(spare, "interrupted")
-                raise
-            self.retire(spare, "failed")
-        return await self._spawn(kind, bare, State.BUSY)
-
-    async def _spawn(
-        self, kind: Kind, bare: bool, state: State, *, is_kept: bool = False
-    ) -> Session:
-        """Start a process; one that `is_kept` writes its conversation down."""
-        cli = await self.look_at_cli()
-        if state is State.SPARE and self.room.is_full:
-            raise ApiError(529, "nobody makes room for a spare")
+    async def _spawn(self, kind: Kind, state: State) -> Session:
+        """Start a process, which waits at its gate."""
         if not self.room.has_next:
             self._evict()
-        message = f"all {self.config.max_sessions} processes were busy, none got free"
-        await self.queue(self.room.enter, message)
-        process = Process(self.config.watchdog_secs)
+        await self.queue(self.room.enter, self._all_busy)
+        process = Process(self.cli)
         # One that announces its folder to the model works in one that never changes; an
         # older one would list all files in it.
-        cwd = "/" if cli.since(ANNOUNCES) else ""
+        cwd = "/" if self.cli.since(ANNOUNCES) else ""
+        if kind.agent:
+            cwd = self.config.cwd or "."
         try:
             await process.spawn(
-                self._arguments(kind, bare, is_kept),
-                self._environment_of(kind, bare, is_kept),
-                self._agent_cwd if kind.agent else cwd,
+                arguments(self.config, kind, settings_file(self._environment)),
+                self._environment | kind_environment(kind),
+                cwd,
             )
         except BaseException as error:
-            self.room.started()
             self.room.leave()
             if isinstance(error, OSError):
                 message = f"the claude CLI cannot be started: {error.strerror}"
                 where = f": {error.filename}" if error.filename else ""
                 raise cli_error(message + where) from error
             raise
-        process.started.add_done_callback(lambda _: self.room.started())
-        session = Session(process, kind, cli, bare, state)
+        session = Session(process, kind, state)
         process.on_fault = lambda reason: self.retire(session, reason)
         process.on_limits = self._record_limits
         self.sessions.add(session)
         self.metrics.add("processes_started_total")
         return session
 
-    def _arguments(self, kind: Kind, bare: bool, is_kept: bool) -> list[str]:
-        argv = arguments(self.config, kind)
-        if is_kept:
-            argv.remove("--no-session-persistence")
-        if bare and self.config.setting_sources:
-            # Otherwise the bare mode reads no apiKeyHelper (the CLI's help on --bare).
-            argv += ["--settings", settings_file(self._environment)]
-        return argv
-
-    def _environment_of(self, kind: Kind, bare: bool, is_kept: bool) -> dict[str, str]:
-        environment = self._environment.copy()
-        if not kind.agent:
-            environment.update(MODEL_MODE)
-        if bare:
-            environment["CLAUDE_CODE_SIMPLE"] = "1"
-        if is_kept:
-            environment.update(UNREACHABLE)
-        return environment
-
-    def refill(self) -> None:
-        """Start the missing spares, each of the recently requested kind that has
-        fewest."""
-        if not self._kinds:
-            return
+    async def _take_spare(self, kind: Kind) -> Session | None:
+        """A spare, even one that is still starting."""
+        await read_pipes()
         for spare in self.spares:
-            is_bare = self._is_bare(spare.kind.agent)
-            if spare.kind not in self._kinds or spare.bare != is_bare:
+            if spare.process.is_unusable:
+                self.retire(spare, "failed")
+            elif spare.kind == kind:
+                spare.move(State.BUSY)
+                return spare
+        return None
+
+    def refill(self, kind: Kind) -> None:
+        """Have a spare for each of the last requests, of which the newest needed this
+        kind; the others end."""
+        self._kinds.append(kind)
+        missing = list(self._kinds)
+        for preparing in self._preparing.values():
+            if preparing in missing:
+                missing.remove(preparing)
+        for spare in self.spares:
+            if spare.kind in missing:
+                missing.remove(spare.kind)
+            else:
                 self.retire(spare, "unwanted")
-        have = [spare.kind for spare in self.spares]
-        have += self._preparing.values()
-        latest = list(reversed(self._kinds))
-        for _ in range(self.config.spares - len(have)):
-            kind = min(latest, key=have.count)
-            task = asyncio.create_task(self._prepare(kind))
-            self._preparing[task] = kind
+        for wanted in missing:
+            task = asyncio.create_task(self._prepare(wanted))
+            self._preparing[task] = wanted
             task.add_done_callback(self._preparing.pop)
-            have.append(kind)
 
     async def _prepare(self, kind: Kind) -> None:
+        if self.room.is_full:
+            return  # nobody makes room for a spare
         with contextlib.suppress(ApiError):  # the next request will report it
-            await self.look_at_cli()
-            await self._spawn(kind, self._is_bare(kind.agent), State.SPARE)
+            await self._spawn(kind, State.SPARE)
             self._evict_for_waiter()
+
+    # What is known of the CLI
+
+    async def look_at_cli(self) -> Cli:
+        """The CLI that is installed now.  Raises ApiError when it is too old."""
+        folder = login_folder(self._environment)
+        settings, login = settings_file(self._environment), ".credentials.json"
+        paths = (self.config.bin, settings, os.path.join(folder, login))
+        async with self._looking:
+            files = tuple(map(identify_file, paths))
+            if files != self.cli.files:
+                secs = min(VERSION_SECS, self.config.watchdog_secs)
+                version = await ask_version(self.config.bin, self._environment, secs)
+                self.cli = Cli(files, version)
+                for spare in self.spares:
+                    self.retire(spare, "unwanted")
+        if self.cli.problem:
+            raise cli_error(self.cli.problem)
+        return self.cli
+
+    async def hello(self, *, anew: bool = False, gives_way: bool = False) -> Json:
+        """What the CLI says of itself, without a model call: `models`, `account`.
+
+        The last answer of any process is good, unless it is asked `anew` and there is
+        room; else one process is started for it, which `gives_way` to any request.
+        Raises ApiError when the CLI does not work.
+        """
+        await self.queue(self._asking.acquire, "the claude CLI did not start")
+        try:
+            await self.look_at_cli()
+            if not self.cli.hello or (anew and not self.room.is_full):
+                kind = Kind(PROBE_MODEL, bare=self._is_bare())
+                state = State.PROBE if gives_way else State.BUSY
+                async with self._asked(kind, state):
+                    pass
+            return self.cli.hello
+        finally:
+            self._asking.release()
+
+    @contextlib.asynccontextmanager
+    async def _asked(self, kind: Kind, state: State) -> AsyncIterator[Process]:
+        """A process without a conversation that has said what it says of itself."""
+        session = await self._spawn(kind, state)
+        self._evict_for_waiter()
+        process = session.process
+        try:
+            process.begin_turn()
+            process.open_gate(translate.transcript([], kind.model))
+            process.write(translate.initialize_line([], has_tools=False))
+            process.cli.hello = await process.read_until(
+                lambda event: control_result(event, "initialize")
+            )
+            yield process
+        except ApiError:
+            if session.state is not State.RETIRED:
+                raise
+            message = "a request took the room of the process that was asked"
+            raise ApiError(529, message) from None
+        finally:
+            self.retire(session, "probe")
+
+    async def _announced(self, model: str, kind: Kind) -> list[Json]:
+        """What the CLI announces to a model, with today's date.
+
+        It is asked once, by a process that keeps its conversation, and whose question
+        reaches nobody.
+        """
+        cli = self.cli
+        if kind.agent or kind.bare or not cli.since(ANNOUNCES):
+            return []
+        async with self._asking:
+            account = translate.digest(cli.hello.get("account"))
+            if (model, account) not in cli.announced:
+                async with self._asked(Kind(model, is_kept=True), State.BUSY) as asked:
+                    question = [translate.text_block("-")]
+                    asked.write(translate.user_line(question, str(uuid.uuid4())))
+                    with contextlib.suppress(ApiError):  # as it should: nobody answers
+                        await asked.read_until(lambda event: event["type"] == "result")
+                    rows = await asked.kept_rows()
+                account = translate.digest(cli.hello.get("account"))
+                cli.announced[model, account] = translate.announcements(rows)
+        today = {"type": "date", "date": time.strftime("%Y-%m-%d")}
+        return [
+            today if attachment["type"] == "date" else attachment
+            for attachment in cli.announced[model, account]
+        ]
 
     # What becomes of a session
 
     def _finish(self, turn: Turn) -> None:
         """File the session of a turn, or retire it."""
-        session, translator = turn.session, turn.translator
-        if turn.origin != "hot":
-            session.cli.hello = turn.process.hello or session.cli.hello
-        if translator.is_wrong_model:
-            session.cli.models.clear()
+        session, process, translator = turn.session, turn.process, turn.translator
         self._record_version(turn)
-        if turn.on_begin:
-            self.refill()
+        turn.begin()
         if session.state is not State.BUSY:
             return
         if not translator.done:
             turn.interrupt()
-            process = turn.process
-            is_broken = turn.has_failed or process.is_unusable or process.timed_out
-            self.retire(session, "failed" if is_broken else "interrupted")
+            self.retire(session, "failed" if process.is_unusable else "interrupted")
             return
         # Why a later request of the same history is not hot.
         self._record_outcome(session, "continued")
         session.extend(turn.request, translator.message, translator.calls)
-        is_quiet = turn.process.end_turn(bool(translator.result), session.calls)
+        is_quiet = process.end_turn(bool(translator.result), session.calls)
         reason = ""
         if not turn.rests:
             reason = translator.stop_reason
@@ -2230,31 +2121,27 @@ class Pool:
             reason = reason if is_word else "other"
         elif session.turns >= self.config.max_turns and not session.calls:
             reason = "max_turns"
-        elif turn.spoke_after_result or not is_quiet:
+        elif not is_quiet:
             reason = "unasked"
         if reason:
             self.retire(session, reason)
-            return
-        # Why a request may miss it while it is on file: one has a session header, the
-        # other has not.
-        self._record_outcome(session, "pinned")
-        self._file(session)
+        else:
+            self._file(session)
 
     def _file(self, session: Session) -> None:
         same = [other for other in self.on_file if other.is_like(session)]
-        is_ambiguous = session.kind.agent and not session.pin
-        last = self._agents.get(session.unthinking_chain, session.own_id)
-        if is_ambiguous and last != session.own_id:
-            # What its tools have seen does not follow from the conversation, so a
-            # request could go on with either.
+        is_anybodys = session.kind.agent and not session.pin
+        if is_anybodys and session.unthinking_chain in self._outcomes:
+            # Another agent has had this conversation.  What its tools have seen does not
+            # follow from that, so a request could go on with either.
             for other in [session, *same]:
                 self.retire(other, "ambiguous")
             return
         for other in same:
             self.retire(other, "duplicate")
-        if is_ambiguous:
-            chain = session.unthinking_chain
-            cache_put(self._agents, chain, session.own_id, MAX_PAST)
+        # Why a request may miss it while it is on file: one has a session header, the
+        # other has not.
+        self._record_outcome(session, "pinned")
         session.move(State.PARKED if session.calls else State.IDLE)
         idle = self.resting(State.IDLE)
         if len(idle) > self.config.max_idle:
@@ -2279,21 +2166,18 @@ class Pool:
             return
         if reason == "failed" and session.process.ended:
             reason = "died"
+            self.metrics.add("process_restarts_total")
         log.debug("process %s ends: %s", session.process.pid, reason)
         session.move(State.RETIRED)
         self._record_outcome(session, reason)
         self.metrics.add("processes_ended_total", reason=reason)
-        if reason == "died":
-            self.metrics.add("process_restarts_total")
-        if session.process.timed_out:
-            self.metrics.add("watchdog_fires_total")
         forget = partial(self.sessions.remove, session)
         self.room.leave_after(session.process.stop(), forget)
 
     def _record_outcome(self, session: Session, reason: str) -> None:
         if not session.turns:
             return
-        for key in (session.chain, session.pin):
+        for key in (session.chain, session.unthinking_chain, session.pin):
             if key:
                 cache_put(self._outcomes, key, (session.parts, reason), MAX_PAST)
 
@@ -2305,30 +2189,38 @@ class Pool:
     def _record_version(self, turn: Turn) -> None:
         """A script may start another CLI than before."""
         version = turn.translator.cli_version
-        is_newest = turn.session.cli is self.cli
+        is_newest = turn.process.cli is self.cli
         if is_newest and version and version != self.cli.version:
             self.cli = Cli(self.cli.files, version)
 
     async def _sweep(self) -> None:
-        """Retire the sessions not in use that died or whose time is up."""
-        ttl = self.config.session_ttl_secs
-        pause = SWEEP_SECS
-        if ttl:
-            pause = max(0.05, min(ttl / 4, SWEEP_SECS))
+        """Start the first spares; then look after all processes."""
+        with contextlib.suppress(ApiError):  # the first request will report it
+            await self.look_at_cli()
+            for _ in range(self.config.spares):
+                self.refill(Kind(bare=self._is_bare()))
+        ttl, watchdog = self.config.session_ttl_secs, self.config.watchdog_secs
+        shortest = min(ttl or watchdog, watchdog)
         while True:
-            await asyncio.sleep(pause)
-            if (
-                os.getpid() == 1 and not self._cli_lock.locked()
-            ):  # `ask_version` has one
+            await asyncio.sleep(max(0.05, min(shortest / 4, SWEEP_SECS)))
+            # The bridge may have been stopped: what came meanwhile is in the pipes.
+            await read_pipes()
+            for session in self.resting(*State):
+                self._look_after(session)
+            # `ask_version` has a child of its own.
+            if os.getpid() == 1 and not self._looking.locked():
                 reap_orphans({session.process.pid for session in self.sessions})
-            now = time.monotonic()
-            for session in [*self.spares, *self.on_file]:
-                if session.process.is_unusable:
-                    self.retire(session, "failed")
-                elif ttl and now - session.since >= ttl:
-                    if session.state is State.SPARE:
-                        self._kinds.clear()  # the next comes when it is needed
-                    self.retire(session, "expired")
+
+    def _look_after(self, session: Session) -> None:
+        """Retire a session that died or whose time is up; fail a turn that is silent."""
+        process, ttl = session.process, self.config.session_ttl_secs
+        is_resting = session.state in (State.SPARE, State.IDLE, State.PARKED)
+        if is_resting and process.is_unusable:
+            self.retire(session, "failed")
+        elif is_resting and ttl and time.monotonic() - session.since >= ttl:
+            self.retire(session, "expired")
+        elif process.check_silence(self.config.watchdog_secs):
+            self.metrics.add("watchdog_fires_total")
 
 
 # ------------------------------------------------------------ appendix: counting
@@ -2366,27 +2258,26 @@ class Counter:
         finally:
             trace.close()
             self._lane.release()
-            self._pool.refill()
+            self._pool.refill(self._pool._kind(request))
         cache_put(counts, key, tokens, MAX_COUNTS)
         return tokens
 
     async def _count(self, request: Request, trace: Trace) -> int:
         tools = translate.described_tools(request)
-        session, lines = await self._pool.open(request, tools, trace, query=False)
+        session = await self._pool.open(request, tools, trace, query=False)
         try:
             # The wait for a process is not the CLI's.
             async with asyncio.timeout(COUNT_SECS):
-                usage, statuses = await self._ask_usage(session.process, lines)
+                usage, statuses = await self._ask_usage(session.process)
         except BaseException:
             self._pool.retire(session, "failed")
             raise
         self._pool.retire(session, "counted")
-        session.cli.hello = session.process.hello or session.cli.hello
         failed = next((status for status in statuses if status >= 400), None)
         if failed:
             raise ApiError(failed, f"the API did not count: status {failed}")
         if not statuses:
-            if not translate.login_source(session.cli.hello):
+            if not translate.login_source(session.process.cli.hello):
                 raise ApiError(
                     401, f"the claude CLI is not logged in: {translate.LOGIN_CURE}"
                 )
@@ -2394,9 +2285,7 @@ class Counter:
         tokens = int(usage.get("totalTokens") or 0)
         return tokens + TOOLS_PROMPT_TOKENS if request.tool_names else tokens
 
-    async def _ask_usage(
-        self, process: Process, lines: list[bytes]
-    ) -> tuple[Json, list[int]]:
+    async def _ask_usage(self, process: Process) -> tuple[Json, list[int]]:
         """What a process says of its context, and the API's statuses for the counts it
         asked."""
         statuses: list[int] = []
@@ -2406,7 +2295,6 @@ class Counter:
                 statuses.append(event.get("response") or 0)
             return control_result(event, "usage")
 
-        process.write(*lines)
         await process.read_until(lambda event: event["type"] == "result")
         process.write(translate.control_line("usage", "get_context_usage"))
         return await process.read_until(find), statuses

@@ -564,9 +564,11 @@ class Reads:
     def kill(self, number: int) -> None:
         pass
 
-    def is_unasked(self, events: list[Any]) -> bool:
+    def fail(self, error: ApiError) -> None:
+        pass
+
+    def keep(self, events: list[Any]) -> None:
         """What comes behind a turn is not what is tried here."""
-        return False
 
     async def read(self) -> list[Any]:
         if self.failure:
@@ -602,7 +604,7 @@ def relayed(
 
     process: Any = Reads(reads)
     session: Any = SimpleNamespace(kind=Kind(), process=process, turn_id=turn_id, model="")
-    turn = Turn(REQUEST, session, "hot", "", [])
+    turn = Turn(REQUEST, session, "hot")
     never: Any = None  # it is ready at all times
     failure = None
     try:

@@ -57,17 +57,17 @@ class Recorder:
         project = Path(self.home, "project")
         project.mkdir()
         (project / "notes.txt").write_text("buy milk\n")
+        is_bare = not self.agent and pool._is_bare()
         has_full_name = self.model.startswith(translate.FULL_NAME)
-        kind = Kind("" if has_full_name else ALIAS, self.agent)
-        bare = pool._is_bare(self.agent)
+        kind = Kind("" if has_full_name else ALIAS, self.agent, is_bare)
         reading, self.gate = os.pipe()
         self.gate_path = sessions.gate_path(reading)
         self.stderr = Path(self.home, "stderr")
         self.began = time.monotonic()
         with self.stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [*pool._arguments(kind, bare, is_kept=False), "--resume", self.gate_path],
-                env=pool._environment_of(kind, bare, is_kept=False),
+                [*sessions.arguments(config, kind, ""), "--resume", self.gate_path],
+                env=pool._environment | sessions.kind_environment(kind),
                 cwd=project if self.agent else "/",
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -82,9 +82,8 @@ class Recorder:
         """Let the pool ask what it wants to know before a conversation; what the CLI announces."""
         async with pool:
             await pool.hello()
-            if self.agent or pool._is_bare(self.agent):
-                return []
-            return await pool._announced(ALIAS)
+            kind = Kind(agent=self.agent, bare=not self.agent and pool._is_bare())
+            return await pool._announced(ALIAS, kind)
 
     # Rows
 
@@ -250,7 +249,7 @@ def slash_command(recorder: Recorder) -> None:
 
 
 def get_settings(recorder: Recorder) -> None:
-    """As Pool._has_model."""
+    """Which model it runs."""
     recorder.set_up(asked("hello"))
     recorder.send(translate.control_line("get_settings", "get_settings"))
     recorder.until(lambda event: translate.control_response(event, "get_settings"))

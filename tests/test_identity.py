@@ -419,7 +419,7 @@ def session_of(case: Json) -> Session | None:
         request = read(case, messages[:number])
         if not session or not session.matches(request):
             none: Any = None
-            session = Session(none, Kind(), none, bare=False, state=State.BUSY)
+            session = Session(none, Kind(), State.BUSY)
             session.parts = request.fingerprint.parts
             session.chain = request.fingerprint.past
             session.unthinking_chain = request.fingerprint.unthinking_past

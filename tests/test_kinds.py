@@ -416,12 +416,12 @@ def test_a_config_is_not_changed_and_its_types_are_checked() -> None:
 
 def test_a_request_need_not_wait_behind_large_ones_which_wait_in_a_line() -> None:
     async def use(pool: Pool) -> None:
-        await pool._large.acquire()
+        await pool._lanes[1].acquire()
         assert await pool.compute(sessions.THREAD_SIZE, lambda: 7) == 7
         with pytest.raises(ApiError, match="other large requests") as caught:
             await pool.compute(sessions.LARGE_SIZE, lambda: 7)
         assert caught.value.status == 529
-        pool._large.release()
+        pool._lanes[1].release()
         assert await pool.compute(sessions.LARGE_SIZE, lambda: 7) == 7
         await soon(lambda: not pool._queued)
 

@@ -20,7 +20,7 @@ from test_processes import alive
 
 import bridge
 import sessions
-from sessions import Cli, Pool, PoolConfig, State, Turn
+from sessions import Cli, Kind, Pool, PoolConfig, State, Turn
 from translate import ApiError, parse_request
 
 PROBE = {"name": "probe", "input_schema": {"type": "object"}}
@@ -230,7 +230,8 @@ def test_spares_that_start_as_the_cli_is_looked_at_evict_no_conversation(tmp_pat
             pool.retire(spare, "unwanted")
         await soon(lambda: not pool.room.ending)
         pool.cli = Cli()
-        pool.refill()
+        for _ in range(2):
+            pool.refill(Kind())
         for task in list(pool._preparing):
             await task
         assert [turn.session.state for turn in turns] == [State.IDLE] * 2

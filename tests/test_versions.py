@@ -15,6 +15,7 @@ from stand_in import Log
 from test_check import check
 
 from sessions import NEWEST_TESTED, OLDEST, Pool, State, dotted
+from translate import MODEL_PREFIX, listed_model
 
 TOO_OLD = (
     f"the claude CLI is version 2.1.100, and {dotted(OLDEST)} or newer is needed: run `claude "
@@ -141,7 +142,6 @@ def test_what_was_learnt_of_a_cli_is_forgotten_when_another_takes_its_place(
     wait_until(lambda: pool.spares, "a spare")
     known, [spare] = pool.cli, pool.spares
     assert (known.version, bool(known.hello), len(known.counts)) == ("2.1.260", True, 1)
-    assert known.models["claude-opus-5-5"]
     wait_until(lambda: spare.process.pid in log.started(), "its start")
     before = set(log.started())
 
@@ -149,7 +149,7 @@ def test_what_was_learnt_of_a_cli_is_forgotten_when_another_takes_its_place(
     models = server.call("GET", "/v1/models")
     assert models.status == 200
     assert pool.cli is not known
-    assert (pool.cli.version, dict(pool.cli.models), dict(pool.cli.counts)) == ("2.1.270", {}, {})
+    assert (pool.cli.version, dict(pool.cli.counts)) == ("2.1.270", {})
     assert spare.state is State.RETIRED
     [asked] = set(log.started()) - before  # the new one, and what it says of itself
     assert log.requests(asked) == ["initialize"]
@@ -173,29 +173,6 @@ def test_a_cli_that_is_replaced_at_its_own_path_ends_the_spares_of_before(
     os.replace(script(tmp_path / "new", "2.1.261"), program)
     assert server.post("one").status == 200
     assert (pool.cli.version, spare.state) == ("2.1.261", State.RETIRED)
-
-
-def test_a_model_that_only_the_old_cli_knew_is_looked_at_anew(
-    serve: Callable[..., Server], tmp_path: Path, log: Log
-) -> None:
-    """A CLI that does not know a model of a conversation takes its default without a word."""
-    link = tmp_path / "claude"
-    link.symlink_to(script(tmp_path / "old", "2.1.260"))
-    server = serve(bin=link)
-    model = "claude-haiku-5-5"
-    assert server.post("one", model=model).message["model"] == model
-    assert server.post("two", model=model).message["model"] == model
-    pool = pool_of(server)
-    assert pool.cli.models[model]
-    started = set(log.started())
-
-    deaf = "export STANDIN_DEAF_TO_MODELS=1"
-    swap(link, script(tmp_path / "new", "2.1.261", deaf))
-    assert server.post("three", model=model).message["model"] == model
-    assert pool.cli.version == "2.1.261"
-    deaf_one, with_model = [run["argv"] for pid, run in log.started().items() if pid not in started]
-    assert "--model" not in deaf_one
-    assert with_model[with_model.index("--model") + 1] == model
 
 
 def test_a_hot_conversation_of_the_old_cli_goes_on_and_a_new_one_is_the_new_clis(
@@ -251,3 +228,21 @@ def test_after_a_downgrade_of_the_real_cli_no_other_model_answers(
     assert {row["body"]["model"].partition("-2")[0] for row in rows} == {model}
     agents = [json.dumps(row["headers"]) for row in rows]
     assert [pool.cli.version in agent for agent in agents] == [False, False, True, True]
+
+
+def test_each_model_that_a_cli_lists_answers_without_being_named_at_its_start(
+    serve: Callable[..., Server], cli: Path, since: Callable[[], list[Json]]
+) -> None:
+    """So that one spare serves all of them.  Of others a CLI silently takes its default."""
+    server = serve(bin=cli)
+    hello = server.call("GET", "/v1/models")
+    names = [model["id"] for model in hello.json["data"]]
+    assert len(names) > 3
+    pool = pool_of(server)
+    for name in names:
+        answer = server.post("SAY x", model=name)
+        assert answer.status == 200, (name, answer.body)
+        full_name = listed_model(pool.cli.hello, name.removeprefix(MODEL_PREFIX))
+        assert since()[-1]["body"]["model"] == full_name.removesuffix("[1m]")
+    kinds = {session.kind.model for session in list(pool.sessions)}
+    assert kinds == {""}

@@ -63,7 +63,7 @@ class BareCli:
     """The CLI as a program that drives it by itself would start it."""
 
     def __init__(self, config: sessions.PoolConfig, cwd: str) -> None:
-        command = sessions.arguments(config, "sonnet", agent=False)
+        command = sessions.arguments(config, sessions.Kind("sonnet"), "")
         environ = sessions.child_environment(config, os.environ)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, env=environ, cwd=cwd, **pipes)
