@@ -59,7 +59,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import orjson
 
@@ -110,8 +110,8 @@ ENDING = (
     (signal.SIGTERM, 1.0),
     (signal.SIGKILL, 5.0),
 )
-# Seconds that a process gets to print its first line, before others are started beside
-# it; 1.2 were measured.
+# Seconds in which a spare that is given a conversation prints something, or has died;
+# 0.1 were measured.
 START_SECS = 2.0
 # Seconds by which the `result` may come later than the answer it belongs to; 0.02 were
 # measured.
@@ -370,58 +370,54 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
     return argv
 
 
-# How the variables begin that the CLI's program text reads: they change what a child
-# does, or its account, so it gets them only through keep_env
-# (tests/test_environment.py).
+# How the variables begin that a process of model mode gets: none of them changes what
+# the CLI does, and a new version's new ones are not among them.
+ALLOWED = (
+    # Where it runs, and for whom.
+    "DBUS_SESSION_BUS_ADDRESS",
+    "HOME",
+    "LANG",
+    "LC_",
+    "LD_LIBRARY_PATH",
+    "LOGNAME",
+    "PATH",
+    "SHELL",
+    "TERM",
+    "TMPDIR",
+    "TZ",
+    "USER",
+    "XDG_",
+    # How it reaches the network, and whom it trusts.
+    "ALL_PROXY",
+    "HTTPS_PROXY",
+    "HTTP_PROXY",
+    "NODE_EXTRA_CA_CERTS",
+    "NO_PROXY",
+    "SSL_CERT_",
+    # Which cloud it is logged in to.
+    "AWS_",
+    "AZURE_",
+    "CLOUDSDK_",
+    "CLOUD_ML_REGION",
+    "GCLOUD_",
+    "GOOGLE_",
+    "VERTEX_REGION_",
+)
+# How those begin that an agent does not get, whose commands need what the user's shell
+# has, nor a CLI that reads the user's settings, whose apiKeyHelper does.
 SCRUBBED = (
-    "AGENT_PROXY_",
-    "AI_AGENT",
-    "ALLOW_ANT_",
-    "ANT_",
     "ANTHROPIC_",
     "API_",
-    "AUTOMODE_",
     "BASH_",
-    "BETA_",
-    "BUGHUNTER_",
-    "BUN_",
-    "CCR_",
-    "CLAUBBIT",
     "CLAUDE",
-    "CLI_WIDTH",
-    "COMPUTER_USE_",
     "DEBUG",
-    "DEMO_",
     "DISABLE_",
-    "EMBEDDED_",
     "ENABLE_",
-    "ENVIRONMENT_SERVICE_",
-    "FALLBACK_",
     "FORCE_",
-    "INK_",
-    "IS_DEMO",
-    "LOCAL_BRIDGE",
     "MAX_",
     "MCP_",
     "OTEL_",
-    "SANDBOX_OFFICE_",
-    "SCREENSHOT_DIR",
-    "SDK_NATIVE_BIN",
-    "SELF_HOSTED_",
-    "SESSION_INGRESS_",
-    "SLASH_",
-    "SRT_",
-    "SWE_BENCH_",
-    "SYSTEM_REMINDER_",
-    "TASK_",
-    "TEAM_MEMORY_",
-    "TEST_ENABLE_",
-    "TRACE",
-    "ULTRAPLAN_",
     "USE_",
-    "VCR_",
-    "VITALS_",
-    "VOICE_",
 )
 # Where a login is, and where its tokens are if they are elsewhere.
 LOGIN_FOLDERS = ("CLAUDE_CONFIG_DIR", "CLAUDE_SECURESTORAGE_CONFIG_DIR")
@@ -500,32 +496,35 @@ UNREACHABLE = {
 }
 
 
-def child_environment(config: PoolConfig, environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process: `environ` without the variables that change what
-    the CLI does, plus those that the bridge sets."""
-    child = {
-        name: value for name, value in environ.items() if not name.startswith(SCRUBBED)
-    }
+def child_environment(
+    config: PoolConfig, environ: Mapping[str, str], kind: Kind
+) -> dict[str, str]:
+    """The environment of a process: of `environ` what does not change what the CLI
+    does, and what the bridge sets."""
+    is_users = kind.agent or config.setting_sources
+    child = {}
+    for name, value in environ.items():
+        is_allowed = name.upper().startswith(ALLOWED)
+        if is_users:
+            is_allowed = not name.startswith(SCRUBBED)
+        if is_allowed or name in (*LOGIN_FOLDERS, *OPT_OUTS):
+            child[name] = value
     child.update(CHILD_DEFAULTS)
     child["CLAUDE_CODE_MAX_RETRIES"] = str(config.retries)
-    for name in (*LOGIN_FOLDERS, *OPT_OUTS, *config.keep_env):
+    for name in config.keep_env:
         # Never the bridge's own, such as its key.
         if name in environ and not name.startswith("CLAUDE_CLI_"):
             child[name] = environ[name]
     for name in LOGIN_FOLDERS:
         if child.get(name):  # children have another working directory
             child[name] = os.path.abspath(os.path.expanduser(child[name]))
-    return child
-
-
-def kind_environment(kind: Kind) -> dict[str, str]:
-    """What is set beside `child_environment` for a kind of process."""
-    added = {} if kind.agent else MODEL_MODE.copy()
+    if not kind.agent:
+        child.update(MODEL_MODE)
     if kind.bare:
-        added["CLAUDE_CODE_SIMPLE"] = "1"
+        child["CLAUDE_CODE_SIMPLE"] = "1"
     if kind.is_kept:
-        added.update(UNREACHABLE)
-    return added
+        child.update(UNREACHABLE)
+    return child
 
 
 def gate_path(descriptor: int) -> str:
@@ -595,17 +594,29 @@ def reap_orphans(own: set[int]) -> None:
             os.waitid(os.P_PID, found.si_pid, options)
 
 
-# The writing ends of all gates.  A fork of the program that embeds the bridge gets them
-# too, and a gate with two ends never comes to its end.
-OPEN_GATES: set[int] = set()
+class Gate(asyncio.BaseProtocol):
+    """The writing end of a gate.
+
+    A fork of the program that embeds the bridge gets it too, and a gate with two of
+    them never comes to its end: so the fork closes its own.
+    """
+
+    descriptors: ClassVar[set[int]] = set()
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.descriptors.add(descriptor)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.descriptors.discard(self._descriptor)
+
+    @classmethod
+    def close_all(cls) -> None:
+        while cls.descriptors:
+            os.close(cls.descriptors.pop())
 
 
-def close_gates() -> None:
-    while OPEN_GATES:
-        os.close(OPEN_GATES.pop())
-
-
-os.register_at_fork(after_in_child=close_gates)
+os.register_at_fork(after_in_child=Gate.close_all)
 
 
 class Trace:
@@ -679,11 +690,7 @@ class Child(asyncio.SubprocessProtocol):
         self.is_paused = False
         # The spawn failed: connection_made must kill and reap it.
         self._is_orphan = False
-        # The writing end of the gate; -1: closed.
-        self._gate = -1
         self._gate_path = ""
-        # What of the conversation is still to be written.
-        self._rows: deque[memoryview] = deque()
 
     def lines_received(self, lines: list[bytes], size: int) -> None:
         """Called with the whole lines of a read of `size` bytes."""
@@ -702,66 +709,43 @@ class Child(asyncio.SubprocessProtocol):
     ) -> None:
         """Start it at its gate, in a process group of its own; without `cwd` it works
         in the folder of its gate.  Raises OSError when it cannot be started."""
-        reading, self._gate = os.pipe()
-        OPEN_GATES.add(self._gate)
-        os.set_blocking(self._gate, False)
-        try:
-            self._gate_path = gate_path(reading)
-            await self.loop.subprocess_exec(
-                lambda: self,
-                *argv,
-                "--resume",
-                self._gate_path,
-                env=environment,
-                cwd=cwd or os.path.dirname(self._gate_path),
-                pass_fds=(reading,),
-                start_new_session=True,
-                preexec_fn=die_with_parent if PRCTL else None,
-            )
-        except BaseException as error:
-            self._is_orphan = True
-            self._close_gate()
-            self._remove_gate()
-            # There is no thread left that could wait for its end.
-            if isinstance(error, RuntimeError):
-                raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
-            raise
-        finally:
-            os.close(reading)
+        reading, writing = os.pipe()
+        with os.fdopen(reading):
+            end = os.fdopen(writing, "wb", 0)
+            gate = await self.loop.connect_write_pipe(lambda: Gate(writing), end)
+            self._gate: asyncio.WriteTransport = gate[0]
+            try:
+                self._gate_path = gate_path(reading)
+                await self.loop.subprocess_exec(
+                    lambda: self,
+                    *argv,
+                    "--resume",
+                    self._gate_path,
+                    env=environment,
+                    cwd=cwd or os.path.dirname(self._gate_path),
+                    pass_fds=(reading,),
+                    start_new_session=True,
+                    preexec_fn=die_with_parent if PRCTL else None,
+                )
+            except BaseException as error:
+                self._is_orphan = True
+                self._gate.close()
+                self._remove_gate()
+                # There is no thread left that could wait for its end.
+                if isinstance(error, RuntimeError):
+                    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
+                raise
 
     # The gate
 
     def open_gate(self, rows: list[bytes]) -> None:
         """Give the waiting child its conversation (`translate.transcript`); it goes
         through as the child reads."""
-        if self._gate < 0:
-            return  # it has died; the end of its output reports it
         self.trace.add("to", rows)
-        self._rows = deque(memoryview(row) for row in rows)
         self.opened_at = self.loop.time()
-        self.loop.add_writer(self._gate, self._write_rows)
-
-    def _write_rows(self) -> None:
-        try:
-            while self._rows:
-                row = self._rows[0]
-                written = os.write(self._gate, row)
-                if written < len(row):
-                    self._rows[0] = row[written:]
-                    return
-                self._rows.popleft()
-        except BlockingIOError:
-            return
-        except OSError:  # it has died; the end of its output reports it
-            self._rows.clear()
-        self._close_gate()
-
-    def _close_gate(self) -> None:
-        if self._gate >= 0:
-            self.loop.remove_writer(self._gate)
-            OPEN_GATES.discard(self._gate)
-            os.close(self._gate)
-            self._gate = -1
+        if not self._gate.is_closing():
+            self._gate.writelines(rows)
+            self._gate.close()
 
     def _remove_gate(self) -> None:
         if self._gate_path:
@@ -833,7 +817,7 @@ class Child(asyncio.SubprocessProtocol):
 
     def process_exited(self) -> None:
         self.kill(signal.SIGKILL)  # what it left behind in its group
-        self._close_gate()
+        self._gate.close()
         if not self.exited.done():
             self.exited.set_result(self._transport.get_returncode() or 0)
 
@@ -861,7 +845,7 @@ class Child(asyncio.SubprocessProtocol):
 
     async def end(self, *, at_once: bool = False) -> None:
         """End it and its group, and wait until it is reaped."""
-        self._close_gate()
+        self._gate.close()
         stdin = self._transport.get_pipe_transport(0)
         if stdin and not at_once:
             stdin.close()
@@ -930,8 +914,7 @@ class Cli:
     @property
     def numbers(self) -> tuple[int, ...]:
         """The version, to be compared; empty: unknown."""
-        match = re.match(r"(\d+)\.(\d+)\.(\d+)", self.version)
-        return tuple(map(int, match.groups())) if match else ()
+        return tuple(map(int, re.findall(r"\d+", self.version)[:3]))
 
     def since(self, version: tuple[int, ...]) -> bool:
         """Whether it is of this version or newer; one that does not say is."""
@@ -1056,6 +1039,11 @@ class Process(Child):
     def is_unusable(self) -> bool:
         """It cannot take another turn: it failed or ended."""
         return self._failure is not None or self.ended
+
+    @property
+    def is_stillborn(self) -> bool:
+        """It failed or ended without a word."""
+        return self.is_unusable and not self.has_spoken
 
     # Turns
 
@@ -1182,20 +1170,20 @@ class Process(Child):
     def lines_received(self, lines: list[bytes], size: int) -> None:
         if self._failure:
             return  # it is not used again
-        events: list[CliEvent] = []
-        failure: ApiError | None = None
         try:
             for line in lines:
-                new = self._take_in(line)
-                if not self._is_in_turn and self.is_unasked(new):
+                events = self._take_in(line)
+                if self._is_in_turn:
+                    self._events += events
+                elif self.is_unasked(events):
                     raise cli_error("the claude CLI spoke unasked")
-                events += new
         except ApiError as error:
-            failure = error
-        if self._is_in_turn:
-            self._buffer(events, size)
-        if failure:
-            self.fail(failure)  # after what came before it
+            self.fail(error)
+        if self._events:
+            self._unread += size
+            self._wake()
+        if self._unread > MAX_UNREAD:
+            self.pause()
 
     def fail(self, error: ApiError) -> None:
         self._failure = error
@@ -1212,14 +1200,6 @@ class Process(Child):
         if self._result_seen and not self._result_seen.done():
             self._result_seen.set_result(False)
         self._wake()
-
-    def _buffer(self, events: list[CliEvent], size: int) -> None:
-        self._events += events
-        self._unread += size
-        if self._unread > MAX_UNREAD and self._events:
-            self.pause()
-        if events:
-            self._wake()
 
     def is_unasked(self, events: list[CliEvent]) -> bool:
         """Whether events outside a turn show that the process goes on by itself.  Until
@@ -1286,10 +1266,6 @@ async def read_pipes() -> None:
 # ------------------------------------------------------------ a conversation
 
 
-# The digest of a setting that was not given.
-UNSET = translate.digest("")
-
-
 @dataclass(eq=False)
 class Session:
     """A process and the conversation in it; the only writer of its own fields."""
@@ -1311,8 +1287,8 @@ class Session:
     unthinking_chain: bytes = b""
     # The full name of the model that it was asked for; empty: unknown.
     model: str = ""
-    # Digests of the settings that it was given last, by name.
-    settings: Digests = field(default_factory=dict)
+    # Digest of the settings that it was given last.
+    settings: bytes = b""
     # Ids of the client tools that its last answer called.
     calls: list[str] = field(default_factory=list)
     # Answers that it has given.
@@ -1382,16 +1358,15 @@ class Session:
         )
 
     def _changed_settings(self, request: Request) -> list[bytes]:
-        """The line that sets what a request sets otherwise than the one before."""
+        """The line with a request's settings, if they are not those of the one before."""
         has_tools = bool(self.process.tools)
         settings = translate.turn_settings(request, has_listed_tools=has_tools)
-        changed = {}
-        for name, value in settings.items():
-            known = translate.digest(value)
-            if self.settings.get(name, UNSET) != known:
-                self.settings[name] = known
-                changed[name] = value
-        return [translate.settings_line(changed)] if changed else []
+        before, self.settings = self.settings, translate.digest(settings)
+        if before == self.settings:
+            return []
+        if not before:  # what is empty takes back a setting of the turn before
+            settings = {name: value for name, value in settings.items() if value}
+        return [translate.settings_line(settings)]
 
     # Later turns
 
@@ -1621,9 +1596,8 @@ class Pool:
         self._kinds: deque[Kind] = deque(maxlen=config.spares)
         # Spares that are being started.
         self._preparing: dict[asyncio.Task[None], Kind] = {}
-        # At most so many start for a request at a time: more would slow each other down.
-        self._starting = asyncio.Semaphore(2 * CORES)
-        self._environment = child_environment(config, environ)
+        self._environ = environ
+        self._environment = child_environment(config, environ, Kind())
         # Requests in `queue`: they wait for a lock, a count or a process.
         self._queued = 0
         # One looks at the CLI at a time, and one asks it what it says of itself.
@@ -1881,45 +1855,27 @@ class Pool:
             await self.hello()
         kind = self._kind(request)
         announced = await self._announced(request.model, kind)
-        start = partial(self._start, request, tools, trace, announced, query)
-        while spare := await self._take_spare(kind):
-            await start(spare)
-            if spare.process.has_spoken or not spare.process.is_unusable:
-                return spare
-            self.retire(spare, "failed")  # it died before it could ask
-        await self.queue(self._starting.acquire, self._all_busy)
-        try:
-            session = await self._spawn(kind, State.BUSY)
-            await start(session)
-            return session
-        finally:
-            self._starting.release()
-
-    async def _start(
-        self,
-        request: Request,
-        tools: list[Json],
-        trace: Trace,
-        announced: list[Json],
-        query: bool,
-        session: Session,
-    ) -> None:
-        """Give a process its conversation."""
-        try:
-            session.adopt(request, tools, trace)
-            make_rows = partial(
-                translate.transcript,
-                request.messages,
-                session.model,
-                announced,
-                session.own_id,
-            )
-            rows = await self.compute(request.size, make_rows)
-            session.start(request, rows, query)
-            await session.process.first_event()
-        except BaseException:
-            self.retire(session, "failed")
-            raise
+        while True:
+            spare = await self._take_spare(kind)
+            session = spare or await self._spawn(kind, State.BUSY)
+            try:
+                session.adopt(request, tools, trace)
+                make_rows = partial(
+                    translate.transcript,
+                    request.messages,
+                    session.model,
+                    announced,
+                    session.own_id,
+                )
+                rows = await self.compute(request.size, make_rows)
+                session.start(request, rows, query)
+                await session.process.first_event()
+            except BaseException:
+                self.retire(session, "failed")
+                raise
+            if not spare or not session.process.is_stillborn:
+                return session
+            self.retire(session, "failed")  # it has asked nothing: another one can
 
     def _kind(self, request: Request) -> Kind:
         """The kind of process that a request needs.  A model that the CLI lists needs
@@ -1940,15 +1896,15 @@ class Pool:
 
     # Processes
 
-    @property
-    def _all_busy(self) -> str:
-        return f"all {self.config.max_sessions} processes were busy, none got free"
-
     async def _spawn(self, kind: Kind, state: State) -> Session:
         """Start a process, which waits at its gate."""
         if not self.room.has_next:
             self._evict()
-        await self.queue(self.room.enter, self._all_busy)
+        message = f"all {self.config.max_sessions} processes were busy, none got free"
+        if state is State.SPARE:
+            await self.room.enter()  # at once: nobody waits for a spare
+        else:
+            await self.queue(self.room.enter, message)
         process = Process(self.cli)
         # One that announces its folder to the model works in one that never changes; an
         # older one would list all files in it.
@@ -1958,7 +1914,7 @@ class Pool:
         try:
             await process.spawn(
                 arguments(self.config, kind, settings_file(self._environment)),
-                self._environment | kind_environment(kind),
+                child_environment(self.config, self._environ, kind),
                 cwd,
             )
         except BaseException as error:
@@ -2195,9 +2151,9 @@ class Pool:
 
     async def _sweep(self) -> None:
         """Start the first spares; then look after all processes."""
-        with contextlib.suppress(ApiError):  # the first request will report it
-            await self.look_at_cli()
-            for _ in range(self.config.spares):
+        for _ in range(self.config.spares):
+            with contextlib.suppress(ApiError):  # the first request will report it
+                await self.look_at_cli()
                 self.refill(Kind(bare=self._is_bare()))
         ttl, watchdog = self.config.session_ttl_secs, self.config.watchdog_secs
         shortest = min(ttl or watchdog, watchdog)

@@ -67,7 +67,7 @@ class Recorder:
         with self.stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
                 [*sessions.arguments(config, kind, ""), "--resume", self.gate_path],
-                env=pool._environment | sessions.kind_environment(kind),
+                env=sessions.child_environment(config, environ, kind),
                 cwd=project if self.agent else "/",
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import mmap
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -21,81 +20,10 @@ from stand_in import Log
 from test_processes import alive
 from test_tools import TOOL, result, start, user
 
-from sessions import OPT_OUTS, SCRUBBED, PoolConfig, child_environment
+from sessions import OPT_OUTS, Kind, PoolConfig, child_environment
 
 Serve = Callable[..., Server]
 Run = Callable[..., None]  # post in the background
-
-# How the names begin that any program may have: where it runs, who it is, how it reaches the
-# network, and whose cloud it is logged in to.  They are nobody's settings of the CLI alone.
-ANYBODYS = (
-    # the machine, its user and their folders
-    *("ALLUSERSPROFILE", "APPDATA", "COMSPEC", "HOME", "LANG", "LC_", "LOCALAPPDATA", "MSYSTEM"),
-    *("OSTYPE", "PATH", "PORT", "PREFIX", "PROGRAM", "PWD", "SAFEUSER", "SESSIONNAME", "SHELL"),
-    *("SYSTEMDRIVE", "SYSTEMROOT", "TEMP", "TMP", "TZ", "USER", "WINDIR", "WSL_", "XDG_"),
-    # the network and its certificates
-    *("ALL_PROXY", "GRPC_", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "SSH_", "SSL_"),
-    # cloud logins
-    *("AWS_", "AZURE_", "CLOUDSDK_", "CLOUD_ML_REGION", "DETECT_GCP_RETRIES", "GCE_", "GCLOUD_"),
-    *("GOOGLE_", "METADATA_SERVER_DETECTION", "VERTEX_REGION_"),
-    # what the CLI's tools start: git, editors, package managers, data bases
-    *(
-        "ACTIONS_",
-        "APP_URL",
-        "BAT_THEME",
-        "BROWSER",
-        "CHOKIDAR_",
-        "COREPACK_",
-        "DATABASE",
-        "EDITOR",
-    ),
-    *(
-        "CACERT_UPDATES",
-        "DPKG_",
-        "GCM_",
-        "GH_",
-        "GIT_",
-        "GRACEFUL_FS_PLATFORM",
-        "JAVA_",
-        "MARIADB",
-        "MYSQL",
-    ),
-    *(
-        "P4PORT",
-        "PASSWORD",
-        "PG",
-        "PIP_",
-        "PKG_",
-        "PLAYWRIGHT_",
-        "POSTGRES_",
-        "SHARP_",
-        "SQLITE",
-        "TLS_",
-    ),
-    *("UV_", "VISUAL"),
-    # the language's own run time, and its builds
-    *("BUF_", "DENO_", "DEV", "DO_NOT_TRACK", "DS_CHROMIUM_PATH", "MODE", "NODE", "PROD", "SSR"),
-    *("STATIC", "TEST_GRACEFUL_FS_", "TSC_", "VERBOSE_SSR", "WASI_", "X_"),
-    # terminals
-    *("ALACRITTY_", "COLOR", "CURSOR_TRACE_ID", "DISPLAY", "GNOME_", "INTELLIJ_", "ITERM_"),
-    *("KITTY_", "KONSOLE_", "NO_COLOR", "STY", "TERM", "TILIX_", "TMUX", "VSCODE_", "VTE_"),
-    *("WAYLAND_", "WT_SESSION", "XTERM_", "ZED_TERM", "ZELLIJ"),
-    # CI and hosts
-    *("BUILDKITE", "C9_", "CF_PAGES", "CI", "CLOUD_RUN_JOB", "CODER", "CODESPACES", "DAYTONA_"),
-    *("DEVPOD", "DYNO", "FLY_", "FUNCTION_", "GAE_", "GITHUB_", "GITLAB_", "GITPOD_"),
-    *(
-        "IS_SANDBOX",
-        "KUBERNETES_",
-        "K_",
-        "NETLIFY",
-        "PROJECT_DOMAIN",
-        "RAILWAY_",
-        "RENDER",
-        "REPL_",
-    ),
-    *("RUNNER_", "SPACE_CREATOR_USER_ID", "SYSTEM_OIDCREQUESTURI", "TEAMCITY_", "VERCEL"),
-    *("WEBSITE_",),
-)
 
 
 @functools.cache
@@ -113,27 +41,41 @@ def names_read_by(program: Path) -> set[str]:
     return {name.decode() for name in read}
 
 
-def test_every_name_that_the_cli_reads_is_scrubbed_or_such_as_any_program_may_have(
+# What the CLI reads and any program may have: the machine, the network, the clouds.
+ANYBODYS = re.compile(
+    "(ALL|HTTPS?|NO)_PROXY|(AWS|AZURE|CLOUDSDK|GCLOUD|GOOGLE|SSL_CERT|VERTEX_REGION|XDG)_.*"
+    "|CLOUD_ML_REGION|DBUS_SESSION_BUS_ADDRESS|HOME|LANG|LC_.*|LOGNAME|NODE_EXTRA_CA_CERTS"
+    "|PATH(EXT)?|SHELL|TERM.*|TMPDIR|TZ|USER(NAME|PROFILE)?"
+)
+# What a command of an agent may need, and the CLI reads as well.
+OF_A_SHELL = {"EDITOR", "GH_TOKEN", "GIT_SSH_COMMAND", "JAVA_HOME", "NODE_OPTIONS", "PGPASSWORD"}
+
+
+def given(config: PoolConfig, kind: Kind, names: set[str]) -> set[str]:
+    """Those of the names whose values a child gets from the user's shell."""
+    child = child_environment(config, dict.fromkeys(names, "/mine"), kind)
+    return {name for name, value in child.items() if value == "/mine"}
+
+
+def test_a_child_gets_what_any_program_may_have_and_nothing_that_is_the_clis_own(
     cli: Path,
 ) -> None:
-    """A new version of the CLI brings new names: somebody is to decide what a child gets of them,
-    before a user's shell changes what the bridge does."""
+    """Nor will it get what a new version brings, before a user's shell changes what it does."""
     names = names_read_by(cli)
     assert len(names) > 500
     assert {"HOME", "CLAUDE_CONFIG_DIR", "MCP_TOOL_TIMEOUT", "ENABLE_PROMPT_CACHING_1H"} <= names
-    undecided = [name for name in names if not name.startswith((*SCRUBBED, *ANYBODYS))]
-    assert not sorted(undecided)
+    got = given(PoolConfig(), Kind(), names | {"HTTPS_PROXY", "https_proxy", "TMPDIR"})
+    folders = {"CLAUDE_CONFIG_DIR", "CLAUDE_SECURESTORAGE_CONFIG_DIR"}
+    asked_for = folders | set(OPT_OUTS)
+    assert {name for name in got - asked_for if not ANYBODYS.fullmatch(name.upper())} == set()
+    assert {"HOME", "PATH", "HTTPS_PROXY", "https_proxy", "TMPDIR", "AWS_REGION"} <= got
 
 
-def test_a_child_gets_the_names_that_any_program_may_have_and_no_others_of_the_cli(
-    cli: Path,
-) -> None:
-    names = names_read_by(cli)
-    child = child_environment(PoolConfig(), dict.fromkeys(names, "mine"))
-    kept = {name for name, value in child.items() if value == "mine"}
-    folders = names & {"CLAUDE_CONFIG_DIR", "CLAUDE_SECURESTORAGE_CONFIG_DIR"}
-    assert {child[name] for name in folders} == {os.path.abspath("mine")}
-    assert kept == names & set(OPT_OUTS) | {name for name in names if name.startswith(ANYBODYS)}
+@pytest.mark.parametrize("is_agent", [True, False])
+def test_an_agents_commands_and_a_key_helper_get_what_the_users_shell_has(is_agent: bool) -> None:
+    config = PoolConfig(setting_sources="" if is_agent else "user")
+    names = OF_A_SHELL | {"ANTHROPIC_API_KEY", "CLAUDECODE", "MCP_TIMEOUT", "OTEL_LOGS_EXPORTER"}
+    assert given(config, Kind(agent=is_agent), names) == OF_A_SHELL
 
 
 @pytest.mark.parametrize("name", ["CLAUDE_CONFIG_DIR", "CLAUDE_SECURESTORAGE_CONFIG_DIR"])

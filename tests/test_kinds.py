@@ -31,7 +31,7 @@ from test_tools import TOOL, result, start, user
 import bridge
 import sessions
 from bridge import Config
-from sessions import Pool, PoolConfig, child_environment
+from sessions import Kind, Pool, PoolConfig, child_environment
 from translate import ApiError, parse_request
 
 Serve = Callable[..., Server]
@@ -283,7 +283,7 @@ def test_a_fork_of_the_host_program_does_not_hold_a_gate(serve: Serve) -> None:
 def test_the_folder_of_a_login_is_absolute_for_children(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     for given, wanted in (("~/x", "/home/somebody/x"), ("x", f"{os.getcwd()}/x"), ("/x", "/x")):
-        child = child_environment(PoolConfig(), {"CLAUDE_CONFIG_DIR": given})
+        child = child_environment(PoolConfig(), {"CLAUDE_CONFIG_DIR": given}, Kind())
         assert child["CLAUDE_CONFIG_DIR"] == wanted
 
 

@@ -64,7 +64,7 @@ class BareCli:
 
     def __init__(self, config: sessions.PoolConfig, cwd: str) -> None:
         command = sessions.arguments(config, sessions.Kind("sonnet"), "")
-        environ = sessions.child_environment(config, os.environ)
+        environ = sessions.child_environment(config, os.environ, sessions.Kind())
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, env=environ, cwd=cwd, **pipes)
         self.write(translate.initialize_line([SYSTEM], has_tools=False))
