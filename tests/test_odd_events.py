@@ -70,7 +70,6 @@ ODD: dict[str, list[Json]] = {
     "delta of no block and no index": stream(*TEXT[:4], {**piece(), "index": None}, *TEXT[4:]),
     "delta after the end, no index": stream(*TEXT[:5], {**piece(), "index": None}, STOP),
     "half a surrogate pair": [*stream(*TEXT[:2]), *decode(HALF), *stream(*TEXT[3:])],
-    "new delta of a text's text": answer(opened(), piece(), piece(type="new", text=5), closed()),
     # inputs
     "input is a list": call_of("[1]"),
     "input that is cut off before another block": answer(
@@ -152,6 +151,7 @@ MISTYPED: dict[str, list[Json]] = {
     "model is a number": stream(start(model=5), *TEXT[1:]),
     "model of null": stream(start(model=None), *TEXT[1:]),
     "empty id": stream(start(id=""), *TEXT[1:]),
+    "new delta of a text's text": answer(opened(), piece(), piece(type="new", text=5), closed()),
     "new delta of a call's id": answer(
         opened(**CALL), piece(type="new", id=None), closed(), reason="tool_use"
     ),
