@@ -1296,7 +1296,9 @@ class Bridge:
     async def messages(self, connection: Connection, exchange: Exchange) -> None:
         request = await self.parse(exchange)
         token = exchange.header(SESSION_HEADER)
-        async with self.pool.turn(request, token, exchange.key_digest) as turn:
+        async with self.pool.turn(
+            request, token, exchange.key_digest, exchange.id
+        ) as turn:
             exchange.turn = turn
             with Stream(connection, exchange, pings=request.stream) as stream:
                 await turn.relay(stream.send, connection.drain)
@@ -1329,7 +1331,7 @@ class Bridge:
 
     async def count_tokens(self, connection: Connection, exchange: Exchange) -> None:
         request = await self.parse(exchange, counting=True)
-        found = {"input_tokens": await self.counter.count(request)}
+        found = {"input_tokens": await self.counter.count(request, exchange.id)}
         exchange.not_counted = translate.not_counted(request)
         await connection.respond(exchange, orjson.dumps(found))
 
