@@ -1305,7 +1305,7 @@ class Bridge:
         if request.stream:
             await connection.finish()
             return
-        await connection.respond(exchange, translate.to_json(turn.translator.message))
+        await connection.respond(exchange, orjson.dumps(turn.translator.message))
 
     async def parse(
         self, exchange: Exchange, *, counting: bool = False

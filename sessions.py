@@ -1913,8 +1913,8 @@ class Pool:
         if not session.matches(request) and not only_what_is_new:
             self.retire(session, "changed")
             return None
-        has_results = translate.has_results(request.messages[-1])
-        if session.state is State.PARKED and not has_results:
+        results = translate.blocks_of(request.messages[-1:], ["tool_result"])
+        if session.state is State.PARKED and not results:
             raise translate.unanswered(session.calls, "messages.0")
         return session
 

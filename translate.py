@@ -196,7 +196,7 @@ def verdict(text: str, reason: str, kind: str) -> int:
     for status, usual in ERROR_TYPES.items():
         if kind == usual:
             return status
-    found = [status for words, status in VERDICTS.items() if text.startswith(words)]
+    found = [VERDICTS[start] for start in VERDICTS if text.startswith(start)]
     return found[0] if found else 502
 
 
@@ -222,12 +222,8 @@ def api_message(text: str, kind: str) -> tuple[str, str]:
 # ------------------------------------------------------------ JSON
 
 
-def to_json(value: Any, *, sort_keys: bool = False) -> bytes:
-    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS if sort_keys else None)
-
-
 def line(value: Json) -> bytes:
-    return to_json(value) + b"\n"
+    return orjson.dumps(value) + b"\n"
 
 
 def get_str(value: Any, key: str) -> str:
@@ -456,8 +452,8 @@ def check_fields(data: Json, counting: bool) -> Json:
     return data
 
 
-def not_json(words: str) -> ApiError:
-    return ApiError(400, f"The request body is not valid JSON: {words}")
+def not_json(reason: str) -> ApiError:
+    return ApiError(400, f"The request body is not valid JSON: {reason}")
 
 
 # Bounds of a request: levels of JSON, of which each costs a call in Python; values of
@@ -520,8 +516,8 @@ def check_type(value: Any, kind: type, place: str) -> Any:
 def read_model(value: Any) -> str:
     name: str = check_type(value, str, "model").removeprefix(MODEL_PREFIX)
     if not MODEL_NAME.fullmatch(name):
-        words = "String should be a model name: letters, digits and . _ : / @ [ ] -"
-        raise bad_request("model", words)
+        message = "String should be a model name: letters, digits and . _ : / @ [ ] -"
+        raise bad_request("model", message)
     return name
 
 
@@ -531,8 +527,8 @@ def read_betas(header: str, not_sent: list[str]) -> str:
     names.discard("")
     for name in names:
         if not HEADER_WORD.fullmatch(name):
-            words = "names are visible ASCII characters, separated by commas"
-            raise bad_request("anthropic-beta", words)
+            message = "names are visible ASCII characters, separated by commas"
+            raise bad_request("anthropic-beta", message)
     not_sent += [f"anthropic-beta.{name}" for name in sorted(names & DROPPED_BETAS)]
     return ",".join(sorted(names))
 
@@ -581,13 +577,13 @@ def read_tool_names(tools: list[Any]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def called_names(messages: list[Message]) -> list[str]:
-    """The names of the tools that a conversation has called."""
+def blocks_of(messages: list[Message], kinds: Collection[str]) -> list[Block]:
+    """The blocks of some types in a conversation."""
     return [
-        get_str(block, "name")
+        block
         for message in messages
         for block in message["content"]
-        if block["type"] == "tool_use"
+        if block["type"] in kinds
     ]
 
 
@@ -787,9 +783,9 @@ def read_message(message: Any, place: str) -> tuple[str, list[Block]]:
         raise bad_request(f"{place}.content", "Field required")
     # A system message may hold settings alone (beta per-turn-control).
     if content in ("", []) and role != "system":
-        words = "all messages must have non-empty content"
-        words += " except for the optional final assistant message"
-        raise bad_request(place, words)
+        reason = "all messages must have non-empty content"
+        reason += " except for the optional final assistant message"
+        raise bad_request(place, reason)
     if not isinstance(content, str):
         check_type(content, list, f"{place}.content")
     blocks: list[Block] = as_blocks(content)
@@ -822,9 +818,9 @@ def check_text(block: Block, message_place: str, place: str) -> None:
     text = check_type(block.get("text"), str, f"{place}.text.text")
     # JavaScript takes a byte order mark for white space.
     if not text.replace("\ufeff", " ").strip():
-        words = "contain non-whitespace text" if text else "be non-empty"
+        message = "contain non-whitespace text" if text else "be non-empty"
         raise bad_request(
-            "messages", f"text content blocks must {words} ({message_place})"
+            "messages", f"text content blocks must {message} ({message_place})"
         )
 
 
@@ -836,8 +832,8 @@ def check_call(block: Block, place: str) -> None:
     check_type(block.get("id"), str, f"{place}.id")
     name = check_type(block.get("name"), str, f"{place}.name")
     if len(name) > MAX_TOOL_NAME:
-        words = f"String should have at most {MAX_TOOL_NAME} characters"
-        raise bad_request(f"{place}.name", words)
+        message = f"String should have at most {MAX_TOOL_NAME} characters"
+        raise bad_request(f"{place}.name", message)
     check_type(block.get("input"), dict, f"{place}.input")
 
 
@@ -864,20 +860,20 @@ def check_image(block: Block, place: str) -> None:
     data = check_type(source.get("data"), str, f"{place}.data")
     declared = check_type(source.get("media_type"), str, f"{place}.media_type")
     if data.startswith("data:"):
-        words = "leave out what comes before the base64, up to its comma"
-        raise bad_request(f"{place}.data", words)
+        message = "leave out what comes before the base64, up to its comma"
+        raise bad_request(f"{place}.data", message)
     try:
         binascii.a2b_base64(data or "-", strict_mode=True)
     except ValueError:
         raise bad_request(f"{place}.data", "Input should be valid base64") from None
     if len(data) > MAX_IMAGE:
-        words = f"image exceeds 5 MB maximum: {len(data)} bytes > {MAX_IMAGE} bytes"
-        raise bad_request(place, words)
+        message = f"image exceeds 5 MB maximum: {len(data)} bytes > {MAX_IMAGE} bytes"
+        raise bad_request(place, message)
     for signature, kind in IMAGE_SIGNATURES.items():
         if data.startswith(signature) and declared != kind:
-            words = f"The image was specified using the {declared} media type,"
-            words += f" but appears to be {kind}"
-            raise bad_request(f"{place}.media_type", words)
+            message = f"The image was specified using the {declared} media type,"
+            message += f" but appears to be {kind}"
+            raise bad_request(f"{place}.media_type", message)
 
 
 def check_role(role: str, wanted: str, kind: str, place: str) -> None:
@@ -889,20 +885,20 @@ def check_system_place(messages: list[Any], number: int) -> None:
     """API: a system message follows a user turn, and precedes an assistant turn or ends
     the array."""
     if number == 0:
-        words = (
+        message = (
             'Unexpected role "system". The Messages API accepts a top-level `system`'
         )
-        words += ' parameter, not "system" as an input message role.'
-        raise bad_request("messages", words)
+        message += ' parameter, not "system" as an input message role.'
+        raise bad_request("messages", message)
     before = messages[number - 1]["role"]
     after = (
         messages[number + 1] if number + 1 < len(messages) else {"role": "assistant"}
     )
     precedes_assistant = isinstance(after, dict) and after.get("role") == "assistant"
     if before != "user" or not precedes_assistant:
-        words = "role 'system' must follow a user turn,"
-        words += " and precede an 'assistant' message or end the array"
-        raise bad_request(f"messages.{number}", words)
+        message = "role 'system' must follow a user turn,"
+        message += " and precede an 'assistant' message or end the array"
+        raise bad_request(f"messages.{number}", message)
 
 
 def check_pairs(messages: list[Message]) -> None:
@@ -931,22 +927,24 @@ def check_pairs(messages: list[Message]) -> None:
 def check_result(call: str, waiting: set[str], results: set[str], place: str) -> None:
     """Add the id of a result to the `results` of its message."""
     if call in results:
-        words = "each tool_use must have a single result. Found multiple"
-        raise bad_request(place, f"{words} `tool_result` blocks with id: {call}")
+        message = "each tool_use must have a single result. Found multiple"
+        raise bad_request(place, f"{message} `tool_result` blocks with id: {call}")
     if call not in waiting:
-        words = f"unexpected `tool_use_id` found in `tool_result` blocks: {call}."
-        words += " Each `tool_result` block must have a corresponding `tool_use`"
-        raise bad_request(place, f"{words} block in the previous message.")
+        message = f"unexpected `tool_use_id` found in `tool_result` blocks: {call}."
+        message += " Each `tool_result` block must have a corresponding `tool_use`"
+        raise bad_request(place, f"{message} block in the previous message.")
     results.add(call)
 
 
 def unanswered(calls: Iterable[str], place: str) -> ApiError:
     """The error for calls without results, to be raised; `place` is in the message that
     should have them."""
-    words = "`tool_use` ids were found without `tool_result` blocks immediately after: "
-    words += f"{', '.join(sorted(calls))}. Each `tool_use` block must have"
-    words += " a corresponding `tool_result` block in the next message."
-    return bad_request(place.partition(".content.")[0], words)
+    message = (
+        "`tool_use` ids were found without `tool_result` blocks immediately after: "
+    )
+    message += f"{', '.join(sorted(calls))}. Each `tool_use` block must have"
+    message += " a corresponding `tool_result` block in the next message."
+    return bad_request(place.partition(".content.")[0], message)
 
 
 # The API takes four cache breakpoints.  The CLI sets three of its own: two on the
@@ -1073,7 +1071,7 @@ DEFAULTS = {
 
 def digest(value: Any) -> bytes:
     """A 16-byte digest of a JSON value that does not depend on the order of keys."""
-    text = to_json(value, sort_keys=True)
+    text = orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
     return hashlib.blake2b(text, digest_size=16).digest()
 
 
@@ -1114,7 +1112,8 @@ def fingerprint(parts: Json, data: Json, messages: list[Message]) -> Fingerprint
     caching = parts["caching"]
     past = chain_of(messages[:-1], caching)
     unthinking_past = past
-    if has_thinking(messages):
+    thoughts = blocks_of(messages, THOUGHTS)
+    if thoughts:
         unthinking_past = chain_of(messages[:-1], caching, thinking=False)
     return Fingerprint(
         parts=digests,
@@ -1122,7 +1121,7 @@ def fingerprint(parts: Json, data: Json, messages: list[Message]) -> Fingerprint
         past=past,
         unthinking_past=unthinking_past,
         newest=message_digest(messages[-1], caching=caching),
-        has_thinking=has_thinking(messages),
+        has_thinking=bool(thoughts),
     )
 
 
@@ -1159,7 +1158,7 @@ def canonical_block(block: Any, ignored: frozenset[str] = IGNORED_KEYS) -> Json:
     for key, value in block.items():
         if value is None or key in ignored:
             continue
-        if key in DEFAULTS and to_json(value) in DEFAULTS[key]:
+        if key in DEFAULTS and orjson.dumps(value) in DEFAULTS[key]:
             continue
         kept[key] = value
     if "input" in kept:
@@ -1177,7 +1176,7 @@ def canonical_block(block: Any, ignored: frozenset[str] = IGNORED_KEYS) -> Json:
 
 def with_plain_numbers(value: Any) -> Any:
     """A JSON value with 1 for 1.0, as JavaScript clients echo it."""
-    text = to_json(value)
+    text = orjson.dumps(value)
     return json.loads(text, parse_float=plain_number) if b".0" in text else value
 
 
@@ -1317,7 +1316,7 @@ def written_input(call: Block) -> Any:
             "old_string": str(old),
             "new_string": str(new),
             **rest,
-        } if to_json(rest) in EDIT_OPTIONS:
+        } if orjson.dumps(rest) in EDIT_OPTIONS:
             return {
                 "replace_all": rest.get("replace_all", False),
                 "file_path": path,
@@ -1409,18 +1408,6 @@ def is_base64_image(block: Any) -> bool:
     return get_str(block, "type") == "image" and get_str(source, "type") == "base64"
 
 
-def has_results(message: Message) -> bool:
-    return any(block["type"] == "tool_result" for block in message["content"])
-
-
-def has_thinking(messages: list[Message]) -> bool:
-    return any(
-        block["type"] in THOUGHTS
-        for message in messages
-        for block in message["content"]
-    )
-
-
 def control_line(request_id: str, subtype: str, **fields: Any) -> bytes:
     request = {"subtype": subtype} | fields
     return line(
@@ -1472,7 +1459,7 @@ def turn_settings(
     if has_listed_tools and not body.get("tools"):
         body = body | {"tools": []}
     return {
-        "CLAUDE_CODE_EXTRA_BODY": to_json(body).decode(),
+        "CLAUDE_CODE_EXTRA_BODY": orjson.dumps(body).decode(),
         "ANTHROPIC_BETAS": request.betas,
         "DISABLE_PROMPT_CACHING": "1" if request.caching == "client" else "",
         "FORCE_PROMPT_CACHING_5M": "1" if request.ttl == "5m" else "",
@@ -1546,7 +1533,8 @@ def listed_tools(request: Request) -> list[Json]:
     members without an entry."""
     if not request.tool_names:
         return []
-    names = [*request.tool_names, *called_names(request.messages)]
+    called = [call["name"] for call in blocks_of(request.messages, ("tool_use",))]
+    names = [*request.tool_names, *called]
     return [listed_tool(name) for name in dict.fromkeys(names)]
 
 
@@ -1919,8 +1907,8 @@ class Translator:
                 return self._block_delta(inner)
             return self._feed(event)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            words = "the claude CLI printed an event of a shape that is not known"
-            raise cli_error(f"{words} ({type(error).__name__})") from error
+            message = "the claude CLI printed an event of a shape that is not known"
+            raise cli_error(f"{message} ({type(error).__name__})") from error
 
     def _is_next_delta(self, event: CliEvent, inner: Any) -> bool:
         """Whether it is the usual event: another piece of the open block."""
@@ -1990,9 +1978,9 @@ class Translator:
         is_inside = self.state in (State.OPEN, State.BLOCK, State.HIDDEN)
         if kind == "message_stop" and is_inside:
             if self._failure:
-                return []  # the `result` has the API's words (recording mid_stream_error)
-            words = "The API ended the answer before it was complete."
-            raise ApiError(502, words, kind="api_error")
+                return []  # the `result` has the API's message (recording mid_stream_error)
+            message = "The API ended the answer before it was complete."
+            raise ApiError(502, message, kind="api_error")
         following = NEXT[self.state].get(kind)
         if following is None:
             raise cli_error(f"the claude CLI sent a {kind} out of place")
@@ -2025,9 +2013,13 @@ class Translator:
         """Raises ApiError for an answer that the CLI got when it asked again, without
         something of the conversation or of the parameters."""
         if self._refused:
-            words = "the API refused the request, and the claude CLI asked again with a"
-            words += " changed one, as it does about a thinking signature or an effort"
-            raise ApiError(self._refused, words)
+            message = (
+                "the API refused the request, and the claude CLI asked again with a"
+            )
+            message += (
+                " changed one, as it does about a thinking signature or an effort"
+            )
+            raise ApiError(self._refused, message)
 
     def _block_start(self, event: Json) -> list[StreamEvent]:
         if self._input_error:
@@ -2169,8 +2161,8 @@ class Translator:
 
 def stream_error(error: Any) -> ApiError:
     """The failure that an `error` event in a stream reports."""
-    words = get_str(error, "message") or "The API ended the answer with an error."
-    return ApiError(502, words, kind=get_str(error, "type") or "api_error")
+    message = get_str(error, "message") or "The API ended the answer with an error."
+    return ApiError(502, message, kind=get_str(error, "type") or "api_error")
 
 
 def synthetic_text(message: Json) -> str:

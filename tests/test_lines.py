@@ -218,12 +218,11 @@ def test_a_result_is_written_into_a_transcript_as_the_cli_writes_it_in_place(
     assert read(row)["message"]["content"] == [written, text("a"), written]
 
 
-def test_messages_are_known_to_hold_thinking() -> None:
-    said = [role("assistant", [text("a")]), role("assistant", [text("a"), REDACTED])]
-    assert translate.has_thinking(said)
-    assert translate.has_thinking([role("assistant", [THOUGHT])])
-    assert not translate.has_thinking(said[:1])
-    assert not translate.has_thinking([])
+def test_the_blocks_of_a_type_are_found_in_a_conversation() -> None:
+    said = [role("user", "x"), role("assistant", [THOUGHT, text("a")]), role("user", "y")]
+    messages = parsed(said).messages
+    assert translate.blocks_of(messages, translate.THOUGHTS) == [THOUGHT]
+    assert translate.blocks_of(messages[:1], translate.THOUGHTS) == []
 
 
 # Blocks -> whether the CLI would scale an image in them.
@@ -885,12 +884,6 @@ def test_characters_that_split_lines_are_escaped_in_a_frame() -> None:
     assert b"\\u2028b\\u2029c\\u0085d" in data
     assert json.loads(data.split(b"\n")[1][6:])["t"] == value
     assert translate.PING == b'event: ping\ndata: {"type":"ping"}\n\n'
-
-
-@settings(max_examples=120, **QUICK)
-@given(JSON_VALUES)
-def test_json_comes_back_as_it_was_written(value: Any) -> None:
-    assert json.loads(translate.to_json(value)) == value
 
 
 def test_the_digest_of_a_value_does_not_depend_on_the_order_of_keys() -> None:
