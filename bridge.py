@@ -1305,7 +1305,7 @@ class Bridge:
         if request.stream:
             await connection.finish()
             return
-        await connection.respond(exchange, translate.to_json(turn.translator.message))
+        await connection.respond(exchange, orjson.dumps(turn.translator.message))
 
     async def parse(
         self, exchange: Exchange, *, counting: bool = False
@@ -1931,10 +1931,10 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
             words += f", waits for {seconds:.0f} s"
         sessions.append((state.value, words))
     quota = []
-    for name, info in snapshot.limits.items():
-        used = info.get("utilization")
-        share = f", {used:.0%} used" if isinstance(used, int | float) else ""
-        quota.append((name, translate.get_str(info, "status") + share))
+    for name, limit in snapshot.limits.items():
+        used = limit.utilization
+        share = f", {used:.0%} used" if used is not None else ""
+        quota.append((name, limit.status + share))
     return {
         "State": [
             ("version", __version__),
