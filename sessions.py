@@ -1602,9 +1602,11 @@ class Pool:
         self._environment = child_environment(config, environ, Kind())
         # Requests in `queue`: they wait for a lock, a count or a process.
         self._queued = 0
-        # One looks at the CLI at a time, and one asks it what it says of itself.
+        # At a time one looks at the CLI, one asks what it reports of itself, and one what
+        # it announces.
         self._looking = asyncio.Lock()
         self._asking = asyncio.Lock()
+        self._announcing = asyncio.Lock()
         # A lock for each session header in use: its requests run one after another.
         self._pins: weakref.WeakValueDictionary[str, asyncio.Lock] = (
             weakref.WeakValueDictionary()
@@ -2038,7 +2040,7 @@ class Pool:
         cli = self.cli
         if kind.agent or kind.bare or not cli.since(ANNOUNCES):
             return []
-        async with self._asking:
+        async with self._announcing:
             account = translate.digest(cli.hello.get("account"))
             if (model, account) not in cli.announced:
                 async with self._asked(Kind(model, is_kept=True), State.BUSY) as asked:
@@ -2231,14 +2233,13 @@ class Counter:
             self._pool.retire(session, "failed")
             raise
         self._pool.retire(session, "counted")
-        failed = next((status for status in statuses if status >= 400), None)
-        if failed:
-            raise ApiError(failed, f"the API did not count: status {failed}")
+        worst = max(statuses, default=0)
+        if worst >= 400:
+            raise ApiError(worst, f"the API did not count: status {worst}")
+        if not statuses and not translate.login_source(session.process.cli.hello):
+            message = f"the claude CLI is not logged in: {translate.LOGIN_CURE}"
+            raise ApiError(401, message)
         if not statuses:
-            if not translate.login_source(session.process.cli.hello):
-                raise ApiError(
-                    401, f"the claude CLI is not logged in: {translate.LOGIN_CURE}"
-                )
             raise cli_error("the API did not answer the claude CLI's count")
         tokens = int(usage.get("totalTokens") or 0)
         return tokens + TOOLS_PROMPT_TOKENS if request.tool_names else tokens
@@ -2334,11 +2335,7 @@ class Metrics:
         self._samples: dict[str, dict[str, float]] = {name: {} for name in METRICS}
         for name, (kind, _) in METRICS.items():
             if kind == "histogram":
-                bounds = [*map(str, BUCKETS), "+Inf"]
-                self._samples[name] = dict.fromkeys(
-                    [f'_bucket{{le="{bound}"}}' for bound in bounds], 0
-                )
-                self._samples[name].update({"_sum": 0, "_count": 0})
+                self.time(name, 0, count=0)
         for name in (
             "processes_started_total",
             "process_restarts_total",
@@ -2346,22 +2343,22 @@ class Metrics:
         ):
             self.add(name, 0)
 
-    def add(self, name: str, amount: float = 1, **labels: object) -> None:
+    def add(
+        self, name: str, amount: float = 1, part: str = "", **labels: object
+    ) -> None:
         samples = self._samples[name]
-        key = labelled(labels)
+        key = part + labelled(labels)
         samples[key] = samples.get(key, 0) + amount
 
     def set(self, name: str, value: float, **labels: object) -> None:
         self._samples[name][labelled(labels)] = value
 
-    def time(self, name: str, seconds: float) -> None:
-        samples = self._samples[name]
-        for bound in BUCKETS:
-            if seconds <= bound:
-                samples[f'_bucket{{le="{bound}"}}'] += 1
-        samples['_bucket{le="+Inf"}'] += 1
-        samples["_sum"] += seconds
-        samples["_count"] += 1
+    def time(self, name: str, seconds: float, count: int = 1) -> None:
+        for bound in (*BUCKETS, "+Inf"):
+            is_within = seconds <= float(bound)
+            self.add(name, count if is_within else 0, "_bucket", le=bound)
+        self.add(name, seconds, "_sum")
+        self.add(name, count, "_count")
 
     def rows(self, metric: str) -> list[tuple[str, str]]:
         """What each sample counts, by its labels, and its value: for people to read."""
