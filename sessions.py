@@ -117,7 +117,7 @@ ENDING = (
 START_SECS = 2.0
 # Seconds by which the `result` may come later than the answer it belongs to; 0.02 were
 # measured.
-SETTLE_SECS = 5.0
+LATE_SECS = 5.0
 # Seconds for a count of tokens; 0.5 were measured.
 COUNT_SECS = 20.0
 # Requests of this many bytes or more are read and written in a thread: a megabyte takes
@@ -757,7 +757,7 @@ class Child(asyncio.SubprocessProtocol):
         """What it has written of its conversation, beside its gate, once it has ended
         by itself."""
         self._transport.get_pipe_transport(0).close()
-        await asyncio.wait({self.exited}, timeout=SETTLE_SECS)
+        await asyncio.wait({self.exited}, timeout=LATE_SECS)
         # The CLI names the file by a UUID.
         files = Path(self._gate_path).parent.glob("*-*.jsonl")
         return b"".join(path.read_bytes() for path in files)
@@ -881,8 +881,8 @@ CONTINUES = (2, 1, 300)
 # Seconds for `claude --version`; 0.1 were measured.
 VERSION_SECS = 5.0
 
-# A file: its path without links, device, inode, and time of change.
-FileIdentity = tuple[str, int, int, int]
+# A file: device, inode, and time of change.
+FileIdentity = tuple[int, int, int]
 
 
 @dataclass(eq=False)
@@ -890,6 +890,8 @@ class Cli:
     """The CLI that is installed, and what is known of it; another program in its place,
     or another login, is another Cli."""
 
+    # The path of the program.
+    program: str = ""
     # The program, the user's settings, and the credentials.
     files: tuple[FileIdentity | None, ...] = ()
     # As `claude --version` prints it; empty: unknown.
@@ -898,8 +900,8 @@ class Cli:
     hello: Json = field(default_factory=dict)
     # Answers of `Pool.count`.
     counts: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
-    # By model and account, what it announces (`Pool._announced`).
-    announced: dict[tuple[str, bytes], list[Json]] = field(default_factory=dict)
+    # By model, account and day, what it announces (`Pool._announced`).
+    announced: OrderedDict[Any, list[Json]] = field(default_factory=OrderedDict)
 
     def take_in(self, hello: Json) -> None:
         """Remember what a process reports of itself.  The list of models stays that of
@@ -907,11 +909,6 @@ class Cli:
         if hello:
             models = self.hello.get("models") or hello.get("models")
             self.hello = hello | {"models": models}
-
-    @property
-    def program(self) -> str:
-        """Its path without links; empty: unknown."""
-        return self.files[0][0] if self.files and self.files[0] else ""
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -947,7 +944,7 @@ def dotted(version: tuple[int, ...]) -> str:
 
 def update_cure(program: str) -> str:
     """How to update the CLI: that of the wheel comes with pip."""
-    if "claude_agent_sdk" in program:
+    if "claude_agent_sdk" in os.path.realpath(program):
         return "run `pip install --upgrade claude-agent-sdk`"
     return "run `claude update`, or install Claude Code anew"
 
@@ -958,7 +955,7 @@ def identify_file(path: str) -> FileIdentity | None:
         found = os.stat(path)
     except OSError:
         return None
-    return os.path.realpath(path), found.st_dev, found.st_ino, found.st_mtime_ns
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 async def ask_version(program: str, environment: Mapping[str, str], secs: float) -> str:
@@ -1015,8 +1012,9 @@ class Process(Child):
         self.on_limits: Callable[[dict[str, RateLimit]], None] | None = None
         # A turn is running: events are kept for it.
         self._is_in_turn = False
-        # Set at the `result` of an answer that was complete before it.
-        self._result_seen: asyncio.Future[bool] | None = None
+        # Done when the last turn's `result` has come: whether it was a good one.
+        self._result_seen: asyncio.Future[bool] = self.loop.create_future()
+        self._result_seen.set_result(True)
         # By id, the tool calls that wait for a result.
         self._calls: dict[str, CliEvent] = {}
         # By id, the results that wait for their call: the CLI may ask one by one.
@@ -1068,21 +1066,19 @@ class Process(Child):
             seen = seen or event["type"] == "result"
         self._events.clear()
         self.resume()
-        is_over = seen or self._announced_calls or self._failure
-        self._result_seen = None if is_over else self.loop.create_future()
+        if not (seen or self._announced_calls or self._failure):
+            self._result_seen = self.loop.create_future()
         return is_quiet
 
     async def is_ready(self) -> bool:
         """Whether it is done with its last turn, and has not spoken or died since."""
-        is_done = True
-        if self._result_seen:
-            try:
-                async with asyncio.timeout(SETTLE_SECS):
-                    is_done = await self._result_seen
-            except TimeoutError:
-                return False
+        try:
+            async with asyncio.timeout(LATE_SECS):
+                is_good = await self._result_seen
+        except TimeoutError:
+            return False
         await read_pipes()
-        return is_done and not self.is_unusable
+        return is_good and not self.is_unusable
 
     def hand_over(self, results: dict[str, Json]) -> None:
         """Give the results of tool calls, by id, to those that wait and those that are
@@ -1199,7 +1195,7 @@ class Process(Child):
 
     def _expect_nothing(self) -> None:
         """Let those go on who wait for its last `result`, or for events."""
-        if self._result_seen and not self._result_seen.done():
+        if not self._result_seen.done():
             self._result_seen.set_result(False)
         self._wake()
 
@@ -1207,8 +1203,7 @@ class Process(Child):
         """Whether events outside a turn show that the process goes on by itself.  Until
         the last turn's `result` has come they may still be that turn's, except another
         answer of the model and the call of a tool that was not announced."""
-        is_over = self._result_seen is None or self._result_seen.done()
-        unasked = ANSWERS if is_over else {"stream_event"}
+        unasked = ANSWERS if self._result_seen.done() else {"stream_event"}
         for event in events:
             call = translate.tool_call_id(event)
             if event["type"] in unasked or (call and call not in self._announced_calls):
@@ -1240,7 +1235,7 @@ class Process(Child):
         return events
 
     def _take_late_result(self, event: CliEvent) -> None:
-        if self._result_seen is None or self._result_seen.done():
+        if self._result_seen.done():
             raise cli_error("the claude CLI ended a turn that nobody asked for")
         self._result_seen.set_result(not event.get("is_error"))
 
@@ -1983,7 +1978,7 @@ class Pool:
             if files != self.cli.files:
                 secs = min(VERSION_SECS, self.config.watchdog_secs)
                 version = await ask_version(self.config.bin, self._environment, secs)
-                self.cli = Cli(files, version)
+                self.cli = Cli(self.config.bin, files, version)
                 for spare in self.spares:
                     self.retire(spare, "unwanted")
         if self.cli.problem:
@@ -2032,17 +2027,18 @@ class Pool:
             self.retire(session, "probe")
 
     async def _announced(self, model: str, kind: Kind) -> list[Json]:
-        """What the CLI announces to a model, with today's date.
+        """What the CLI announces to a model today.
 
-        It is asked once, by a process that keeps its conversation, and whose question
-        reaches nobody.
+        It is asked by a process that keeps its conversation, and whose question reaches
+        nobody.
         """
         cli = self.cli
         if kind.agent or kind.bare or not cli.since(ANNOUNCES):
             return []
         async with self._announcing:
             account = translate.digest(cli.hello.get("account"))
-            if (model, account) not in cli.announced:
+            today = time.strftime("%Y-%m-%d")
+            if (model, account, today) not in cli.announced:
                 async with self._asked(Kind(model, is_kept=True), State.BUSY) as asked:
                     question = [translate.text_block("-")]
                     asked.write(translate.user_line(question, str(uuid.uuid4())))
@@ -2050,12 +2046,9 @@ class Pool:
                         await asked.read_until(lambda event: event["type"] == "result")
                     rows = await asked.kept_rows()
                 account = translate.digest(cli.hello.get("account"))
-                cli.announced[model, account] = translate.announcements(rows)
-        today = {"type": "date", "date": time.strftime("%Y-%m-%d")}
-        return [
-            today if attachment["type"] == "date" else attachment
-            for attachment in cli.announced[model, account]
-        ]
+                found = translate.announcements(rows)
+                cache_put(cli.announced, (model, account, today), found, MAX_COUNTS)
+            return cli.announced[model, account, today]
 
     # What becomes of a session
 
@@ -2151,7 +2144,7 @@ class Pool:
         version = turn.translator.cli_version
         is_newest = turn.process.cli is self.cli
         if is_newest and version and version != self.cli.version:
-            self.cli = Cli(self.cli.files, version)
+            self.cli = Cli(self.cli.program, self.cli.files, version)
 
     async def _sweep(self) -> None:
         """Start the first spares; then look after all processes."""

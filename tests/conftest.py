@@ -39,7 +39,7 @@ from installed import (
     other_python,
     wheels,
 )
-from servers import ENGINE, KEEP, Program, Server
+from servers import ENGINE, KEEP, Program, Server, kept_names
 from stand_in import Log
 from stubs import Stub
 
@@ -179,6 +179,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stub: "Stub") -
     # A fork of this large process takes 50 ms; without `die_with_parent` there is none.  Bridges
     # that are programs (`launch`) do fork.
     monkeypatch.setattr(sessions, "PRCTL", None)
+    monkeypatch.setattr(sessions, "ALLOWED", (*sessions.ALLOWED, "STANDIN"))
     return home
 
 
@@ -241,7 +242,12 @@ def launch() -> Iterator[Callable[..., Program]]:
                 "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{port}",
             }
             settings["CLAUDE_CLI_SPARES"] = "0"
-            environ = {**os.environ, "CLAUDE_CLI_KEEP_ENV": ",".join(KEEP), **settings, **variables}
+            environ = {
+                **os.environ,
+                "CLAUDE_CLI_KEEP_ENV": ",".join(kept_names()),
+                **settings,
+                **variables,
+            }
             command = [sys.executable, str(ROOT / "bridge.py"), *arguments]
             process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
             program = Program("127.0.0.1", port, process=process)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import subprocess
 import threading
 from dataclasses import dataclass, field
@@ -27,6 +28,11 @@ KEEP = (
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
     *ENGINE,
 )
+
+
+def kept_names() -> list[str]:
+    """What a bridge that is a program passes on to its CLI: KEEP, and what the stand-in reads."""
+    return [*KEEP, *(name for name in os.environ if name.startswith("STANDIN"))]
 
 
 @dataclass

@@ -13,7 +13,7 @@ import pytest
 from client import Json
 from host import ROOT
 from installed import CLIS
-from servers import KEEP
+from servers import kept_names
 
 FEATURES = ("history", "settings", "tools", "interrupt")
 
@@ -21,7 +21,7 @@ FEATURES = ("history", "settings", "tools", "interrupt")
 def check(bin: Path | str, *before: str, **environ: str) -> tuple[int, dict[str, str]]:
     """Exit status, and what was said of what."""
     command = [*before, sys.executable, str(ROOT / "bridge.py"), "check", "--bin", str(bin)]
-    environ = {**os.environ, "CLAUDE_CLI_KEEP_ENV": ",".join(KEEP), **environ}
+    environ = {**os.environ, "CLAUDE_CLI_KEEP_ENV": ",".join(kept_names()), **environ}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert done.stderr == ""
     return done.returncode, dict(line.split(": ", 1) for line in done.stdout.splitlines())

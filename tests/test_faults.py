@@ -169,7 +169,7 @@ def test_strange_output_does_not_fail_an_answer(serve: Serve, text: str, stream:
 def test_an_answer_is_complete_without_a_result_and_its_process_is_not_used_again(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "SETTLE_SECS", 0.2)
+    monkeypatch.setattr(sessions, "LATE_SECS", 0.2)
     server = serve()
     answer = server.post("NORESULT")
     assert answer.text == "echo: NORESULT; 1 messages"

@@ -20,7 +20,7 @@ import pytest
 import readme
 from client import Client, Json
 from host import ROOT, STANDIN, children, wait_until
-from servers import KEEP
+from servers import kept_names
 from stand_in import Log
 from supervisor.xmlrpc import SupervisorTransport
 from test_limits import activate
@@ -109,7 +109,7 @@ def supervise(
         port = free.getsockname()[1]
     monkeypatch.setenv("CLAUDE_CLI_LISTEN_ADDR", f"127.0.0.1:{port}")
     monkeypatch.setenv("CLAUDE_CLI_BIN", str(STANDIN))
-    monkeypatch.setenv("CLAUDE_CLI_KEEP_ENV", ",".join(KEEP))
+    monkeypatch.setenv("CLAUDE_CLI_KEEP_ENV", ",".join(kept_names()))
     places = {
         INSTALLED: installed(tmp_path),
         "/etc/claude-cli-bridge.toml": tmp_path / "bridge.toml",

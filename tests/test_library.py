@@ -25,7 +25,7 @@ import uvloop
 from client import Client, request_body
 from host import ROOT, STANDIN, children, open_files, wait_until
 from installed import CLIS
-from servers import KEEP, Program, Server
+from servers import Program, Server, kept_names
 from stand_in import Log
 from test_processes import alive
 
@@ -356,7 +356,7 @@ def confined(tmp_path: Path) -> Iterator[Callable[..., Program]]:
             "TMPDIR": str(tmp_path / "tmp"),
         }
         variables |= {"PROC": proc, "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{port}"}
-        variables |= {"CLAUDE_CLI_KEEP_ENV": ",".join(KEEP), "CLAUDE_CLI_MAX_IDLE": "16"}
+        variables |= {"CLAUDE_CLI_KEEP_ENV": ",".join(kept_names()), "CLAUDE_CLI_MAX_IDLE": "16"}
         command = [*UNSHARE, "sh", tmp_path / "confine"]
         environ = {**os.environ, **variables}
         process = subprocess.Popen(

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from client import Answer, Client, request_body
 from host import ROOT, STANDIN, wait_until
-from servers import KEEP, Program, Server
+from servers import Program, Server, kept_names
 from stand_in import Log
 from test_processes import in_work
 
@@ -150,7 +150,11 @@ def activate(listener: socket.socket, *program: str) -> subprocess.Popen[str]:
     code += "; os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))"
     code += "; os.execv(sys.argv[2], sys.argv[2:])"
     program = program or (sys.executable, str(ROOT / "bridge.py"))
-    environ = {**os.environ, "CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_KEEP_ENV": ",".join(KEEP)}
+    environ = {
+        **os.environ,
+        "CLAUDE_CLI_BIN": str(STANDIN),
+        "CLAUDE_CLI_KEEP_ENV": ",".join(kept_names()),
+    }
     command = [sys.executable, "-c", code, str(listener.fileno()), *program]
     return subprocess.Popen(
         command, env=environ, stderr=subprocess.PIPE, text=True, pass_fds=[listener.fileno()]

@@ -72,7 +72,7 @@ def test_what_a_process_said_before_it_is_given_a_turn_is_not_the_turns_answer(
     async def use(pool: Pool) -> None:
         turn, first = await ask(pool, "one")
         process = turn.process
-        await soon(lambda: process._result_seen is None or process._result_seen.done())
+        await soon(lambda: process._result_seen.done())
         os.kill(process.pid, signal.SIGUSR1)
         end = time.monotonic() + 10
         while process.pid not in log.reached("unasked"):  # the loop stands still
@@ -88,7 +88,7 @@ def test_a_client_that_leaves_as_the_last_turn_ends_gets_no_turn(gate: Path) -> 
     async def use(pool: Pool) -> None:
         turn, first = await ask(pool, "LATE one")
         settled = turn.process._result_seen
-        assert settled
+        assert not settled.done()
         second = asyncio.create_task(ask(pool, "LATE one", first, "two"))
         await soon(lambda: turn.session not in pool.on_file)
         settled.add_done_callback(lambda _: second.cancel())

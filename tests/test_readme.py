@@ -23,7 +23,7 @@ import readme
 from client import Client, Json
 from host import ROOT, wait_until
 from installed import CACHE, CLIS, WHEELS
-from servers import KEEP, Server
+from servers import Server, kept_names
 from stubs import Stub
 from test_fidelity import DIFFERENCES, TOLD
 
@@ -147,7 +147,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: Path) ->
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(WHEELS[0]))
     monkeypatch.setenv("PIP_CACHE_DIR", str(tmp_path / "pip"))
-    monkeypatch.setenv("CLAUDE_CLI_KEEP_ENV", ",".join(KEEP))
+    monkeypatch.setenv("CLAUDE_CLI_KEEP_ENV", ",".join(kept_names()))
     return folder
 
 
