@@ -18,7 +18,8 @@ two requests never share one; whatever goes wrong in it retires it alone.
     process      a running CLI, with its pipes
     turn         one request in one session
     spare        a process that was started ahead of need, and waits at the gate
-    gate         a pipe in place of the file that the CLI resumes from: it starts, and waits there
+    gate         a pipe in place of the file that the CLI resumes from; the CLI starts, and waits
+                 for the conversation
     on file      idle or parked: a later request can find it
     parked       waiting, inside the CLI, for the results of client tools
     pinned       named by the client's session header
@@ -98,12 +99,12 @@ T = TypeVar("T")
 # Bytes of one line of the CLI.  It can hold a whole tool result or screenshot: 1 MB was
 # too small for the official SDK.
 MAX_LINE = 64 << 20
-# Bytes of events at which a pipe is no longer read: a slow client holds up its own
+# Bytes of events at which a pipe is no longer read: a slow client stalls only its own
 # child.
 MAX_UNREAD = 1 << 20
 # Bytes of stderr that are kept, to say why a process died.
 STDERR_TAIL = 2048
-# Characters of a line of it that are logged.
+# Characters of a line of stderr that are logged, or quoted in an error.
 MAX_LOGGED = 300
 # How a process is ended: each signal, and the seconds it then gets; None: only its stdin
 # is closed.  An idle CLI exits 0.1 s after that; on SIGTERM it ends a running API call.
@@ -112,32 +113,31 @@ ENDING = (
     (signal.SIGTERM, 1.0),
     (signal.SIGKILL, 5.0),
 )
-# Seconds in which a spare that is given a conversation prints something, or has died;
-# 0.1 were measured.
+# Seconds to wait for the first output of a process that was given its conversation; 0.1
+# was measured for a spare.
 START_SECS = 2.0
-# Seconds by which the `result` may come later than the answer it belongs to; 0.02 were
-# measured.
+# Seconds after the answer within which its `result` must come; 0.02 was measured.
 LATE_SECS = 5.0
-# Seconds for a count of tokens; 0.5 were measured.
+# Seconds for a count of tokens; 0.5 was measured.
 COUNT_SECS = 20.0
 # Requests of this many bytes or more are read and written in a thread: a megabyte takes
 # 10 to 100 ms.
 THREAD_SIZE = 64 << 10
-# Those of this many wait for each other, as others for a process.
+# Requests of this many bytes or more are read and written one at a time.
 LARGE_SIZE = 1 << 20
-# Rounds of the event loop in which what is in a pipe comes in: one to look at it, one to
-# read it, one in which what was read is taken in, and two more for the end of the pipe
-# (asyncio's call_soon).
+# Iterations of the event loop until all that is in a pipe has been handled: one polls the
+# pipe, one reads it, one handles what was read, and two more handle its end (asyncio's
+# call_soon).
 READ_ROUNDS = 5
-# Fingerprints of lost sessions that are remembered, to say why a conversation was
+# How many fingerprints of past sessions are remembered, to explain why a conversation is
 # rebuilt.
 MAX_PAST = 4096
 # The model of a process that is asked about the CLI itself.
 PROBE_MODEL = "sonnet"
-# Seconds between two looks at the resting processes.
+# Seconds between two looks at all processes.
 SWEEP_SECS = 5.0
-# Answers of count_tokens that are remembered: Claude Code's /context asks for 24, some of
-# them twice.
+# How many counts of tokens, and announcements, are remembered: Claude Code's /context
+# asks for 24 counts, some of them twice.
 MAX_COUNTS = 256
 # Tokens of the prompt that the API adds for tools: the CLI subtracts them, so they are
 # added back.
@@ -158,14 +158,14 @@ SIGNS_OF_LIFE = {
     "control_request",
     "control_response",
 }
-# Seconds in which a process must say something once it has its conversation; 0.5 were
+# Seconds in which a process must print something once it has its conversation; 0.5 was
 # measured for 1,000 messages.
 GATE_SECS = 30.0
 CLOSED_GATE = (
     "the claude CLI said nothing after its start: it may not have the pipe that it was "
     "given, as when CLAUDE_CLI_BIN is a program that closes the descriptors that it inherits"
 )
-# What a process never says unless a turn asked for it.
+# Events that a process prints only when a turn asked for them.
 ANSWERS = {"stream_event", "assistant", "user"}
 CORES = os.cpu_count() or 1
 PRCTL: Any = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
@@ -180,28 +180,28 @@ class Kind:
     model: str = ""
     # It has the CLI's own tools.
     agent: bool = False
-    # It runs in the CLI's bare mode, in which it says nothing to the model of its own
-    # accord, and reads no subscription's login.
+    # It runs in the CLI's bare mode, in which the CLI adds nothing to a conversation, and
+    # reads no subscription's login.
     bare: bool = False
     # It writes its conversation to a file beside its gate.
     is_kept: bool = False
 
 
 class State(enum.Enum):
-    """Of a session; the first four rest, and give way in this order to a request that
-    needs room."""
+    """The state of a session.  In the first four it rests, and gives way to a request
+    that needs room, in this order."""
 
-    # It is asked for the bridge's own log.
+    # Asked who is logged in, only for the bridge's own log.
     PROBE = "probe"
-    # Started, no conversation yet.
+    # Started, without a conversation yet.
     SPARE = "spare"
-    # On file, waits for the next message of its conversation.
+    # On file: it waits for the next message of its conversation.
     IDLE = "idle"
-    # On file, waits for the results of client tools inside the CLI's tools/call.
+    # On file: the CLI waits inside tools/call for the results of client tools.
     PARKED = "parked"
-    # Answers a request.
+    # It answers a request.
     BUSY = "busy"
-    # Is being ended; counts until its process is reaped.
+    # It is being ended, and keeps its place until its process is reaped.
     RETIRED = "retired"
 
 
@@ -372,10 +372,10 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
     return argv
 
 
-# How the variables begin that a process of model mode gets: none of them changes what
-# the CLI does, and a new version's new ones are not among them.
+# The beginnings of the names of variables that a process in model mode gets.  None of
+# them changes what the CLI does; what a new version reads is not among them.
 ALLOWED = (
-    # Where it runs, and for whom.
+    # Where it runs, and as whom.
     "DBUS_SESSION_BUS_ADDRESS",
     "HOME",
     "LANG",
@@ -384,11 +384,18 @@ ALLOWED = (
     "LOGNAME",
     "PATH",
     "SHELL",
+    "TEMP",
     "TERM",
-    "TMPDIR",
+    "TMP",
     "TZ",
     "USER",
     "XDG_",
+    # How a launcher finds it.
+    "ASDF_",
+    "MISE_",
+    "NIX_",
+    "NVM_",
+    "VOLTA_",
     # How it reaches the network, and whom it trusts.
     "ALL_PROXY",
     "HTTPS_PROXY",
@@ -401,12 +408,13 @@ ALLOWED = (
     "AZURE_",
     "CLOUDSDK_",
     "CLOUD_ML_REGION",
+    "GCE_",
     "GCLOUD_",
     "GOOGLE_",
     "VERTEX_REGION_",
 )
-# How those begin that an agent does not get, whose commands need what the user's shell
-# has, nor a CLI that reads the user's settings, whose apiKeyHelper does.
+# In agent mode commands need the variables of the user's shell, and so does an
+# apiKeyHelper in the user's settings.  Such processes get all but these.
 SCRUBBED = (
     "ANTHROPIC_",
     "API_",
@@ -463,7 +471,7 @@ CHILD_DEFAULTS = {
     "ENABLE_CLAUDEAI_MCP_SERVERS": "0",
     "ENABLE_TOOL_SEARCH": "false",
 }
-# What a user sets so that the CLI reports nothing: it reaches the CLI as it is.
+# What a user sets so that the CLI sends no reports; it is passed on.
 OPT_OUTS = (
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
     "DISABLE_ERROR_REPORTING",
@@ -501,15 +509,15 @@ UNREACHABLE = {
 def child_environment(
     config: PoolConfig, environ: Mapping[str, str], kind: Kind
 ) -> dict[str, str]:
-    """The environment of a process: of `environ` what does not change what the CLI
-    does, and what the bridge sets."""
-    is_users = kind.agent or config.setting_sources
+    """The environment of a process: those variables of `environ` that do not change
+    what the CLI does, and those that the bridge sets."""
+    has_users_shell = kind.agent or config.setting_sources
     child = {}
     for name, value in environ.items():
-        is_allowed = name.upper().startswith(ALLOWED)
-        if is_users:
-            is_allowed = not name.startswith(SCRUBBED)
-        if is_allowed or name in (*LOGIN_FOLDERS, *OPT_OUTS):
+        is_passed = name.upper().startswith(ALLOWED)
+        if has_users_shell:
+            is_passed = not name.startswith(SCRUBBED)
+        if is_passed or name in (*LOGIN_FOLDERS, *OPT_OUTS):
             child[name] = value
     child.update(CHILD_DEFAULTS)
     child["CLAUDE_CODE_MAX_RETRIES"] = str(config.retries)
@@ -533,7 +541,8 @@ def gate_path(descriptor: int) -> str:
     """A path that leads a child to the pipe it inherits as `descriptor`; the CLI wants
     a name that ends in .jsonl.  Raises OSError.
 
-    It is alone in a folder of its own, as the CLI writes beside it what it keeps.
+    It has a folder of its own, because the CLI writes the conversation that it keeps
+    beside it.
     """
     try:
         own = tempfile.mkdtemp(prefix="claude-cli-bridge-")
@@ -599,8 +608,8 @@ def reap_orphans(own: set[int]) -> None:
 class Gate(asyncio.BaseProtocol):
     """The writing end of a gate.
 
-    A fork of the program that embeds the bridge gets it too, and a gate with two of
-    them never comes to its end: so the fork closes its own.
+    A program that embeds the bridge may fork.  The fork inherits the descriptor, and a
+    pipe ends only when all its writers have closed it, so the fork closes its own.
     """
 
     descriptors: ClassVar[set[int]] = set()
@@ -622,10 +631,10 @@ os.register_at_fork(after_in_child=Gate.close_all)
 
 
 class Trace:
-    """A file of the lines that go to the CLI and come from it for one request.
+    """A file with the lines that go to the CLI and come from it for one request.
 
     Each is an object {"to": ...} or {"from": ...} that holds the line's JSON, or its
-    text when it is none.  A file that cannot be written fails no request.
+    text if it is not JSON.  When the file cannot be written, the request goes on.
     """
 
     def __init__(self, folder: str, request_id: str) -> None:
@@ -659,7 +668,7 @@ class Trace:
 
 
 def as_json(line: bytes) -> bytes:
-    """A line as a JSON value: itself, or a string when it is none."""
+    """A line as a JSON value: the line itself, or a string of it."""
     try:
         orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -682,7 +691,7 @@ class Child(asyncio.SubprocessProtocol):
         # Its output has ended.
         self.eof = False
         self.has_spoken = False
-        # That of the request that it answers.
+        # Where its lines are traced.
         self.trace = Trace("", "")
         # When it was given its conversation; infinite: it waits at its gate.
         self.opened_at = math.inf
@@ -703,7 +712,7 @@ class Child(asyncio.SubprocessProtocol):
         raise NotImplementedError
 
     def fail(self, error: ApiError) -> None:
-        """Called when it cannot be used any more."""
+        """Called when it can no longer be used."""
         raise NotImplementedError
 
     async def spawn(
@@ -878,7 +887,7 @@ HAS_BARE_MODE = (2, 1, 300)
 KEEPS_ORDER = (2, 1, 266)
 # From here on a conversation can end with an assistant message.
 CONTINUES = (2, 1, 300)
-# Seconds for `claude --version`; 0.1 were measured.
+# Seconds for `claude --version`; 0.1 was measured.
 VERSION_SECS = 5.0
 
 # A file: device, inode, and time of change.
@@ -887,8 +896,8 @@ FileIdentity = tuple[int, int, int]
 
 @dataclass(eq=False)
 class Cli:
-    """The CLI that is installed, and what is known of it; another program in its place,
-    or another login, is another Cli."""
+    """The CLI that is installed, and what is known about it.  Another program in its
+    place, or another login, is another Cli."""
 
     # The path of the program.
     program: str = ""
@@ -904,8 +913,8 @@ class Cli:
     announced: OrderedDict[Any, list[Json]] = field(default_factory=OrderedDict)
 
     def take_in(self, hello: Json) -> None:
-        """Remember what a process reports of itself.  The list of models stays that of
-        the first: a process may list its own one in another way."""
+        """Remember what a process reports in answer to `initialize`.  The list of models
+        is not replaced: a process may list the model that it runs in another way."""
         if hello:
             models = self.hello.get("models") or hello.get("models")
             self.hello = hello | {"models": models}
@@ -916,7 +925,7 @@ class Cli:
         return tuple(map(int, re.findall(r"\d+", self.version)[:3]))
 
     def since(self, version: tuple[int, ...]) -> bool:
-        """Whether it is of this version or newer; one that does not say is."""
+        """Whether it is this version or newer; an unknown version counts as newer."""
         return not self.numbers or self.numbers >= version
 
     @property
@@ -930,7 +939,7 @@ class Cli:
 
     @property
     def warning(self) -> str:
-        """What to try first; empty: nothing."""
+        """What to do about a version that was not tested; empty: nothing."""
         if self.numbers <= NEWEST_TESTED:
             return ""
         newest = f"{dotted(NEWEST_TESTED)}, the newest that was tested"
@@ -943,7 +952,7 @@ def dotted(version: tuple[int, ...]) -> str:
 
 
 def update_cure(program: str) -> str:
-    """How to update the CLI: that of the wheel comes with pip."""
+    """How to update the CLI; the one in the wheel is updated by pip."""
     if "claude_agent_sdk" in os.path.realpath(program):
         return "run `pip install --upgrade claude-agent-sdk`"
     return "run `claude update`, or install Claude Code anew"
@@ -962,9 +971,8 @@ async def ask_version(program: str, environment: Mapping[str, str], secs: float)
     """What `claude --version` prints first, such as 2.1.332; empty: nothing, within
     this time."""
     text = b""
-    with contextlib.suppress(
-        OSError, RuntimeError
-    ):  # the first conversation reports it
+    # The first conversation reports a CLI that does not start.
+    with contextlib.suppress(OSError, RuntimeError):
         process = await asyncio.create_subprocess_exec(
             program,
             "--version",
@@ -1012,21 +1020,21 @@ class Process(Child):
         self.on_limits: Callable[[dict[str, RateLimit]], None] | None = None
         # A turn is running: events are kept for it.
         self._is_in_turn = False
-        # Done when the last turn's `result` has come: whether it was a good one.
+        # Whether the last turn's `result` is no error; done when it has come.
         self._result_seen: asyncio.Future[bool] = self.loop.create_future()
         self._result_seen.set_result(True)
         # By id, the tool calls that wait for a result.
         self._calls: dict[str, CliEvent] = {}
-        # By id, the results that wait for their call: the CLI may ask one by one.
+        # By id, the results that wait for their call: the CLI may call one by one.
         self._results: dict[str, Json] = {}
-        # Client tools that the last answer called: the calls themselves may come later.
+        # Ids of the tool calls in the last answer: the calls themselves may come later.
         self._announced_calls: frozenset[str] = frozenset()
-        # When the last sign of life came, or is due after an announced retry.
+        # When the last sign of life came, or will come after an announced retry.
         self._alive_at = self.loop.time()
         self._events: list[CliEvent] = []
-        # Bytes of what was read since _events was empty.
+        # Bytes that have come since _events was empty.
         self._unread = 0
-        # Done when `read` has waited long enough.
+        # Not done while `read` waits.
         self._waiter: asyncio.Future[None] = self.loop.create_future()
         self._failure: ApiError | None = None
 
@@ -1041,14 +1049,14 @@ class Process(Child):
         return self._failure is not None or self.ended
 
     @property
-    def is_stillborn(self) -> bool:
-        """It failed or ended without a word."""
+    def failed_silently(self) -> bool:
+        """It failed or ended before it printed anything."""
         return self.is_unusable and not self.has_spoken
 
     # Turns
 
     def begin_turn(self, trace: Trace | None = None) -> None:
-        """From now on events are kept, and lines traced."""
+        """Keep events from now on, and trace all lines."""
         self.trace = trace or self.trace
         self._is_in_turn = True
         self._announced_calls = frozenset()
@@ -1071,7 +1079,7 @@ class Process(Child):
         return is_quiet
 
     async def is_ready(self) -> bool:
-        """Whether it is done with its last turn, and has not spoken or died since."""
+        """Whether it is done with its last turn, and has printed nothing since."""
         try:
             async with asyncio.timeout(LATE_SECS):
                 is_good = await self._result_seen
@@ -1099,8 +1107,8 @@ class Process(Child):
     async def read(self) -> list[CliEvent]:
         """The events that have come since the last call, at least one.
 
-        Raises ApiError: what `check_silence` says of one that is silent for too long,
-        502 when the process failed or ended.
+        Raises ApiError: 504 when it was silent for too long (`check_silence`), 502 when
+        it failed or ended.
         """
         while not self._events:
             if self._failure:
@@ -1113,26 +1121,27 @@ class Process(Child):
         return events
 
     async def _wait(self) -> None:
-        """Wait for an event, or the end of all hope."""
-        self._resume_reading()  # what is unread is the beginning of a line
+        """Wait for an event, a failure or the end of its output."""
+        self._resume_reading()  # all that was read is the beginning of a line
         self._waiter = self.loop.create_future()
         await self._waiter
 
     async def first_event(self) -> None:
-        """Wait for a moment until it prints something, or ends."""
+        """Wait until it prints something or fails, but not for long."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(START_SECS):
                 while not self._events and not self.is_unusable:
                     await self._wait()
 
     def keep(self, events: list[CliEvent]) -> None:
-        """Take back the end of what was read."""
+        """Take back events that were read."""
         self._events = events
 
     def check_silence(self, watchdog_secs: float) -> bool:
-        """Fail a turn that waits for too long; whether the watchdog did."""
+        """Fail a turn that has waited for too long.  Returns whether the watchdog's time
+        is over."""
         if not self._is_in_turn or self._waiter.done():
-            return False  # nobody waits for it, as when its client is slow
+            return False  # nobody waits: the client may be slow
         now = self.loop.time()
         if not self.has_spoken and now >= self.opened_at + GATE_SECS:
             self.fail(cli_error(CLOSED_GATE))
@@ -1145,7 +1154,7 @@ class Process(Child):
     async def read_until(self, find: Callable[[CliEvent], Any]) -> Any:
         """Read until `find` returns something for an event, and return that.  Raises
         ApiError: as `read`, and that of a failed turn."""
-        translator = Translator()  # it raises what fails
+        translator = Translator()  # it raises failures
         found = None
         while not found:
             for event in await self.read():
@@ -1194,15 +1203,15 @@ class Process(Child):
         self._expect_nothing()
 
     def _expect_nothing(self) -> None:
-        """Let those go on who wait for its last `result`, or for events."""
+        """Wake those who wait for its last `result`, or for events."""
         if not self._result_seen.done():
             self._result_seen.set_result(False)
         self._wake()
 
     def is_unasked(self, events: list[CliEvent]) -> bool:
         """Whether events outside a turn show that the process goes on by itself.  Until
-        the last turn's `result` has come they may still be that turn's, except another
-        answer of the model and the call of a tool that was not announced."""
+        the last turn's `result` has come, they may belong to that turn, unless they are
+        another answer of the model, or the call of a tool that was not announced."""
         unasked = ANSWERS if self._result_seen.done() else {"stream_event"}
         for event in events:
             call = translate.tool_call_id(event)
@@ -1255,7 +1264,7 @@ class Process(Child):
 
 
 async def read_pipes() -> None:
-    """Let in what is in the pipes already."""
+    """Let the event loop handle all that is in the pipes already."""
     for _ in range(READ_ROUNDS):
         await asyncio.sleep(0)
 
@@ -1325,7 +1334,7 @@ class Session:
     # A first turn
 
     def take_name(self, name: str, pin: str) -> None:
-        """Be found by the name that the client gave it, and by nothing else."""
+        """Go by the name that the client gave it: requests find it by nothing else."""
         self.id = name
         self.pin = pin
 
@@ -1341,8 +1350,8 @@ class Session:
         self.model = listed or request.model
 
     def start(self, request: Request, rows: list[bytes], query: bool) -> None:
-        """Open its gate for the `rows` of the conversation, and ask what comes with it;
-        without `query` it only counts."""
+        """Write the `rows` of the conversation to its gate, and start a turn on them;
+        without `query` they are only counted."""
         process = self.process
         self.turn_id = str(uuid.uuid4())
         process.open_gate(rows)
@@ -1355,21 +1364,21 @@ class Session:
         )
 
     def _changed_settings(self, request: Request) -> list[bytes]:
-        """The line with a request's settings, if they are not those of the one before."""
+        """The line with a request's settings, unless the last request had the same."""
         has_tools = bool(self.process.tools)
         settings = translate.turn_settings(request, has_listed_tools=has_tools)
         before, self.settings = self.settings, translate.digest(settings)
         if before == self.settings:
             return []
-        if not before:  # what is empty takes back a setting of the turn before
+        if not before:  # later an empty value takes back that of the last request
             settings = {name: value for name, value in settings.items() if value}
         return [translate.settings_line(settings)]
 
     # Later turns
 
     def question(self, request: Request, with_message: bool) -> list[bytes]:
-        """The lines that ask what is new in a request: changed settings, and the
-        message, unless it holds the results that the process waits for."""
+        """The lines for what is new in a request: changed settings, and the message,
+        unless it holds the results that the process waits for."""
         lines = self._changed_settings(request)
         self.turn_id = ""
         if with_message:
@@ -1381,13 +1390,14 @@ class Session:
     def extend(self, request: Request, answer: Json, calls: list[str]) -> None:
         """Add the question and the answer of a turn to what it holds."""
         message: Any = answer
-        newest = request.fingerprint.newest
-        asked = translate.extend_chain(self.chain, newest)
-        self.chain = translate.extend_chain(asked, translate.message_digest(message))
-        unthinking = translate.extend_chain(self.unthinking_chain, newest)
-        self.unthinking_chain = translate.extend_chain(
-            unthinking, translate.message_digest(message, thinking=False)
-        )
+
+        def extended(chain: bytes, *, thinking: bool) -> bytes:
+            chain = translate.extend_chain(chain, request.fingerprint.newest)
+            digest = translate.message_digest(message, thinking=thinking)
+            return translate.extend_chain(chain, digest)
+
+        self.chain = extended(self.chain, thinking=True)
+        self.unthinking_chain = extended(self.unthinking_chain, thinking=False)
         self.calls = calls
         self.turns += 1
 
@@ -1418,7 +1428,7 @@ class Turn:
 
     @property
     def decision(self) -> str:
-        """Which process answers, and why, for the log."""
+        """For the log: which process answers, and why that one."""
         session = self.session
         was = "was a spare" if session.was_spare else "was started for a request"
         why = f" ({self.reason})" if self.reason else ""
@@ -1476,8 +1486,7 @@ class Turn:
             if self.translator.done:
                 self.process.keep(events[number:])
                 return
-            for fed in self.translator.feed(event):
-                frames.append(translate.frame(fed))
+            frames += map(translate.frame, self.translator.feed(event))
 
     def begin(self) -> None:
         if self.on_begin:
@@ -1505,9 +1514,9 @@ class Room:
 
     def __init__(self, places: int) -> None:
         self._places = asyncio.Semaphore(places)
-        # Who waits for a place.
+        # How many wait for a place.
         self._waiting = 0
-        # The ends of processes that still have one.
+        # The tasks that end processes, which keep their places until then.
         self.ending: set[asyncio.Task[None]] = set()
 
     @property
@@ -1516,12 +1525,12 @@ class Room:
 
     @property
     def has_next(self) -> bool:
-        """Whether a place will be free for one who comes now."""
+        """Whether there will be a place for the next who asks."""
         return not self.is_full or len(self.ending) > self._waiting
 
     @property
     def is_short(self) -> bool:
-        """Whether somebody waits for whom no process is being ended."""
+        """Whether more wait than processes are being ended."""
         return self._waiting > len(self.ending)
 
     async def enter(self) -> None:
@@ -1542,7 +1551,7 @@ class Room:
         self.ending.add(task)
 
         def leave(task: asyncio.Task[None]) -> None:
-            # All at once, or one who waits could count on an end whose place is taken.
+            # All in one step, or a waiter could count on a place that is taken already.
             self.ending.discard(task)
             then()
             self.leave()
@@ -1589,7 +1598,7 @@ class Pool:
         self.cli = Cli()
         # Limits of the account by type, the one reported last at the end.
         self.rate_limits: dict[str, RateLimit] = {}
-        # The kinds of the last requests: each gets a spare.
+        # The kinds of the last requests: there is a spare for each.
         self._kinds: deque[Kind] = deque(maxlen=config.spares)
         # Spares that are being started.
         self._preparing: dict[asyncio.Task[None], Kind] = {}
@@ -1597,8 +1606,8 @@ class Pool:
         self._environment = child_environment(config, environ, Kind())
         # Requests in `queue`: they wait for a lock, a count or a process.
         self._queued = 0
-        # At a time one looks at the CLI, one asks what it reports of itself, and one what
-        # it announces.
+        # One task at a time looks at the CLI, one asks it for its models and account, and
+        # one for its announcements.
         self._looking = asyncio.Lock()
         self._asking = asyncio.Lock()
         self._announcing = asyncio.Lock()
@@ -1645,8 +1654,8 @@ class Pool:
 
     @property
     def has_room(self) -> bool:
-        """Whether a request would get a process, at worst that of a resting
-        conversation or the room of one that is being ended."""
+        """Whether a request would get a process, if need be the place of a resting one
+        or of one that is being ended."""
         return self.room.has_next or bool(self.resting(*RESTING))
 
     def snapshot(self) -> Snapshot:
@@ -1840,8 +1849,8 @@ class Pool:
     async def open(
         self, request: Request, tools: list[Json], trace: Trace, *, query: bool = True
     ) -> Session:
-        """A process that holds the history of the request and was asked what is new.
-        Without `query` the message is only added, to be counted."""
+        """A process that was given the conversation of the request, and has begun to
+        answer it; without `query` it only counts it."""
         cli = self.cli
         if request.continues and not cli.since(CONTINUES):
             message = "a conversation that ends with an assistant message needs Claude"
@@ -1872,9 +1881,9 @@ class Pool:
             except BaseException:
                 self.retire(session, "failed")
                 raise
-            if not spare or not session.process.is_stillborn:
+            if not spare or not session.process.failed_silently:
                 return session
-            self.retire(session, "failed")  # it has asked nothing: another one can
+            self.retire(session, "failed")  # it asked nothing, so another one can
 
     def _kind(self, request: Request) -> Kind:
         """The kind of process that a request needs.  A model that the CLI lists needs
@@ -1889,7 +1898,7 @@ class Pool:
             return False
         if any(self._environment.get(name) for name in BARE_LOGINS):
             return True
-        # A key in the user's settings; the CLI has said so.
+        # A key in the user's settings, as the CLI reported.
         has_settings = bool(self.config.setting_sources)
         return has_settings and translate.has_api_key(self.cli.hello)
 
@@ -1942,8 +1951,8 @@ class Pool:
         return None
 
     def refill(self, kind: Kind) -> None:
-        """Have a spare for each of the last requests, of which the newest needed this
-        kind; the others end."""
+        """Have a spare for each of the last requests, the newest of which was of this
+        kind; other spares end."""
         self._kinds.append(kind)
         missing = list(self._kinds)
         for preparing in self._preparing.values():
@@ -1986,10 +1995,10 @@ class Pool:
         return self.cli
 
     async def hello(self, *, anew: bool = False, gives_way: bool = False) -> Json:
-        """What the CLI says of itself, without a model call: `models`, `account`.
+        """What the CLI reports of itself, without a model call: `models`, `account`.
 
-        The last answer of any process is good, unless it is asked `anew` and there is
-        room; else one process is started for it, which `gives_way` to any request.
+        The last report of any process will do, unless it is asked `anew` and there is
+        room.  Otherwise a process is started for it, which may give way to any request.
         Raises ApiError when the CLI does not work.
         """
         await self.queue(self._asking.acquire, "the claude CLI did not start")
@@ -2006,7 +2015,7 @@ class Pool:
 
     @contextlib.asynccontextmanager
     async def _asked(self, kind: Kind, state: State) -> AsyncIterator[Process]:
-        """A process without a conversation that has said what it says of itself."""
+        """A process without a conversation that has reported its models and account."""
         session = await self._spawn(kind, state)
         self._evict_for_waiter()
         process = session.process
@@ -2029,8 +2038,8 @@ class Pool:
     async def _announced(self, model: str, kind: Kind) -> list[Json]:
         """What the CLI announces to a model today.
 
-        It is asked by a process that keeps its conversation, and whose question reaches
-        nobody.
+        A process that keeps its conversation tells it, with a question that reaches no
+        API.
         """
         cli = self.cli
         if kind.agent or kind.bare or not cli.since(ANNOUNCES):
@@ -2042,7 +2051,7 @@ class Pool:
                 async with self._asked(Kind(model, is_kept=True), State.BUSY) as asked:
                     question = [translate.text_block("-")]
                     asked.write(translate.user_line(question, str(uuid.uuid4())))
-                    with contextlib.suppress(ApiError):  # as it should: nobody answers
+                    with contextlib.suppress(ApiError):  # as intended: nobody answers
                         await asked.read_until(lambda event: event["type"] == "result")
                     rows = await asked.kept_rows()
                 account = translate.digest(cli.hello.get("account"))
@@ -2086,14 +2095,14 @@ class Pool:
         is_anybodys = session.kind.agent and not session.pin
         if is_anybodys and session.unthinking_chain in self._outcomes:
             # Another agent has had this conversation.  What its tools have seen does not
-            # follow from that, so a request could go on with either.
+            # follow from that, so neither may answer for the other.
             for other in [session, *same]:
                 self.retire(other, "ambiguous")
             return
         for other in same:
             self.retire(other, "duplicate")
-        # Why a request may miss it while it is on file: one has a session header, the
-        # other has not.
+        # A request may miss it while it is on file, if only one of them has a session
+        # header.
         self._record_outcome(session, "pinned")
         session.move(State.PARKED if session.calls else State.IDLE)
         idle = self.resting(State.IDLE)
@@ -2103,7 +2112,7 @@ class Pool:
             self._evict_for_waiter()
 
     def _evict_for_waiter(self) -> None:
-        """Make room for a request that found none when it came."""
+        """Make room for a request that found nothing to evict when it came."""
         if self.room.is_short:
             self._evict()
 
@@ -2147,7 +2156,7 @@ class Pool:
             self.cli = Cli(self.cli.program, self.cli.files, version)
 
     async def _sweep(self) -> None:
-        """Start the first spares; then look after all processes."""
+        """Start the first spares, then look after all processes again and again."""
         for _ in range(self.config.spares):
             with contextlib.suppress(ApiError):  # the first request will report it
                 await self.look_at_cli()
@@ -2156,7 +2165,7 @@ class Pool:
         shortest = min(ttl or watchdog, watchdog)
         while True:
             await asyncio.sleep(max(0.05, min(shortest / 4, SWEEP_SECS)))
-            # The bridge may have been stopped: what came meanwhile is in the pipes.
+            # If the bridge was stopped, what came in that time is still in the pipes.
             await read_pipes()
             for session in self.resting(*State):
                 self._look_after(session)
@@ -2165,7 +2174,8 @@ class Pool:
                 reap_orphans({session.process.pid for session in self.sessions})
 
     def _look_after(self, session: Session) -> None:
-        """Retire a session that died or whose time is up; fail a turn that is silent."""
+        """Retire a resting session that died or whose time is up, and fail a turn that is
+        silent for too long."""
         process, ttl = session.process, self.config.session_ttl_secs
         is_resting = session.state in (State.SPARE, State.IDLE, State.PARKED)
         if is_resting and process.is_unusable:
@@ -2206,8 +2216,8 @@ class Counter:
         try:
             tokens = await self._count(request, trace)
         except TimeoutError:
-            words = f"the claude CLI did not count within {COUNT_SECS:g} seconds"
-            raise ApiError(504, words) from None
+            message = f"the claude CLI did not count within {COUNT_SECS:g} seconds"
+            raise ApiError(504, message) from None
         finally:
             trace.close()
             self._lane.release()
@@ -2238,8 +2248,8 @@ class Counter:
         return tokens + TOOLS_PROMPT_TOKENS if request.tool_names else tokens
 
     async def _ask_usage(self, process: Process) -> tuple[Json, list[int]]:
-        """What a process says of its context, and the API's statuses for the counts it
-        asked."""
+        """What a process reports of its context, and the statuses with which the API
+        answered its counts."""
         statuses: list[int] = []
 
         def find(event: CliEvent) -> Json:
@@ -2254,7 +2264,7 @@ class Counter:
 
 # ------------------------------------------------------------ appendix: metrics
 
-# What /metrics says, after claude_cli_bridge_: type and help.
+# The metrics, by their names after claude_cli_bridge_: type and help.
 METRICS = {
     "requests_total": (
         "counter",

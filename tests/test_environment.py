@@ -43,9 +43,9 @@ def names_read_by(program: Path) -> set[str]:
 
 # What the CLI reads and any program may have: the machine, the network, the clouds.
 ANYBODYS = re.compile(
-    "(ALL|HTTPS?|NO)_PROXY|(AWS|AZURE|CLOUDSDK|GCLOUD|GOOGLE|SSL_CERT|VERTEX_REGION|XDG)_.*"
+    "(ALL|HTTPS?|NO)_PROXY|(AWS|AZURE|CLOUDSDK|GCE|GCLOUD|GOOGLE|SSL_CERT|VERTEX_REGION|XDG)_.*"
     "|CLOUD_ML_REGION|DBUS_SESSION_BUS_ADDRESS|HOME|LANG|LC_.*|LOGNAME|NODE_EXTRA_CA_CERTS"
-    "|PATH(EXT)?|SHELL|TERM.*|TMPDIR|TZ|USER(NAME|PROFILE)?"
+    "|PATH(EXT)?|SHELL|TE(MP|RM.*)|TMP(DIR)?|TZ|USER(NAME|PROFILE)?"
 )
 # What a command of an agent may need, and the CLI reads as well.
 OF_A_SHELL = {"EDITOR", "GH_TOKEN", "GIT_SSH_COMMAND", "JAVA_HOME", "NODE_OPTIONS", "PGPASSWORD"}
