@@ -1,6 +1,5 @@
 """Processes that are started ahead of need: for whom, how many, and for how long."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,6 @@ from stand_in import Log
 from test_processes import alive, kill, pid
 
 Serve = Callable[..., Server]
-CORES = os.cpu_count() or 1
 
 
 def ready(server: Server) -> list[int]:
@@ -99,7 +97,7 @@ def test_no_other_model_answers_than_the_one_that_was_asked(
     monkeypatch.setenv("STANDIN_DEAF_TO_MODELS", "1")
     answer = known(spares=1).post(model="haiku")
     assert answer.status == 502
-    assert "in place of claude-haiku-5-5" in answer.json["error"]["message"]
+    assert answer.json["error"]["message"].endswith("instead of claude-haiku-5-5")
 
 
 def test_a_rebuilt_conversation_takes_the_spare(known: Serve, log: Log) -> None:
@@ -287,35 +285,13 @@ def test_a_request_takes_a_spare_that_is_still_starting(
     assert pid(server.post()) == waiting
 
 
-def test_a_burst_starts_two_processes_a_core_at_a_time(
+def test_processes_that_never_answer_do_not_hold_up_the_start_of_others(
     serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
 ) -> None:
-    server = serve(spares=0)
-    count = 2 * CORES + 3
-    answers = [
-        background.submit(server.post, f"{number}", model="slow-start") for number in range(count)
-    ]
-    wait_until(lambda: len(log.started()) == 2 * CORES, "the first of them")
-    assert server.bridge
-    wait_until(lambda: len(server.bridge._answers) == count, "all requests")
-    assert len(server.processes()) == 2 * CORES
-    gate.touch()
-    assert [answer.result().status for answer in answers] == [200] * count
-    assert len({pid(answer.result()) for answer in answers}) == count
-
-
-def test_processes_that_never_answer_do_not_hold_up_the_start_of_others(
-    serve: Serve,
-    gate: Path,
-    log: Log,
-    background: ThreadPoolExecutor,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("sessions.START_SECS", 0.3)
     server = serve()
-    for number in range(2 * CORES):
+    for number in range(4):
         background.submit(server.post, f"{number}", model="slow-start")
-    wait_until(lambda: len(log.started()) == 2 * CORES, "the slow ones")
+    wait_until(lambda: len(log.started()) == 4, "the slow ones")
     assert server.post("quick").status == 200
     gate.touch()
 
