@@ -1524,18 +1524,17 @@ class Room:
         return self._places.locked()
 
     @property
-    def has_next(self) -> bool:
-        """Whether there will be a place for the next who asks."""
-        return not self.is_full or len(self.ending) > self._waiting
+    def missing(self) -> int:
+        """How many more wait than processes are being ended; less than 0: there will be a
+        place for the next."""
+        return self._waiting - len(self.ending)
 
-    @property
-    def is_short(self) -> bool:
-        """Whether more wait than processes are being ended."""
-        return self._waiting > len(self.ending)
-
-    async def enter(self) -> None:
+    async def enter(self, make_room: Callable[[], None]) -> None:
+        """Take a place.  When there is none, `make_room` is called."""
         self._waiting += 1
         try:
+            if self.is_full:
+                make_room()
             await self._places.acquire()
         finally:
             self._waiting -= 1
@@ -1656,7 +1655,8 @@ class Pool:
     def has_room(self) -> bool:
         """Whether a request would get a process, if need be the place of a resting one
         or of one that is being ended."""
-        return self.room.has_next or bool(self.resting(*RESTING))
+        has_place = not self.room.is_full or self.room.missing < 0
+        return has_place or bool(self.resting(*RESTING))
 
     def snapshot(self) -> Snapshot:
         now = time.monotonic()
@@ -1906,13 +1906,12 @@ class Pool:
 
     async def _spawn(self, kind: Kind, state: State) -> Session:
         """Start a process, which waits at its gate."""
-        if not self.room.has_next:
-            self._evict()
+        enter = partial(self.room.enter, self._make_room)
         message = f"all {self.config.max_sessions} processes were busy, none got free"
         if state is State.SPARE:
-            await self.room.enter()  # at once: nobody waits for a spare
+            await enter()  # at once: nobody waits for a spare
         else:
-            await self.queue(self.room.enter, message)
+            await self.queue(enter, message)
         process = Process(self.cli)
         # One that announces its folder to the model works in one that never changes; an
         # older one would list all files in it.
@@ -1973,7 +1972,7 @@ class Pool:
             return  # nobody makes room for a spare
         with contextlib.suppress(ApiError):  # the next request will report it
             await self._spawn(kind, State.SPARE)
-            self._evict_for_waiter()
+            self._make_room()
 
     # What is known of the CLI
 
@@ -2017,7 +2016,7 @@ class Pool:
     async def _asked(self, kind: Kind, state: State) -> AsyncIterator[Process]:
         """A process without a conversation that has reported its models and account."""
         session = await self._spawn(kind, state)
-        self._evict_for_waiter()
+        self._make_room()
         process = session.process
         try:
             process.begin_turn()
@@ -2108,18 +2107,14 @@ class Pool:
         idle = self.resting(State.IDLE)
         if len(idle) > self.config.max_idle:
             self.retire(idle[0], "evicted")
-        else:
-            self._evict_for_waiter()
+        self._make_room()
 
-    def _evict_for_waiter(self) -> None:
-        """Make room for a request that found nothing to evict when it came."""
-        if self.room.is_short:
-            self._evict()
-
-    def _evict(self) -> None:
+    def _make_room(self) -> None:
+        """End as many resting processes as there are requests that wait for nothing
+        else."""
         resting = self.resting(*RESTING)
-        if resting:
-            self.retire(resting[0], "evicted")
+        for session in resting[: max(0, self.room.missing)]:
+            self.retire(session, "evicted")
 
     def retire(self, session: Session, reason: str) -> None:
         """End a session's process in the background; its place is free once the process
