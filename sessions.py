@@ -1627,7 +1627,6 @@ class Pool:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._kinds.clear()
         for task in (self._sweeper, *self._preparing):
             task.cancel()
         await asyncio.wait({self._sweeper, *self._preparing})
@@ -2000,8 +1999,7 @@ class Pool:
         room.  Otherwise a process is started for it, which may give way to any request.
         Raises ApiError when the CLI does not work.
         """
-        await self.queue(self._asking.acquire, "the claude CLI did not start")
-        try:
+        async with self._asking:
             await self.look_at_cli()
             if not self.cli.hello or (anew and not self.room.is_full):
                 kind = Kind(PROBE_MODEL, bare=self._is_bare())
@@ -2009,8 +2007,6 @@ class Pool:
                 async with self._asked(kind, state):
                     pass
             return self.cli.hello
-        finally:
-            self._asking.release()
 
     @contextlib.asynccontextmanager
     async def _asked(self, kind: Kind, state: State) -> AsyncIterator[Process]:
