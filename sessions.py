@@ -175,8 +175,8 @@ PRCTL: Any = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 class Kind:
     """What a process is started for."""
 
-    # Its --model; empty: it takes that of the conversation it is given
-    # (`translate.transcript`), which must be one that the CLI lists.
+    # Its --model; empty: it takes the one of the conversation that it is given
+    # (`translate.takes_from_conversation`), so it will do for many models.
     model: str = ""
     # It has the CLI's own tools.
     agent: bool = False
@@ -350,7 +350,7 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
     argv += ["--setting-sources", config.setting_sources, "--disable-slash-commands"]
     if not kind.is_kept:
         argv += ["--no-session-persistence"]
-    if kind.bare and config.setting_sources:
+    if kind.bare and config.setting_sources and os.path.isfile(settings):
         # Otherwise the bare mode reads no apiKeyHelper (the CLI's help on --bare).
         argv += ["--settings", settings]
     # The CLI refuses the flag beside an administrator's list, which excludes others.
@@ -1885,10 +1885,9 @@ class Pool:
             self.retire(session, "failed")  # it asked nothing, so another one can
 
     def _kind(self, request: Request) -> Kind:
-        """The kind of process that a request needs.  A model that the CLI lists needs
-        no --model (2.1.197 to 2.1.332), so any spare will do."""
-        is_listed = translate.listed_model(self.cli.hello, request.model)
-        model = "" if is_listed else request.model
+        """The kind of process that a request needs."""
+        takes_it = translate.takes_from_conversation(self.cli.hello, request.model)
+        model = "" if takes_it else request.model
         return Kind(model, request.is_agent, not request.is_agent and self._is_bare())
 
     def _is_bare(self) -> bool:

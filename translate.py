@@ -2325,3 +2325,24 @@ def quota_headers(limits: Mapping[str, RateLimit]) -> list[tuple[str, str]]:
         for name, value in headers.items()
         if HEADER_WORD.fullmatch(value)
     ]
+
+
+# ------------------------------------------------------------ models
+
+
+def takes_from_conversation(hello: Json, name: str) -> bool:
+    """Whether a process that was started without --model runs this model, if it is the one
+    of the conversation that it resumes; otherwise it silently runs its default.
+
+    It does with all models that the CLI lists under a short name, unless the login is a
+    cloud's (2.1.197, .285, .330 and .332).  A process that runs a model of the user's
+    lists it under its full name alone.
+    """
+    provider = get_str(hello.get("account"), "apiProvider")
+    if provider not in ("", "firstParty"):
+        return False
+    for model in as_list(hello.get("models")):
+        short, full = get_str(model, "value"), get_str(model, "resolvedModel")
+        if name in (short, full) and short != full:
+            return True
+    return False

@@ -117,10 +117,21 @@ class Interrupted(Exception):
     """The bridge ended the running turn."""
 
 
+class Output:
+    """stdout, unbuffered: a signal's handler may write while something is being written."""
+
+    def write(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(1, data) :]
+
+    def flush(self) -> None:
+        pass
+
+
 class Standin:
     def __init__(self, model: str) -> None:
         self.model = model
-        self.out = sys.stdout.buffer
+        self.out: Any = Output()
         self.log: int | None = None  # a file descriptor
         self.numbers = itertools.count(1)
         self.messages: list[Json] = []  # the conversation

@@ -286,10 +286,9 @@ def test_a_login_that_is_made_while_a_spare_waits_counts_at_once(
     assert server.call("GET", "/healthz?deep=1").status == 503
     assert server.post("SAY x").status == 401
     wait_until(lambda: pool.spares, "a spare")
-    [spare] = pool.spares
     log_in_with(environment, "made-now")
-    answer = server.post("SAY x", model="claude-sonnet-5-5")  # an alias is not known yet
-    assert (answer.status, answer.text, spare.turns) == (200, "x", 1)
+    answer = server.post("SAY x")
+    assert (answer.status, answer.text) == (200, "x")
     assert tokens(since()) == ["made-now"]
     wait_until(lambda: server.call("GET", "/healthz?deep=1").body == b"ok", "health")
     assert shown_login(server) == "Claude Max"

@@ -15,7 +15,7 @@ from stand_in import Log
 from test_check import check
 
 from sessions import NEWEST_TESTED, OLDEST, Pool, State, dotted
-from translate import MODEL_PREFIX, listed_model
+from translate import MODEL_PREFIX, listed_model, takes_from_conversation
 
 TOO_OLD = (
     f"the claude CLI is version 2.1.100, and {dotted(OLDEST)} or newer is needed: run `claude "
@@ -246,3 +246,19 @@ def test_each_model_that_a_cli_lists_answers_without_being_named_at_its_start(
         assert since()[-1]["body"]["model"] == full_name.removesuffix("[1m]")
     kinds = {session.kind.model for session in list(pool.sessions)}
     assert kinds == {""}
+
+
+def test_only_models_under_a_short_name_are_taken_from_a_conversation_and_none_of_a_clouds() -> (
+    None
+):
+    models = [
+        {"value": "sonnet", "resolvedModel": "claude-sonnet-5-5"},
+        {"value": "claude-old-1", "resolvedModel": "claude-old-1"},  # it runs this one
+    ]
+    hello: Json = {"models": models, "account": {"apiProvider": "firstParty"}}
+    names = ("sonnet", "claude-sonnet-5-5", "claude-old-1", "opus")
+    assert [takes_from_conversation(hello, name) for name in names] == [True, True, False, False]
+    for provider in ("bedrock", "vertex", "foundry"):
+        of_cloud = {**hello, "account": {"apiProvider": provider}}
+        assert not any(takes_from_conversation(of_cloud, name) for name in names)
+    assert not takes_from_conversation({}, "sonnet")
