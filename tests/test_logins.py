@@ -345,3 +345,10 @@ def test_a_subscription_in_place_of_a_key_in_the_settings_counts_at_once(
     log_in_with(environment, "made-now")
     assert server.post("SAY y").status == 200
     assert tokens(since())[-1] == "made-now"
+
+
+def test_a_user_without_a_settings_file_may_say_that_the_login_is_in_it(
+    serve: Callable[..., Server], cli: Path
+) -> None:
+    server = serve(bin=cli, setting_sources="user")
+    assert [server.post(words).status for words in ("SAY one", "SAY two")] == [200, 200]
