@@ -458,7 +458,9 @@ class Image:
         user = self.other["USER"]
         variables = {**self.environ, "HOME": HOME, **environ}
         listed = [f"{name}={value}" for name, value in variables.items()]
+        # Another user's process forgets whose end is its own, too.
         as_user = ["setpriv", "--reuid", user, "--regid", user, "--clear-groups"]
+        as_user += ["--pdeathsig", "KILL"]
         after = json.loads(self.other[name][self.other[name].index("[") :])
         return ["env", "-i", "-C", self.other["WORKDIR"], *listed, *as_user, *after, *words]
 
