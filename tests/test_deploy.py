@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from http.client import HTTPException
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import import_module
 from pathlib import Path
 from string import Template
@@ -484,7 +485,10 @@ def image() -> Image:
 
 @pytest.mark.timeout(300)
 def test_what_the_dockerfile_builds_serves_with_a_key_and_is_healthy(
-    fresh: Machine, started: Callable[..., Process], stub: Stub
+    fresh: Machine,
+    started: Callable[..., Process],
+    stub: Stub,
+    background: ThreadPoolExecutor,
 ) -> None:
     if not shutil.which("tini"):
         pytest.skip("tini is not installed")
@@ -495,13 +499,21 @@ def test_what_the_dockerfile_builds_serves_with_a_key_and_is_healthy(
         words = json.loads(found.other["CMD"])
         return started(fresh, *found.command("ENTRYPOINT", *words, **environ))
 
-    # Without a key it does not start; and what is not there is not healthy.
+    # Without a key it does not start; and what is not there, or answers otherwise, is not healthy.
     without = container()
+    wait_until(lambda: without.poll() is not None, "its end")
     printed, _ = without.communicate()
     assert without.returncode == 2
     assert b"CLAUDE_CLI_API_KEY" in printed
     check = started(fresh, *found.command("HEALTHCHECK"))
     check.communicate()
+    assert check.returncode == 1
+    with HTTPServer((HERE.host, HERE.port), BaseHTTPRequestHandler) as other:
+        other.timeout = 30
+        answer = background.submit(other.handle_request)  # with 501
+        check = started(fresh, *found.command("HEALTHCHECK"))
+        check.communicate()
+        answer.result()
     assert check.returncode == 1
 
     running = container(**settings_for(stub), CLAUDE_CLI_API_KEY="sesame")
@@ -513,6 +525,7 @@ def test_what_the_dockerfile_builds_serves_with_a_key_and_is_healthy(
 
     # Nobody but the image's user runs anything, and what is left behind does not stay.
     [init] = psutil.Process(running.pid).children()
+    assert init.name() == "tini"
     assert {process.uids().real for process in [init, *children(init.pid)]} == {10001}
     orphan = run(running, "sleep 0 > /dev/null & echo $!").strip()
     wait_until(lambda: inside(running, "test", "-e", f"/proc/{orphan}")[0] == 1, "no zombie")
