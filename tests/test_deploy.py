@@ -281,6 +281,8 @@ def started() -> Iterator[Callable[..., Process]]:
     for process in processes:
         if process.poll() is None:
             end(process)
+        assert process.stdout
+        process.stdout.close()
 
 
 def offline() -> dict[str, str]:
@@ -378,9 +380,11 @@ def users_of_the_program(running: Process) -> list[str]:
 
 
 def supervisord_serves(running: Process) -> None:
-    wait_until(lambda: inside(running, "test", "-S", "/run/supervisor.sock")[0] == 0, "supervisord")
+    wait_until(
+        lambda: inside(running, "test", "-S", "/run/supervisor.sock")[0] == 0, "supervisord", 60
+    )
     run(running, PUT_SECTION, PATH=f"{Path(sys.executable).parent}:{machine.PATH}")
-    wait_until(lambda: answers(HERE), "the bridge")
+    wait_until(lambda: answers(HERE), "the bridge", 60)
     assert HERE.post("hello").status == 200
     users = users_of_the_program(running)
     assert len(users) >= 2
@@ -392,7 +396,9 @@ def systemd_serves(running: Process, stub: Stub, background: ThreadPoolExecutor)
     def state(name: str, unit: str = "service") -> str:
         return run(running, f"systemctl show --value -p {name} claude-cli-bridge.{unit}").strip()
 
-    wait_until(lambda: inside(running, "systemctl", "is-active", "default.target")[0] == 0, "boot")
+    wait_until(
+        lambda: inside(running, "systemctl", "is-active", "default.target")[0] == 0, "boot", 60
+    )
     run(running, PUT_UNITS, **UNITS)
     lines = [f"{name}={value}" for name, value in settings_for(stub).items()]
     run(running, f"echo {shlex.quote(chr(10).join(lines))} >> /etc/claude-cli-bridge.env")
@@ -501,7 +507,7 @@ def test_what_the_dockerfile_builds_serves_with_a_key_and_is_healthy(
 
     # Without a key it does not start; and what is not there, or answers otherwise, is not healthy.
     without = container()
-    wait_until(lambda: without.poll() is not None, "its end")
+    wait_until(lambda: without.poll() is not None, "its end", 60)
     printed, _ = without.communicate()
     assert without.returncode == 2
     assert b"CLAUDE_CLI_API_KEY" in printed
@@ -517,7 +523,7 @@ def test_what_the_dockerfile_builds_serves_with_a_key_and_is_healthy(
     assert check.returncode == 1
 
     running = container(**settings_for(stub), CLAUDE_CLI_API_KEY="sesame")
-    wait_until(lambda: answers(HERE), "the bridge")
+    wait_until(lambda: answers(HERE), "the bridge", 60)
     assert inside(running, *found.command("HEALTHCHECK")) == (0, "")
     assert HERE.post("hello").status == 401
     key = {"x-api-key": "sesame"}
