@@ -1617,9 +1617,9 @@ class Pool:
         # By fingerprint and by pin, the parts of the session that held a conversation
         # last, and why a request may not find it there.
         self._outcomes: OrderedDict[bytes | str, tuple[Digests, str]] = OrderedDict()
-        # Threads for large requests: one for the largest, and one for others, which
-        # need not wait for them.
-        self._threads = ThreadPoolExecutor(2)
+        # A thread for large requests, and one for the largest, for which the others need
+        # not wait: one request at a time is in each.
+        self._threads = (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
         self._lanes = (asyncio.Semaphore(1), asyncio.Semaphore(1))
 
     async def __aenter__(self) -> "Pool":
@@ -1634,7 +1634,8 @@ class Pool:
             self.retire(session, "shutdown")
         while self.room.ending:
             await asyncio.wait(self.room.ending)
-        self._threads.shutdown()
+        for thread in self._threads:
+            thread.shutdown()
 
     def resting(self, *states: State) -> list[Session]:
         """The sessions in these states, in the order in which they give way."""
@@ -1742,11 +1743,12 @@ class Pool:
         ApiError 529 when its turn does not come."""
         if size < THREAD_SIZE:
             return function()
-        lane = self._lanes[size >= LARGE_SIZE]
+        is_large = size >= LARGE_SIZE
+        lane, thread = self._lanes[is_large], self._threads[is_large]
         await self.queue(lane.acquire, "other large requests were not read")
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, function)
+            return await loop.run_in_executor(thread, function)
         finally:
             lane.release()
 
