@@ -271,7 +271,7 @@ def is_plain_text(block: Json) -> bool:
 class Row(NamedTuple):
     apply: Callable[[Json], None]
     reason: str
-    readme: str  # words of the README that say so
+    readme: str  # words of tests/README.md that say so
 
 
 # In the order in which they are applied.
@@ -872,7 +872,7 @@ def test_the_session_of_a_changed_conversation_holds_the_unchanged_one_only_if_i
 
 @pytest.mark.parametrize("row", [*SAME.values(), THINKING_ROW], ids=[*SAME, "thinking"])
 def test_the_readme_says_what_is_deliberately_the_same(row: Row) -> None:
-    assert row.readme in readme.README.read_text()
+    assert row.readme in readme.EVIDENCE.read_text()
 
 
 # ---------------------------------------------------------------- faults that were found

@@ -1,4 +1,5 @@
-"""The README: its tables against the code, and its commands as a newcomer follows them.
+"""The README and tests/README.md: their tables against the code, their length, their links, and the
+commands as a newcomer follows them.
 
 The commands run as they stand, in a fresh clone and an empty HOME.
 """
@@ -8,7 +9,6 @@ import dataclasses
 import json
 import logging
 import os
-import plistlib
 import re
 import shutil
 import subprocess
@@ -27,26 +27,72 @@ from servers import KEEP, Server
 from stubs import Stub
 from test_fidelity import DIFFERENCES, TOLD
 
-from bridge import COMMANDS, GROUPS, Config, variable
+from bridge import COMMANDS, Config, make_parser, variable
 from sessions import METRICS
 
 INSTALL = readme.block(".venv/bin/pip install '.[cli]'")
 CHECK = readme.block("claude-cli-bridge check")
 TESTS = readme.block("-m pytest")
 CURL = readme.block("curl http://127.0.0.1:14001/v1/messages")
-CURL_STREAM = readme.block("curl -N")
+# As the README says: add "stream": true, and -N to curl.
+CURL_STREAM = CURL.replace("curl", "curl -N").replace("200,", '200, "stream": true,')
 SDK = readme.block("from anthropic import")
 STANDIN = readme.block("CLAUDE_CLI_BIN=tests/standin.py")
+[UVX] = re.findall("`(uvx --from .*?)`", readme.section("## Start"))
 PROVIDERS = readme.block("model_providers: [{")
 COMPLETED = readme.block('"provider_interface": "claude-cli"')
 SETTINGS = dataclasses.fields(Config)
-MODULES = ("test_clients", "test_gateway", "test_launchers", "test_library", "test_js_clients")
+FILES = ("bridge.py", "sessions.py", "translate.py")
+# The most words that a reader sees who opens no fold, and of all.
+MAX_VISIBLE, MAX_WORDS = 1500, 3500
+MODULES = ("test_clients", "test_library", "test_js_clients")
+
+
+def test_the_readme_is_short() -> None:
+    text = readme.README.read_text()
+    assert readme.word_count(readme.unfolded(text)) <= MAX_VISIBLE
+    assert readme.word_count(text) <= MAX_WORDS
+
+
+def test_words_are_counted_as_they_are_shown() -> None:
+    text = """
+## Two words
+
+* [three words here](https://example.org/a-b) and `two more`
+
+| a | `b c` |
+|---|---|
+| 1. | |
+
+```sh
+run it
+```
+<details>
+<summary>The <code>title</code></summary>
+
+1. folded
+
+</details>
+"""
+    assert readme.word_count(text) == 17
+    assert readme.word_count(readme.unfolded(text)) == 16
 
 
 def test_every_code_block_is_run_by_a_test() -> None:
     for name in MODULES:
         import_module(name)
     assert [text for _, text in readme.blocks() if text not in readme.TAKEN] == []
+
+
+@pytest.mark.parametrize("path", [readme.README, readme.EVIDENCE], ids=["README", "tests/README"])
+def test_every_link_to_a_file_or_a_heading_leads_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
+    inner = [link.partition("#") for link in links if not link.startswith("https://")]
+    assert inner
+    for name, _, anchor in inner:
+        target = path.parent / name if name else path
+        assert target.exists(), name
+        assert not anchor or anchor in readme.anchors(target), anchor
 
 
 def setting_row(item: "dataclasses.Field[Any]") -> str:
@@ -58,36 +104,52 @@ def setting_row(item: "dataclasses.Field[Any]") -> str:
 
 
 def difference_row(name: str) -> str:
-    """The row of the README's table for a difference between what is sent and what arrives."""
+    """The row of tests/README.md for a difference between what is sent and what arrives."""
     reason = DIFFERENCES[name].replace("<", "&lt;")
     return f"| {name} | {reason} | {'yes' if name in TOLD else ''} |"
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_the_readme_has_a_row_for_each_setting_in_its_group(group: str) -> None:
-    found = re.findall(r"^\| `CLAUDE_CLI_.*", readme.section(f"### {GROUPS[group]}"), re.M)
-    fields = [item for item in SETTINGS if item.metadata["group"] == group]
-    assert found == [setting_row(item) for item in fields]
+def test_the_readme_shows_eight_settings_as_they_are_and_help_has_all() -> None:
+    shown = re.findall(r"^\| `CLAUDE_CLI_.*", readme.section("## Settings"), re.M)
+    assert len(shown) == 8
+    assert set(shown) <= {setting_row(item) for item in SETTINGS}
+    words = " ".join(make_parser().format_help().split())
+    for item in SETTINGS:
+        assert item.name == "api_key" or "--" + item.name.replace("_", "-") in words
+        assert item.name == "api_key" or item.metadata["meaning"].replace("`", "") in words
 
 
-def test_each_group_of_settings_is_in_the_readme() -> None:
-    assert {item.metadata["group"] for item in SETTINGS} == set(GROUPS)
+@pytest.mark.parametrize("path", [readme.README, readme.EVIDENCE], ids=["README", "tests/README"])
+def test_every_setting_that_is_named_is_one(path: Path) -> None:
+    known = {variable(item.name) for item in SETTINGS}
+    assert set(re.findall(r"CLAUDE_CLI_[A-Z_]+", path.read_text())) <= known
 
 
-@pytest.mark.parametrize("name", DIFFERENCES)
-def test_the_readme_tells_of_each_difference_and_its_reason(name: str) -> None:
-    assert difference_row(name) in readme.lines()
+def test_what_the_table_of_troubles_shows_is_what_the_program_says() -> None:
+    table = readme.rows(readme.section("## Trouble"))
+    assert len(table) == 12
+    program = "".join((ROOT / name).read_text() for name in FILES)
+    # Messages go over lines: as neighbouring strings, or by a name for their first half.
+    said = re.sub(r'"\s+f?"', "", program)
+    for shown, _ in table:
+        for words in re.findall("`(.+?)`", shown):
+            for part in words.split("..."):
+                assert part.strip() in said, part
 
 
-def test_the_readme_tells_of_no_difference_that_there_is_not() -> None:
-    table = readme.section("### Every difference").partition("|---|---|---|\n")[2]
+def test_the_readme_tells_of_each_difference_and_its_reason_and_of_no_other() -> None:
+    table = readme.section("### Every difference", readme.EVIDENCE).partition("|---|---|---|\n")[2]
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert rows == [difference_row(name) for name in DIFFERENCES]
 
 
+def test_the_readme_names_ten_differences() -> None:
+    assert len(readme.rows(readme.section("## What differs from the API"))) == 10
+
+
 def test_the_readme_names_each_metric_and_command() -> None:
-    operating = readme.section("### Metrics")
-    assert set(re.findall(r"`([a-z_]+_[a-z]+|processes|connections)`", operating)) >= set(METRICS)
+    metrics = readme.fold("Metrics")
+    assert set(re.findall(r"`([a-z_]+_[a-z]+|processes|connections)`", metrics)) >= set(METRICS)
     words = readme.README.read_text()
     for command in COMMANDS:
         assert f"claude-cli-bridge {command}" in words
@@ -108,30 +170,11 @@ def test_the_log_line_of_the_readme_has_the_fields_of_one(
     assert fields == [part.partition("=")[0] for part in logged.split()]
 
 
-def test_the_dockerfile_passes_a_linter(tmp_path: Path) -> None:
-    hadolint = shutil.which("hadolint")  # on PATH, as the tests' Python is
-    if not hadolint:
-        pytest.skip("hadolint is not installed")
-    [text] = [text for text in readme.files() if text.startswith("FROM ")]
-    (tmp_path / "Dockerfile").write_text(text)
-    command = [hadolint, "--no-color", tmp_path / "Dockerfile"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-
-
-def test_the_file_for_launchd_is_a_property_list() -> None:
-    [text] = [text for text in readme.files() if text.startswith("<?xml")]
-    job = plistlib.loads(text.encode())
-    assert Path(job["ProgramArguments"][0]).name == "claude-cli-bridge"
-    assert job["KeepAlive"] == {"SuccessfulExit": False}
-    assert set(job["EnvironmentVariables"]) <= {variable(item.name) for item in SETTINGS}
-
-
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: Path) -> Path:
     """What git has of the project, as it is on the disk.
 
-    pip finds packages in a folder, as there is no network.
+    pip and uv find packages in a folder, as there is no network.
     """
     if not WHEELS or not CLIS:
         pytest.skip("the packages could not be downloaded")
@@ -147,6 +190,9 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: Path) ->
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(WHEELS[0]))
     monkeypatch.setenv("PIP_CACHE_DIR", str(tmp_path / "pip"))
+    monkeypatch.setenv("UV_OFFLINE", "1")
+    monkeypatch.setenv("UV_FIND_LINKS", str(WHEELS[0]))
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv"))
     monkeypatch.setenv("CLAUDE_CLI_KEEP_ENV", ",".join(KEEP))
     return folder
 
@@ -194,6 +240,12 @@ def test_a_newcomer_installs_and_asks(clone: Path, since: Callable[[], list[Json
     assert "interrupt: works" in run(CHECK, clone)
     with started(STANDIN, clone) as bridge:
         assert bridge.post("hello").text == "echo: hello; 1 messages"
+
+
+@pytest.mark.timeout(120)
+def test_uvx_needs_no_installation(clone: Path) -> None:
+    command = UVX.replace("[cli]", "")  # which takes 450 MB
+    assert re.match(r"claude-cli-bridge \d", run(f"{command} --version", clone))
 
 
 def test_the_second_command_is_the_one_that_ci_runs() -> None:
