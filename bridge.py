@@ -1296,14 +1296,16 @@ class Bridge:
     async def messages(self, connection: Connection, exchange: Exchange) -> None:
         request = await self.parse(exchange)
         token = exchange.header(SESSION_HEADER)
-        async with self.pool.turn(request, token, exchange.key_digest) as turn:
+        async with self.pool.turn(
+            request, token, exchange.key_digest, exchange.id
+        ) as turn:
             exchange.turn = turn
             with Stream(connection, exchange, pings=request.stream) as stream:
                 await turn.relay(stream.send, connection.drain)
         if request.stream:
             await connection.finish()
             return
-        await connection.respond(exchange, translate.to_json(turn.translator.message))
+        await connection.respond(exchange, orjson.dumps(turn.translator.message))
 
     async def parse(
         self, exchange: Exchange, *, counting: bool = False
@@ -1329,7 +1331,7 @@ class Bridge:
 
     async def count_tokens(self, connection: Connection, exchange: Exchange) -> None:
         request = await self.parse(exchange, counting=True)
-        found = {"input_tokens": await self.counter.count(request)}
+        found = {"input_tokens": await self.counter.count(request, exchange.id)}
         exchange.not_counted = translate.not_counted(request)
         await connection.respond(exchange, orjson.dumps(found))
 
@@ -1929,10 +1931,10 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
             words += f", waits for {seconds:.0f} s"
         sessions.append((state.value, words))
     quota = []
-    for name, info in snapshot.limits.items():
-        used = info.get("utilization")
-        share = f", {used:.0%} used" if isinstance(used, int | float) else ""
-        quota.append((name, translate.get_str(info, "status") + share))
+    for name, limit in snapshot.limits.items():
+        used = limit.utilization
+        share = f", {used:.0%} used" if used is not None else ""
+        quota.append((name, limit.status + share))
     return {
         "State": [
             ("version", __version__),

@@ -60,6 +60,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import orjson
+
 if TYPE_CHECKING or not __package__:
     import translate
     from translate import (
@@ -67,6 +69,7 @@ if TYPE_CHECKING or not __package__:
         CliEvent,
         Digests,
         Json,
+        RateLimit,
         Request,
         Translator,
         cli_error,
@@ -79,6 +82,7 @@ else:  # copied into a package
         CliEvent,
         Digests,
         Json,
+        RateLimit,
         Request,
         Translator,
         cli_error,
@@ -98,6 +102,8 @@ MAX_LINE = 64 << 20
 MAX_UNREAD = 1 << 20
 # Bytes of stderr that are kept, to say why a process died.
 STDERR_TAIL = 2048
+# Characters of a line of it that are logged.
+MAX_LOGGED = 300
 # How a process is ended: each signal, and the seconds it then gets; None: only its stdin
 # is closed.  An idle CLI exits 0.1 s after that; on SIGTERM it ends a running API call.
 ENDING = (
@@ -313,6 +319,12 @@ class PoolConfig:
         "",
         "`user` if your login is an apiKeyHelper or an env block in the CLI's settings file",
         "access",
+    )
+    trace_dir: str = setting(
+        "",
+        "a folder for one file a request, with all that goes to the CLI and comes from it: "
+        "prompts and answers",
+        "everyday",
     )
 
 
@@ -566,6 +578,55 @@ def close_gates() -> None:
 os.register_at_fork(after_in_child=close_gates)
 
 
+class Trace:
+    """A file of the lines that go to the CLI and come from it for one request.
+
+    Each is an object {"to": ...} or {"from": ...} that holds the line's JSON, or its
+    text when it is none.  A file that cannot be written fails no request.
+    """
+
+    def __init__(self, folder: str, request_id: str) -> None:
+        # -1: nothing is traced.
+        self._file = -1
+        if not folder or not request_id:
+            return
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        try:
+            path = os.path.join(folder, f"{request_id}.jsonl")
+            self._file = os.open(path, flags, 0o600)
+        except OSError as error:
+            self._give_up(error)
+
+    def add(self, direction: str, lines: Iterable[bytes]) -> None:
+        if self._file < 0:
+            return
+        try:
+            for text in lines:
+                row = b'{"%b": %b}\n' % (direction.encode(), as_json(text))
+                while row:
+                    row = row[os.write(self._file, row) :]
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        log.warning("the trace of a request is incomplete: %s", error)
+        self.close()
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def as_json(text: bytes) -> bytes:
+    """A line as a JSON value: itself, or a string when it is none."""
+    try:
+        orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return orjson.dumps(text.decode(errors="replace"))
+    return text.strip()
+
+
 # ------------------------------------------------------------ a child
 
 
@@ -584,6 +645,8 @@ class Child(asyncio.SubprocessProtocol):
         # Its output has ended.
         self.eof = False
         self.has_spoken = False
+        # That of the request that it answers.
+        self.trace = Trace("", "")
         # When it was given its conversation; infinite: it waits at its gate.
         self.opened_at = math.inf
         # The beginning of a line whose end has not come.
@@ -649,6 +712,7 @@ class Child(asyncio.SubprocessProtocol):
         through as the child reads."""
         if self._gate < 0:
             return  # it has died; the end of its output reports it
+        self.trace.add("to", rows)
         self._rows = deque(memoryview(row) for row in rows)
         self.opened_at = self.loop.time()
         self.loop.add_writer(self._gate, self._write_rows)
@@ -691,6 +755,7 @@ class Child(asyncio.SubprocessProtocol):
     # Lines
 
     def write(self, *lines: bytes) -> None:
+        self.trace.add("to", lines)
         stdin: Any = self._transport.get_pipe_transport(0)
         if stdin and not stdin.is_closing():
             stdin.writelines(lines)
@@ -723,6 +788,9 @@ class Child(asyncio.SubprocessProtocol):
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         if fd == 2:
             self._stderr = (self._stderr + data)[-STDERR_TAIL:]
+            text = translate.SECRET.sub(r"\1***", data.decode(errors="replace"))
+            for line in text.splitlines():
+                log.debug("process %s prints: %s", self.pid, line[:MAX_LOGGED])
             return
         self._set_started()
         self.has_spoken = True
@@ -730,6 +798,7 @@ class Child(asyncio.SubprocessProtocol):
         if lines:
             lines[0] = bytes(self._partial) + lines[0]
             self._partial.clear()
+            self.trace.add("from", lines)
         self._partial += rest
         self.lines_received(lines, len(data))
         if len(self._partial) > MAX_LINE:
@@ -818,7 +887,7 @@ class Process(Child):
         # Called with the reason when it fails between turns.
         self.on_fault: Callable[[str], None] | None = None
         # Called with what it reports of the account's limits, mostly after an answer.
-        self.on_limits: Callable[[dict[str, Json]], None] | None = None
+        self.on_limits: Callable[[dict[str, RateLimit]], None] | None = None
         # A turn is running: events are kept for it.
         self._is_in_turn = False
         # Set at the `result` of an answer that was complete before it.
@@ -852,8 +921,9 @@ class Process(Child):
 
     # Turns
 
-    def begin_turn(self) -> None:
-        """The watchdog runs, events are kept."""
+    def begin_turn(self, trace: Trace | None = None) -> None:
+        """The watchdog runs, events are kept, and lines are traced."""
+        self.trace = trace or self.trace
         self._is_in_turn = True
         self._announced_calls = frozenset()
         self._alive_at = self.loop.time()
@@ -1057,7 +1127,7 @@ class Process(Child):
             elif kind == "control_response":
                 self.hello = control_result(event, "initialize") or self.hello
             elif kind == "rate_limit_event" and self.on_limits:
-                self.on_limits(translate.account_limits(event))
+                self.on_limits(translate.rate_limits(event))
             elif kind == "result" and not self._is_in_turn:
                 self._take_late_result(event)
             elif event.get("subtype") == "api_retry":
@@ -1269,6 +1339,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.id = self.own_id
+        self.was_spare = self.state is State.SPARE
 
     @property
     def holds_thinking(self) -> bool:
@@ -1304,9 +1375,9 @@ class Session:
         self.id = name
         self.pin = pin
 
-    def adopt(self, request: Request, tools: list[Json]) -> None:
+    def adopt(self, request: Request, tools: list[Json], trace: Trace | None) -> None:
         """Take on a request's conversation."""
-        self.process.begin_turn()
+        self.process.begin_turn(trace)
         self.process.tools = tools
         self.process.hello = self.process.hello or self.cli.hello
         wanted = request.fingerprint
@@ -1402,6 +1473,15 @@ class Turn:
         self.spoke_after_result = False
         # What it printed is no answer.
         self.has_failed = False
+
+    @property
+    def decision(self) -> str:
+        """Which process answers, and why, for the log."""
+        session = self.session
+        was = "was a spare" if session.was_spare else "was started for a request"
+        why = f" ({self.reason})" if self.reason else ""
+        turn = f"turn {session.turns + 1} of process {self.process.pid}"
+        return f"{self.origin}{why}, {turn}, which {was}"
 
     @property
     def not_sent(self) -> list[str]:
@@ -1566,7 +1646,7 @@ class Snapshot:
     # Requests that wait.
     waiting: int
     # Limits of the account by type.
-    limits: dict[str, Json]
+    limits: dict[str, RateLimit]
 
 
 class Pool:
@@ -1582,7 +1662,7 @@ class Pool:
         self.room = Room(config.max_sessions)
         self.cli = Cli()
         # Limits of the account by type, the one reported last at the end.
-        self.rate_limits: dict[str, Json] = {}
+        self.rate_limits: dict[str, RateLimit] = {}
         # What the last requests needed.
         self._kinds: deque[Kind] = deque(maxlen=2 * config.spares)
         # Spares that are being started.
@@ -1672,24 +1752,30 @@ class Pool:
 
     @contextlib.asynccontextmanager
     async def turn(
-        self, request: Request, token: str | None, key_digest: str = ""
+        self,
+        request: Request,
+        token: str | None,
+        key_digest: str = "",
+        request_id: str = "",
     ) -> AsyncIterator[Turn]:
         """A session for the request: a warm one, or a fresh process that was given the
         history.  `token` is the session header; it names a conversation of the client
-        with the key of that digest.
+        with the key of that digest.  By `request_id` the turn is traced and logged.
 
         Raises ApiError: 529 when there is no room in time, 502 when the CLI cannot be
         started. On exit the session is filed if the answer is complete, and retired
         otherwise.
         """
         async with self._pinned(token, key_digest) as pin:
-            turn = await self._hot_turn(request, pin)
-            if not turn:
-                turn = await self._fresh_turn(request, pin, token)
-            try:
-                yield turn
-            finally:
-                self._finish(turn)
+            with contextlib.closing(Trace(self.config.trace_dir, request_id)) as trace:
+                turn = await self._hot_turn(request, pin, trace)
+                if not turn:
+                    turn = await self._fresh_turn(request, pin, token, trace)
+                log.debug("request %s: %s", request_id, turn.decision)
+                try:
+                    yield turn
+                finally:
+                    self._finish(turn)
 
     @property
     def has_room(self) -> bool:
@@ -1777,7 +1863,7 @@ class Pool:
             if not is_for_spare:  # nobody waits for one
                 self.metrics.time("queue_seconds", time.monotonic() - began)
 
-    async def _hot_turn(self, request: Request, pin: str) -> Turn | None:
+    async def _hot_turn(self, request: Request, pin: str, trace: Trace) -> Turn | None:
         """A turn of the warm session that holds the request's history, if there is
         one."""
         session = self._find_pinned(request, pin) if pin else self._find(request)
@@ -1810,7 +1896,7 @@ class Pool:
         if not is_ready:
             self.retire(session, "failed")
             return None
-        session.process.begin_turn()
+        session.process.begin_turn(trace)
         return Turn(request, session, "hot", "", lines, results)
 
     def _find_pinned(self, request: Request, pin: str) -> Session | None:
@@ -1827,9 +1913,9 @@ class Pool:
         if not session.matches(request) and not only_what_is_new:
             self.retire(session, "changed")
             return None
-        has_results = translate.has_results(request.messages[-1])
-        if session.state is State.PARKED and not has_results:
-            raise translate.unanswered(session.calls, ["messages.0"])
+        results = translate.blocks_of(request.messages[-1:], ["tool_result"])
+        if session.state is State.PARKED and not results:
+            raise translate.unanswered(session.calls, "messages.0")
         return session
 
     def _find(self, request: Request) -> Session | None:
@@ -1838,9 +1924,12 @@ class Pool:
                 return session
         return None
 
-    async def _fresh_turn(self, request: Request, pin: str, token: str | None) -> Turn:
+    async def _fresh_turn(
+        self, request: Request, pin: str, token: str | None, trace: Trace
+    ) -> Turn:
         origin, reason = self._rebuild_reason(request, pin)
-        session, lines = await self.open(request, translate.listed_tools(request))
+        tools = translate.listed_tools(request)
+        session, lines = await self.open(request, tools, trace)
         if token:
             session.take_name(session_id(token), pin)
         return Turn(request, session, origin, reason, lines, on_begin=self.refill)
@@ -1867,7 +1956,12 @@ class Pool:
     # Fresh processes
 
     async def open(
-        self, request: Request, tools: list[Json], *, query: bool = True
+        self,
+        request: Request,
+        tools: list[Json],
+        trace: Trace | None = None,
+        *,
+        query: bool = True,
     ) -> tuple[Session, list[bytes]]:
         """A process that holds the history of the request, and the lines that start its
         turn.  Without `query` the message is only added, to be counted."""
@@ -1886,9 +1980,9 @@ class Pool:
         if not request.is_agent and not bare:
             announced = await self._announced(request.model)
         while True:
-            session, was_spare = await self._take(request.model, request.is_agent, bare)
+            session = await self._take(request.model, request.is_agent, bare)
             try:
-                session.adopt(request, tools)
+                session.adopt(request, tools, trace)
                 make_rows = partial(
                     translate.transcript,
                     request.messages,
@@ -1903,7 +1997,8 @@ class Pool:
             except BaseException as error:
                 self.retire(session, "failed")
                 # No prompt was asked: another process can take it.
-                if was_spare and isinstance(error, ApiError) and error.status == 502:
+                is_cli_error = isinstance(error, ApiError) and error.status == 502
+                if session.was_spare and is_cli_error:
                     continue
                 raise
             self.retire(session, "model")  # the next one is started with --model
@@ -1996,9 +2091,9 @@ class Pool:
         finally:
             self.retire(session, "announcements")
 
-    async def _take(self, model: str, agent: bool, bare: bool) -> tuple[Session, bool]:
-        """A process without a conversation, and whether it was a spare, even one that
-        is still starting.
+    async def _take(self, model: str, agent: bool, bare: bool) -> Session:
+        """A process without a conversation: a spare, even one that is still starting,
+        or a new one.
 
         A full model name needs no --model, so any spare will do.  That of an alias is
         known once a CLI has listed its models.
@@ -2018,12 +2113,12 @@ class Pool:
             spare.move(State.BUSY)
             try:
                 if await spare.process.is_ready():
-                    return spare, True
+                    return spare
             except BaseException:
                 self.retire(spare, "interrupted")
                 raise
             self.retire(spare, "failed")
-        return await self._spawn(kind, bare, State.BUSY), False
+        return await self._spawn(kind, bare, State.BUSY)
 
     async def _spawn(
         self, kind: Kind, bare: bool, state: State, *, is_kept: bool = False
@@ -2186,6 +2281,7 @@ class Pool:
             return
         if reason == "failed" and session.process.ended:
             reason = "died"
+        log.debug("process %s ends: %s", session.process.pid, reason)
         session.move(State.RETIRED)
         self._record_outcome(session, reason)
         self.metrics.add("processes_ended_total", reason=reason)
@@ -2203,10 +2299,10 @@ class Pool:
             if key:
                 cache_put(self._outcomes, key, (session.parts, reason), MAX_PAST)
 
-    def _record_limits(self, limits: dict[str, Json]) -> None:
-        for name, info in limits.items():
+    def _record_limits(self, limits: dict[str, RateLimit]) -> None:
+        for name, limit in limits.items():
             self.rate_limits.pop(name, None)
-            self.rate_limits[name] = info
+            self.rate_limits[name] = limit
 
     def _record_version(self, turn: Turn) -> None:
         """A script may start another CLI than before."""
@@ -2248,9 +2344,9 @@ class Counter:
         # So many count at a time.
         self._lane = asyncio.Semaphore(CORES)
 
-    async def count(self, request: Request) -> int:
+    async def count(self, request: Request, request_id: str = "") -> int:
         """The tokens of a request, as the API counts what a turn would send, without a
-        model call.
+        model call.  By `request_id` it is traced.
 
         Raises ApiError: as `turn` does, 401 when nobody is logged in, and the API's own
         failures.  The CLI passes off an estimate as a count when the API does not
@@ -2263,20 +2359,22 @@ class Counter:
         if key in counts:
             return counts[key]
         await self._pool.queue(self._lane.acquire, "other counts did not end")
+        trace = Trace(self._pool.config.trace_dir, request_id)
         try:
-            tokens = await self._count(request)
+            tokens = await self._count(request, trace)
         except TimeoutError:
             words = f"the claude CLI did not count within {COUNT_SECS:g} seconds"
             raise ApiError(504, words) from None
         finally:
+            trace.close()
             self._lane.release()
             self._pool.refill()
         cache_put(counts, key, tokens, MAX_COUNTS)
         return tokens
 
-    async def _count(self, request: Request) -> int:
+    async def _count(self, request: Request, trace: Trace) -> int:
         tools = translate.described_tools(request)
-        session, lines = await self._pool.open(request, tools, query=False)
+        session, lines = await self._pool.open(request, tools, trace, query=False)
         try:
             # The wait for a process is not the CLI's.
             async with asyncio.timeout(COUNT_SECS):
@@ -2377,11 +2475,6 @@ METRICS = {
         "When a limit of the account is reset, in epoch seconds",
     ),
 }
-# Key of what the CLI reports of a limit -> its metric.
-QUOTA_METRICS = {
-    "utilization": "quota_utilization_ratio",
-    "resetsAt": "quota_resets_at_seconds",
-}
 # Seconds: a hot turn to a long answer.
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 # Characters of a label's value that must be escaped.
@@ -2437,11 +2530,11 @@ class Metrics:
 
     def observe(self, snapshot: Snapshot) -> None:
         """Set the gauges of a pool."""
-        for name, info in snapshot.limits.items():
-            for key, metric in QUOTA_METRICS.items():
-                value = info.get(key)
-                if isinstance(value, int | float):
-                    self.set(metric, value, limit=name)
+        for name, limit in snapshot.limits.items():
+            if limit.utilization is not None:
+                self.set("quota_utilization_ratio", limit.utilization, limit=name)
+            if limit.resets_at is not None:
+                self.set("quota_resets_at_seconds", limit.resets_at, limit=name)
         states = [state for state, _, _ in snapshot.processes]
         for state in State:
             self.set("processes", states.count(state), state=state.value)
