@@ -55,17 +55,9 @@ def unfolded(text: str) -> str:
 
 
 def word_count(text: str) -> int:
-    """The words of prose, tables and code as they are shown: no marks of headings, lists, tables and
-    blocks, no tags, and no addresses of links."""
-    for mark in (
-        r"^```\w*$",
-        r"^\|[-|]+\|$",
-        r"^ *(?:#+|\*|\d+\.) ",
-        r"</?\w+>",
-        r"(?<=\])\(\S+?\)",
-        r"\|",
-    ):
-        text = re.sub(mark, " ", text, flags=re.M)
+    """The words of prose, tables and code, marks of headings and lists among them."""
+    for mark in (r"</?\w+>", r"(?<=\])\(\S+?\)", r"\|"):
+        text = re.sub(mark, " ", text)
     return len(text.split())
 
 
