@@ -1,4 +1,4 @@
-"""All benchmarks, as the table of the README: `python tests/bench/run.py [rounds]`.
+"""All benchmarks, as the table of tests/README.md: `python tests/bench/run.py [rounds]`.
 
 Both sides of a ratio are measured in turn in one run; a cell shows the median of the rounds and the
 lowest and highest value.  Everything runs in a network namespace with loopback alone, in front of
