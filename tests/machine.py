@@ -98,6 +98,8 @@ class Machine:
 
 def end(process: Process) -> bytes:
     """End a machine that was started, with all that runs in it; returns what it printed."""
+    for first in psutil.Process(process.pid).children():
+        first.kill()
     process.kill()
     return process.communicate()[0]
 

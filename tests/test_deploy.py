@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from http.client import HTTPException
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import import_module
 from pathlib import Path
 from string import Template
@@ -280,6 +281,8 @@ def started() -> Iterator[Callable[..., Process]]:
     for process in processes:
         if process.poll() is None:
             end(process)
+        assert process.stdout
+        process.stdout.close()
 
 
 def offline() -> dict[str, str]:
@@ -377,9 +380,11 @@ def users_of_the_program(running: Process) -> list[str]:
 
 
 def supervisord_serves(running: Process) -> None:
-    wait_until(lambda: inside(running, "test", "-S", "/run/supervisor.sock")[0] == 0, "supervisord")
+    wait_until(
+        lambda: inside(running, "test", "-S", "/run/supervisor.sock")[0] == 0, "supervisord", 60
+    )
     run(running, PUT_SECTION, PATH=f"{Path(sys.executable).parent}:{machine.PATH}")
-    wait_until(lambda: answers(HERE), "the bridge")
+    wait_until(lambda: answers(HERE), "the bridge", 60)
     assert HERE.post("hello").status == 200
     users = users_of_the_program(running)
     assert len(users) >= 2
@@ -391,7 +396,9 @@ def systemd_serves(running: Process, stub: Stub, background: ThreadPoolExecutor)
     def state(name: str, unit: str = "service") -> str:
         return run(running, f"systemctl show --value -p {name} claude-cli-bridge.{unit}").strip()
 
-    wait_until(lambda: inside(running, "systemctl", "is-active", "default.target")[0] == 0, "boot")
+    wait_until(
+        lambda: inside(running, "systemctl", "is-active", "default.target")[0] == 0, "boot", 60
+    )
     run(running, PUT_UNITS, **UNITS)
     lines = [f"{name}={value}" for name, value in settings_for(stub).items()]
     run(running, f"echo {shlex.quote(chr(10).join(lines))} >> /etc/claude-cli-bridge.env")
@@ -458,7 +465,9 @@ class Image:
         user = self.other["USER"]
         variables = {**self.environ, "HOME": HOME, **environ}
         listed = [f"{name}={value}" for name, value in variables.items()]
+        # Another user's process forgets whose end is its own, too.
         as_user = ["setpriv", "--reuid", user, "--regid", user, "--clear-groups"]
+        as_user += ["--pdeathsig", "KILL"]
         after = json.loads(self.other[name][self.other[name].index("[") :])
         return ["env", "-i", "-C", self.other["WORKDIR"], *listed, *as_user, *after, *words]
 
@@ -482,7 +491,10 @@ def image() -> Image:
 
 @pytest.mark.timeout(300)
 def test_what_the_dockerfile_builds_serves_with_a_key_and_is_healthy(
-    fresh: Machine, started: Callable[..., Process], stub: Stub
+    fresh: Machine,
+    started: Callable[..., Process],
+    stub: Stub,
+    background: ThreadPoolExecutor,
 ) -> None:
     if not shutil.which("tini"):
         pytest.skip("tini is not installed")
@@ -493,17 +505,25 @@ def test_what_the_dockerfile_builds_serves_with_a_key_and_is_healthy(
         words = json.loads(found.other["CMD"])
         return started(fresh, *found.command("ENTRYPOINT", *words, **environ))
 
-    # Without a key it does not start; and what is not there is not healthy.
+    # Without a key it does not start; and what is not there, or answers otherwise, is not healthy.
     without = container()
+    wait_until(lambda: without.poll() is not None, "its end", 60)
     printed, _ = without.communicate()
     assert without.returncode == 2
     assert b"CLAUDE_CLI_API_KEY" in printed
     check = started(fresh, *found.command("HEALTHCHECK"))
     check.communicate()
     assert check.returncode == 1
+    with HTTPServer((HERE.host, HERE.port), BaseHTTPRequestHandler) as other:
+        other.timeout = 30
+        answer = background.submit(other.handle_request)  # with 501
+        check = started(fresh, *found.command("HEALTHCHECK"))
+        check.communicate()
+        answer.result()
+    assert check.returncode == 1
 
     running = container(**settings_for(stub), CLAUDE_CLI_API_KEY="sesame")
-    wait_until(lambda: answers(HERE), "the bridge")
+    wait_until(lambda: answers(HERE), "the bridge", 60)
     assert inside(running, *found.command("HEALTHCHECK")) == (0, "")
     assert HERE.post("hello").status == 401
     key = {"x-api-key": "sesame"}
@@ -511,10 +531,10 @@ def test_what_the_dockerfile_builds_serves_with_a_key_and_is_healthy(
 
     # Nobody but the image's user runs anything, and what is left behind does not stay.
     [init] = psutil.Process(running.pid).children()
+    assert init.name() == "tini"
     assert {process.uids().real for process in [init, *children(init.pid)]} == {10001}
-    inside(running, "sh", "-c", "(sleep 0 &)")
-    left = psutil.STATUS_ZOMBIE
-    wait_until(lambda: all(child.status() != left for child in init.children()), "no zombie")
+    orphan = run(running, "sleep 0 > /dev/null & echo $!").strip()
+    wait_until(lambda: inside(running, "test", "-e", f"/proc/{orphan}")[0] == 1, "no zombie")
     # `docker stop`.
     init.terminate()
     printed, _ = running.communicate()

@@ -371,7 +371,7 @@ def test_a_body_of_long_numbers_that_is_nested_too_deeply_is_refused() -> None:
 def test_a_text_without_an_end_is_looked_at_once() -> None:
     """Or it would take hours."""
     body = b"[" + b"," * 300_001 + b'"' + b'\\"' * 1_000_000
-    with pytest.raises(ApiError, match="The request body is not valid JSON: |body: more than"):
+    with pytest.raises(ApiError, match="body: more than 300000 JSON values"):
         parse_request(body)
 
 
