@@ -4,6 +4,8 @@ Each sender is a process of its own, so that what it costs to send is not taken 
 receive; on a machine of few cores they still compete with the bridge for them.
 """
 
+import itertools
+import os
 import socket
 import statistics
 import subprocess
@@ -17,7 +19,7 @@ import psutil
 from program import Program, request
 from relay import FEEDER
 
-SENDERS = (0, 1, 20)
+SENDERS = (1, 20)
 SECS = 20
 PING = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n"
 HEAD = b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\n"
@@ -58,11 +60,30 @@ def chunks() -> bytes:
     return HEAD + b"transfer-encoding: chunked\r\n\r\n" + pieces + b"0\r\n\r\n"
 
 
+def escapes() -> bytes:
+    """One text of 31 MB, of escaped quotes and commas."""
+    return post(user(b'{"type":"text","text":"%b"}' % (b'\\",' * 10_000_000)))
+
+
+def keys() -> bytes:
+    """An object of 299,000 keys, 29 MB."""
+    members = b",".join(b'"%b%d":1' % (b"k" * 85, number) for number in range(299_000))
+    return post(user(b'{"type":"text","text":"a","x":{%b}}' % members))
+
+
+def wide() -> bytes:
+    """One text of 31 MB, which takes 124 MB in Python for its one emoji."""
+    return post(user(b'{"type":"text","text":"\xf0\x9f\x98\x80%b"}' % (b"a" * 31_000_000)))
+
+
 BODIES: dict[str, Callable[[], bytes]] = {
     "20,000 tool pairs": tool_pairs,
     "100,000 blocks": blocks,
     "31 MB of []": brackets,
     "chunks of 2 bytes": chunks,
+    "31 MB of escapes": escapes,
+    "299,000 keys": keys,
+    "31 MB with an emoji": wide,
 }
 
 
@@ -136,17 +157,13 @@ def measure_one(name: str, senders: int) -> dict[str, float]:
 
 
 def main() -> None:
+    print(f"load before it {os.getloadavg()[0]:.1f}\n")
     print("| body | senders | median | p99 | longest | memory, peak | kept |")
     print("|---|---|---|---|---|---|---|")
-    for name in BODIES:
-        for senders in SENDERS:
-            found = measure_one(name, senders)
-            times = " | ".join(
-                f"{found[key] * 1000:.1f} ms" for key in ("median", "p99", "longest")
-            )
-            print(
-                f"| {name} | {senders} | {times} | {found['peak']:.0f} MB | {found['kept']:.0f} MB |"
-            )
+    for name, senders in [("", 0), *itertools.product(BODIES, SENDERS)]:
+        found = measure_one(name, senders)
+        times = " | ".join(f"{found[key] * 1000:.1f} ms" for key in ("median", "p99", "longest"))
+        print(f"| {name} | {senders} | {times} | {found['peak']:.0f} MB | {found['kept']:.0f} MB |")
 
 
 if __name__ == "__main__":
