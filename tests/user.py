@@ -14,7 +14,7 @@ from test_logins import LOGINS, log_in
 
 import sessions
 
-# Of LOGINS, how the table names them.
+# How the benchmarks name these of LOGINS.
 NAMES = {"key": "API key", "subscription-with-account": "subscription"}
 
 
@@ -47,5 +47,8 @@ def logged_in(login: str, cli: Path, *arguments: str) -> Iterator[User]:
         patch.setenv("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1")
         patch.setenv("ANTHROPIC_BASE_URL", stub.url)
         patch.setenv("ANTHROPIC_API_KEY", "sk-stub")
-        keep = log_in(LOGINS[login], Path(home), patch)
-        yield User(NAMES[login], sessions.PoolConfig(bin=str(cli), keep_env=keep), home, stub)
+        kept = log_in(LOGINS[login], Path(home), patch)
+        keep = tuple(name for name in kept if name in os.environ)
+        yield User(
+            NAMES.get(login, login), sessions.PoolConfig(bin=str(cli), keep_env=keep), home, stub
+        )
