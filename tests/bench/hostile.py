@@ -1,4 +1,5 @@
-"""How long `GET /healthz` takes while others send the worst bodies that the limits allow.
+"""How long `GET /healthz` takes while others send the worst bodies that the limits allow:
+`python tests/bench/hostile.py [seconds for each]`.
 
 Each sender is a process of its own, so that what it costs to send is not taken for what it costs to
 receive; on a machine of few cores they still compete with the bridge for them.
@@ -122,13 +123,13 @@ def highest(process: psutil.Process, done: threading.Event, found: list[int]) ->
         found.append(process.memory_info().rss)
 
 
-def measure_one(name: str, senders: int) -> dict[str, float]:
+def measure_one(name: str, senders: int, secs: float) -> dict[str, float]:
     """Latencies in seconds, memory in MB over what it was before."""
     program = Program(CLAUDE_CLI_BIN=FEEDER)
     try:
         program.rest()
         before = program.psutil.memory_info().rss
-        until = time.monotonic() + SECS
+        until = time.monotonic() + secs
         command = [sys.executable, Path(__file__), str(program.port), name, str(until)]
         running = [subprocess.Popen(command) for _ in range(senders)]
         done = threading.Event()
@@ -156,18 +157,18 @@ def measure_one(name: str, senders: int) -> dict[str, float]:
         program.close()
 
 
-def main() -> None:
+def main(secs: float) -> None:
     print(f"load before it {os.getloadavg()[0]:.1f}\n")
     print("| body | senders | median | p99 | longest | memory, peak | kept |")
     print("|---|---|---|---|---|---|---|")
     for name, senders in [("", 0), *itertools.product(BODIES, SENDERS)]:
-        found = measure_one(name, senders)
+        found = measure_one(name, senders, secs)
         times = " | ".join(f"{found[key] * 1000:.1f} ms" for key in ("median", "p99", "longest"))
         print(f"| {name} | {senders} | {times} | {found['peak']:.0f} MB | {found['kept']:.0f} MB |")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if len(sys.argv) > 2:
         send(int(sys.argv[1]), sys.argv[2], float(sys.argv[3]))
     else:
-        main()
+        main(float(sys.argv[1]) if len(sys.argv) > 1 else SECS)
