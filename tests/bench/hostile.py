@@ -88,9 +88,12 @@ BODIES: dict[str, Callable[[], bytes]] = {
 }
 
 
-def send(port: int, name: str, until: float) -> None:
-    """Send one body over and over, each on a new connection, and read what comes."""
+def send(port: int, name: str) -> None:
+    """Once told until when, send one body over and over, each on a new connection, and read what
+    comes."""
     data = BODIES[name]()
+    print("ready", flush=True)
+    until = float(sys.stdin.readline())
     while time.monotonic() < until:
         with socket.create_connection(("127.0.0.1", port)) as client:
             try:
@@ -100,6 +103,16 @@ def send(port: int, name: str, until: float) -> None:
                     pass
             except OSError:
                 continue  # refused before all of it was sent
+
+
+def start_sender(port: int, name: str) -> subprocess.Popen[str]:
+    """One that has built its body."""
+    command = [sys.executable, Path(__file__), str(port), name]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    sender = subprocess.Popen(command, text=True, **pipes)
+    assert sender.stdout
+    sender.stdout.readline()
+    return sender
 
 
 def ask(program: Program, until: float) -> Iterator[float]:
@@ -129,16 +142,19 @@ def measure_one(name: str, senders: int, secs: float) -> dict[str, float]:
     try:
         program.rest()
         before = program.psutil.memory_info().rss
+        running = [start_sender(program.port, name) for _ in range(senders)]
         until = time.monotonic() + secs
-        command = [sys.executable, Path(__file__), str(program.port), name, str(until)]
-        running = [subprocess.Popen(command) for _ in range(senders)]
+        for sender in running:
+            assert sender.stdin
+            sender.stdin.write(f"{until}\n")
+            sender.stdin.flush()
         done = threading.Event()
         memory: list[int] = [before]
         sampler = threading.Thread(target=highest, args=(program.psutil, done, memory))
         sampler.start()
         took = sorted(ask(program, until))
         for sender in running:
-            sender.wait()
+            sender.communicate()
         done.set()
         sampler.join()
         program.rest()
@@ -169,6 +185,6 @@ def main(secs: float) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 2:
-        send(int(sys.argv[1]), sys.argv[2], float(sys.argv[3]))
+        send(int(sys.argv[1]), sys.argv[2])
     else:
         main(float(sys.argv[1]) if len(sys.argv) > 1 else SECS)
