@@ -26,6 +26,7 @@ what is called an appendix.
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import dataclasses
 import difflib
@@ -58,7 +59,15 @@ import time
 import tomllib
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections import deque
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -73,10 +82,10 @@ if sys.platform == "win32":
 if TYPE_CHECKING or not __package__:
     import translate
     from sessions import (
+        PROBE_MODEL,
         Counter,
         Pool,
         PoolConfig,
-        State,
         Turn,
         login_folder,
         setting,
@@ -88,10 +97,10 @@ if TYPE_CHECKING or not __package__:
 else:  # copied into a package
     from . import translate
     from .sessions import (
+        PROBE_MODEL,
         Counter,
         Pool,
         PoolConfig,
-        State,
         Turn,
         login_folder,
         setting,
@@ -107,6 +116,8 @@ log = logging.getLogger("claude_cli_bridge")
 # ------------------------------------------------------------ settings
 
 ENVIRONMENT_PREFIX = "CLAUDE_CLI_"
+MAX_PORT = 65_535
+NOT_WRITABLE = "is not a folder that can be written"
 
 
 class ConfigError(ValueError):
@@ -131,6 +142,12 @@ class Config(PoolConfig):
         "`json`: one object for each request",
         "everyday",
         choices=("text", "json"),
+    )
+    log_level: str = setting(
+        "info",
+        "`debug` adds what was decided for each request, and what the CLI complains of",
+        "everyday",
+        choices=("info", "debug"),
     )
     drain_secs: float = setting(
         10.0,
@@ -194,43 +211,45 @@ class Config(PoolConfig):
         return cls(**values)
 
     def checked(self) -> "Config":
-        """The same settings, with the path of the CLI.  Raises ConfigError, which names
-        one that cannot be used."""
+        """The same settings, with whole paths.  Raises ConfigError, which names one
+        that cannot be used."""
         for item in dataclasses.fields(self):
             check_bounds(item, getattr(self, item.name))
         bypasses = self.tools and self.permission_mode == "bypassPermissions"
         if bypasses and os.geteuid() == 0:
-            raise wrong(
+            raise config_error(
                 "permission_mode",
                 "the CLI refuses bypassPermissions when it runs as root",
             )
         if self.tools and not os.path.isdir(self.cwd or "."):
-            raise wrong("cwd", f"{self.cwd!r} is not a directory")
-        if self.mcp_config and not os.path.isfile(self.mcp_config):
-            raise wrong("mcp_config", f"{self.mcp_config!r} is not a file")
+            raise config_error("cwd", f"{self.cwd!r} is not a directory")
+        if self.mcp_config:
+            check_mcp_config(self.mcp_config)
+        if self.trace_dir and not is_writable_folder(self.trace_dir):
+            raise config_error("trace_dir", f"{self.trace_dir!r} {NOT_WRITABLE}")
         check_keep_env(self.keep_env)
         check_own_key(self.api_key)
         if "null" in self.allowed_origins:
-            words = "null is the origin of any page in a sandbox, and is never allowed"
-            raise wrong("allowed_origins", words)
+            message = (
+                "null is the origin of any page in a sandbox, and is never allowed"
+            )
+            raise config_error("allowed_origins", message)
         if not self.unix_path:
             host, _ = self.address
             if not is_loopback(host) and not self.api_key:
-                words = f"{host} can be reached from other machines: set {variable('api_key')}"
-                raise wrong("listen_addr", words)
-        if not os.path.isdir("/dev/fd"):
-            raise ConfigError(
-                "there is no /dev/fd, which the CLI needs: is /proc mounted?"
-            )
+                message = f"{host} can be reached from other machines: set"
+                raise config_error("listen_addr", f"{message} {variable('api_key')}")
+        check_system(os.environ)
         self.check_api_address(os.environ)
-        return dataclasses.replace(self, bin=find_cli(self.bin))
+        trace_dir = self.trace_dir and os.path.abspath(self.trace_dir)
+        return dataclasses.replace(self, bin=find_cli(self.bin), trace_dir=trace_dir)
 
     def check_api_address(self, environ: Mapping[str, str]) -> None:
         """Refuse an address of the API that leads back to the bridge."""
         for name in API_ADDRESSES:
             if name in self.keep_env and self.is_own_url(environ.get(name, "")):
                 words = f"{name} is the bridge's own address, where its clients ask;"
-                raise wrong("keep_env", f"{words} leave the name out")
+                raise config_error("keep_env", f"{words} leave the name out")
 
     def is_own_url(self, url: str) -> bool:
         """Whether a URL leads to an address that the bridge listens on."""
@@ -256,12 +275,16 @@ class Config(PoolConfig):
     def address(self) -> tuple[str, int]:
         """Host and port.  Raises ConfigError."""
         if "://" in self.listen_addr:
-            raise wrong("listen_addr", f"leave out the scheme of {self.listen_addr!r}")
+            raise config_error(
+                "listen_addr", f"leave out the scheme of {self.listen_addr!r}"
+            )
         host, _, port = self.listen_addr.rpartition(":")
-        is_port = re.fullmatch("[0-9]{1,5}", port) and int(port) < 65536
-        if not host or not is_port:
-            words = "expected host:port or unix:/path, such as 127.0.0.1:8080"
-            raise wrong("listen_addr", f"{words}; got {self.listen_addr!r}")
+        if not host or not re.fullmatch("[0-9]{1,9}", port):
+            message = "expected host:port or unix:/path, such as 127.0.0.1:8080"
+            raise config_error("listen_addr", f"{message}; got {self.listen_addr!r}")
+        if int(port) > MAX_PORT:
+            message = f"a port is at most {MAX_PORT}; got {port}"
+            raise config_error("listen_addr", message)
         return host.strip("[]").lower(), int(port)
 
     @property
@@ -273,7 +296,7 @@ class Config(PoolConfig):
         return local_url(host_and_port(host, port))
 
     def warnings(self, environ: Mapping[str, str]) -> list[str]:
-        """Settings that are probably mistakes."""
+        """Settings that are probably mistakes, and those that open something up."""
         found = []
         known = [variable(item.name) for item in dataclasses.fields(self)]
         known.append(variable("config"))
@@ -293,7 +316,25 @@ class Config(PoolConfig):
             found.append(
                 f"{words} until {variable('allowed_hosts')} holds that name or address"
             )
-        return found
+        if self.trace_dir:
+            found.append(f"prompts and answers are written to {self.trace_dir}")
+        return found + self.agent_warnings()
+
+    def agent_warnings(self) -> list[str]:
+        """What agent mode opens up, or its settings that have no effect."""
+        if not self.tools:
+            return [
+                f"{variable(item.name)} has no effect without {variable('tools')}"
+                for item in dataclasses.fields(self)
+                if item.metadata["group"] == "agent"
+                and getattr(self, item.name) != item.default
+            ]
+        who = "any program of this user" if self.unix_path else "any local program"
+        if self.api_key:
+            who = "any client with the key"
+        where = f"as user {user_name()}, in {os.path.abspath(self.cwd)}"
+        how = f"tools {self.tools}, permission mode {self.permission_mode}"
+        return [f"agent mode: {who} can use the CLI's own tools {where} ({how})"]
 
 
 def variable(name: str) -> str:
@@ -301,26 +342,85 @@ def variable(name: str) -> str:
     return ENVIRONMENT_PREFIX + name.upper()
 
 
-def wrong(name: str, words: str) -> ConfigError:
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def config_error(name: str, message: str) -> ConfigError:
     """The error of one setting, to be raised."""
-    return ConfigError(f"{variable(name)}: {words}")
+    return ConfigError(f"{variable(name)}: {message}")
 
 
-def suggestion(name: str, known: Any) -> str:
-    """What was probably meant, as the end of a sentence."""
-    nearest = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
+# Words that everybody tries, and what to use instead.
+SYNONYMS = {
+    "port": "CLAUDE_CLI_LISTEN_ADDR=127.0.0.1:PORT",
+    "p": "CLAUDE_CLI_LISTEN_ADDR=127.0.0.1:PORT",
+    "host": "CLAUDE_CLI_LISTEN_ADDR=HOST:14001",
+    "verbose": "CLAUDE_CLI_LOG_LEVEL=debug",
+    "debug": "CLAUDE_CLI_LOG_LEVEL=debug",
+    "log_file": "2>FILE: the log goes to stderr",
+    "api_key": "CLAUDE_CLI_API_KEY in the environment: all users can see a command line",
+    "model": "`model` in each request",
+    "serve": "`claude-cli-bridge` alone to start it",
+    "start": "`claude-cli-bridge` alone to start it",
+    "run": "`claude-cli-bridge` alone to start it",
+    "help": "--help",
+    "version": "--version",
+}
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """What was probably meant by a flag, a command or a variable, as the end of a
+    sentence."""
+    words = {bare_word(item): item for item in known}
+    word = bare_word(name)
+    if word in SYNONYMS:
+        return f"; use {SYNONYMS[word]}"
+    nearest = difflib.get_close_matches(word, words, 1)
+    return f"; did you mean {words[nearest[0]]}?" if nearest else ""
+
+
+def bare_word(name: str) -> str:
+    """A name without what makes it a flag or a variable."""
+    word = name.removeprefix(ENVIRONMENT_PREFIX).lstrip("-")
+    return word.replace("-", "_").lower()
+
+
+def as_typed(message: str, flags: Iterable[str]) -> str:
+    """A message that calls these settings by their flags, as their user does."""
+    for name in flags:
+        message = re.sub(rf"\b{variable(name)}\b", flag(name), message)
+    return message
+
+
+# What a number is given in, by the end of its setting's name.
+UNITS = {
+    "secs": " of seconds, without a unit",
+    "bytes": " of bytes, without a unit",
+}
 
 
 def parse_setting(name: str, kind: type, text: str) -> Any:
     """A setting from its text.  Raises ConfigError."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        raise config_error(name, "leave out the quotes around the value")
     if kind is tuple:
         return tuple(text.replace(",", " ").split())
+    if kind is str:
+        return text if name == "api_key" else expand_home(text)
     try:
         return kind(text)
     except ValueError:
         number = "a whole number" if kind is int else "a number"
-        raise wrong(name, f"must be {number}, got {text!r}") from None
+        unit = UNITS.get(name.rpartition("_")[2], "")
+        raise config_error(name, f"must be {number}{unit}, got {text!r}") from None
+
+
+def expand_home(text: str) -> str:
+    """A path, or unix: and a path, with the home in place of its ~."""
+    scheme = "unix:" if text.startswith("unix:") else ""
+    return scheme + os.path.expanduser(text.removeprefix(scheme))
 
 
 def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
@@ -333,14 +433,16 @@ def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
         is_right = all(isinstance(text, str) for text in value)
     if not is_right or isinstance(value, bool):
         words = f"must be of type {kind.__name__}, not {type(value).__name__}"
-        raise wrong(item.name, words)  # without the value: it may be a secret
+        raise config_error(item.name, words)  # without the value: it may be a secret
     if isinstance(value, int | float):
         if not math.isfinite(value):
-            raise wrong(item.name, f"must be a number, got {value}")
+            raise config_error(item.name, f"must be a number, got {value}")
         if value < rules["least"]:
-            raise wrong(item.name, f"must be at least {rules['least']}, got {value}")
+            raise config_error(
+                item.name, f"must be at least {rules['least']}, got {value}"
+            )
     elif rules["choices"] and value not in rules["choices"]:
-        raise wrong(
+        raise config_error(
             item.name, f"must be one of {', '.join(rules['choices'])}, got {value!r}"
         )
 
@@ -358,15 +460,50 @@ def check_keep_env(names: tuple[str, ...]) -> None:
     """Refuse what is no name of a variable, without printing it: it may be a secret."""
     for name in names:
         if "=" in name:
-            raise wrong("keep_env", "give names only, without = and a value")
+            raise config_error("keep_env", "give names only, without = and a value")
         if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
-            raise wrong("keep_env", "must be names of variables, with commas between")
+            raise config_error(
+                "keep_env", "must be names of variables, with commas between"
+            )
+
+
+def is_writable_folder(path: str) -> bool:
+    return os.path.isdir(path) and os.access(path, os.W_OK)
+
+
+def check_mcp_config(path: str) -> None:
+    """Refuse a file that the CLI would refuse at each request."""
+    try:
+        servers = orjson.loads(Path(path).read_bytes())["mcpServers"]
+    except OSError as error:
+        raise config_error("mcp_config", f"{path}: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError):
+        servers = None
+    if not isinstance(servers, dict):
+        message = f"{path} must hold a JSON object with `mcpServers`"
+        raise config_error("mcp_config", message)
+
+
+def check_system(environ: Mapping[str, str]) -> None:
+    """Refuse to start where the CLI cannot."""
+    if not os.path.isdir("/dev/fd"):
+        raise ConfigError("there is no /dev/fd, which the CLI needs: is /proc mounted?")
+    given = environ.get("TMPDIR", "")
+    if given and not is_writable_folder(given):
+        raise ConfigError(f"TMPDIR: {given!r} {NOT_WRITABLE}")
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        message = "TMPDIR: no folder for temporary files can be written; name one"
+        raise ConfigError(message) from None
 
 
 def check_own_key(key: str) -> None:
     """Refuse what no header can hold."""
     if not key.isprintable() or key != key.strip():
-        raise wrong("api_key", "must be one line of UTF-8 without spaces at its ends")
+        raise config_error(
+            "api_key", "must be one line of UTF-8 without spaces at its ends"
+        )
 
 
 def curl_target(url: str) -> str:
@@ -390,22 +527,49 @@ def host_and_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+# Where Claude Code's own installers put it, if the folder is not on PATH.
+INSTALLED = ("~/.local/bin/claude", "~/.claude/local/claude")
+
+
 def find_cli(given: str) -> str:
-    """The path of the CLI: `given`, or claude on PATH, or the one in the
-    claude-agent-sdk wheel."""
-    if given:
-        path = shutil.which(given)
-        if not path:
-            raise wrong("bin", f"{given!r} does not exist or is not executable")
-        return os.path.abspath(path)  # children have another working directory
-    path = shutil.which("claude")
+    """The path of the CLI: `given`, or claude on PATH, or in the claude-agent-sdk wheel,
+    or where an installer puts it."""
+    places = [given] if given else ["claude", *INSTALLED]
     wheel = importlib.util.find_spec("claude_agent_sdk")
-    if not path and wheel and wheel.origin:
-        path = shutil.which(Path(wheel.origin).parent / "_bundled" / "claude")
-    if not path:
+    if not given and wheel and wheel.origin:
+        places.insert(1, str(Path(wheel.origin).parent / "_bundled" / "claude"))
+    for place in places:
+        if path := shutil.which(os.path.expanduser(place)):
+            check_interpreter(path)
+            return os.path.abspath(path)  # children have another working directory
+    if not given:
         words = "the claude CLI was not found: install Claude Code, or `pip install"
-        raise wrong("bin", f"{words} claude-agent-sdk`, or name the program here")
-    return os.path.abspath(path)
+        raise config_error(
+            "bin", f"{words} claude-agent-sdk`, or name the program here"
+        )
+    reason = "does not exist"
+    if os.path.isdir(given):
+        reason = "is a directory: name the program in it"
+    elif os.path.exists(given):
+        reason = "is not executable"
+    elif " " in given:
+        reason += ": name one program; for one with arguments, write a script"
+    raise config_error("bin", f"{given!r} {reason}")
+
+
+def check_interpreter(path: str) -> None:
+    """Refuse a script whose interpreter is missing: the system would say that the script
+    itself is (execve(2))."""
+    try:
+        with open(path, "rb") as file:
+            first = file.readline(256)
+    except OSError:
+        return  # it can be run, and not be read
+    interpreter = first[2:].split()[:1] if first.startswith(b"#!") else []
+    if interpreter and not os.access(interpreter[0], os.X_OK):
+        name = os.fsdecode(interpreter[0])
+        message = f"{path!r} is a script for {name}, which is not there"
+        raise config_error("bin", message)
 
 
 # What clients send that need a key where the bridge has none (README).
@@ -487,8 +651,9 @@ class Exchange:
     turn: Turn | None = None
     # What a count of tokens leaves out.
     not_counted: list[str] = field(default_factory=list)
-    # error.type of a failure.
+    # error.type of a failure, and its message if that quotes nothing of the request.
     failure: str = ""
+    message: str = ""
 
     @property
     def key_digest(self) -> str:
@@ -527,6 +692,11 @@ class Exchange:
         """The known route of the path; empty: there is none."""
         path = MODELS if self.path.startswith(MODELS + "/") else self.path
         return path if path in ROUTES else ""
+
+    @property
+    def is_page(self) -> bool:
+        """Whether it asks for the page for people."""
+        return self.route == "/" and self.method in ("GET", "HEAD")
 
     def header(self, name: bytes) -> str | None:
         """The value of a header, several joined by commas (RFC 9110, 5.3); `name` in
@@ -598,21 +768,33 @@ def check_key(exchange: Exchange, config: Config) -> None:
     # Browsers send a preflight without the key.
     if not config.api_key or (is_preflight and has_origin):
         return
-    key, authorization = (
-        exchange.header(b"x-api-key"),
-        exchange.header(b"authorization"),
-    )
-    if not key and not authorization:
-        words = "this bridge requires a key: send its CLAUDE_CLI_API_KEY"
-        raise ApiError(401, f"{words} as x-api-key or Authorization: Bearer")
-    scheme, _, token = (authorization or "").partition(" ")
-    given = [key or "", token.strip() if scheme.lower() == "bearer" else ""]
+    authorization = exchange.header(b"authorization") or ""
+    if not exchange.header(b"x-api-key") and not authorization:
+        message = f"this bridge requires a key: send its {variable('api_key')}"
+        raise ApiError(401, f"{message} as x-api-key or Authorization: Bearer")
     expected = config.api_key.encode()
-    matches = [hmac.compare_digest(item.encode("latin-1"), expected) for item in given]
-    if not any(matches):
-        raise ApiError(
-            401, "the key sent does not match this bridge's CLAUDE_CLI_API_KEY"
-        )
+    matches = [hmac.compare_digest(key, expected) for key in given_keys(exchange)]
+    if any(matches):
+        return
+    if authorization and " " not in authorization:
+        raise ApiError(401, "Authorization takes the word Bearer before the key")
+    message = "the key sent does not match this bridge's"
+    raise ApiError(401, f"{message} {variable('api_key')}")
+
+
+def given_keys(exchange: Exchange) -> list[bytes]:
+    """The keys that a request holds; of the page, which a browser opens, also the
+    password of HTTP Basic (RFC 7617)."""
+    keys = [exchange.header(b"x-api-key") or ""]
+    authorization = exchange.header(b"authorization") or ""
+    scheme, _, token = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        keys.append(token.strip())
+    elif scheme.lower() == "basic" and exchange.is_page:
+        with contextlib.suppress(ValueError):  # it is no Base64
+            pair = base64.b64decode(token).decode("latin-1")
+            keys.append(pair.partition(":")[2])
+    return [key.encode("latin-1") for key in keys]
 
 
 def is_loopback(host: str) -> bool:
@@ -629,6 +811,8 @@ def is_loopback(host: str) -> bool:
 # ------------------------------------------------------------ a connection
 
 READ_SIZE = 64 << 10
+# How a client of TLS begins (RFC 8446, 5.1: a handshake record).
+TLS_HELLO = b"\x16\x03"
 # Bytes of a request's target and headers; Node takes 16 KiB, nginx 32.
 MAX_HEADER_BYTES = 64 << 10
 # Bytes that are read ahead while an answer is given.
@@ -713,9 +897,10 @@ class Connection:
             )
         except h11.RemoteProtocolError as error:
             status = 431 if error.error_status_hint == 431 else 400
-            await self.refuse(
-                exchange, ApiError(status, f"The request is not valid HTTP: {error}")
-            )
+            message = f"The request is not valid HTTP: {error}"
+            if self.http.trailing_data[0].startswith(TLS_HELLO):
+                message = "TLS: this port speaks plain HTTP; the URL begins with http:"
+            await self.refuse(exchange, ApiError(status, message))
         except ApiError as error:
             await self.refuse(exchange, error)
         else:
@@ -847,6 +1032,7 @@ class Connection:
         """Send an error as a whole answer, or as the last event of a stream that has
         begun."""
         exchange.failure = error.kind
+        exchange.message = "" if error.is_quoted else error.message
         body = error.body(exchange.id)
         if self.http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             if exchange.streaming and self.http.our_state is h11.SEND_BODY:
@@ -855,7 +1041,8 @@ class Connection:
             return  # a whole answer has begun: closing is all that can be said
         headers = {}
         if error.status == 401:
-            headers["www_authenticate"] = "Bearer"
+            basic = 'Basic realm="the password is the key"'
+            headers["www_authenticate"] = basic if exchange.is_page else "Bearer"
         after = error.retry_after
         if error.resets_at is not None:
             after = max(1, round(error.resets_at - time.time()))
@@ -981,6 +1168,11 @@ HELLO_SECS = 10.0
 HEALTHY_SECS = 60.0
 PROBLEM_SECS = 5.0
 MODELS = "/v1/models"
+# Bytes of an unknown path in the log.
+MAX_LOGGED_PATH = 100
+# Requests that the page shows, but for good ones of these routes.
+RECENT = 20
+QUIET_ROUTES = ("/", "/healthz", "/metrics")
 LOGIN_ADVICE = "`claude-cli-bridge check` says which one that is"
 # Prometheus' text-based exposition format.
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -1008,6 +1200,8 @@ class Bridge:
         self.counter = Counter(pool)
         self.started = time.time()
         self.closing = False
+        # The last requests: when, path, and what was logged; the newest first.
+        self.recent: deque[tuple[float, str, Json]] = deque(maxlen=RECENT)
         # As clients reach it: host:port or unix:/path.
         self.addresses: list[str] = []
         # Seconds at shutdown for connections that have sent nothing yet; only with an
@@ -1145,6 +1339,9 @@ class Bridge:
         except ApiError as error:
             if error.status == 401:
                 self._problem_until = 0  # the last word on the login is no longer good
+            if translate.LOGIN_CURE in error.message:
+                cure = f"nobody is logged in: {login_cure(self.config, os.environ)}"
+                error.message = error.message.replace(translate.LOGIN_CURE, cure)
             if advice := self.advice(error):
                 log.warning("request %s: %s", exchange.id, advice)
             await connection.fail(exchange, error)
@@ -1352,6 +1549,8 @@ class Bridge:
             "request_id": exchange.id,
             "route": exchange.route or None,
         }
+        if not exchange.route and exchange.request:
+            row["path"] = exchange.path[:MAX_LOGGED_PATH]
         if turn:
             # Whoever reads the log cannot go on with the conversation.
             row["session"] = translate.digest(turn.session.id).hex()[:12]
@@ -1364,13 +1563,16 @@ class Bridge:
         # nginx's number for a client that left before there was a status.
         row["status"] = exchange.status or 499
         row["error"] = exchange.failure or None
+        row["reason"] = exchange.message or row.get("reason")
         if exchange.first_byte:
             row["first_byte_secs"] = round(exchange.first_byte - exchange.began, 3)
         row["secs"] = round(now - exchange.began, 3)
         row.update(tokens(turn))
         row = translate.without_nulls(row)
-        text = " ".join(f"{name}={value}" for name, value in row.items())
+        text = " ".join(f"{name}={quoted(value)}" for name, value in row.items())
         log.info("%s", text, extra={"row": row})
+        if exchange.failure or exchange.route not in QUIET_ROUTES:
+            self.recent.appendleft((time.time(), exchange.path, row))
 
     def measure(self, exchange: Exchange, now: float) -> None:
         """Add a request to the metrics."""
@@ -1429,6 +1631,13 @@ def join_limited(places: list[str]) -> str:
     return ", ".join(first + rest)
 
 
+def quoted(value: object) -> str:
+    """A value of the log in one word."""
+    text = str(value)
+    is_word = text.isprintable() and not set(text) & {" ", '"'}
+    return text if is_word else orjson.dumps(text).decode()
+
+
 def tokens(turn: Turn | None) -> dict[str, int]:
     """The tokens of a turn, by kind."""
     usage = turn.translator.message.get("usage", {}) if turn else {}
@@ -1443,7 +1652,7 @@ def bind_unix(path: str) -> socket.socket:
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise OSError(errno.EEXIST, "there is a file that is no socket")
+            raise OSError(errno.EEXIST, "what is there is no socket")
         with socket.socket(socket.AF_UNIX) as probe:
             probe.setblocking(False)
             if probe.connect_ex(path) != errno.ECONNREFUSED:
@@ -1488,8 +1697,27 @@ def model_list(hello: Json) -> list[Json]:
                 # API: the epoch when the release date is not known.
                 "created_at": "1970-01-01T00:00:00Z",
                 "lifecycle": "active",
+                "capabilities": capabilities(model),
             }
     return list(found.values())
+
+
+# The API's levels of effort.
+EFFORTS = ("low", "medium", "high", "xhigh", "max")
+
+
+def capabilities(model: Json) -> Json | None:
+    """What the CLI's list says of a model's abilities, in the API's shape, which has
+    more keys; None: nothing."""
+    found: Json = {}
+    levels = model.get("supportedEffortLevels")
+    if model.get("supportsEffort") and levels:
+        found["effort"] = {name: {"supported": name in levels} for name in EFFORTS}
+        found["effort"]["supported"] = True
+    if model.get("supportsAdaptiveThinking"):
+        types = {"adaptive": {"supported": True}}
+        found["thinking"] = {"supported": True, "types": types}
+    return found or None
 
 
 def find_model(models: list[Json], name: str) -> Json:
@@ -1545,7 +1773,7 @@ async def serve(
                 listening.result().close()
             raise
         except (OSError, UnicodeError) as error:
-            raise wrong("listen_addr", cannot_listen(config, error)) from error
+            raise config_error("listen_addr", cannot_listen(config, error)) from error
         own = None if sock else identity(config.unix_path)
         stack.push_async_callback(stop, bridge, server, own)
         yield bridge
@@ -1594,8 +1822,11 @@ def cannot_listen(config: Config, error: OSError | UnicodeError) -> str:
     if isinstance(error, UnicodeError):
         return f"{config.listen_addr!r} is no name of a host"
     if error.errno == errno.EADDRINUSE:
-        words = f"{config.listen_addr} is already in use (another bridge?)"
-        return f"{words}; choose another with --listen-addr"
+        return (
+            f"{config.listen_addr} is already in use (another bridge?); choose another"
+        )
+    if error.errno == errno.EACCES and not config.unix_path:
+        return f"{config.listen_addr}: only root may listen on a port below 1024"
     return f"cannot listen on {config.listen_addr}: {error.strerror or error}"
 
 
@@ -1655,31 +1886,78 @@ class JsonFormatter(logging.Formatter):
 # Seconds after the start at which the CLI is asked who is logged in: the first spare
 # starts undisturbed, and a first request may make the question needless.
 LOGIN_PROBE_SECS = 2.0
+NO_VERSION = "unknown: `--version` prints none, so it may not be Claude Code"
+# Tools of the CLI that people name, and those that it lists by another name.
+TOOLS = (
+    "Agent",
+    "Bash",
+    "Edit",
+    "Glob",
+    "Grep",
+    "NotebookEdit",
+    "Read",
+    "Skill",
+    "WebFetch",
+    "WebSearch",
+    "Write",
+)
+TOOL_NAMES = {"Agent": "Task"}
 
 
 async def announce(bridge: Bridge) -> None:
-    """Say which CLI it is, and who is logged in.  Asks the CLI, which makes no model
-    call for it."""
-    config = bridge.config
+    """Say which CLI it is, who is logged in, and what of the agent's settings the CLI
+    does not have.  Asks the CLI, which makes no model call for it."""
+    config, pool = bridge.config, bridge.pool
     try:
-        cli = await bridge.pool.look_at_cli()
-        log.info(
-            "the claude CLI is %s, version %s", config.bin, cli.version or "unknown"
-        )
+        cli = await pool.look_at_cli()
+        version = cli.version or NO_VERSION
+        log.info("the claude CLI is %s, version %s", config.bin, version)
         if cli.warning:
             log.warning("%s", cli.warning)
         await asyncio.sleep(LOGIN_PROBE_SECS)
-        hello = await bridge.pool.hello(gives_way=True)
+        hello = await pool.hello(gives_way=True)
+        if source := translate.login_source(hello):
+            where = f"user {user_name()}, {login_folder(os.environ)}"
+            log.info("the claude CLI is logged in: %s (%s)", source, where)
+        else:
+            log.warning("nobody is logged in: %s", login_cure(config, os.environ))
+        for message in await missing_from_agent(pool):
+            log.warning("%s", message)
     except ApiError as error:
         if error.status == 529:
             return  # there is no room for a question of its own
-        words = "the claude CLI (%s) cannot be used: %s; try `claude-cli-bridge check`"
-        log.warning(words, config.bin, error.message)
-        return
-    if source := translate.login_source(hello):
-        log.info("the claude CLI is logged in (%s)", source)
-    else:
-        log.warning("nobody is logged in: %s", login_cure(config, os.environ))
+        message = "the claude CLI (%s) cannot be used: %s"
+        log.warning(message, config.bin, error.message)
+
+
+async def missing_from_agent(pool: Pool) -> list[str]:
+    """The agent's tools that the CLI does not have, and the MCP servers that it could
+    not start, as it reports them at the start of a conversation.  Raises ApiError."""
+    tools = re.split("[, ]+", pool.config.tools.strip())
+    if tools == [""]:
+        return []
+    message = {"role": "user", "content": "-"}
+    body = orjson.dumps({"model": PROBE_MODEL, "messages": [message]})
+    request = translate.parse_request(body, counting=True, agent=True)
+    session, lines = await pool.open(request, [], query=False)
+    try:
+        session.process.write(*lines)
+        init = await session.process.read_until(
+            lambda event: event if event.get("subtype") == "init" else None
+        )
+    finally:
+        pool.retire(session, "probe")
+    listed = translate.as_list(init.get("tools"))
+    found = [
+        f"{variable('tools')}: the CLI has no tool {name}{suggestion(name, TOOLS)}"
+        for name in tools
+        if TOOL_NAMES.get(name, name) not in ["default", *listed]
+    ]
+    for server in translate.as_list(init.get("mcp_servers")):
+        status = server.get("status")
+        if status not in ("connected", "pending"):
+            found.append(f"the MCP server {server.get('name')} is not there: {status}")
+    return found
 
 
 def inherited_socket() -> socket.socket | None:
@@ -1696,7 +1974,7 @@ def inherited_socket() -> socket.socket | None:
         raise ConfigError(words) from error
 
 
-async def run(config: Config) -> None:
+async def run(config: Config, flags: Iterable[str]) -> None:
     """Serve until SIGTERM, SIGINT or SIGHUP; a second one cuts running answers
     short."""
     stopping = asyncio.Event()
@@ -1714,8 +1992,8 @@ async def run(config: Config) -> None:
         bridge = started
         for address in bridge.addresses:
             log.info("listening on %s", as_url(address))
-        for words in bridge.config.warnings(os.environ):
-            log.warning("%s", words)
+        for message in bridge.config.warnings(os.environ):
+            log.warning("%s", as_typed(message, flags))
         login = asyncio.create_task(announce(bridge))
         await stopping.wait()
         words = "shutting down"
@@ -1727,10 +2005,25 @@ async def run(config: Config) -> None:
         await asyncio.wait({login})
 
 
+# What each command does, and what its own --help says.
 COMMANDS = {
-    "check": "say whether the CLI is there, logged in, and does what is needed",
-    "login": "log the CLI in, in this terminal",
-    "providers": "print the model_providers of the configuration file, completed",
+    "check": (
+        "say whether the CLI is there, logged in, and does what is needed",
+        "It starts the CLI, asks it who is logged in, and asks it two questions in front\n"
+        "of a fake API on loopback, which costs nothing.  It takes the settings of the\n"
+        "bridge.  Exit status 0: all of it works.",
+    ),
+    "login": (
+        "log the CLI in, in this terminal",
+        "It runs `claude auth login` with the CLI that the bridge runs (--bin), for the\n"
+        "user who runs it.",
+    ),
+    "providers": (
+        "print the model_providers of a gateway's file, completed",
+        "It reads --config FILE (TOML, JSON or YAML), and prints its providers as JSON:\n"
+        "those of claude-cli with the address and key of a bridge that has the same\n"
+        "settings.",
+    ),
 }
 GROUPS = {
     "everyday": "Everyday",
@@ -1755,7 +2048,8 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> Parser:
     """The command line: a command, and a flag for each setting that is no secret."""
     lines = ["Answer the Anthropic Messages API with the claude CLI.", "", "commands:"]
-    lines += [f"  {name:10} {meaning}" for name, meaning in COMMANDS.items()]
+    lines += [f"  {name:10} {meaning}" for name, (meaning, _) in COMMANDS.items()]
+    lines.append("Without a command it serves.  A command's own --help says more.")
     parser = Parser(
         prog="claude-cli-bridge",
         usage="claude-cli-bridge [check | login | providers] [--SETTING VALUE]...",
@@ -1769,14 +2063,14 @@ def make_parser() -> Parser:
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     version = f"claude-cli-bridge {__version__}"
     parser.add_argument("--version", action="version", version=version)
-    words = "start only if there is a claude-cli provider in FILE"
-    parser.add_argument("--config", metavar="FILE", help=words)
+    meaning = "a gateway's file: start only if it has a claude-cli provider"
+    parser.add_argument("--config", metavar="FILE", help=meaning)
     groups = {name: parser.add_argument_group(GROUPS[name]) for name in GROUPS}
     for item in dataclasses.fields(Config):
         if item.name != "api_key":
             default = f" [{item.default}]" if item.default else ""
             groups[item.metadata["group"]].add_argument(
-                "--" + item.name.replace("_", "-"),
+                flag(item.name),
                 metavar="VALUE",
                 help=item.metadata["meaning"].replace("`", "") + default,
             )
@@ -1790,6 +2084,7 @@ def main() -> None:
     check.
     """
     open_standard_files()
+    flags: dict[str, str] = {}
     try:
         try:
             flags = read_flags(sys.argv[1:])
@@ -1799,7 +2094,7 @@ def main() -> None:
             if sys.stdout:  # None: it was closed at the start
                 sys.stdout.flush()
     except ConfigError as error:
-        print(f"claude-cli-bridge: {error}", file=sys.stderr)
+        print(f"claude-cli-bridge: {as_typed(str(error), flags)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -1839,18 +2134,26 @@ def read_flags(words: list[str]) -> dict[str, str]:
     """The command, if there is one, and the flags that are given, by setting.  Raises
     ConfigError."""
     parser = make_parser()
+    asked = [word for word in words if word in COMMANDS]
+    if asked and not {"-h", "--help"}.isdisjoint(words):
+        print(f"usage: claude-cli-bridge {asked[0]} [--SETTING VALUE]...\n")
+        print(COMMANDS[asked[0]][1])
+        sys.exit(0)
     known, others = parser.parse_known_args(words)
     flags = vars(known)
     unknown = [name.partition("=")[0] for name in others if name.startswith("-")]
     if unknown:
         hint = suggestion(unknown[0], re.findall("--[a-z-]+", parser.format_help()))
-        raise ConfigError(f"there is no {unknown[0]}{hint or '; see --help'}")
+        settings = [item.name for item in dataclasses.fields(Config)]
+        settings.remove("api_key")
+        message = f"there is no {unknown[0]}{hint or '; see --help'}"
+        raise ConfigError(as_typed(message, settings))
     command = flags.get("command")
     if command and command not in COMMANDS:
         hint = suggestion(command, COMMANDS)
-        raise ConfigError(
-            f"there is no such command{hint or ': ' + ', '.join(COMMANDS)}"
-        )
+        names = "check, login, providers, or none to start the bridge"
+        value = "a value with spaces needs quotes"
+        raise ConfigError(f"there is no such command{hint or f': {names}; {value}'}")
     if others:
         raise ConfigError(f"{command} takes nothing but flags; see --help")
     return flags
@@ -1860,12 +2163,12 @@ def execute(config: Config, flags: Mapping[str, str], path: str) -> None:
     """Run a command of the command line; `path` is the configuration file's."""
     command = flags.get("command")
     if command == "check":
-        sys.exit(0 if asyncio.run(check(config)) else 1)
+        sys.exit(0 if asyncio.run(check(config, flags)) else 1)
     if command == "login":
         program = find_cli(config.bin)
         os.execv(program, [program, "auth", "login"])
     if command == "providers" and not path:
-        raise wrong("config", "providers needs a configuration file")
+        raise config_error("config", "providers needs a configuration file")
     providers = read_providers(path, config) if path else []
     if command == "providers":
         print(orjson.dumps(providers, option=orjson.OPT_INDENT_2).decode())
@@ -1873,7 +2176,8 @@ def execute(config: Config, flags: Mapping[str, str], path: str) -> None:
     writer = LogWriter()
     text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     writer.setFormatter(JsonFormatter() if config.log_format == "json" else text)
-    logging.basicConfig(level=logging.INFO, handlers=[writer])
+    level = logging.DEBUG if config.log_level == "debug" else logging.INFO
+    logging.basicConfig(level=level, handlers=[writer])
     if path and not any(map(is_own, providers)):
         log.info("there is no claude-cli provider in %s: nothing to do", path)
         return
@@ -1882,7 +2186,7 @@ def execute(config: Config, flags: Mapping[str, str], path: str) -> None:
     # default): tests/bench/hostile.py.
     sys.setswitchinterval(0.001)
     watch_without_threads()
-    asyncio.run(run(config))
+    asyncio.run(run(config, flags))
 
 
 # ------------------------------------------------------------ appendix: the page
@@ -1892,65 +2196,77 @@ PAGE = """\
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
+<meta http-equiv="refresh" content="10">
 <title>claude-cli-bridge</title>
 <style>
+  :root { color-scheme: light dark }
   body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem }
   body { margin: 2rem auto; padding: 0 1rem }
   h2 { font-size: 1.1rem; margin: 1.5rem 0 .3rem }
   table { border-collapse: collapse; width: 100% }
-  td { border-top: 1px solid #8884; padding: .2rem .8rem .2rem 0; overflow-wrap: anywhere }
+  td { border-top: 1px solid #8884; padding: .2rem .8rem .2rem 0 }
+  td { overflow-wrap: anywhere; vertical-align: top }
   td:first-child { width: 40% }
-  pre { overflow-x: auto; background: #8882; padding: .8rem }
-  :root { color-scheme: light dark }
+  pre { background: #8882; padding: .8rem; font-size: .85rem }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere }
 </style>
 <h1>claude-cli-bridge</h1>
 """
-EXAMPLE = """\
-curl {url}/v1/messages \\
-  -H 'content-type: application/json' \\
+EXPORTS = """\
+export ANTHROPIC_BASE_URL={url}
+export ANTHROPIC_API_KEY={key}
+"""
+CURL = """\
+curl {target}/v1/messages \\
+  -H 'content-type: application/json' -H "x-api-key: {key}" \\
   -d '{{"model": "sonnet", "max_tokens": 100,
-       "messages": [{{"role": "user", "content": "Say hello."}}]}}'"""
+       "messages": [{{"role": "user", "content": "Say hello."}}]}}'
+"""
+
+
+def connect_lines(bridge: Bridge) -> str:
+    """What a shell takes to reach the bridge: two variables for most clients, and a
+    first request."""
+    key = f"${variable('api_key')}" if bridge.config.api_key else KEY_OF_CLIENTS
+    curl = CURL.format(target=curl_target(bridge.url), key=key)
+    if bridge.config.unix_path:
+        return curl  # clients take no such address
+    return EXPORTS.format(url=bridge.url, key=key) + "\n" + curl
 
 
 def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
-    """What the page says, by section: names and values.  Nothing that a client or the
-    model wrote."""
-    pool = bridge.pool
-    hello = pool.cli.hello
+    """What the page says, by section: names and values.  Nothing that was asked or
+    answered."""
+    pool, config = bridge.pool, bridge.config
     login = "not known yet"
-    if hello:
-        login = (
-            translate.login_source(hello)
-            or f"nobody: {login_cure(bridge.config, os.environ)}"
-        )
+    if pool.cli.hello:
+        source = translate.login_source(pool.cli.hello)
+        where = f"user {user_name()}, {login_folder(os.environ)}"
+        login = f"{source} ({where})"
+        if not source:
+            login = f"nobody: {login_cure(config, os.environ)}"
     snapshot = pool.snapshot()
     sessions = []
     for state, turns, seconds in snapshot.processes:
-        words = f"turns: {turns}"
-        if state not in (State.BUSY, State.RETIRED):
-            words += f", waits for {seconds:.0f} s"
+        words = f"for {seconds:.0f} s; turns: {turns}"
         sessions.append((state.value, words))
     quota = []
     for name, info in snapshot.limits.items():
         used = info.get("utilization")
         share = f", {used:.0%} used" if isinstance(used, int | float) else ""
         quota.append((name, translate.get_str(info, "status") + share))
+    date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(bridge.started))
     return {
         "State": [
             ("version", __version__),
-            (
-                "running since",
-                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(bridge.started)),
-            ),
-            ("base URL for clients", bridge.url),
-            ("claude CLI", bridge.config.bin),
+            ("running since", date),
+            ("listening on", ", ".join(map(as_url, bridge.addresses))),
+            ("claude CLI", config.bin),
             ("its version", cli_version(pool)),
             ("logged in", login),
         ],
+        "Last requests": list(map(request_row, bridge.recent)) or [("none", "")],
         "Processes": sessions or [("none", "")],
-        "Requests by route and status": pool.metrics.rows("requests_total"),
-        "Conversations": pool.metrics.rows("turns_total"),
-        "Errors by type": pool.metrics.rows("errors_total") or [("none", "")],
         "Quota of the account": quota or [("none reported", "")],
     }
 
@@ -1962,33 +2278,45 @@ def cli_version(pool: Pool) -> str:
     return (cli.version or "not known yet") + (f" ({remark})" if remark else "")
 
 
+def request_row(entry: tuple[float, str, Json]) -> tuple[str, str]:
+    """When and where a request came, and what became of it."""
+    at, path, row = entry
+    clock = time.strftime("%H:%M:%S", time.localtime(at))
+    result = [row["status"], f"{row['secs']:.2f} s"]
+    result += [row.get(name) for name in ("model", "conversation", "reason")]
+    words = ", ".join(str(value) for value in result if value)
+    return f"{clock} {path[:MAX_LOGGED_PATH]}", words
+
+
 def page_text(bridge: Bridge) -> str:
-    lines = ["claude-cli-bridge"]
+    connect = textwrap.indent(connect_lines(bridge), "  ")
+    lines = ["claude-cli-bridge", "", "Connect", connect.rstrip()]
     for title, rows in page_sections(bridge).items():
         lines += ["", title]
         lines += [f"  {name:30} {value}".rstrip() for name, value in rows]
-    example = EXAMPLE.format(url=curl_target(bridge.url))
-    lines += ["", "Connect", textwrap.indent(example, "  "), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])
 
 
 def page_html(bridge: Bridge) -> str:
-    parts = [PAGE]
+    connect = html.escape(connect_lines(bridge))
+    parts = [PAGE, f"<h2>Connect</h2>\n<pre>{connect}</pre>\n"]
     for title, rows in page_sections(bridge).items():
-        parts.append(f"<h2>{html.escape(title)}</h2>\n<table>\n")
+        parts.append(f"<h2>{title}</h2>\n<table>\n")
         for name, value in rows:
             cells = f"<td>{html.escape(name)}</td><td>{html.escape(value)}</td>"
             parts.append(f"<tr>{cells}</tr>\n")
         parts.append("</table>\n")
-    example = html.escape(EXAMPLE.format(url=curl_target(bridge.url)))
-    parts.append(f"<h2>Connect</h2>\n<pre>{example}</pre>\n</html>\n")
-    return "".join(parts)
+    return "".join([*parts, "</html>\n"])
 
 
 # ------------------------------------------------------------ appendix: providers
 
 # The lists of a gateway's file that hold providers; the second one is older.
 PROVIDER_LISTS = ("model_providers", "llm_providers")
+NO_PROVIDERS = (
+    "model_providers: this is for the file of a gateway that the bridge serves; settings "
+    "are flags, or variables of the environment"
+)
 INTERFACE = "claude-cli"
 # Gateways want a key even where none is needed.
 PLACEHOLDER_KEY = "claude-cli-local"
@@ -2013,12 +2341,12 @@ def read_providers(path: str, config: Config) -> list[Json]:
     except ConfigError:
         raise
     except OSError as error:
-        raise wrong("config", f"{path}: {error.strerror}") from error
+        raise config_error("config", f"{path}: {error.strerror}") from error
     except ApiError as error:
         words = error.message.removeprefix("file.")
-        raise wrong("config", f"{path}: {words}") from None
+        raise config_error("config", f"{path}: {words}") from None
     except (ValueError, TypeError, RecursionError) as error:
-        raise wrong("config", f"{path} cannot be read: {error}") from None
+        raise config_error("config", f"{path} cannot be read: {error}") from None
 
 
 def read_entries(path: Path) -> list[Json]:
@@ -2032,9 +2360,10 @@ def read_entries(path: Path) -> list[Json]:
         document = load_yaml(data)
     else:
         document = orjson.loads(data)
-    if document is None:
-        return []
-    check_type(document, dict, "file")
+    if document is not None:
+        check_type(document, dict, "file")
+    if not document or document.keys().isdisjoint(PROVIDER_LISTS):
+        raise config_error("config", f"{path} has no {NO_PROVIDERS}")
     found: list[Json] = []
     for name in PROVIDER_LISTS:
         if document.get(name) is not None:
@@ -2048,7 +2377,7 @@ def load_yaml(data: bytes) -> Any:
         yaml = importlib.import_module("yaml")
     except ModuleNotFoundError:
         raise ValueError(
-            "YAML needs the package PyYAML; TOML and JSON need nothing"
+            "YAML needs a package: `pip install PyYAML`; TOML and JSON need none"
         ) from None
     try:
         return yaml.safe_load(data)
@@ -2263,16 +2592,16 @@ async def rehearse(config: Config, api: FakeApi) -> None:
             await api.play(pool)
 
 
-async def check(config: Config) -> bool:
+async def check(config: Config, flags: Iterable[str]) -> bool:
     """Print in plain words whether the CLI is there, is logged in and does what is
     needed; True if all is well.  It costs no token."""
     try:
         config = config.checked()
     except ConfigError as error:
-        print(f"settings: {error}")
+        print(f"settings: {as_typed(str(error), flags)}")
         return False
-    for words in config.warnings(os.environ):
-        print(f"warning: {words}")
+    for warning in config.warnings(os.environ):
+        print(f"warning: {as_typed(warning, flags)}")
     print(f"CLI: {config.bin}")
     config = dataclasses.replace(config, spares=0)
     limit = min(REHEARSAL_SECS, config.watchdog_secs)
@@ -2281,9 +2610,12 @@ async def check(config: Config) -> bool:
             async with Pool(config) as pool, asyncio.timeout(limit):
                 cli = await pool.look_at_cli()
                 source = translate.login_source(await pool.hello())
+                missing = await missing_from_agent(pool)
     except (ApiError, OSError) as error:  # TimeoutError among them
         print(f"start: does not work ({str(error) or 'no answer in time'})")
         return False
+    for warning in missing:
+        print(f"warning: {as_typed(warning, flags)}")
     cure = login_cure(config, os.environ)
     print(f"login: {source or 'nobody is logged in: ' + cure}")
     found = dict.fromkeys(FEATURES, False)
@@ -2295,11 +2627,11 @@ async def check(config: Config) -> bool:
                 await rehearse(config, api)
     except (ApiError, OSError) as error:
         failure = f" ({str(error) or 'no answer in time'})"
-    version = cli.version or api.version or "unknown"
+    version = cli.version or api.version or NO_VERSION
     print(f"version: {version}" + (f" ({cli.warning})" if cli.warning else ""))
     for name, meaning in FEATURES.items():
-        missing = f"does not work: there is no sign that this CLI {meaning}{failure}"
-        print(f"{name}: {'works' if found[name] else missing}")
+        fault = f"does not work: there is no sign that this CLI {meaning}{failure}"
+        print(f"{name}: {'works' if found[name] else fault}")
     return bool(source) and all(found.values())
 
 

@@ -158,7 +158,7 @@ def test_a_system_without_a_temporary_folder_is_refused(monkeypatch: pytest.Monk
     monkeypatch.delenv("TMPDIR", raising=False)
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: ["/no/such"])
-    with pytest.raises(ConfigError, match="^TMPDIR: no folder"):
+    with pytest.raises(ConfigError, match=r"^TMPDIR: no folder"):
         Config(bin=str(STANDIN)).checked()
 
 

@@ -48,7 +48,10 @@ def run(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
         (["--xyzzy"], "there is no --xyzzy; see --help"),
         (["chekc"], "there is no such command; did you mean check?"),
         (["provider"], "there is no such command; did you mean providers?"),
-        (["sesame"], "there is no such command: check, login, providers"),
+        (
+            ["sesame"],
+            "there is no such command: check, login, providers, or none to start the bridge; a value with spaces needs quotes",
+        ),
         (["check", "sesame"], "check takes nothing but flags; see --help"),
         (["--url", "http://localhost:1"], "there is no --url; see --help"),
         (["--help=sesame"], "--help: ignored explicit argument; see --help"),
@@ -117,7 +120,7 @@ def test_an_output_that_nobody_reads_is_no_traceback(
     tmp_path: Path, words: list[str], closed: str, status: int
 ) -> None:
     file = tmp_path / "config.json"
-    file.write_text("{}")
+    file.write_text('{"model_providers": []}')
     script = f'set -o pipefail; {{ sleep 0.5; "$@"; }} {closed}'
     command = [
         "bash",
@@ -144,7 +147,7 @@ def test_a_mistake_is_said_in_one_line_by_check_and_before_it(words: list[str]) 
     done = run(*words)
     said = (done.stdout + done.stderr).splitlines()
     assert len(said) == 1
-    assert "settings: CLAUDE_CLI_LISTEN_ADDR: " in said[0] or "did you mean check?" in said[0]
+    assert "settings: --listen-addr: " in said[0] or "did you mean check?" in said[0]
 
 
 def test_login_is_the_clis_own_in_this_terminal(tmp_path: Path) -> None:
@@ -156,7 +159,7 @@ def test_login_is_the_clis_own_in_this_terminal(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (7, "auth login\ncode", "")
     done = run("login", "--bin", "/no/such")
     assert done.returncode == 2
-    assert done.stderr.startswith("claude-cli-bridge: CLAUDE_CLI_BIN: '/no/such' does not exist")
+    assert done.stderr.startswith("claude-cli-bridge: --bin: '/no/such' does not exist")
 
 
 def test_a_key_that_is_not_utf8_ends_the_start_and_is_not_printed(launch: Launch) -> None:
