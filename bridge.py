@@ -24,7 +24,6 @@ What is not on this way stands after it: models, `serve`, the program, and in ea
 what is called an appendix.
 """
 
-import argparse
 import asyncio
 import base64
 import contextlib
@@ -65,14 +64,13 @@ from collections.abc import (
     Callable,
     Coroutine,
     Iterable,
-    Iterator,
     Mapping,
 )
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 import h11
 import orjson
@@ -93,7 +91,7 @@ if TYPE_CHECKING or not __package__:
         update_cure,
         watch_without_threads,
     )
-    from translate import ApiError, Json, check_type
+    from translate import ApiError, Json
 else:  # copied into a package
     from . import translate
     from .sessions import (
@@ -108,7 +106,7 @@ else:  # copied into a package
         update_cure,
         watch_without_threads,
     )
-    from .translate import ApiError, Json, check_type
+    from .translate import ApiError, Json
 
 __version__ = "0.2.0"
 log = logging.getLogger("claude_cli_bridge")
@@ -117,7 +115,6 @@ log = logging.getLogger("claude_cli_bridge")
 
 ENVIRONMENT_PREFIX = "CLAUDE_CLI_"
 MAX_PORT = 65_535
-NOT_WRITABLE = "is not a folder that can be written"
 
 
 class ConfigError(ValueError):
@@ -201,13 +198,12 @@ class Config(PoolConfig):
     def read(cls, environ: Mapping[str, str], flags: Mapping[str, str]) -> "Config":
         """Settings from flags, else from the environment.  Raises ConfigError, which
         names one."""
-        values: dict[str, Any] = {}
+        values = {}
         for item in dataclasses.fields(cls):
-            text = flags.get(item.name)
-            if text is None:
-                text = environ.get(variable(item.name), "")
+            name = item.name
+            text = flags.get(name, environ.get(variable(name), ""))
             if text:
-                values[item.name] = parse_setting(item.name, type(item.default), text)
+                values[name] = parse_setting(name, type(item.default), text)
         return cls(**values)
 
     def checked(self) -> "Config":
@@ -216,75 +212,68 @@ class Config(PoolConfig):
         for item in dataclasses.fields(self):
             check_bounds(item, getattr(self, item.name))
         bypasses = self.tools and self.permission_mode == "bypassPermissions"
-        if bypasses and os.geteuid() == 0:
-            raise config_error(
-                "permission_mode",
-                "the CLI refuses bypassPermissions when it runs as root",
-            )
-        if self.tools and not os.path.isdir(self.cwd or "."):
-            raise config_error("cwd", f"{self.cwd!r} is not a directory")
+        require(
+            not bypasses or os.geteuid(),
+            "permission_mode",
+            "the CLI refuses bypassPermissions when it runs as root",
+        )
+        is_folder = os.path.isdir(self.cwd or ".")
+        require(is_folder or not self.tools, "cwd", f"{self.cwd!r} is not a directory")
         if self.mcp_config:
             check_mcp_config(self.mcp_config)
-        if self.trace_dir and not is_writable_folder(self.trace_dir):
-            raise config_error("trace_dir", f"{self.trace_dir!r} {NOT_WRITABLE}")
-        check_keep_env(self.keep_env)
-        check_own_key(self.api_key)
-        if "null" in self.allowed_origins:
-            message = (
-                "null is the origin of any page in a sandbox, and is never allowed"
-            )
-            raise config_error("allowed_origins", message)
-        if not self.unix_path:
+        for name in self.keep_env:
+            # It is not printed: it may be a secret.
+            is_name = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name)
+            message = "takes names of variables, with commas between, and no values"
+            require(is_name, "keep_env", message)
+        is_header = self.api_key.isprintable() and self.api_key == self.api_key.strip()
+        message = "must be one line of UTF-8 without spaces at its ends"
+        require(is_header, "api_key", message)
+        message = "null is the origin of any page in a sandbox, and is never allowed"
+        require("null" not in self.allowed_origins, "allowed_origins", message)
+        if not self.unix_path and not self.api_key:
             host, _ = self.address
-            if not is_loopback(host) and not self.api_key:
-                message = f"{host} can be reached from other machines: set"
-                raise config_error("listen_addr", f"{message} {variable('api_key')}")
-        check_system(os.environ)
-        self.check_api_address(os.environ)
-        trace_dir = self.trace_dir and os.path.abspath(self.trace_dir)
-        return dataclasses.replace(self, bin=find_cli(self.bin), trace_dir=trace_dir)
-
-    def check_api_address(self, environ: Mapping[str, str]) -> None:
-        """Refuse an address of the API that leads back to the bridge."""
+            message = f"{host} can be reached from other machines: set"
+            message += f" {variable('api_key')}"
+            require(is_loopback(host), "listen_addr", message)
         for name in API_ADDRESSES:
-            if name in self.keep_env and self.is_own_url(environ.get(name, "")):
-                words = f"{name} is the bridge's own address, where its clients ask;"
-                raise config_error("keep_env", f"{words} leave the name out")
+            leads_back = name in self.keep_env and self.is_own_url(os.environ.get(name))
+            message = f"{name} is the bridge's own address, where its clients ask;"
+            require(not leads_back, "keep_env", f"{message} leave the name out")
+        check_folders(self.trace_dir)
+        return dataclasses.replace(
+            self,
+            bin=find_cli(self.bin),
+            trace_dir=self.trace_dir and os.path.abspath(self.trace_dir),
+        )
 
-    def is_own_url(self, url: str) -> bool:
-        """Whether a URL leads to an address that the bridge listens on."""
+    def is_own_url(self, url: str | None) -> bool:
+        """Whether a URL leads to a loopback address that the bridge listens on."""
         if self.unix_path:
             return False
+        host, own_port = self.address
         try:
-            parts = urlsplit(url)
-            port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+            parts = urlsplit(url or "")
+            name, port = parts.hostname or "", parts.port
         except ValueError:
             return False
-        host, own_port = self.address
-        name = parts.hostname or ""
-        is_here = name == host or (is_loopback(name) and is_local(host))
-        return port == own_port and is_here
+        return port == own_port and (is_loopback(name) or name == host)
 
     @property
     def unix_path(self) -> str:
         """The path of a Unix socket; empty: it is an address."""
-        is_unix = self.listen_addr.startswith("unix:")
-        return self.listen_addr.removeprefix("unix:") if is_unix else ""
+        scheme, _, path = self.listen_addr.partition(":")
+        return path if scheme == "unix" else ""
 
     @property
     def address(self) -> tuple[str, int]:
         """Host and port.  Raises ConfigError."""
-        if "://" in self.listen_addr:
-            raise config_error(
-                "listen_addr", f"leave out the scheme of {self.listen_addr!r}"
-            )
         host, _, port = self.listen_addr.rpartition(":")
-        if not host or not re.fullmatch("[0-9]{1,9}", port):
-            message = "expected host:port or unix:/path, such as 127.0.0.1:8080"
-            raise config_error("listen_addr", f"{message}; got {self.listen_addr!r}")
-        if int(port) > MAX_PORT:
-            message = f"a port is at most {MAX_PORT}; got {port}"
-            raise config_error("listen_addr", message)
+        is_address = host and re.fullmatch("[0-9]{1,9}", port) and "/" not in host
+        message = "expected host:port or unix:/path, such as 127.0.0.1:8080"
+        require(is_address, "listen_addr", f"{message}; got {self.listen_addr!r}")
+        message = f"a port is at most {MAX_PORT}; got {port}"
+        require(int(port) <= MAX_PORT, "listen_addr", message)
         return host.strip("[]").lower(), int(port)
 
     @property
@@ -292,30 +281,31 @@ class Config(PoolConfig):
         """Where a gateway on this machine reaches the bridge."""
         if self.unix_path:
             return self.listen_addr
-        host, port = self.address
-        return local_url(host_and_port(host, port))
+        return local_url(host_and_port(*self.address))
 
     def warnings(self, environ: Mapping[str, str]) -> list[str]:
         """Settings that are probably mistakes, and those that open something up."""
-        found = []
-        known = [variable(item.name) for item in dataclasses.fields(self)]
-        known.append(variable("config"))
-        for name in environ:
-            if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
-                found.append(f"{name} is no setting{suggestion(name, known)}")
+        names = [item.name for item in dataclasses.fields(self)]
+        known = list(map(variable, [*names, "config"]))
+        found = [
+            f"{name} is no setting{suggestion(name, known)}"
+            for name in environ
+            if name.startswith(ENVIRONMENT_PREFIX) and name not in known
+        ]
         for name in self.keep_env:
+            fault = ""
             if name not in environ:
-                hint = suggestion(name, environ)
-                found.append(f"{variable('keep_env')}: {name} is not set{hint}")
+                fault = f"is not set{suggestion(name, environ)}"
             elif environ[name] == KEY_OF_CLIENTS:
-                words = f"{name} is {KEY_OF_CLIENTS!r}, a key for clients of the bridge"
-                found.append(f"{variable('keep_env')}: {words}, and none of the API's")
-        host = "" if self.unix_path else self.address[0]
-        if host in ("0.0.0.0", "::") and not self.allowed_hosts:
-            words = "clients that reach this machine by name or address get 403"
-            found.append(
-                f"{words} until {variable('allowed_hosts')} holds that name or address"
-            )
+                fault = f"is {KEY_OF_CLIENTS!r}, a key for clients of the bridge, and"
+                fault += " none of the API's"
+            if fault:
+                found.append(f"{variable('keep_env')}: {name} {fault}")
+        is_wild = self.listen_addr.startswith(("0.0.0.0:", "[::]:"))
+        if is_wild and not self.allowed_hosts:
+            message = "clients that reach this machine by name or address get 403"
+            cure = f"until {variable('allowed_hosts')} holds that name or address"
+            found.append(f"{message} {cure}")
         if self.trace_dir:
             found.append(f"prompts and answers are written to {self.trace_dir}")
         return found + self.agent_warnings()
@@ -350,6 +340,12 @@ def flag(name: str) -> str:
 def config_error(name: str, message: str) -> ConfigError:
     """The error of one setting, to be raised."""
     return ConfigError(f"{variable(name)}: {message}")
+
+
+def require(condition: object, name: str, message: str) -> None:
+    """Raises ConfigError for a setting unless the condition holds."""
+    if not condition:
+        raise config_error(name, message)
 
 
 # Words that everybody tries, and what to use instead.
@@ -403,48 +399,40 @@ UNITS = {
 
 def parse_setting(name: str, kind: type, text: str) -> Any:
     """A setting from its text.  Raises ConfigError."""
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        raise config_error(name, "leave out the quotes around the value")
+    is_quoted = re.fullmatch("(['\"]).*\\1", text, re.DOTALL)
+    require(not is_quoted, name, "leave out the quotes around the value")
     if kind is tuple:
         return tuple(text.replace(",", " ").split())
     if kind is str:
-        return text if name == "api_key" else expand_home(text)
+        # The home in place of ~, also after unix:.
+        scheme = "unix:" if text.startswith("unix:") else ""
+        path = os.path.expanduser(text.removeprefix(scheme))
+        return text if name == "api_key" else scheme + path
     try:
         return kind(text)
     except ValueError:
         number = "a whole number" if kind is int else "a number"
         unit = UNITS.get(name.rpartition("_")[2], "")
-        raise config_error(name, f"must be {number}{unit}, got {text!r}") from None
-
-
-def expand_home(text: str) -> str:
-    """A path, or unix: and a path, with the home in place of its ~."""
-    scheme = "unix:" if text.startswith("unix:") else ""
-    return scheme + os.path.expanduser(text.removeprefix(scheme))
+        message = f"must be {number}{unit}, got {text!r}"
+        raise config_error(name, message) from None
 
 
 def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
     """Raises ConfigError for a value that its field does not allow."""
     rules = item.metadata
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     kind = type(item.default)
-    is_right = is_number if kind is float else isinstance(value, kind)
-    if isinstance(value, list | tuple) and kind is tuple:
-        is_right = all(isinstance(text, str) for text in value)
-    if not is_right or isinstance(value, bool):
-        words = f"must be of type {kind.__name__}, not {type(value).__name__}"
-        raise config_error(item.name, words)  # without the value: it may be a secret
+    kinds = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
+    is_right = isinstance(value, kinds) and not isinstance(value, bool)
+    # Without the value: it may be a secret.
+    message = f"must be of type {kind.__name__}, not {type(value).__name__}"
+    require(is_right, item.name, message)
     if isinstance(value, int | float):
-        if not math.isfinite(value):
-            raise config_error(item.name, f"must be a number, got {value}")
-        if value < rules["least"]:
-            raise config_error(
-                item.name, f"must be at least {rules['least']}, got {value}"
-            )
-    elif rules["choices"] and value not in rules["choices"]:
-        raise config_error(
-            item.name, f"must be one of {', '.join(rules['choices'])}, got {value!r}"
-        )
+        message = f"must be a number of at least {rules['least']}, got {value}"
+        is_large = math.isfinite(value) and value >= rules["least"]
+        require(is_large, item.name, message)
+    elif rules["choices"]:
+        message = f"must be one of {', '.join(rules['choices'])}, got {value!r}"
+        require(value in rules["choices"], item.name, message)
 
 
 # Where the CLI may be told to find the API.
@@ -456,54 +444,37 @@ API_ADDRESSES = (
 )
 
 
-def check_keep_env(names: tuple[str, ...]) -> None:
-    """Refuse what is no name of a variable, without printing it: it may be a secret."""
-    for name in names:
-        if "=" in name:
-            raise config_error("keep_env", "give names only, without = and a value")
-        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
-            raise config_error(
-                "keep_env", "must be names of variables, with commas between"
-            )
-
-
-def is_writable_folder(path: str) -> bool:
-    return os.path.isdir(path) and os.access(path, os.W_OK)
-
-
 def check_mcp_config(path: str) -> None:
     """Refuse a file that the CLI would refuse at each request."""
+    document = None
     try:
-        servers = orjson.loads(Path(path).read_bytes())["mcpServers"]
+        document = orjson.loads(Path(path).read_bytes())
     except OSError as error:
         raise config_error("mcp_config", f"{path}: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError):
-        servers = None
-    if not isinstance(servers, dict):
-        message = f"{path} must hold a JSON object with `mcpServers`"
-        raise config_error("mcp_config", message)
+    except ValueError:
+        pass  # it is no JSON
+    servers = document.get("mcpServers") if isinstance(document, dict) else None
+    message = f"{path} must hold a JSON object with `mcpServers`"
+    require(isinstance(servers, dict), "mcp_config", message)
 
 
-def check_system(environ: Mapping[str, str]) -> None:
-    """Refuse to start where the CLI cannot."""
+def check_folders(trace_dir: str) -> None:
+    """Refuse to start where the CLI cannot, or without the folder for traces."""
     if not os.path.isdir("/dev/fd"):
         raise ConfigError("there is no /dev/fd, which the CLI needs: is /proc mounted?")
-    given = environ.get("TMPDIR", "")
-    if given and not is_writable_folder(given):
-        raise ConfigError(f"TMPDIR: {given!r} {NOT_WRITABLE}")
+    folders = {
+        variable("trace_dir"): trace_dir,
+        "TMPDIR": os.environ.get("TMPDIR", ""),
+    }
+    for name, folder in folders.items():
+        is_good = os.path.isdir(folder) and os.access(folder, os.W_OK)
+        if folder and not is_good:
+            raise ConfigError(f"{name}: {folder!r} is not a folder that can be written")
     try:
         tempfile.gettempdir()
     except FileNotFoundError:
         message = "TMPDIR: no folder for temporary files can be written; name one"
         raise ConfigError(message) from None
-
-
-def check_own_key(key: str) -> None:
-    """Refuse what no header can hold."""
-    if not key.isprintable() or key != key.strip():
-        raise config_error(
-            "api_key", "must be one line of UTF-8 without spaces at its ends"
-        )
 
 
 def curl_target(url: str) -> str:
@@ -537,39 +508,34 @@ def find_cli(given: str) -> str:
     places = [given] if given else ["claude", *INSTALLED]
     wheel = importlib.util.find_spec("claude_agent_sdk")
     if not given and wheel and wheel.origin:
-        places.insert(1, str(Path(wheel.origin).parent / "_bundled" / "claude"))
+        places.insert(1, f"{os.path.dirname(wheel.origin)}/_bundled/claude")
     for place in places:
         if path := shutil.which(os.path.expanduser(place)):
             check_interpreter(path)
             return os.path.abspath(path)  # children have another working directory
-    if not given:
-        words = "the claude CLI was not found: install Claude Code, or `pip install"
-        raise config_error(
-            "bin", f"{words} claude-agent-sdk`, or name the program here"
-        )
-    reason = "does not exist"
+    reason = f"{given!r} does not exist"
     if os.path.isdir(given):
-        reason = "is a directory: name the program in it"
+        reason = f"{given!r} is a directory: name the program in it"
     elif os.path.exists(given):
-        reason = "is not executable"
+        reason = f"{given!r} is not executable"
     elif " " in given:
         reason += ": name one program; for one with arguments, write a script"
-    raise config_error("bin", f"{given!r} {reason}")
+    elif not given:
+        reason = "the claude CLI was not found: install Claude Code, or `pip install"
+        reason += " claude-agent-sdk`, or name the program here"
+    raise config_error("bin", reason)
 
 
 def check_interpreter(path: str) -> None:
     """Refuse a script whose interpreter is missing: the system would say that the script
     itself is (execve(2))."""
-    try:
-        with open(path, "rb") as file:
-            first = file.readline(256)
-    except OSError:
-        return  # it can be run, and not be read
-    interpreter = first[2:].split()[:1] if first.startswith(b"#!") else []
-    if interpreter and not os.access(interpreter[0], os.X_OK):
-        name = os.fsdecode(interpreter[0])
+    first = b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # it may be unreadable
+        first = file.readline(256)
+    if match := re.match(rb"#!\s*(\S+)", first):
+        name = os.fsdecode(match[1])
         message = f"{path!r} is a script for {name}, which is not there"
-        raise config_error("bin", message)
+        require(os.access(name, os.X_OK), "bin", message)
 
 
 # What clients send that need a key where the bridge has none (README).
@@ -585,21 +551,24 @@ LOGIN_VARIABLES = (
 def login_cure(config: Config, environ: Mapping[str, str]) -> str:
     """Whose login was looked for, and what to do when nobody is logged in."""
     settings = settings_file(environ)
-    folder = login_folder(environ)
-    found = f"no login of user {user_name()} in {folder}"
+    found = f"no login of {login_place()}"
+    # Clients of the bridge need a key, and any will do: the README calls it so.
+    has_own_url = config.is_own_url(environ.get("ANTHROPIC_BASE_URL"))
     for name in LOGIN_VARIABLES:
-        is_kept = name in config.keep_env
-        # Clients of the bridge need a key, and any will do: the README calls it so.
         value = environ.get(name, "")
-        has_own_url = config.is_own_url(environ.get("ANTHROPIC_BASE_URL", ""))
-        is_for_clients = value == KEY_OF_CLIENTS or has_own_url
-        if value and not is_kept and not is_for_clients:
-            words = f"{found}; {name} is set, but not passed on to the CLI"
-            return f"{words}: {variable('keep_env')}={name} passes it on"
+        is_for_clients = value in ("", KEY_OF_CLIENTS) or has_own_url
+        if not is_for_clients and name not in config.keep_env:
+            found = f"{found}; {name} is set, but not passed on to the CLI"
+            return f"{found}: {variable('keep_env')}={name} passes it on"
     if os.path.isfile(settings) and not config.setting_sources:
         cure = f"{variable('setting_sources')}=user"
         found += f" ({cure} if the login is in its settings.json)"
     return f"{found}; `{shlex.quote(config.bin)} auth login` logs in"
+
+
+def login_place() -> str:
+    """Whose login the CLI looks for, and where."""
+    return f"user {user_name()} in {login_folder(os.environ)}"
 
 
 def user_name() -> str:
@@ -608,11 +577,6 @@ def user_name() -> str:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:  # in a container there may be none
         return str(os.getuid())
-
-
-def is_local(host: str) -> bool:
-    """Whether a listener there is reached by a loopback address."""
-    return is_loopback(host) or host in ("0.0.0.0", "::")
 
 
 # ------------------------------------------------------------ access
@@ -633,8 +597,11 @@ PRINTABLE = re.compile(r"[\x20-\x7e]*")
 class Exchange:
     """One request and what was answered, for routes and for the log."""
 
-    # None: what came was not a request.
-    request: h11.Request | None = None
+    connection: "Connection"
+    # All of these are empty when what came was not a request.
+    method: str = ""
+    target: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     # The connection ends with this answer.
     last: bool = False
@@ -643,9 +610,7 @@ class Exchange:
     # 0: nothing was answered.
     status: int = 0
     # Monotonic time at which the answer began; unstreamed, it is sent later.
-    first_byte: float | None = None
-    # The status line of a stream went out.
-    streaming: bool = False
+    first_byte: float = 0
     # The methods of the route, for 405.
     allow: str = ""
     turn: Turn | None = None
@@ -655,55 +620,54 @@ class Exchange:
     failure: str = ""
     message: str = ""
 
+    def take(self, request: h11.Request) -> None:
+        """Several headers of one name are joined by commas (RFC 9110, 5.3)."""
+        self.method = request.method.decode()
+        self.target = request.target.decode()
+        for name, value in request.headers:
+            values = [self.header(name.decode()), value.decode("latin-1")]
+            self.headers[name.decode()] = ", ".join(filter(None, values))
+
+    def header(self, name: str) -> str:
+        """The value of a header; `name` in lower case.  Empty: there is none."""
+        return self.headers.get(name, "")
+
     @property
     def key_digest(self) -> str:
         """A digest of the key that the client sent: two clients may use one session
         name."""
-        given = f"{self.header(b'x-api-key')} {self.header(b'authorization')}"
+        given = f"{self.header('x-api-key')} {self.header('authorization')}"
         return hashlib.blake2b(given.encode("latin-1"), digest_size=16).hexdigest()
 
     @property
     def has_body(self) -> bool:
-        length = self.header(b"content-length") or "0"
-        return int(length) > 0 or self.header(b"transfer-encoding") is not None
-
-    @property
-    def method(self) -> str:
-        return self.request.method.decode() if self.request else ""
-
-    @property
-    def target(self) -> str:
-        return self.request.target.decode("ascii") if self.request else ""
+        length = int(self.header("content-length") or 0)
+        return length > 0 or "transfer-encoding" in self.headers
 
     @property
     def path(self) -> str:
         """The path without its query (clients add ?beta=true), and with one slash at
-        its start."""
+        its start; empty: there is none."""
         target = ABSOLUTE.sub("", self.target, 1)
-        path = target.partition("?")[0]
-        return "/" + path.lstrip("/")
+        path = "/" + target.partition("?")[0].lstrip("/")
+        return path if self.target else ""
 
     @property
-    def query(self) -> dict[str, str]:
-        return dict(parse_qsl(self.target.partition("?")[2]))
+    def query(self) -> str:
+        return self.target.partition("?")[2]
 
     @property
     def route(self) -> str:
-        """The known route of the path; empty: there is none."""
-        path = MODELS if self.path.startswith(MODELS + "/") else self.path
+        """The known route of the path; empty: there is none.  Base URLs with and
+        without /v1 lead to the same, as SDKs may add it."""
+        path = re.sub("^(/v1/v1)?(?=/messages)", "/v1", self.path)
+        path = MODELS if path.startswith(MODELS + "/") else path
         return path if path in ROUTES else ""
 
     @property
     def is_page(self) -> bool:
         """Whether it asks for the page for people."""
         return self.route == "/" and self.method in ("GET", "HEAD")
-
-    def header(self, name: bytes) -> str | None:
-        """The value of a header, several joined by commas (RFC 9110, 5.3); `name` in
-        lower case."""
-        headers = self.request.headers if self.request else ()
-        values = [value.decode("latin-1") for key, value in headers if key == name]
-        return ", ".join(values) if values else None
 
 
 def check_access(exchange: Exchange, config: Config) -> None:
@@ -725,13 +689,12 @@ def check_host(exchange: Exchange, config: Config) -> None:
     header (RFC 9112, 3.2.2).
     """
     absolute = ABSOLUTE.match(exchange.target)
-    host = absolute[1] if absolute else exchange.header(b"host")
+    host = absolute[1] if absolute else exchange.headers.get("host")
     if host is None:
         return  # not HTTP/1.1, where h11 requires one; browsers speak that
     match = HOST.fullmatch(host)
-    name = ""
-    if match and int(match[2] or 0) < 65536:
-        name = match[1].lower()
+    is_port = match and int(match[2] or 0) <= MAX_PORT
+    name = match[1].lower() if match and is_port else ""
     known = {item.lower() for item in config.allowed_hosts}
     if not config.unix_path:
         known.add(config.address[0])
@@ -746,55 +709,45 @@ def check_origin(exchange: Exchange, config: Config) -> None:
     Images, scripts and frames of a page send no Origin, but say that they come from
     another site (Fetch Metadata, Sec-Fetch-Site).
     """
-    origin = exchange.header(b"origin")
-    if origin is None:
-        if exchange.header(b"sec-fetch-site") in ("cross-site", "same-site"):
-            raise ApiError(403, "pages of other sites may not use this bridge")
-        return
+    origin = exchange.headers.get("origin")
+    site = exchange.header("sec-fetch-site")
+    if origin is None and site in ("cross-site", "same-site"):
+        raise ApiError(403, "pages of other sites may not use this bridge")
     if origin == "null":  # of any page in a sandbox
-        raise ApiError(
-            403, "pages without an origin of their own may not use this bridge"
-        )
-    if origin not in config.allowed_origins:
+        message = "pages without an origin of their own may not use this bridge"
+        raise ApiError(403, message)
+    if origin is not None and origin not in config.allowed_origins:
         cure = f"{variable('allowed_origins')} allows it, set to exactly that"
         raise ApiError(403, f"Origin {origin[:100]!a} is not allowed; {cure}")
 
 
 def check_key(exchange: Exchange, config: Config) -> None:
-    """The bridge's key, where it has one, as x-api-key or as a Bearer token (RFC 6750,
-    2.1)."""
+    """The bridge's key, where it has one, as x-api-key, as a Bearer token (RFC 6750,
+    2.1), or, for the page, which a browser opens, as the password of HTTP Basic (RFC
+    7617)."""
     is_preflight = exchange.method == "OPTIONS" and not exchange.has_body
-    has_origin = exchange.header(b"origin") is not None
     # Browsers send a preflight without the key.
-    if not config.api_key or (is_preflight and has_origin):
+    if not config.api_key or (is_preflight and exchange.header("origin")):
         return
-    authorization = exchange.header(b"authorization") or ""
-    if not exchange.header(b"x-api-key") and not authorization:
+    key, authorization = exchange.header("x-api-key"), exchange.header("authorization")
+    if not key and not authorization:
         message = f"this bridge requires a key: send its {variable('api_key')}"
         raise ApiError(401, f"{message} as x-api-key or Authorization: Bearer")
-    expected = config.api_key.encode()
-    matches = [hmac.compare_digest(key, expected) for key in given_keys(exchange)]
-    if any(matches):
-        return
-    if authorization and " " not in authorization:
-        raise ApiError(401, "Authorization takes the word Bearer before the key")
-    message = "the key sent does not match this bridge's"
-    raise ApiError(401, f"{message} {variable('api_key')}")
-
-
-def given_keys(exchange: Exchange) -> list[bytes]:
-    """The keys that a request holds; of the page, which a browser opens, also the
-    password of HTTP Basic (RFC 7617)."""
-    keys = [exchange.header(b"x-api-key") or ""]
-    authorization = exchange.header(b"authorization") or ""
     scheme, _, token = authorization.partition(" ")
+    given = [key]
     if scheme.lower() == "bearer":
-        keys.append(token.strip())
+        given.append(token.strip())
     elif scheme.lower() == "basic" and exchange.is_page:
         with contextlib.suppress(ValueError):  # it is no Base64
             pair = base64.b64decode(token).decode("latin-1")
-            keys.append(pair.partition(":")[2])
-    return [key.encode("latin-1") for key in keys]
+            given.append(pair.partition(":")[2])
+    elif authorization and not token:
+        raise ApiError(401, "Authorization takes the word Bearer before the key")
+    expected = config.api_key.encode()
+    matches = [hmac.compare_digest(item.encode("latin-1"), expected) for item in given]
+    if not any(matches):
+        message = "the key sent does not match this bridge's"
+        raise ApiError(401, f"{message} {variable('api_key')}")
 
 
 def is_loopback(host: str) -> bool:
@@ -828,11 +781,21 @@ CHUNKS_AT_ONCE = 50
 LINGER_SECS = 5.0
 # Seconds of silence before a ping is sent; proxies time out after 30 to 60.
 PING_SECS = 10.0
-SESSION_HEADER = b"x-arch-claude-cli-session"
+SESSION_HEADER = "x-arch-claude-cli-session"
 
 
 class Disconnected(Exception):
     """The connection ends without more answers: mostly, the client is gone."""
+
+
+@dataclass
+class Reply:
+    """A whole answer: its body, content type, status and other headers."""
+
+    body: bytes
+    kind: str = "application/json"
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 class Connection:
@@ -848,6 +811,7 @@ class Connection:
         self.config = bridge.config
         self.reader = reader
         self.writer = writer
+        self.transport = writer.transport
         self.http = h11.Connection(
             h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES
         )
@@ -855,22 +819,20 @@ class Connection:
         self.answering = False
         # One has been answered.
         self.answered = False
+        # When something was written last, in the loop's time.
+        self.wrote_at = 0.0
 
     async def serve(self) -> None:
         """Requests in order until either side ends the connection."""
         try:
             if self.bridge.is_full:
-                await self.refuse(
-                    Exchange(), ApiError(503, "too many connections", retry_after=1)
-                )
+                error = ApiError(503, "too many connections", retry_after=1)
+                await self.refuse(Exchange(self), error)
                 return
             while await self.next_request():
                 self.answered = True
-                is_done = (
-                    self.http.our_state is h11.DONE
-                    and self.http.their_state is h11.DONE
-                )
-                if not is_done or self.bridge.closing:
+                states = {self.http.our_state, self.http.their_state}
+                if states != {h11.DONE} or self.bridge.closing:
                     break
                 self.http.start_next_cycle()
         except (Disconnected, OSError):
@@ -887,26 +849,25 @@ class Connection:
         async with asyncio.timeout(self.config.idle_secs):
             if not self.http.trailing_data[0]:
                 self.http.receive_data(await self.reader.read(READ_SIZE))
-        exchange = Exchange()
+        exchange = Exchange(self)
         try:
             async with asyncio.timeout(self.config.send_secs):
                 is_whole = await self.read_request(exchange)
         except TimeoutError:
-            await self.refuse(
-                exchange, ApiError(408, "the request was not sent in time")
-            )
-        except h11.RemoteProtocolError as error:
-            status = 431 if error.error_status_hint == 431 else 400
-            message = f"The request is not valid HTTP: {error}"
+            error = ApiError(408, "the request was not sent in time")
+        except h11.RemoteProtocolError as fault:
+            message = f"The request is not valid HTTP: {fault}"
             if self.http.trailing_data[0].startswith(TLS_HELLO):
                 message = "TLS: this port speaks plain HTTP; the URL begins with http:"
-            await self.refuse(exchange, ApiError(status, message))
-        except ApiError as error:
-            await self.refuse(exchange, error)
+            status = 431 if fault.error_status_hint == 431 else 400
+            error = ApiError(status, message)
+        except ApiError as refusal:
+            error = refusal
         else:
             if is_whole:
-                await self.bridge.handle(self, exchange)
-                return True
+                await self.bridge.handle(exchange)
+            return is_whole
+        await self.refuse(exchange, error)
         return False
 
     async def read_request(self, exchange: Exchange) -> bool:
@@ -917,16 +878,14 @@ class Connection:
             event = self.http.next_event()
             if event is h11.NEED_DATA:
                 if self.http.they_are_waiting_for_100_continue:
-                    await self.send(
-                        h11.InformationalResponse(status_code=100, headers=[])
-                    )
+                    self.write(h11.InformationalResponse(status_code=100, headers=[]))
                 data = await self.reader.read(READ_SIZE)
-                if not data and exchange.request:
+                if not data and exchange.method:
                     raise Disconnected
                 self.http.receive_data(data)
             elif isinstance(event, h11.Request):
-                exchange.request = event
-                self.check_head(exchange, event)
+                exchange.take(event)
+                self.check_head(exchange, event.http_version)
             elif isinstance(event, h11.Data):
                 body += event.data
                 chunks += 1
@@ -935,98 +894,107 @@ class Connection:
                     raise ApiError(400, "the body comes in pieces that are too small")
                 if chunks % CHUNKS_AT_ONCE == 0:
                     await asyncio.sleep(0)
-            elif isinstance(event, h11.EndOfMessage):
-                exchange.body = bytes(body)
-                return True
             else:
-                return False
+                exchange.body = bytes(body)
+                return isinstance(event, h11.EndOfMessage)
 
-    def check_head(self, exchange: Exchange, request: h11.Request) -> None:
-        """Raises ApiError 401, 403, 413 or 431, or RemoteProtocolError."""
-        size = len(request.target)
-        for name, value in request.headers:
-            size += len(name) + len(value)
+    def check_head(self, exchange: Exchange, version: bytes) -> None:
+        """Raises ApiError 401, 403, 413, 431 or 505, or RemoteProtocolError."""
         # h11 counts only a head that comes in several reads.
-        if size > MAX_HEADER_BYTES:
+        parts = [exchange.target, *exchange.headers, *exchange.headers.values()]
+        if sum(map(len, parts)) > MAX_HEADER_BYTES:
             raise ApiError(431, "the headers are too large")
-        length = exchange.header(b"content-length")
-        if length and exchange.header(b"transfer-encoding"):
+        length = exchange.header("content-length")
+        if length and exchange.header("transfer-encoding"):
             # RFC 9112, 6.1: it could be a smuggled request.
             raise h11.RemoteProtocolError("both Content-Length and Transfer-Encoding")
-        if not request.http_version.startswith(b"1."):
+        if not version.startswith(b"1."):
             raise ApiError(505, "this server speaks HTTP/1.1")  # RFC 9110, 15.6.6
         check_access(exchange, self.config)
-        if length:
-            self.check_size(int(length))
+        self.check_size(int(length or 0))
 
     def check_size(self, size: int) -> None:
         limit = self.config.max_body_bytes
         if size > limit:
             raise ApiError(413, f"Request exceeds the maximum size of {limit} bytes")
 
-    async def send(self, event: h11.Event) -> None:
-        """Write an h11 event.  An answer has ended when the system has all of it."""
-        is_end = isinstance(event, h11.EndOfMessage)
-        self.writer.transport.set_write_buffer_limits(0 if is_end else None)
-        self.write(self.http.send(event) or b"")
-        await self.drain()
+    # Answers
 
-    def write_events(self, exchange: Exchange, data: bytes) -> None:
-        """Write a piece of a stream, the first one with the head of the answer."""
-        head = b""
-        if self.http.our_state is h11.SEND_RESPONSE:
-            exchange.status = 200
-            exchange.streaming = True
-            # nginx must not hold the stream back.
-            more = {
-                "cache_control": "no-cache",
-                "x_accel_buffering": "no",
-            }
-            headers = self.bridge.headers(exchange, "text/event-stream", more)
-            head = self.http.send(response(200, headers)) or b""
-        self.write(head + (self.http.send(h11.Data(data=data)) or b""))
-
-    async def finish(self) -> None:
-        """End an answer."""
-        await self.send(h11.EndOfMessage())
-
-    def write(self, data: bytes) -> None:
-        """Write, unless the client is gone: uvloop would raise, and `drain` says so."""
+    def write(self, event: h11.Event) -> None:
+        """Write an h11 event, unless the client is gone: uvloop would raise, and `drain`
+        says so."""
+        data = self.http.send(event)
         if data and not self.writer.is_closing():
             self.writer.write(data)
+
+    def begin(self, exchange: Exchange, reply: Reply) -> None:
+        """Write the head of an answer, with a Date (RFC 9110, 6.6.1) and a reason phrase
+        (RFC 9112, 4)."""
+        exchange.status = status = reply.status
+        headers = {"date": email.utils.formatdate(usegmt=True)}
+        headers |= {"content-type": reply.kind} | self.bridge.headers(exchange)
+        headers |= reply.headers
+        unknown = "Overloaded" if status == 529 else ""
+        reason = http.client.responses.get(status, unknown)
+        head = [(name, value) for name, value in headers.items() if value]
+        self.transport.set_write_buffer_limits()
+        self.write(h11.Response(status_code=status, headers=head, reason=reason))
+
+    async def finish(self) -> None:
+        """End an answer: it has ended when the system has all of it."""
+        self.write(h11.EndOfMessage())
+        self.transport.set_write_buffer_limits(0)
+        await self.drain()
+
+    async def respond(self, exchange: Exchange, reply: Reply) -> None:
+        """Send a whole answer."""
+        if reply.status != 204:
+            reply.headers["content-length"] = str(len(reply.body))
+        self.begin(exchange, reply)
+        if exchange.method != "HEAD":
+            self.write(h11.Data(data=reply.body))
+        await self.finish()
+
+    def stream(self, exchange: Exchange, frames: bytes) -> None:
+        """Write a piece of a stream, after the head of the answer."""
+        if self.http.our_state is h11.SEND_RESPONSE:
+            # nginx must not hold the stream back.
+            headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+            self.begin(exchange, Reply(b"", "text/event-stream", headers=headers))
+        self.write(h11.Data(data=frames))
+        self.wrote_at = asyncio.get_running_loop().time()
+
+    async def ping(self, exchange: Exchange) -> None:
+        """Fill the silences of a stream, until it is cancelled."""
+        loop = asyncio.get_running_loop()
+        self.wrote_at = loop.time()
+        while True:
+            silent = loop.time() - self.wrote_at
+            if silent >= PING_SECS:
+                self.stream(exchange, translate.PING)
+                silent = 0
+            await asyncio.sleep(PING_SECS - silent)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the client does not read what was written, or is gone: `drain`
+        says so."""
+        _, limit = self.transport.get_write_buffer_limits()
+        is_full = self.transport.get_write_buffer_size() > limit
+        return is_full or self.transport.is_closing()
 
     async def drain(self) -> None:
         """Wait while the client is slow to read.  Raises Disconnected when it is gone, or
         reads nothing at all."""
-        transport = self.writer.transport
         unread = math.inf
         with contextlib.suppress(OSError):
-            while transport.get_write_buffer_size() < unread:
-                unread = transport.get_write_buffer_size()
+            while self.transport.get_write_buffer_size() < unread:
+                unread = self.transport.get_write_buffer_size()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self.config.idle_secs):
                         await self.writer.drain()
                         return
         raise Disconnected
-
-    async def respond(
-        self,
-        exchange: Exchange,
-        body: bytes,
-        kind: str = "application/json",
-        status: int = 200,
-        **headers: str,
-    ) -> None:
-        """Send a whole answer; `kind` is its content type, keyword names become header
-        names with dashes."""
-        exchange.status = status
-        head = self.bridge.headers(exchange, kind, headers)
-        if status != 204:
-            head.append(("content-length", str(len(body))))
-        await self.send(response(status, head))
-        if exchange.method != "HEAD":
-            await self.send(h11.Data(data=body))
-        await self.finish()
 
     async def fail(self, exchange: Exchange, error: ApiError) -> None:
         """Send an error as a whole answer, or as the last event of a stream that has
@@ -1034,30 +1002,26 @@ class Connection:
         exchange.failure = error.kind
         exchange.message = "" if error.is_quoted else error.message
         body = error.body(exchange.id)
-        if self.http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            if exchange.streaming and self.http.our_state is h11.SEND_BODY:
-                await self.send(h11.Data(data=translate.frame(body)))
-                await self.finish()
-            return  # a whole answer has begun: closing is all that can be said
-        headers = {}
-        if error.status == 401:
-            basic = 'Basic realm="the password is the key"'
-            headers["www_authenticate"] = basic if exchange.is_page else "Bearer"
-        after = error.retry_after
-        if error.resets_at is not None:
-            after = max(1, round(error.resets_at - time.time()))
-        if after is not None:
-            headers["retry_after"] = str(after)
-        # SDKs sleep through any retry-after: a limit that resets in an hour is the
-        # user's to see.
-        if not error.retry or (after or 0) > 60:
-            headers["x_should_retry"] = "false"
-        await self.respond(exchange, orjson.dumps(body), status=error.status, **headers)
+        if self.http.our_state is h11.SEND_BODY:
+            self.stream(exchange, translate.frame(body))
+            await self.finish()
+        elif self.can_respond:
+            headers = error_headers(error)
+            if error.status == 401:
+                basic = 'Basic realm="the password is the key"'
+                headers["www-authenticate"] = basic if exchange.is_page else "Bearer"
+            data = orjson.dumps(body)
+            reply = Reply(data, status=error.status, headers=headers)
+            await self.respond(exchange, reply)
+
+    @property
+    def can_respond(self) -> bool:
+        return self.http.our_state in (h11.IDLE, h11.SEND_RESPONSE)
 
     async def refuse(self, exchange: Exchange, error: ApiError) -> None:
         """Answer a request that is not read to its end, then read on for a moment:
         closing on unread bytes is a reset, which can overtake the answer."""
-        if self.http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+        if not self.can_respond:
             return
         exchange.last = True
         try:
@@ -1070,7 +1034,7 @@ class Connection:
             while await self.reader.read(READ_SIZE):
                 pass
 
-    async def gone(self) -> None:
+    async def wait_for_disconnect(self) -> None:
         """Return when the client closes its side; meanwhile keep what it sends ahead
         for the next request."""
         while len(self.http.trailing_data[0]) < MAX_PIPELINED:
@@ -1094,67 +1058,22 @@ class Connection:
     def abort(self) -> None:
         """Drop what the client has not read."""
         # A transport that has sent all closes itself: asyncio fails to abort it then.
-        if self.writer.transport.get_write_buffer_size():
-            self.writer.transport.abort()
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
 
 
-def response(status: int, headers: list[tuple[str, str]]) -> h11.Response:
-    """The head of an answer, with a Date (RFC 9110, 6.6.1) and a reason phrase (RFC
-    9112, 4)."""
-    unknown = "Overloaded" if status == 529 else ""
-    reason = http.client.responses.get(status, unknown)
-    date = ("date", email.utils.formatdate(usegmt=True))
-    return h11.Response(status_code=status, headers=[date, *headers], reason=reason)
-
-
-class Stream:
-    """The events of one answer on their way out.
-
-    The status line goes out with the first of them, or with the first ping; pings fill
-    silences.
-    """
-
-    def __init__(
-        self, connection: Connection, exchange: Exchange, *, pings: bool
-    ) -> None:
-        self.connection = connection
-        self.exchange = exchange
-        self._pings = pings
-        self._loop = asyncio.get_running_loop()
-        self._wrote_at = self._loop.time()
-        self._timer: asyncio.TimerHandle | None = None
-
-    def __enter__(self) -> "Stream":
-        if self._pings:
-            self._timer = self._loop.call_later(PING_SECS, self._tick)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._timer:
-            self._timer.cancel()
-
-    def _tick(self) -> None:
-        silent = self._loop.time() - self._wrote_at
-        if silent >= PING_SECS - 0.01:  # a timer may be a little early
-            self._write(translate.PING)
-            silent = 0
-        self._timer = self._loop.call_later(PING_SECS - silent, self._tick)
-
-    def _write(self, data: bytes) -> None:
-        self.connection.write_events(self.exchange, data)
-        self._wrote_at = self._loop.time()
-
-    def send(self, frames: bytes) -> bool:
-        """Write frames in one write; False when the client is too slow to read them."""
-        self.exchange.first_byte = self.exchange.first_byte or time.monotonic()
-        if frames:
-            self._write(frames)
-        transport = self.connection.writer.transport
-        is_slow = (
-            transport.get_write_buffer_size() > transport.get_write_buffer_limits()[1]
-        )
-        # drain() raises when the client has disconnected.
-        return not is_slow and not transport.is_closing()
+def error_headers(error: ApiError) -> dict[str, str]:
+    """What an error says of another try."""
+    headers = {}
+    after = error.retry_after
+    if error.resets_at is not None:
+        after = max(1, round(error.resets_at - time.time()))
+    if after is not None:
+        headers["retry-after"] = str(after)
+    # SDKs wait for any retry-after: a limit that resets in an hour is the user's to see.
+    if not error.retry or (after or 0) > 60:
+        headers["x-should-retry"] = "false"
+    return headers
 
 
 # ------------------------------------------------------------ the server
@@ -1173,7 +1092,11 @@ MAX_LOGGED_PATH = 100
 # Requests that the page shows, but for good ones of these routes.
 RECENT = 20
 QUIET_ROUTES = ("/", "/healthz", "/metrics")
-LOGIN_ADVICE = "`claude-cli-bridge check` says which one that is"
+# What helps against an error of the API, by status.
+ADVICE = {
+    401: "the API refused the CLI's login; `claude-cli-bridge check` says which one it is",
+    404: f"GET {MODELS} lists the models that the CLI offers",
+}
 # Prometheus' text-based exposition format.
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # How paths of the OpenAI API begin.
@@ -1198,7 +1121,6 @@ class Bridge:
         self.config = config
         self.pool = pool
         self.counter = Counter(pool)
-        self.started = time.time()
         self.closing = False
         # The last requests: when, path, and what was logged; the newest first.
         self.recent: deque[tuple[float, str, Json]] = deque(maxlen=RECENT)
@@ -1206,7 +1128,7 @@ class Bridge:
         self.addresses: list[str] = []
         # Seconds at shutdown for connections that have sent nothing yet; only with an
         # inherited listener, where no client may be refused.
-        self._patience = 0.0
+        self._grace_secs = 0.0
         self._connections: dict[asyncio.Task[None], Connection] = {}
         # Requests that are being answered.
         self._answers: set[asyncio.Task[None]] = set()
@@ -1220,7 +1142,7 @@ class Bridge:
 
     async def listen(self, sock: socket.socket | None) -> asyncio.Server:
         """Raises OSError when the address is taken, or cannot be had."""
-        self._patience = GRACE_SECS if sock else 0.0
+        self._grace_secs = GRACE_SECS if sock else 0.0
         if not sock and self.config.unix_path:
             sock = bind_unix(self.config.unix_path)
         if sock and sock.family == socket.AF_UNIX:
@@ -1261,7 +1183,7 @@ class Bridge:
     def accept(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        if self.closing and not self._patience:
+        if self.closing and not self._grace_secs:
             writer.transport.abort()  # accepted while the server was being closed
             return
         connection = Connection(self, reader, writer)
@@ -1278,8 +1200,8 @@ class Bridge:
             for task, connection in self._connections.items()
             if not connection.answering and not connection.answered
         ]
-        if new and self._patience:
-            await asyncio.wait(new, timeout=self._patience)
+        if new and self._grace_secs:
+            await asyncio.wait(new, timeout=self._grace_secs)
         for task, connection in list(self._connections.items()):
             if not connection.answering:
                 task.cancel()
@@ -1300,11 +1222,12 @@ class Bridge:
         for answer in self._answers:
             answer.cancel()
 
-    async def handle(self, connection: Connection, exchange: Exchange) -> None:
+    async def handle(self, exchange: Exchange) -> None:
         """Answer one request.  Raises Disconnected when the answer could not be
         completed."""
-        answer = asyncio.create_task(self.answer(connection, exchange))
-        gone = asyncio.create_task(connection.gone())
+        connection = exchange.connection
+        answer = asyncio.create_task(self.answer(exchange))
+        gone = asyncio.create_task(connection.wait_for_disconnect())
         self._answers.add(answer)
         connection.answering = True
         try:
@@ -1326,183 +1249,180 @@ class Bridge:
             # Raising `error` itself would keep this frame, and with it the turn, alive.
             raise Disconnected
 
-    async def answer(self, connection: Connection, exchange: Exchange) -> None:
+    async def answer(self, exchange: Exchange) -> None:
         """Route a request, and turn every failure into an answer."""
+        connection = exchange.connection
         try:
-            try:
-                await self.dispatch(connection, exchange)
-            except asyncio.CancelledError:
-                if not self.closing:
-                    raise
-                words = "the bridge is shutting down; send the request again"
-                raise ApiError(503, words) from None
-        except ApiError as error:
-            if error.status == 401:
-                self._problem_until = 0  # the last word on the login is no longer good
-            if translate.LOGIN_CURE in error.message:
-                cure = f"nobody is logged in: {login_cure(self.config, os.environ)}"
-                error.message = error.message.replace(translate.LOGIN_CURE, cure)
-            if advice := self.advice(error):
-                log.warning("request %s: %s", exchange.id, advice)
-            await connection.fail(exchange, error)
+            if reply := await self.dispatch(exchange):
+                await connection.respond(exchange, reply)
+            return
+        except asyncio.CancelledError:
+            if not self.closing:
+                raise
+            message = "the bridge is shutting down; send the request again"
+            error = ApiError(503, message)
+        except ApiError as failure:
+            error = failure
+            self.explain(error, exchange)
         except Disconnected:
             raise
-        except Exception as error:  # noqa: BLE001 - a bug must end as a 500 of this request alone
+        except Exception as bug:  # noqa: BLE001 - it must end as a 500 of this request alone
             # Without the message, which can hold a prompt.
-            where = "".join(traceback.format_tb(error.__traceback__))
-            log.error(
-                "bug in request %s: %s\n%s", exchange.id, type(error).__name__, where
-            )
-            await connection.fail(
-                exchange, ApiError(500, "internal error of the bridge")
-            )
+            where = "".join(traceback.format_tb(bug.__traceback__))
+            kind = type(bug).__name__
+            log.error("bug in request %s: %s\n%s", exchange.id, kind, where)
+            error = ApiError(500, "internal error of the bridge")
+        await connection.fail(exchange, error)
 
-    def advice(self, error: ApiError) -> str:
-        """What helps against an error of the API, whose words stay as they are; empty:
-        nothing that is known."""
-        if error.status == 401 and error.is_from_api:
-            return f"the API refused the CLI's login; {LOGIN_ADVICE}"
-        if "or newer is required" in error.message:
-            return update_cure(self.pool.cli.program)
-        if error.status == 404 and error.is_from_api:
-            return f"GET {MODELS} lists the models that the CLI offers"
-        return ""
+    def explain(self, error: ApiError, exchange: Exchange) -> None:
+        """Log what helps against an error of the API, whose words stay as they are, and
+        tell the client what helps when nobody is logged in."""
+        advice = ""
+        if error.status == 401:
+            self._problem_until = 0  # the last word on the login is no longer good
+        if translate.LOGIN_CURE in error.message:
+            cure = f"nobody is logged in: {login_cure(self.config, os.environ)}"
+            error.message = error.message.replace(translate.LOGIN_CURE, cure)
+        elif "or newer is required" in error.message:
+            advice = update_cure(self.pool.cli.program)
+        elif error.is_from_api:
+            advice = ADVICE.get(error.status, "")
+        if advice:
+            log.warning("request %s: %s", exchange.id, advice)
 
-    def headers(
-        self, exchange: Exchange, kind: str, more: Mapping[str, str]
-    ) -> list[tuple[str, str]]:
-        head = [("content-type", kind), ("request-id", exchange.id)]
-        turn = exchange.turn
-        if turn:
+    def headers(self, exchange: Exchange) -> dict[str, str]:
+        """The headers of any answer; those without a value are not sent."""
+        found = {"request-id": exchange.id, "allow": exchange.allow}
+        if turn := exchange.turn:
+            calls = turn.translator.api_calls
             reason = f"; reason={turn.reason}" if turn.reason else ""
-            head.append((SESSION_HEADER.decode(), turn.session.id))
-            head.append(("x-bridge-session", turn.origin + reason))
-            if turn.not_sent:
-                head.append(("x-bridge-not-sent", join_limited(turn.not_sent)))
-            if turn.translator.api_calls > 1:
-                head.append(("x-bridge-api-calls", str(turn.translator.api_calls)))
-            head += translate.quota_headers(self.pool.rate_limits)
-        if exchange.not_counted:
-            head.append(("x-bridge-not-counted", join_limited(exchange.not_counted)))
-        origin = exchange.header(b"origin")
+            found[SESSION_HEADER] = turn.session.id
+            found["x-bridge-session"] = turn.origin + reason
+            found["x-bridge-not-sent"] = ", ".join(limited(turn.not_sent))
+            found["x-bridge-api-calls"] = str(calls) if calls > 1 else ""
+            found.update(translate.quota_headers(self.pool.rate_limits))
+        found["x-bridge-not-counted"] = ", ".join(limited(exchange.not_counted))
+        origin = exchange.header("origin")
         if origin in self.config.allowed_origins:
-            head.append(("access-control-allow-origin", origin))
-            head.append(("access-control-expose-headers", "*"))
-            head.append(("vary", "origin"))
-        if exchange.allow:
-            head.append(("allow", exchange.allow))
+            found["access-control-allow-origin"] = origin
+            found["access-control-expose-headers"] = "*"
+            found["vary"] = "origin"
         if self.closing or exchange.last:
-            head.append(("connection", "close"))
-        for name, value in more.items():
-            head.append((name.replace("_", "-"), value))
-        return head
+            found["connection"] = "close"
+        return found
 
     # Routes
 
-    async def dispatch(self, connection: Connection, exchange: Exchange) -> None:
-        methods = ROUTES.get(exchange.route)
-        if methods is None:
+    async def dispatch(self, exchange: Exchange) -> Reply | None:
+        """The answer of a route; None: it was streamed."""
+        if not exchange.route:
             raise self.not_found(exchange)
-        if exchange.method == "OPTIONS" and exchange.header(b"origin"):
-            asked = exchange.header(b"access-control-request-headers") or ""
+        methods, handler = ROUTES[exchange.route]
+        if exchange.method == "OPTIONS" and exchange.header("origin"):
+            asked = exchange.header("access-control-request-headers")
+            is_clean = PRINTABLE.fullmatch(asked)
             allowed = {
-                "access_control_allow_methods": ", ".join(methods),
-                "access_control_allow_headers": asked
-                if PRINTABLE.fullmatch(asked)
-                else "",
+                "access-control-allow-methods": methods,
+                "access-control-allow-headers": asked if is_clean else "",
             }
-            await connection.respond(exchange, b"", "text/plain", 204, **allowed)
-            return
-        handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
-        if handler is None:
-            exchange.allow = ", ".join(methods).replace("GET", "GET, HEAD")
-            raise ApiError(405, f"{exchange.route} takes {exchange.allow}")
-        encoding = exchange.header(b"content-encoding") or "identity"
+            return Reply(b"", "text/plain", 204, allowed)
+        if exchange.method not in methods.split(", "):
+            exchange.allow = methods
+            raise ApiError(405, f"{exchange.route} takes {methods}")
+        encoding = exchange.header("content-encoding") or "identity"
         if encoding.lower() != "identity":
-            raise ApiError(
-                415, "compressed request bodies are not supported; send it uncompressed"
+            message = (
+                "compressed request bodies are not supported; send it uncompressed"
             )
-        await handler(self, connection, exchange)
+            raise ApiError(415, message)
+        return await handler(self, exchange)
 
     def not_found(self, exchange: Exchange) -> ApiError:
+        message = "this is the Anthropic Messages API"
         if exchange.path.startswith(OPENAI):
-            words = "this is the Anthropic Messages API, not OpenAI's"
-            return ApiError(404, f"{words}; LiteLLM can translate, as the README shows")
-        words = (
-            "this is the Anthropic Messages API (POST /v1/messages); the base URL is"
-        )
-        return ApiError(
-            404, f"no route for {exchange.path[:100]!a}: {words} {self.url}"
-        )
+            message += ", not OpenAI's; LiteLLM can translate, as the README shows"
+            return ApiError(404, message)
+        message += f" (POST /v1/messages); the base URL is {self.url}"
+        path = ascii(exchange.path[:MAX_LOGGED_PATH])
+        return ApiError(404, f"no route for {path}: {message}")
 
-    async def health(self, connection: Connection, exchange: Exchange) -> None:
+    async def health(self, exchange: Exchange) -> Reply:
         """`ok`; with ?deep=1 what is wrong, or `ok`."""
         problem = ""
-        if exchange.query.get("deep") == "1":
-            problem = await self.problem()
+        if "deep=1" in exchange.query.split("&"):
+            problem = await self.deep_health()
         status = 503 if problem else 200
-        said = (problem or "ok").encode(errors="replace")
-        await connection.respond(exchange, said, "text/plain", status)
+        return Reply((problem or "ok").encode(errors="replace"), "text/plain", status)
 
-    async def problem(self) -> str:
-        """What keeps the bridge from answering; empty: nothing.  Makes no model
-        call."""
+    async def deep_health(self) -> str:
+        """What keeps the bridge from answering; empty: nothing.  It asks the CLI, which
+        makes no model call for it."""
         if not self.pool.has_room:  # asking takes a process itself
             return f"all {self.config.max_sessions} processes are busy"
         async with self._asking:
-            if time.monotonic() >= self._problem_until:
-                self._problem = await self._ask_what_is_wrong()
-                seconds = PROBLEM_SECS if self._problem else HEALTHY_SECS
-                self._problem_until = time.monotonic() + seconds
-            return self._problem
+            if time.monotonic() < self._problem_until:
+                return self._problem
+            problem = ""
+            try:
+                async with asyncio.timeout(HELLO_SECS):
+                    hello = await self.pool.hello(anew=True)
+                if not translate.login_source(hello):
+                    cure = login_cure(self.config, os.environ)
+                    problem = f"nobody is logged in: {cure}"
+            except ApiError as error:
+                problem = f"the claude CLI does not work: {error.message}"
+            except TimeoutError:
+                problem = f"the claude CLI did not answer within {HELLO_SECS:g} seconds"
+            seconds = PROBLEM_SECS if problem else HEALTHY_SECS
+            self._problem_until = time.monotonic() + seconds
+            self._problem = problem
+            return problem
 
-    async def _ask_what_is_wrong(self) -> str:
-        """Ask the CLI what is wrong."""
-        try:
-            async with asyncio.timeout(HELLO_SECS):
-                hello = await self.pool.hello(anew=True)
-        except ApiError as error:
-            return f"the claude CLI does not work: {error.message}"
-        except TimeoutError:
-            return f"the claude CLI did not answer within {HELLO_SECS:g} seconds"
-        if not translate.login_source(hello):
-            return f"nobody is logged in: {login_cure(self.config, os.environ)}"
-        return ""
-
-    async def metrics(self, connection: Connection, exchange: Exchange) -> None:
+    async def metrics(self, exchange: Exchange) -> Reply:
         metrics = self.pool.metrics
         metrics.set("connections", len(self._connections))
         handlers = logging.getLogger().handlers
         lost = sum(item.lost for item in handlers if isinstance(item, LogWriter))
         metrics.set("log_lines_lost_total", lost)
         metrics.observe(self.pool.snapshot())
-        await connection.respond(exchange, metrics.text().encode(), METRICS_TYPE)
+        return Reply(metrics.text().encode(), METRICS_TYPE)
 
-    async def root(self, connection: Connection, exchange: Exchange) -> None:
+    async def root(self, exchange: Exchange) -> Reply:
         """The page for people; Claude Code as a client asks HEAD / first."""
-        if "text/html" in (exchange.header(b"accept") or ""):
-            page = page_html(self).encode(errors="replace")
-            kind = "text/html; charset=utf-8"
-        else:
-            page = page_text(self).encode(errors="replace")
-            kind = "text/plain; charset=utf-8"
-        await connection.respond(
-            exchange, page, kind, content_security_policy=PAGE_POLICY
-        )
+        kind, page = "plain", page_text(self)
+        if "text/html" in exchange.header("accept"):
+            kind, page = "html", page_html(self)
+        headers = {"content-security-policy": PAGE_POLICY}
+        body = page.encode(errors="replace")
+        return Reply(body, f"text/{kind}; charset=utf-8", headers=headers)
 
-    async def messages(self, connection: Connection, exchange: Exchange) -> None:
+    async def messages(self, exchange: Exchange) -> Reply | None:
         request = await self.parse(exchange)
-        token = exchange.header(SESSION_HEADER)
-        async with self.pool.turn(
-            request, token, exchange.key_digest, exchange.id
-        ) as turn:
+        connection = exchange.connection
+
+        def send(frames: bytes) -> bool:
+            """Write frames in one write; False when the client is too slow to read
+            them."""
+            exchange.first_byte = exchange.first_byte or time.monotonic()
+            if frames:
+                connection.stream(exchange, frames)
+            return not connection.is_slow
+
+        token = exchange.headers.get(SESSION_HEADER)
+        key = exchange.key_digest
+        async with self.pool.turn(request, token, key, exchange.id) as turn:
             exchange.turn = turn
-            with Stream(connection, exchange, pings=request.stream) as stream:
-                await turn.relay(stream.send, connection.drain)
+            pings = [connection.ping(exchange)] if request.stream else []
+            tasks = list(map(asyncio.create_task, pings))
+            try:
+                await turn.relay(send, connection.drain)
+            finally:
+                for task in tasks:
+                    task.cancel()
         if request.stream:
             await connection.finish()
-            return
-        await connection.respond(exchange, translate.to_json(turn.translator.message))
+            return None
+        return Reply(orjson.dumps(turn.translator.message))
 
     async def parse(
         self, exchange: Exchange, *, counting: bool = False
@@ -1510,102 +1430,117 @@ class Bridge:
         body = exchange.body
         # So that it is freed once it is parsed.
         exchange.body = b""
-        betas = exchange.header(b"anthropic-beta") or ""
         parse = partial(
             translate.parse_request,
             body,
-            betas,
+            exchange.header("anthropic-beta"),
             counting=counting,
             agent=bool(self.config.tools),
         )
         request = await self.pool.compute(len(body), parse)
-        asking = exchange.header(b"x-claude-code-session-id") or ""
+        asking = exchange.header("x-claude-code-session-id")
         if self.pool.is_own(asking, request.user_id):
-            words = "this request comes from the claude CLI that this bridge runs: the"
-            raise ApiError(400, f"{words} CLI's address of the API leads to the bridge")
+            message = (
+                "this request comes from the claude CLI that this bridge runs: the"
+            )
+            message += " CLI's address of the API leads to the bridge"
+            raise ApiError(400, message)
         not_sent = dropped_headers(exchange) + request.not_sent
         return dataclasses.replace(request, not_sent=not_sent)
 
-    async def count_tokens(self, connection: Connection, exchange: Exchange) -> None:
+    async def count_tokens(self, exchange: Exchange) -> Reply:
         request = await self.parse(exchange, counting=True)
         found = {"input_tokens": await self.counter.count(request, exchange.id)}
         exchange.not_counted = translate.not_counted(request)
-        await connection.respond(exchange, orjson.dumps(found))
+        return Reply(orjson.dumps(found))
 
-    async def models(self, connection: Connection, exchange: Exchange) -> None:
+    async def models(self, exchange: Exchange) -> Reply:
+        """One model, or all of them as one page (API: "List models")."""
         models = model_list(await self.pool.hello())
-        name = unquote(exchange.path.removeprefix(MODELS).removeprefix("/"))
-        found = find_model(models, name) if name else model_page(models)
-        await connection.respond(exchange, orjson.dumps(found))
+        name = unquote(exchange.path.removeprefix(MODELS)).lstrip("/")
+        if name:
+            return Reply(orjson.dumps(find_model(models, name)))
+        names = [*models, None]
+        page = {
+            "data": list(models.values()),
+            "has_more": False,
+            "first_id": names[0],
+            "last_id": names[len(models) - 1],
+        }
+        return Reply(orjson.dumps(page))
 
     # The log
 
     def report(self, exchange: Exchange) -> None:
         """Log one line for one request, and count it; never a prompt or an answer."""
-        now = time.monotonic()
-        self.measure(exchange, now)
-        turn = exchange.turn
-        row: Json = {
-            "request_id": exchange.id,
-            "route": exchange.route or None,
-        }
-        if not exchange.route and exchange.request:
-            row["path"] = exchange.path[:MAX_LOGGED_PATH]
-        if turn:
-            # Whoever reads the log cannot go on with the conversation.
-            row["session"] = translate.digest(turn.session.id).hex()[:12]
-            row["conversation"] = turn.origin
-            row["reason"] = turn.reason or None
-            row["model"] = turn.request.model
-            row["not_sent"] = join_limited(turn.not_sent).replace(" ", "") or None
-            calls = turn.translator.api_calls
-            row["api_calls"] = calls if calls > 1 else None
-        # nginx's number for a client that left before there was a status.
-        row["status"] = exchange.status or 499
-        row["error"] = exchange.failure or None
-        row["reason"] = exchange.message or row.get("reason")
-        if exchange.first_byte:
-            row["first_byte_secs"] = round(exchange.first_byte - exchange.began, 3)
-        row["secs"] = round(now - exchange.began, 3)
-        row.update(tokens(turn))
-        row = translate.without_nulls(row)
+        row = log_row(exchange)
         text = " ".join(f"{name}={quoted(value)}" for name, value in row.items())
         log.info("%s", text, extra={"row": row})
         if exchange.failure or exchange.route not in QUIET_ROUTES:
             self.recent.appendleft((time.time(), exchange.path, row))
-
-    def measure(self, exchange: Exchange, now: float) -> None:
-        """Add a request to the metrics."""
         metrics = self.pool.metrics
-        route, status = exchange.route or "none", exchange.status or 499
-        metrics.add("requests_total", route=route, status=status)
+        route = row.get("route", "none")
+        metrics.add("requests_total", route=route, status=row["status"])
         if exchange.failure:
             metrics.add("errors_total", type=exchange.failure)
-        if exchange.first_byte:
-            metrics.time("first_byte_seconds", exchange.first_byte - exchange.began)
-        turn = exchange.turn
-        if turn:
+        if "first_byte_secs" in row:
+            metrics.time("first_byte_seconds", row["first_byte_secs"])
+        if turn := exchange.turn:
             metrics.add("turns_total", conversation=turn.origin, reason=turn.reason)
-            metrics.time("turn_seconds", now - exchange.began)
-        for kind, number in tokens(turn).items():
-            metrics.add("tokens_total", number, kind=kind.removesuffix("_tokens"))
+            metrics.time("turn_seconds", row["secs"])
+        for kind in row.keys() & translate.TOKENS:
+            metrics.add("tokens_total", row[kind], kind=kind.removesuffix("_tokens"))
 
 
-Handler = Callable[[Bridge, Connection, Exchange], Any]
-ROUTES: dict[str, dict[str, Handler]] = {
-    "/": {"GET": Bridge.root},
-    "/healthz": {"GET": Bridge.health},
-    "/metrics": {"GET": Bridge.metrics},
-    MODELS: {"GET": Bridge.models},
-    "/v1/messages": {"POST": Bridge.messages},
-    # The two common wrong base URLs: with /v1 for SDKs that add it, without it for the
-    # others.
-    "/v1/v1/messages": {"POST": Bridge.messages},
-    "/messages": {"POST": Bridge.messages},
-    "/v1/messages/count_tokens": {"POST": Bridge.count_tokens},
-    "/v1/v1/messages/count_tokens": {"POST": Bridge.count_tokens},
-    "/messages/count_tokens": {"POST": Bridge.count_tokens},
+Handler = Callable[[Bridge, Exchange], Coroutine[Any, Any, Reply | None]]
+# By route, its methods and what answers it.
+ROUTES: dict[str, tuple[str, Handler]] = {
+    "/": ("GET, HEAD", Bridge.root),
+    "/healthz": ("GET, HEAD", Bridge.health),
+    "/metrics": ("GET, HEAD", Bridge.metrics),
+    MODELS: ("GET, HEAD", Bridge.models),
+    "/v1/messages": ("POST", Bridge.messages),
+    "/v1/messages/count_tokens": ("POST", Bridge.count_tokens),
 }
+
+
+def log_row(exchange: Exchange) -> Json:
+    """What the log says of a request."""
+    path = exchange.path[:MAX_LOGGED_PATH]
+    row: Json = {
+        "request_id": exchange.id,
+        "route": exchange.route or None,
+        "path": None if exchange.route else path or None,
+    }
+    used: Json = {}
+    if turn := exchange.turn:
+        calls = turn.translator.api_calls
+        used = turn.translator.message.get("usage", {})
+        row |= {
+            # Whoever reads the log cannot go on with the conversation.
+            "session": translate.digest(turn.session.id).hex()[:12],
+            "conversation": turn.origin,
+            "reason": turn.reason or None,
+            "model": turn.request.model,
+            "not_sent": ",".join(limited(turn.not_sent)) or None,
+            "api_calls": calls if calls > 1 else None,
+        }
+    # nginx's number for a client that left before there was a status.
+    row["status"] = exchange.status or 499
+    row["error"] = exchange.failure or None
+    row["reason"] = exchange.message or row.get("reason")
+    if exchange.first_byte:
+        row["first_byte_secs"] = round(exchange.first_byte - exchange.began, 3)
+    row["secs"] = round(time.monotonic() - exchange.began, 3)
+    row |= {kind: used.get(kind) for kind in translate.TOKENS}
+    return translate.without_nulls(row)
+
+
+def quoted(value: object) -> str:
+    """A value of the log in one word."""
+    text = str(value)
+    is_word = text.isprintable() and not set(text) & {" ", '"'}
+    return text if is_word else orjson.dumps(text).decode()
 
 
 # Headers of the API that the CLI sets itself, or not at all.
@@ -1616,32 +1551,18 @@ API_VERSION = "2023-06-01"
 
 def dropped_headers(exchange: Exchange) -> list[str]:
     """The headers of a request that mean something to the API, and do not reach it."""
-    lost = [name for name in DROPPED_HEADERS if exchange.header(name.encode())]
-    if (exchange.header(b"anthropic-version") or API_VERSION) != API_VERSION:
+    lost = [name for name in DROPPED_HEADERS if exchange.header(name)]
+    if exchange.header("anthropic-version") not in ("", API_VERSION):
         lost.append("anthropic-version")
     return lost
 
 
-def join_limited(places: list[str]) -> str:
+def limited(places: list[str]) -> list[str]:
     """The first of many places: clients take 16 KiB of headers (Node), 64 KiB a line
     (Python)."""
     more = len(places) - MAX_PLACES
     rest = [f"and-{more}-more"] if more > 0 else []
-    first = [place[:MAX_PLACE] for place in places[:MAX_PLACES]]
-    return ", ".join(first + rest)
-
-
-def quoted(value: object) -> str:
-    """A value of the log in one word."""
-    text = str(value)
-    is_word = text.isprintable() and not set(text) & {" ", '"'}
-    return text if is_word else orjson.dumps(text).decode()
-
-
-def tokens(turn: Turn | None) -> dict[str, int]:
-    """The tokens of a turn, by kind."""
-    usage = turn.translator.message.get("usage", {}) if turn else {}
-    return {kind: usage[kind] for kind in translate.TOKENS if kind in usage}
+    return [place[:MAX_PLACE] for place in places[:MAX_PLACES]] + rest
 
 
 def bind_unix(path: str) -> socket.socket:
@@ -1680,17 +1601,15 @@ def identity(path: str) -> tuple[int, int] | None:
 # ------------------------------------------------------------ models
 
 
-def model_list(hello: Json) -> list[Json]:
-    """The CLI's own models in the API's shape: each under its full id (all that Claude
-    Code's discovery keeps) and as claude-cli/<alias>."""
+def model_list(hello: Json) -> dict[str, Json]:
+    """The CLI's own models by name, in the API's shape: each under its full id (all that
+    Claude Code's discovery keeps) and as claude-cli/<alias>."""
     found: dict[str, Json] = {}
     for model in hello.get("models") or []:
         alias, full = model.get("value"), model.get("resolvedModel")
         names = [full, translate.MODEL_PREFIX + alias if alias else None]
-        for name in names:
-            if not name or name in found:
-                continue
-            found[name] = {
+        for name in filter(None, names):
+            item = {
                 "type": "model",
                 "id": name,
                 "display_name": model.get("displayName") or name,
@@ -1699,7 +1618,8 @@ def model_list(hello: Json) -> list[Json]:
                 "lifecycle": "active",
                 "capabilities": capabilities(model),
             }
-    return list(found.values())
+            found.setdefault(name, item)
+    return found
 
 
 # The API's levels of effort.
@@ -1720,25 +1640,14 @@ def capabilities(model: Json) -> Json | None:
     return found or None
 
 
-def find_model(models: list[Json], name: str) -> Json:
+def find_model(models: dict[str, Json], name: str) -> Json:
     """The model of an id or alias, with or without claude-cli/.  Raises ApiError
     404."""
     prefix = translate.MODEL_PREFIX
-    wanted = {name, prefix + name, name.removeprefix(prefix)}
-    for model in models:
-        if model["id"] in wanted:
-            return model
+    for wanted in (name, prefix + name, name.removeprefix(prefix)):
+        if wanted in models:
+            return models[wanted]
     raise ApiError(404, f"model: {name}")
-
-
-def model_page(models: list[Json]) -> Json:
-    """All models, as one page (API: "List models")."""
-    return {
-        "data": models,
-        "has_more": False,
-        "first_id": models[0]["id"] if models else None,
-        "last_id": models[-1]["id"] if models else None,
-    }
 
 
 # ------------------------------------------------------------ serve
@@ -1917,8 +1826,7 @@ async def announce(bridge: Bridge) -> None:
         await asyncio.sleep(LOGIN_PROBE_SECS)
         hello = await pool.hello(gives_way=True)
         if source := translate.login_source(hello):
-            where = f"user {user_name()}, {login_folder(os.environ)}"
-            log.info("the claude CLI is logged in: %s (%s)", source, where)
+            log.info("the claude CLI is logged in: %s (%s)", source, login_place())
         else:
             log.warning("nobody is logged in: %s", login_cure(config, os.environ))
         for message in await missing_from_agent(pool):
@@ -2005,26 +1913,47 @@ async def run(config: Config, flags: Iterable[str]) -> None:
         await asyncio.wait({login})
 
 
-# What each command does, and what its own --help says.
+# What each command does, for its own --help.
 COMMANDS = {
-    "check": (
-        "say whether the CLI is there, logged in, and does what is needed",
-        "It starts the CLI, asks it who is logged in, and asks it two questions in front\n"
-        "of a fake API on loopback, which costs nothing.  It takes the settings of the\n"
-        "bridge.  Exit status 0: all of it works.",
-    ),
-    "login": (
-        "log the CLI in, in this terminal",
-        "It runs `claude auth login` with the CLI that the bridge runs (--bin), for the\n"
-        "user who runs it.",
-    ),
-    "providers": (
-        "print the model_providers of a gateway's file, completed",
-        "It reads --config FILE (TOML, JSON or YAML), and prints its providers as JSON:\n"
-        "those of claude-cli with the address and key of a bridge that has the same\n"
-        "settings.",
-    ),
+    "check": """\
+usage: claude-cli-bridge check [--SETTING VALUE]...
+
+Says whether the CLI is there, logged in, and does what is needed.  It asks the
+CLI two questions in front of a fake API on loopback, which costs nothing, and
+takes the settings of the bridge.  Exit status 0: all of it works.
+""",
+    "login": """\
+usage: claude-cli-bridge login [--bin CLI]
+
+Logs the CLI in, in this terminal: it runs `claude auth login` with the CLI that
+the bridge runs, for the user who runs it.
+""",
+    "providers": """\
+usage: claude-cli-bridge providers --config FILE [--SETTING VALUE]...
+
+Prints the model_providers of a gateway's file (TOML, JSON or YAML) as JSON,
+those of claude-cli with the address and key of a bridge with these settings.
+""",
 }
+HELP = """\
+usage: claude-cli-bridge [check | login | providers] [--SETTING VALUE]...
+
+Answers the Anthropic Messages API with the claude CLI.
+
+commands, each with a --help of its own (without one it serves):
+  check       say whether the CLI is there, logged in, and does what is needed
+  login       log the CLI in, in this terminal
+  providers   print the model_providers of a gateway's file, completed
+
+options:
+  --config    a gateway's file: start only if it has a claude-cli provider
+  --help, -h  print this
+  --version   print the version
+
+Each setting is also an environment variable: --max-idle is CLAUDE_CLI_MAX_IDLE.
+CLAUDE_CLI_API_KEY has no flag: all users can see a command line.
+"""
+VALUE_HINT = "; a value with spaces needs quotes; see --help"
 GROUPS = {
     "everyday": "Everyday",
     "access": "Access",
@@ -2034,47 +1963,26 @@ GROUPS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, without quoting words that it does not know: one
-    may be a key."""
-
-    def error(self, message: str) -> NoReturn:
-        flag = re.search(r"--[a-z-]+", message)
-        where = flag[0] if flag else "the command line"
-        words = re.sub(" '.*", "", message.rpartition(": ")[2])
-        raise ConfigError(f"{where}: {words}; see --help")
+def flag_names() -> dict[str, str]:
+    """What a command line can set, by its flags."""
+    names = [item.name for item in dataclasses.fields(Config) if item.repr]
+    return {flag(name): name for name in [*names, "config"]}
 
 
-def make_parser() -> Parser:
-    """The command line: a command, and a flag for each setting that is no secret."""
-    lines = ["Answer the Anthropic Messages API with the claude CLI.", "", "commands:"]
-    lines += [f"  {name:10} {meaning}" for name, (meaning, _) in COMMANDS.items()]
-    lines.append("Without a command it serves.  A command's own --help says more.")
-    parser = Parser(
-        prog="claude-cli-bridge",
-        usage="claude-cli-bridge [check | login | providers] [--SETTING VALUE]...",
-        description="\n".join(lines),
-        epilog="Each setting is also an environment variable: --max-idle is\n"
-        f"CLAUDE_CLI_MAX_IDLE.  {variable('api_key')} has no flag.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
-    version = f"claude-cli-bridge {__version__}"
-    parser.add_argument("--version", action="version", version=version)
-    meaning = "a gateway's file: start only if it has a claude-cli provider"
-    parser.add_argument("--config", metavar="FILE", help=meaning)
-    groups = {name: parser.add_argument_group(GROUPS[name]) for name in GROUPS}
-    for item in dataclasses.fields(Config):
-        if item.name != "api_key":
-            default = f" [{item.default}]" if item.default else ""
-            groups[item.metadata["group"]].add_argument(
-                flag(item.name),
-                metavar="VALUE",
-                help=item.metadata["meaning"].replace("`", "") + default,
-            )
-    return parser
+def help_text() -> str:
+    lines = [HELP]
+    for group, title in GROUPS.items():
+        lines.append(f"{title}:")
+        for item in dataclasses.fields(Config):
+            if item.metadata["group"] == group and item.repr:
+                default = f" [{item.default}]" if item.default else ""
+                meaning = item.metadata["meaning"].replace("`", "") + default
+                start = f"  {flag(item.name):20} "
+                lines += textwrap.wrap(
+                    meaning, 80, initial_indent=start, subsequent_indent=" " * 23
+                )
+        lines.append("")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -2087,9 +1995,8 @@ def main() -> None:
     flags: dict[str, str] = {}
     try:
         try:
-            flags = read_flags(sys.argv[1:])
-            path = flags.get("config", os.environ.get(variable("config"), ""))
-            execute(Config.read(os.environ, flags), flags, path)
+            read_flags(sys.argv[1:], flags)
+            execute(flags)
         finally:
             if sys.stdout:  # None: it was closed at the start
                 sys.stdout.flush()
@@ -2130,47 +2037,51 @@ def reset_inherited_state() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def read_flags(words: list[str]) -> dict[str, str]:
-    """The command, if there is one, and the flags that are given, by setting.  Raises
-    ConfigError."""
-    parser = make_parser()
-    asked = [word for word in words if word in COMMANDS]
-    if asked and not {"-h", "--help"}.isdisjoint(words):
-        print(f"usage: claude-cli-bridge {asked[0]} [--SETTING VALUE]...\n")
-        print(COMMANDS[asked[0]][1])
-        sys.exit(0)
-    known, others = parser.parse_known_args(words)
-    flags = vars(known)
-    unknown = [name.partition("=")[0] for name in others if name.startswith("-")]
-    if unknown:
-        hint = suggestion(unknown[0], re.findall("--[a-z-]+", parser.format_help()))
-        settings = [item.name for item in dataclasses.fields(Config)]
-        settings.remove("api_key")
-        message = f"there is no {unknown[0]}{hint or '; see --help'}"
-        raise ConfigError(as_typed(message, settings))
-    command = flags.get("command")
-    if command and command not in COMMANDS:
-        hint = suggestion(command, COMMANDS)
-        names = "check, login, providers, or none to start the bridge"
-        value = "a value with spaces needs quotes"
-        raise ConfigError(f"there is no such command{hint or f': {names}; {value}'}")
-    if others:
-        raise ConfigError(f"{command} takes nothing but flags; see --help")
-    return flags
+def read_flags(words: list[str], flags: dict[str, str]) -> None:
+    """Read the command, if there is one, and the flags that are given, by setting.
+    Raises ConfigError, which repeats no word that it does not know: it may be a key."""
+    names = flag_names()
+    rest = iter(words)
+    for word in rest:
+        name, is_joined, value = word.partition("=")
+        command = flags.get("command", "")
+        if name in ("--help", "-h"):
+            print(COMMANDS.get(command) or help_text(), end="")
+            sys.exit()
+        if word == "--version":
+            print(f"claude-cli-bridge {__version__}")
+            sys.exit()
+        if name in names:
+            if not is_joined:
+                value = next(rest, "--")
+            if value.startswith("--"):
+                raise ConfigError(f"{name} takes a value; see --help")
+            flags[names[name]] = value
+        elif name.startswith("-"):
+            hint = suggestion(name, [*names, "--help", "--version"]) or "; see --help"
+            raise ConfigError(as_typed(f"there is no {name}{hint}", names.values()))
+        elif command:
+            raise ConfigError(f"{command} takes nothing but flags; see --help")
+        elif word in COMMANDS:
+            flags["command"] = word
+        else:
+            hint = suggestion(word, COMMANDS) or VALUE_HINT
+            raise ConfigError(f"there is no such command{hint}")
 
 
-def execute(config: Config, flags: Mapping[str, str], path: str) -> None:
-    """Run a command of the command line; `path` is the configuration file's."""
+def execute(flags: Mapping[str, str]) -> None:
+    """Do what a command line asks for.  Raises ConfigError."""
+    config = Config.read(os.environ, flags)
     command = flags.get("command")
+    path = flags.get("config", os.environ.get(variable("config"), ""))
     if command == "check":
         sys.exit(0 if asyncio.run(check(config, flags)) else 1)
     if command == "login":
         program = find_cli(config.bin)
         os.execv(program, [program, "auth", "login"])
-    if command == "providers" and not path:
-        raise config_error("config", "providers needs a configuration file")
+    require(path or not command, "config", "providers needs a gateway's file")
     providers = read_providers(path, config) if path else []
-    if command == "providers":
+    if command:
         print(orjson.dumps(providers, option=orjson.OPT_INDENT_2).decode())
         return
     writer = LogWriter()
@@ -2211,7 +2122,7 @@ PAGE = """\
   pre { white-space: pre-wrap; overflow-wrap: anywhere }
 </style>
 <h1>claude-cli-bridge</h1>
-"""
+<h2>Connect</h2>"""
 EXPORTS = """\
 export ANTHROPIC_BASE_URL={url}
 export ANTHROPIC_API_KEY={key}
@@ -2238,75 +2149,63 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
     """What the page says, by section: names and values.  Nothing that was asked or
     answered."""
     pool, config = bridge.pool, bridge.config
+    cli, snapshot = pool.cli, pool.snapshot()
     login = "not known yet"
-    if pool.cli.hello:
-        source = translate.login_source(pool.cli.hello)
-        where = f"user {user_name()}, {login_folder(os.environ)}"
-        login = f"{source} ({where})"
-        if not source:
-            login = f"nobody: {login_cure(config, os.environ)}"
-    snapshot = pool.snapshot()
-    sessions = []
-    for state, turns, seconds in snapshot.processes:
-        words = f"for {seconds:.0f} s; turns: {turns}"
-        sessions.append((state.value, words))
+    if cli.hello:
+        source = translate.login_source(cli.hello)
+        login = f"{source} ({login_place()})" if source else "nobody: "
+        login += "" if source else login_cure(config, os.environ)
+    remark = cli.problem or cli.warning
+    version = cli.version or "not known yet"
     quota = []
     for name, info in snapshot.limits.items():
         used = info.get("utilization")
         share = f", {used:.0%} used" if isinstance(used, int | float) else ""
         quota.append((name, translate.get_str(info, "status") + share))
-    date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(bridge.started))
     return {
         "State": [
             ("version", __version__),
-            ("running since", date),
-            ("listening on", ", ".join(map(as_url, bridge.addresses))),
             ("claude CLI", config.bin),
-            ("its version", cli_version(pool)),
+            ("its version", version + (f" ({remark})" if remark else "")),
             ("logged in", login),
         ],
-        "Last requests": list(map(request_row, bridge.recent)) or [("none", "")],
-        "Processes": sessions or [("none", "")],
-        "Quota of the account": quota or [("none reported", "")],
+        "Last requests": list(map(request_row, bridge.recent)),
+        "Processes": [
+            (state.value, f"for {seconds:.0f} s; turns: {turns}")
+            for state, turns, seconds in snapshot.processes
+        ],
+        "Quota of the account": quota,
     }
-
-
-def cli_version(pool: Pool) -> str:
-    """The version of the CLI, and what is to be said of it."""
-    cli = pool.cli
-    remark = cli.problem or cli.warning
-    return (cli.version or "not known yet") + (f" ({remark})" if remark else "")
 
 
 def request_row(entry: tuple[float, str, Json]) -> tuple[str, str]:
     """When and where a request came, and what became of it."""
     at, path, row = entry
     clock = time.strftime("%H:%M:%S", time.localtime(at))
-    result = [row["status"], f"{row['secs']:.2f} s"]
-    result += [row.get(name) for name in ("model", "conversation", "reason")]
+    names = ("model", "conversation", "reason")
+    result = [row["status"], f"{row['secs']:.2f} s", *map(row.get, names)]
     words = ", ".join(str(value) for value in result if value)
     return f"{clock} {path[:MAX_LOGGED_PATH]}", words
 
 
 def page_text(bridge: Bridge) -> str:
-    connect = textwrap.indent(connect_lines(bridge), "  ")
-    lines = ["claude-cli-bridge", "", "Connect", connect.rstrip()]
+    lines = ["claude-cli-bridge", "", "Connect"]
+    lines.append(textwrap.indent(connect_lines(bridge), "  ").rstrip())
     for title, rows in page_sections(bridge).items():
         lines += ["", title]
-        lines += [f"  {name:30} {value}".rstrip() for name, value in rows]
+        lines += [f"  {name:30} {value}" for name, value in rows or [("none", "")]]
     return "\n".join([*lines, ""])
 
 
 def page_html(bridge: Bridge) -> str:
-    connect = html.escape(connect_lines(bridge))
-    parts = [PAGE, f"<h2>Connect</h2>\n<pre>{connect}</pre>\n"]
+    parts = [PAGE, f"<pre>{html.escape(connect_lines(bridge))}</pre>"]
     for title, rows in page_sections(bridge).items():
-        parts.append(f"<h2>{title}</h2>\n<table>\n")
-        for name, value in rows:
-            cells = f"<td>{html.escape(name)}</td><td>{html.escape(value)}</td>"
-            parts.append(f"<tr>{cells}</tr>\n")
-        parts.append("</table>\n")
-    return "".join([*parts, "</html>\n"])
+        parts.append(f"<h2>{title}</h2>\n<table>")
+        for row in rows or [("none", "")]:
+            name, value = map(html.escape, row)
+            parts.append(f"<tr><td>{name}</td><td>{value}</td></tr>")
+        parts.append("</table>")
+    return "\n".join([*parts, "</html>", ""])
 
 
 # ------------------------------------------------------------ appendix: providers
@@ -2330,27 +2229,26 @@ def read_providers(path: str, config: Config) -> list[Json]:
     the place.
     """
     try:
-        entries = read_entries(Path(path))
-        providers = [
-            complete_entry(entry, config) if is_own(entry) else entry
-            for entry in entries
-        ]
+        document = read_document(Path(path))
+        lists = [document[name] for name in PROVIDER_LISTS if name in document]
+        entries = [entry for found in lists for entry in found or ()]
         # TOML and YAML have numbers, keys and depths that JSON has not.
-        orjson.dumps(providers)
-        return providers
-    except ConfigError:
-        raise
+        orjson.dumps(entries)
     except OSError as error:
         raise config_error("config", f"{path}: {error.strerror}") from error
-    except ApiError as error:
-        words = error.message.removeprefix("file.")
-        raise config_error("config", f"{path}: {words}") from None
     except (ValueError, TypeError, RecursionError) as error:
         raise config_error("config", f"{path} cannot be read: {error}") from None
+    require(lists, "config", f"{path} has no {NO_PROVIDERS}")
+    are_tables = all(isinstance(entry, dict) for entry in entries)
+    message = f"{path}: model_providers must be a list of tables"
+    require(are_tables, "config", message)
+    return [
+        complete_entry(entry, config) if is_own(entry) else entry for entry in entries
+    ]
 
 
-def read_entries(path: Path) -> list[Json]:
-    """The providers of a file.  Raises OSError, ValueError or ApiError."""
+def read_document(path: Path) -> Json:
+    """Raises OSError, or ValueError."""
     data = path.read_bytes()
     kind = path.suffix.lower()
     document: Any
@@ -2360,32 +2258,20 @@ def read_entries(path: Path) -> list[Json]:
         document = load_yaml(data)
     else:
         document = orjson.loads(data)
-    if document is not None:
-        check_type(document, dict, "file")
-    if not document or document.keys().isdisjoint(PROVIDER_LISTS):
-        raise config_error("config", f"{path} has no {NO_PROVIDERS}")
-    found: list[Json] = []
-    for name in PROVIDER_LISTS:
-        if document.get(name) is not None:
-            found += check_type(document[name], list, name)
-    return [check_type(entry, dict, "a provider") for entry in found]
+    return document or {}
 
 
 def load_yaml(data: bytes) -> Any:
     """Raises ValueError, which holds no line of the file: there can be a key in it."""
     try:
         yaml = importlib.import_module("yaml")
-    except ModuleNotFoundError:
-        raise ValueError(
-            "YAML needs a package: `pip install PyYAML`; TOML and JSON need none"
-        ) from None
-    try:
         return yaml.safe_load(data)
+    except ModuleNotFoundError:
+        fault = "YAML needs a package: `pip install PyYAML`; TOML and JSON need none"
     except Exception as error:  # noqa: BLE001 - PyYAML raises KeyError and others, with the value in it
         mark = getattr(error, "problem_mark", None)
-        raise ValueError(
-            f"not YAML, line {mark.line + 1}" if mark else "not YAML"
-        ) from None
+        fault = f"not YAML, line {mark.line + 1}" if mark else "not YAML"
+    raise ValueError(fault)
 
 
 def is_own(entry: Json) -> bool:
@@ -2412,22 +2298,8 @@ def complete_entry(entry: Json, config: Config) -> Json:
 
 # ------------------------------------------------------------ appendix: check
 
-# Seconds for `check`; 2 were measured.
+# Seconds for each half of `check`; 2 were measured.
 REHEARSAL_SECS = 30.0
-# ECMA-48, 8.3.41: EL.
-ERASE_LINE = "\x1b[2K"
-# The history and the question of the rehearsal.
-SAID = [
-    ("user", "red"),
-    ("assistant", "green"),
-    ("user", "blue"),
-]
-CALL: Json = {
-    "type": "tool_use",
-    "id": "toolu_probe",
-    "name": "probe",
-    "input": {},
-}
 # What the rehearsal looks at, and what does not work without it.
 FEATURES = {
     "history": "takes a conversation at the gate",
@@ -2435,182 +2307,151 @@ FEATURES = {
     "tools": "hands over calls of a client's tools",
     "interrupt": "stops when the client leaves",
 }
+# The two questions of the rehearsal.  An administrator's settings can name another API:
+# none has this model, so it costs nothing.
+REQUEST = """{
+    "model": "no-such-model", "max_tokens": 99, "temperature": 0.5, "system": "white",
+    "tools": [{"name": "probe", "input_schema": {"type": "object"}}]
+}"""
+HISTORY = """[
+    {"role": "user", "content": "red"},
+    {"role": "assistant", "content": "green"},
+    {"role": "user", "content": "blue"}
+]"""
+RESULT = """[
+    {"role": "assistant", "content": [
+        {"type": "tool_use", "id": "toolu_1", "name": "probe", "input": {}}]},
+    {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "toolu_1", "content": "violet"}]}
+]"""
+# The answers: the first one calls a tool, the second one is held back.
+BEGIN = b"""\
+event: message_start
+data: {"type": "message_start", "message": {"id": "msg_1", "type": "message",
+data: "role": "assistant", "content": [], "model": "no-such-model",
+data: "usage": {"input_tokens": 1, "output_tokens": 1}}}
+
+"""
+CALL = b"""\
+event: content_block_start
+data: {"type": "content_block_start", "index": 0, "content_block":
+data: {"type": "tool_use", "id": "toolu_1", "name": "probe", "input": {}}}
+
+event: content_block_stop
+data: {"type": "content_block_stop", "index": 0}
+
+event: message_delta
+data: {"type": "message_delta", "delta": {"stop_reason": "tool_use"},
+data: "usage": {"output_tokens": 1}}
+
+event: message_stop
+data: {"type": "message_stop"}
+
+"""
 
 
-class FakeApi:
-    """The fake API that `check` starts on loopback; it costs nothing.
+class FakeApi(Bridge):
+    """The fake API that `check` starts on loopback; it costs nothing.  It notes which
+    FEATURES the CLI has."""
 
-    Its first answer calls a tool, the second one is held back.  It notes in `found`
-    which FEATURES the CLI has.
-    """
-
-    def __init__(self, found: dict[str, bool]) -> None:
-        self.found = found
-        self.version = ""
+    def __init__(self) -> None:
+        config = Config(listen_addr="127.0.0.1:0")
+        super().__init__(config, Pool(config))
+        self.found = dict.fromkeys(FEATURES, False)
         # The second answer has begun; its client is gone.
         self.held = asyncio.Event()
         self.left = asyncio.Event()
 
-    async def serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        # asyncio would log them.
-        ends = (OSError, asyncio.IncompleteReadError, asyncio.CancelledError)
-        with contextlib.closing(writer), contextlib.suppress(*ends):
-            head = await reader.readuntil(b"\r\n\r\n")
-            length = re.search(rb"(?i)content-length: *(\d+)", head)
-            body = await reader.readexactly(int(length[1]) if length else 0)
-            writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\n")
-            writer.write(b"content-type: text/event-stream\r\n\r\n")
-            if not re.match(rb"POST /v1/messages[? ]", head):
-                return
-            agent = re.search(rb"(?i)user-agent: claude-cli/([\w.-]+)", head)
-            self.version = agent[1].decode() if agent else ""
-            events = self.answer(orjson.loads(body))
-            writer.writelines(map(translate.frame, events))
-            if self.held.is_set():
-                try:
-                    await reader.read()
-                finally:
-                    self.left.set()
-
-    def answer(self, asked: Json) -> list[Json]:
-        """The events that answer a request."""
-        message = {
-            "id": "msg_1",
-            "type": "message",
-            "role": "assistant",
-            "content": [],
-            "model": asked["model"],
-            "usage": {
-                "input_tokens": 1,
-                "output_tokens": 1,
-            },
-        }
-        begin = {"type": "message_start", "message": message}
-        if CALL["id"] in str(asked["messages"]):
-            self.found["tools"] = "violet" in str(asked["messages"])
+    async def dispatch(self, exchange: Exchange) -> Reply | None:
+        if exchange.route != "/v1/messages":
+            return Reply(b"{}")
+        connection, asked = exchange.connection, orjson.loads(exchange.body)
+        said = str(asked["messages"])
+        if "toolu_1" in said:
+            self.found["tools"] = "violet" in said
+            connection.stream(exchange, BEGIN)
             self.held.set()
-            return [begin]
-        said = []
-        for item in asked["messages"]:
-            said += [
-                (item["role"], word)
-                for _, word in SAID
-                if f"'{word}'" in str(item["content"])
-            ]
-        self.found["history"] = said == SAID
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.left.set()
+        words = re.findall("'(red|green|blue)'", said)
+        self.found["history"] = words == ["red", "green", "blue"]
         has_system = "white" in str(asked["system"])
         self.found["settings"] = has_system and asked.get("temperature") == 0.5
-        delta = {"stop_reason": "tool_use"}
-        return [
-            begin,
-            {
-                "type": "content_block_start",
-                "index": 0,
-                "content_block": CALL,
-            },
-            {"type": "content_block_stop", "index": 0},
-            {
-                "type": "message_delta",
-                "delta": delta,
-                "usage": {"output_tokens": 1},
-            },
-            {"type": "message_stop"},
-        ]
+        connection.stream(exchange, BEGIN + CALL)
+        await connection.finish()
+        return None
 
-    async def play(self, pool: Pool) -> None:
+    async def run_scenario(self, pool: Pool) -> None:
         """Raises ApiError when a turn fails."""
-        messages: list[Json] = [{"role": role, "content": word} for role, word in SAID]
-        async with self.turn(pool, messages) as first:
-            await first.relay(lambda _: True, self.drain)
-        result = {
-            "type": "tool_result",
-            "tool_use_id": CALL["id"],
-            "content": "violet",
-        }
-        messages.append({"role": "assistant", "content": [CALL]})
-        messages.append({"role": "user", "content": [result]})
-        async with self.turn(pool, messages) as second:
-            answer = second.relay(lambda _: True, self.drain)
-            relay = asyncio.create_task(answer)
+        body = orjson.loads(REQUEST)
+        body["messages"] = orjson.loads(HISTORY)
+        async with pool.turn(translate.parse_request(orjson.dumps(body)), None) as turn:
+            await turn.relay(lambda _: True, self.never_wait)
+        body["messages"] += orjson.loads(RESULT)
+        async with pool.turn(translate.parse_request(orjson.dumps(body)), None) as turn:
+            relay = asyncio.create_task(turn.relay(lambda _: True, self.never_wait))
             relay.add_done_callback(lambda _: self.held.set())  # it failed
             try:
                 await self.held.wait()
                 if relay.done():
                     relay.result()
                 # Otherwise it got the result as part of a new conversation.
-                self.found["tools"] &= second.origin == "hot"
-                second.interrupt()
+                self.found["tools"] &= turn.origin == "hot"
+                turn.interrupt()
                 await self.left.wait()
-                self.found["interrupt"] = not second.process.ended
+                self.found["interrupt"] = not turn.process.ended
             finally:
                 relay.cancel()
-                await asyncio.gather(relay, return_exceptions=True)
+                await asyncio.wait({relay})
 
-    def turn(
-        self, pool: Pool, messages: list[Json]
-    ) -> contextlib.AbstractAsyncContextManager[Turn]:
-        body = {
-            # An administrator's settings can name another API than this one: none has
-            # this model, so it costs nothing.
-            "model": "no-such-model",
-            "max_tokens": 99,
-            "temperature": 0.5,
-            "system": "white",
-            "messages": messages,
-            "tools": [{"name": "probe", "input_schema": {"type": "object"}}],
-        }
-        return pool.turn(translate.parse_request(orjson.dumps(body)), None)
-
-    async def drain(self) -> None:
+    async def never_wait(self) -> None:
         """Nothing holds this client up."""
 
 
 async def rehearse(config: Config, api: FakeApi) -> None:
     """Play the scenario of a FakeApi, with an empty home: the user's files must supply
     neither a login nor another address."""
-    server = await asyncio.start_server(api.serve, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
+    server = await api.listen(None)
     kept = {
-        "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{port}",
-        "ANTHROPIC_API_KEY": "unused",
+        "ANTHROPIC_BASE_URL": api.url,
+        "ANTHROPIC_API_KEY": KEY_OF_CLIENTS,
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     }
     with tempfile.TemporaryDirectory() as home:
-        environ = dict(os.environ)
-        environ.update(kept)
-        for name in ("HOME", "CLAUDE_CONFIG_DIR"):
-            environ[name] = home
-        for name in ("NO_PROXY", "no_proxy"):
-            environ[name] = "127.0.0.1"
+        environ = {**os.environ, **kept}
+        environ |= dict.fromkeys(("HOME", "CLAUDE_CONFIG_DIR"), home)
+        environ |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
         names = tuple(kept)
         config = dataclasses.replace(
             config, keep_env=names, setting_sources="", tools=""
         )
-        async with server, Pool(config, environ) as pool:
-            await api.play(pool)
+        try:
+            async with Pool(config, environ) as pool:
+                await api.run_scenario(pool)
+        finally:
+            await stop(api, server, None)
 
 
 async def check(config: Config, flags: Iterable[str]) -> bool:
     """Print in plain words whether the CLI is there, is logged in and does what is
     needed; True if all is well.  It costs no token."""
     try:
-        config = config.checked()
+        config = dataclasses.replace(config.checked(), spares=0)
     except ConfigError as error:
         print(f"settings: {as_typed(str(error), flags)}")
         return False
     for warning in config.warnings(os.environ):
         print(f"warning: {as_typed(warning, flags)}")
-    print(f"CLI: {config.bin}")
-    config = dataclasses.replace(config, spares=0)
     limit = min(REHEARSAL_SECS, config.watchdog_secs)
+    print(f"CLI: {config.bin}")
+    print(f"time: up to {2 * limit:g} seconds", flush=True)
     try:
-        with progress_line("starting it ..."):
-            async with Pool(config) as pool, asyncio.timeout(limit):
-                cli = await pool.look_at_cli()
-                source = translate.login_source(await pool.hello())
-                missing = await missing_from_agent(pool)
+        async with Pool(config) as pool, asyncio.timeout(limit):
+            cli = await pool.look_at_cli()
+            source = translate.login_source(await pool.hello())
+            missing = await missing_from_agent(pool)
     except (ApiError, OSError) as error:  # TimeoutError among them
         print(f"start: does not work ({str(error) or 'no answer in time'})")
         return False
@@ -2618,34 +2459,18 @@ async def check(config: Config, flags: Iterable[str]) -> bool:
         print(f"warning: {as_typed(warning, flags)}")
     cure = login_cure(config, os.environ)
     print(f"login: {source or 'nobody is logged in: ' + cure}")
-    found = dict.fromkeys(FEATURES, False)
-    api = FakeApi(found)
+    print(f"version: {cli.version or NO_VERSION} {cli.warning}".rstrip(), flush=True)
+    api = FakeApi()
     failure = ""
     try:
-        with progress_line("asking it two questions in front of a fake API ..."):
-            async with asyncio.timeout(limit):
-                await rehearse(config, api)
+        async with asyncio.timeout(limit):
+            await rehearse(config, api)
     except (ApiError, OSError) as error:
         failure = f" ({str(error) or 'no answer in time'})"
-    version = cli.version or api.version or NO_VERSION
-    print(f"version: {version}" + (f" ({cli.warning})" if cli.warning else ""))
     for name, meaning in FEATURES.items():
         fault = f"does not work: there is no sign that this CLI {meaning}{failure}"
-        print(f"{name}: {'works' if found[name] else fault}")
-    return bool(source) and all(found.values())
-
-
-@contextlib.contextmanager
-def progress_line(words: str) -> Iterator[None]:
-    """On a terminal, say what is being done while it is."""
-    terminal = sys.stdout if sys.stdout and sys.stdout.isatty() else None
-    if terminal:
-        print(words, end="\r", file=terminal, flush=True)
-    try:
-        yield
-    finally:
-        if terminal:
-            print(ERASE_LINE, end="\r", file=terminal, flush=True)
+        print(f"{name}: {'works' if api.found[name] else fault}")
+    return bool(source) and all(api.found.values())
 
 
 if __name__ == "__main__":

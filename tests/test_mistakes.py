@@ -53,7 +53,7 @@ WORDS = {
 @pytest.mark.parametrize("typed", WORDS)
 def test_a_word_that_everybody_tries_is_answered_with_what_to_type(typed: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        read_flags(typed.split())
+        read_flags(typed.split(), {})
     assert str(caught.value) == WORDS[typed]
 
 
@@ -64,7 +64,9 @@ def test_a_key_on_the_command_line_is_not_repeated() -> None:
 
 
 def test_a_value_in_two_words_is_told_of_quotes() -> None:
-    assert refused("--tools", "Read", "Grep").endswith("a value with spaces needs quotes")
+    assert refused("--tools", "Read", "Grep").endswith(
+        "a value with spaces needs quotes; see --help"
+    )
 
 
 def test_what_is_typed_instead_works(launch: Launch) -> None:
@@ -270,7 +272,7 @@ def test_an_mcp_server_that_cannot_start_is_warned_of(
 
 def test_the_start_says_whose_login_it_is(launch: Launch, environment: Path) -> None:
     program = launch()
-    where = f"(user {bridge.user_name()}, {environment}/.claude)"
+    where = f"(user {bridge.user_name()} in {environment}/.claude)"
     printed(program, f"logged in: stand-in {where}")
 
 

@@ -216,12 +216,16 @@ def test_each_entry_is_filled_in_by_itself(write: Write) -> None:
         ("a.json", '{"model_providers": [sesame]}', "line 1 column"),
         ("a.toml", "a = sesame", "line 1, column"),
         ("a.yaml", "a: [\nsesame: ]{", "not YAML, line 2"),
-        ("a.json", "[]", "Input should be a valid object"),
-        ("a.json", '{"model_providers": {}}', "model_providers: Input should be a valid list"),
+        ("a.json", "[]", "has no model_providers"),
+        (
+            "a.json",
+            '{"model_providers": {"sesame": 1}}',
+            "model_providers must be a list of tables",
+        ),
         (
             "a.json",
             '{"model_providers": ["claude-cli/*"]}',
-            "a provider: Input should be a valid object",
+            "model_providers must be a list of tables",
         ),
     ],
 )
