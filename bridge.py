@@ -2158,10 +2158,10 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
     remark = cli.problem or cli.warning
     version = cli.version or "not known yet"
     quota = []
-    for name, info in snapshot.limits.items():
-        used = info.get("utilization")
-        share = f", {used:.0%} used" if isinstance(used, int | float) else ""
-        quota.append((name, translate.get_str(info, "status") + share))
+    for name, limit in snapshot.limits.items():
+        used = limit.utilization
+        share = f", {used:.0%} used" if used is not None else ""
+        quota.append((name, limit.status + share))
     return {
         "State": [
             ("version", __version__),

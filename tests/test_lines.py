@@ -218,12 +218,11 @@ def test_a_result_is_written_into_a_transcript_as_the_cli_writes_it_in_place(
     assert read(row)["message"]["content"] == [written, text("a"), written]
 
 
-def test_messages_are_known_to_hold_thinking() -> None:
-    said = [role("assistant", [text("a")]), role("assistant", [text("a"), REDACTED])]
-    assert translate.has_thinking(said)
-    assert translate.has_thinking([role("assistant", [THOUGHT])])
-    assert not translate.has_thinking(said[:1])
-    assert not translate.has_thinking([])
+def test_the_blocks_of_a_type_are_found_in_a_conversation() -> None:
+    said = [role("user", "x"), role("assistant", [THOUGHT, text("a")]), role("user", "y")]
+    messages = parsed(said).messages
+    assert translate.blocks_of(messages, translate.THOUGHTS) == [THOUGHT]
+    assert translate.blocks_of(messages[:1], translate.THOUGHTS) == []
 
 
 # Blocks -> whether the CLI would scale an image in them.
@@ -383,11 +382,6 @@ def test_the_mcp_server_says_who_it_is_in_the_version_that_the_cli_speaks() -> N
     assert result["protocolVersion"] == "2025-11-25"
     assert result["capabilities"] == {"tools": {}}
     assert result["serverInfo"]["name"] == translate.MCP_SERVER
-
-
-@pytest.mark.parametrize("params", [{}, None, [], "x"], ids=repr)
-def test_an_initialize_without_params_is_answered(params: Any) -> None:
-    assert mcp(asks({"method": "initialize", "params": params}))["result"]["serverInfo"]
 
 
 def test_the_mcp_server_lists_its_tools() -> None:
@@ -587,14 +581,8 @@ EVENT = b'{"type":"x"}'
 LINES: dict[bytes, list[Json]] = {
     EVENT: [{"type": "x"}],
     b'  {"type":"x"}\r': [{"type": "x"}],
-    b'{"type":"a"}{"type":"b","c":{"d":2}}{"type":"e"}': [
-        {"type": "a"},
-        {"type": "b", "c": {"d": 2}},
-        {"type": "e"},
-    ],
-    b'{"type":"a"} {"type":"b"}\t{"type":"c"}': [{"type": "a"}, {"type": "b"}, {"type": "c"}],
-    b'{"type":"a"}{"type":': [{"type": "a"}],
-    b'{"type":"a"}oops': [{"type": "a"}],
+    b'{"type":"a"}{"type":"b"}': [],
+    b'{"type":"a"}oops': [],
     b"": [],
     b" ": [],
     b"Warning: something {odd}": [],
@@ -606,19 +594,19 @@ LINES: dict[bytes, list[Json]] = {
     b"17": [],
     b"null": [],
     b"\xff\xfe{}": [],
-    b'{"type":"\xff"}': [{"type": "\ufffd"}],
+    b'{"type":"\xff"}': [],
     # objects that are no events
     b"{}": [],
     b'{"a":1}': [],
     b'{"type":null}': [],
     b'{"type":["x"]}': [],
-    b'{"type":5}{"type":"x"}{}': [{"type": "x"}],
+    b'{"type":5}': [],
     # numbers
     b'{"type":"x","n":123456789012345678901234567890}': [
         {"type": "x", "n": 123456789012345678901234567890.0}
     ],
     b'{"type":"x","n":NaN}': [],
-    b'{"type":"x"}{"type":"y","n":Infinity}': [{"type": "x"}],
+    b'{"type":"x","n":Infinity}': [],
     b'{"type":"x","n":%b}' % (b"9" * 5000): [],
     # half a character, as JavaScript writes it
     b'{"type":"x","t":"a\\ud83d"}': [{"type": "x", "t": "a\ufffd"}],
@@ -635,7 +623,6 @@ def test_a_line_holds_its_events_and_nothing_else(line: bytes, events: list[Json
 def test_a_line_of_five_megabytes_is_one_event() -> None:
     event = {"type": "user", "data": "x" * (5 << 20)}
     assert decode(json.dumps(event).encode()) == [event]
-    assert decode(json.dumps(event).encode() * 2) == [event, event]
 
 
 @pytest.mark.parametrize(
@@ -665,11 +652,10 @@ def test_a_line_of_more_levels_than_a_request_may_have_is_an_error() -> None:
 
 def test_a_damaged_part_of_the_answer_fails_the_turn() -> None:
     whole = b'{"type":"stream_event","event":{"type":"message_stop"}}'
-    for line in (whole[:-1], whole[:-2] + b"\x00}}", whole[:40]):
+    for line in (whole[:-1], whole[:-2] + b"\x00}}", whole[:40], whole + b"oops"):
         with pytest.raises(ApiError, match="the claude CLI wrote a damaged line") as caught:
             decode(line)
         assert caught.value.status == 502
-    assert decode(whole + b"oops") == [json.loads(whole)]
 
 
 @pytest.mark.parametrize(("path", "kind"), [("/count_tokens", "count"), ("", "message")])
@@ -860,7 +846,6 @@ SAME_MODELS = [
     # others
     ("claude-opus-4-8", "claude-sonnet-5-5", False),
     ("claude-opus-4-8", "claude-opus-4-5", False),
-    ("claude-opus-4-8-20260101", "claude-opus-4-8-20260202", False),
     ("claude-opus-4-8[1m]", "claude-opus-4-5[1m]", False),
 ]
 
@@ -869,7 +854,7 @@ SAME_MODELS = [
 def test_a_model_is_the_same_but_for_a_date_or_the_size_of_its_context(
     asked: str, answered: str, is_same: bool
 ) -> None:
-    assert translate.is_same_model(asked, answered) == is_same
+    assert translate.may_answer(answered, asked) == is_same
 
 
 # ---------------------------------------------------------------- frames
@@ -899,12 +884,6 @@ def test_characters_that_split_lines_are_escaped_in_a_frame() -> None:
     assert b"\\u2028b\\u2029c\\u0085d" in data
     assert json.loads(data.split(b"\n")[1][6:])["t"] == value
     assert translate.PING == b'event: ping\ndata: {"type":"ping"}\n\n'
-
-
-@settings(max_examples=120, **QUICK)
-@given(JSON_VALUES)
-def test_json_comes_back_as_it_was_written(value: Any) -> None:
-    assert json.loads(translate.to_json(value)) == value
 
 
 def test_the_digest_of_a_value_does_not_depend_on_the_order_of_keys() -> None:

