@@ -70,7 +70,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import h11
 import orjson
@@ -80,7 +80,6 @@ if sys.platform == "win32":
 if TYPE_CHECKING or not __package__:
     import translate
     from sessions import (
-        PROBE_MODEL,
         Counter,
         Pool,
         PoolConfig,
@@ -95,7 +94,6 @@ if TYPE_CHECKING or not __package__:
 else:  # copied into a package
     from . import translate
     from .sessions import (
-        PROBE_MODEL,
         Counter,
         Pool,
         PoolConfig,
@@ -237,7 +235,7 @@ class Config(PoolConfig):
             message += f" {variable('api_key')}"
             require(is_loopback(host), "listen_addr", message)
         for name in API_ADDRESSES:
-            leads_back = name in self.keep_env and self.is_own_url(os.environ.get(name))
+            leads_back = name in self.keep_env and self.is_own(os.environ.get(name, ""))
             message = f"{name} is the bridge's own address, where its clients ask;"
             require(not leads_back, "keep_env", f"{message} leave the name out")
         check_folders(self.trace_dir)
@@ -247,17 +245,10 @@ class Config(PoolConfig):
             trace_dir=self.trace_dir and os.path.abspath(self.trace_dir),
         )
 
-    def is_own_url(self, url: str | None) -> bool:
+    def is_own(self, url: str) -> bool:
         """Whether a URL leads to a loopback address that the bridge listens on."""
-        if self.unix_path:
-            return False
-        host, own_port = self.address
-        try:
-            parts = urlsplit(url or "")
-            name, port = parts.hostname or "", parts.port
-        except ValueError:
-            return False
-        return port == own_port and (is_loopback(name) or name == host)
+        name, _, port = url.removeprefix("http://").rstrip("/").rpartition(":")
+        return is_loopback(name) and self.listen_addr.endswith(f":{port}")
 
     @property
     def unix_path(self) -> str:
@@ -348,6 +339,13 @@ def require(condition: object, name: str, message: str) -> None:
         raise config_error(name, message)
 
 
+# Where the CLI may be told to find the API.
+API_ADDRESSES = (
+    "ANTHROPIC_BASE_URL",
+    "ANTHROPIC_BEDROCK_BASE_URL",
+    "ANTHROPIC_FOUNDRY_BASE_URL",
+    "ANTHROPIC_VERTEX_BASE_URL",
+)
 # Words that everybody tries, and what to use instead.
 SYNONYMS = {
     "port": "CLAUDE_CLI_LISTEN_ADDR=127.0.0.1:PORT",
@@ -419,29 +417,20 @@ def parse_setting(name: str, kind: type, text: str) -> Any:
 
 def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
     """Raises ConfigError for a value that its field does not allow."""
-    rules = item.metadata
+    name, rules = item.name, item.metadata
     kind = type(item.default)
     kinds = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
-    is_right = isinstance(value, kinds) and not isinstance(value, bool)
+    is_right = isinstance(value, kinds) and type(value) is not bool
     # Without the value: it may be a secret.
     message = f"must be of type {kind.__name__}, not {type(value).__name__}"
-    require(is_right, item.name, message)
-    if isinstance(value, int | float):
+    require(is_right, name, message)
+    if rules["choices"]:
+        message = f"must be one of {', '.join(rules['choices'])}, got {value!r}"
+        require(value in rules["choices"], name, message)
+    if kind in (int, float):
         message = f"must be a number of at least {rules['least']}, got {value}"
         is_large = math.isfinite(value) and value >= rules["least"]
-        require(is_large, item.name, message)
-    elif rules["choices"]:
-        message = f"must be one of {', '.join(rules['choices'])}, got {value!r}"
-        require(value in rules["choices"], item.name, message)
-
-
-# Where the CLI may be told to find the API.
-API_ADDRESSES = (
-    "ANTHROPIC_BASE_URL",
-    "ANTHROPIC_BEDROCK_BASE_URL",
-    "ANTHROPIC_FOUNDRY_BASE_URL",
-    "ANTHROPIC_VERTEX_BASE_URL",
-)
+        require(is_large, name, message)
 
 
 def check_mcp_config(path: str) -> None:
@@ -552,11 +541,9 @@ def login_cure(config: Config, environ: Mapping[str, str]) -> str:
     """Whose login was looked for, and what to do when nobody is logged in."""
     settings = settings_file(environ)
     found = f"no login of {login_place()}"
-    # Clients of the bridge need a key, and any will do: the README calls it so.
-    has_own_url = config.is_own_url(environ.get("ANTHROPIC_BASE_URL"))
     for name in LOGIN_VARIABLES:
-        value = environ.get(name, "")
-        is_for_clients = value in ("", KEY_OF_CLIENTS) or has_own_url
+        # What is set for clients of the bridge in the same shell is no login.
+        is_for_clients = environ.get(name, "") in ("", KEY_OF_CLIENTS, config.api_key)
         if not is_for_clients and name not in config.keep_env:
             found = f"{found}; {name} is set, but not passed on to the CLI"
             return f"{found}: {variable('keep_env')}={name} passes it on"
@@ -1122,8 +1109,8 @@ class Bridge:
         self.pool = pool
         self.counter = Counter(pool)
         self.closing = False
-        # The last requests: when, path, and what was logged; the newest first.
-        self.recent: deque[tuple[float, str, Json]] = deque(maxlen=RECENT)
+        # The last requests: when, and what was logged; the newest first.
+        self.recent: deque[tuple[str, Json]] = deque(maxlen=RECENT)
         # As clients reach it: host:port or unix:/path.
         self.addresses: list[str] = []
         # Seconds at shutdown for connections that have sent nothing yet; only with an
@@ -1141,21 +1128,24 @@ class Bridge:
     # Connections
 
     async def listen(self, sock: socket.socket | None) -> asyncio.Server:
-        """Raises OSError when the address is taken, or cannot be had."""
+        """A server that does not serve yet.  Raises OSError when the address is taken, or
+        cannot be had."""
         self._grace_secs = GRACE_SECS if sock else 0.0
         if not sock and self.config.unix_path:
             sock = bind_unix(self.config.unix_path)
-        if sock and sock.family == socket.AF_UNIX:
-            # Since 3.13 asyncio would unlink the path of a service manager's socket.
-            options: Any = (
-                {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
-            )
-            server = await asyncio.start_unix_server(self.accept, sock=sock, **options)
-        elif sock:
-            server = await asyncio.start_server(self.accept, sock=sock)
-        else:
+        options: dict[str, Any] = {"sock": sock}
+        start: Any = asyncio.start_server
+        if not sock:
             host, port = self.config.address
-            server = await asyncio.start_server(self.accept, host, port)
+            options = {"host": host, "port": port}
+        elif sock.family == socket.AF_UNIX:
+            start = asyncio.start_unix_server
+            # Since 3.13 asyncio would unlink the path of a service manager's socket.
+            if sys.version_info >= (3, 13):
+                options["cleanup_socket"] = False
+        server: asyncio.Server = await start(
+            self.accept, start_serving=False, **options
+        )
         for listener in server.sockets:
             name = listener.getsockname()
             if listener.family == socket.AF_UNIX:
@@ -1460,12 +1450,12 @@ class Bridge:
         name = unquote(exchange.path.removeprefix(MODELS)).lstrip("/")
         if name:
             return Reply(orjson.dumps(find_model(models, name)))
-        names = [*models, None]
+        names: list[Any] = list(models) or [None]
         page = {
             "data": list(models.values()),
             "has_more": False,
             "first_id": names[0],
-            "last_id": names[len(models) - 1],
+            "last_id": names[-1],
         }
         return Reply(orjson.dumps(page))
 
@@ -1473,19 +1463,19 @@ class Bridge:
 
     def report(self, exchange: Exchange) -> None:
         """Log one line for one request, and count it; never a prompt or an answer."""
-        row = log_row(exchange)
+        row, turn = log_row(exchange), exchange.turn
         text = " ".join(f"{name}={quoted(value)}" for name, value in row.items())
         log.info("%s", text, extra={"row": row})
         if exchange.failure or exchange.route not in QUIET_ROUTES:
-            self.recent.appendleft((time.time(), exchange.path, row))
+            self.recent.appendleft((time.strftime("%H:%M:%S"), row))
         metrics = self.pool.metrics
-        route = row.get("route", "none")
+        route = exchange.route or "none"
         metrics.add("requests_total", route=route, status=row["status"])
         if exchange.failure:
             metrics.add("errors_total", type=exchange.failure)
         if "first_byte_secs" in row:
             metrics.time("first_byte_seconds", row["first_byte_secs"])
-        if turn := exchange.turn:
+        if turn:
             metrics.add("turns_total", conversation=turn.origin, reason=turn.reason)
             metrics.time("turn_seconds", row["secs"])
         for kind in row.keys() & translate.TOKENS:
@@ -1507,11 +1497,7 @@ ROUTES: dict[str, tuple[str, Handler]] = {
 def log_row(exchange: Exchange) -> Json:
     """What the log says of a request."""
     path = exchange.path[:MAX_LOGGED_PATH]
-    row: Json = {
-        "request_id": exchange.id,
-        "route": exchange.route or None,
-        "path": None if exchange.route else path or None,
-    }
+    row: Json = {"request_id": exchange.id, "route": exchange.route or path or None}
     used: Json = {}
     if turn := exchange.turn:
         calls = turn.translator.api_calls
@@ -1672,19 +1658,13 @@ async def serve(
     stack = contextlib.AsyncExitStack()
     bridge = Bridge(config, await stack.enter_async_context(Pool(config)))
     try:
-        listening = asyncio.create_task(bridge.listen(sock))
         try:
-            server = await asyncio.shield(listening)
-        except asyncio.CancelledError:
-            # Half a server would go on answering.
-            await asyncio.wait({listening})
-            if not listening.cancelled() and not listening.exception():
-                listening.result().close()
-            raise
+            server = await bridge.listen(sock)
         except (OSError, UnicodeError) as error:
             raise config_error("listen_addr", cannot_listen(config, error)) from error
         own = None if sock else identity(config.unix_path)
         stack.push_async_callback(stop, bridge, server, own)
+        await server.start_serving()
         yield bridge
     finally:
         await finish_despite_cancel(stack.aclose(), bridge.cancel_answers)
@@ -1811,6 +1791,7 @@ TOOLS = (
     "Write",
 )
 TOOL_NAMES = {"Agent": "Task"}
+NO_QUESTION = b"""{"model": "sonnet", "messages": [{"role": "user", "content": "-"}]}"""
 
 
 async def announce(bridge: Bridge) -> None:
@@ -1841,30 +1822,27 @@ async def announce(bridge: Bridge) -> None:
 async def missing_from_agent(pool: Pool) -> list[str]:
     """The agent's tools that the CLI does not have, and the MCP servers that it could
     not start, as it reports them at the start of a conversation.  Raises ApiError."""
-    tools = re.split("[, ]+", pool.config.tools.strip())
-    if tools == [""]:
+    if not pool.config.tools:
         return []
-    message = {"role": "user", "content": "-"}
-    body = orjson.dumps({"model": PROBE_MODEL, "messages": [message]})
-    request = translate.parse_request(body, counting=True, agent=True)
+    request = translate.parse_request(NO_QUESTION, counting=True, agent=True)
     session, lines = await pool.open(request, [], query=False)
     try:
         session.process.write(*lines)
         init = await session.process.read_until(
-            lambda event: event if event.get("subtype") == "init" else None
+            lambda event: event.get("subtype") == "init" and event
         )
     finally:
         pool.retire(session, "probe")
-    listed = translate.as_list(init.get("tools"))
+    known = ["default", *init.get("tools", [])]
     found = [
         f"{variable('tools')}: the CLI has no tool {name}{suggestion(name, TOOLS)}"
-        for name in tools
-        if TOOL_NAMES.get(name, name) not in ["default", *listed]
+        for name in re.split("[, ]+", pool.config.tools.strip())
+        if TOOL_NAMES.get(name, name) not in known
     ]
-    for server in translate.as_list(init.get("mcp_servers")):
-        status = server.get("status")
+    for server in init.get("mcp_servers", []):
+        name, status = server["name"], server["status"]
         if status not in ("connected", "pending"):
-            found.append(f"the MCP server {server.get('name')} is not there: {status}")
+            found.append(f"the MCP server {name} is not there: {status}")
     return found
 
 
@@ -2178,14 +2156,13 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
     }
 
 
-def request_row(entry: tuple[float, str, Json]) -> tuple[str, str]:
+def request_row(entry: tuple[str, Json]) -> tuple[str, str]:
     """When and where a request came, and what became of it."""
-    at, path, row = entry
-    clock = time.strftime("%H:%M:%S", time.localtime(at))
+    clock, row = entry
     names = ("model", "conversation", "reason")
     result = [row["status"], f"{row['secs']:.2f} s", *map(row.get, names)]
     words = ", ".join(str(value) for value in result if value)
-    return f"{clock} {path[:MAX_LOGGED_PATH]}", words
+    return f"{clock} {row.get('route', '')}", words
 
 
 def page_text(bridge: Bridge) -> str:
@@ -2414,6 +2391,7 @@ async def rehearse(config: Config, api: FakeApi) -> None:
     """Play the scenario of a FakeApi, with an empty home: the user's files must supply
     neither a login nor another address."""
     server = await api.listen(None)
+    await server.start_serving()
     kept = {
         "ANTHROPIC_BASE_URL": api.url,
         "ANTHROPIC_API_KEY": KEY_OF_CLIENTS,

@@ -232,9 +232,15 @@ def test_an_address_of_the_api_that_is_the_bridges_own_is_refused_at_the_start(
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("ANTHROPIC_API_KEY=SECRET", "give names only, without = and a value"),
-        ("HTTP_PROXY,ANTHROPIC_API_KEY=SECRET", "give names only, without = and a value"),
-        ("sk-ant-SECRET", "must be names of variables, with commas between"),
+        (
+            "ANTHROPIC_API_KEY=SECRET",
+            "takes names of variables, with commas between, and no values",
+        ),
+        (
+            "HTTP_PROXY,ANTHROPIC_API_KEY=SECRET",
+            "takes names of variables, with commas between, and no values",
+        ),
+        ("sk-ant-SECRET", "takes names of variables, with commas between, and no values"),
     ],
 )
 @pytest.mark.parametrize("command", [(), ("check",)], ids=["serve", "check"])
