@@ -843,7 +843,9 @@ class Connection:
         except TimeoutError:
             error = ApiError(408, "the request was not sent in time")
         except h11.RemoteProtocolError as fault:
-            message = f"The request is not valid HTTP: {fault}"
+            # What follows quotes the line, which the log must not hold.
+            reason = str(fault).partition(":")[0]
+            message = f"The request is not valid HTTP: {reason}"
             if self.http.trailing_data[0].startswith(TLS_HELLO):
                 message = "TLS: this port speaks plain HTTP; the URL begins with http:"
             status = 431 if fault.error_status_hint == 431 else 400
