@@ -553,6 +553,13 @@ def login_cure(config: Config, environ: Mapping[str, str]) -> str:
     return f"{found}; `{shlex.quote(config.bin)} auth login` logs in"
 
 
+def login_state(config: Config, hello: Json) -> str:
+    """Who the CLI is logged in as, by its answer to `initialize`, or what to do."""
+    if source := translate.login_source(hello):
+        return f"{source} ({login_place()})"
+    return f"nobody is logged in: {login_cure(config, os.environ)}"
+
+
 def login_place() -> str:
     """Whose login the CLI looks for, and where."""
     return f"user {user_name()} in {login_folder(os.environ)}"
@@ -1359,8 +1366,7 @@ class Bridge:
                 async with asyncio.timeout(HELLO_SECS):
                     hello = await self.pool.hello(anew=True)
                 if not translate.login_source(hello):
-                    cure = login_cure(self.config, os.environ)
-                    problem = f"nobody is logged in: {cure}"
+                    problem = login_state(self.config, hello)
             except ApiError as error:
                 problem = f"the claude CLI does not work: {error.message}"
             except TimeoutError:
@@ -1808,10 +1814,11 @@ async def announce(bridge: Bridge) -> None:
             log.warning("%s", cli.warning)
         await asyncio.sleep(LOGIN_PROBE_SECS)
         hello = await pool.hello(gives_way=True)
-        if source := translate.login_source(hello):
-            log.info("the claude CLI is logged in: %s (%s)", source, login_place())
+        state = login_state(config, hello)
+        if translate.login_source(hello):
+            log.info("the claude CLI is logged in: %s", state)
         else:
-            log.warning("nobody is logged in: %s", login_cure(config, os.environ))
+            log.warning("%s", state)
         for message in await missing_from_agent(pool):
             log.warning("%s", message)
     except ApiError as error:
@@ -2130,11 +2137,7 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
     answered."""
     pool, config = bridge.pool, bridge.config
     cli, snapshot = pool.cli, pool.snapshot()
-    login = "not known yet"
-    if cli.hello:
-        source = translate.login_source(cli.hello)
-        login = f"{source} ({login_place()})" if source else "nobody: "
-        login += "" if source else login_cure(config, os.environ)
+    login = login_state(config, cli.hello) if cli.hello else "not known yet"
     remark = cli.problem or cli.warning
     version = cli.version or "not known yet"
     quota = []
@@ -2147,7 +2150,7 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
             ("version", __version__),
             ("claude CLI", config.bin),
             ("its version", version + (f" ({remark})" if remark else "")),
-            ("logged in", login),
+            ("login", login),
         ],
         "Last requests": list(map(request_row, bridge.recent)),
         "Processes": [
@@ -2430,15 +2433,14 @@ async def check(config: Config, flags: Iterable[str]) -> bool:
     try:
         async with Pool(config) as pool, asyncio.timeout(limit):
             cli = await pool.look_at_cli()
-            source = translate.login_source(await pool.hello())
+            hello = await pool.hello()
             missing = await missing_from_agent(pool)
     except (ApiError, OSError) as error:  # TimeoutError among them
         print(f"start: does not work ({str(error) or 'no answer in time'})")
         return False
     for warning in missing:
         print(f"warning: {as_typed(warning, flags)}")
-    cure = login_cure(config, os.environ)
-    print(f"login: {source or 'nobody is logged in: ' + cure}")
+    print(f"login: {login_state(config, hello)}")
     print(f"version: {cli.version or NO_VERSION} {cli.warning}".rstrip(), flush=True)
     api = FakeApi()
     failure = ""
@@ -2450,7 +2452,7 @@ async def check(config: Config, flags: Iterable[str]) -> bool:
     for name, meaning in FEATURES.items():
         fault = f"does not work: there is no sign that this CLI {meaning}{failure}"
         print(f"{name}: {'works' if api.found[name] else fault}")
-    return bool(source) and all(api.found.values())
+    return all([translate.login_source(hello), *api.found.values()])
 
 
 if __name__ == "__main__":

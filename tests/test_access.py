@@ -407,7 +407,7 @@ def test_a_preflight_allows_the_headers_asked_for_if_they_can_be_names(
         request="OPTIONS /v1/messages HTTP/1.1",
     )
     assert answer.status == 204
-    assert answer.headers["access-control-allow-headers"] == allowed
+    assert answer.headers.get("access-control-allow-headers", "") == allowed
     assert answer.headers["access-control-allow-methods"] == "POST"
 
 

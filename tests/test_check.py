@@ -15,6 +15,8 @@ from host import ROOT
 from installed import CLIS
 from servers import KEEP
 
+from bridge import user_name
+
 FEATURES = ("history", "settings", "tools", "interrupt")
 
 
@@ -28,15 +30,16 @@ def check(bin: Path | str, *before: str, **environ: str) -> tuple[int, dict[str,
 
 
 def test_a_working_cli_passes_and_no_token_is_spent(
-    cli: Path, since: Callable[[], list[Json]]
+    cli: Path, environment: Path, since: Callable[[], list[Json]]
 ) -> None:
     status, said = check(cli)
+    login = f"ANTHROPIC_API_KEY (user {user_name()} in {environment}/.claude)"
     [version] = [version for version, path in CLIS.items() if path == cli]
     works = dict.fromkeys(FEATURES, "works")
     assert said == {
         "CLI": str(cli),
         "time": "up to 60 seconds",
-        "login": "ANTHROPIC_API_KEY",
+        "login": login,
         "version": version,
         **works,
     }

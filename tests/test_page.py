@@ -82,7 +82,7 @@ def test_the_page_says_what_the_bridge_is_doing(
         f"curl {server.url}/v1/messages",
         f"version {bridge.__version__}",
         f"claude CLI {STANDIN} its version 2.1.260",
-        f"logged in stand-in (user {user_name()} in ",
+        f"login stand-in (user {user_name()} in ",
         "s; turns: 0",
         "s; turns: 2",
     ):
