@@ -1383,7 +1383,7 @@ class Session:
         wanted = request.fingerprint
         self.parts = wanted.parts
         self.chain = wanted.past
-        self.unthinking_chain = wanted.unthinking_past
+        self.unthinking_chain = wanted.past_without_thinking
         listed = translate.listed_model(self.cli.hello, request.model)
         self.model = listed or request.model
 

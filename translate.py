@@ -1,9 +1,8 @@
 """Pure rules between the Messages API and the claude CLI: no I/O, no clock.
 
-The file follows the order of a turn: errors, the reading of a request, the fingerprint
-of a conversation, what is written to the CLI, what is read from it, the translation of
-its events into the events of a Messages stream, and the headers that tell of rate
-limits.
+After errors and JSON, the file follows the order of a turn: a request, its messages, their
+fingerprint, what is written to the CLI, what is read from it, the translation of its
+events into those of a Messages stream, frames, and the headers of rate limits.
 
 "API" names a rule of the Messages API.  A name after "recording" is a file in
 tests/fixtures that shows the rule.
@@ -26,7 +25,7 @@ __version__ = "0.2.0"
 
 # A JSON object that is passed on unread, or whose keys are checked where they are read.
 Json = dict[str, Any]
-# By name, the digests of what a request sets (`digest`).
+# The digest of each thing that a request sets, by its name.
 Digests = dict[str, bytes]
 
 
@@ -60,14 +59,16 @@ ERROR_TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
+STATUSES = {kind: status for status, kind in ERROR_TYPES.items()}
 # Statuses where a retry cannot help (header x-should-retry).
 FINAL_STATUSES = {400, 401, 402, 403, 404, 405, 413, 415, 422, 431}
-# How keys and tokens of the API begin.
+# A key or token, even with line breaks that were pasted into it; a long word after it may
+# go with it.
 SECRET = re.compile(r"(sk-ant-)[A-Za-z0-9_-]+(?:(?:\\[nr]|\s)+[A-Za-z0-9_-]{16,})*")
 LOGIN_CURE = (
     "run `claude-cli-bridge login`, or log in with /login in the claude CLI itself"
 )
-# What the CLI says when it has no login; no word of it is the API's.
+# What the CLI prints when it has no login; the API never says it.
 NOT_LOGGED_IN = "Not logged in"
 
 
@@ -141,7 +142,7 @@ REQUEST_REASONS = {
     "rapid_refill_breaker",
 }
 TOO_LONG = "Prompt is too long"
-VERDICTS = {
+STATUS_OF_TEXT = {
     NOT_LOGGED_IN: 401,
     TOO_LONG: 400,
     "Image base64 size (": 400,
@@ -173,9 +174,9 @@ def result_error(
     given: Any = result.get("api_error_status")
     is_from_api = isinstance(given, int) and 400 <= given <= 599
     reason = get_str(result, "terminal_reason")
-    status = given if is_from_api else verdict(text, reason, kind)
+    status = given if is_from_api else status_of(text, reason, kind)
     if status == 502 and is_from_api:
-        kind = kind or "api_error"  # of a proxy before it
+        kind = kind or "api_error"  # a proxy in front of the API
     if message.startswith(TOO_LONG):
         # The API's spelling, by which clients know it.
         message = message[0].lower() + message[1:]
@@ -190,21 +191,22 @@ def result_error(
     )
 
 
-def verdict(text: str, reason: str, kind: str) -> int:
+def status_of(text: str, reason: str, kind: str) -> int:
     """The HTTP status of a failure without one: by the reason that the CLI gives, by
     the API's error.type, or by the text; 502 when the CLI itself is at fault."""
     if reason in REQUEST_REASONS:
         return 400
-    for status, usual in ERROR_TYPES.items():
-        if kind == usual:
-            return status
-    found = [VERDICTS[start] for start in VERDICTS if text.startswith(start)]
-    return found[0] if found else 502
+    if kind in STATUSES:
+        return STATUSES[kind]
+    known = (
+        STATUS_OF_TEXT[start] for start in STATUS_OF_TEXT if text.startswith(start)
+    )
+    return next(known, 502)
 
 
 def api_message(text: str, kind: str) -> tuple[str, str]:
-    """The API's own message in a text of the CLI, and its error.type where the text
-    says it."""
+    """The API's own message in a text of the CLI, and its error.type: `kind` if it is
+    known, else what the text says."""
     match = API_ERROR.fullmatch(text)
     if not match:
         return text, kind
@@ -224,7 +226,7 @@ def api_message(text: str, kind: str) -> tuple[str, str]:
 # ------------------------------------------------------------ JSON
 
 
-def line(value: Json) -> bytes:
+def json_line(value: Json) -> bytes:
     return orjson.dumps(value) + b"\n"
 
 
@@ -232,6 +234,17 @@ def get_str(value: Any, key: str) -> str:
     """The string under a key of an object; empty if there is none."""
     text = value.get(key) if isinstance(value, dict) else None
     return text if isinstance(text, str) else ""
+
+
+def is_blank(text: str) -> bool:
+    """Whether it is white space alone, to which JavaScript counts the byte order
+    mark."""
+    return not text.replace("\ufeff", " ").strip()
+
+
+def js_length(text: str) -> int:
+    """Its length as JavaScript counts it, in halves of UTF-16."""
+    return len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
 def text_block(text: str) -> Block:
@@ -253,12 +266,12 @@ def without(value: Mapping[str, Any], keys: Collection[str]) -> Json:
 
 
 def without_nulls(value: Mapping[str, Any]) -> Json:
-    """The pairs whose value is not null (the Vercel AI SDK fails on `caller: null`)."""
+    """A copy without null values (the Vercel AI SDK fails on `caller: null`)."""
     return {key: inner for key, inner in value.items() if inner is not None}
 
 
 def without_empties(value: Json) -> Json:
-    """The pairs whose value is not null, {} or [] (the Vercel AI SDK fails on
+    """A copy without values that are null, {} or [] (the Vercel AI SDK fails on
     `context_management: {}`)."""
     return {key: inner for key, inner in value.items() if inner not in (None, {}, [])}
 
@@ -276,7 +289,7 @@ FULL_NAME = "claude-"
 HEADER_WORD = re.compile(r"[\x21-\x2b\x2d-\x7e]+")
 NOT_IN_HEADER = re.compile(r"[^\x21-\x2b\x2d-\x7e]")
 # Betas that 2.1.332 reserves for itself: it sends them for no client.
-DROPPED_BETAS = frozenset(
+UNSENT_BETAS = frozenset(
     {
         "afk-mode-2026-01-31",
         "inline-tools-2026-09-15",
@@ -327,7 +340,7 @@ class Fingerprint:
     # Of all messages but the last one.
     past: bytes
     # The same without thinking.
-    unthinking_past: bytes
+    past_without_thinking: bytes
     # Of the last message.
     newest: bytes
     # The messages hold thinking that the client echoes.
@@ -364,7 +377,7 @@ class Request:
     size: int
     # `metadata.user_id`, in which a CLI says which of its conversations asks.
     user_id: str
-    # It is for the CLI's own tools.
+    # The CLI runs its own tools for it.
     is_agent: bool
     fingerprint: Fingerprint
 
@@ -383,10 +396,10 @@ def parse_request(
     counting: bool = False,
     agent: bool = False,
 ) -> Request:
-    """Read the body of a message, or of a count; `betas` is the header anthropic-beta.
-    With `agent`, a request without tools is for the CLI's own.  Raises ApiError 400 for
-    what the bridge depends on, and for what the CLI would change silently."""
-    data = check_fields(read_object(body), counting)
+    """Read a body.  `betas` is the header anthropic-beta.  With `agent`, the CLI runs its
+    own tools for a request that brings none.  Raises ApiError 400."""
+    data = read_object(body)
+    check_fields(data, counting)
     not_sent = [name for name in ("metadata", "betas") if data.get(name) is not None]
     tools, raw = data.get("tools") or [], data["messages"]
     system = read_system(data.get("system"), not_sent)
@@ -429,14 +442,15 @@ def parse_request(
 
 
 def agent_fields(fields: Json, betas: str, not_sent: list[str]) -> tuple[Json, str]:
-    """The fields and betas of a request that an agent gets.  They reach the API by the
-    environment of the CLI, where the commands that an agent runs would see them."""
+    """The fields and betas of a request for an agent: whether to think, and no more.  The
+    rest would reach the API by the environment of the CLI, where the commands that an
+    agent runs could read it.  It is added to `not_sent`."""
     not_sent += [printable(key) for key in fields if key != "thinking"]
     not_sent += [f"anthropic-beta.{name}" for name in betas.split(",") if name]
     return {key: fields[key] for key in fields if key == "thinking"}, ""
 
 
-def check_fields(data: Json, counting: bool) -> Json:
+def check_fields(data: Json, counting: bool) -> None:
     if data.get("thread") is not None:
         # The SDKs send the whole history after this error_code alone (anthropic
         # lib/threads/_thread_state.py).
@@ -451,11 +465,6 @@ def check_fields(data: Json, counting: bool) -> Json:
             check_type(data[name], kind, name)
     if len(data["messages"]) > MAX_MESSAGES:
         raise bad_request("messages", f"List should have at most {MAX_MESSAGES} items")
-    return data
-
-
-def not_json(reason: str) -> ApiError:
-    return ApiError(400, f"The request body is not valid JSON: {reason}")
 
 
 # Bounds of a request: levels of JSON, of which each costs a call in Python; values of
@@ -467,13 +476,14 @@ MAX_MESSAGES = 100_000
 
 def read_object(body: bytes) -> Json:
     if has_more_values(body):
-        raise not_json(f"it holds more than {MAX_VALUES} values")
+        raise bad_request("body", f"more than {MAX_VALUES} JSON values")
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise not_json(str(error)) from None
+        message = f"The request body is not valid JSON: {error}"
+        raise ApiError(400, message) from None
     if is_deeper(data, MAX_DEPTH):
-        raise not_json(f"it is nested more than {MAX_DEPTH} levels deep")
+        raise bad_request("body", f"JSON of more than {MAX_DEPTH} levels")
     if not isinstance(data, dict):
         raise ApiError(400, "The request body is not a JSON object.")
     return data
@@ -524,14 +534,15 @@ def read_model(value: Any) -> str:
 
 
 def read_betas(header: str, not_sent: list[str]) -> str:
-    """The names in anthropic-beta, sorted."""
+    """The names in anthropic-beta, sorted.  Those that the CLI sends for no client are
+    added to `not_sent`."""
     names = {name.strip() for name in header.split(",")}
     names.discard("")
     for name in names:
         if not HEADER_WORD.fullmatch(name):
             message = "names are visible ASCII characters, separated by commas"
             raise bad_request("anthropic-beta", message)
-    not_sent += [f"anthropic-beta.{name}" for name in sorted(names & DROPPED_BETAS)]
+    not_sent += [f"anthropic-beta.{name}" for name in sorted(names & UNSENT_BETAS)]
     return ",".join(sorted(names))
 
 
@@ -564,8 +575,8 @@ def printable(key: str) -> str:
 def read_tool_names(tools: list[Any]) -> list[str]:
     """The names in `tools`, and those of a toolset's members.
 
-    The CLI has to know the names of client tools to hand a call over (MCP), and takes no
-    harm from others; everything else about the tools goes to the API as sent.
+    The CLI has to know the names of client tools to hand a call over (MCP), and others
+    do no harm; everything else about the tools goes to the API as sent.
     """
     names: list[str] = []
     for number, tool in enumerate(tools):
@@ -605,13 +616,12 @@ def without_deferring(
 
 # ------------------------------------------------------------ messages
 
-# Clients drop thinking, or echo a part of it: it does not tell conversations apart.
-THOUGHTS = frozenset({"thinking", "redacted_thinking"})
+# Clients drop thinking, or echo a part of it: there is a second digest without it.
+THINKING_BLOCKS = frozenset({"thinking", "redacted_thinking"})
 # Blocks that are no answer if an assistant message holds nothing else.
-NON_ANSWER_TYPES = THOUGHTS | {"fallback"}
+NON_ANSWER_TYPES = THINKING_BLOCKS | {"fallback"}
 CANNOT_CONTINUE = (
-    "the claude CLI cannot continue a message that ends with thinking, or that holds the "
-    "call of a server tool without its result"
+    "the claude CLI cannot continue this message, as it leaves out this part"
 )
 # How deep blocks may stand in blocks: in a tool_result, and in a document there (API).
 INNER_LEVELS = 2
@@ -659,7 +669,10 @@ class MessageReader:
             self.not_sent += dropped_parts(message)
             self.misplaced += texts_after_calls(message)
         newest = self.messages[-1]
+        # Whole blocks, not keys of them.
         lost = [place for place in dropped_parts(newest) if place in newest["places"]]
+        if newest["content"][-1]["type"] in THINKING_BLOCKS:
+            lost.append(newest["places"][-1])
         if newest["role"] == "assistant" and lost:
             raise bad_request(lost[0], CANNOT_CONTINUE)
         for message in self.messages:
@@ -690,10 +703,13 @@ class MessageReader:
         self.not_sent += [f"{place}.{printable(key)}" for key in other]
         texts = []
         for index, block in enumerate(blocks):
-            if block["type"] == "text":
-                texts.append(block["text"])
-            else:
-                self.not_sent.append(f"{place}.content.{index}")
+            where = f"{place}.content.{index}"
+            if block["type"] != "text":
+                self.not_sent.append(where)
+                continue
+            texts.append(block["text"])
+            if self._caching == "client" and block.get("cache_control"):
+                self.not_sent.append(f"{where}.cache_control")
         text = "\n".join(texts)
         reminder = f"<system-reminder>\n{text}\n</system-reminder>"
         return [text_block(reminder)] if texts else []
@@ -723,7 +739,7 @@ def is_empty_ending(message: Any) -> bool:
     return is_empty and message.get("role") == "assistant"
 
 
-# A text of the CLI's own for an empty answer; it leaves out one of the past.
+# The CLI's own text for an empty answer; it drops such a text from a history.
 NO_CONTENT = "(no content)"
 # All that the CLI keeps of a tool_use.
 CALL_KEYS = {"type", "id", "name", "input"}
@@ -734,13 +750,15 @@ def dropped_parts(message: Message) -> list[str]:
     marks of a fallback, the advisor's words, keys of tool calls, citations of
     documents, and calls of server tools that wait for a client's tool, and so have no
     result in the same message."""
+    if message["role"] == "user":
+        return []
     blocks = message["content"]
-    answered = {str(block.get("tool_use_id")) for block in blocks}
+    answered = {get_str(block, "tool_use_id") for block in blocks}
     lost = []
     for block, place in zip(blocks, message["places"], strict=True):
         kind = block["type"]
         is_server_call = kind in ("server_tool_use", "mcp_tool_use")
-        is_pending = is_server_call and str(block.get("id")) not in answered
+        is_pending = is_server_call and get_str(block, "id") not in answered
         is_advisor = is_server_call and block.get("name") == "advisor"
         if kind in ("fallback", "advisor_tool_result") or is_pending or is_advisor:
             lost.append(place)
@@ -816,10 +834,10 @@ def check_block(block: Any, role: str, message_place: str, place: str) -> None:
 
 
 def check_text(block: Block, message_place: str, place: str) -> None:
-    """The CLI would drop a block of white space, or its message."""
+    """Refuse a blank text: the CLI would drop it, and its message if that has nothing
+    else."""
     text = check_type(block.get("text"), str, f"{place}.text.text")
-    # JavaScript takes a byte order mark for white space.
-    if not text.replace("\ufeff", " ").strip():
+    if is_blank(text):
         message = "contain non-whitespace text" if text else "be non-empty"
         raise bad_request(
             "messages", f"text content blocks must {message} ({message_place})"
@@ -853,8 +871,8 @@ MAX_IMAGE = 5 << 20
 
 
 def check_image(block: Block, place: str) -> None:
-    """API: base64 data must be an image of its media type.  The CLI would silently
-    replace what is not."""
+    """API: an image by value is base64, and no other image than its media type says.
+    The CLI would silently replace what is not."""
     source = check_type(block.get("source"), dict, f"{place}.image.source")
     if source.get("type") != "base64":
         return
@@ -864,13 +882,14 @@ def check_image(block: Block, place: str) -> None:
     if data.startswith("data:"):
         message = "leave out what comes before the base64, up to its comma"
         raise bad_request(f"{place}.data", message)
-    try:
-        binascii.a2b_base64(data or "-", strict_mode=True)
-    except ValueError:
-        raise bad_request(f"{place}.data", "Input should be valid base64") from None
     if len(data) > MAX_IMAGE:
         message = f"image exceeds 5 MB maximum: {len(data)} bytes > {MAX_IMAGE} bytes"
         raise bad_request(place, message)
+    try:
+        # Empty base64 is valid, but no image.
+        binascii.a2b_base64(data or "-", strict_mode=True)
+    except ValueError:
+        raise bad_request(f"{place}.data", "Input should be valid base64") from None
     for signature, kind in IMAGE_SIGNATURES.items():
         if data.startswith(signature) and declared != kind:
             message = f"The image was specified using the {declared} media type,"
@@ -893,11 +912,8 @@ def check_system_place(messages: list[Any], number: int) -> None:
         message += ' parameter, not "system" as an input message role.'
         raise bad_request("messages", message)
     before = messages[number - 1]["role"]
-    after = (
-        messages[number + 1] if number + 1 < len(messages) else {"role": "assistant"}
-    )
-    precedes_assistant = isinstance(after, dict) and after.get("role") == "assistant"
-    if before != "user" or not precedes_assistant:
+    after = [get_str(message, "role") for message in messages[number + 1 : number + 2]]
+    if before != "user" or after not in ([], ["assistant"]):
         message = "role 'system' must follow a user turn,"
         message += " and precede an 'assistant' message or end the array"
         raise bad_request(f"messages.{number}", message)
@@ -919,6 +935,7 @@ def check_pairs(messages: list[Message]) -> None:
                 seen.add(block["id"])
             elif block["type"] == "tool_result":
                 check_result(block["tool_use_id"], waiting, results, place)
+                results.add(block["tool_use_id"])
         if waiting - results:
             raise unanswered(waiting - results, message["places"][0])
         waiting = calls
@@ -927,7 +944,8 @@ def check_pairs(messages: list[Message]) -> None:
 
 
 def check_result(call: str, waiting: set[str], results: set[str], place: str) -> None:
-    """Add the id of a result to the `results` of its message."""
+    """Check the id of a result against the calls that wait for one, and against the
+    `results` of its message so far."""
     if call in results:
         message = "each tool_use must have a single result. Found multiple"
         raise bad_request(place, f"{message} `tool_result` blocks with id: {call}")
@@ -935,12 +953,11 @@ def check_result(call: str, waiting: set[str], results: set[str], place: str) ->
         message = f"unexpected `tool_use_id` found in `tool_result` blocks: {call}."
         message += " Each `tool_result` block must have a corresponding `tool_use`"
         raise bad_request(place, f"{message} block in the previous message.")
-    results.add(call)
 
 
 def unanswered(calls: Iterable[str], place: str) -> ApiError:
     """The error for calls without results, to be raised; `place` is in the message that
-    should have them."""
+    is reported."""
     message = (
         "`tool_use` ids were found without `tool_result` blocks immediately after: "
     )
@@ -981,13 +998,14 @@ def read_breakpoints(
     """
     system = as_list(data.get("system"))
     on_system = breakpoints_on(system)
+    # That of the whole request is one of them.
     on_tools = breakpoints_on([*tools, data])
     at_ends = breakpoints_on(system[-1:])
     inside: list[Any] = []
     elsewhere = breakpoints_on(system[:-1])
     for message, following in itertools.zip_longest(messages, messages[1:]):
         blocks = as_list(message.get("content")) if isinstance(message, dict) else []
-        end = start_of_end(blocks)
+        end = tail_start(blocks)
         if get_str(following, "role") in ("user", "system"):
             end = len(blocks)  # the two are one message
         if get_str(message, "role") == "user":
@@ -997,19 +1015,18 @@ def read_breakpoints(
             elsewhere += breakpoints_on(blocks)
         for block in blocks:
             elsewhere += breakpoints_on(blocks_in(block))
+    lost = ["cache_control"]
     has_more = bool(inside) or len(on_tools) > API_BREAKPOINTS - CLI_BREAKPOINTS
-    are_own = has_more and not is_agent
-    ttl = ""
+    if has_more and not is_agent:
+        return Breakpoints("client", "", lost if on_system else [])
     controls = [*on_tools, *at_ends, *elsewhere]
-    if controls and not are_own and not is_agent:
+    ttl = ""
+    if controls and not is_agent:
         # API: what is kept for longer comes first.
         ttl = "1h" if all(map(is_for_an_hour, controls)) else "5m"
     is_shorter = ttl == "5m" and any(map(is_for_an_hour, at_ends))
-    is_lossy = bool(elsewhere) or is_shorter or (has_more and is_agent)
-    if are_own:
-        is_lossy = bool(on_system)
-    caching = "client" if are_own else "cli"
-    return Breakpoints(caching, ttl, ["cache_control"] if is_lossy else [])
+    is_lossy = elsewhere or is_shorter or has_more
+    return Breakpoints("cli", ttl, lost if is_lossy else [])
 
 
 def breakpoints_on(values: list[Any]) -> list[Any]:
@@ -1022,22 +1039,23 @@ def is_for_an_hour(control: Any) -> bool:
     return get_str(control, "ttl") == "1h"
 
 
-def start_of_end(blocks: list[Any]) -> int:
-    """Where the end of a message begins: its last block, or the tool results that
-    nothing follows."""
+def tail_start(blocks: list[Any]) -> int:
+    """The index of the last block, or of the first of the tool results that end a
+    message."""
     start = len(blocks)
     while start and get_str(blocks[start - 1], "type") == "tool_result":
         start -= 1
     return min(start, max(0, len(blocks) - 1))
 
 
-def blocks_in(block: Any) -> list[Any]:
-    """The blocks in a tool result, or in a document."""
-    if not isinstance(block, dict):
+def blocks_in(block: Any, levels: int = INNER_LEVELS) -> list[Any]:
+    """The blocks in a tool result or a document, and those in them."""
+    if not levels or not isinstance(block, dict):
         return []
     source = block.get("source")
     holder = source if isinstance(source, dict) else block
-    return as_list(holder.get("content"))
+    found = as_list(holder.get("content"))
+    return found + [inner for item in found for inner in blocks_in(item, levels - 1)]
 
 
 def without_breakpoints(block: Any, levels: int = INNER_LEVELS) -> Any:
@@ -1061,7 +1079,7 @@ def without_breakpoints(block: Any, levels: int = INNER_LEVELS) -> Any:
 # them when they echo a block.  Where the client's own cache breakpoints count, a process
 # holds them too, so `cache_control` is none of these.
 IGNORED_KEYS = frozenset({"cache_control", "parsed_output"})
-IGNORED_KEYS_BUT_BREAKPOINTS = IGNORED_KEYS - {"cache_control"}
+IGNORED_WITH_CLIENT_CACHING = IGNORED_KEYS - {"cache_control"}
 # Values, as JSON, that mean the same as a key that is not there.
 DEFAULTS = {
     "is_error": (b"false",),
@@ -1089,10 +1107,10 @@ def message_digest(
     """The digest of a message.  Without `thinking` it is that of a message whose
     client has dropped the thinking."""
     role = message["role"]
-    ignored = IGNORED_KEYS_BUT_BREAKPOINTS if caching == "client" else IGNORED_KEYS
+    ignored = IGNORED_WITH_CLIENT_CACHING if caching == "client" else IGNORED_KEYS
     blocks = message["content"]
     if not thinking:
-        blocks = [block for block in blocks if block["type"] not in THOUGHTS]
+        blocks = [block for block in blocks if block["type"] not in THINKING_BLOCKS]
     return digest([role, canonical_blocks(role, blocks, ignored)])
 
 
@@ -1110,18 +1128,18 @@ def fingerprint(parts: Json, data: Json, messages: list[Message]) -> Fingerprint
     """The fingerprint of a request: of its `parts`, of which `data`, the body, may leave
     some out, and of its messages."""
     digests = {name: digest(value) for name, value in parts.items()}
-    unsent = {name for name in ("model", "system", "tools") if data.get(name) is None}
+    unsent = {name for name in ("system", "tools") if data.get(name) is None}
     caching = parts["caching"]
     past = chain_of(messages[:-1], caching)
-    unthinking_past = past
-    thoughts = blocks_of(messages, THOUGHTS)
+    past_without_thinking = past
+    thoughts = blocks_of(messages, THINKING_BLOCKS)
     if thoughts:
-        unthinking_past = chain_of(messages[:-1], caching, thinking=False)
+        past_without_thinking = chain_of(messages[:-1], caching, thinking=False)
     return Fingerprint(
         parts=digests,
         sent_parts={name: digests[name] for name in digests.keys() - unsent},
         past=past,
-        unthinking_past=unthinking_past,
+        past_without_thinking=past_without_thinking,
         newest=message_digest(messages[-1], caching=caching),
         has_thinking=bool(thoughts),
     )
@@ -1200,7 +1218,7 @@ def canonical_content(content: Any, ignored: frozenset[str]) -> Any:
 
 # ------------------------------------------------------------ to the CLI
 
-# A conversation reaches the CLI in three ways, and it changes what is odd in each
+# A conversation reaches the CLI in three ways, and the CLI changes what is odd in each
 # (tests/README.md has the table, tests/test_repairs.py the proof):
 #
 # * with the transcript, which it takes as it is, but for `dropped_parts`;
@@ -1235,15 +1253,15 @@ ANNOUNCEMENTS = ("environment", "model", "session_context", "date")
 
 def announcements(rows: bytes) -> list[Json]:
     """What the CLI announced in a conversation that it wrote to a file itself.  The
-    text of the model's name is taken out: the CLI leaves out an empty one."""
+    text that names the model is emptied: the CLI leaves out an empty one."""
     found = []
     for text in rows.splitlines():
-        [row, *_] = [*decode(text), {}]
-        attachment: Any = row.get("attachment")
-        if get_str(attachment, "type") in ANNOUNCEMENTS:
-            if attachment["type"] == "model":
-                attachment["text"] = ""
-            found.append(attachment)
+        for row in decode(text):
+            attachment: Any = row.get("attachment")
+            if get_str(attachment, "type") in ANNOUNCEMENTS:
+                if attachment["type"] == "model":
+                    attachment["text"] = ""
+                found.append(attachment)
     return found
 
 
@@ -1274,7 +1292,7 @@ def transcript(
         if session_id:
             row["sessionId"] = session_id
         row["timestamp"] = ROW_TIME
-        rows.append(line(row))
+        rows.append(json_line(row))
 
     add({"type": "system", "subtype": "informational", "content": ""})
     for attachment in announced:
@@ -1297,18 +1315,20 @@ def transcript(
 # What the CLI takes out of the end of each line that is written to a file: white space as
 # JavaScript has it (ECMA-262, "White Space" and "Line Terminators"), which differs from
 # Python's in the byte order mark and in control characters.
-LINE_ENDINGS = re.compile(
-    "[\t\v\f \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]+(?=[\r\n]|\\Z)"
-)
+#
+# Without what stands before it, each blank of a run would be tried in turn, in quadratic
+# time.
+BLANK = "[\t\v\f \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]"
+TRAILING_BLANKS = re.compile(f"(?<!{BLANK}){BLANK}++(?=[\r\n]|\\Z)")
 # What else an Edit may hold, as JSON: in Python 1 is True.
 EDIT_OPTIONS = (b"{}", b'{"replace_all":false}', b'{"replace_all":true}')
 
 
 def written_input(call: Block) -> Any:
-    """The input of a tool call as the CLI writes it for the API when it is in a
-    conversation of its own: it takes a client's tool of these names for its own.  So a
-    rebuilt conversation has the bytes of the continued one, and Claude Code, which does
-    the same as a client, finds its process."""
+    """The input of a tool call as the CLI sends it to the API when a process made the call
+    itself.  It rewrites calls of tools that are named like its own.  So a rebuilt
+    conversation has the bytes of the continued one, and Claude Code, which does the same
+    as a client, finds its process."""
     given = call.get("input")
     match call.get("name"), given:
         case "ExitPlanMode", dict():
@@ -1328,13 +1348,13 @@ def written_input(call: Block) -> Any:
         case "Write", {"file_path": str(path), "content": str(content), **rest} if (
             not rest and not path.lower().endswith((".md", ".mdx"))
         ):
-            return {"file_path": path, "content": LINE_ENDINGS.sub("", content)}
+            return {"file_path": path, "content": TRAILING_BLANKS.sub("", content)}
     return given
 
 
 def written_result(block: Block) -> Block:
-    """A tool result as the CLI writes it for the API when it gets it in place: the
-    prompt cache compares bytes.  Other blocks stay as they are."""
+    """A tool result as the CLI sends it to the API when a waiting call gets it: the prompt
+    cache compares bytes.  Other blocks stay as they are."""
     result = mcp_result(block)
     if result is None:
         return block
@@ -1363,7 +1383,7 @@ def written_call(block: Block) -> Block:
 
 
 def past_message(content: list[Block], model: str, number: int) -> Json:
-    """An assistant message of the past.  The CLI merges messages that share an id, so
+    """An earlier assistant message.  The CLI merges messages that share an id, so
     `number` must differ; it drops the thinking of a message whose model is not its
     own."""
     return {
@@ -1394,7 +1414,7 @@ def user_line(content: list[Block], turn_id: str, *, query: bool = True) -> byte
     }
     if not query:
         event["shouldQuery"] = False
-    return line(event)
+    return json_line(event)
 
 
 def has_images(blocks: list[Block]) -> bool:
@@ -1412,7 +1432,7 @@ def is_base64_image(block: Any) -> bool:
 
 def control_line(request_id: str, subtype: str, **fields: Any) -> bytes:
     request = {"subtype": subtype} | fields
-    return line(
+    return json_line(
         {"type": "control_request", "request_id": request_id, "request": request}
     )
 
@@ -1440,7 +1460,7 @@ def settings_line(env: dict[str, str]) -> bytes:
 
 
 # Types of `thinking` that ask for it (API).
-THINKING = ("adaptive", "enabled")
+THINKING_MODES = ("adaptive", "enabled")
 
 
 def turn_settings(
@@ -1457,7 +1477,7 @@ def turn_settings(
     body = request.fields
     if request.is_agent:
         kind = get_str(body.get("thinking"), "type")
-        return {"CLAUDE_CODE_DISABLE_THINKING": "0" if kind in THINKING else "1"}
+        return {"CLAUDE_CODE_DISABLE_THINKING": "0" if kind in THINKING_MODES else "1"}
     if has_listed_tools and not body.get("tools"):
         body = body | {"tools": []}
     return {
@@ -1512,11 +1532,11 @@ def control_answer(
             result = result or {}
         case _:
             response |= {"subtype": "error", "error": "not supported"}
-            return line({"type": "control_response", "response": response})
-    call = event["request"]["message"].get("id", 0)
-    answer = {"jsonrpc": "2.0", "id": call, "result": result}
+            return json_line({"type": "control_response", "response": response})
+    number = event["request"]["message"].get("id", 0)
+    answer = {"jsonrpc": "2.0", "id": number, "result": result}
     response |= {"subtype": "success", "response": {"mcp_response": answer}}
-    return line({"type": "control_response", "response": response})
+    return json_line({"type": "control_response", "response": response})
 
 
 def listed_tool(name: str) -> Json:
@@ -1540,25 +1560,27 @@ def listed_tools(request: Request) -> list[Json]:
     return [listed_tool(name) for name in dict.fromkeys(names)]
 
 
+def is_custom(tool: Json) -> bool:
+    """Whether a client defines the tool itself."""
+    return tool.get("type") in (None, "custom")
+
+
 def described_tools(request: Request) -> list[Json]:
     """The tools of a request as the CLI lists them for a count of tokens, which counts
     exactly what is listed."""
     described = []
-    for tool in request.fields.get("tools") or []:
-        name, schema = tool.get("name"), tool.get("input_schema")
-        if isinstance(name, str):
-            listed = listed_tool(name)
-            listed["description"] = str(tool.get("description") or "")
-            listed["inputSchema"] = (
-                schema if isinstance(schema, dict) else listed["inputSchema"]
-            )
-            described.append(listed)
+    for tool in filter(is_custom, request.fields.get("tools") or []):
+        listed = listed_tool(get_str(tool, "name"))
+        listed["description"] = get_str(tool, "description")
+        if isinstance(tool.get("input_schema"), dict):
+            listed["inputSchema"] = tool["input_schema"]
+        described.append(listed)
     return described
 
 
 # Characters of a tool's description that every CLI counts: 2.1.197 so many, 2.1.332 twice
 # as many.
-COUNTED = 2048
+MAX_COUNTED_DESCRIPTION = 2048
 
 
 def not_counted(request: Request) -> list[str]:
@@ -1567,9 +1589,9 @@ def not_counted(request: Request) -> list[str]:
     names = ("container", "mcp_servers", "output_config")
     left_out = [name for name in names if request.fields.get(name)]
     for number, tool in enumerate(request.fields.get("tools") or []):
-        if tool.get("type") not in (None, "custom"):
+        if not is_custom(tool):
             left_out.append(f"tools.{number}")
-        elif len(get_str(tool, "description")) > COUNTED:
+        elif js_length(get_str(tool, "description")) > MAX_COUNTED_DESCRIPTION:
             left_out.append(f"tools.{number}.description")
     return left_out
 
@@ -1605,10 +1627,10 @@ def mcp_result(block: Block) -> Json | None:
         return None
     parts = [mcp_part(part) for part in as_blocks(content)]
     texts = [part["text"] for part in parts if part]
-    # The CLI says in its own words that a result is empty, and joins those of an error.
-    is_said = all(text.strip() for text in texts) and len(texts) == len(parts)
-    is_one = len(texts) == 1 or (texts and not is_error)
-    if not is_said or not is_one or sum(map(len, texts)) > MAX_RESULT:
+    # The CLI says in its own words that a result is empty, and joins the texts of an error.
+    if not texts or len(texts) < len(parts) or any(map(is_blank, texts)):
+        return None
+    if (is_error and len(texts) > 1) or sum(map(js_length, texts)) > MAX_RESULT:
         return None
     return {"content": parts, "isError": is_error}
 
@@ -1660,7 +1682,7 @@ def decode(text: bytes) -> list[CliEvent]:
 
 def with_whole_characters(text: bytes) -> Any:
     """The value of a JSON text that holds half a character, as JavaScript writes it
-    where it cuts a text, with a question mark in its place; None: it is no JSON."""
+    where it cuts a text, with U+FFFD in its place; None if it is no JSON."""
     try:
         value = json.dumps(json.loads(text), ensure_ascii=False)
         return orjson.loads(
@@ -1695,7 +1717,7 @@ def applied_model(given: Json) -> str:
 
 
 def login_source(hello: Json) -> str:
-    """Who the CLI is logged in as, by its answer to `initialize`; empty: nobody.
+    """How the CLI is logged in, by its answer to `initialize`; empty: nobody.
 
     An API key and a token are called by where they come from, a subscription by its
     plan, a cloud by its name.
@@ -1703,11 +1725,10 @@ def login_source(hello: Json) -> str:
     account = hello.get("account")
     if not isinstance(account, dict):
         return ""
-    key = get_str(account, "apiKeySource")
+    if has_api_key(hello):
+        return get_str(account, "apiKeySource")
     token = get_str(account, "tokenSource")
     cloud = get_str(account, "apiProvider")
-    if key not in ("", "none"):
-        return key
     if cloud not in ("", "firstParty"):
         return cloud
     if plan := get_str(account, "subscriptionType"):
@@ -1721,16 +1742,17 @@ def has_api_key(hello: Json) -> bool:
     return get_str(hello.get("account"), "apiKeySource") not in ("", "none")
 
 
-# What an API adds to the name of a model, or a client leaves to it: a date, the newest
+# Endings of a model's name that do not change which model is meant: a date, the newest
 # one, the size of the context.
 NAME_ENDING = re.compile(r"([-@]\d{8}|-latest|-0)?(\[.*\])?$")
 
 
 def may_answer(answered: str, asked: str) -> bool:
-    """Whether an answer may come from the model that was asked.  Aliases, and the names
-    that clouds have of their own, are not compared."""
-    are_full = answered.startswith(FULL_NAME) and asked.startswith(FULL_NAME)
-    return not are_full or answered.startswith(NAME_ENDING.sub("", asked, 1))
+    """Whether an answer may come from the model that was asked for.  Aliases, and the
+    names that clouds have of their own, are not compared."""
+    names = [NAME_ENDING.sub("", name, count=1) for name in (asked, answered)]
+    are_full = all(name.startswith(FULL_NAME) for name in names)
+    return not are_full or names[0] == names[1]
 
 
 def listed_model(hello: Json, name: str) -> str:
@@ -1789,7 +1811,7 @@ NEXT = {
     },
     State.DONE: {},
 }
-GRAMMAR = frozenset(kind for events in NEXT.values() for kind in events)
+KNOWN_EVENTS = frozenset(kind for events in NEXT.values() for kind in events)
 
 # Counts of tokens that add up over the API calls of an agent's turn.
 TOKENS = (
@@ -1798,7 +1820,7 @@ TOKENS = (
     "cache_creation_input_tokens",
     "cache_read_input_tokens",
 )
-# Delta type -> the value of the block that it fills, and the key of its piece.
+# Delta type -> the key of the block that it extends, and its own key with the piece.
 DELTAS = {
     "text_delta": ("text", "text"),
     "thinking_delta": ("thinking", "thinking"),
@@ -1806,13 +1828,13 @@ DELTAS = {
     "input_json_delta": ("input", "partial_json"),
     "citations_delta": ("citations", "citation"),
 }
-# Statuses after which the CLI may ask again with a changed request (2.1.332); others it
-# repeats as they are, or not at all.
-CHANGEABLE = (400, 404, 413, 422)
+# Statuses after which the CLI may ask again with a changed request (2.1.332); after others
+# it repeats the request as it is, or gives up.
+CHANGED_RETRY_STATUSES = (400, 404, 413, 422)
 # After these the CLI waits for the next user message; after any other it would go on by
 # itself (recordings max_tokens, refusal), as it does after an answer without a visible
 # text.
-RESTING = ("end_turn", "stop_sequence", "pause_turn")
+RESTING_REASONS = ("end_turn", "stop_sequence", "pause_turn")
 
 
 NOT_STREAMED = "The API refused to stream its answer."
@@ -1824,7 +1846,7 @@ class Translator:
     `feed` raises ApiError when the turn failed.  What it returned until then obeys the
     grammar of the API's stream, whatever the CLI printed.  `tool_names` are the
     client's tools; an `agent` has tools of its own instead, whose calls are left out of
-    the answer.  An answer of another `model` than that is a failure.
+    the answer.  It fails if another model than `model` answers.
     """
 
     def __init__(
@@ -1852,9 +1874,9 @@ class Translator:
         self._turn_id = turn_id
         # The model that must answer; empty: any.
         self._model = model
-        # Another one did.
+        # Another model answered.
         self.is_wrong_model = False
-        # The status with which the API refused the last call; 0: it did not.
+        # The last of CHANGED_RETRY_STATUSES that a call of the turn got; 0: none.
         self._refused = 0
         # Whether the events that come now belong to this turn.
         self._is_ours = True
@@ -1862,7 +1884,7 @@ class Translator:
         # A delta of a new type came: the CLI may not know how to add it to its block.
         self._has_new_delta = False
         # The API message that is being received: its id and its usage.
-        self._id = ""
+        self._message_id = ""
         self._usage: Json = {}
         # Tokens of the API messages before it.
         self._spent: Json = {}
@@ -1899,7 +1921,7 @@ class Translator:
         if self.stop_reason == "tool_use":
             return bool(names) and names <= self._tool_names
         visible = any(block.get("text") for block in blocks)
-        return self.stop_reason in RESTING and visible and not names
+        return self.stop_reason in RESTING_REASONS and visible and not names
 
     def feed(self, event: CliEvent) -> list[StreamEvent]:
         """Translate one event of the CLI; the list may be empty."""
@@ -1912,11 +1934,12 @@ class Translator:
             error.is_quoted = True
             raise
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            message = "the claude CLI printed an event of a shape that is not known"
+            message = "the claude CLI printed an event of an unknown shape"
             raise cli_error(f"{message} ({type(error).__name__})") from error
 
     def _is_next_delta(self, event: CliEvent, inner: Any) -> bool:
-        """Whether it is the usual event: another piece of the open block."""
+        """Whether it is the usual event, another piece of the open block.  `_feed` would
+        do the same with it, for three times the time (tests/bench/relay.py)."""
         return (
             self.state is State.BLOCK
             and self._is_ours
@@ -1931,12 +1954,13 @@ class Translator:
         answers_to = event.get("user_message_uuids")
         if self._turn_id and isinstance(answers_to, list):
             self._is_ours = self._turn_id in answers_to
-        if kind == "api_call" and not self.done:
+        is_call = kind == "api_call" and event["subtype"] == "message"
+        if is_call and not self.done:
             self.api_calls += 1
-            status = event.get("response") or 0
-            # The log of the next call may come before its answer.
-            if status in CHANGEABLE:
-                self._refused = status
+            # A later status does not clear it: the next call may be logged before its
+            # answer begins.
+            if event["response"] in CHANGED_RETRY_STATUSES:
+                self._refused = event["response"]
         self._limits |= rate_limits(event)
         if event.get("subtype") == "init":
             self.cli_version = get_str(event, "claude_code_version")
@@ -1971,7 +1995,8 @@ class Translator:
             raise stream_error(event.get("error"))
         if self.state is State.WAITING and kind != "message_start":
             return []  # of a message that began before the turn
-        if kind not in GRAMMAR:
+        if kind not in KNOWN_EVENTS:
+            # Passed on unread; a line of the stream holds its type.
             is_seen = kind.isprintable() and self.state in (
                 State.OPEN,
                 State.BLOCK,
@@ -1996,14 +2021,14 @@ class Translator:
 
     def _message_start(self, event: Json) -> list[StreamEvent]:
         given = event["message"]
-        self._id = given["id"]
+        self._message_id = given["id"]
         self._usage = usage(given.get("usage"))
         self._check_refused()
         if self.message:  # an agent's answer goes on in another API message
             return []
         if not may_answer(given["model"], self._model):
             self.is_wrong_model = True
-            message = f"the claude CLI asked {given['model']} in place of {self._model}"
+            message = f"the claude CLI used {given['model']} instead of {self._model}"
             raise cli_error(message)
         started = without_empties(given) | {
             "content": [],
@@ -2019,11 +2044,9 @@ class Translator:
         something of the conversation or of the parameters."""
         if self._refused:
             message = (
-                "the API refused the request, and the claude CLI asked again with a"
+                "the API refused the request, and the claude CLI sent it again with"
             )
-            message += (
-                " changed one, as it does about a thinking signature or an effort"
-            )
+            message += " changes, as it does for thinking signatures and efforts"
             raise ApiError(self._refused, message)
 
     def _block_start(self, event: Json) -> list[StreamEvent]:
@@ -2076,9 +2099,9 @@ class Translator:
         ends = without_empties(event["delta"])
         ends.setdefault("stop_sequence", None)
         reason = ends["stop_reason"]
-        if self._input_error and reason in ("tool_use", *RESTING):
+        if self._input_error and reason in ("tool_use", *RESTING_REASONS):
             raise self._input_error
-        counts = self._counts(event.get("usage"))
+        counts = self._add_usage(event.get("usage"))
         if reason == "tool_use" and self._agent:
             self.state = State.WORKING
             return []
@@ -2093,8 +2116,7 @@ class Translator:
         }
         if self.rests:
             return [last]
-        # The CLI goes on by itself, so nothing more is waited for: the answer is
-        # complete.
+        # The CLI would call the API once more: the answer ends here.
         self.state = State.DONE
         return [last, {"type": "message_stop"}]
 
@@ -2110,9 +2132,9 @@ class Translator:
         "message_stop": _message_stop,
     }
 
-    def _counts(self, given: Json | None) -> Json:
-        """The usage of a message_delta: cumulative over the message (API), and over all
-        messages of an agent's turn."""
+    def _add_usage(self, given: Json | None) -> Json:
+        """Add the usage of a message_delta, which is cumulative over its message (API), to
+        that of an agent's earlier messages; returns what it is now."""
         counts = without_empties(given or {})
         counts.setdefault("output_tokens", self._usage["output_tokens"])
         if not self._agent:
@@ -2136,7 +2158,10 @@ class Translator:
                 raise ApiError(400, removal[1])
             if get_str(event, "api_error") == "media_removed":
                 raise ApiError(400, text.removeprefix("API Error: "))
-        elif self.state in (State.WAITING, State.WORKING) and identity != self._id:
+        elif (
+            self.state in (State.WAITING, State.WORKING)
+            and identity != self._message_id
+        ):
             self._check_refused()
             raise ApiError(502, NOT_STREAMED, kind="api_error")
 
@@ -2157,17 +2182,21 @@ class Translator:
         raise cli_error("the claude CLI ended the turn before the answer was complete")
 
     def _resets_at(self) -> float | None:
-        """When the limit that refused a request is reset, in epoch seconds."""
-        for limit in self._limits.values():
-            if limit.status == "rejected" and limit.resets_at is not None:
-                return limit.resets_at
-        return None
+        """When the limits that refuse requests are reset, in epoch seconds."""
+        times = [
+            limit.resets_at or 0
+            for limit in self._limits.values()
+            if limit.status == "rejected"
+        ]
+        return max(times, default=0) or None
 
 
 def stream_error(error: Any) -> ApiError:
     """The failure that an `error` event in a stream reports."""
     message = get_str(error, "message") or "The API ended the answer with an error."
-    return ApiError(502, message, kind=get_str(error, "type") or "api_error")
+    return ApiError(
+        502, message, get_str(error, "type") or "api_error", is_from_api=True
+    )
 
 
 def synthetic_text(message: Json) -> str:
@@ -2184,8 +2213,8 @@ def tool_input(text: str) -> Json:
     """The input of a tool call, from its pieces.  Raises ApiError when it is no JSON
     object."""
     try:
-        value = orjson.loads(text.encode())
-    except (orjson.JSONDecodeError, UnicodeEncodeError):
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
         value = None
     if not isinstance(value, dict) or is_deeper(value, MAX_DEPTH):
         raise cli_error(
@@ -2202,7 +2231,7 @@ def usage(given: Json | None) -> Json:
 # ------------------------------------------------------------ frames
 
 
-def frame(event: StreamEvent | Json) -> bytes:
+def frame(event: StreamEvent) -> bytes:
     """One server-sent event."""
     return b"event: %b\ndata: %b\n\n" % (
         event["type"].encode(),
@@ -2254,7 +2283,9 @@ def rate_limits(event: CliEvent) -> dict[str, RateLimit]:
     info: Any = event.get("rate_limit_info")
     if event["type"] != "rate_limit_event" or not isinstance(info, dict):
         return {}
-    windows: Json = info.get("unifiedWindows") or {}
+    windows: Any = info.get("unifiedWindows")
+    if not isinstance(windows, dict):
+        windows = {}
     name = get_str(info, "rateLimitType") or "unknown"
     newest = windows.get(name, {}) | info
     ordered = without(windows, {name}) | {name: newest}
@@ -2262,11 +2293,16 @@ def rate_limits(event: CliEvent) -> dict[str, RateLimit]:
 
 
 def read_limit(window: Json) -> RateLimit:
-    numbers: list[float | None] = [
-        value if isinstance(value, int | float) else None
-        for value in (window.get("resetsAt"), window.get("utilization"))
-    ]
-    return RateLimit(get_str(window, "status"), *numbers)
+    return RateLimit(
+        status=get_str(window, "status"),
+        resets_at=get_number(window, "resetsAt"),
+        utilization=get_number(window, "utilization"),
+    )
+
+
+def get_number(value: Json, key: str) -> float | None:
+    number = value.get(key)
+    return number if isinstance(number, int | float) else None
 
 
 def quota_headers(limits: Mapping[str, RateLimit]) -> list[tuple[str, str]]:

@@ -54,6 +54,8 @@ LONGEST = (
     "test_conversations_that_run_at_once",
     "test_library_gets",
     "test_openai_client",
+    "test_put_in_place_by_the_readme",
+    "test_what_the_dockerfile_builds",
 )
 
 ISOLATION = ""

@@ -1,4 +1,5 @@
-"""The code blocks of the README: each is run by a test, which takes it with `block`.
+"""The code blocks of the README, and of that in deploy/: each is run by a test, which takes it with
+`block`.
 
 Blocks of the language `text` are pictures, outputs and files that no test here can run.
 """
@@ -7,13 +8,14 @@ import re
 from pathlib import Path
 
 README = Path(__file__).parent.parent / "README.md"
+DEPLOY = Path(__file__).parent / "deploy/README.md"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 TAKEN: set[str] = set()
 
 
-def blocks() -> list[tuple[str, str]]:
+def blocks(path: Path = README) -> list[tuple[str, str]]:
     """All that are to be run: language and text."""
-    return [found for found in BLOCK.findall(README.read_text()) if found[0] != "text"]
+    return [found for found in BLOCK.findall(path.read_text()) if found[0] != "text"]
 
 
 def files() -> list[str]:
@@ -21,9 +23,9 @@ def files() -> list[str]:
     return [text for language, text in BLOCK.findall(README.read_text()) if language == "text"]
 
 
-def block(words: str) -> str:
+def block(words: str, path: Path = README) -> str:
     """The text of the one block that holds `words`."""
-    [found] = [text for _, text in blocks() if words in text]
+    [found] = [text for _, text in blocks(path) if words in text]
     TAKEN.add(found)
     return found
 

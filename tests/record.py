@@ -245,7 +245,7 @@ def slash_command(recorder: Recorder) -> None:
     recorder.set_up(asked("hello"))
     line = json.loads(translate.user_line([], str(uuid.uuid4())))
     line["message"]["content"] = "/compact"
-    recorder.send(translate.line(line))
+    recorder.send(translate.json_line(line))
     recorder.until(is_result)
 
 

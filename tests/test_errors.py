@@ -282,6 +282,18 @@ def test_a_rejected_rate_limit_says_when_it_ends(info: Any, resets_at: float | N
         assert failure([limit, *turn.events]).resets_at is None
 
 
+def test_of_two_limits_that_reject_the_later_reset_counts() -> None:
+    windows = {
+        "five_hour": {"status": "rejected", "resetsAt": RESET},
+        "seven_day": {"status": "rejected", "resetsAt": RESET + 800},
+    }
+    for name, window in windows.items():
+        info = {**window, "rateLimitType": name, "unifiedWindows": windows}
+        limit = {"type": "rate_limit_event", "rate_limit_info": info}
+        for turn in first_turns("error_429").values():
+            assert failure([limit, *turn.events]).resets_at == RESET + 800
+
+
 # ---------------------------------------------------------------- any text
 
 

@@ -113,7 +113,7 @@ class Comparison:
         """Assert that each difference is a known one; returns those that there are."""
         sent, arrived = self.sent, self.arrived
         lost = set(self.sent_betas) - set(self.betas)
-        assert lost <= translate.DROPPED_BETAS
+        assert lost <= translate.UNSENT_BETAS
         self.explain(bool(lost), "lost betas")
         self.explain(self.sent_betas != self.betas, "betas")
         assert arrived.pop("stream") is True

@@ -167,7 +167,7 @@ def test_a_fingerprint_sees_thinking_unless_it_is_asked_for_without(
 ) -> None:
     request, talked = (parsed([*talk, role("user", "x")]) for talk in (messages, TALK))
     assert request.fingerprint.past != talked.fingerprint.past
-    assert request.fingerprint.unthinking_past == talked.fingerprint.unthinking_past
+    assert request.fingerprint.past_without_thinking == talked.fingerprint.past_without_thinking
     assert raw_chain(messages) != raw_chain(TALK)
     assert raw_chain(messages, thinking=False) == raw_chain(TALK, thinking=False)
 
@@ -181,7 +181,9 @@ def test_a_conversation_has_thinking_if_a_message_of_it_does() -> None:
         conversation = ["x", role("assistant", said)]
         for request in (parsed(conversation), parsed([*conversation, "y"])):
             assert request.fingerprint.has_thinking == has_thinking
-        assert (request.fingerprint.past == request.fingerprint.unthinking_past) != has_thinking
+        assert (
+            request.fingerprint.past == request.fingerprint.past_without_thinking
+        ) != has_thinking
 
 
 def test_thinking_is_all_that_a_fingerprint_without_it_leaves_out() -> None:
@@ -248,7 +250,7 @@ def test_a_count_depends_on_thinking_and_on_white_space() -> None:
     requests = [parsed([*messages, role("user", "x")]) for messages in conversations]
     assert len({request_digest(request) for request in requests}) == 3
     assert len({request.fingerprint.past for request in requests}) == 2
-    assert len({request.fingerprint.unthinking_past for request in requests}) == 1
+    assert len({request.fingerprint.past_without_thinking for request in requests}) == 1
 
 
 def test_what_json_holds_alike_is_told_apart() -> None:
@@ -285,7 +287,7 @@ def test_a_conversation_and_its_answer_are_known_again_in_the_next_request(turn:
         ["hello", role("assistant", answer["content"]), role("user", results or "go on")]
     )
     assert next_request.fingerprint.past == filed
-    assert next_request.fingerprint.unthinking_past == unthinking
+    assert next_request.fingerprint.past_without_thinking == unthinking
 
 
 def test_a_fingerprint_sees_the_breakpoints_of_a_client_that_sets_its_own() -> None:
@@ -493,7 +495,7 @@ def test_a_conversation_that_clients_echo_keeps_its_fingerprint(
     messages: list[Json], steps: Any
 ) -> None:
     echoed = parsed([*echo(messages, steps), role("user", "next")])
-    assert echoed.fingerprint.unthinking_past == chain(messages)
+    assert echoed.fingerprint.past_without_thinking == chain(messages)
     assert (echoed.fingerprint.past == chain(messages)) != echoed.fingerprint.has_thinking
 
 

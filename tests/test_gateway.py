@@ -1,4 +1,4 @@
-"""Two bridges behind a real nginx."""
+"""Two bridges behind a real nginx, with deploy/nginx.conf."""
 
 import contextlib
 import http.client
@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import readme
 from client import Answer, Client, arrived, request_body, sent
-from host import wait_until
+from host import TESTS, wait_until
 from servers import Program
 from stand_in import Log, digest
 from stubs import Stub
@@ -24,8 +23,8 @@ from stubs import Stub
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 pytestmark = pytest.mark.skipif(not NGINX, reason="nginx is not installed")
 
-GATEWAY = readme.block("hash $conversation")
-ROUND_ROBIN = readme.block("upstream bridges {\n    server")
+GATEWAY = (TESTS / "deploy/nginx.conf").read_text()
+ROUND_ROBIN = GATEWAY.replace("    hash $conversation consistent;\n", "")
 HOST = "llm.example"
 
 # What a distribution's nginx.conf has around it, as far as it is needed.
@@ -45,11 +44,6 @@ scgi_temp_path temp;
 %s
 }
 """
-
-
-def round_robin() -> str:
-    start, end = GATEWAY.index("upstream"), GATEWAY.index("server {")
-    return GATEWAY[:start] + ROUND_ROBIN + GATEWAY[end:]
 
 
 @dataclass
@@ -141,7 +135,7 @@ class Conversation:
 def test_a_bridge_that_is_killed_takes_running_answers_visibly_and_no_conversation(
     gateway: Callable[..., Gateway], gate: Path, log: Log, background: ThreadPoolExecutor, way: str
 ) -> None:
-    server = gateway(GATEWAY if way == "hash" else round_robin())
+    server = gateway(GATEWAY if way == "hash" else ROUND_ROBIN)
     talks = [Conversation(server, number, way == "hash" or number < 5) for number in range(10)]
     begun = list(background.map(Conversation.go_on, talks, itertools.repeat(range(3))))
     if way == "hash":

@@ -312,8 +312,8 @@ def test_the_readmes_host_program_runs_beside_the_three_files(vendored: Path) ->
 
 # ---------------------------------------------------------------- where there is little
 
-START = readme.block("ulimit -S -v 65536")
-UNLIMITED = readme.block("ulimit -S -v unlimited")
+START = readme.block("ulimit -S -v 65536", readme.DEPLOY)
+UNLIMITED = readme.block("ulimit -S -v unlimited", readme.DEPLOY)
 
 UNSHARE = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else [])]
 # Only $TMPDIR can be written to, nobody has a HOME, and /proc is empty where told.

@@ -221,8 +221,8 @@ def test_a_result_is_written_into_a_transcript_as_the_cli_writes_it_in_place(
 def test_the_blocks_of_a_type_are_found_in_a_conversation() -> None:
     said = [role("user", "x"), role("assistant", [THOUGHT, text("a")]), role("user", "y")]
     messages = parsed(said).messages
-    assert translate.blocks_of(messages, translate.THOUGHTS) == [THOUGHT]
-    assert translate.blocks_of(messages[:1], translate.THOUGHTS) == []
+    assert translate.blocks_of(messages, translate.THINKING_BLOCKS) == [THOUGHT]
+    assert translate.blocks_of(messages[:1], translate.THINKING_BLOCKS) == []
 
 
 # Blocks -> whether the CLI would scale an image in them.
@@ -235,6 +235,13 @@ IMAGES: dict[str, tuple[list[Any], bool]] = {
     "image by URL in a result": ([RESULT | {"content": [URL_IMAGE]}], False),
     "image in a document": (
         [{"type": "document", "source": {"type": "content", "content": [IMAGE]}}],
+        True,
+    ),
+    "image in a document of a result": (
+        [
+            RESULT
+            | {"content": [{"type": "document", "source": {"type": "content", "content": [IMAGE]}}]}
+        ],
         True,
     ),
     "PDF": ([PDF], False),
@@ -540,6 +547,7 @@ NOT_HANDED_OVER: dict[str, tuple[list[Any], tuple[str, ...]]] = {
     "odd content": ([RESULT | {"content": 5}], ("t1",)),
     "odd text": ([RESULT | {"content": [{"type": "text", "text": 5}]}], ("t1",)),
     "too long": ([RESULT | {"content": "x" * 400_001}], ("t1",)),
+    "too long for JavaScript": ([RESULT | {"content": "\U0001f600" * 200_001}], ("t1",)),
     "too long together": ([RESULT | {"content": [text("x" * 200_001)] * 2}], ("t1",)),
     "new key": ([RESULT | {"new": 1}], ("t1",)),
     "breakpoint of the client": ([RESULT | CACHED, RESULT_2], ("t1", "t2")),
@@ -846,6 +854,7 @@ SAME_MODELS = [
     # others
     ("claude-opus-4-8", "claude-sonnet-5-5", False),
     ("claude-opus-4-8", "claude-opus-4-5", False),
+    ("claude-opus-4-20250514", "claude-opus-4-5-20251101", False),
     ("claude-opus-4-8[1m]", "claude-opus-4-5[1m]", False),
 ]
 
@@ -891,3 +900,10 @@ def test_the_digest_of_a_value_does_not_depend_on_the_order_of_keys() -> None:
         values = [{"a": number, "b": {"c": 1, "d": 2}}, {"b": {"d": 2, "c": 1}, "a": number}]
         assert translate.digest(values[0]) == translate.digest(values[1])
         assert translate.digest(values[0]) != translate.digest({**values[0], "a": number + 1})
+
+
+def test_a_line_of_blanks_in_a_written_file_is_looked_at_once() -> None:
+    """Or it would take hours."""
+    content = "a" + " " * 1_000_000 + "b \n"
+    call: Any = {**USE, "name": "Write", "input": {"file_path": "/x", "content": content}}
+    assert translate.written_input(call)["content"] == content[:-2] + "\n"

@@ -213,7 +213,7 @@ def test_an_event_of_an_unknown_shape_is_a_502(events: list[Json]) -> None:
     error = play(events).error
     assert error
     assert (error.status, error.kind) == (502, "claude_cli_error")
-    words = "the claude CLI printed an event of a shape that is not known ("
+    words = "the claude CLI printed an event of an unknown shape ("
     assert error.message.startswith(words)
     assert error.message.endswith("Error)")
 

@@ -250,6 +250,11 @@ REFUSED: list[tuple[Any, Json, str]] = [
     (["x", "y", role("assistant", [THOUGHT])], {}, f"messages.2: {CANNOT_CONTINUE}"),
     (["x", role("assistant", [SERVER_USE])], {}, f"messages.1.content.0: {CANNOT_CONTINUE}"),
     (
+        ["x", role("assistant", [text("a"), THOUGHT])],
+        {},
+        f"messages.1.content.1: {CANNOT_CONTINUE}",
+    ),
+    (
         ["x", role("assistant", [text("a"), SERVER_USE, text("b")])],
         {},
         f"messages.1.content.1: {CANNOT_CONTINUE}",
@@ -353,20 +358,20 @@ def test_the_depth_of_a_body_has_a_limit() -> None:
         return json.dumps(request_body("hi", tools=[tool])).encode()
 
     assert parse_request(asked(197)).tool_names  # three levels around the schema
-    with pytest.raises(ApiError, match="nested more than 200 levels"):
+    with pytest.raises(ApiError, match="body: JSON of more than 200 levels"):
         parse_request(asked(198))
 
 
 def test_a_body_of_long_numbers_that_is_nested_too_deeply_is_refused() -> None:
     body = b'{"a":%d,"b":%b}' % (10**30, b"[" * 1000 + b"]" * 1000)
-    with pytest.raises(ApiError, match="The request body is not valid JSON: "):
+    with pytest.raises(ApiError, match="body: JSON of more than 200 levels"):
         parse_request(body)
 
 
 def test_a_text_without_an_end_is_looked_at_once() -> None:
     """Or it would take hours."""
     body = b"[" + b"," * 300_001 + b'"' + b'\\"' * 1_000_000
-    with pytest.raises(ApiError, match="The request body is not valid JSON: "):
+    with pytest.raises(ApiError, match="body: more than 300000 JSON values"):
         parse_request(body)
 
 
@@ -384,7 +389,7 @@ def test_the_number_of_values_has_a_limit() -> None:
         {str(n): 0 for n in range(300_000)},
     ):
         body = json.dumps(request_body("hi", new=value)).encode()
-        with pytest.raises(ApiError, match="it holds more than 300000 values"):
+        with pytest.raises(ApiError, match="body: more than 300000 JSON values"):
             parse_request(body)
 
 
@@ -1040,6 +1045,32 @@ LOST: dict[str, tuple[Any, Json, list[str]]] = {
         ["messages.2.content.0.content.0", "tools.1.defer_loading"],
     ),
     "null of a message": ([role("user") | {"name": None}], {}, []),
+    "the CLI's own words for nothing": (
+        [role("user", "(no content)"), role("assistant", "(no content)"), role("user")],
+        {},
+        ["messages.1.content.0"],
+    ),
+    "breakpoint of the system, beside the client's own": (
+        [role("user", [text("a", **CACHED), text("b")]), role("system", [text("c", **CACHED)])],
+        {},
+        ["messages.1.role", "messages.1.content.0.cache_control"],
+    ),
+    "breakpoint in a document of a result": (
+        answered(
+            USE,
+            RESULT
+            | {
+                "content": [
+                    {
+                        "type": "document",
+                        "source": {"type": "content", "content": [text("a", **CACHED)]},
+                    }
+                ]
+            },
+        ),
+        {},
+        ["cache_control"],
+    ),
 }
 
 

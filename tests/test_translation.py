@@ -325,13 +325,22 @@ def test_a_refused_control_request_fails_the_turn_unless_it_only_asked() -> None
 OPUS, SONNET = "claude-opus-4-8", "claude-sonnet-5-5"
 
 
+def test_a_count_that_the_api_refused_is_no_call_of_the_turn() -> None:
+    for path, error in (("", 404), ("/count_tokens", None)):
+        url = f"https://api/v1/messages{path}"
+        [refused] = translate.decode(f"[log_x] post {url} failed with status 404 in 5ms".encode())
+        played = play([refused, *stream(*TEXT)])
+        assert (played.error.status if played.error else None) == error
+        assert played.translator.api_calls == (1 if error else 0)
+
+
 def test_an_answer_of_another_model_fails_before_anything_is_sent() -> None:
     """For one that it does not take, the CLI silently asks another."""
     answer = stream(start(model=SONNET), *TEXT[1:])
     played = play(answer, model=OPUS)
     assert played.error
     assert (played.error.status, played.error.kind) == (502, "claude_cli_error")
-    assert played.error.message == f"the claude CLI asked {SONNET} in place of {OPUS}"
+    assert played.error.message == f"the claude CLI used {SONNET} instead of {OPUS}"
     assert (played.emitted, played.message) == ([], {})
     assert played.translator.is_wrong_model
 
