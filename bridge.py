@@ -435,14 +435,13 @@ def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
 
 def check_mcp_config(path: str) -> None:
     """Refuse a file that the CLI would refuse at each request."""
-    document = None
+    servers = None
     try:
-        document = orjson.loads(Path(path).read_bytes())
+        servers = orjson.loads(Path(path).read_bytes())["mcpServers"]
     except OSError as error:
         raise config_error("mcp_config", f"{path}: {error.strerror}") from None
-    except ValueError:
-        pass  # it is no JSON
-    servers = document.get("mcpServers") if isinstance(document, dict) else None
+    except (ValueError, LookupError, TypeError):
+        pass  # it is no such object
     message = f"{path} must hold a JSON object with `mcpServers`"
     require(isinstance(servers, dict), "mcp_config", message)
 
@@ -541,10 +540,12 @@ def login_cure(config: Config, environ: Mapping[str, str]) -> str:
     """Whose login was looked for, and what to do when nobody is logged in."""
     settings = settings_file(environ)
     found = f"no login of {login_place()}"
+    # What is set for clients of the bridge in the same shell is no login.
+    no_logins = ("", KEY_OF_CLIENTS, config.api_key)
+    is_for_clients = config.is_own(environ.get("ANTHROPIC_BASE_URL", ""))
     for name in LOGIN_VARIABLES:
-        # What is set for clients of the bridge in the same shell is no login.
-        is_for_clients = environ.get(name, "") in ("", KEY_OF_CLIENTS, config.api_key)
-        if not is_for_clients and name not in config.keep_env:
+        is_login = environ.get(name, "") not in no_logins and not is_for_clients
+        if is_login and name not in config.keep_env:
             found = f"{found}; {name} is set, but not passed on to the CLI"
             return f"{found}: {variable('keep_env')}={name} passes it on"
     if os.path.isfile(settings) and not config.setting_sources:
@@ -858,7 +859,7 @@ class Connection:
             status = 431 if fault.error_status_hint == 431 else 400
             error = ApiError(status, message)
         except ApiError as refusal:
-            error = refusal
+            error = refusal.with_traceback(None)
         else:
             if is_whole:
                 await self.bridge.handle(exchange)
@@ -1261,7 +1262,8 @@ class Bridge:
             message = "the bridge is shutting down; send the request again"
             error = ApiError(503, message)
         except ApiError as failure:
-            error = failure
+            # Its traceback would keep this frame, and with it the turn, alive.
+            error = failure.with_traceback(None)
             self.explain(error, exchange)
         except Disconnected:
             raise
@@ -1775,8 +1777,8 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname,
         }
         # A path can hold bytes that are not UTF-8.
-        words = record.getMessage().encode(errors="replace").decode()
-        row.update(getattr(record, "row", None) or {"message": words})
+        message = record.getMessage().encode(errors="replace").decode()
+        row.update(getattr(record, "row", None) or {"message": message})
         return orjson.dumps(row).decode()
 
 
@@ -1802,7 +1804,7 @@ TOOL_NAMES = {"Agent": "Task"}
 NO_QUESTION = b"""{"model": "sonnet", "messages": [{"role": "user", "content": "-"}]}"""
 
 
-async def announce(bridge: Bridge) -> None:
+async def announce(bridge: Bridge, flags: Iterable[str]) -> None:
     """Say which CLI it is, who is logged in, and what of the agent's settings the CLI
     does not have.  Asks the CLI, which makes no model call for it."""
     config, pool = bridge.config, bridge.pool
@@ -1820,7 +1822,7 @@ async def announce(bridge: Bridge) -> None:
         else:
             log.warning("%s", state)
         for message in await missing_from_agent(pool):
-            log.warning("%s", message)
+            log.warning("%s", as_typed(message, flags))
     except ApiError as error:
         if error.status == 529:
             return  # there is no room for a question of its own
@@ -1865,8 +1867,8 @@ def inherited_socket() -> socket.socket | None:
         os.set_inheritable(3, False)
         return socket.socket(fileno=3)
     except OSError as error:
-        words = f"LISTEN_FDS names descriptor 3, which is no socket: {error.strerror}"
-        raise ConfigError(words) from error
+        reason = f"which is no socket: {error.strerror}"
+        raise ConfigError(f"LISTEN_FDS names descriptor 3, {reason}") from error
 
 
 async def run(config: Config, flags: Iterable[str]) -> None:
@@ -1889,13 +1891,10 @@ async def run(config: Config, flags: Iterable[str]) -> None:
             log.info("listening on %s", as_url(address))
         for message in bridge.config.warnings(os.environ):
             log.warning("%s", as_typed(message, flags))
-        login = asyncio.create_task(announce(bridge))
+        login = asyncio.create_task(announce(bridge, flags))
         await stopping.wait()
-        words = "shutting down"
-        if bridge.running:
-            words += f"; waiting up to {config.drain_secs:g} s for {bridge.running} running answers"
-            words += " (Ctrl-C again to stop now)"
-        log.info("%s", words)
+        message = "shutting down; running answers: %d, which get %g s (Ctrl-C again stops them)"
+        log.info(message, bridge.running, config.drain_secs)
         login.cancel()
         await asyncio.wait({login})
 
@@ -2074,8 +2073,9 @@ def execute(flags: Mapping[str, str]) -> None:
     writer = LogWriter()
     text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     writer.setFormatter(JsonFormatter() if config.log_format == "json" else text)
-    level = logging.DEBUG if config.log_level == "debug" else logging.INFO
-    logging.basicConfig(level=level, handlers=[writer])
+    logging.basicConfig(level=logging.INFO, handlers=[writer])
+    if config.log_level == "debug":
+        log.setLevel(logging.DEBUG)  # and not that of libraries
     if path and not any(map(is_own, providers)):
         log.info("there is no claude-cli provider in %s: nothing to do", path)
         return
@@ -2166,8 +2166,8 @@ def request_row(entry: tuple[str, Json]) -> tuple[str, str]:
     clock, row = entry
     names = ("model", "conversation", "reason")
     result = [row["status"], f"{row['secs']:.2f} s", *map(row.get, names)]
-    words = ", ".join(str(value) for value in result if value)
-    return f"{clock} {row.get('route', '')}", words
+    text = ", ".join(str(value) for value in result if value)
+    return f"{clock} {row.get('route', '')}", text
 
 
 def page_text(bridge: Bridge) -> str:
@@ -2267,14 +2267,18 @@ def is_own(entry: Json) -> bool:
 
 def complete_entry(entry: Json, config: Config) -> Json:
     given = translate.without_nulls(entry)
-    completed: Json = {}
-    if "http_host" not in given:
-        completed["base_url"] = config.base_url
-    completed["name"] = given.get("model", translate.MODEL_PREFIX + "*")
-    completed["provider_interface"] = INTERFACE
-    if not given.get("passthrough_auth"):
-        key = f"${variable('api_key')}" if config.api_key else PLACEHOLDER_KEY
-        completed["access_key"] = key
+    completed = {
+        "base_url": config.base_url,
+        "name": given.get("model", translate.MODEL_PREFIX + "*"),
+        "provider_interface": INTERFACE,
+        "access_key": PLACEHOLDER_KEY,
+    }
+    if config.api_key:
+        completed["access_key"] = f"${variable('api_key')}"
+    if given.get("passthrough_auth"):
+        del completed["access_key"]
+    if "http_host" in given:
+        del completed["base_url"]
     return completed | given
 
 
@@ -2348,16 +2352,16 @@ class FakeApi(Bridge):
         if exchange.route != "/v1/messages":
             return Reply(b"{}")
         connection, asked = exchange.connection, orjson.loads(exchange.body)
-        said = str(asked["messages"])
-        if "toolu_1" in said:
-            self.found["tools"] = "violet" in said
+        messages = str(asked["messages"])
+        if "toolu_1" in messages:
+            self.found["tools"] = "violet" in messages
             connection.stream(exchange, BEGIN)
             self.held.set()
             try:
                 await asyncio.Event().wait()
             finally:
                 self.left.set()
-        words = re.findall("'(red|green|blue)'", said)
+        words = re.findall("'(red|green|blue)'", messages)
         self.found["history"] = words == ["red", "green", "blue"]
         has_system = "white" in str(asked["system"])
         self.found["settings"] = has_system and asked.get("temperature") == 0.5
@@ -2403,7 +2407,7 @@ async def rehearse(config: Config, api: FakeApi) -> None:
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     }
     with tempfile.TemporaryDirectory() as home:
-        environ = {**os.environ, **kept}
+        environ = os.environ | kept
         environ |= dict.fromkeys(("HOME", "CLAUDE_CONFIG_DIR"), home)
         environ |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
         names = tuple(kept)

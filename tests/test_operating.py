@@ -180,7 +180,7 @@ def test_sighup_completes_running_answers_and_ends_the_bridge(
     running = background.submit(program.post, "PAUSE", stream=True)
     wait_until(lambda: log.got("PAUSE"), "the turn")
     program.process.send_signal(signal.SIGHUP)
-    printed(program, "waiting up to 1000 s for 1 running answers (Ctrl-C again to stop now)")
+    printed(program, "running answers: 1, which get 1000 s (Ctrl-C again stops them)")
     wait_until(lambda: refuses(program), "closed doors")
     assert program.process.poll() is None
     gate.touch()
