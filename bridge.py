@@ -648,10 +648,6 @@ class Exchange:
         return path if self.target else ""
 
     @property
-    def query(self) -> str:
-        return self.target.partition("?")[2]
-
-    @property
     def route(self) -> str:
         """The known route of the path; empty: there is none.  Base URLs with and
         without /v1 lead to the same, as SDKs may add it."""
@@ -668,8 +664,7 @@ class Exchange:
 def check_access(exchange: Exchange, config: Config) -> None:
     """Who may talk to this port.  Raises ApiError 401 or 403.  Only /healthz is open to
     all, without a query and without a body."""
-    is_open = exchange.path == "/healthz" and not exchange.query
-    if is_open and not exchange.has_body:
+    if exchange.target == "/healthz" and not exchange.has_body:
         return
     check_host(exchange, config)
     check_origin(exchange, config)
@@ -1349,11 +1344,11 @@ class Bridge:
 
     async def health(self, exchange: Exchange) -> Reply:
         """`ok`; with ?deep=1 what is wrong, or `ok`."""
-        problem = ""
-        if "deep=1" in exchange.query.split("&"):
-            problem = await self.deep_health()
-        status = 503 if problem else 200
-        return Reply((problem or "ok").encode(errors="replace"), "text/plain", status)
+        _, _, query = exchange.target.partition("?")
+        is_deep = "deep=1" in query.split("&")
+        problem = await self.deep_health() if is_deep else ""
+        body = (problem or "ok").encode(errors="replace")
+        return Reply(body, "text/plain", 503 if problem else 200)
 
     async def deep_health(self) -> str:
         """What keeps the bridge from answering; empty: nothing.  It asks the CLI, which

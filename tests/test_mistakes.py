@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from client import Json
-from host import ROOT, STANDIN
+from client import Json, request_body
+from host import ROOT, STANDIN, wait_until
 from servers import Program, Server
 from test_access import ask
 from test_operating import run
@@ -308,3 +308,38 @@ def test_a_client_of_tls_is_called_so_in_the_log(launch: Launch) -> None:
         client.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
         assert client.recv(100).startswith(b"HTTP/1.1 400 ")
     printed(program, 'status=400 error=invalid_request_error reason="TLS: this port speaks plain')
+
+
+@pytest.mark.parametrize("text", ["FAIL400", "MIDFAIL"])
+def test_what_the_api_worded_is_not_in_the_log(
+    real: Server, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    """It can quote the prompt."""
+    caplog.set_level("INFO", "claude_cli_bridge")
+    answer = real.post(text)
+    assert answer.status >= 400
+    message = answer.json["error"]["message"]
+    assert message
+    wait_until(lambda: "route=/v1/messages" in caplog.text, "the line")
+    assert f"status={answer.status} error={answer.json['error']['type']} " in caplog.text
+    assert message not in caplog.text
+
+
+def test_each_refusal_of_the_bridge_has_its_reason_in_the_log(
+    serve: Callable[..., Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "claude_cli_bridge")
+    server = serve(api_key="sesame")
+    key = {"x-api-key": "sesame"}
+    answers = [
+        server.call("POST", "/v1/messages", b"{"),
+        server.call("POST", "/v1/messages", b"{", key),
+        server.call("GET", "/v1/messages", None, key),
+        server.call("GET", "/nowhere?x", None, key),
+        server.call("POST", "/v1/messages", request_body("DIE-START"), key),
+    ]
+    assert [answer.status for answer in answers] == [401, 400, 405, 404, 502]
+    wait_until(lambda: caplog.text.count("request_id=") == len(answers), "the lines")
+    rows = [record.row for record in caplog.records if hasattr(record, "row")]
+    assert [row["reason"] for row in rows] == [a.json["error"]["message"] for a in answers]
+    assert [row["route"] for row in rows][2:4] == ["/v1/messages", "/nowhere"]
