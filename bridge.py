@@ -1376,9 +1376,7 @@ class Bridge:
     async def metrics(self, exchange: Exchange) -> Reply:
         metrics = self.pool.metrics
         metrics.set("connections", len(self._connections))
-        handlers = logging.getLogger().handlers
-        lost = sum(item.lost for item in handlers if isinstance(item, LogWriter))
-        metrics.set("log_lines_lost_total", lost)
+        metrics.set("log_lines_lost_total", LogWriter.lost)
         metrics.observe(self.pool.snapshot())
         return Reply(metrics.text().encode(), METRICS_TYPE)
 
@@ -1450,11 +1448,15 @@ class Bridge:
         return Reply(orjson.dumps(found))
 
     async def models(self, exchange: Exchange) -> Reply:
-        """One model, or all of them as one page (API: "List models")."""
-        models = model_list(await self.pool.hello())
+        """One model, by id or alias, with or without claude-cli/, or all of them as one
+        page (API: "List models")."""
+        models, prefix = model_list(await self.pool.hello()), translate.MODEL_PREFIX
         name = unquote(exchange.path.removeprefix(MODELS)).lstrip("/")
+        for wanted in (name, prefix + name, name.removeprefix(prefix)):
+            if wanted in models:
+                return Reply(orjson.dumps(models[wanted]))
         if name:
-            return Reply(orjson.dumps(find_model(models, name)))
+            raise ApiError(404, f"model: {name}")
         names: list[Any] = list(models) or [None]
         page = {
             "data": list(models.values()),
@@ -1631,16 +1633,6 @@ def capabilities(model: Json) -> Json | None:
     return found or None
 
 
-def find_model(models: dict[str, Json], name: str) -> Json:
-    """The model of an id or alias, with or without claude-cli/.  Raises ApiError
-    404."""
-    prefix = translate.MODEL_PREFIX
-    for wanted in (name, prefix + name, name.removeprefix(prefix)):
-        if wanted in models:
-            return models[wanted]
-    raise ApiError(404, f"model: {name}")
-
-
 # ------------------------------------------------------------ serve
 
 
@@ -1734,9 +1726,11 @@ class LogWriter(logging.Handler):
     """Writes lines to stderr from a thread: when nobody reads it, lines are lost and
     answers go on."""
 
+    # Lines that were lost, of all that write.
+    lost = 0
+
     def __init__(self) -> None:
         super().__init__()
-        self.lost = 0
         self._lines: queue.Queue[bytes] = queue.Queue(MAX_LOG_LINES)
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
@@ -1746,7 +1740,7 @@ class LogWriter(logging.Handler):
             line = self.format(record).encode(errors="replace")
             self._lines.put_nowait(line + b"\n")
         except queue.Full:
-            self.lost += 1
+            LogWriter.lost += 1
 
     def close(self) -> None:
         with contextlib.suppress(queue.Full):
@@ -1760,7 +1754,7 @@ class LogWriter(logging.Handler):
                 while line:
                     line = line[os.write(2, line) :]
             except OSError:
-                self.lost += 1
+                LogWriter.lost += 1
 
 
 class JsonFormatter(logging.Formatter):
