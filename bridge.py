@@ -2090,15 +2090,15 @@ PAGE = """\
   body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem }
   body { margin: 2rem auto; padding: 0 1rem }
   h2 { font-size: 1.1rem; margin: 1.5rem 0 .3rem }
-  table { border-collapse: collapse; width: 100% }
-  td { border-top: 1px solid #8884; padding: .2rem .8rem .2rem 0 }
-  td { overflow-wrap: anywhere; vertical-align: top }
-  td:first-child { width: 40% }
+  p { border-top: 1px solid #8884; display: flex; gap: .8rem; margin: 0 }
+  span { flex: 3; padding: .2rem 0; overflow-wrap: anywhere }
+  span:first-child { flex: 2 }
   pre { background: #8882; padding: .8rem; font-size: .85rem }
   pre { white-space: pre-wrap; overflow-wrap: anywhere }
 </style>
 <h1>claude-cli-bridge</h1>
-<h2>Connect</h2>"""
+<h2>Connect</h2>
+"""
 EXPORTS = """\
 export ANTHROPIC_BASE_URL={url}
 export ANTHROPIC_API_KEY={key}
@@ -2159,24 +2159,27 @@ def request_row(entry: tuple[str, Json]) -> tuple[str, str]:
     return f"{clock} {row.get('route', '')}", text
 
 
-def page_text(bridge: Bridge) -> str:
-    lines = ["claude-cli-bridge", "", "Connect"]
-    lines.append(textwrap.indent(connect_lines(bridge), "  ").rstrip())
+def render(bridge: Bridge, heading: str, row: str, escape: Callable[[str], str]) -> str:
+    """The sections of the page in a format."""
+    parts = []
     for title, rows in page_sections(bridge).items():
-        lines += ["", title]
-        lines += [f"  {name:30} {value}" for name, value in rows or [("none", "")]]
-    return "\n".join([*lines, ""])
+        parts.append(heading.format(title))
+        for item in rows or [("none", "")]:
+            parts.append(row.format(*map(escape, item)))
+    return "".join(parts)
+
+
+def page_text(bridge: Bridge) -> str:
+    connect = textwrap.indent(connect_lines(bridge), "  ")
+    sections = render(bridge, "\n{}\n", "  {:30} {}\n", str)
+    return f"claude-cli-bridge\n\nConnect\n{connect}{sections}"
 
 
 def page_html(bridge: Bridge) -> str:
-    parts = [PAGE, f"<pre>{html.escape(connect_lines(bridge))}</pre>"]
-    for title, rows in page_sections(bridge).items():
-        parts.append(f"<h2>{title}</h2>\n<table>")
-        for row in rows or [("none", "")]:
-            name, value = map(html.escape, row)
-            parts.append(f"<tr><td>{name}</td><td>{value}</td></tr>")
-        parts.append("</table>")
-    return "\n".join([*parts, "</html>", ""])
+    connect = html.escape(connect_lines(bridge))
+    row = "<p><span>{}</span><span>{}</span></p>\n"
+    sections = render(bridge, "<h2>{}</h2>\n", row, html.escape)
+    return f"{PAGE}<pre>{connect}</pre>\n{sections}</html>\n"
 
 
 # ------------------------------------------------------------ appendix: providers
