@@ -260,7 +260,8 @@ def test_a_secret_in_place_of_a_name_is_refused_and_not_printed(
     )
     said = done.stdout + done.stderr
     assert done.returncode not in (0, -9)
-    assert f"CLAUDE_CLI_KEEP_ENV: {words}" in said
+    name = "--keep-env" if way == "flag" else "CLAUDE_CLI_KEEP_ENV"
+    assert f"{name}: {words}" in said
     assert "SECRET" not in said
 
 
