@@ -84,6 +84,7 @@ if TYPE_CHECKING or not __package__:
         Pool,
         PoolConfig,
         Turn,
+        identify_file,
         login_folder,
         setting,
         settings_file,
@@ -98,6 +99,7 @@ else:  # copied into a package
         Pool,
         PoolConfig,
         Turn,
+        identify_file,
         login_folder,
         setting,
         settings_file,
@@ -1582,15 +1584,6 @@ def bind_unix(path: str) -> socket.socket:
     return sock
 
 
-def identity(path: str) -> tuple[int, int] | None:
-    """Which file is at a path; None: there is none."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
 # ------------------------------------------------------------ models
 
 
@@ -1659,7 +1652,7 @@ async def serve(
             server = await bridge.listen(sock)
         except (OSError, UnicodeError) as error:
             raise config_error("listen_addr", cannot_listen(config, error)) from error
-        own = None if sock else identity(config.unix_path)
+        own = None if sock else identify_file(config.unix_path)
         stack.push_async_callback(stop, bridge, server, own)
         await server.start_serving()
         yield bridge
@@ -1667,22 +1660,20 @@ async def serve(
         await finish_despite_cancel(stack.aclose(), bridge.cancel_answers)
 
 
-async def stop(
-    bridge: Bridge, server: asyncio.Server, own: tuple[int, int] | None
-) -> None:
-    """Stop listening, and end all connections; `own` is the bridge's own Unix
-    socket."""
+async def stop(bridge: Bridge, server: asyncio.Server, own: object) -> None:
+    """Stop listening, and end all connections; `own` is the identity of the bridge's own
+    Unix socket, if it has one."""
     loop = asyncio.get_running_loop()
     for listener in server.sockets:
         loop.remove_reader(listener.fileno())
     for _ in range(3):
-        # From accept() asyncio takes so many rounds to a connection: closing earlier
-        # loses it.
+        # asyncio needs three loop iterations after accept(): closing sooner drops the
+        # connection.
         await asyncio.sleep(0)
     server.close()
     await bridge.close()
     # Not the socket of another bridge that has taken the path meanwhile.
-    if own and identity(bridge.config.unix_path) == own:
+    if own and identify_file(bridge.config.unix_path) == own:
         os.unlink(bridge.config.unix_path)
 
 
@@ -2355,7 +2346,7 @@ class FakeApi(Bridge):
                 self.left.set()
         words = re.findall("'(red|green|blue)'", messages)
         self.found["history"] = words == ["red", "green", "blue"]
-        has_system = "white" in str(asked["system"])
+        has_system = "white" in str(asked.get("system"))
         self.found["settings"] = has_system and asked.get("temperature") == 0.5
         connection.stream(exchange, BEGIN + CALL)
         await connection.finish()
@@ -2382,7 +2373,7 @@ class FakeApi(Bridge):
                 self.found["interrupt"] = not turn.process.ended
             finally:
                 relay.cancel()
-                await asyncio.wait({relay})
+                await asyncio.gather(relay, return_exceptions=True)
 
     async def never_wait(self) -> None:
         """Nothing holds this client up."""
