@@ -1591,14 +1591,12 @@ def model_list(hello: Json) -> dict[str, Json]:
     """The CLI's own models by name, in the API's shape: each under its full id (all that
     Claude Code's discovery keeps) and as claude-cli/<alias>."""
     found: dict[str, Json] = {}
-    for model in hello.get("models") or []:
-        alias, full = model.get("value"), model.get("resolvedModel")
-        names = [full, translate.MODEL_PREFIX + alias if alias else None]
-        for name in filter(None, names):
+    for model in hello.get("models", []):
+        for name in (model["resolvedModel"], translate.MODEL_PREFIX + model["value"]):
             item = {
                 "type": "model",
                 "id": name,
-                "display_name": model.get("displayName") or name,
+                "display_name": model.get("displayName", name),
                 # API: the epoch when the release date is not known.
                 "created_at": "1970-01-01T00:00:00Z",
                 "lifecycle": "active",
