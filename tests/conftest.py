@@ -54,6 +54,7 @@ LONGEST = (
     "test_conversations_that_run_at_once",
     "test_library_gets",
     "test_openai_client",
+    "test_hermes",
     "test_put_in_place_by_the_readme",
     "test_what_the_dockerfile_builds",
 )

@@ -31,6 +31,7 @@ PIP_CLIENTS = {
     "langchain": ("langchain-anthropic==1.7.7", "anthropic>=2.12,<3"),
     "llm": ("llm==0.36", "llm-anthropic==0.30", "openai==3.54.0"),
     "litellm": ("litellm[proxy]==1.106.2",),
+    "hermes": ("hermes-agent[anthropic]==0.19.0",),
     "planoai": ("planoai==0.4.39",),
 }
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

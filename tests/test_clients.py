@@ -29,6 +29,7 @@ BRIDGE, PROXY = "http://127.0.0.1:14001", "http://127.0.0.1:4000"
 
 PROXY_CONFIG = readme.block("model_list:")
 EXPORT = readme.block("export ANTHROPIC_BASE_URL")
+HERMES_CONFIG = readme.block("api_mode: anthropic_messages")
 
 
 @pytest.fixture
@@ -220,25 +221,50 @@ def test_openai_client_of_a_litellm_proxy_gets_text_stream_and_tools(
     )
 
 
-def test_the_readmes_table_holds_the_lines_and_versions_that_these_tests_use() -> None:
-    header, _, *rows = re.findall(
-        r"^\|.*\|$", readme.README.read_text().partition("### Clients")[2], re.M
-    )[:11]
-    assert header.startswith("| client | version |")
-    ran = "".join(path.read_text() for path in (TESTS / "clients").glob("*.py")) + "".join(
-        text for _, text in readme.blocks()
-    )
-    for row in rows:
-        lines = re.findall("`(.+?)`", row.split("|")[4])
-        assert lines or "below" in row
-        assert all(line.removesuffix(")") in ran for line in lines), row
+def test_the_readmes_table_holds_the_lines_that_these_tests_use() -> None:
+    scripts = [path.read_text() for path in (TESTS / "clients").glob("*.py")]
+    ran = "".join(scripts + [text for _, text in readme.blocks()])
+    for client, how in readme.rows(readme.section("## Connect")):
+        lines = re.findall("`(.+?)`", how)
+        assert lines or "below" in how or "two variables" in how, client
+        assert all(line in ran for line in lines), client
+
+
+def test_the_table_of_clients_holds_the_versions_that_are_tested() -> None:
+    table = readme.section("## Clients", readme.EVIDENCE)
     pinned = [
         package.partition("==")
         for name, packages in PIP_CLIENTS.items()
         for package in packages
         if "==" in package and name != "planoai"
     ]
-    assert all(version in "".join(rows) for _, _, version in pinned)
+    assert all(version in table for _, _, version in pinned)
+
+
+# Hermes
+
+
+def test_hermes_uses_its_tools_and_goes_on_in_the_same_process(
+    real: Server, run: Run, since: Callable[[], list[Json]], tmp_path: Path
+) -> None:
+    (tmp_path / ".hermes").mkdir()
+    config = HERMES_CONFIG.replace(BRIDGE, real.url)
+    (tmp_path / ".hermes/config.yaml").write_text(config)
+    (tmp_path / "note.txt").write_text("The word is pomegranate.")
+    program = python("hermes").with_name("hermes")
+    # There is no network for the packages that it installs when it is started.
+    quiet = {"HOME": str(tmp_path), "HERMES_DISABLE_LAZY_INSTALLS": "1"}
+
+    def ask(*words: str) -> str:
+        return run(program, "chat", "--quiet", *words, **quiet)
+
+    assert "Once upon a time." in ask("--query", "SAY Once upon a time.")
+    note = json.dumps({"path": str(tmp_path / "note.txt")})
+    told = ask("--continue", "--query", f"USE_TOOL read_file INPUT={note}END")
+    assert "The word is pomegranate." in told
+    rows = [row for row in since() if row["path"].startswith("/v1/messages")]
+    assert [len(arrived(row["body"])) for row in rows] == [1, 3, 5]
+    assert len(real.processes()) == len({str(row["headers"]["anthropic-beta"]) for row in rows})
 
 
 # Claude Code

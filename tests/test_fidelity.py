@@ -31,33 +31,33 @@ import translate
 EXAMPLES = int(os.environ.get("FIDELITY", "5"))
 AT_ONCE = 50
 
-# Why what arrives is not what was sent.  The README has a row for each (test_readme.py).
+# Why what arrives is not what was sent.  README.md here has a row for each (test_readme.py).
 DIFFERENCES = {
     "streamed": "the CLI always asks for a stream",
     "identity": "metadata, and two lines before the system prompt, say who the CLI is",
     "model": "an alias becomes the full id",
-    "system": "the texts of the system prompt are one, and have no cache_control",
+    "system": "the texts of the system prompt are joined, and lose their cache_control",
     "effort": "an effort of high, the API's default, is written out, or left out for a model that has none",
     "betas": "the CLI adds the betas that it needs",
     "lost betas": "five betas of the CLI's own are not sent, whoever asks for them",
     "output format": "output_format, of an older beta, becomes output_config.format",
     "no tools": "an empty list of tools is written out",
     "content": "a string is written as a text block, or one text block as a string",
-    "roles": "neighbouring messages of one role are one message",
+    "roles": "neighbouring messages of one role are joined",
     "breakpoints": "the CLI sets the cache breakpoints, unless the client sets one inside a message",
     "context": "the CLI adds a message about its environment and the date, but not with an API key and 2.1.300 or newer",
-    "system role": "a system message is a <system-reminder> of the user message beside it",
+    "system role": "a system message becomes a <system-reminder> in the user message beside it",
     "result": "a tool result of text is a list of blocks, or one text if it is an error; is_error of false is left out",
     "temperature": "a model without adaptive thinking is asked for a temperature of 1, the API's default",
     "order": "a CLI older than 2.1.266 puts the texts of an assistant message before its tool calls",
     "inputs": "in a history, inputs of tools named Edit, Write and ExitPlanMode are written as the CLI writes its own",
-    "call keys": "2.1.197 keeps type, id, name and input of a tool call alone",
-    "thinking alone": "an assistant message of thinking alone is left out",
+    "call keys": "2.1.197 keeps only type, id, name and input of a tool call",
+    "thinking alone": "an assistant message that has only thinking is left out",
     "left out": "marks of a fallback, an advisor's words, calls of server tools without their result are left out",
-    "citations": "2.1.332 keeps of the citations of an assistant's text those of web searches alone",
+    "citations": "of the citations of an assistant's text, 2.1.332 keeps only those of web searches",
     "own citations": "2.1.197 keeps no citations of an answer that the same process gave",
     "first message": "2.1.197 puts its reminder of the date before a conversation that the assistant begins",
-    "references": "a tool_reference is a text that names the tool, and the tool loses its defer_loading",
+    "references": "a tool_reference becomes a text that names the tool, and the tool loses its defer_loading",
     "error": "all but the text of a failed tool's result is left out",
     "numbers": "an integer of more than 53 bits is rounded",
 }

@@ -271,7 +271,7 @@ def is_plain_text(block: Json) -> bool:
 class Row(NamedTuple):
     apply: Callable[[Json], None]
     reason: str
-    readme: str  # words of the README that say so
+    readme: str  # words of tests/README.md that say so
 
 
 # In the order in which they are applied.
@@ -289,7 +289,7 @@ SAME = {
     "system": Row(
         same_system,
         "the CLI takes its texts alone; the billing line is the CLI's own",
-        "the texts of the system prompt are one, and have no cache_control",
+        "the texts of the system prompt are joined, and lose their cache_control",
     ),
     "fields": Row(
         same_fields, "they are sent with each turn", "known today or not, for that request alone"
@@ -308,15 +308,15 @@ SAME = {
     "system messages": Row(
         same_reminder,
         "the CLI has no place for them",
-        "a system message is a &lt;system-reminder> of the user message beside it",
+        "a system message becomes a &lt;system-reminder> in the user message beside it",
     ),
     "unsaid": Row(
         same_unsaid,
         "the CLI leaves them out",
-        "an assistant message of thinking alone is left out",
+        "an assistant message that has only thinking is left out",
     ),
     "roles": Row(
-        same_roles, "API: they are one message", "neighbouring messages of one role are one message"
+        same_roles, "API: they are one message", "neighbouring messages of one role are joined"
     ),
     "references": Row(
         same_references, "the CLI drops them", "becomes the text `Tool loaded: NAME`"
@@ -872,7 +872,7 @@ def test_the_session_of_a_changed_conversation_holds_the_unchanged_one_only_if_i
 
 @pytest.mark.parametrize("row", [*SAME.values(), THINKING_ROW], ids=[*SAME, "thinking"])
 def test_the_readme_says_what_is_deliberately_the_same(row: Row) -> None:
-    assert row.readme in readme.README.read_text()
+    assert row.readme in readme.EVIDENCE.read_text()
 
 
 # ---------------------------------------------------------------- faults that were found

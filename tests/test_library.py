@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -300,14 +301,21 @@ def test_a_copy_is_a_program(vendored: Path, way: str) -> None:
 
 def test_the_readmes_host_program_runs_beside_the_three_files(vendored: Path) -> None:
     (vendored / "program.py").write_text(EMBEDDED)
-    (vendored / "claude").symlink_to(STANDIN)
-    environ = {**os.environ, "PATH": f"{vendored}{os.pathsep}{os.environ['PATH']}"}
+    environ = {**os.environ, "CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_KEEP_ENV": ",".join(KEEP)}
     command = [sys.executable, vendored / "program.py"]
-    done = subprocess.run(
-        command, env=environ, capture_output=True, text=True, check=True, timeout=30
-    )
-    assert re.fullmatch(r"listening on 127.0.0.1:\d+\n", done.stdout)
-    assert done.stderr == ""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environ, **pipes) as process:
+        assert process.stdout
+        address = re.fullmatch(r"listening on 127.0.0.1:(\d+)\n", process.stdout.readline())
+        assert address
+        assert Client("127.0.0.1", int(address[1])).post().text == "echo: hello; 1 messages"
+        before = [child.pid for child in children(process.pid)]
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    # What Python itself prints, and nothing of the bridge's log.
+    assert said.startswith("Traceback")
+    assert said.endswith("KeyboardInterrupt\n")
+    assert not [number for number in before if alive(number)]
 
 
 # ---------------------------------------------------------------- where there is little

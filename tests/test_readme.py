@@ -1,4 +1,5 @@
-"""The README: its tables against the code, and its commands as a newcomer follows them.
+"""The README and tests/README.md: their tables against the code, their length, their links, and the
+commands as a newcomer follows them.
 
 The commands run as they stand, in a fresh clone and an empty HOME.
 """
@@ -26,29 +27,63 @@ from servers import KEEP, Server
 from stubs import Stub
 from test_fidelity import DIFFERENCES, TOLD
 
-from bridge import COMMANDS, GROUPS, Config, variable
-from sessions import METRICS
+from bridge import COMMANDS, Config, variable
+from sessions import METRICS, NEWEST_TESTED, OLDEST, dotted
 
 INSTALL = readme.block(".venv/bin/pip install '.[cli]'")
 CHECK = readme.block("claude-cli-bridge check")
 TESTS = readme.block("-m pytest")
 CURL = readme.block("curl http://127.0.0.1:14001/v1/messages")
-CURL_STREAM = readme.block("curl -N")
+# As the README says: add "stream": true, and -N to curl.
+CURL_STREAM = CURL.replace("curl", "curl -N").replace("200,", '200, "stream": true,')
 SDK = readme.block("from anthropic import")
 STANDIN = readme.block("CLAUDE_CLI_BIN=tests/standin.py")
+[UVX] = re.findall("`(uvx --from .*?)`", readme.section("## Start"))
 PROVIDERS = readme.block("model_providers: [{")
 COMPLETED = readme.block('"provider_interface": "claude-cli"')
 SETTINGS = dataclasses.fields(Config)
-MODULES = ("test_clients", "test_gateway", "test_library", "test_js_clients")
+FILES = ("bridge.py", "sessions.py", "translate.py")
+# The most words that a reader sees who opens no fold, and of all.
+MAX_VISIBLE, MAX_WORDS = 1500, 3500
+MODULES = ("test_clients", "test_library", "test_js_clients")
+
+
+def test_the_readme_is_short() -> None:
+    text = readme.README.read_text()
+    assert readme.word_count(readme.unfolded(text)) <= MAX_VISIBLE
+    assert readme.word_count(text) <= MAX_WORDS
+
+
+def test_words_are_counted_without_addresses_and_what_is_folded() -> None:
+    text = """
+* [three words here](https://example.org/a-b) and `two more`
+
+| a | `b c` |
+<details>
+<summary>The <code>title</code></summary>
+
+folded
+</details>
+"""
+    assert readme.word_count(text) == 13
+    assert readme.word_count(readme.unfolded(text)) == 12
 
 
 def test_every_code_block_is_run_by_a_test() -> None:
     for name in MODULES:
         import_module(name)
-    # The same is in deploy/, and run by test_deploy.py.
-    deploying = readme.README.read_text().partition("\n## Deploying\n")[2]
-    left = [text for _, text in readme.blocks() if text not in readme.TAKEN]
-    assert [text for text in left if text not in deploying] == []
+    assert [text for _, text in readme.blocks() if text not in readme.TAKEN] == []
+
+
+@pytest.mark.parametrize("path", [readme.README, readme.EVIDENCE], ids=["README", "tests/README"])
+def test_every_link_to_a_file_or_a_heading_leads_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
+    inner = [link.partition("#") for link in links if not link.startswith("https://")]
+    assert inner
+    for name, _, anchor in inner:
+        target = path.parent / name if name else path
+        assert target.exists(), name
+        assert not anchor or anchor in readme.anchors(target), anchor
 
 
 def setting_row(item: "dataclasses.Field[Any]") -> str:
@@ -60,36 +95,69 @@ def setting_row(item: "dataclasses.Field[Any]") -> str:
 
 
 def difference_row(name: str) -> str:
-    """The row of the README's table for a difference between what is sent and what arrives."""
+    """The row of tests/README.md for a difference between what is sent and what arrives."""
     reason = DIFFERENCES[name].replace("<", "&lt;")
     return f"| {name} | {reason} | {'yes' if name in TOLD else ''} |"
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_the_readme_has_a_row_for_each_setting_in_its_group(group: str) -> None:
-    found = re.findall(r"^\| `CLAUDE_CLI_.*", readme.section(f"### {GROUPS[group]}"), re.M)
-    fields = [item for item in SETTINGS if item.metadata["group"] == group]
-    assert found == [setting_row(item) for item in fields]
+def help_text() -> str:
+    command = [sys.executable, ROOT / "bridge.py", "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_each_group_of_settings_is_in_the_readme() -> None:
-    assert {item.metadata["group"] for item in SETTINGS} == set(GROUPS)
+def test_the_readme_shows_eight_settings_as_they_are_and_help_has_all() -> None:
+    shown = re.findall(r"^\| `CLAUDE_CLI_.*", readme.section("## Settings"), re.M)
+    assert len(shown) == 8
+    assert set(shown) <= {setting_row(item) for item in SETTINGS}
+    words = " ".join(help_text().split())
+    for item in SETTINGS:
+        assert item.name == "api_key" or "--" + item.name.replace("_", "-") in words
+        assert item.name == "api_key" or item.metadata["meaning"].replace("`", "") in words
 
 
-@pytest.mark.parametrize("name", DIFFERENCES)
-def test_the_readme_tells_of_each_difference_and_its_reason(name: str) -> None:
-    assert difference_row(name) in readme.lines()
+@pytest.mark.parametrize("path", [readme.README, readme.EVIDENCE], ids=["README", "tests/README"])
+def test_every_setting_that_is_named_is_one(path: Path) -> None:
+    known = {variable(item.name) for item in SETTINGS}
+    assert set(re.findall(r"CLAUDE_CLI_[A-Z_]+", path.read_text())) <= known
 
 
-def test_the_readme_tells_of_no_difference_that_there_is_not() -> None:
-    table = readme.section("### Every difference").partition("|---|---|---|\n")[2]
+def test_what_the_table_of_troubles_shows_is_what_the_program_says() -> None:
+    table = readme.rows(readme.section("## Trouble"))
+    assert len(table) == 12
+    program = "".join((ROOT / name).read_text() for name in FILES)
+    # Messages go over lines: as neighbouring strings, or by a name for their first half.
+    said = re.sub(r'"\s+f?"', "", program)
+    for shown, _ in table:
+        for words in re.findall("`(.+?)`", shown):
+            for part in words.split("..."):
+                assert part.strip() in said, part
+
+
+def test_the_readme_tells_of_each_difference_and_its_reason_and_of_no_other() -> None:
+    table = readme.section("### Every difference", readme.EVIDENCE).partition("|---|---|---|\n")[2]
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert rows == [difference_row(name) for name in DIFFERENCES]
 
 
+def test_each_file_of_tests_is_in_the_table_of_what_they_prove() -> None:
+    table = readme.section("## What each file proves", readme.EVIDENCE)
+    assert {path.stem for path in Path(__file__).parent.glob("test_*.py")} == set(
+        re.findall(r"test_\w+", table)
+    )
+
+
+@pytest.mark.parametrize("path", [readme.README, readme.EVIDENCE], ids=["README", "tests/README"])
+def test_the_versions_of_the_cli_are_those_that_the_code_takes_as_tested(path: Path) -> None:
+    assert f"{dotted(OLDEST)} to {dotted(NEWEST_TESTED)}" in path.read_text()
+
+
+def test_the_readme_names_ten_differences() -> None:
+    assert len(readme.rows(readme.section("## What differs from the API"))) == 10
+
+
 def test_the_readme_names_each_metric_and_command() -> None:
-    operating = readme.section("### Metrics")
-    assert set(re.findall(r"`([a-z_]+_[a-z]+|processes|connections)`", operating)) >= set(METRICS)
+    metrics = readme.fold("Metrics")
+    assert set(re.findall(r"`([a-z_]+_[a-z]+|processes|connections)`", metrics)) >= set(METRICS)
     words = readme.README.read_text()
     for command in COMMANDS:
         assert f"claude-cli-bridge {command}" in words
@@ -114,7 +182,7 @@ def test_the_log_line_of_the_readme_has_the_fields_of_one(
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: Path) -> Path:
     """What git has of the project, as it is on the disk.
 
-    pip finds packages in a folder, as there is no network.
+    pip and uv find packages in a folder, as there is no network.
     """
     if not WHEELS or not CLIS:
         pytest.skip("the packages could not be downloaded")
@@ -130,6 +198,9 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: Path) ->
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(WHEELS[0]))
     monkeypatch.setenv("PIP_CACHE_DIR", str(tmp_path / "pip"))
+    monkeypatch.setenv("UV_OFFLINE", "1")
+    monkeypatch.setenv("UV_FIND_LINKS", str(WHEELS[0]))
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv"))
     monkeypatch.setenv("CLAUDE_CLI_KEEP_ENV", ",".join(KEEP))
     return folder
 
@@ -177,6 +248,12 @@ def test_a_newcomer_installs_and_asks(clone: Path, since: Callable[[], list[Json
     assert "interrupt: works" in run(CHECK, clone)
     with started(STANDIN, clone) as bridge:
         assert bridge.post("hello").text == "echo: hello; 1 messages"
+
+
+@pytest.mark.timeout(120)
+def test_uvx_needs_no_installation(clone: Path) -> None:
+    command = UVX.replace("[cli]", "")  # which takes 450 MB
+    assert re.match(r"claude-cli-bridge \d", run(f"{command} --version", clone))
 
 
 def test_the_second_command_is_the_one_that_ci_runs() -> None:

@@ -189,7 +189,7 @@ def test_history_that_no_process_holds_arrives_as_it_was_sent(real: Server, stub
 def test_a_rebuilt_conversation_has_the_bytes_of_the_continued_one(
     serve: Callable[..., Server], cli: Path, stub: Stub
 ) -> None:
-    """For the API's prompt cache.  What 2.1.330 puts behind the newest message is in the README."""
+    """For the API's prompt cache.  What 2.1.330 puts after the newest message is in README.md here."""
     tools = [
         {"name": name, "input_schema": {"type": "object", "properties": {"z": {}, "a": {}}}}
         for name in "ba"

@@ -22,6 +22,7 @@ FEEDER = str(Path(__file__).resolve().parent / "feeder.py")
 EVENTS = 50_000
 MANY = 100
 EACH = 20_000  # events for each of many clients
+AT_PACE, SECS, PACE = 100, 4, 100  # conversations at a steady pace: seconds, deltas a second
 
 
 def ask(
@@ -125,7 +126,7 @@ def measure(rounds: int) -> dict[str, list[float]]:
             measured["relay"].append(EVENTS / ask(bridge, one))
             measured["cpu"].append((bridge.cpu() - cpu) * 1e6 / EVENTS)
             measured["many"].append(MANY * EACH / ask(bridge, many))
-            late = lateness(bridge, 200, 4, 100)
+            late = lateness(bridge, AT_PACE, SECS, PACE)
             measured["late"].append(late[len(late) // 2])
             measured["late 99"].append(late[len(late) * 99 // 100])
     finally:

@@ -12,13 +12,13 @@ import os
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from program import Program, request
+from user import User
 
 import sessions
 import translate
@@ -29,6 +29,7 @@ SYSTEM = "Be terse."
 LENGTHS = (20, 200, 1000)  # messages of the history that is rebuilt
 MODELS = ("opus", "sonnet", "haiku")
 LARGE, SMALL = "opus", "haiku"
+DELAYS = (0.0, 0.5, 1.0)  # seconds after the start of a bridge
 HOT_TURNS = 5
 TITLES = 10
 COUNTS = 24  # Claude Code asks about that many questions for /context
@@ -37,9 +38,10 @@ COUNTS = 24  # Claude Code asks about that many questions for /context
 class Bench:
     """What is measured: the CLI, and two bridges in front of it."""
 
-    def __init__(self, config: sessions.PoolConfig, cwd: str) -> None:
-        self.config = config
-        self.cwd = cwd
+    def __init__(self, user: User) -> None:
+        self.user = user
+        self.config = user.config
+        self.cwd = user.home
         self.spare = self.start()  # as it is by default: with a spare
         self.bare = self.start(CLAUDE_CLI_SPARES="0")
 
@@ -63,7 +65,7 @@ class BareCli:
     """The CLI as a program that drives it by itself would start it."""
 
     def __init__(self, config: sessions.PoolConfig, cwd: str) -> None:
-        command = sessions.arguments(config, "sonnet", agent=False)
+        command = sessions.arguments(config, sessions.Kind("sonnet"))
         environ = sessions.child_environment(config, os.environ)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, env=environ, cwd=cwd, **pipes)
@@ -231,15 +233,22 @@ def titles(bench: Bench) -> Measures:
 
 
 def first_second(bench: Bench) -> Measures:
-    """The first request of a bridge, so many seconds after it listens."""
-    for delay in (0.0, 0.5, 1.0):
-        bench.spare.rest()
+    """The first request of a bridge, so many seconds after it listens, and a bare CLI that is
+    started when the request is sent; each alone."""
+    for delay in DELAYS:
+        bench.rest()
         bridge = bench.start()
         try:
             time.sleep(delay)
             yield f"first after {delay:g}", first_delta(bridge, question(), "new").seconds
         finally:
             bridge.close()
+        bench.rest()
+        began = time.perf_counter()
+        bare = BareCli(bench.config, bench.cwd)
+        bare.ask("SAY hello")
+        yield f"bare after {delay:g}", time.perf_counter() - began
+        bare.close()
 
 
 def counts(bench: Bench) -> Measures:
@@ -279,13 +288,14 @@ def queries(bench: Bench) -> Measures:
 
 
 PARTS = (hot_turns, rebuilds, models_in_turn, titles, first_second, counts, queries)
+Part = Callable[[Bench], Measures]
 
 
-def measure(rounds: int, cli: Path, home: str, keep: tuple[str, ...]) -> dict[str, list[float]]:
+def measure(rounds: int, user: User, parts: tuple[Part, ...] = PARTS) -> dict[str, list[float]]:
     measured: dict[str, list[float]] = {}
-    with contextlib.closing(Bench(sessions.PoolConfig(bin=str(cli), keep_env=keep), home)) as bench:
+    with contextlib.closing(Bench(user)) as bench:
         for number in range(rounds + 1):
-            for part in PARTS:
+            for part in parts:
                 for name, value in part(bench):
                     if number:  # the first round warms the page cache
                         measured.setdefault(name, []).append(value)
