@@ -1505,8 +1505,9 @@ ROUTES: dict[str, tuple[str, Handler]] = {
 
 def log_row(exchange: Exchange) -> Json:
     """What the log says of a request."""
-    path = exchange.path[:MAX_LOGGED_PATH]
-    row: Json = {"request_id": exchange.id, "route": exchange.route or path or None}
+    place = "route" if exchange.route else "path"
+    path = exchange.route or exchange.path[:MAX_LOGGED_PATH] or None
+    row: Json = {"request_id": exchange.id, place: path}
     used: Json = {}
     if turn := exchange.turn:
         calls = turn.translator.api_calls
@@ -2142,10 +2143,11 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
 def request_row(entry: tuple[str, Json]) -> tuple[str, str]:
     """When and where a request came, and what became of it."""
     clock, row = entry
+    path = row.get("route") or row.get("path", "")
     names = ("model", "conversation", "reason")
     result = [row["status"], f"{row['secs']:.2f} s", *map(row.get, names)]
     text = ", ".join(str(value) for value in result if value)
-    return f"{clock} {row.get('route', '')}", text
+    return f"{clock} {path}", text
 
 
 def render(bridge: Bridge, heading: str, row: str, escape: Callable[[str], str]) -> str:
