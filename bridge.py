@@ -24,8 +24,8 @@ What is not on this way stands after it: models, `serve`, the program, and in ea
 what is called an appendix.
 """
 
-import argparse
 import asyncio
+import base64
 import contextlib
 import dataclasses
 import difflib
@@ -58,12 +58,19 @@ import time
 import tomllib
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections import deque
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+)
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import h11
 import orjson
@@ -76,30 +83,30 @@ if TYPE_CHECKING or not __package__:
         Counter,
         Pool,
         PoolConfig,
-        State,
         Turn,
+        identify_file,
         login_folder,
         setting,
         settings_file,
         update_cure,
         watch_without_threads,
     )
-    from translate import ApiError, Json, check_type
+    from translate import ApiError, Json
 else:  # copied into a package
     from . import translate
     from .sessions import (
         Counter,
         Pool,
         PoolConfig,
-        State,
         Turn,
+        identify_file,
         login_folder,
         setting,
         settings_file,
         update_cure,
         watch_without_threads,
     )
-    from .translate import ApiError, Json, check_type
+    from .translate import ApiError, Json
 
 __version__ = "0.2.0"
 log = logging.getLogger("claude_cli_bridge")
@@ -107,6 +114,7 @@ log = logging.getLogger("claude_cli_bridge")
 # ------------------------------------------------------------ settings
 
 ENVIRONMENT_PREFIX = "CLAUDE_CLI_"
+MAX_PORT = 65_535
 
 
 class ConfigError(ValueError):
@@ -131,6 +139,12 @@ class Config(PoolConfig):
         "`json`: one object for each request",
         "everyday",
         choices=("text", "json"),
+    )
+    log_level: str = setting(
+        "info",
+        "`debug` adds what was decided for each request, and what the CLI complains of",
+        "everyday",
+        choices=("info", "debug"),
     )
     drain_secs: float = setting(
         10.0,
@@ -184,84 +198,75 @@ class Config(PoolConfig):
     def read(cls, environ: Mapping[str, str], flags: Mapping[str, str]) -> "Config":
         """Settings from flags, else from the environment.  Raises ConfigError, which
         names one."""
-        values: dict[str, Any] = {}
+        values = {}
         for item in dataclasses.fields(cls):
-            text = flags.get(item.name)
-            if text is None:
-                text = environ.get(variable(item.name), "")
+            name = item.name
+            text = flags.get(name, environ.get(variable(name), ""))
             if text:
-                values[item.name] = parse_setting(item.name, type(item.default), text)
+                values[name] = parse_setting(name, type(item.default), text)
         return cls(**values)
 
     def checked(self) -> "Config":
-        """The same settings, with the path of the CLI.  Raises ConfigError, which names
-        one that cannot be used."""
+        """The same settings, with whole paths.  Raises ConfigError, which names one
+        that cannot be used."""
         for item in dataclasses.fields(self):
             check_bounds(item, getattr(self, item.name))
         bypasses = self.tools and self.permission_mode == "bypassPermissions"
-        if bypasses and os.geteuid() == 0:
-            raise wrong(
-                "permission_mode",
-                "the CLI refuses bypassPermissions when it runs as root",
-            )
-        if self.tools and not os.path.isdir(self.cwd or "."):
-            raise wrong("cwd", f"{self.cwd!r} is not a directory")
-        if self.mcp_config and not os.path.isfile(self.mcp_config):
-            raise wrong("mcp_config", f"{self.mcp_config!r} is not a file")
-        check_keep_env(self.keep_env)
-        check_own_key(self.api_key)
-        if "null" in self.allowed_origins:
-            words = "null is the origin of any page in a sandbox, and is never allowed"
-            raise wrong("allowed_origins", words)
-        if not self.unix_path:
+        require(
+            not bypasses or os.geteuid(),
+            "permission_mode",
+            "the CLI refuses bypassPermissions when it runs as root",
+        )
+        is_folder = os.path.isdir(self.cwd or ".")
+        require(is_folder or not self.tools, "cwd", f"{self.cwd!r} is not a directory")
+        if self.mcp_config:
+            check_mcp_config(self.mcp_config)
+        for name in self.keep_env:
+            # It is not printed: it may be a secret.
+            is_name = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name)
+            message = "takes names of variables, with commas between, and no values"
+            require(is_name, "keep_env", message)
+        is_header = self.api_key.isprintable() and self.api_key == self.api_key.strip()
+        message = "must be one line of UTF-8 without spaces at its ends"
+        require(is_header, "api_key", message)
+        message = "null is the origin of any page in a sandbox, and is never allowed"
+        require("null" not in self.allowed_origins, "allowed_origins", message)
+        if not self.unix_path and not self.api_key:
             host, _ = self.address
-            if not is_loopback(host) and not self.api_key:
-                words = f"{host} can be reached from other machines: set {variable('api_key')}"
-                raise wrong("listen_addr", words)
-        if not os.path.isdir("/dev/fd"):
-            raise ConfigError(
-                "there is no /dev/fd, which the CLI needs: is /proc mounted?"
-            )
-        self.check_api_address(os.environ)
-        return dataclasses.replace(self, bin=find_cli(self.bin))
-
-    def check_api_address(self, environ: Mapping[str, str]) -> None:
-        """Refuse an address of the API that leads back to the bridge."""
+            message = f"{host} can be reached from other machines: set"
+            message += f" {variable('api_key')}"
+            require(is_loopback(host), "listen_addr", message)
         for name in API_ADDRESSES:
-            if name in self.keep_env and self.is_own_url(environ.get(name, "")):
-                words = f"{name} is the bridge's own address, where its clients ask;"
-                raise wrong("keep_env", f"{words} leave the name out")
+            leads_back = name in self.keep_env and self.is_own(os.environ.get(name, ""))
+            message = f"{name} is the bridge's own address, where its clients ask;"
+            require(not leads_back, "keep_env", f"{message} leave the name out")
+        check_folders(self.trace_dir)
+        return dataclasses.replace(
+            self,
+            bin=find_cli(self.bin),
+            trace_dir=self.trace_dir and os.path.abspath(self.trace_dir),
+        )
 
-    def is_own_url(self, url: str) -> bool:
-        """Whether a URL leads to an address that the bridge listens on."""
-        if self.unix_path:
-            return False
-        try:
-            parts = urlsplit(url)
-            port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-        except ValueError:
-            return False
-        host, own_port = self.address
-        name = parts.hostname or ""
-        is_here = name == host or (is_loopback(name) and is_local(host))
-        return port == own_port and is_here
+    def is_own(self, url: str) -> bool:
+        """Whether a URL leads to a loopback address that the bridge listens on."""
+        name, _, port = url.removeprefix("http://").rstrip("/").rpartition(":")
+        return is_loopback(name) and self.listen_addr.endswith(f":{port}")
 
     @property
     def unix_path(self) -> str:
         """The path of a Unix socket; empty: it is an address."""
-        is_unix = self.listen_addr.startswith("unix:")
-        return self.listen_addr.removeprefix("unix:") if is_unix else ""
+        scheme, _, path = self.listen_addr.partition(":")
+        return path if scheme == "unix" else ""
 
     @property
     def address(self) -> tuple[str, int]:
         """Host and port.  Raises ConfigError."""
-        if "://" in self.listen_addr:
-            raise wrong("listen_addr", f"leave out the scheme of {self.listen_addr!r}")
         host, _, port = self.listen_addr.rpartition(":")
-        is_port = re.fullmatch("[0-9]{1,5}", port) and int(port) < 65536
-        if not host or not is_port:
-            words = "expected host:port or unix:/path, such as 127.0.0.1:8080"
-            raise wrong("listen_addr", f"{words}; got {self.listen_addr!r}")
+        is_address = host and re.fullmatch("[0-9]{1,9}", port) and "/" not in host
+        message = "expected host:port or unix:/path, such as 127.0.0.1:8080"
+        require(is_address, "listen_addr", f"{message}; got {self.listen_addr!r}")
+        message = f"a port is at most {MAX_PORT}; got {port}"
+        require(int(port) <= MAX_PORT, "listen_addr", message)
         return host.strip("[]").lower(), int(port)
 
     @property
@@ -269,31 +274,50 @@ class Config(PoolConfig):
         """Where a gateway on this machine reaches the bridge."""
         if self.unix_path:
             return self.listen_addr
-        host, port = self.address
-        return local_url(host_and_port(host, port))
+        return local_url(host_and_port(*self.address))
 
     def warnings(self, environ: Mapping[str, str]) -> list[str]:
-        """Settings that are probably mistakes."""
-        found = []
-        known = [variable(item.name) for item in dataclasses.fields(self)]
-        known.append(variable("config"))
-        for name in environ:
-            if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
-                found.append(f"{name} is no setting{suggestion(name, known)}")
+        """Settings that are probably mistakes, and those that open something up."""
+        names = [item.name for item in dataclasses.fields(self)]
+        known = list(map(variable, [*names, "config"]))
+        found = [
+            f"{name} is no setting{suggestion(name, known)}"
+            for name in environ
+            if name.startswith(ENVIRONMENT_PREFIX) and name not in known
+        ]
         for name in self.keep_env:
+            fault = ""
             if name not in environ:
-                hint = suggestion(name, environ)
-                found.append(f"{variable('keep_env')}: {name} is not set{hint}")
+                fault = f"is not set{suggestion(name, environ)}"
             elif environ[name] == KEY_OF_CLIENTS:
-                words = f"{name} is {KEY_OF_CLIENTS!r}, a key for clients of the bridge"
-                found.append(f"{variable('keep_env')}: {words}, and none of the API's")
-        host = "" if self.unix_path else self.address[0]
-        if host in ("0.0.0.0", "::") and not self.allowed_hosts:
-            words = "clients that reach this machine by name or address get 403"
-            found.append(
-                f"{words} until {variable('allowed_hosts')} holds that name or address"
-            )
-        return found
+                fault = f"is {KEY_OF_CLIENTS!r}, a key for clients of the bridge, and"
+                fault += " none of the API's"
+            if fault:
+                found.append(f"{variable('keep_env')}: {name} {fault}")
+        is_wild = self.listen_addr.startswith(("0.0.0.0:", "[::]:"))
+        if is_wild and not self.allowed_hosts:
+            message = "clients that reach this machine by name or address get 403"
+            cure = f"until {variable('allowed_hosts')} holds that name or address"
+            found.append(f"{message} {cure}")
+        if self.trace_dir:
+            found.append(f"prompts and answers are written to {self.trace_dir}")
+        return found + self.agent_warnings()
+
+    def agent_warnings(self) -> list[str]:
+        """What agent mode opens up, or its settings that have no effect."""
+        if not self.tools:
+            return [
+                f"{variable(item.name)} has no effect without {variable('tools')}"
+                for item in dataclasses.fields(self)
+                if item.metadata["group"] == "agent"
+                and getattr(self, item.name) != item.default
+            ]
+        who = "any program of this user" if self.unix_path else "any local program"
+        if self.api_key:
+            who = "any client with the key"
+        where = f"as user {user_name()}, in {os.path.abspath(self.cwd)}"
+        how = f"tools {self.tools}, permission mode {self.permission_mode}"
+        return [f"agent mode: {who} can use the CLI's own tools {where} ({how})"]
 
 
 def variable(name: str) -> str:
@@ -301,48 +325,20 @@ def variable(name: str) -> str:
     return ENVIRONMENT_PREFIX + name.upper()
 
 
-def wrong(name: str, words: str) -> ConfigError:
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def config_error(name: str, message: str) -> ConfigError:
     """The error of one setting, to be raised."""
-    return ConfigError(f"{variable(name)}: {words}")
+    return ConfigError(f"{variable(name)}: {message}")
 
 
-def suggestion(name: str, known: Any) -> str:
-    """What was probably meant, as the end of a sentence."""
-    nearest = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
-
-
-def parse_setting(name: str, kind: type, text: str) -> Any:
-    """A setting from its text.  Raises ConfigError."""
-    if kind is tuple:
-        return tuple(text.replace(",", " ").split())
-    try:
-        return kind(text)
-    except ValueError:
-        number = "a whole number" if kind is int else "a number"
-        raise wrong(name, f"must be {number}, got {text!r}") from None
-
-
-def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
-    """Raises ConfigError for a value that its field does not allow."""
-    rules = item.metadata
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    kind = type(item.default)
-    is_right = is_number if kind is float else isinstance(value, kind)
-    if isinstance(value, list | tuple) and kind is tuple:
-        is_right = all(isinstance(text, str) for text in value)
-    if not is_right or isinstance(value, bool):
-        words = f"must be of type {kind.__name__}, not {type(value).__name__}"
-        raise wrong(item.name, words)  # without the value: it may be a secret
-    if isinstance(value, int | float):
-        if not math.isfinite(value):
-            raise wrong(item.name, f"must be a number, got {value}")
-        if value < rules["least"]:
-            raise wrong(item.name, f"must be at least {rules['least']}, got {value}")
-    elif rules["choices"] and value not in rules["choices"]:
-        raise wrong(
-            item.name, f"must be one of {', '.join(rules['choices'])}, got {value!r}"
-        )
+def require(condition: object, name: str, message: str) -> None:
+    """Raises ConfigError for a setting unless the condition holds."""
+    if not condition:
+        raise config_error(name, message)
 
 
 # Where the CLI may be told to find the API.
@@ -352,21 +348,123 @@ API_ADDRESSES = (
     "ANTHROPIC_FOUNDRY_BASE_URL",
     "ANTHROPIC_VERTEX_BASE_URL",
 )
+# Words that everybody tries, and what to use instead.
+SYNONYMS = {
+    "port": "CLAUDE_CLI_LISTEN_ADDR=127.0.0.1:PORT",
+    "p": "CLAUDE_CLI_LISTEN_ADDR=127.0.0.1:PORT",
+    "host": "CLAUDE_CLI_LISTEN_ADDR=HOST:14001",
+    "verbose": "CLAUDE_CLI_LOG_LEVEL=debug",
+    "debug": "CLAUDE_CLI_LOG_LEVEL=debug",
+    "log_file": "2>FILE: the log goes to stderr",
+    "api_key": "CLAUDE_CLI_API_KEY in the environment: all users can see a command line",
+    "model": "`model` in each request",
+    "serve": "`claude-cli-bridge` alone to start it",
+    "start": "`claude-cli-bridge` alone to start it",
+    "run": "`claude-cli-bridge` alone to start it",
+    "help": "--help",
+    "version": "--version",
+}
 
 
-def check_keep_env(names: tuple[str, ...]) -> None:
-    """Refuse what is no name of a variable, without printing it: it may be a secret."""
-    for name in names:
-        if "=" in name:
-            raise wrong("keep_env", "give names only, without = and a value")
-        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
-            raise wrong("keep_env", "must be names of variables, with commas between")
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """What was probably meant by a flag, a command or a variable, as the end of a
+    sentence."""
+    words = {bare_word(item): item for item in known}
+    word = bare_word(name)
+    if word in SYNONYMS:
+        return f"; use {SYNONYMS[word]}"
+    nearest = difflib.get_close_matches(word, words, 1)
+    return f"; did you mean {words[nearest[0]]}?" if nearest else ""
 
 
-def check_own_key(key: str) -> None:
-    """Refuse what no header can hold."""
-    if not key.isprintable() or key != key.strip():
-        raise wrong("api_key", "must be one line of UTF-8 without spaces at its ends")
+def bare_word(name: str) -> str:
+    """A name without what makes it a flag or a variable."""
+    word = name.removeprefix(ENVIRONMENT_PREFIX).lstrip("-")
+    return word.replace("-", "_").lower()
+
+
+def as_typed(message: str, flags: Iterable[str]) -> str:
+    """A message that calls these settings by their flags, as their user does."""
+    for name in flags:
+        message = re.sub(rf"\b{variable(name)}\b", flag(name), message)
+    return message
+
+
+# What a number is given in, by the end of its setting's name.
+UNITS = {
+    "secs": " of seconds, without a unit",
+    "bytes": " of bytes, without a unit",
+}
+
+
+def parse_setting(name: str, kind: type, text: str) -> Any:
+    """A setting from its text.  Raises ConfigError."""
+    is_quoted = re.fullmatch("(['\"]).*\\1", text, re.DOTALL)
+    require(not is_quoted, name, "leave out the quotes around the value")
+    if kind is tuple:
+        return tuple(text.replace(",", " ").split())
+    if kind is str:
+        # The home in place of ~, also after unix:.
+        scheme = "unix:" if text.startswith("unix:") else ""
+        path = os.path.expanduser(text.removeprefix(scheme))
+        return text if name == "api_key" else scheme + path
+    try:
+        return kind(text)
+    except ValueError:
+        number = "a whole number" if kind is int else "a number"
+        unit = UNITS.get(name.rpartition("_")[2], "")
+        message = f"must be {number}{unit}, got {text!r}"
+        raise config_error(name, message) from None
+
+
+def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
+    """Raises ConfigError for a value that its field does not allow."""
+    name, rules = item.name, item.metadata
+    kind = type(item.default)
+    kinds = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
+    is_right = isinstance(value, kinds) and type(value) is not bool
+    # Without the value: it may be a secret.
+    message = f"must be of type {kind.__name__}, not {type(value).__name__}"
+    require(is_right, name, message)
+    if rules["choices"]:
+        message = f"must be one of {', '.join(rules['choices'])}, got {value!r}"
+        require(value in rules["choices"], name, message)
+    if kind in (int, float):
+        message = f"must be a number of at least {rules['least']}, got {value}"
+        is_large = math.isfinite(value) and value >= rules["least"]
+        require(is_large, name, message)
+
+
+def check_mcp_config(path: str) -> None:
+    """Refuse a file that the CLI would refuse at each request."""
+    servers = None
+    try:
+        servers = orjson.loads(Path(path).read_bytes())["mcpServers"]
+    except OSError as error:
+        raise config_error("mcp_config", f"{path}: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError):
+        pass  # it is no such object
+    message = f"{path} must hold a JSON object with `mcpServers`"
+    require(isinstance(servers, dict), "mcp_config", message)
+
+
+def check_folders(trace_dir: str) -> None:
+    """Refuse to start where the CLI cannot, or without the folder for traces."""
+    if not os.path.isdir("/dev/fd"):
+        raise ConfigError("there is no /dev/fd, which the CLI needs: is /proc mounted?")
+    folders = {
+        variable("trace_dir"): trace_dir,
+        "TMPDIR": os.environ.get("TMPDIR", ""),
+    }
+    for name, folder in folders.items():
+        is_good = os.path.isdir(folder) and os.access(folder, os.W_OK)
+        if folder and not is_good:
+            raise ConfigError(f"{name}: {folder!r} is not a folder that can be written")
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        message = "TMPDIR: no folder for temporary files can be written; name one"
+        raise ConfigError(message) from None
 
 
 def curl_target(url: str) -> str:
@@ -390,22 +488,44 @@ def host_and_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+# Where Claude Code's own installers put it, if the folder is not on PATH.
+INSTALLED = ("~/.local/bin/claude", "~/.claude/local/claude")
+
+
 def find_cli(given: str) -> str:
-    """The path of the CLI: `given`, or claude on PATH, or the one in the
-    claude-agent-sdk wheel."""
-    if given:
-        path = shutil.which(given)
-        if not path:
-            raise wrong("bin", f"{given!r} does not exist or is not executable")
-        return os.path.abspath(path)  # children have another working directory
-    path = shutil.which("claude")
+    """The path of the CLI: `given`, or claude on PATH, or in the claude-agent-sdk wheel,
+    or where an installer puts it."""
+    places = [given] if given else ["claude", *INSTALLED]
     wheel = importlib.util.find_spec("claude_agent_sdk")
-    if not path and wheel and wheel.origin:
-        path = shutil.which(Path(wheel.origin).parent / "_bundled" / "claude")
-    if not path:
-        words = "the claude CLI was not found: install Claude Code, or `pip install"
-        raise wrong("bin", f"{words} claude-agent-sdk`, or name the program here")
-    return os.path.abspath(path)
+    if not given and wheel and wheel.origin:
+        places.insert(1, f"{os.path.dirname(wheel.origin)}/_bundled/claude")
+    for place in places:
+        if path := shutil.which(os.path.expanduser(place)):
+            check_interpreter(path)
+            return os.path.abspath(path)  # children have another working directory
+    reason = f"{given!r} does not exist"
+    if os.path.isdir(given):
+        reason = f"{given!r} is a directory: name the program in it"
+    elif os.path.exists(given):
+        reason = f"{given!r} is not executable"
+    elif " " in given:
+        reason += ": name one program; for one with arguments, write a script"
+    elif not given:
+        reason = "the claude CLI was not found: install Claude Code, or `pip install"
+        reason += " claude-agent-sdk`, or name the program here"
+    raise config_error("bin", reason)
+
+
+def check_interpreter(path: str) -> None:
+    """Refuse a script whose interpreter is missing: the system would say that the script
+    itself is (execve(2))."""
+    first = b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # it may be unreadable
+        first = file.readline(256)
+    if match := re.match(rb"#!\s*(\S+)", first):
+        name = os.fsdecode(match[1])
+        message = f"{path!r} is a script for {name}, which is not there"
+        require(os.access(name, os.X_OK), "bin", message)
 
 
 # What clients send that need a key where the bridge has none (README).
@@ -421,21 +541,31 @@ LOGIN_VARIABLES = (
 def login_cure(config: Config, environ: Mapping[str, str]) -> str:
     """Whose login was looked for, and what to do when nobody is logged in."""
     settings = settings_file(environ)
-    folder = login_folder(environ)
-    found = f"no login of user {user_name()} in {folder}"
+    found = f"no login of {login_place()}"
+    # What is set for clients of the bridge in the same shell is no login.
+    no_logins = ("", KEY_OF_CLIENTS, config.api_key)
+    is_for_clients = config.is_own(environ.get("ANTHROPIC_BASE_URL", ""))
     for name in LOGIN_VARIABLES:
-        is_kept = name in config.keep_env
-        # Clients of the bridge need a key, and any will do: the README calls it so.
-        value = environ.get(name, "")
-        has_own_url = config.is_own_url(environ.get("ANTHROPIC_BASE_URL", ""))
-        is_for_clients = value == KEY_OF_CLIENTS or has_own_url
-        if value and not is_kept and not is_for_clients:
-            words = f"{found}; {name} is set, but not passed on to the CLI"
-            return f"{words}: {variable('keep_env')}={name} passes it on"
+        is_login = environ.get(name, "") not in no_logins and not is_for_clients
+        if is_login and name not in config.keep_env:
+            found = f"{found}; {name} is set, but not passed on to the CLI"
+            return f"{found}: {variable('keep_env')}={name} passes it on"
     if os.path.isfile(settings) and not config.setting_sources:
         cure = f"{variable('setting_sources')}=user"
         found += f" ({cure} if the login is in its settings.json)"
     return f"{found}; `{shlex.quote(config.bin)} auth login` logs in"
+
+
+def login_state(config: Config, hello: Json) -> str:
+    """Who the CLI is logged in as, by its answer to `initialize`, or what to do."""
+    if source := translate.login_source(hello):
+        return f"{source} ({login_place()})"
+    return f"nobody is logged in: {login_cure(config, os.environ)}"
+
+
+def login_place() -> str:
+    """Whose login the CLI looks for, and where."""
+    return f"user {user_name()} in {login_folder(os.environ)}"
 
 
 def user_name() -> str:
@@ -444,11 +574,6 @@ def user_name() -> str:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:  # in a container there may be none
         return str(os.getuid())
-
-
-def is_local(host: str) -> bool:
-    """Whether a listener there is reached by a loopback address."""
-    return is_loopback(host) or host in ("0.0.0.0", "::")
 
 
 # ------------------------------------------------------------ access
@@ -469,8 +594,11 @@ PRINTABLE = re.compile(r"[\x20-\x7e]*")
 class Exchange:
     """One request and what was answered, for routes and for the log."""
 
-    # None: what came was not a request.
-    request: h11.Request | None = None
+    connection: "Connection"
+    # All of these are empty when what came was not a request.
+    method: str = ""
+    target: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     # The connection ends with this answer.
     last: bool = False
@@ -479,68 +607,66 @@ class Exchange:
     # 0: nothing was answered.
     status: int = 0
     # Monotonic time at which the answer began; unstreamed, it is sent later.
-    first_byte: float | None = None
-    # The status line of a stream went out.
-    streaming: bool = False
+    first_byte: float = 0
     # The methods of the route, for 405.
     allow: str = ""
     turn: Turn | None = None
     # What a count of tokens leaves out.
     not_counted: list[str] = field(default_factory=list)
-    # error.type of a failure.
+    # error.type of a failure, and its message if that quotes nothing of the request.
     failure: str = ""
+    message: str = ""
+
+    def take(self, request: h11.Request) -> None:
+        """Several headers of one name are joined by commas (RFC 9110, 5.3)."""
+        self.method = request.method.decode()
+        self.target = request.target.decode()
+        for name, value in request.headers:
+            values = [self.header(name.decode()), value.decode("latin-1")]
+            self.headers[name.decode()] = ", ".join(filter(None, values))
+
+    def header(self, name: str) -> str:
+        """The value of a header; `name` in lower case.  Empty: there is none."""
+        return self.headers.get(name, "")
 
     @property
     def key_digest(self) -> str:
         """A digest of the key that the client sent: two clients may use one session
         name."""
-        given = f"{self.header(b'x-api-key')} {self.header(b'authorization')}"
+        given = f"{self.header('x-api-key')} {self.header('authorization')}"
         return hashlib.blake2b(given.encode("latin-1"), digest_size=16).hexdigest()
 
     @property
     def has_body(self) -> bool:
-        length = self.header(b"content-length") or "0"
-        return int(length) > 0 or self.header(b"transfer-encoding") is not None
-
-    @property
-    def method(self) -> str:
-        return self.request.method.decode() if self.request else ""
-
-    @property
-    def target(self) -> str:
-        return self.request.target.decode("ascii") if self.request else ""
+        length = int(self.header("content-length") or 0)
+        return length > 0 or "transfer-encoding" in self.headers
 
     @property
     def path(self) -> str:
         """The path without its query (clients add ?beta=true), and with one slash at
-        its start."""
+        its start; empty: there is none."""
         target = ABSOLUTE.sub("", self.target, 1)
-        path = target.partition("?")[0]
-        return "/" + path.lstrip("/")
-
-    @property
-    def query(self) -> dict[str, str]:
-        return dict(parse_qsl(self.target.partition("?")[2]))
+        path = "/" + target.partition("?")[0].lstrip("/")
+        return path if self.target else ""
 
     @property
     def route(self) -> str:
-        """The known route of the path; empty: there is none."""
-        path = MODELS if self.path.startswith(MODELS + "/") else self.path
+        """The known route of the path; empty: there is none.  Base URLs with and
+        without /v1 lead to the same, as SDKs may add it."""
+        path = re.sub("^(/v1/v1)?(?=/messages)", "/v1", self.path)
+        path = MODELS if path.startswith(MODELS + "/") else path
         return path if path in ROUTES else ""
 
-    def header(self, name: bytes) -> str | None:
-        """The value of a header, several joined by commas (RFC 9110, 5.3); `name` in
-        lower case."""
-        headers = self.request.headers if self.request else ()
-        values = [value.decode("latin-1") for key, value in headers if key == name]
-        return ", ".join(values) if values else None
+    @property
+    def is_page(self) -> bool:
+        """Whether it asks for the page for people."""
+        return self.route == "/" and self.method in ("GET", "HEAD")
 
 
 def check_access(exchange: Exchange, config: Config) -> None:
     """Who may talk to this port.  Raises ApiError 401 or 403.  Only /healthz is open to
     all, without a query and without a body."""
-    is_open = exchange.path == "/healthz" and not exchange.query
-    if is_open and not exchange.has_body:
+    if exchange.target == "/healthz" and not exchange.has_body:
         return
     check_host(exchange, config)
     check_origin(exchange, config)
@@ -555,13 +681,12 @@ def check_host(exchange: Exchange, config: Config) -> None:
     header (RFC 9112, 3.2.2).
     """
     absolute = ABSOLUTE.match(exchange.target)
-    host = absolute[1] if absolute else exchange.header(b"host")
+    host = absolute[1] if absolute else exchange.headers.get("host")
     if host is None:
         return  # not HTTP/1.1, where h11 requires one; browsers speak that
     match = HOST.fullmatch(host)
-    name = ""
-    if match and int(match[2] or 0) < 65536:
-        name = match[1].lower()
+    is_port = match and int(match[2] or 0) <= MAX_PORT
+    name = match[1].lower() if match and is_port else ""
     known = {item.lower() for item in config.allowed_hosts}
     if not config.unix_path:
         known.add(config.address[0])
@@ -576,43 +701,45 @@ def check_origin(exchange: Exchange, config: Config) -> None:
     Images, scripts and frames of a page send no Origin, but say that they come from
     another site (Fetch Metadata, Sec-Fetch-Site).
     """
-    origin = exchange.header(b"origin")
-    if origin is None:
-        if exchange.header(b"sec-fetch-site") in ("cross-site", "same-site"):
-            raise ApiError(403, "pages of other sites may not use this bridge")
-        return
+    origin = exchange.headers.get("origin")
+    site = exchange.header("sec-fetch-site")
+    if origin is None and site in ("cross-site", "same-site"):
+        raise ApiError(403, "pages of other sites may not use this bridge")
     if origin == "null":  # of any page in a sandbox
-        raise ApiError(
-            403, "pages without an origin of their own may not use this bridge"
-        )
-    if origin not in config.allowed_origins:
+        message = "pages without an origin of their own may not use this bridge"
+        raise ApiError(403, message)
+    if origin is not None and origin not in config.allowed_origins:
         cure = f"{variable('allowed_origins')} allows it, set to exactly that"
         raise ApiError(403, f"Origin {origin[:100]!a} is not allowed; {cure}")
 
 
 def check_key(exchange: Exchange, config: Config) -> None:
-    """The bridge's key, where it has one, as x-api-key or as a Bearer token (RFC 6750,
-    2.1)."""
+    """The bridge's key, where it has one, as x-api-key, as a Bearer token (RFC 6750,
+    2.1), or, for the page, which a browser opens, as the password of HTTP Basic (RFC
+    7617)."""
     is_preflight = exchange.method == "OPTIONS" and not exchange.has_body
-    has_origin = exchange.header(b"origin") is not None
     # Browsers send a preflight without the key.
-    if not config.api_key or (is_preflight and has_origin):
+    if not config.api_key or (is_preflight and exchange.header("origin")):
         return
-    key, authorization = (
-        exchange.header(b"x-api-key"),
-        exchange.header(b"authorization"),
-    )
+    key, authorization = exchange.header("x-api-key"), exchange.header("authorization")
     if not key and not authorization:
-        words = "this bridge requires a key: send its CLAUDE_CLI_API_KEY"
-        raise ApiError(401, f"{words} as x-api-key or Authorization: Bearer")
-    scheme, _, token = (authorization or "").partition(" ")
-    given = [key or "", token.strip() if scheme.lower() == "bearer" else ""]
+        message = f"this bridge requires a key: send its {variable('api_key')}"
+        raise ApiError(401, f"{message} as x-api-key or Authorization: Bearer")
+    scheme, _, token = authorization.partition(" ")
+    given = [key]
+    if scheme.lower() == "bearer":
+        given.append(token.strip())
+    elif scheme.lower() == "basic" and exchange.is_page:
+        with contextlib.suppress(ValueError):  # it is no Base64
+            pair = base64.b64decode(token).decode("latin-1")
+            given.append(pair.partition(":")[2])
+    elif authorization and not token:
+        raise ApiError(401, "Authorization takes the word Bearer before the key")
     expected = config.api_key.encode()
     matches = [hmac.compare_digest(item.encode("latin-1"), expected) for item in given]
     if not any(matches):
-        raise ApiError(
-            401, "the key sent does not match this bridge's CLAUDE_CLI_API_KEY"
-        )
+        message = "the key sent does not match this bridge's"
+        raise ApiError(401, f"{message} {variable('api_key')}")
 
 
 def is_loopback(host: str) -> bool:
@@ -629,6 +756,8 @@ def is_loopback(host: str) -> bool:
 # ------------------------------------------------------------ a connection
 
 READ_SIZE = 64 << 10
+# How a client of TLS begins (RFC 8446, 5.1: a handshake record).
+TLS_HELLO = b"\x16\x03"
 # Bytes of a request's target and headers; Node takes 16 KiB, nginx 32.
 MAX_HEADER_BYTES = 64 << 10
 # Bytes that are read ahead while an answer is given.
@@ -644,11 +773,21 @@ CHUNKS_AT_ONCE = 50
 LINGER_SECS = 5.0
 # Seconds of silence before a ping is sent; proxies time out after 30 to 60.
 PING_SECS = 10.0
-SESSION_HEADER = b"x-arch-claude-cli-session"
+SESSION_HEADER = "x-arch-claude-cli-session"
 
 
 class Disconnected(Exception):
     """The connection ends without more answers: mostly, the client is gone."""
+
+
+@dataclass
+class Reply:
+    """A whole answer: its body, content type, status and other headers."""
+
+    body: bytes
+    kind: str = "application/json"
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 class Connection:
@@ -664,6 +803,7 @@ class Connection:
         self.config = bridge.config
         self.reader = reader
         self.writer = writer
+        self.transport = writer.transport
         self.http = h11.Connection(
             h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES
         )
@@ -671,22 +811,20 @@ class Connection:
         self.answering = False
         # One has been answered.
         self.answered = False
+        # When something was written last, in the loop's time.
+        self.wrote_at = 0.0
 
     async def serve(self) -> None:
         """Requests in order until either side ends the connection."""
         try:
             if self.bridge.is_full:
-                await self.refuse(
-                    Exchange(), ApiError(503, "too many connections", retry_after=1)
-                )
+                error = ApiError(503, "too many connections", retry_after=1)
+                await self.refuse(Exchange(self), error)
                 return
             while await self.next_request():
                 self.answered = True
-                is_done = (
-                    self.http.our_state is h11.DONE
-                    and self.http.their_state is h11.DONE
-                )
-                if not is_done or self.bridge.closing:
+                states = {self.http.our_state, self.http.their_state}
+                if states != {h11.DONE} or self.bridge.closing:
                     break
                 self.http.start_next_cycle()
         except (Disconnected, OSError):
@@ -703,25 +841,27 @@ class Connection:
         async with asyncio.timeout(self.config.idle_secs):
             if not self.http.trailing_data[0]:
                 self.http.receive_data(await self.reader.read(READ_SIZE))
-        exchange = Exchange()
+        exchange = Exchange(self)
         try:
             async with asyncio.timeout(self.config.send_secs):
                 is_whole = await self.read_request(exchange)
         except TimeoutError:
-            await self.refuse(
-                exchange, ApiError(408, "the request was not sent in time")
-            )
-        except h11.RemoteProtocolError as error:
-            status = 431 if error.error_status_hint == 431 else 400
-            await self.refuse(
-                exchange, ApiError(status, f"The request is not valid HTTP: {error}")
-            )
-        except ApiError as error:
-            await self.refuse(exchange, error)
+            error = ApiError(408, "the request was not sent in time")
+        except h11.RemoteProtocolError as fault:
+            # What follows quotes the line, which the log must not hold.
+            reason = str(fault).partition(":")[0]
+            message = f"The request is not valid HTTP: {reason}"
+            if self.http.trailing_data[0].startswith(TLS_HELLO):
+                message = "TLS: this port speaks plain HTTP; the URL begins with http:"
+            status = 431 if fault.error_status_hint == 431 else 400
+            error = ApiError(status, message)
+        except ApiError as refusal:
+            error = refusal.with_traceback(None)
         else:
             if is_whole:
-                await self.bridge.handle(self, exchange)
-                return True
+                await self.bridge.handle(exchange)
+            return is_whole
+        await self.refuse(exchange, error)
         return False
 
     async def read_request(self, exchange: Exchange) -> bool:
@@ -732,16 +872,14 @@ class Connection:
             event = self.http.next_event()
             if event is h11.NEED_DATA:
                 if self.http.they_are_waiting_for_100_continue:
-                    await self.send(
-                        h11.InformationalResponse(status_code=100, headers=[])
-                    )
+                    self.write(h11.InformationalResponse(status_code=100, headers=[]))
                 data = await self.reader.read(READ_SIZE)
-                if not data and exchange.request:
+                if not data and exchange.method:
                     raise Disconnected
                 self.http.receive_data(data)
             elif isinstance(event, h11.Request):
-                exchange.request = event
-                self.check_head(exchange, event)
+                exchange.take(event)
+                self.check_head(exchange, event.http_version)
             elif isinstance(event, h11.Data):
                 body += event.data
                 chunks += 1
@@ -750,127 +888,134 @@ class Connection:
                     raise ApiError(400, "the body comes in pieces that are too small")
                 if chunks % CHUNKS_AT_ONCE == 0:
                     await asyncio.sleep(0)
-            elif isinstance(event, h11.EndOfMessage):
-                exchange.body = bytes(body)
-                return True
             else:
-                return False
+                exchange.body = bytes(body)
+                return isinstance(event, h11.EndOfMessage)
 
-    def check_head(self, exchange: Exchange, request: h11.Request) -> None:
-        """Raises ApiError 401, 403, 413 or 431, or RemoteProtocolError."""
-        size = len(request.target)
-        for name, value in request.headers:
-            size += len(name) + len(value)
+    def check_head(self, exchange: Exchange, version: bytes) -> None:
+        """Raises ApiError 401, 403, 413, 431 or 505, or RemoteProtocolError."""
         # h11 counts only a head that comes in several reads.
-        if size > MAX_HEADER_BYTES:
+        parts = [exchange.target, *exchange.headers, *exchange.headers.values()]
+        if sum(map(len, parts)) > MAX_HEADER_BYTES:
             raise ApiError(431, "the headers are too large")
-        length = exchange.header(b"content-length")
-        if length and exchange.header(b"transfer-encoding"):
+        length = exchange.header("content-length")
+        if length and exchange.header("transfer-encoding"):
             # RFC 9112, 6.1: it could be a smuggled request.
             raise h11.RemoteProtocolError("both Content-Length and Transfer-Encoding")
-        if not request.http_version.startswith(b"1."):
+        if not version.startswith(b"1."):
             raise ApiError(505, "this server speaks HTTP/1.1")  # RFC 9110, 15.6.6
         check_access(exchange, self.config)
-        if length:
-            self.check_size(int(length))
+        self.check_size(int(length or 0))
 
     def check_size(self, size: int) -> None:
         limit = self.config.max_body_bytes
         if size > limit:
             raise ApiError(413, f"Request exceeds the maximum size of {limit} bytes")
 
-    async def send(self, event: h11.Event) -> None:
-        """Write an h11 event.  An answer has ended when the system has all of it."""
-        is_end = isinstance(event, h11.EndOfMessage)
-        self.writer.transport.set_write_buffer_limits(0 if is_end else None)
-        self.write(self.http.send(event) or b"")
-        await self.drain()
+    # Answers
 
-    def write_events(self, exchange: Exchange, data: bytes) -> None:
-        """Write a piece of a stream, the first one with the head of the answer."""
-        head = b""
-        if self.http.our_state is h11.SEND_RESPONSE:
-            exchange.status = 200
-            exchange.streaming = True
-            # nginx must not hold the stream back.
-            more = {
-                "cache_control": "no-cache",
-                "x_accel_buffering": "no",
-            }
-            headers = self.bridge.headers(exchange, "text/event-stream", more)
-            head = self.http.send(response(200, headers)) or b""
-        self.write(head + (self.http.send(h11.Data(data=data)) or b""))
-
-    async def finish(self) -> None:
-        """End an answer."""
-        await self.send(h11.EndOfMessage())
-
-    def write(self, data: bytes) -> None:
-        """Write, unless the client is gone: uvloop would raise, and `drain` says so."""
+    def write(self, event: h11.Event) -> None:
+        """Write an h11 event, unless the client is gone: uvloop would raise, and `drain`
+        says so."""
+        data = self.http.send(event)
         if data and not self.writer.is_closing():
             self.writer.write(data)
+
+    def begin(self, exchange: Exchange, reply: Reply) -> None:
+        """Write the head of an answer, with a Date (RFC 9110, 6.6.1) and a reason phrase
+        (RFC 9112, 4)."""
+        exchange.status = status = reply.status
+        headers = {"date": email.utils.formatdate(usegmt=True)}
+        headers |= {"content-type": reply.kind} | self.bridge.headers(exchange)
+        headers |= reply.headers
+        unknown = "Overloaded" if status == 529 else ""
+        reason = http.client.responses.get(status, unknown)
+        head = [(name, value) for name, value in headers.items() if value]
+        self.transport.set_write_buffer_limits()
+        self.write(h11.Response(status_code=status, headers=head, reason=reason))
+
+    async def finish(self) -> None:
+        """End an answer: it has ended when the system has all of it."""
+        self.write(h11.EndOfMessage())
+        self.transport.set_write_buffer_limits(0)
+        await self.drain()
+
+    async def respond(self, exchange: Exchange, reply: Reply) -> None:
+        """Send a whole answer."""
+        if reply.status != 204:
+            reply.headers["content-length"] = str(len(reply.body))
+        self.begin(exchange, reply)
+        if exchange.method != "HEAD":
+            self.write(h11.Data(data=reply.body))
+        await self.finish()
+
+    def stream(self, exchange: Exchange, frames: bytes) -> None:
+        """Write a piece of a stream, after the head of the answer."""
+        if self.http.our_state is h11.SEND_RESPONSE:
+            # nginx must not hold the stream back.
+            headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+            self.begin(exchange, Reply(b"", "text/event-stream", headers=headers))
+        self.write(h11.Data(data=frames))
+        self.wrote_at = asyncio.get_running_loop().time()
+
+    async def ping(self, exchange: Exchange) -> None:
+        """Fill the silences of a stream, until it is cancelled."""
+        loop = asyncio.get_running_loop()
+        self.wrote_at = loop.time()
+        while True:
+            silent = loop.time() - self.wrote_at
+            if silent >= PING_SECS:
+                self.stream(exchange, translate.PING)
+                silent = 0
+            await asyncio.sleep(PING_SECS - silent)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the client does not read what was written, or is gone: `drain`
+        says so."""
+        _, limit = self.transport.get_write_buffer_limits()
+        is_full = self.transport.get_write_buffer_size() > limit
+        return is_full or self.transport.is_closing()
 
     async def drain(self) -> None:
         """Wait while the client is slow to read.  Raises Disconnected when it is gone, or
         reads nothing at all."""
-        transport = self.writer.transport
         unread = math.inf
         with contextlib.suppress(OSError):
-            while transport.get_write_buffer_size() < unread:
-                unread = transport.get_write_buffer_size()
+            while self.transport.get_write_buffer_size() < unread:
+                unread = self.transport.get_write_buffer_size()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self.config.idle_secs):
                         await self.writer.drain()
                         return
         raise Disconnected
 
-    async def respond(
-        self,
-        exchange: Exchange,
-        body: bytes,
-        kind: str = "application/json",
-        status: int = 200,
-        **headers: str,
-    ) -> None:
-        """Send a whole answer; `kind` is its content type, keyword names become header
-        names with dashes."""
-        exchange.status = status
-        head = self.bridge.headers(exchange, kind, headers)
-        if status != 204:
-            head.append(("content-length", str(len(body))))
-        await self.send(response(status, head))
-        if exchange.method != "HEAD":
-            await self.send(h11.Data(data=body))
-        await self.finish()
-
     async def fail(self, exchange: Exchange, error: ApiError) -> None:
         """Send an error as a whole answer, or as the last event of a stream that has
         begun."""
         exchange.failure = error.kind
+        exchange.message = "" if error.is_quoted else error.message
         body = error.body(exchange.id)
-        if self.http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            if exchange.streaming and self.http.our_state is h11.SEND_BODY:
-                await self.send(h11.Data(data=translate.frame(body)))
-                await self.finish()
-            return  # a whole answer has begun: closing is all that can be said
-        headers = {}
-        if error.status == 401:
-            headers["www_authenticate"] = "Bearer"
-        after = error.retry_after
-        if error.resets_at is not None:
-            after = max(1, round(error.resets_at - time.time()))
-        if after is not None:
-            headers["retry_after"] = str(after)
-        # SDKs sleep through any retry-after: a limit that resets in an hour is the
-        # user's to see.
-        if not error.retry or (after or 0) > 60:
-            headers["x_should_retry"] = "false"
-        await self.respond(exchange, orjson.dumps(body), status=error.status, **headers)
+        if self.http.our_state is h11.SEND_BODY:
+            self.stream(exchange, translate.frame(body))
+            await self.finish()
+        elif self.can_respond:
+            headers = error_headers(error)
+            if error.status == 401:
+                basic = 'Basic realm="the password is the key"'
+                headers["www-authenticate"] = basic if exchange.is_page else "Bearer"
+            data = orjson.dumps(body)
+            reply = Reply(data, status=error.status, headers=headers)
+            await self.respond(exchange, reply)
+
+    @property
+    def can_respond(self) -> bool:
+        return self.http.our_state in (h11.IDLE, h11.SEND_RESPONSE)
 
     async def refuse(self, exchange: Exchange, error: ApiError) -> None:
         """Answer a request that is not read to its end, then read on for a moment:
         closing on unread bytes is a reset, which can overtake the answer."""
-        if self.http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+        if not self.can_respond:
             return
         exchange.last = True
         try:
@@ -883,7 +1028,7 @@ class Connection:
             while await self.reader.read(READ_SIZE):
                 pass
 
-    async def gone(self) -> None:
+    async def wait_for_disconnect(self) -> None:
         """Return when the client closes its side; meanwhile keep what it sends ahead
         for the next request."""
         while len(self.http.trailing_data[0]) < MAX_PIPELINED:
@@ -907,67 +1052,22 @@ class Connection:
     def abort(self) -> None:
         """Drop what the client has not read."""
         # A transport that has sent all closes itself: asyncio fails to abort it then.
-        if self.writer.transport.get_write_buffer_size():
-            self.writer.transport.abort()
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
 
 
-def response(status: int, headers: list[tuple[str, str]]) -> h11.Response:
-    """The head of an answer, with a Date (RFC 9110, 6.6.1) and a reason phrase (RFC
-    9112, 4)."""
-    unknown = "Overloaded" if status == 529 else ""
-    reason = http.client.responses.get(status, unknown)
-    date = ("date", email.utils.formatdate(usegmt=True))
-    return h11.Response(status_code=status, headers=[date, *headers], reason=reason)
-
-
-class Stream:
-    """The events of one answer on their way out.
-
-    The status line goes out with the first of them, or with the first ping; pings fill
-    silences.
-    """
-
-    def __init__(
-        self, connection: Connection, exchange: Exchange, *, pings: bool
-    ) -> None:
-        self.connection = connection
-        self.exchange = exchange
-        self._pings = pings
-        self._loop = asyncio.get_running_loop()
-        self._wrote_at = self._loop.time()
-        self._timer: asyncio.TimerHandle | None = None
-
-    def __enter__(self) -> "Stream":
-        if self._pings:
-            self._timer = self._loop.call_later(PING_SECS, self._tick)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._timer:
-            self._timer.cancel()
-
-    def _tick(self) -> None:
-        silent = self._loop.time() - self._wrote_at
-        if silent >= PING_SECS - 0.01:  # a timer may be a little early
-            self._write(translate.PING)
-            silent = 0
-        self._timer = self._loop.call_later(PING_SECS - silent, self._tick)
-
-    def _write(self, data: bytes) -> None:
-        self.connection.write_events(self.exchange, data)
-        self._wrote_at = self._loop.time()
-
-    def send(self, frames: bytes) -> bool:
-        """Write frames in one write; False when the client is too slow to read them."""
-        self.exchange.first_byte = self.exchange.first_byte or time.monotonic()
-        if frames:
-            self._write(frames)
-        transport = self.connection.writer.transport
-        is_slow = (
-            transport.get_write_buffer_size() > transport.get_write_buffer_limits()[1]
-        )
-        # drain() raises when the client has disconnected.
-        return not is_slow and not transport.is_closing()
+def error_headers(error: ApiError) -> dict[str, str]:
+    """What an error says of another try."""
+    headers = {}
+    after = error.retry_after
+    if error.resets_at is not None:
+        after = max(1, round(error.resets_at - time.time()))
+    if after is not None:
+        headers["retry-after"] = str(after)
+    # SDKs wait for any retry-after: a limit that resets in an hour is the user's to see.
+    if not error.retry or (after or 0) > 60:
+        headers["x-should-retry"] = "false"
+    return headers
 
 
 # ------------------------------------------------------------ the server
@@ -981,7 +1081,16 @@ HELLO_SECS = 10.0
 HEALTHY_SECS = 60.0
 PROBLEM_SECS = 5.0
 MODELS = "/v1/models"
-LOGIN_ADVICE = "`claude-cli-bridge check` says which one that is"
+# Bytes of an unknown path in the log.
+MAX_LOGGED_PATH = 100
+# Requests that the page shows, but for good ones of these routes.
+RECENT = 20
+QUIET_ROUTES = ("/", "/healthz", "/metrics")
+# What helps against an error of the API, by status.
+ADVICE = {
+    401: "the API refused the CLI's login; `claude-cli-bridge check` says which one it is",
+    404: f"GET {MODELS} lists the models that the CLI offers",
+}
 # Prometheus' text-based exposition format.
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # How paths of the OpenAI API begin.
@@ -1006,13 +1115,14 @@ class Bridge:
         self.config = config
         self.pool = pool
         self.counter = Counter(pool)
-        self.started = time.time()
         self.closing = False
+        # The last requests: when, and what was logged; the newest first.
+        self.recent: deque[tuple[str, Json]] = deque(maxlen=RECENT)
         # As clients reach it: host:port or unix:/path.
         self.addresses: list[str] = []
         # Seconds at shutdown for connections that have sent nothing yet; only with an
         # inherited listener, where no client may be refused.
-        self._patience = 0.0
+        self._grace_secs = 0.0
         self._connections: dict[asyncio.Task[None], Connection] = {}
         # Requests that are being answered.
         self._answers: set[asyncio.Task[None]] = set()
@@ -1025,21 +1135,24 @@ class Bridge:
     # Connections
 
     async def listen(self, sock: socket.socket | None) -> asyncio.Server:
-        """Raises OSError when the address is taken, or cannot be had."""
-        self._patience = GRACE_SECS if sock else 0.0
+        """A server that does not serve yet.  Raises OSError when the address is taken, or
+        cannot be had."""
+        self._grace_secs = GRACE_SECS if sock else 0.0
         if not sock and self.config.unix_path:
             sock = bind_unix(self.config.unix_path)
-        if sock and sock.family == socket.AF_UNIX:
-            # Since 3.13 asyncio would unlink the path of a service manager's socket.
-            options: Any = (
-                {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
-            )
-            server = await asyncio.start_unix_server(self.accept, sock=sock, **options)
-        elif sock:
-            server = await asyncio.start_server(self.accept, sock=sock)
-        else:
+        options: dict[str, Any] = {"sock": sock}
+        start: Any = asyncio.start_server
+        if not sock:
             host, port = self.config.address
-            server = await asyncio.start_server(self.accept, host, port)
+            options = {"host": host, "port": port}
+        elif sock.family == socket.AF_UNIX:
+            start = asyncio.start_unix_server
+            # Since 3.13 asyncio would unlink the path of a service manager's socket.
+            if sys.version_info >= (3, 13):
+                options["cleanup_socket"] = False
+        server: asyncio.Server = await start(
+            self.accept, start_serving=False, **options
+        )
         for listener in server.sockets:
             name = listener.getsockname()
             if listener.family == socket.AF_UNIX:
@@ -1067,7 +1180,7 @@ class Bridge:
     def accept(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        if self.closing and not self._patience:
+        if self.closing and not self._grace_secs:
             writer.transport.abort()  # accepted while the server was being closed
             return
         connection = Connection(self, reader, writer)
@@ -1084,8 +1197,8 @@ class Bridge:
             for task, connection in self._connections.items()
             if not connection.answering and not connection.answered
         ]
-        if new and self._patience:
-            await asyncio.wait(new, timeout=self._patience)
+        if new and self._grace_secs:
+            await asyncio.wait(new, timeout=self._grace_secs)
         for task, connection in list(self._connections.items()):
             if not connection.answering:
                 task.cancel()
@@ -1106,11 +1219,12 @@ class Bridge:
         for answer in self._answers:
             answer.cancel()
 
-    async def handle(self, connection: Connection, exchange: Exchange) -> None:
+    async def handle(self, exchange: Exchange) -> None:
         """Answer one request.  Raises Disconnected when the answer could not be
         completed."""
-        answer = asyncio.create_task(self.answer(connection, exchange))
-        gone = asyncio.create_task(connection.gone())
+        connection = exchange.connection
+        answer = asyncio.create_task(self.answer(exchange))
+        gone = asyncio.create_task(connection.wait_for_disconnect())
         self._answers.add(answer)
         connection.answering = True
         try:
@@ -1132,180 +1246,178 @@ class Bridge:
             # Raising `error` itself would keep this frame, and with it the turn, alive.
             raise Disconnected
 
-    async def answer(self, connection: Connection, exchange: Exchange) -> None:
+    async def answer(self, exchange: Exchange) -> None:
         """Route a request, and turn every failure into an answer."""
+        connection = exchange.connection
         try:
-            try:
-                await self.dispatch(connection, exchange)
-            except asyncio.CancelledError:
-                if not self.closing:
-                    raise
-                words = "the bridge is shutting down; send the request again"
-                raise ApiError(503, words) from None
-        except ApiError as error:
-            if error.status == 401:
-                self._problem_until = 0  # the last word on the login is no longer good
-            if advice := self.advice(error):
-                log.warning("request %s: %s", exchange.id, advice)
-            await connection.fail(exchange, error)
+            if reply := await self.dispatch(exchange):
+                await connection.respond(exchange, reply)
+            return
+        except asyncio.CancelledError:
+            if not self.closing:
+                raise
+            message = "the bridge is shutting down; send the request again"
+            error = ApiError(503, message)
+        except ApiError as failure:
+            # Its traceback would keep this frame, and with it the turn, alive.
+            error = failure.with_traceback(None)
+            self.explain(error, exchange)
         except Disconnected:
             raise
-        except Exception as error:  # noqa: BLE001 - a bug must end as a 500 of this request alone
+        except Exception as bug:  # noqa: BLE001 - it must end as a 500 of this request alone
             # Without the message, which can hold a prompt.
-            where = "".join(traceback.format_tb(error.__traceback__))
-            log.error(
-                "bug in request %s: %s\n%s", exchange.id, type(error).__name__, where
-            )
-            await connection.fail(
-                exchange, ApiError(500, "internal error of the bridge")
-            )
+            where = "".join(traceback.format_tb(bug.__traceback__))
+            kind = type(bug).__name__
+            log.error("bug in request %s: %s\n%s", exchange.id, kind, where)
+            error = ApiError(500, "internal error of the bridge")
+        await connection.fail(exchange, error)
 
-    def advice(self, error: ApiError) -> str:
-        """What helps against an error of the API, whose words stay as they are; empty:
-        nothing that is known."""
-        if error.status == 401 and error.is_from_api:
-            return f"the API refused the CLI's login; {LOGIN_ADVICE}"
-        if "or newer is required" in error.message:
-            return update_cure(self.pool.cli.program)
-        if error.status == 404 and error.is_from_api:
-            return f"GET {MODELS} lists the models that the CLI offers"
-        return ""
+    def explain(self, error: ApiError, exchange: Exchange) -> None:
+        """Log what helps against an error of the API, whose words stay as they are, and
+        tell the client what helps when nobody is logged in."""
+        advice = ""
+        if error.status == 401:
+            self._problem_until = 0  # the last word on the login is no longer good
+        if translate.LOGIN_CURE in error.message:
+            cure = f"nobody is logged in: {login_cure(self.config, os.environ)}"
+            error.message = error.message.replace(translate.LOGIN_CURE, cure)
+        elif "or newer is required" in error.message:
+            advice = update_cure(self.pool.cli.program)
+        elif error.is_from_api:
+            advice = ADVICE.get(error.status, "")
+        if advice:
+            log.warning("request %s: %s", exchange.id, advice)
 
-    def headers(
-        self, exchange: Exchange, kind: str, more: Mapping[str, str]
-    ) -> list[tuple[str, str]]:
-        head = [("content-type", kind), ("request-id", exchange.id)]
-        turn = exchange.turn
-        if turn:
+    def headers(self, exchange: Exchange) -> dict[str, str]:
+        """The headers of any answer; those without a value are not sent."""
+        found = {"request-id": exchange.id, "allow": exchange.allow}
+        if turn := exchange.turn:
+            calls = turn.translator.api_calls
             reason = f"; reason={turn.reason}" if turn.reason else ""
-            head.append((SESSION_HEADER.decode(), turn.session.id))
-            head.append(("x-bridge-session", turn.origin + reason))
-            if turn.not_sent:
-                head.append(("x-bridge-not-sent", join_limited(turn.not_sent)))
-            if turn.translator.api_calls > 1:
-                head.append(("x-bridge-api-calls", str(turn.translator.api_calls)))
-            head += translate.quota_headers(self.pool.rate_limits)
-        if exchange.not_counted:
-            head.append(("x-bridge-not-counted", join_limited(exchange.not_counted)))
-        origin = exchange.header(b"origin")
+            found[SESSION_HEADER] = turn.session.id
+            found["x-bridge-session"] = turn.origin + reason
+            found["x-bridge-not-sent"] = ", ".join(limited(turn.not_sent))
+            found["x-bridge-api-calls"] = str(calls) if calls > 1 else ""
+            found.update(translate.quota_headers(self.pool.rate_limits))
+        found["x-bridge-not-counted"] = ", ".join(limited(exchange.not_counted))
+        origin = exchange.header("origin")
         if origin in self.config.allowed_origins:
-            head.append(("access-control-allow-origin", origin))
-            head.append(("access-control-expose-headers", "*"))
-            head.append(("vary", "origin"))
-        if exchange.allow:
-            head.append(("allow", exchange.allow))
+            found["access-control-allow-origin"] = origin
+            found["access-control-expose-headers"] = "*"
+            found["vary"] = "origin"
         if self.closing or exchange.last:
-            head.append(("connection", "close"))
-        for name, value in more.items():
-            head.append((name.replace("_", "-"), value))
-        return head
+            found["connection"] = "close"
+        return found
 
     # Routes
 
-    async def dispatch(self, connection: Connection, exchange: Exchange) -> None:
-        methods = ROUTES.get(exchange.route)
-        if methods is None:
+    async def dispatch(self, exchange: Exchange) -> Reply | None:
+        """The answer of a route; None: it was streamed."""
+        if not exchange.route:
             raise self.not_found(exchange)
-        if exchange.method == "OPTIONS" and exchange.header(b"origin"):
-            asked = exchange.header(b"access-control-request-headers") or ""
+        methods, handler = ROUTES[exchange.route]
+        if exchange.method == "OPTIONS" and exchange.header("origin"):
+            asked = exchange.header("access-control-request-headers")
+            is_clean = PRINTABLE.fullmatch(asked)
             allowed = {
-                "access_control_allow_methods": ", ".join(methods),
-                "access_control_allow_headers": asked
-                if PRINTABLE.fullmatch(asked)
-                else "",
+                "access-control-allow-methods": methods,
+                "access-control-allow-headers": asked if is_clean else "",
             }
-            await connection.respond(exchange, b"", "text/plain", 204, **allowed)
-            return
-        handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
-        if handler is None:
-            exchange.allow = ", ".join(methods).replace("GET", "GET, HEAD")
-            raise ApiError(405, f"{exchange.route} takes {exchange.allow}")
-        encoding = exchange.header(b"content-encoding") or "identity"
+            return Reply(b"", "text/plain", 204, allowed)
+        if exchange.method not in methods.split(", "):
+            exchange.allow = methods
+            raise ApiError(405, f"{exchange.route} takes {methods}")
+        encoding = exchange.header("content-encoding") or "identity"
         if encoding.lower() != "identity":
-            raise ApiError(
-                415, "compressed request bodies are not supported; send it uncompressed"
+            message = (
+                "compressed request bodies are not supported; send it uncompressed"
             )
-        await handler(self, connection, exchange)
+            raise ApiError(415, message)
+        return await handler(self, exchange)
 
     def not_found(self, exchange: Exchange) -> ApiError:
+        message = "this is the Anthropic Messages API"
         if exchange.path.startswith(OPENAI):
-            words = "this is the Anthropic Messages API, not OpenAI's"
-            return ApiError(404, f"{words}; LiteLLM can translate, as the README shows")
-        words = (
-            "this is the Anthropic Messages API (POST /v1/messages); the base URL is"
-        )
-        return ApiError(
-            404, f"no route for {exchange.path[:100]!a}: {words} {self.url}"
-        )
+            message += ", not OpenAI's; LiteLLM can translate, as the README shows"
+            return ApiError(404, message)
+        message += f" (POST /v1/messages); the base URL is {self.url}"
+        path = ascii(exchange.path[:MAX_LOGGED_PATH])
+        return ApiError(404, f"no route for {path}: {message}")
 
-    async def health(self, connection: Connection, exchange: Exchange) -> None:
+    async def health(self, exchange: Exchange) -> Reply:
         """`ok`; with ?deep=1 what is wrong, or `ok`."""
-        problem = ""
-        if exchange.query.get("deep") == "1":
-            problem = await self.problem()
-        status = 503 if problem else 200
-        said = (problem or "ok").encode(errors="replace")
-        await connection.respond(exchange, said, "text/plain", status)
+        _, _, query = exchange.target.partition("?")
+        is_deep = "deep=1" in query.split("&")
+        problem = await self.deep_health() if is_deep else ""
+        body = (problem or "ok").encode(errors="replace")
+        return Reply(body, "text/plain", 503 if problem else 200)
 
-    async def problem(self) -> str:
-        """What keeps the bridge from answering; empty: nothing.  Makes no model
-        call."""
+    async def deep_health(self) -> str:
+        """What keeps the bridge from answering; empty: nothing.  It asks the CLI, which
+        makes no model call for it."""
         if not self.pool.has_room:  # asking takes a process itself
             return f"all {self.config.max_sessions} processes are busy"
         async with self._asking:
-            if time.monotonic() >= self._problem_until:
-                self._problem = await self._ask_what_is_wrong()
-                seconds = PROBLEM_SECS if self._problem else HEALTHY_SECS
-                self._problem_until = time.monotonic() + seconds
-            return self._problem
+            if time.monotonic() < self._problem_until:
+                return self._problem
+            problem = ""
+            try:
+                async with asyncio.timeout(HELLO_SECS):
+                    hello = await self.pool.hello(anew=True)
+                if not translate.login_source(hello):
+                    problem = login_state(self.config, hello)
+            except ApiError as error:
+                problem = f"the claude CLI does not work: {error.message}"
+            except TimeoutError:
+                problem = f"the claude CLI did not answer within {HELLO_SECS:g} seconds"
+            seconds = PROBLEM_SECS if problem else HEALTHY_SECS
+            self._problem_until = time.monotonic() + seconds
+            self._problem = problem
+            return problem
 
-    async def _ask_what_is_wrong(self) -> str:
-        """Ask the CLI what is wrong."""
-        try:
-            async with asyncio.timeout(HELLO_SECS):
-                hello = await self.pool.hello(anew=True)
-        except ApiError as error:
-            return f"the claude CLI does not work: {error.message}"
-        except TimeoutError:
-            return f"the claude CLI did not answer within {HELLO_SECS:g} seconds"
-        if not translate.login_source(hello):
-            return f"nobody is logged in: {login_cure(self.config, os.environ)}"
-        return ""
-
-    async def metrics(self, connection: Connection, exchange: Exchange) -> None:
+    async def metrics(self, exchange: Exchange) -> Reply:
         metrics = self.pool.metrics
         metrics.set("connections", len(self._connections))
-        handlers = logging.getLogger().handlers
-        lost = sum(item.lost for item in handlers if isinstance(item, LogWriter))
-        metrics.set("log_lines_lost_total", lost)
+        metrics.set("log_lines_lost_total", LogWriter.lost)
         metrics.observe(self.pool.snapshot())
-        await connection.respond(exchange, metrics.text().encode(), METRICS_TYPE)
+        return Reply(metrics.text().encode(), METRICS_TYPE)
 
-    async def root(self, connection: Connection, exchange: Exchange) -> None:
+    async def root(self, exchange: Exchange) -> Reply:
         """The page for people; Claude Code as a client asks HEAD / first."""
-        if "text/html" in (exchange.header(b"accept") or ""):
-            page = page_html(self).encode(errors="replace")
-            kind = "text/html; charset=utf-8"
-        else:
-            page = page_text(self).encode(errors="replace")
-            kind = "text/plain; charset=utf-8"
-        await connection.respond(
-            exchange, page, kind, content_security_policy=PAGE_POLICY
-        )
+        kind, page = "plain", page_text(self)
+        if "text/html" in exchange.header("accept"):
+            kind, page = "html", page_html(self)
+        headers = {"content-security-policy": PAGE_POLICY}
+        body = page.encode(errors="replace")
+        return Reply(body, f"text/{kind}; charset=utf-8", headers=headers)
 
-    async def messages(self, connection: Connection, exchange: Exchange) -> None:
+    async def messages(self, exchange: Exchange) -> Reply | None:
         request = await self.parse(exchange)
-        token = exchange.header(SESSION_HEADER)
-        async with self.pool.turn(
-            request, token, exchange.key_digest, exchange.id
-        ) as turn:
+        connection = exchange.connection
+
+        def send(frames: bytes) -> bool:
+            """Write frames in one write; False when the client is too slow to read
+            them."""
+            exchange.first_byte = exchange.first_byte or time.monotonic()
+            if frames:
+                connection.stream(exchange, frames)
+            return not connection.is_slow
+
+        token = exchange.headers.get(SESSION_HEADER)
+        key = exchange.key_digest
+        async with self.pool.turn(request, token, key, exchange.id) as turn:
             exchange.turn = turn
-            with Stream(connection, exchange, pings=request.stream) as stream:
-                await turn.relay(stream.send, connection.drain)
+            pings = [connection.ping(exchange)] if request.stream else []
+            tasks = list(map(asyncio.create_task, pings))
+            try:
+                await turn.relay(send, connection.drain)
+            finally:
+                for task in tasks:
+                    task.cancel()
         if request.stream:
             await connection.finish()
-            return
-        await connection.respond(exchange, orjson.dumps(turn.translator.message))
+            return None
+        return Reply(orjson.dumps(turn.translator.message))
 
     async def parse(
         self, exchange: Exchange, *, counting: bool = False
@@ -1313,97 +1425,118 @@ class Bridge:
         body = exchange.body
         # So that it is freed once it is parsed.
         exchange.body = b""
-        betas = exchange.header(b"anthropic-beta") or ""
         parse = partial(
             translate.parse_request,
             body,
-            betas,
+            exchange.header("anthropic-beta"),
             counting=counting,
             agent=bool(self.config.tools),
         )
         request = await self.pool.compute(len(body), parse)
-        asking = exchange.header(b"x-claude-code-session-id") or ""
+        asking = exchange.header("x-claude-code-session-id")
         if self.pool.is_own(asking, request.user_id):
-            words = "this request comes from the claude CLI that this bridge runs: the"
-            raise ApiError(400, f"{words} CLI's address of the API leads to the bridge")
+            message = (
+                "this request comes from the claude CLI that this bridge runs: the"
+            )
+            message += " CLI's address of the API leads to the bridge"
+            raise ApiError(400, message)
         not_sent = dropped_headers(exchange) + request.not_sent
         return dataclasses.replace(request, not_sent=not_sent)
 
-    async def count_tokens(self, connection: Connection, exchange: Exchange) -> None:
+    async def count_tokens(self, exchange: Exchange) -> Reply:
         request = await self.parse(exchange, counting=True)
         found = {"input_tokens": await self.counter.count(request, exchange.id)}
         exchange.not_counted = translate.not_counted(request)
-        await connection.respond(exchange, orjson.dumps(found))
+        return Reply(orjson.dumps(found))
 
-    async def models(self, connection: Connection, exchange: Exchange) -> None:
-        models = model_list(await self.pool.hello())
-        name = unquote(exchange.path.removeprefix(MODELS).removeprefix("/"))
-        found = find_model(models, name) if name else model_page(models)
-        await connection.respond(exchange, orjson.dumps(found))
+    async def models(self, exchange: Exchange) -> Reply:
+        """One model, by id or alias, with or without claude-cli/, or all of them as one
+        page (API: "List models")."""
+        models, prefix = model_list(await self.pool.hello()), translate.MODEL_PREFIX
+        name = unquote(exchange.path.removeprefix(MODELS)).lstrip("/")
+        for wanted in (name, prefix + name, name.removeprefix(prefix)):
+            if wanted in models:
+                return Reply(orjson.dumps(models[wanted]))
+        if name:
+            raise ApiError(404, f"model: {name}")
+        names: list[Any] = list(models) or [None]
+        page = {
+            "data": list(models.values()),
+            "has_more": False,
+            "first_id": names[0],
+            "last_id": names[-1],
+        }
+        return Reply(orjson.dumps(page))
 
     # The log
 
     def report(self, exchange: Exchange) -> None:
         """Log one line for one request, and count it; never a prompt or an answer."""
-        now = time.monotonic()
-        self.measure(exchange, now)
-        turn = exchange.turn
-        row: Json = {
-            "request_id": exchange.id,
-            "route": exchange.route or None,
-        }
-        if turn:
-            # Whoever reads the log cannot go on with the conversation.
-            row["session"] = translate.digest(turn.session.id).hex()[:12]
-            row["conversation"] = turn.origin
-            row["reason"] = turn.reason or None
-            row["model"] = turn.request.model
-            row["not_sent"] = join_limited(turn.not_sent).replace(" ", "") or None
-            calls = turn.translator.api_calls
-            row["api_calls"] = calls if calls > 1 else None
-        # nginx's number for a client that left before there was a status.
-        row["status"] = exchange.status or 499
-        row["error"] = exchange.failure or None
-        if exchange.first_byte:
-            row["first_byte_secs"] = round(exchange.first_byte - exchange.began, 3)
-        row["secs"] = round(now - exchange.began, 3)
-        row.update(tokens(turn))
-        row = translate.without_nulls(row)
-        text = " ".join(f"{name}={value}" for name, value in row.items())
+        row, turn = log_row(exchange), exchange.turn
+        text = " ".join(f"{name}={quoted(value)}" for name, value in row.items())
         log.info("%s", text, extra={"row": row})
-
-    def measure(self, exchange: Exchange, now: float) -> None:
-        """Add a request to the metrics."""
+        if exchange.failure or exchange.route not in QUIET_ROUTES:
+            self.recent.appendleft((time.strftime("%H:%M:%S"), row))
         metrics = self.pool.metrics
-        route, status = exchange.route or "none", exchange.status or 499
-        metrics.add("requests_total", route=route, status=status)
+        route = exchange.route or "none"
+        metrics.add("requests_total", route=route, status=row["status"])
         if exchange.failure:
             metrics.add("errors_total", type=exchange.failure)
-        if exchange.first_byte:
-            metrics.time("first_byte_seconds", exchange.first_byte - exchange.began)
-        turn = exchange.turn
+        if "first_byte_secs" in row:
+            metrics.time("first_byte_seconds", row["first_byte_secs"])
         if turn:
             metrics.add("turns_total", conversation=turn.origin, reason=turn.reason)
-            metrics.time("turn_seconds", now - exchange.began)
-        for kind, number in tokens(turn).items():
-            metrics.add("tokens_total", number, kind=kind.removesuffix("_tokens"))
+            metrics.time("turn_seconds", row["secs"])
+        for kind in row.keys() & translate.TOKENS:
+            metrics.add("tokens_total", row[kind], kind=kind.removesuffix("_tokens"))
 
 
-Handler = Callable[[Bridge, Connection, Exchange], Any]
-ROUTES: dict[str, dict[str, Handler]] = {
-    "/": {"GET": Bridge.root},
-    "/healthz": {"GET": Bridge.health},
-    "/metrics": {"GET": Bridge.metrics},
-    MODELS: {"GET": Bridge.models},
-    "/v1/messages": {"POST": Bridge.messages},
-    # The two common wrong base URLs: with /v1 for SDKs that add it, without it for the
-    # others.
-    "/v1/v1/messages": {"POST": Bridge.messages},
-    "/messages": {"POST": Bridge.messages},
-    "/v1/messages/count_tokens": {"POST": Bridge.count_tokens},
-    "/v1/v1/messages/count_tokens": {"POST": Bridge.count_tokens},
-    "/messages/count_tokens": {"POST": Bridge.count_tokens},
+Handler = Callable[[Bridge, Exchange], Coroutine[Any, Any, Reply | None]]
+# By route, its methods and what answers it.
+ROUTES: dict[str, tuple[str, Handler]] = {
+    "/": ("GET, HEAD", Bridge.root),
+    "/healthz": ("GET, HEAD", Bridge.health),
+    "/metrics": ("GET, HEAD", Bridge.metrics),
+    MODELS: ("GET, HEAD", Bridge.models),
+    "/v1/messages": ("POST", Bridge.messages),
+    "/v1/messages/count_tokens": ("POST", Bridge.count_tokens),
 }
+
+
+def log_row(exchange: Exchange) -> Json:
+    """What the log says of a request."""
+    place = "route" if exchange.route else "path"
+    path = exchange.route or exchange.path[:MAX_LOGGED_PATH] or None
+    row: Json = {"request_id": exchange.id, place: path}
+    used: Json = {}
+    if turn := exchange.turn:
+        calls = turn.translator.api_calls
+        used = turn.translator.message.get("usage", {})
+        row |= {
+            # Whoever reads the log cannot go on with the conversation.
+            "session": translate.digest(turn.session.id).hex()[:12],
+            "conversation": turn.origin,
+            "reason": turn.reason or None,
+            "model": turn.request.model,
+            "not_sent": ",".join(limited(turn.not_sent)) or None,
+            "api_calls": calls if calls > 1 else None,
+        }
+    # nginx's number for a client that left before there was a status.
+    row["status"] = exchange.status or 499
+    row["error"] = exchange.failure or None
+    row["reason"] = exchange.message or row.get("reason")
+    if exchange.first_byte:
+        row["first_byte_secs"] = round(exchange.first_byte - exchange.began, 3)
+    row["secs"] = round(time.monotonic() - exchange.began, 3)
+    row |= {kind: used.get(kind) for kind in translate.TOKENS}
+    return translate.without_nulls(row)
+
+
+def quoted(value: object) -> str:
+    """A value of the log in one word."""
+    text = str(value)
+    is_word = text.isprintable() and not set(text) & {" ", '"'}
+    return text if is_word else orjson.dumps(text).decode()
 
 
 # Headers of the API that the CLI sets itself, or not at all.
@@ -1414,25 +1547,18 @@ API_VERSION = "2023-06-01"
 
 def dropped_headers(exchange: Exchange) -> list[str]:
     """The headers of a request that mean something to the API, and do not reach it."""
-    lost = [name for name in DROPPED_HEADERS if exchange.header(name.encode())]
-    if (exchange.header(b"anthropic-version") or API_VERSION) != API_VERSION:
+    lost = [name for name in DROPPED_HEADERS if exchange.header(name)]
+    if exchange.header("anthropic-version") not in ("", API_VERSION):
         lost.append("anthropic-version")
     return lost
 
 
-def join_limited(places: list[str]) -> str:
+def limited(places: list[str]) -> list[str]:
     """The first of many places: clients take 16 KiB of headers (Node), 64 KiB a line
     (Python)."""
     more = len(places) - MAX_PLACES
     rest = [f"and-{more}-more"] if more > 0 else []
-    first = [place[:MAX_PLACE] for place in places[:MAX_PLACES]]
-    return ", ".join(first + rest)
-
-
-def tokens(turn: Turn | None) -> dict[str, int]:
-    """The tokens of a turn, by kind."""
-    usage = turn.translator.message.get("usage", {}) if turn else {}
-    return {kind: usage[kind] for kind in translate.TOKENS if kind in usage}
+    return [place[:MAX_PLACE] for place in places[:MAX_PLACES]] + rest
 
 
 def bind_unix(path: str) -> socket.socket:
@@ -1443,7 +1569,7 @@ def bind_unix(path: str) -> socket.socket:
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise OSError(errno.EEXIST, "there is a file that is no socket")
+            raise OSError(errno.EEXIST, "what is there is no socket")
         with socket.socket(socket.AF_UNIX) as probe:
             probe.setblocking(False)
             if probe.connect_ex(path) != errno.ECONNREFUSED:
@@ -1459,58 +1585,44 @@ def bind_unix(path: str) -> socket.socket:
     return sock
 
 
-def identity(path: str) -> tuple[int, int] | None:
-    """Which file is at a path; None: there is none."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
 # ------------------------------------------------------------ models
 
 
-def model_list(hello: Json) -> list[Json]:
-    """The CLI's own models in the API's shape: each under its full id (all that Claude
-    Code's discovery keeps) and as claude-cli/<alias>."""
+def model_list(hello: Json) -> dict[str, Json]:
+    """The CLI's own models by name, in the API's shape: each under its full id (all that
+    Claude Code's discovery keeps) and as claude-cli/<alias>."""
     found: dict[str, Json] = {}
-    for model in hello.get("models") or []:
-        alias, full = model.get("value"), model.get("resolvedModel")
-        names = [full, translate.MODEL_PREFIX + alias if alias else None]
-        for name in names:
-            if not name or name in found:
-                continue
-            found[name] = {
+    for model in hello.get("models", []):
+        for name in (model["resolvedModel"], translate.MODEL_PREFIX + model["value"]):
+            item = {
                 "type": "model",
                 "id": name,
-                "display_name": model.get("displayName") or name,
+                "display_name": model.get("displayName", name),
                 # API: the epoch when the release date is not known.
                 "created_at": "1970-01-01T00:00:00Z",
                 "lifecycle": "active",
+                "capabilities": capabilities(model),
             }
-    return list(found.values())
+            found.setdefault(name, item)
+    return found
 
 
-def find_model(models: list[Json], name: str) -> Json:
-    """The model of an id or alias, with or without claude-cli/.  Raises ApiError
-    404."""
-    prefix = translate.MODEL_PREFIX
-    wanted = {name, prefix + name, name.removeprefix(prefix)}
-    for model in models:
-        if model["id"] in wanted:
-            return model
-    raise ApiError(404, f"model: {name}")
+# The API's levels of effort.
+EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
 
-def model_page(models: list[Json]) -> Json:
-    """All models, as one page (API: "List models")."""
-    return {
-        "data": models,
-        "has_more": False,
-        "first_id": models[0]["id"] if models else None,
-        "last_id": models[-1]["id"] if models else None,
-    }
+def capabilities(model: Json) -> Json | None:
+    """What the CLI's list says of a model's abilities, in the API's shape, which has
+    more keys; None: nothing."""
+    found: Json = {}
+    levels = model.get("supportedEffortLevels")
+    if model.get("supportsEffort") and levels:
+        found["effort"] = {name: {"supported": name in levels} for name in EFFORTS}
+        found["effort"]["supported"] = True
+    if model.get("supportsAdaptiveThinking"):
+        types = {"adaptive": {"supported": True}}
+        found["thinking"] = {"supported": True, "types": types}
+    return found or None
 
 
 # ------------------------------------------------------------ serve
@@ -1535,40 +1647,32 @@ async def serve(
     stack = contextlib.AsyncExitStack()
     bridge = Bridge(config, await stack.enter_async_context(Pool(config)))
     try:
-        listening = asyncio.create_task(bridge.listen(sock))
         try:
-            server = await asyncio.shield(listening)
-        except asyncio.CancelledError:
-            # Half a server would go on answering.
-            await asyncio.wait({listening})
-            if not listening.cancelled() and not listening.exception():
-                listening.result().close()
-            raise
+            server = await bridge.listen(sock)
         except (OSError, UnicodeError) as error:
-            raise wrong("listen_addr", cannot_listen(config, error)) from error
-        own = None if sock else identity(config.unix_path)
+            raise config_error("listen_addr", cannot_listen(config, error)) from error
+        own = None if sock else identify_file(config.unix_path)
         stack.push_async_callback(stop, bridge, server, own)
+        await server.start_serving()
         yield bridge
     finally:
         await finish_despite_cancel(stack.aclose(), bridge.cancel_answers)
 
 
-async def stop(
-    bridge: Bridge, server: asyncio.Server, own: tuple[int, int] | None
-) -> None:
-    """Stop listening, and end all connections; `own` is the bridge's own Unix
-    socket."""
+async def stop(bridge: Bridge, server: asyncio.Server, own: object) -> None:
+    """Stop listening, and end all connections; `own` is the identity of the bridge's own
+    Unix socket, if it has one."""
     loop = asyncio.get_running_loop()
     for listener in server.sockets:
         loop.remove_reader(listener.fileno())
     for _ in range(3):
-        # From accept() asyncio takes so many rounds to a connection: closing earlier
-        # loses it.
+        # asyncio needs three loop iterations after accept(): closing sooner drops the
+        # connection.
         await asyncio.sleep(0)
     server.close()
     await bridge.close()
     # Not the socket of another bridge that has taken the path meanwhile.
-    if own and identity(bridge.config.unix_path) == own:
+    if own and identify_file(bridge.config.unix_path) == own:
         os.unlink(bridge.config.unix_path)
 
 
@@ -1594,8 +1698,11 @@ def cannot_listen(config: Config, error: OSError | UnicodeError) -> str:
     if isinstance(error, UnicodeError):
         return f"{config.listen_addr!r} is no name of a host"
     if error.errno == errno.EADDRINUSE:
-        words = f"{config.listen_addr} is already in use (another bridge?)"
-        return f"{words}; choose another with --listen-addr"
+        return (
+            f"{config.listen_addr} is already in use (another bridge?); choose another"
+        )
+    if error.errno == errno.EACCES and not config.unix_path:
+        return f"{config.listen_addr}: only root may listen on a port below 1024"
     return f"cannot listen on {config.listen_addr}: {error.strerror or error}"
 
 
@@ -1609,9 +1716,11 @@ class LogWriter(logging.Handler):
     """Writes lines to stderr from a thread: when nobody reads it, lines are lost and
     answers go on."""
 
+    # Lines that were lost, of all that write.
+    lost = 0
+
     def __init__(self) -> None:
         super().__init__()
-        self.lost = 0
         self._lines: queue.Queue[bytes] = queue.Queue(MAX_LOG_LINES)
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
@@ -1621,7 +1730,7 @@ class LogWriter(logging.Handler):
             line = self.format(record).encode(errors="replace")
             self._lines.put_nowait(line + b"\n")
         except queue.Full:
-            self.lost += 1
+            LogWriter.lost += 1
 
     def close(self) -> None:
         with contextlib.suppress(queue.Full):
@@ -1635,7 +1744,7 @@ class LogWriter(logging.Handler):
                 while line:
                     line = line[os.write(2, line) :]
             except OSError:
-                self.lost += 1
+                LogWriter.lost += 1
 
 
 class JsonFormatter(logging.Formatter):
@@ -1647,39 +1756,84 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname,
         }
         # A path can hold bytes that are not UTF-8.
-        words = record.getMessage().encode(errors="replace").decode()
-        row.update(getattr(record, "row", None) or {"message": words})
+        message = record.getMessage().encode(errors="replace").decode()
+        row.update(getattr(record, "row", None) or {"message": message})
         return orjson.dumps(row).decode()
 
 
 # Seconds after the start at which the CLI is asked who is logged in: the first spare
 # starts undisturbed, and a first request may make the question needless.
 LOGIN_PROBE_SECS = 2.0
+NO_VERSION = "unknown: `--version` prints none, so it may not be Claude Code"
+# Tools of the CLI that people name, and those that it lists by another name.
+TOOLS = (
+    "Agent",
+    "Bash",
+    "Edit",
+    "Glob",
+    "Grep",
+    "NotebookEdit",
+    "Read",
+    "Skill",
+    "WebFetch",
+    "WebSearch",
+    "Write",
+)
+TOOL_NAMES = {"Agent": "Task"}
+NO_QUESTION = b"""{"model": "sonnet", "messages": [{"role": "user", "content": "-"}]}"""
 
 
-async def announce(bridge: Bridge) -> None:
-    """Say which CLI it is, and who is logged in.  Asks the CLI, which makes no model
-    call for it."""
-    config = bridge.config
+async def announce(bridge: Bridge, flags: Iterable[str]) -> None:
+    """Say which CLI it is, who is logged in, and what of the agent's settings the CLI
+    does not have.  Asks the CLI, which makes no model call for it."""
+    config, pool = bridge.config, bridge.pool
     try:
-        cli = await bridge.pool.look_at_cli()
-        log.info(
-            "the claude CLI is %s, version %s", config.bin, cli.version or "unknown"
-        )
+        cli = await pool.look_at_cli()
+        version = cli.version or NO_VERSION
+        log.info("the claude CLI is %s, version %s", config.bin, version)
         if cli.warning:
             log.warning("%s", cli.warning)
         await asyncio.sleep(LOGIN_PROBE_SECS)
-        hello = await bridge.pool.hello(gives_way=True)
+        hello = await pool.hello(gives_way=True)
+        state = login_state(config, hello)
+        if translate.login_source(hello):
+            log.info("the claude CLI is logged in: %s", state)
+        else:
+            log.warning("%s", state)
+        for message in await missing_from_agent(pool):
+            log.warning("%s", as_typed(message, flags))
     except ApiError as error:
         if error.status == 529:
             return  # there is no room for a question of its own
-        words = "the claude CLI (%s) cannot be used: %s; try `claude-cli-bridge check`"
-        log.warning(words, config.bin, error.message)
-        return
-    if source := translate.login_source(hello):
-        log.info("the claude CLI is logged in (%s)", source)
-    else:
-        log.warning("nobody is logged in: %s", login_cure(config, os.environ))
+        message = "the claude CLI (%s) cannot be used: %s"
+        log.warning(message, config.bin, error.message)
+
+
+async def missing_from_agent(pool: Pool) -> list[str]:
+    """The agent's tools that the CLI does not have, and the MCP servers that it could
+    not start, as it reports them at the start of a conversation.  Raises ApiError."""
+    if not pool.config.tools:
+        return []
+    request = translate.parse_request(NO_QUESTION, counting=True, agent=True)
+    session, lines = await pool.open(request, [], query=False)
+    try:
+        session.process.write(*lines)
+        init = await session.process.read_until(
+            lambda event: event.get("subtype") == "init" and event
+        )
+    finally:
+        pool.retire(session, "probe")
+    known = ["default", *init.get("tools", [])]
+    found = [
+        f"{variable('tools')}: the CLI has no tool {name}{suggestion(name, TOOLS)}"
+        for name in re.split("[, ]+", pool.config.tools.strip())
+        if TOOL_NAMES.get(name, name) not in known
+    ]
+    for server in init.get("mcp_servers", []):
+        name, status = server["name"], server["status"]
+        if status not in ("connected", "pending"):
+            found.append(f"the MCP server {name} is not there: {status}")
+    return found
 
 
 def inherited_socket() -> socket.socket | None:
@@ -1692,11 +1846,11 @@ def inherited_socket() -> socket.socket | None:
         os.set_inheritable(3, False)
         return socket.socket(fileno=3)
     except OSError as error:
-        words = f"LISTEN_FDS names descriptor 3, which is no socket: {error.strerror}"
-        raise ConfigError(words) from error
+        reason = f"which is no socket: {error.strerror}"
+        raise ConfigError(f"LISTEN_FDS names descriptor 3, {reason}") from error
 
 
-async def run(config: Config) -> None:
+async def run(config: Config, flags: Iterable[str]) -> None:
     """Serve until SIGTERM, SIGINT or SIGHUP; a second one cuts running answers
     short."""
     stopping = asyncio.Event()
@@ -1714,24 +1868,57 @@ async def run(config: Config) -> None:
         bridge = started
         for address in bridge.addresses:
             log.info("listening on %s", as_url(address))
-        for words in bridge.config.warnings(os.environ):
-            log.warning("%s", words)
-        login = asyncio.create_task(announce(bridge))
+        for message in bridge.config.warnings(os.environ):
+            log.warning("%s", as_typed(message, flags))
+        login = asyncio.create_task(announce(bridge, flags))
         await stopping.wait()
-        words = "shutting down"
-        if bridge.running:
-            words += f"; waiting up to {config.drain_secs:g} s for {bridge.running} running answers"
-            words += " (Ctrl-C again to stop now)"
-        log.info("%s", words)
+        message = "shutting down; running answers: %d, which get %g s (Ctrl-C again stops them)"
+        log.info(message, bridge.running, config.drain_secs)
         login.cancel()
         await asyncio.wait({login})
 
 
+# What each command does, for its own --help.
 COMMANDS = {
-    "check": "say whether the CLI is there, logged in, and does what is needed",
-    "login": "log the CLI in, in this terminal",
-    "providers": "print the model_providers of the configuration file, completed",
+    "check": """\
+usage: claude-cli-bridge check [--SETTING VALUE]...
+
+Says whether the CLI is there, logged in, and does what is needed.  It asks the
+CLI two questions in front of a fake API on loopback, which costs nothing, and
+takes the settings of the bridge.  Exit status 0: all of it works.
+""",
+    "login": """\
+usage: claude-cli-bridge login [--bin CLI]
+
+Logs the CLI in, in this terminal: it runs `claude auth login` with the CLI that
+the bridge runs, for the user who runs it.
+""",
+    "providers": """\
+usage: claude-cli-bridge providers --config FILE [--SETTING VALUE]...
+
+Prints the model_providers of a gateway's file (TOML, JSON or YAML) as JSON,
+those of claude-cli with the address and key of a bridge with these settings.
+""",
 }
+HELP = """\
+usage: claude-cli-bridge [check | login | providers] [--SETTING VALUE]...
+
+Answers the Anthropic Messages API with the claude CLI.
+
+commands, each with a --help of its own (without one it serves):
+  check       say whether the CLI is there, logged in, and does what is needed
+  login       log the CLI in, in this terminal
+  providers   print the model_providers of a gateway's file, completed
+
+options:
+  --config    a gateway's file: start only if it has a claude-cli provider
+  --help, -h  print this
+  --version   print the version
+
+Each setting is also an environment variable: --max-idle is CLAUDE_CLI_MAX_IDLE.
+CLAUDE_CLI_API_KEY has no flag: all users can see a command line.
+"""
+VALUE_HINT = "; a value with spaces needs quotes; see --help"
 GROUPS = {
     "everyday": "Everyday",
     "access": "Access",
@@ -1741,46 +1928,26 @@ GROUPS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, without quoting words that it does not know: one
-    may be a key."""
-
-    def error(self, message: str) -> NoReturn:
-        flag = re.search(r"--[a-z-]+", message)
-        where = flag[0] if flag else "the command line"
-        words = re.sub(" '.*", "", message.rpartition(": ")[2])
-        raise ConfigError(f"{where}: {words}; see --help")
+def flag_names() -> dict[str, str]:
+    """What a command line can set, by its flags."""
+    names = [item.name for item in dataclasses.fields(Config) if item.repr]
+    return {flag(name): name for name in [*names, "config"]}
 
 
-def make_parser() -> Parser:
-    """The command line: a command, and a flag for each setting that is no secret."""
-    lines = ["Answer the Anthropic Messages API with the claude CLI.", "", "commands:"]
-    lines += [f"  {name:10} {meaning}" for name, meaning in COMMANDS.items()]
-    parser = Parser(
-        prog="claude-cli-bridge",
-        usage="claude-cli-bridge [check | login | providers] [--SETTING VALUE]...",
-        description="\n".join(lines),
-        epilog="Each setting is also an environment variable: --max-idle is\n"
-        f"CLAUDE_CLI_MAX_IDLE.  {variable('api_key')} has no flag.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
-    version = f"claude-cli-bridge {__version__}"
-    parser.add_argument("--version", action="version", version=version)
-    words = "start only if there is a claude-cli provider in FILE"
-    parser.add_argument("--config", metavar="FILE", help=words)
-    groups = {name: parser.add_argument_group(GROUPS[name]) for name in GROUPS}
-    for item in dataclasses.fields(Config):
-        if item.name != "api_key":
-            default = f" [{item.default}]" if item.default else ""
-            groups[item.metadata["group"]].add_argument(
-                "--" + item.name.replace("_", "-"),
-                metavar="VALUE",
-                help=item.metadata["meaning"].replace("`", "") + default,
-            )
-    return parser
+def help_text() -> str:
+    lines = [HELP]
+    for group, title in GROUPS.items():
+        lines.append(f"{title}:")
+        for item in dataclasses.fields(Config):
+            if item.metadata["group"] == group and item.repr:
+                default = f" [{item.default}]" if item.default else ""
+                meaning = item.metadata["meaning"].replace("`", "") + default
+                start = f"  {flag(item.name):20} "
+                lines += textwrap.wrap(
+                    meaning, 80, initial_indent=start, subsequent_indent=" " * 23
+                )
+        lines.append("")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -1790,16 +1957,16 @@ def main() -> None:
     check.
     """
     open_standard_files()
+    flags: dict[str, str] = {}
     try:
         try:
-            flags = read_flags(sys.argv[1:])
-            path = flags.get("config", os.environ.get(variable("config"), ""))
-            execute(Config.read(os.environ, flags), flags, path)
+            read_flags(sys.argv[1:], flags)
+            execute(flags)
         finally:
             if sys.stdout:  # None: it was closed at the start
                 sys.stdout.flush()
     except ConfigError as error:
-        print(f"claude-cli-bridge: {error}", file=sys.stderr)
+        print(f"claude-cli-bridge: {as_typed(str(error), flags)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -1835,45 +2002,59 @@ def reset_inherited_state() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def read_flags(words: list[str]) -> dict[str, str]:
-    """The command, if there is one, and the flags that are given, by setting.  Raises
-    ConfigError."""
-    parser = make_parser()
-    known, others = parser.parse_known_args(words)
-    flags = vars(known)
-    unknown = [name.partition("=")[0] for name in others if name.startswith("-")]
-    if unknown:
-        hint = suggestion(unknown[0], re.findall("--[a-z-]+", parser.format_help()))
-        raise ConfigError(f"there is no {unknown[0]}{hint or '; see --help'}")
-    command = flags.get("command")
-    if command and command not in COMMANDS:
-        hint = suggestion(command, COMMANDS)
-        raise ConfigError(
-            f"there is no such command{hint or ': ' + ', '.join(COMMANDS)}"
-        )
-    if others:
-        raise ConfigError(f"{command} takes nothing but flags; see --help")
-    return flags
+def read_flags(words: list[str], flags: dict[str, str]) -> None:
+    """Read the command, if there is one, and the flags that are given, by setting.
+    Raises ConfigError, which repeats no word that it does not know: it may be a key."""
+    names = flag_names()
+    rest = iter(words)
+    for word in rest:
+        name, is_joined, value = word.partition("=")
+        command = flags.get("command", "")
+        if name in ("--help", "-h"):
+            print(COMMANDS.get(command) or help_text(), end="")
+            sys.exit()
+        if word == "--version":
+            print(f"claude-cli-bridge {__version__}")
+            sys.exit()
+        if name in names:
+            if not is_joined:
+                value = next(rest, "--")
+            if value.startswith("--"):
+                raise ConfigError(f"{name} takes a value; see --help")
+            flags[names[name]] = value
+        elif name.startswith("-"):
+            hint = suggestion(name, [*names, "--help", "--version"]) or "; see --help"
+            raise ConfigError(as_typed(f"there is no {name}{hint}", names.values()))
+        elif command:
+            raise ConfigError(f"{command} takes nothing but flags; see --help")
+        elif word in COMMANDS:
+            flags["command"] = word
+        else:
+            hint = suggestion(word, COMMANDS) or VALUE_HINT
+            raise ConfigError(f"there is no such command{hint}")
 
 
-def execute(config: Config, flags: Mapping[str, str], path: str) -> None:
-    """Run a command of the command line; `path` is the configuration file's."""
+def execute(flags: Mapping[str, str]) -> None:
+    """Do what a command line asks for.  Raises ConfigError."""
+    config = Config.read(os.environ, flags)
     command = flags.get("command")
+    path = flags.get("config", os.environ.get(variable("config"), ""))
     if command == "check":
-        sys.exit(0 if asyncio.run(check(config)) else 1)
+        sys.exit(0 if asyncio.run(check(config, flags)) else 1)
     if command == "login":
         program = find_cli(config.bin)
         os.execv(program, [program, "auth", "login"])
-    if command == "providers" and not path:
-        raise wrong("config", "providers needs a configuration file")
+    require(path or not command, "config", "providers needs a gateway's file")
     providers = read_providers(path, config) if path else []
-    if command == "providers":
+    if command:
         print(orjson.dumps(providers, option=orjson.OPT_INDENT_2).decode())
         return
     writer = LogWriter()
     text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     writer.setFormatter(JsonFormatter() if config.log_format == "json" else text)
     logging.basicConfig(level=logging.INFO, handlers=[writer])
+    if config.log_level == "debug":
+        log.setLevel(logging.DEBUG)  # and not that of libraries
     if path and not any(map(is_own, providers)):
         log.info("there is no claude-cli provider in %s: nothing to do", path)
         return
@@ -1882,7 +2063,7 @@ def execute(config: Config, flags: Mapping[str, str], path: str) -> None:
     # default): tests/bench/hostile.py.
     sys.setswitchinterval(0.001)
     watch_without_threads()
-    asyncio.run(run(config))
+    asyncio.run(run(config, flags))
 
 
 # ------------------------------------------------------------ appendix: the page
@@ -1892,44 +2073,52 @@ PAGE = """\
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
+<meta http-equiv="refresh" content="10">
 <title>claude-cli-bridge</title>
 <style>
+  :root { color-scheme: light dark }
   body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem }
   body { margin: 2rem auto; padding: 0 1rem }
   h2 { font-size: 1.1rem; margin: 1.5rem 0 .3rem }
-  table { border-collapse: collapse; width: 100% }
-  td { border-top: 1px solid #8884; padding: .2rem .8rem .2rem 0; overflow-wrap: anywhere }
-  td:first-child { width: 40% }
-  pre { overflow-x: auto; background: #8882; padding: .8rem }
-  :root { color-scheme: light dark }
+  p { border-top: 1px solid #8884; display: flex; gap: .8rem; margin: 0 }
+  span { flex: 3; padding: .2rem 0; overflow-wrap: anywhere }
+  span:first-child { flex: 2 }
+  pre { background: #8882; padding: .8rem; font-size: .85rem }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere }
 </style>
 <h1>claude-cli-bridge</h1>
+<h2>Connect</h2>
 """
-EXAMPLE = """\
-curl {url}/v1/messages \\
-  -H 'content-type: application/json' \\
+EXPORTS = """\
+export ANTHROPIC_BASE_URL={url}
+export ANTHROPIC_API_KEY={key}
+"""
+CURL = """\
+curl {target}/v1/messages \\
+  -H 'content-type: application/json' -H "x-api-key: {key}" \\
   -d '{{"model": "sonnet", "max_tokens": 100,
-       "messages": [{{"role": "user", "content": "Say hello."}}]}}'"""
+       "messages": [{{"role": "user", "content": "Say hello."}}]}}'
+"""
+
+
+def connect_lines(bridge: Bridge) -> str:
+    """What a shell takes to reach the bridge: two variables for most clients, and a
+    first request."""
+    key = f"${variable('api_key')}" if bridge.config.api_key else KEY_OF_CLIENTS
+    curl = CURL.format(target=curl_target(bridge.url), key=key)
+    if bridge.config.unix_path:
+        return curl  # clients take no such address
+    return EXPORTS.format(url=bridge.url, key=key) + "\n" + curl
 
 
 def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
-    """What the page says, by section: names and values.  Nothing that a client or the
-    model wrote."""
-    pool = bridge.pool
-    hello = pool.cli.hello
-    login = "not known yet"
-    if hello:
-        login = (
-            translate.login_source(hello)
-            or f"nobody: {login_cure(bridge.config, os.environ)}"
-        )
-    snapshot = pool.snapshot()
-    sessions = []
-    for state, turns, seconds in snapshot.processes:
-        words = f"turns: {turns}"
-        if state not in (State.BUSY, State.RETIRED):
-            words += f", waits for {seconds:.0f} s"
-        sessions.append((state.value, words))
+    """What the page says, by section: names and values.  Nothing that was asked or
+    answered."""
+    pool, config = bridge.pool, bridge.config
+    cli, snapshot = pool.cli, pool.snapshot()
+    login = login_state(config, cli.hello) if cli.hello else "not known yet"
+    remark = cli.problem or cli.warning
+    version = cli.version or "not known yet"
     quota = []
     for name, limit in snapshot.limits.items():
         used = limit.utilization
@@ -1938,57 +2127,60 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
     return {
         "State": [
             ("version", __version__),
-            (
-                "running since",
-                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(bridge.started)),
-            ),
-            ("base URL for clients", bridge.url),
-            ("claude CLI", bridge.config.bin),
-            ("its version", cli_version(pool)),
-            ("logged in", login),
+            ("claude CLI", config.bin),
+            ("its version", version + (f" ({remark})" if remark else "")),
+            ("login", login),
         ],
-        "Processes": sessions or [("none", "")],
-        "Requests by route and status": pool.metrics.rows("requests_total"),
-        "Conversations": pool.metrics.rows("turns_total"),
-        "Errors by type": pool.metrics.rows("errors_total") or [("none", "")],
-        "Quota of the account": quota or [("none reported", "")],
+        "Last requests": list(map(request_row, bridge.recent)),
+        "Processes": [
+            (state.value, f"for {seconds:.0f} s; turns: {turns}")
+            for state, turns, seconds in snapshot.processes
+        ],
+        "Quota of the account": quota,
     }
 
 
-def cli_version(pool: Pool) -> str:
-    """The version of the CLI, and what is to be said of it."""
-    cli = pool.cli
-    remark = cli.problem or cli.warning
-    return (cli.version or "not known yet") + (f" ({remark})" if remark else "")
+def request_row(entry: tuple[str, Json]) -> tuple[str, str]:
+    """When and where a request came, and what became of it."""
+    clock, row = entry
+    path = row.get("route") or row.get("path", "")
+    names = ("model", "conversation", "reason")
+    result = [row["status"], f"{row['secs']:.2f} s", *map(row.get, names)]
+    text = ", ".join(str(value) for value in result if value)
+    return f"{clock} {path}", text
+
+
+def render(bridge: Bridge, heading: str, row: str, escape: Callable[[str], str]) -> str:
+    """The sections of the page in a format."""
+    parts = []
+    for title, rows in page_sections(bridge).items():
+        parts.append(heading.format(title))
+        for item in rows or [("none", "")]:
+            parts.append(row.format(*map(escape, item)))
+    return "".join(parts)
 
 
 def page_text(bridge: Bridge) -> str:
-    lines = ["claude-cli-bridge"]
-    for title, rows in page_sections(bridge).items():
-        lines += ["", title]
-        lines += [f"  {name:30} {value}".rstrip() for name, value in rows]
-    example = EXAMPLE.format(url=curl_target(bridge.url))
-    lines += ["", "Connect", textwrap.indent(example, "  "), ""]
-    return "\n".join(lines)
+    connect = textwrap.indent(connect_lines(bridge), "  ")
+    sections = render(bridge, "\n{}\n", "  {:30} {}\n", str)
+    return f"claude-cli-bridge\n\nConnect\n{connect}{sections}"
 
 
 def page_html(bridge: Bridge) -> str:
-    parts = [PAGE]
-    for title, rows in page_sections(bridge).items():
-        parts.append(f"<h2>{html.escape(title)}</h2>\n<table>\n")
-        for name, value in rows:
-            cells = f"<td>{html.escape(name)}</td><td>{html.escape(value)}</td>"
-            parts.append(f"<tr>{cells}</tr>\n")
-        parts.append("</table>\n")
-    example = html.escape(EXAMPLE.format(url=curl_target(bridge.url)))
-    parts.append(f"<h2>Connect</h2>\n<pre>{example}</pre>\n</html>\n")
-    return "".join(parts)
+    connect = html.escape(connect_lines(bridge))
+    row = "<p><span>{}</span><span>{}</span></p>\n"
+    sections = render(bridge, "<h2>{}</h2>\n", row, html.escape)
+    return f"{PAGE}<pre>{connect}</pre>\n{sections}</html>\n"
 
 
 # ------------------------------------------------------------ appendix: providers
 
 # The lists of a gateway's file that hold providers; the second one is older.
 PROVIDER_LISTS = ("model_providers", "llm_providers")
+NO_PROVIDERS = (
+    "model_providers: this is for the file of a gateway that the bridge serves; settings "
+    "are flags, or variables of the environment"
+)
 INTERFACE = "claude-cli"
 # Gateways want a key even where none is needed.
 PLACEHOLDER_KEY = "claude-cli-local"
@@ -2002,27 +2194,26 @@ def read_providers(path: str, config: Config) -> list[Json]:
     the place.
     """
     try:
-        entries = read_entries(Path(path))
-        providers = [
-            complete_entry(entry, config) if is_own(entry) else entry
-            for entry in entries
-        ]
+        document = read_document(Path(path))
+        lists = [document[name] for name in PROVIDER_LISTS if name in document]
+        entries = [entry for found in lists for entry in found or ()]
         # TOML and YAML have numbers, keys and depths that JSON has not.
-        orjson.dumps(providers)
-        return providers
-    except ConfigError:
-        raise
+        orjson.dumps(entries)
     except OSError as error:
-        raise wrong("config", f"{path}: {error.strerror}") from error
-    except ApiError as error:
-        words = error.message.removeprefix("file.")
-        raise wrong("config", f"{path}: {words}") from None
+        raise config_error("config", f"{path}: {error.strerror}") from error
     except (ValueError, TypeError, RecursionError) as error:
-        raise wrong("config", f"{path} cannot be read: {error}") from None
+        raise config_error("config", f"{path} cannot be read: {error}") from None
+    require(lists, "config", f"{path} has no {NO_PROVIDERS}")
+    are_tables = all(isinstance(entry, dict) for entry in entries)
+    message = f"{path}: model_providers must be a list of tables"
+    require(are_tables, "config", message)
+    return [
+        complete_entry(entry, config) if is_own(entry) else entry for entry in entries
+    ]
 
 
-def read_entries(path: Path) -> list[Json]:
-    """The providers of a file.  Raises OSError, ValueError or ApiError."""
+def read_document(path: Path) -> Json:
+    """Raises OSError, or ValueError."""
     data = path.read_bytes()
     kind = path.suffix.lower()
     document: Any
@@ -2032,31 +2223,20 @@ def read_entries(path: Path) -> list[Json]:
         document = load_yaml(data)
     else:
         document = orjson.loads(data)
-    if document is None:
-        return []
-    check_type(document, dict, "file")
-    found: list[Json] = []
-    for name in PROVIDER_LISTS:
-        if document.get(name) is not None:
-            found += check_type(document[name], list, name)
-    return [check_type(entry, dict, "a provider") for entry in found]
+    return document or {}
 
 
 def load_yaml(data: bytes) -> Any:
     """Raises ValueError, which holds no line of the file: there can be a key in it."""
     try:
         yaml = importlib.import_module("yaml")
-    except ModuleNotFoundError:
-        raise ValueError(
-            "YAML needs the package PyYAML; TOML and JSON need nothing"
-        ) from None
-    try:
         return yaml.safe_load(data)
+    except ModuleNotFoundError:
+        fault = "YAML needs a package: `pip install PyYAML`; TOML and JSON need none"
     except Exception as error:  # noqa: BLE001 - PyYAML raises KeyError and others, with the value in it
         mark = getattr(error, "problem_mark", None)
-        raise ValueError(
-            f"not YAML, line {mark.line + 1}" if mark else "not YAML"
-        ) from None
+        fault = f"not YAML, line {mark.line + 1}" if mark else "not YAML"
+    raise ValueError(fault)
 
 
 def is_own(entry: Json) -> bool:
@@ -2070,35 +2250,25 @@ def is_own(entry: Json) -> bool:
 
 def complete_entry(entry: Json, config: Config) -> Json:
     given = translate.without_nulls(entry)
-    completed: Json = {}
-    if "http_host" not in given:
-        completed["base_url"] = config.base_url
-    completed["name"] = given.get("model", translate.MODEL_PREFIX + "*")
-    completed["provider_interface"] = INTERFACE
-    if not given.get("passthrough_auth"):
-        key = f"${variable('api_key')}" if config.api_key else PLACEHOLDER_KEY
-        completed["access_key"] = key
+    completed = {
+        "base_url": config.base_url,
+        "name": given.get("model", translate.MODEL_PREFIX + "*"),
+        "provider_interface": INTERFACE,
+        "access_key": PLACEHOLDER_KEY,
+    }
+    if config.api_key:
+        completed["access_key"] = f"${variable('api_key')}"
+    if given.get("passthrough_auth"):
+        del completed["access_key"]
+    if "http_host" in given:
+        del completed["base_url"]
     return completed | given
 
 
 # ------------------------------------------------------------ appendix: check
 
-# Seconds for `check`; 2 were measured.
+# Seconds for each half of `check`; 2 were measured.
 REHEARSAL_SECS = 30.0
-# ECMA-48, 8.3.41: EL.
-ERASE_LINE = "\x1b[2K"
-# The history and the question of the rehearsal.
-SAID = [
-    ("user", "red"),
-    ("assistant", "green"),
-    ("user", "blue"),
-]
-CALL: Json = {
-    "type": "tool_use",
-    "id": "toolu_probe",
-    "name": "probe",
-    "input": {},
-}
 # What the rehearsal looks at, and what does not work without it.
 FEATURES = {
     "history": "takes a conversation at the gate",
@@ -2106,214 +2276,170 @@ FEATURES = {
     "tools": "hands over calls of a client's tools",
     "interrupt": "stops when the client leaves",
 }
+# The two questions of the rehearsal.  An administrator's settings can name another API:
+# none has this model, so it costs nothing.
+REQUEST = """{
+    "model": "no-such-model", "max_tokens": 99, "temperature": 0.5, "system": "white",
+    "tools": [{"name": "probe", "input_schema": {"type": "object"}}]
+}"""
+HISTORY = """[
+    {"role": "user", "content": "red"},
+    {"role": "assistant", "content": "green"},
+    {"role": "user", "content": "blue"}
+]"""
+RESULT = """[
+    {"role": "assistant", "content": [
+        {"type": "tool_use", "id": "toolu_1", "name": "probe", "input": {}}]},
+    {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "toolu_1", "content": "violet"}]}
+]"""
+# The answers: the first one calls a tool, the second one is held back.
+BEGIN = b"""\
+event: message_start
+data: {"type": "message_start", "message": {"id": "msg_1", "type": "message",
+data: "role": "assistant", "content": [], "model": "no-such-model",
+data: "usage": {"input_tokens": 1, "output_tokens": 1}}}
+
+"""
+CALL = b"""\
+event: content_block_start
+data: {"type": "content_block_start", "index": 0, "content_block":
+data: {"type": "tool_use", "id": "toolu_1", "name": "probe", "input": {}}}
+
+event: content_block_stop
+data: {"type": "content_block_stop", "index": 0}
+
+event: message_delta
+data: {"type": "message_delta", "delta": {"stop_reason": "tool_use"},
+data: "usage": {"output_tokens": 1}}
+
+event: message_stop
+data: {"type": "message_stop"}
+
+"""
 
 
-class FakeApi:
-    """The fake API that `check` starts on loopback; it costs nothing.
+class FakeApi(Bridge):
+    """The fake API that `check` starts on loopback; it costs nothing.  It notes which
+    FEATURES the CLI has."""
 
-    Its first answer calls a tool, the second one is held back.  It notes in `found`
-    which FEATURES the CLI has.
-    """
-
-    def __init__(self, found: dict[str, bool]) -> None:
-        self.found = found
-        self.version = ""
+    def __init__(self) -> None:
+        config = Config(listen_addr="127.0.0.1:0")
+        super().__init__(config, Pool(config))
+        self.found = dict.fromkeys(FEATURES, False)
         # The second answer has begun; its client is gone.
         self.held = asyncio.Event()
         self.left = asyncio.Event()
 
-    async def serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        # asyncio would log them.
-        ends = (OSError, asyncio.IncompleteReadError, asyncio.CancelledError)
-        with contextlib.closing(writer), contextlib.suppress(*ends):
-            head = await reader.readuntil(b"\r\n\r\n")
-            length = re.search(rb"(?i)content-length: *(\d+)", head)
-            body = await reader.readexactly(int(length[1]) if length else 0)
-            writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\n")
-            writer.write(b"content-type: text/event-stream\r\n\r\n")
-            if not re.match(rb"POST /v1/messages[? ]", head):
-                return
-            agent = re.search(rb"(?i)user-agent: claude-cli/([\w.-]+)", head)
-            self.version = agent[1].decode() if agent else ""
-            events = self.answer(orjson.loads(body))
-            writer.writelines(map(translate.frame, events))
-            if self.held.is_set():
-                try:
-                    await reader.read()
-                finally:
-                    self.left.set()
-
-    def answer(self, asked: Json) -> list[Json]:
-        """The events that answer a request."""
-        message = {
-            "id": "msg_1",
-            "type": "message",
-            "role": "assistant",
-            "content": [],
-            "model": asked["model"],
-            "usage": {
-                "input_tokens": 1,
-                "output_tokens": 1,
-            },
-        }
-        begin = {"type": "message_start", "message": message}
-        if CALL["id"] in str(asked["messages"]):
-            self.found["tools"] = "violet" in str(asked["messages"])
+    async def dispatch(self, exchange: Exchange) -> Reply | None:
+        if exchange.route != "/v1/messages":
+            return Reply(b"{}")
+        connection, asked = exchange.connection, orjson.loads(exchange.body)
+        messages = str(asked["messages"])
+        if "toolu_1" in messages:
+            self.found["tools"] = "violet" in messages
+            connection.stream(exchange, BEGIN)
             self.held.set()
-            return [begin]
-        said = []
-        for item in asked["messages"]:
-            said += [
-                (item["role"], word)
-                for _, word in SAID
-                if f"'{word}'" in str(item["content"])
-            ]
-        self.found["history"] = said == SAID
-        has_system = "white" in str(asked["system"])
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.left.set()
+        words = re.findall("'(red|green|blue)'", messages)
+        self.found["history"] = words == ["red", "green", "blue"]
+        has_system = "white" in str(asked.get("system"))
         self.found["settings"] = has_system and asked.get("temperature") == 0.5
-        delta = {"stop_reason": "tool_use"}
-        return [
-            begin,
-            {
-                "type": "content_block_start",
-                "index": 0,
-                "content_block": CALL,
-            },
-            {"type": "content_block_stop", "index": 0},
-            {
-                "type": "message_delta",
-                "delta": delta,
-                "usage": {"output_tokens": 1},
-            },
-            {"type": "message_stop"},
-        ]
+        connection.stream(exchange, BEGIN + CALL)
+        await connection.finish()
+        return None
 
-    async def play(self, pool: Pool) -> None:
+    async def run_scenario(self, pool: Pool) -> None:
         """Raises ApiError when a turn fails."""
-        messages: list[Json] = [{"role": role, "content": word} for role, word in SAID]
-        async with self.turn(pool, messages) as first:
-            await first.relay(lambda _: True, self.drain)
-        result = {
-            "type": "tool_result",
-            "tool_use_id": CALL["id"],
-            "content": "violet",
-        }
-        messages.append({"role": "assistant", "content": [CALL]})
-        messages.append({"role": "user", "content": [result]})
-        async with self.turn(pool, messages) as second:
-            answer = second.relay(lambda _: True, self.drain)
-            relay = asyncio.create_task(answer)
+        body = orjson.loads(REQUEST)
+        body["messages"] = orjson.loads(HISTORY)
+        async with pool.turn(translate.parse_request(orjson.dumps(body)), None) as turn:
+            await turn.relay(lambda _: True, self.never_wait)
+        body["messages"] += orjson.loads(RESULT)
+        async with pool.turn(translate.parse_request(orjson.dumps(body)), None) as turn:
+            relay = asyncio.create_task(turn.relay(lambda _: True, self.never_wait))
             relay.add_done_callback(lambda _: self.held.set())  # it failed
             try:
                 await self.held.wait()
                 if relay.done():
                     relay.result()
                 # Otherwise it got the result as part of a new conversation.
-                self.found["tools"] &= second.origin == "hot"
-                second.interrupt()
+                self.found["tools"] &= turn.origin == "hot"
+                turn.interrupt()
                 await self.left.wait()
-                self.found["interrupt"] = not second.process.ended
+                self.found["interrupt"] = not turn.process.ended
             finally:
                 relay.cancel()
                 await asyncio.gather(relay, return_exceptions=True)
 
-    def turn(
-        self, pool: Pool, messages: list[Json]
-    ) -> contextlib.AbstractAsyncContextManager[Turn]:
-        body = {
-            # An administrator's settings can name another API than this one: none has
-            # this model, so it costs nothing.
-            "model": "no-such-model",
-            "max_tokens": 99,
-            "temperature": 0.5,
-            "system": "white",
-            "messages": messages,
-            "tools": [{"name": "probe", "input_schema": {"type": "object"}}],
-        }
-        return pool.turn(translate.parse_request(orjson.dumps(body)), None)
-
-    async def drain(self) -> None:
+    async def never_wait(self) -> None:
         """Nothing holds this client up."""
 
 
 async def rehearse(config: Config, api: FakeApi) -> None:
     """Play the scenario of a FakeApi, with an empty home: the user's files must supply
     neither a login nor another address."""
-    server = await asyncio.start_server(api.serve, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
+    server = await api.listen(None)
+    await server.start_serving()
     kept = {
-        "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{port}",
-        "ANTHROPIC_API_KEY": "unused",
+        "ANTHROPIC_BASE_URL": api.url,
+        "ANTHROPIC_API_KEY": KEY_OF_CLIENTS,
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     }
     with tempfile.TemporaryDirectory() as home:
-        environ = dict(os.environ)
-        environ.update(kept)
-        for name in ("HOME", "CLAUDE_CONFIG_DIR"):
-            environ[name] = home
-        for name in ("NO_PROXY", "no_proxy"):
-            environ[name] = "127.0.0.1"
+        environ = os.environ | kept
+        environ |= dict.fromkeys(("HOME", "CLAUDE_CONFIG_DIR"), home)
+        environ |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
         names = tuple(kept)
         config = dataclasses.replace(
             config, keep_env=names, setting_sources="", tools=""
         )
-        async with server, Pool(config, environ) as pool:
-            await api.play(pool)
+        try:
+            async with Pool(config, environ) as pool:
+                await api.run_scenario(pool)
+        finally:
+            await stop(api, server, None)
 
 
-async def check(config: Config) -> bool:
+async def check(config: Config, flags: Iterable[str]) -> bool:
     """Print in plain words whether the CLI is there, is logged in and does what is
     needed; True if all is well.  It costs no token."""
     try:
-        config = config.checked()
+        config = dataclasses.replace(config.checked(), spares=0)
     except ConfigError as error:
-        print(f"settings: {error}")
+        print(f"settings: {as_typed(str(error), flags)}")
         return False
-    for words in config.warnings(os.environ):
-        print(f"warning: {words}")
-    print(f"CLI: {config.bin}")
-    config = dataclasses.replace(config, spares=0)
+    for warning in config.warnings(os.environ):
+        print(f"warning: {as_typed(warning, flags)}")
     limit = min(REHEARSAL_SECS, config.watchdog_secs)
+    print(f"CLI: {config.bin}")
+    print(f"time: up to {2 * limit:g} seconds", flush=True)
     try:
-        with progress_line("starting it ..."):
-            async with Pool(config) as pool, asyncio.timeout(limit):
-                cli = await pool.look_at_cli()
-                source = translate.login_source(await pool.hello())
+        async with Pool(config) as pool, asyncio.timeout(limit):
+            cli = await pool.look_at_cli()
+            hello = await pool.hello()
+            missing = await missing_from_agent(pool)
     except (ApiError, OSError) as error:  # TimeoutError among them
         print(f"start: does not work ({str(error) or 'no answer in time'})")
         return False
-    cure = login_cure(config, os.environ)
-    print(f"login: {source or 'nobody is logged in: ' + cure}")
-    found = dict.fromkeys(FEATURES, False)
-    api = FakeApi(found)
+    for warning in missing:
+        print(f"warning: {as_typed(warning, flags)}")
+    print(f"login: {login_state(config, hello)}")
+    print(f"version: {cli.version or NO_VERSION} {cli.warning}".rstrip(), flush=True)
+    api = FakeApi()
     failure = ""
     try:
-        with progress_line("asking it two questions in front of a fake API ..."):
-            async with asyncio.timeout(limit):
-                await rehearse(config, api)
+        async with asyncio.timeout(limit):
+            await rehearse(config, api)
     except (ApiError, OSError) as error:
         failure = f" ({str(error) or 'no answer in time'})"
-    version = cli.version or api.version or "unknown"
-    print(f"version: {version}" + (f" ({cli.warning})" if cli.warning else ""))
     for name, meaning in FEATURES.items():
-        missing = f"does not work: there is no sign that this CLI {meaning}{failure}"
-        print(f"{name}: {'works' if found[name] else missing}")
-    return bool(source) and all(found.values())
-
-
-@contextlib.contextmanager
-def progress_line(words: str) -> Iterator[None]:
-    """On a terminal, say what is being done while it is."""
-    terminal = sys.stdout if sys.stdout and sys.stdout.isatty() else None
-    if terminal:
-        print(words, end="\r", file=terminal, flush=True)
-    try:
-        yield
-    finally:
-        if terminal:
-            print(ERASE_LINE, end="\r", file=terminal, flush=True)
+        fault = f"does not work: there is no sign that this CLI {meaning}{failure}"
+        print(f"{name}: {'works' if api.found[name] else fault}")
+    return all([translate.login_source(hello), *api.found.values()])
 
 
 if __name__ == "__main__":

@@ -88,6 +88,8 @@ class ApiError(Exception):
     resets_at: float | None = None
     # It is the API's own.
     is_from_api: bool = False
+    # Its message has words of the API or of the CLI, which can quote a prompt.
+    is_quoted: bool = False
 
     def __post_init__(self) -> None:
         # Whoever worded it: a header that cannot be sent, for one, is quoted.
@@ -1928,6 +1930,9 @@ class Translator:
             if self._is_next_delta(event, inner):
                 return self._block_delta(inner)
             return self._feed(event)
+        except ApiError as error:
+            error.is_quoted = True
+            raise
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             message = "the claude CLI printed an event of an unknown shape"
             raise cli_error(f"{message} ({type(error).__name__})") from error

@@ -185,7 +185,7 @@ def test_bypass_permissions_as_root_is_refused_at_start(launch: Callable[..., Pr
     program = launch("--tools", "default", "--permission-mode", "bypassPermissions", wait=False)
     assert program.wait() == 2
     wait_until(lambda: program.lines, "the reason")
-    assert program.lines[-1].startswith("claude-cli-bridge: CLAUDE_CLI_PERMISSION_MODE: ")
+    assert program.lines[-1].startswith("claude-cli-bridge: --permission-mode: ")
 
 
 def test_the_processes_of_an_agent_end_with_it(agent: Callable[..., Server]) -> None:

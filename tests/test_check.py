@@ -15,6 +15,8 @@ from host import ROOT
 from installed import CLIS
 from servers import kept_names
 
+from bridge import user_name
+
 FEATURES = ("history", "settings", "tools", "interrupt")
 
 
@@ -28,12 +30,19 @@ def check(bin: Path | str, *before: str, **environ: str) -> tuple[int, dict[str,
 
 
 def test_a_working_cli_passes_and_no_token_is_spent(
-    cli: Path, since: Callable[[], list[Json]]
+    cli: Path, environment: Path, since: Callable[[], list[Json]]
 ) -> None:
     status, said = check(cli)
+    login = f"ANTHROPIC_API_KEY (user {user_name()} in {environment}/.claude)"
     [version] = [version for version, path in CLIS.items() if path == cli]
     works = dict.fromkeys(FEATURES, "works")
-    assert said == {"CLI": str(cli), "login": "ANTHROPIC_API_KEY", "version": version, **works}
+    assert said == {
+        "CLI": str(cli),
+        "time": "up to 60 seconds",
+        "login": login,
+        "version": version,
+        **works,
+    }
     assert status == 0
     assert since() == []
 
@@ -84,9 +93,7 @@ def test_a_cli_without_a_feature_fails_and_names_it(
 def test_a_cli_that_is_not_there_fails_and_says_so() -> None:
     status, said = check("/no/such/claude")
     assert status == 1
-    assert (
-        "CLAUDE_CLI_BIN: '/no/such/claude' does not exist or is not executable" in said["settings"]
-    )
+    assert "--bin: '/no/such/claude' does not exist" in said["settings"]
 
 
 def test_a_cli_that_does_not_start_fails_and_says_why(tmp_path: Path) -> None:

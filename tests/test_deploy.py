@@ -186,7 +186,7 @@ def test_supervisord_restarts_the_bridge_without_an_orphan(
 
 @pytest.mark.parametrize(
     ("providers", "status", "words"),
-    [(OTHERS, 0, "claude-cli"), ("model_providers = 1\n", 2, "CLAUDE_CLI_CONFIG")],
+    [(OTHERS, 0, "claude-cli"), ("model_providers = 1\n", 2, "cannot be read")],
     ids=["nothing to serve", "settings that cannot work"],
 )
 def test_supervisord_leaves_a_bridge_alone_that_ended_on_purpose(

@@ -95,7 +95,7 @@ def test_a_fault_fails_its_request_alone_and_retires_its_process(
             "exited with status 1: stand-in: told to exit at the start",
         ),
         ("hang-at-start", 504, "timeout_error", "silent for 1 seconds"),
-        ("not-logged-in", 401, "authentication_error", "log in with /login"),
+        ("not-logged-in", 401, "authentication_error", "nobody is logged in: no login of user "),
     ],
 )
 def test_a_process_that_does_not_come_up_is_an_error_status(

@@ -192,8 +192,8 @@ def requests(program: Program, log: Log) -> Iterator[int]:
     yield send("sesame-prompt", temperature="sesame")
     yield send("sesame-prompt", {"x-api-key": "sesame-wrong"})
     yield send("sesame-prompt", {"authorization": "Bearer sesame-wrong"})
-    yield send("sesame-prompt", {**key, "origin": "http://sesame.example"})
-    yield send("sesame-prompt", {**key, "host": "sesame.example"})
+    yield send("sesame-prompt", {**key, "origin": "http://evil.example"})
+    yield send("sesame-prompt", {**key, "host": "evil.example"})
     for text in ("sesame-prompt PAUSE-START", "sesame-prompt PAUSE"):  # clients that leave
         data = json.dumps(request_body(text, stream=True, **fields)).encode()
         head = (

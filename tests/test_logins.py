@@ -166,8 +166,8 @@ def log_in(login: Login, home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[s
 def shown_login(server: Client) -> str:
     """What the page says of who is logged in."""
     lines = server.call("GET", "/").body.decode().splitlines()
-    [line] = [line for line in lines if line.startswith("  logged in ")]
-    return line.removeprefix("  logged in ").strip()
+    [line] = [line for line in lines if line.startswith("  login ")]
+    return line.removeprefix("  login ").strip()
 
 
 def start_line(program: Program) -> str:
@@ -225,10 +225,11 @@ def test_a_login_is_one_at_the_start_for_check_on_the_page_for_health_and_at_the
     shown.append(shown_login(program))
     rows = [row for row in stub.rows()[before:] if row["path"].endswith(login.paths)]
     if login.source:
-        assert (status, checked["login"]) == (0, login.source)
-        assert begun == f"INFO the claude CLI is logged in ({login.source})"
+        state = f"{login.source} (user {user_name()} in {environment}/.claude)"
+        assert (status, checked["login"]) == (0, state)
+        assert begun == f"INFO the claude CLI is logged in: {state}"
         assert (deep.status, said) == (200, "ok")
-        assert set(shown) == {login.source}
+        assert set(shown) == {state}
         statuses = [answer.status for answer in answers]
         assert statuses == [200, 200] if login.works else not {200, 401} & {*statuses}
         for path in login.paths:
@@ -239,9 +240,9 @@ def test_a_login_is_one_at_the_start_for_check_on_the_page_for_health_and_at_the
         assert (status, checked["login"][: len(nobody)]) == (1, nobody)
         assert begun.startswith(f"WARNING {nobody}")
         assert (deep.status, said[: len(nobody)]) == (503, nobody)
-        assert all(words.startswith(f"nobody: {whose}") for words in shown)
+        assert all(words.startswith(nobody) for words in shown)
         assert [answer.status for answer in answers] == [401, 401]
-        assert all("log in with /login" in answer.body.decode() for answer in answers)
+        assert all(nobody in answer.body.decode() for answer in answers)
         assert rows == []
     for words in (checked["login"], begun, said, *shown):
         assert login.advice in words
@@ -291,7 +292,7 @@ def test_a_login_that_is_made_while_a_spare_waits_counts_at_once(
     assert (answer.status, answer.text) == (200, "x")
     assert tokens(since()) == ["made-now"]
     wait_until(lambda: server.call("GET", "/healthz?deep=1").body == b"ok", "health")
-    assert shown_login(server) == "Claude Max"
+    assert shown_login(server).startswith("Claude Max (user ")
 
 
 def test_a_hot_conversation_goes_on_with_the_login_of_now(

@@ -1,7 +1,9 @@
 """What people and probes read: the page at /, /healthz with its questions, and wrong addresses."""
 
+import base64
 import json
 import re
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
@@ -22,6 +24,7 @@ from bridge import user_name
 
 Serve = Callable[..., Server]
 KEY = {"x-api-key": "sesame-key"}
+BASIC = 'Basic realm="the password is the key"'
 HTML = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 WAYS = pytest.mark.parametrize("accept", [{}, HTML], ids=["text", "HTML"])
 
@@ -38,7 +41,7 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.text += " " if tag == "td" else ""
+        self.text += " " if tag == "span" else ""
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -64,31 +67,43 @@ def test_the_page_says_what_the_bridge_is_doing(
     first = server.post("hello")
     assert server.post(["hello", first.text, "and now"]).status == 200
     assert server.call("GET", "/nope").status == 404
+    assert (
+        server.post(["other", "yes", "x" * 10], system="sesame").session
+        == "rebuilt; reason=unknown-history"
+    )
+    assert server.call("GET", "/healthz").status == 200
     running = background.submit(server.post, "PAUSE")
     wait_until(lambda: log.got("PAUSE"), "the turn")
     said = re.sub(r"\s+", " ", page(server, accept))
     gate.touch()
     assert running.result().status == 200
     for words in (
-        f"version {bridge.__version__}",
-        f"base URL for clients {server.url}",
-        f"claude CLI {STANDIN}",
-        "logged in stand-in",
-        "busy turns: 0",
-        "idle turns: 2, waits for",
-        "/v1/messages, 200 2",
-        "hot 1",
-        "not_found_error 1",
+        f"export ANTHROPIC_BASE_URL={server.url} export ANTHROPIC_API_KEY=unused",
         f"curl {server.url}/v1/messages",
+        f"version {bridge.__version__}",
+        f"claude CLI {STANDIN} its version 2.1.260",
+        f"login stand-in (user {user_name()} in ",
+        "s; turns: 0",
+        "s; turns: 2",
     ):
         assert words in said
+    assert said.index("Connect") < said.index("State") < said.index("Last requests")
+    times = re.sub(r"\d\d:\d\d:\d\d|\d+\.\d\d s", "-", said)
+    assert "healthz" not in times
+    _, _, last = times.partition("Last requests")
+    assert re.findall(r"- (/\S+) (\d+), -, (\w+(?:, \w+)*)", last) == [
+        ("/v1/messages", "200", "sonnet, rebuilt, unknown"),
+        ("/nope", "404", "no"),
+        ("/v1/messages", "200", "sonnet, hot"),
+        ("/v1/messages", "200", "sonnet, new"),
+    ]
 
 
 def test_the_page_is_html_for_a_browser_and_runs_and_loads_nothing(serve: Serve) -> None:
     answer = serve().call("GET", "/", None, HTML)
     assert answer.headers["content-security-policy"].startswith("default-src 'none'")
     tags = set(Reader(answer.body.decode()).tags)
-    assert {"title", "h1", "table", "pre"} <= tags
+    assert {"title", "h1", "h2", "p", "pre"} <= tags
     assert not tags & {"script", "img", "link", "iframe", "form"}
 
 
@@ -97,16 +112,67 @@ def test_the_page_shows_no_secret_and_nothing_that_was_said(
     serve: Serve, accept: dict[str, str]
 ) -> None:
     server = serve(api_key=KEY["x-api-key"])
-    for number, path in enumerate(("/v1/messages", "/sesame-path", "/v1/models/sesame")):
+    for number, path in enumerate(("/v1/messages", "/path?sesame", "/v1/models/x?sesame")):
         body = request_body("sesame-prompt", system="sesame-system", stream=bool(number))
         assert server.call("POST", path, body, KEY).status in (200, 404, 405)
     assert server.call("POST", "/v1/messages", {"sesame-field": 1}, KEY).status == 400
     assert server.call("GET", "/", None, {"x-api-key": "sesame-wrong"}).status == 401
-    assert server.call("GET", "/", None, {**KEY, "origin": "http://sesame"}).status == 403
+    assert server.call("GET", "/", None, {**KEY, "origin": "http://evil"}).status == 403
     said = page(server, accept, **KEY)
     assert "sesame" not in said
     assert "sk-stub" not in said
     assert "echo" not in said
+
+
+def test_the_page_opens_in_a_browser_with_the_key_as_password(serve: Serve) -> None:
+    """RFC 7617; nothing else does: a browser sends its password to every path."""
+    server = serve(api_key=KEY["x-api-key"])
+    refused = server.call("GET", "/", None, HTML)
+    assert (refused.status, refused.headers["www-authenticate"]) == (401, BASIC)
+
+    def opens(pair: str, method: str = "GET", path: str = "/") -> bool:
+        value = b"Basic " + base64.b64encode(pair.encode())
+        return server.call(method, path, None, {"authorization": value.decode()}).status == 200
+
+    assert opens(":sesame-key")
+    assert opens("anybody:sesame-key")
+    assert opens("anybody:sesame-key", "HEAD")
+    assert not opens("sesame-key")
+    assert not opens("sesame-key:")
+    assert not opens("anybody:sesame-keys")
+    assert not opens("anybody:sesame-key", "GET", "/metrics")
+    answer = server.call("GET", "/v1/models", None, {"authorization": "Basic !"})
+    assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
+    assert server.call("GET", "/", None, {"authorization": "Basic !"}).status == 401
+
+
+@WAYS
+def test_the_page_shows_how_to_connect_without_the_key(
+    serve: Serve, accept: dict[str, str]
+) -> None:
+    said = page(serve(api_key=KEY["x-api-key"]), accept, **KEY)
+    assert "export ANTHROPIC_API_KEY=$CLAUDE_CLI_API_KEY" in said
+    assert 'x-api-key: $CLAUDE_CLI_API_KEY"' in said
+
+
+def test_what_the_page_says_to_type_works(serve: Serve) -> None:
+    server = serve()
+    lines = page(server, {}).partition("Connect")[2].partition("State")[0]
+    done = subprocess.run(["sh", "-ec", lines], capture_output=True, text=True, check=True)
+    assert "echo: Say hello." in done.stdout
+
+
+def test_the_page_shows_the_last_twenty_requests(serve: Serve) -> None:
+    server = serve()
+    for number in range(25):
+        server.call("GET", f"/nope{number}")
+    said = page(server, HTML)
+    assert re.findall(r"/nope(\d+) ", said) == [str(number) for number in range(24, 4, -1)]
+
+
+def test_the_page_is_refreshed_without_a_script(serve: Serve) -> None:
+    body = serve().call("GET", "/", None, HTML).body
+    assert b'<meta http-equiv="refresh" content="10">' in body
 
 
 @WAYS

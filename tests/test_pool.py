@@ -191,7 +191,7 @@ def test_no_room_for_the_bridges_own_question_is_no_warning(
 
     async def use(pool: Pool) -> None:
         running: Any = SimpleNamespace(config=pool.config, pool=pool)
-        curious = asyncio.create_task(bridge.announce(running))
+        curious = asyncio.create_task(bridge.announce(running, ()))
         await soon(lambda: pool.resting(State.PROBE))
         await ask(pool, "hello")
         await curious

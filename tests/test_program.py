@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import signal
 import socket
 import stat
@@ -98,7 +99,7 @@ def test_the_start_asks_who_is_logged_in_and_sends_nothing_to_the_model(
     launch: Launch, log: Log
 ) -> None:
     program = launch()
-    printed(program, "logged in (stand-in)")
+    printed(program, "logged in: stand-in (user ")
     wait_until(lambda: not program.children(), "the end of the process that was asked")
     [(pid, _)] = log.started().items()
     assert log.requests(pid) == ["initialize"]
@@ -110,7 +111,7 @@ def test_without_a_login_the_bridge_starts_and_says_how_to_log_in(launch: Launch
     printed(program, "nobody is logged in: no login of user ")
     answer = program.post(model="not-logged-in")
     assert (answer.status, answer.json["error"]["type"]) == (401, "authentication_error")
-    assert "log in with /login" in answer.json["error"]["message"]
+    assert "nobody is logged in: no login of user " in answer.json["error"]["message"]
     assert answer.headers["x-should-retry"] == "false"
 
 
@@ -242,8 +243,16 @@ def rows(program: Program, log_format: str) -> list[dict[str, object]]:
     """The log's lines about requests."""
     if log_format == "json":
         return [json.loads(line) for line in program.lines if "request_id" in line]
-    pairs = [line.split(" INFO ")[1].split() for line in program.lines if "request_id=" in line]
-    return [dict(pair.split("=", 1) for pair in line) for line in pairs]
+    lines = [line.split(" INFO ")[1] for line in program.lines if "request_id=" in line]
+    return [dict(pair.split("=", 1) for pair in shlex.split(line)) for line in lines]
+
+
+DIED = "the claude CLI exited with status 1: stand-in: told to die before any event"
+NOT_JSON = "The request body is not valid JSON: unexpected end of data: line 1 column 2 (char 1)"
+NO_ROUTE = (
+    "no route for '/nowhere': this is the Anthropic Messages API (POST /v1/messages); "
+    "the base URL is {}"
+)
 
 
 @formats
@@ -268,9 +277,9 @@ def test_each_request_is_one_line_in_the_log(launch: Launch, log_format: str) ->
         ("new", None, "sonnet", 200, None),
         ("hot", None, "sonnet", 200, None),
         ("rebuilt", "unknown-history", "opus", 200, None),
-        ("new", None, "sonnet", 502, "claude_cli_error"),
-        (None, None, None, 400, "invalid_request_error"),
-        (None, None, None, 404, "not_found_error"),
+        ("new", DIED, "sonnet", 502, "claude_cli_error"),
+        (None, NOT_JSON, None, 400, "invalid_request_error"),
+        (None, NO_ROUTE.format(program.url), None, 404, "not_found_error"),
     ]
     for row, answer, values in zip(rows(program, log_format), answers, expected, strict=True):
         assert row["request_id"] == answer.headers["request-id"]
@@ -311,9 +320,9 @@ def requests(program: Program) -> Iterator[Answer]:
     yield post([{"role": "sesame", "content": 1}])
     yield program.call("POST", "/v1/messages", b'{"sesame-body', key)
     yield program.call("POST", "/v1/messages", b"{}", {"x-api-key": "sesame-wrong"})
-    yield program.call("GET", "/sesame-path", None, key)
-    yield program.call("GET", "/v1/models/sesame-model", None, key)
-    yield program.call("PUT", "/v1/messages", b"", {**key, "origin": "http://sesame.example"})
+    yield program.call("GET", "/path?x=sesame-query", None, key)
+    yield program.call("GET", "/v1/models/model?x=sesame-query", None, key)
+    yield program.call("PUT", "/v1/messages", b"", {**key, "origin": "http://evil.example"})
 
 
 @formats
