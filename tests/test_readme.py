@@ -121,6 +121,14 @@ def test_every_setting_that_is_named_is_one(path: Path) -> None:
     assert set(re.findall(r"CLAUDE_CLI_[A-Z_]+", path.read_text())) <= known
 
 
+def test_every_flag_that_the_readme_names_is_one() -> None:
+    code = re.findall(r"`([^`\n]+)`", readme.README.read_text())
+    own = [text for text in code if text.startswith(("--", "claude-cli-bridge "))]
+    flags = set(re.findall(r"(?<!\S)--[a-z-]+", " ".join(own)))
+    assert "--trace-dir" in flags
+    assert flags <= set(re.findall("--[a-z-]+", help_text()))
+
+
 def test_what_the_table_of_troubles_shows_is_what_the_program_says() -> None:
     table = readme.rows(readme.section("## Trouble"))
     assert len(table) == 12
