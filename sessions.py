@@ -1349,19 +1349,21 @@ class Session:
         listed = translate.listed_model(self.process.cli.hello, request.model)
         self.model = listed or request.model
 
-    def start(self, request: Request, rows: list[bytes], query: bool) -> None:
-        """Write the `rows` of the conversation to its gate, and start a turn on them;
-        without `query` they are only counted."""
+    def set_up(self, request: Request, rows: list[bytes]) -> None:
+        """Write the `rows` of the conversation to its gate, and what the request sets."""
         process = self.process
-        self.turn_id = str(uuid.uuid4())
         process.open_gate(rows)
         process.write(
             translate.initialize_line(
                 request.system, has_tools=bool(process.tools), agent=self.kind.agent
             ),
             *self._changed_settings(request),
-            translate.user_line([], self.turn_id, query=query),
         )
+
+    def start(self, query: bool) -> None:
+        """Start a turn on the conversation; without `query` it is only counted."""
+        self.turn_id = str(uuid.uuid4())
+        self.process.write(translate.user_line([], self.turn_id, query=query))
 
     def _changed_settings(self, request: Request) -> list[bytes]:
         """The line with a request's settings, unless the last request had the same."""
@@ -1696,6 +1698,9 @@ class Pool:
                 turn = await self._hot_turn(request, pin, trace)
                 if not turn:
                     turn = await self._fresh_turn(request, pin, token, trace)
+                if turn.origin != "hot":
+                    beginning = request if turn.origin == "new" else None
+                    turn.on_begin = lambda: self.refill(self._kind(request), beginning)
                 log.debug("request %s: %s", request_id, turn.decision)
                 try:
                     yield turn
@@ -1791,10 +1796,10 @@ class Pool:
         process.begin_turn(trace)
         process.write(*lines)
         process.hand_over(results or {})
-        return Turn(request, session, "hot")
+        return Turn(request, session, "hot" if session.turns else "new")
 
     def _find(self, request: Request) -> Session | None:
-        for session in self.on_file:
+        for session in [*self.on_file, *self.spares]:
             if session.matches(request) and not session.pin:
                 return session
         return None
@@ -1828,9 +1833,7 @@ class Pool:
         session = await self.open(request, tools, trace)
         if token:
             session.take_name(session_id(token), pin)
-        turn = Turn(request, session, "rebuilt" if reason else "new", reason)
-        turn.on_begin = lambda: self.refill(self._kind(request))
-        return turn
+        return Turn(request, session, "rebuilt" if reason else "new", reason)
 
     def _rebuild_reason(self, request: Request, pin: str) -> str:
         """Why a conversation is rebuilt, such that its user can act on it; empty: it is
@@ -1877,7 +1880,8 @@ class Pool:
                     session.own_id,
                 )
                 rows = await self.compute(request.size, make_rows)
-                session.start(request, rows, query)
+                session.set_up(request, rows)
+                session.start(query)
                 await session.process.first_event()
             except BaseException:
                 self.retire(session, "failed")
@@ -1944,14 +1948,14 @@ class Pool:
         for spare in self.spares:
             if spare.process.is_unusable:
                 self.retire(spare, "failed")
-            elif spare.kind == kind:
+            elif spare.kind == kind and not spare.parts:
                 spare.move(State.BUSY)
                 return spare
         return None
 
-    def refill(self, kind: Kind) -> None:
+    def refill(self, kind: Kind, beginning: Request | None = None) -> None:
         """Have a spare for each of the last requests, the newest of which was of this
-        kind; other spares end."""
+        kind, and the `beginning` of a conversation; other spares end."""
         self._kinds.append(kind)
         missing = list(self._kinds)
         for preparing in self._preparing.values():
@@ -1963,16 +1967,33 @@ class Pool:
             else:
                 self.retire(spare, "unwanted")
         for wanted in missing:
-            task = asyncio.create_task(self._prepare(wanted))
+            task = asyncio.create_task(self._prepare(wanted, beginning))
             self._preparing[task] = wanted
             task.add_done_callback(self._preparing.pop)
 
-    async def _prepare(self, kind: Kind) -> None:
+    async def _prepare(self, kind: Kind, beginning: Request | None) -> None:
         if self.room.is_full:
             return  # nobody makes room for a spare
         with contextlib.suppress(ApiError):  # the next request will report it
             await self._spawn(kind, State.SPARE)
             self._make_room()
+            if beginning:
+                await self._open_ahead(beginning)
+
+    async def _open_ahead(self, request: Request) -> None:
+        """Set up one of two spares as for a request without messages: the next
+        conversation that begins alike finds it as good as hot (tests/bench)."""
+        kind = self._kind(request)
+        announced = await self._announced(request.model, kind)
+        same = [
+            spare for spare in self.spares if spare.kind == kind and not spare.parts
+        ]
+        if len(same) > 1:
+            spare = same[0]
+            spare.adopt(request, translate.listed_tools(request), None)
+            rows = translate.transcript([], spare.model, announced, spare.own_id)
+            spare.set_up(request, rows)
+            spare.process.end_turn(seen=True)
 
     # What is known of the CLI
 
