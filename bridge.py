@@ -1815,9 +1815,8 @@ async def missing_from_agent(pool: Pool) -> list[str]:
     if not pool.config.tools:
         return []
     request = translate.parse_request(NO_QUESTION, counting=True, agent=True)
-    session, lines = await pool.open(request, [], query=False)
+    session = await pool.open(request, [], query=False)
     try:
-        session.process.write(*lines)
         init = await session.process.read_until(
             lambda event: event.get("subtype") == "init" and event
         )

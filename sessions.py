@@ -1851,7 +1851,12 @@ class Pool:
         return reason
 
     async def open(
-        self, request: Request, tools: list[Json], trace: Trace, *, query: bool = True
+        self,
+        request: Request,
+        tools: list[Json],
+        trace: Trace | None = None,
+        *,
+        query: bool = True,
     ) -> Session:
         """A process that was given the conversation of the request, and has begun to
         answer it; without `query` it only counts it."""
@@ -1865,9 +1870,9 @@ class Pool:
         needs_hello = request.fingerprint.has_thinking or self.config.setting_sources
         if needs_hello and not cli.hello:
             await self.hello()
-        kind = self._kind(request)
-        announced = await self._announced(request.model, kind)
         while True:
+            kind = self._kind(request)
+            announced = await self._announced(request.model, kind)
             spare = await self._take_spare(kind)
             session = spare or await self._spawn(kind, State.BUSY)
             try:
@@ -1881,18 +1886,29 @@ class Pool:
                 )
                 rows = await self.compute(request.size, make_rows)
                 session.set_up(request, rows)
-                session.start(query)
-                await session.process.first_event()
+                if not cli.hello:
+                    await session.process.read_until(
+                        lambda event: control_result(event, "initialize")
+                    )
+                is_right = self._kind(request) == kind
+                if is_right:
+                    session.start(query)
+                    await session.process.first_event()
             except BaseException:
                 self.retire(session, "failed")
                 raise
-            if not spare or not session.process.failed_silently:
+            if is_right and not (spare and session.process.failed_silently):
                 return session
-            self.retire(session, "failed")  # it asked nothing, so another one can
+            # It asked nothing, so another one can.
+            self.retire(session, "failed" if is_right else "model")
 
     def _kind(self, request: Request) -> Kind:
-        """The kind of process that a request needs."""
-        takes_it = translate.takes_from_conversation(self.cli.hello, request.model)
+        """The kind of process that a request needs.  Until the CLI has listed its models,
+        one without --model is expected to run any full name."""
+        hello = self.cli.hello
+        takes_it = translate.takes_from_conversation(hello, request.model)
+        if not hello:
+            takes_it = request.model.startswith(translate.FULL_NAME)
         model = "" if takes_it else request.model
         return Kind(model, request.is_agent, not request.is_agent and self._is_bare())
 
@@ -2169,14 +2185,16 @@ class Pool:
             self.cli = Cli(self.cli.program, self.cli.files, version)
 
     async def _sweep(self) -> None:
-        """Start the first spares, then look after all processes again and again."""
-        for _ in range(self.config.spares):
-            with contextlib.suppress(ApiError):  # the first request will report it
-                await self.look_at_cli()
-                self.refill(Kind(bare=self._is_bare()))
+        """Start the first spares, and look after all processes, again and again."""
         ttl, watchdog = self.config.session_ttl_secs, self.config.watchdog_secs
         shortest = min(ttl or watchdog, watchdog)
         while True:
+            # One at a time: a second one would slow down a first request that comes at
+            # once.
+            if len(self._kinds) < self.config.spares:
+                with contextlib.suppress(ApiError):  # the first request will report it
+                    await self.look_at_cli()
+                    self.refill(Kind(bare=self._is_bare()))
             await asyncio.sleep(max(0.05, min(shortest / 4, SWEEP_SECS)))
             # If the bridge was stopped, what came in that time is still in the pipes.
             await read_pipes()
