@@ -1257,6 +1257,10 @@ class Process(Child):
         if translate.mcp_method(event) == "tools/list":
             self.has_listed = True
 
+    def interrupt(self) -> None:
+        """End its turn: nothing more may be billed."""
+        self.write(translate.control_line("interrupt", "interrupt"))
+
     async def stop(self) -> None:
         """End it.  One that waits for a tool result is killed: 2.1.330 calls the API
         once more when its stdin closes."""
@@ -1505,7 +1509,7 @@ class Turn:
         return self.translator.rests and can_hand_over and not is_half
 
     def interrupt(self) -> None:
-        self.process.write(translate.control_line("interrupt", "interrupt"))
+        self.process.interrupt()
 
 
 # ------------------------------------------------------------ room
@@ -1603,7 +1607,7 @@ class Pool:
         self._kinds: deque[Kind] = deque(maxlen=config.spares)
         # Spares that are being started.
         self._preparing: dict[asyncio.Task[None], Kind] = {}
-        self._environ = environ
+        self._environ = dict(environ)
         self._environment = child_environment(config, environ, Kind())
         # Requests in `queue`: they wait for a lock, a count or a process.
         self._queued = 0
@@ -1895,6 +1899,7 @@ class Pool:
                     session.start(query)
                     await session.process.first_event()
             except BaseException:
+                session.process.interrupt()
                 self.retire(session, "failed")
                 raise
             if is_right and not (spare and session.process.failed_silently):
