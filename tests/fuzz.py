@@ -317,7 +317,7 @@ def check_transcript(request: Request) -> None:
 
 def meaning(block: Any) -> Json:
     """A block without what may be written in several ways."""
-    return translate.canonical_block(block, translate.IGNORED_KEYS_BUT_BREAKPOINTS)
+    return translate.canonical_block(block, translate.IGNORED_WITH_CLIENT_CACHING)
 
 
 def check_settings(request: Request, body: Json, *, has_listed_tools: bool) -> None:
