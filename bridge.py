@@ -38,6 +38,7 @@ import http.client
 import importlib
 import importlib.util
 import ipaddress
+import json
 import logging
 import math
 import os
@@ -70,7 +71,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import h11
 import orjson
@@ -248,9 +249,17 @@ class Config(PoolConfig):
         )
 
     def is_own(self, url: str) -> bool:
-        """Whether a URL leads to a loopback address that the bridge listens on."""
-        name, _, port = url.removeprefix("http://").rstrip("/").rpartition(":")
-        return is_loopback(name) and self.listen_addr.endswith(f":{port}")
+        """Whether a URL leads to the address that the bridge listens on."""
+        if self.unix_path:
+            return False
+        try:
+            parts = urlsplit(url)
+            name, port = parts.hostname or "", parts.port
+        except ValueError:
+            return False
+        host, own_port = self.address
+        is_here = name == host or (is_loopback(name) and is_local(host))
+        return port == own_port and is_here
 
     @property
     def unix_path(self) -> str:
@@ -262,7 +271,9 @@ class Config(PoolConfig):
     def address(self) -> tuple[str, int]:
         """Host and port.  Raises ConfigError."""
         host, _, port = self.listen_addr.rpartition(":")
-        is_address = host and re.fullmatch("[0-9]{1,9}", port) and "/" not in host
+        is_address = (
+            host.strip("[]") and re.fullmatch("[0-9]{1,9}", port) and "/" not in host
+        )
         message = "expected host:port or unix:/path, such as 127.0.0.1:8080"
         require(is_address, "listen_addr", f"{message}; got {self.listen_addr!r}")
         message = f"a port is at most {MAX_PORT}; got {port}"
@@ -423,6 +434,8 @@ def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
     kind = type(item.default)
     kinds = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
     is_right = isinstance(value, kinds) and type(value) is not bool
+    if kind is tuple:
+        is_right = is_right and all(isinstance(item, str) for item in value)
     # Without the value: it may be a secret.
     message = f"must be of type {kind.__name__}, not {type(value).__name__}"
     require(is_right, name, message)
@@ -742,6 +755,11 @@ def check_key(exchange: Exchange, config: Config) -> None:
         raise ApiError(401, f"{message} {variable('api_key')}")
 
 
+def is_local(host: str) -> bool:
+    """Whether a listener there is reached by a loopback address."""
+    return is_loopback(host) or host in ("0.0.0.0", "::")
+
+
 def is_loopback(host: str) -> bool:
     """RFC 6761, 6.3: localhost and all names below it; RFC 1122 and 4291: 127.0.0.0/8
     and ::1."""
@@ -994,7 +1012,8 @@ class Connection:
         """Send an error as a whole answer, or as the last event of a stream that has
         begun."""
         exchange.failure = error.kind
-        exchange.message = "" if error.is_quoted else error.message
+        reason = error.message if error.log_reason is None else error.log_reason
+        exchange.message = reason[:MAX_LOGGED]
         body = error.body(exchange.id)
         if self.http.our_state is h11.SEND_BODY:
             self.stream(exchange, translate.frame(body))
@@ -1081,8 +1100,9 @@ HELLO_SECS = 10.0
 HEALTHY_SECS = 60.0
 PROBLEM_SECS = 5.0
 MODELS = "/v1/models"
-# Bytes of an unknown path in the log.
+# Characters of an unknown path in the log, and of the reason of a failure.
 MAX_LOGGED_PATH = 100
+MAX_LOGGED = 300
 # Requests that the page shows, but for good ones of these routes.
 RECENT = 20
 QUIET_ROUTES = ("/", "/healthz", "/metrics")
@@ -1105,7 +1125,7 @@ OPENAI = (
 MAX_PLACES = 50
 MAX_PLACE = 100
 # The page shows what it can without a script; nothing comes from elsewhere.
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 
 class Bridge:
@@ -1349,6 +1369,8 @@ class Bridge:
         _, _, query = exchange.target.partition("?")
         is_deep = "deep=1" in query.split("&")
         problem = await self.deep_health() if is_deep else ""
+        if problem:
+            exchange.failure, exchange.message = "unhealthy", problem[:MAX_LOGGED]
         body = (problem or "ok").encode(errors="replace")
         return Reply(body, "text/plain", 503 if problem else 200)
 
@@ -1458,7 +1480,7 @@ class Bridge:
             if wanted in models:
                 return Reply(orjson.dumps(models[wanted]))
         if name:
-            raise ApiError(404, f"model: {name}")
+            raise ApiError(404, f"model: {name}", log_reason="no such model")
         names: list[Any] = list(models) or [None]
         page = {
             "data": list(models.values()),
@@ -1475,7 +1497,10 @@ class Bridge:
         row, turn = log_row(exchange), exchange.turn
         text = " ".join(f"{name}={quoted(value)}" for name, value in row.items())
         log.info("%s", text, extra={"row": row})
-        if exchange.failure or exchange.route not in QUIET_ROUTES:
+        # Those who may not ask do not push others off the page.
+        is_known = exchange.status not in (401, 403, 503) or exchange.turn
+        is_worth_it = exchange.failure or exchange.route not in QUIET_ROUTES
+        if is_known and is_worth_it:
             self.recent.appendleft((time.strftime("%H:%M:%S"), row))
         metrics = self.pool.metrics
         route = exchange.route or "none"
@@ -1506,7 +1531,7 @@ ROUTES: dict[str, tuple[str, Handler]] = {
 def log_row(exchange: Exchange) -> Json:
     """What the log says of a request."""
     place = "route" if exchange.route else "path"
-    path = exchange.route or exchange.path[:MAX_LOGGED_PATH] or None
+    path = exchange.route or translate.masked(exchange.path)[:MAX_LOGGED_PATH] or None
     row: Json = {"request_id": exchange.id, place: path}
     used: Json = {}
     if turn := exchange.turn:
@@ -1533,10 +1558,16 @@ def log_row(exchange: Exchange) -> Json:
 
 
 def quoted(value: object) -> str:
-    """A value of the log in one word."""
+    """A value of the log: as it is if it is one word, else as JSON, in ASCII, so that no
+    terminal is told anything."""
     text = str(value)
-    is_word = text.isprintable() and not set(text) & {" ", '"'}
-    return text if is_word else orjson.dumps(text).decode()
+    is_word = escaped(text) == text and " " not in text
+    return text if is_word else json.dumps(text)
+
+
+def escaped(text: str) -> str:
+    """A text in ASCII, with the escapes of JSON."""
+    return json.dumps(text)[1:-1]
 
 
 # Headers of the API that the CLI sets itself, or not at all.
@@ -1758,7 +1789,7 @@ class JsonFormatter(logging.Formatter):
         # A path can hold bytes that are not UTF-8.
         message = record.getMessage().encode(errors="replace").decode()
         row.update(getattr(record, "row", None) or {"message": message})
-        return orjson.dumps(row).decode()
+        return json.dumps(row)
 
 
 # Seconds after the start at which the CLI is asked who is logged in: the first spare
@@ -1824,7 +1855,8 @@ async def missing_from_agent(pool: Pool) -> list[str]:
         pool.retire(session, "probe")
     known = ["default", *init.get("tools", [])]
     found = [
-        f"{variable('tools')}: the CLI has no tool {name}{suggestion(name, TOOLS)}"
+        f"{variable('tools')}: the CLI has no tool {name}"
+        + ("" if name in TOOLS else suggestion(name, TOOLS))
         for name in re.split("[, ]+", pool.config.tools.strip())
         if TOOL_NAMES.get(name, name) not in known
     ]
@@ -2105,7 +2137,7 @@ def connect_lines(bridge: Bridge) -> str:
     first request."""
     key = f"${variable('api_key')}" if bridge.config.api_key else KEY_OF_CLIENTS
     curl = CURL.format(target=curl_target(bridge.url), key=key)
-    if bridge.config.unix_path:
+    if bridge.url.startswith("unix:"):
         return curl  # clients take no such address
     return EXPORTS.format(url=bridge.url, key=key) + "\n" + curl
 
@@ -2143,7 +2175,7 @@ def request_row(entry: tuple[str, Json]) -> tuple[str, str]:
     """When and where a request came, and what became of it."""
     clock, row = entry
     path = row.get("route") or row.get("path", "")
-    names = ("model", "conversation", "reason")
+    names = ("model", "conversation", "error", "reason")
     result = [row["status"], f"{row['secs']:.2f} s", *map(row.get, names)]
     text = ", ".join(str(value) for value in result if value)
     return f"{clock} {path}", text
@@ -2161,7 +2193,7 @@ def render(bridge: Bridge, heading: str, row: str, escape: Callable[[str], str])
 
 def page_text(bridge: Bridge) -> str:
     connect = textwrap.indent(connect_lines(bridge), "  ")
-    sections = render(bridge, "\n{}\n", "  {:30} {}\n", str)
+    sections = render(bridge, "\n{}\n", "  {:36} {}\n", escaped)
     return f"claude-cli-bridge\n\nConnect\n{connect}{sections}"
 
 
@@ -2323,7 +2355,7 @@ class FakeApi(Bridge):
     FEATURES the CLI has."""
 
     def __init__(self) -> None:
-        config = Config(listen_addr="127.0.0.1:0")
+        config = Config(listen_addr="127.0.0.1:0", api_key=uuid.uuid4().hex)
         super().__init__(config, Pool(config))
         self.found = dict.fromkeys(FEATURES, False)
         # The second answer has begun; its client is gone.
@@ -2385,7 +2417,7 @@ async def rehearse(config: Config, api: FakeApi) -> None:
     await server.start_serving()
     kept = {
         "ANTHROPIC_BASE_URL": api.url,
-        "ANTHROPIC_API_KEY": KEY_OF_CLIENTS,
+        "ANTHROPIC_API_KEY": api.config.api_key,
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     }
     with tempfile.TemporaryDirectory() as home:

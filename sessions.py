@@ -264,12 +264,12 @@ class PoolConfig:
         least=0.1,
     )
     max_sessions: int = setting(
-        64,
-        "most CLI processes at a time; each takes about 200 MB",
+        32,
+        "most CLI processes at a time; each takes about 120 MB of its own",
         least=1,
     )
     max_idle: int = setting(
-        8,
+        4,
         "processes that are kept warm after their answer",
     )
     max_turns: int = setting(
@@ -849,10 +849,11 @@ class Child(asyncio.SubprocessProtocol):
         message = "the claude CLI closed its output"
         if self.exited.done():
             message = f"the claude CLI exited with status {self.exited.result()}"
+        reason = message  # what it printed can quote a prompt
         printed = self._stderr.decode(errors="replace").strip()
         if printed:
             message += ": " + printed.rpartition("\n")[2][:MAX_LOGGED]
-        return cli_error(message)
+        return ApiError(502, message, log_reason=reason)
 
     async def end(self, *, at_once: bool = False) -> None:
         """End it and its group, and wait until it is reaped."""
@@ -1474,7 +1475,8 @@ class Turn:
                 self._translate(events, frames)
             except ApiError as error:
                 self.process.fail(error)
-                raise
+                if not self.translator.done:
+                    raise
             finally:  # what came before a fault is sent
                 if self.translator.message:
                     is_ready = send(b"".join(frames) if self.request.stream else b"")
@@ -1782,7 +1784,7 @@ class Pool:
         elif is_parked and results is None:
             reason = "tool-results"
         if reason:
-            self.retire(session, reason)
+            self._give_up(session, request, reason)
             return None
         session.move(State.BUSY)
         self._record_outcome(session, "busy")
@@ -1795,12 +1797,20 @@ class Pool:
             self.retire(session, "interrupted")
             raise
         if not is_ready:
-            self.retire(session, "failed")
+            self._give_up(session, request, "failed")
             return None
         process.begin_turn(trace)
         process.write(*lines)
         process.hand_over(results or {})
         return Turn(request, session, "hot" if session.turns else "new")
+
+    def _give_up(self, session: Session, request: Request, reason: str) -> None:
+        """Retire a session that cannot take the request.  Raises ApiError 400 if only that
+        session knows what was said before."""
+        is_whole = session.matches(request)
+        self.retire(session, reason)
+        if not is_whole:
+            raise ApiError(400, LOST_NAME)
 
     def _find(self, request: Request) -> Session | None:
         for session in [*self.on_file, *self.spares]:
@@ -1881,20 +1891,12 @@ class Pool:
             session = spare or await self._spawn(kind, State.BUSY)
             try:
                 session.adopt(request, tools, trace)
-                make_rows = partial(
-                    translate.transcript,
-                    request.messages,
-                    session.model,
-                    announced,
-                    session.own_id,
-                )
-                rows = await self.compute(request.size, make_rows)
-                session.set_up(request, rows)
+                await self._write_conversation(session, request, announced)
                 if not cli.hello:
                     await session.process.read_until(
                         lambda event: control_result(event, "initialize")
                     )
-                is_right = self._kind(request) == kind
+                is_right = bool(kind.model) or self._kind(request) == kind
                 if is_right:
                     session.start(query)
                     await session.process.first_event()
@@ -1906,6 +1908,19 @@ class Pool:
                 return session
             # It asked nothing, so another one can.
             self.retire(session, "failed" if is_right else "model")
+
+    async def _write_conversation(
+        self, session: Session, request: Request, announced: list[Json]
+    ) -> None:
+        make_rows = partial(
+            translate.transcript,
+            request.messages,
+            session.model,
+            announced,
+            session.own_id,
+        )
+        rows = await self.compute(request.size, make_rows)
+        session.set_up(request, rows)
 
     def _kind(self, request: Request) -> Kind:
         """The kind of process that a request needs.  Until the CLI has listed its models,
@@ -2047,8 +2062,8 @@ class Pool:
             if not self.cli.hello or (anew and not self.room.is_full):
                 kind = Kind(PROBE_MODEL, bare=self._is_bare())
                 state = State.PROBE if gives_way else State.BUSY
-                async with self._asked(kind, state):
-                    pass
+                async with self._asked(kind, state) as process:
+                    return process.cli.hello
             return self.cli.hello
 
     @contextlib.asynccontextmanager
@@ -2094,6 +2109,8 @@ class Pool:
                     rows = await asked.kept_rows()
                 account = translate.digest(cli.hello.get("account"))
                 found = translate.announcements(rows)
+                if not found:
+                    return []  # it was ended
                 cache_put(cli.announced, (model, account, today), found, MAX_COUNTS)
             return cli.announced[model, account, today]
 
@@ -2398,15 +2415,6 @@ class Metrics:
             self.add(name, count if is_within else 0, "_bucket", le=bound)
         self.add(name, seconds, "_sum")
         self.add(name, count, "_count")
-
-    def rows(self, metric: str) -> list[tuple[str, str]]:
-        """What each sample counts, by its labels, and its value: for people to read."""
-        rows = []
-        for labels, value in self._samples[metric].items():
-            words = labels.split('"')[1::2]
-            name = ", ".join(filter(None, words))
-            rows.append((name, f"{value:g}"))
-        return rows
 
     def observe(self, snapshot: Snapshot) -> None:
         """Set the gauges of a pool."""

@@ -88,12 +88,13 @@ class ApiError(Exception):
     resets_at: float | None = None
     # It is the API's own.
     is_from_api: bool = False
-    # Its message has words of the API or of the CLI, which can quote a prompt.
-    is_quoted: bool = False
+    # What the log says of it; None: the message.  One with words of a client, the API or
+    # the CLI can quote a prompt.
+    log_reason: str | None = None
 
     def __post_init__(self) -> None:
         # Whoever worded it: a header that cannot be sent, for one, is quoted.
-        self.message = SECRET.sub(r"\1***", self.message)
+        self.message = masked(self.message)
         super().__init__(self.message)
         default = 500 if self.status >= 500 else 400
         usual = ERROR_TYPES.get(self.status, ERROR_TYPES[default])
@@ -112,13 +113,21 @@ class ApiError(Exception):
         }
 
 
+def masked(text: str) -> str:
+    """A text without keys, and without bytes that were no UTF-8."""
+    return SECRET.sub(r"\1***", text.encode(errors="replace").decode())
+
+
 def cli_error(message: str) -> ApiError:
     """A failure of the CLI itself, not of the API behind it."""
     return ApiError(502, message)
 
 
-def bad_request(place: str, message: str) -> ApiError:
-    return ApiError(400, f"{place}: {message}")
+def bad_request(place: str, message: str, *, quotes: bool = False) -> ApiError:
+    """The API's error for a place of a body.  If the message `quotes` it, the log names
+    the place alone."""
+    reason = place if quotes else None
+    return ApiError(400, f"{place}: {message}", log_reason=reason)
 
 
 # How the CLI words an error of the API: an introduction, and the API's own message, as
@@ -463,15 +472,12 @@ def check_fields(data: Json, counting: bool) -> None:
     for name, kind in (("stream", bool), ("tools", list), ("messages", list)):
         if data.get(name) is not None:
             check_type(data[name], kind, name)
-    if len(data["messages"]) > MAX_MESSAGES:
-        raise bad_request("messages", f"List should have at most {MAX_MESSAGES} items")
 
 
-# Bounds of a request: levels of JSON, of which each costs a call in Python; values of
-# JSON, of which each can take a hundred times its bytes; and messages (API).
+# Bounds of a request: levels of JSON, of which each costs a call in Python, and values of
+# JSON, of which each can take a hundred times its bytes.
 MAX_DEPTH = 200
-MAX_VALUES = 300_000
-MAX_MESSAGES = 100_000
+MAX_VALUES = 100_000
 
 
 def read_object(body: bytes) -> Json:
@@ -489,18 +495,16 @@ def read_object(body: bytes) -> Json:
     return data
 
 
-# A JSON string, or the rest of the text where it has no end: a pattern that failed there
-# would be tried again at each quote in it, in quadratic time.
-STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
-
-
 def has_more_values(body: bytes) -> bool:
     """Whether a JSON text holds more than about MAX_VALUES values."""
-    marks = count_marks(body)
-    if marks > MAX_VALUES:  # strings can hold marks too
-        for match in STRING.finditer(body):
-            marks -= count_marks(match[0])
-    return marks > MAX_VALUES
+    if count_marks(body) <= MAX_VALUES:
+        return False
+    # Strings can hold marks too.
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if plain.count(b'"') > 4 * MAX_VALUES:  # two for a key, two for its value
+        return True
+    outside = plain.split(b'"')[::2]
+    return sum(map(count_marks, outside)) > MAX_VALUES
 
 
 def count_marks(text: bytes) -> int:
@@ -894,7 +898,7 @@ def check_image(block: Block, place: str) -> None:
         if data.startswith(signature) and declared != kind:
             message = f"The image was specified using the {declared} media type,"
             message += f" but appears to be {kind}"
-            raise bad_request(f"{place}.media_type", message)
+            raise bad_request(f"{place}.media_type", message, quotes=True)
 
 
 def check_role(role: str, wanted: str, kind: str, place: str) -> None:
@@ -948,11 +952,13 @@ def check_result(call: str, waiting: set[str], results: set[str], place: str) ->
     `results` of its message so far."""
     if call in results:
         message = "each tool_use must have a single result. Found multiple"
-        raise bad_request(place, f"{message} `tool_result` blocks with id: {call}")
+        message += f" `tool_result` blocks with id: {call}"
+        raise bad_request(place, message, quotes=True)
     if call not in waiting:
         message = f"unexpected `tool_use_id` found in `tool_result` blocks: {call}."
         message += " Each `tool_result` block must have a corresponding `tool_use`"
-        raise bad_request(place, f"{message} block in the previous message.")
+        message += " block in the previous message."
+        raise bad_request(place, message, quotes=True)
 
 
 def unanswered(calls: Iterable[str], place: str) -> ApiError:
@@ -963,7 +969,7 @@ def unanswered(calls: Iterable[str], place: str) -> ApiError:
     )
     message += f"{', '.join(sorted(calls))}. Each `tool_use` block must have"
     message += " a corresponding `tool_result` block in the next message."
-    return bad_request(place.partition(".content.")[0], message)
+    return bad_request(place.partition(".content.")[0], message, quotes=True)
 
 
 # The API takes four cache breakpoints.  The CLI sets three of its own: two on the
@@ -1708,14 +1714,6 @@ def control_result(event: CliEvent, request_id: str) -> Json:
     return answer if isinstance(answer, dict) else {}
 
 
-def applied_model(given: Json) -> str:
-    """The model that a process runs, by its response to `get_settings`."""
-    match given:
-        case {"response": {"applied": {"model": str(model)}}}:
-            return model
-    return ""
-
-
 def login_source(hello: Json) -> str:
     """How the CLI is logged in, by its answer to `initialize`; empty: nobody.
 
@@ -1874,8 +1872,6 @@ class Translator:
         self._turn_id = turn_id
         # The model that must answer; empty: any.
         self._model = model
-        # Another model answered.
-        self.is_wrong_model = False
         # The last of CHANGED_RETRY_STATUSES that a call of the turn got; 0: none.
         self._refused = 0
         # Whether the events that come now belong to this turn.
@@ -1931,7 +1927,7 @@ class Translator:
                 return self._block_delta(inner)
             return self._feed(event)
         except ApiError as error:
-            error.is_quoted = True
+            error.log_reason = ""
             raise
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             message = "the claude CLI printed an event of an unknown shape"
@@ -1981,8 +1977,7 @@ class Translator:
 
     def _check_control(self, event: CliEvent) -> None:
         given: Any = event.get("response")
-        is_refused = get_str(given, "subtype") == "error"
-        if is_refused and given.get("request_id") != "get_settings":
+        if get_str(given, "subtype") == "error":
             raise cli_error(
                 f"the claude CLI refused a control request: {given.get('error')}"
             )
@@ -2027,7 +2022,6 @@ class Translator:
         if self.message:  # an agent's answer goes on in another API message
             return []
         if not may_answer(given["model"], self._model):
-            self.is_wrong_model = True
             message = f"the claude CLI used {given['model']} instead of {self._model}"
             raise cli_error(message)
         started = without_empties(given) | {

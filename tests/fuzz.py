@@ -504,7 +504,6 @@ LINE_STEPS = st.lists(
                 "double",
                 "move",
                 "truncate",
-                "glue",
                 "retype",
                 "retype",
                 "flip",
@@ -534,8 +533,6 @@ def mutate_lines(lines: list[bytes], steps: list[tuple[str, int, int]]) -> list[
             lines.insert(other % len(lines), lines.pop(at))
         elif what == "truncate":
             lines[at] = lines[at][:cut]
-        elif what == "glue":
-            lines[at : at + 2] = [b"".join(lines[at : at + 2])]
         elif what == "insert":
             lines[at] = lines[at][:cut] + PIECES[number % len(PIECES)] + lines[at][cut:]
         elif what == "flip" and cut < len(lines[at]):

@@ -14,7 +14,7 @@ Words in the last text of the user, alone or together:
     HANG, HANG-START      no more than status lines in mid answer, or no event at all
     DIE n, DIE-START      exit with status n in mid answer, or before any event, with a line on stderr
     HALF                  exit in the middle of a line
-    NOISE, GLUED, SPLIT   lines that are no events; two events a line; writes that end inside lines and UTF-8 sequences
+    NOISE, SPLIT          lines that are no events; writes that end inside lines and UTF-8 sequences
     TORN-DELTA, TORN-EVENT   a line that is cut off in one write with the end of the answer
     BIGLINE n, STDERR n   a line of n bytes and a text of n bytes; n bytes on stderr in mid answer
     NOSTDIN               nothing more is read from stdin after the answer, its end included
@@ -139,8 +139,7 @@ class Standin:
         self.partial = b""  # of a line of stdin
         self.reading = True
         self.turning = False  # an interrupt ends something
-        self.mode = ""  # NOISE, GLUED, SPLIT or of CUT_OFF
-        self.glued = False  # the last line lacks its end
+        self.mode = ""  # NOISE, SPLIT or of CUT_OFF
         self.said: list[str] = []  # deltas of the running answer
         self.results: list[Json] = []  # answers to tools/call
         self.point, self.kind = [*model.split("."), ""][:2]
@@ -275,12 +274,9 @@ class Standin:
         self.put(json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode())
 
     def put(self, line: bytes) -> None:
-        if self.mode == "GLUED":
-            self.glued = not self.glued
         if b'"message_stop"' in line and self.mode in CUT_OFF:
             line += b"\n" + CUT_OFF[self.mode]
-        if not self.glued:
-            line += b"\n"
+        line += b"\n"
         # SPLIT: pieces that end inside UTF-8 sequences, and before the line's end.
         for piece in (
             re.split(rb"(?<=[\xc0-\xff])|(?=\n)|(?<=,)", line) if self.mode == "SPLIT" else [line]
@@ -471,9 +467,6 @@ class Standin:
         except Interrupted:
             self.interrupted()
         self.turning, self.mode = False, ""
-        if self.glued:
-            self.glued = False
-            self.put(b"")
         self.messages.append({"role": "assistant", "id": self.id, "content": "".join(self.said)})
 
     def answer(self, text: str, words: list[str]) -> None:
@@ -491,9 +484,7 @@ class Standin:
             self.pump(1)
         if "REPLAY" in words:
             return self.replay(words[words.index("REPLAY") + 1])
-        self.mode = next(
-            (mode for mode in ("NOISE", "GLUED", "SPLIT", *CUT_OFF) if mode in words), ""
-        )
+        self.mode = next((mode for mode in ("NOISE", "SPLIT", *CUT_OFF) if mode in words), "")
         self.emit(
             {
                 "type": "system",

@@ -139,7 +139,6 @@ def test_a_fault_while_a_history_is_rebuilt_is_an_error_status(
     "text",
     [
         "NOISE é漢😀",
-        "GLUED é漢😀",
         "SPLIT é漢😀",
         "SPLIT NOISE",
         "STDERR 2000000",

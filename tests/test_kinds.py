@@ -175,7 +175,7 @@ def test_a_thinking_signature_that_the_api_refuses_is_the_apis_400(
     history = ["hi", {"role": "assistant", "content": [thought, text("a")]}, "BADSIGN"]
     answer = real.post(history, thinking={"type": "adaptive"})
     assert (answer.status, answer.json["error"]["type"]) == (400, "invalid_request_error")
-    assert "asked again with a changed one" in answer.json["error"]["message"]
+    assert "sent it again with changes" in answer.json["error"]["message"]
     assert answer.headers["x-should-retry"] == "false"
 
 

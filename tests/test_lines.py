@@ -761,30 +761,6 @@ def test_the_recorded_answers_say_the_model_and_the_login() -> None:
         assert translate.login_source(hello(turn)) == ""
 
 
-def test_the_recorded_settings_say_which_model_runs() -> None:
-    for version, turn in first_turns("get_settings").items():
-        events: list[Any] = turn.events
-        [told] = [
-            told for event in events if (told := translate.control_response(event, "get_settings"))
-        ]
-        model = translate.applied_model(told)
-        assert model == translate.listed_model(hello(turn), "sonnet"), version
-
-
-@pytest.mark.parametrize(
-    "given_answer",
-    [
-        {},
-        {"response": None},
-        {"response": {"applied": []}},
-        {"response": {"applied": {"model": 5}}},
-    ],
-    ids=repr,
-)
-def test_a_model_that_is_not_told_is_none(given_answer: Json) -> None:
-    assert translate.applied_model(given_answer) == ""
-
-
 MODELS = [
     {"value": "default", "resolvedModel": "claude-opus-4-8"},
     {"value": "sonnet", "resolvedModel": "claude-sonnet-5-5"},

@@ -30,7 +30,7 @@ TOP_LEVEL = {*FILES, "tests", "pyproject.toml", "README.md", "LICENSE", ".ci", "
 # What of each file is imported, besides the standard library.
 ARROWS = {
     "bridge.py": {"sessions", "translate", "h11", "orjson"},
-    "sessions.py": {"translate"},
+    "sessions.py": {"orjson", "translate"},
     "translate.py": {"orjson"},
 }
 # The standard library that translate.py uses: nothing that reads, writes, waits or knows the time.

@@ -98,7 +98,7 @@ def test_an_api_that_refuses_to_stream_is_a_clear_error(real: Server) -> None:
     for stream in (False, True):
         answer = real.post("NOSTREAM", stream=stream)
         assert (answer.status, answer.json["error"]["type"]) == (404, "not_found_error")
-        assert "asked again with a changed one" in answer.json["error"]["message"]
+        assert "sent it again with changes" in answer.json["error"]["message"]
 
 
 @pytest.mark.parametrize(

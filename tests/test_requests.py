@@ -370,26 +370,20 @@ def test_a_body_of_long_numbers_that_is_nested_too_deeply_is_refused() -> None:
 
 def test_a_text_without_an_end_is_looked_at_once() -> None:
     """Or it would take hours."""
-    body = b"[" + b"," * 300_001 + b'"' + b'\\"' * 1_000_000
-    with pytest.raises(ApiError, match="body: more than 300000 JSON values"):
+    body = b"[" + b"," * 100_001 + b'"' + b'\\"' * 1_000_000
+    with pytest.raises(ApiError, match="body: more than 100000 JSON values"):
         parse_request(body)
-
-
-def test_the_number_of_messages_has_a_limit() -> None:
-    talk = json.dumps({"model": "m", "max_tokens": 1, "messages": [0] * 100_001}).encode()
-    with pytest.raises(ApiError, match="messages: List should have at most 100000 items"):
-        parse_request(talk)
 
 
 def test_the_number_of_values_has_a_limit() -> None:
     for value in (
-        [0] * 300_000,
-        [[]] * 150_000,
-        [{}] * 150_000,
-        {str(n): 0 for n in range(300_000)},
+        [0] * 100_000,
+        [[]] * 50_000,
+        [{}] * 50_000,
+        {str(n): 0 for n in range(100_000)},
     ):
         body = json.dumps(request_body("hi", new=value)).encode()
-        with pytest.raises(ApiError, match="body: more than 300000 JSON values"):
+        with pytest.raises(ApiError, match="body: more than 100000 JSON values"):
             parse_request(body)
 
 
