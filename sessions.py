@@ -350,6 +350,8 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
     argv += ["--setting-sources", config.setting_sources, "--disable-slash-commands"]
     if not kind.is_kept:
         argv += ["--no-session-persistence"]
+    if kind.is_kept:  # over the env block of the user's settings
+        argv += ["--settings", orjson.dumps({"env": UNREACHABLE}).decode()]
     if kind.bare and config.setting_sources and os.path.isfile(settings):
         # Otherwise the bare mode reads no apiKeyHelper (the CLI's help on --bare).
         argv += ["--settings", settings]
@@ -373,14 +375,15 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
 
 
 # The beginnings of the names of variables that a process in model mode gets.  None of
-# them changes what the CLI does; what a new version reads is not among them.
+# them changes what the CLI asks of the model; what a new version reads does not get in.
 ALLOWED = (
     # Where it runs, and as whom.
     "DBUS_SESSION_BUS_ADDRESS",
     "HOME",
+    "KRB5",
     "LANG",
     "LC_",
-    "LD_LIBRARY_PATH",
+    "LD_",
     "LOGNAME",
     "PATH",
     "SHELL",
@@ -389,20 +392,32 @@ ALLOWED = (
     "TMP",
     "TZ",
     "USER",
+    "WSL_",
     "XDG_",
     # How a launcher finds it.
     "ASDF_",
+    "DYLD_",
+    "FNM_",
     "MISE_",
     "NIX_",
+    "NODENV_",
+    "NPM_CONFIG_",
     "NVM_",
+    "PREFIX",
+    "PROTO_",
     "VOLTA_",
     # How it reaches the network, and whom it trusts.
     "ALL_PROXY",
     "HTTPS_PROXY",
     "HTTP_PROXY",
     "NODE_EXTRA_CA_CERTS",
+    "NODE_TLS_REJECT_UNAUTHORIZED",
+    "NODE_USE_SYSTEM_CA",
     "NO_PROXY",
+    "PROXYCHAINS_",
+    "SSH_AUTH_SOCK",
     "SSL_CERT_",
+    "TORSOCKS_",
     # Which cloud it is logged in to.
     "AWS_",
     "AZURE_",
@@ -411,6 +426,9 @@ ALLOWED = (
     "GCE_",
     "GCLOUD_",
     "GOOGLE_",
+    "IDENTITY_",
+    "METADATA_SERVER_DETECTION",
+    "MSI_",
     "VERTEX_REGION_",
 )
 # In agent mode commands need the variables of the user's shell, and so does an
@@ -494,7 +512,8 @@ MODEL_MODE = {
 }
 # An address where nobody answers: RFC 863's port, on loopback.
 NOWHERE = "http://127.0.0.1:9"
-# For a process whose question must not be answered, whoever's settings name an API.
+# For a process whose question must reach no API: it gets this as environment and as
+# settings.
 UNREACHABLE = {
     "ANTHROPIC_BASE_URL": NOWHERE,
     "HTTP_PROXY": NOWHERE,
@@ -520,7 +539,7 @@ def child_environment(
         if is_passed or name in (*LOGIN_FOLDERS, *OPT_OUTS):
             child[name] = value
     child.update(CHILD_DEFAULTS)
-    child["CLAUDE_CODE_MAX_RETRIES"] = str(config.retries)
+    child["CLAUDE_CODE_MAX_RETRIES"] = "0" if kind.is_kept else str(config.retries)
     for name in config.keep_env:
         # Never the bridge's own, such as its key.
         if name in environ and not name.startswith("CLAUDE_CLI_"):
@@ -1141,7 +1160,8 @@ class Process(Child):
     def check_silence(self, watchdog_secs: float) -> bool:
         """Fail a turn that has waited for too long.  Returns whether the watchdog's time
         is over."""
-        if not self._is_in_turn or self._waiter.done():
+        is_asked = self.opened_at < math.inf
+        if not (self._is_in_turn and is_asked) or self._waiter.done():
             return False  # nobody waits: the client may be slow
         now = self.loop.time()
         if not self.has_spoken and now >= self.opened_at + GATE_SECS:
@@ -1618,6 +1638,8 @@ class Pool:
         self._looking = asyncio.Lock()
         self._asking = asyncio.Lock()
         self._announcing = asyncio.Lock()
+        # Fresh processes that start for a request.
+        self._starts = asyncio.Semaphore(2 * CORES)
         # A lock for each session header in use: its requests run one after another.
         self._pins: weakref.WeakValueDictionary[str, asyncio.Lock] = (
             weakref.WeakValueDictionary()
@@ -1888,30 +1910,22 @@ class Pool:
             kind = self._kind(request)
             announced = await self._announced(request.model, kind)
             spare = await self._take_spare(kind)
-            session = spare or await self._spawn(kind, State.BUSY)
-            try:
+            # Many starts at once would slow each other down.
+            async with contextlib.nullcontext() if spare else self._starts:
+                session = spare or await self._spawn(kind, State.BUSY)
                 session.adopt(request, tools, trace)
-                await self._write_conversation(session, request, announced)
-                if not cli.hello:
-                    await session.process.read_until(
-                        lambda event: control_result(event, "initialize")
-                    )
-                is_right = bool(kind.model) or self._kind(request) == kind
-                if is_right:
-                    session.start(query)
-                    await session.process.first_event()
-            except BaseException:
-                session.process.interrupt()
-                self.retire(session, "failed")
-                raise
+                is_right = await self._begin(session, request, announced, query)
             if is_right and not (spare and session.process.failed_silently):
                 return session
             # It asked nothing, so another one can.
             self.retire(session, "failed" if is_right else "model")
 
-    async def _write_conversation(
-        self, session: Session, request: Request, announced: list[Json]
-    ) -> None:
+    async def _begin(
+        self, session: Session, request: Request, announced: list[Json], query: bool
+    ) -> bool:
+        """Give a process its conversation, and start a turn on it; returns False if it
+        turns out not to run the model of the request."""
+        process, kind = session.process, session.kind
         make_rows = partial(
             translate.transcript,
             request.messages,
@@ -1919,8 +1933,22 @@ class Pool:
             announced,
             session.own_id,
         )
-        rows = await self.compute(request.size, make_rows)
-        session.set_up(request, rows)
+        try:
+            rows = await self.compute(request.size, make_rows)
+            session.set_up(request, rows)
+            if not process.cli.hello:
+                await process.read_until(
+                    lambda event: control_result(event, "initialize")
+                )
+            if not kind.model and self._kind(request) != kind:
+                return False
+            session.start(query)
+            await process.first_event()
+        except BaseException:
+            process.interrupt()
+            self.retire(session, "failed")
+            raise
+        return True
 
     def _kind(self, request: Request) -> Kind:
         """The kind of process that a request needs.  Until the CLI has listed its models,
@@ -2043,9 +2071,14 @@ class Pool:
             if files != self.cli.files:
                 secs = min(VERSION_SECS, self.config.watchdog_secs)
                 version = await ask_version(self.config.bin, self._environment, secs)
+                is_same_program = files[:1] == self.cli.files[:1]
                 self.cli = Cli(self.config.bin, files, version)
                 for spare in self.spares:
-                    self.retire(spare, "unwanted")
+                    # One at its gate looks for its login later.
+                    if is_same_program and not spare.parts:
+                        spare.process.cli = self.cli
+                    else:
+                        self.retire(spare, "unwanted")
         if self.cli.problem:
             raise cli_error(self.cli.problem)
         return self.cli
@@ -2057,7 +2090,8 @@ class Pool:
         room.  Otherwise a process is started for it, which may give way to any request.
         Raises ApiError when the CLI does not work.
         """
-        async with self._asking:
+        await self.queue(self._asking.acquire, "the claude CLI did not start")
+        try:
             await self.look_at_cli()
             if not self.cli.hello or (anew and not self.room.is_full):
                 kind = Kind(PROBE_MODEL, bare=self._is_bare())
@@ -2065,6 +2099,8 @@ class Pool:
                 async with self._asked(kind, state) as process:
                     return process.cli.hello
             return self.cli.hello
+        finally:
+            self._asking.release()
 
     @contextlib.asynccontextmanager
     async def _asked(self, kind: Kind, state: State) -> AsyncIterator[Process]:
@@ -2076,9 +2112,7 @@ class Pool:
             process.begin_turn()
             process.open_gate(translate.transcript([], kind.model))
             process.write(translate.initialize_line([], has_tools=False))
-            process.cli.hello = await process.read_until(
-                lambda event: control_result(event, "initialize")
-            )
+            await process.read_until(lambda event: control_result(event, "initialize"))
             yield process
         except ApiError:
             if session.state is not State.RETIRED:
@@ -2097,22 +2131,26 @@ class Pool:
         cli = self.cli
         if kind.agent or kind.bare or not cli.since(ANNOUNCES):
             return []
-        async with self._announcing:
-            account = translate.digest(cli.hello.get("account"))
+        await self.queue(self._announcing.acquire, "the claude CLI did not start")
+        try:
             today = time.strftime("%Y-%m-%d")
-            if (model, account, today) not in cli.announced:
-                async with self._asked(Kind(model, is_kept=True), State.BUSY) as asked:
-                    question = [translate.text_block("-")]
-                    asked.write(translate.user_line(question, str(uuid.uuid4())))
-                    with contextlib.suppress(ApiError):  # as intended: nobody answers
+            account = translate.digest(cli.hello.get("account"))
+            if (model, account, today) in cli.announced:
+                return cli.announced[model, account, today]
+            async with self._asked(Kind(model, is_kept=True), State.BUSY) as asked:
+                question = [translate.text_block("-")]
+                asked.write(translate.user_line(question, str(uuid.uuid4())))
+                # It fails as intended: nobody answers.
+                with contextlib.suppress(ApiError, TimeoutError):
+                    async with asyncio.timeout(COUNT_SECS):
                         await asked.read_until(lambda event: event["type"] == "result")
-                    rows = await asked.kept_rows()
-                account = translate.digest(cli.hello.get("account"))
-                found = translate.announcements(rows)
-                if not found:
-                    return []  # it was ended
+                found = translate.announcements(await asked.kept_rows())
+            account = translate.digest(cli.hello.get("account"))
+            if found:  # it was not ended before it wrote them
                 cache_put(cli.announced, (model, account, today), found, MAX_COUNTS)
-            return cli.announced[model, account, today]
+            return found
+        finally:
+            self._announcing.release()
 
     # What becomes of a session
 
