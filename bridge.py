@@ -1789,7 +1789,7 @@ class JsonFormatter(logging.Formatter):
         # A path can hold bytes that are not UTF-8.
         message = record.getMessage().encode(errors="replace").decode()
         row.update(getattr(record, "row", None) or {"message": message})
-        return json.dumps(row)
+        return json.dumps(row, separators=(",", ":"))
 
 
 # Seconds after the start at which the CLI is asked who is logged in: the first spare

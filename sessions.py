@@ -1937,9 +1937,7 @@ class Pool:
             rows = await self.compute(request.size, make_rows)
             session.set_up(request, rows)
             if not process.cli.hello:
-                await process.read_until(
-                    lambda event: control_result(event, "initialize")
-                )
+                await self._wait_for_hello(process)
             if not kind.model and self._kind(request) != kind:
                 return False
             session.start(query)
@@ -1949,6 +1947,15 @@ class Pool:
             self.retire(session, "failed")
             raise
         return True
+
+    async def _wait_for_hello(self, process: Process) -> None:
+        """Wait until a process has listed its models, or died before it said anything.
+        Raises ApiError."""
+        try:
+            await process.read_until(lambda event: control_result(event, "initialize"))
+        except ApiError:
+            if not process.failed_silently:
+                raise
 
     def _kind(self, request: Request) -> Kind:
         """The kind of process that a request needs.  Until the CLI has listed its models,

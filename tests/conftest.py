@@ -247,7 +247,7 @@ def launch() -> Iterator[Callable[..., Program]]:
             settings["CLAUDE_CLI_SPARES"] = "0"
             environ = {
                 **os.environ,
-                "CLAUDE_CLI_KEEP_ENV": ",".join(kept_names()),
+                "CLAUDE_CLI_KEEP_ENV": ",".join(kept_names({**os.environ, **variables})),
                 **settings,
                 **variables,
             }

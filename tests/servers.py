@@ -5,6 +5,7 @@ import contextlib
 import os
 import subprocess
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import psutil
@@ -30,9 +31,9 @@ KEEP = (
 )
 
 
-def kept_names() -> list[str]:
+def kept_names(environ: Mapping[str, str] = os.environ) -> list[str]:
     """What a bridge that is a program passes on to its CLI: KEEP, and what the stand-in reads."""
-    return [*KEEP, *(name for name in os.environ if name.startswith("STANDIN"))]
+    return [*KEEP, *(name for name in environ if name.startswith("STANDIN"))]
 
 
 @dataclass

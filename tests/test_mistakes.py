@@ -278,7 +278,9 @@ def test_the_start_says_whose_login_it_is(launch: Launch, environment: Path) -> 
 
 def test_a_client_gets_the_cure_that_the_log_has(launch: Launch) -> None:
     program = launch(
-        STANDIN_SONNET="not-logged-in", CLAUDE_CLI_KEEP_ENV="", ANTHROPIC_API_KEY="sk-x"
+        STANDIN_SONNET="not-logged-in",
+        CLAUDE_CLI_KEEP_ENV="STANDIN_SONNET",
+        ANTHROPIC_API_KEY="sk-x",
     )
     cure = "CLAUDE_CLI_KEEP_ENV=ANTHROPIC_API_KEY passes it on"
     printed(program, cure)
@@ -341,5 +343,33 @@ def test_each_refusal_of_the_bridge_has_its_reason_in_the_log(
     assert [answer.status for answer in answers] == [401, 400, 405, 404, 502]
     wait_until(lambda: caplog.text.count("request_id=") == len(answers), "the lines")
     rows = [record.row for record in caplog.records if hasattr(record, "row")]
-    assert [row["reason"] for row in rows] == [a.json["error"]["message"] for a in answers]
+    reasons = [answer.json["error"]["message"] for answer in answers]
+    reasons[-1] = "the claude CLI exited with status 1"  # what it printed can quote a prompt
+    assert [row["reason"] for row in rows] == reasons
     assert (rows[2]["route"], rows[3]["path"]) == ("/v1/messages", "/nowhere")
+
+
+def test_nothing_that_a_client_wrote_in_a_body_is_a_reason_in_the_log(
+    serve: Callable[..., Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "claude_cli_bridge")
+    server = serve()
+    result = {"type": "tool_result", "tool_use_id": "SECRET \x9b" * 100, "content": "x"}
+    call = {"type": "tool_use", "id": "SECRET", "name": "t", "input": {}}
+    image = {"type": "base64", "media_type": "SECRET", "data": "iVBORw0KGgoAAAAA"}
+    for content in (
+        [[result]],
+        ["hi", [call], "go on"],
+        [[{"type": "image", "source": image}]],
+    ):
+        messages = [
+            {"role": ("user", "assistant")[number % 2], "content": blocks}
+            for number, blocks in enumerate(content)
+        ]
+        assert server.post(messages).status == 400
+    assert server.call("GET", "/v1/models/SECRET%9b").status == 404
+    assert server.call("GET", "/sk-ant-api03-SECRETSECRET/x%9b").status == 404
+    wait_until(lambda: caplog.text.count("request_id=") == 5, "the lines")
+    assert "SECRET" not in caplog.text
+    assert b"SECRET" not in server.call("GET", "/").body
+    assert caplog.text.isascii()

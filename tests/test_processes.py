@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from client import Answer, request_body
+from client import IMAGE, Answer, request_body
 from host import wait_until
 from servers import Server
 from stand_in import Log
@@ -498,14 +498,23 @@ def test_user_messages_alone_continue_a_live_pinned_session(serve: Serve) -> Non
         assert answer.headers[HEADER] == first.headers[HEADER]
 
 
-def test_user_messages_alone_after_the_pinned_session_is_gone_start_anew_and_say_why(
+def test_user_messages_alone_after_the_pinned_session_is_gone_are_refused(
     serve: Serve,
 ) -> None:
     server = serve()
     _, first = talk(server, "hello", session="s")
     kill(pid(first))
     answer = server.post("more", session="s")
-    assert (answer.text, answer.session) == ("echo: more; 1 messages", "rebuilt; reason=died")
+    assert answer.status == 400
+    assert "is gone; send the whole conversation" in answer.json["error"]["message"]
+
+
+def test_an_image_after_a_pinned_conversation_needs_the_whole_conversation(serve: Serve) -> None:
+    """Only a fresh process takes it, and that does not know what was said before."""
+    server = serve()
+    talk(server, "hello", session="s")
+    image = [{"role": "user", "content": [IMAGE]}]
+    assert server.post(image, session="s").status == 400
 
 
 # what a process is given

@@ -247,7 +247,7 @@ def rows(program: Program, log_format: str) -> list[dict[str, object]]:
     return [dict(pair.split("=", 1) for pair in shlex.split(line)) for line in lines]
 
 
-DIED = "the claude CLI exited with status 1: stand-in: told to die before any event"
+DIED = "the claude CLI exited with status 1"
 NOT_JSON = "The request body is not valid JSON: unexpected end of data: line 1 column 2 (char 1)"
 NO_ROUTE = (
     "no route for '/nowhere': this is the Anthropic Messages API (POST /v1/messages); "

@@ -248,7 +248,7 @@ def test_with_room_for_one_process_the_start_still_finds_out_who_is_logged_in(
 ) -> None:
     program = launch(CLAUDE_CLI_SPARES="1", CLAUDE_CLI_MAX_SESSIONS="1")
     wait_until(
-        lambda: any("logged in (stand-in)" in line for line in program.lines), "the login state"
+        lambda: any("logged in: stand-in" in line for line in program.lines), "the login state"
     )
 
 
