@@ -250,8 +250,7 @@ class PoolConfig:
     )
     keep_env: tuple[str, ...] = setting(
         (),
-        "names of environment variables that the CLI may see although they change what it does, "
-        "such as `ANTHROPIC_API_KEY`",
+        "names of environment variables to hand to the CLI, such as `ANTHROPIC_API_KEY`",
         "everyday",
     )
     session_ttl_secs: float = setting(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from client import Answer, Client, Json, arrived, request_body, sent, text
+from host import wait_until
 from installed import CLIS
 from judge import Refused, judge
 from servers import Server
@@ -178,6 +179,24 @@ def talk(client: Client, turns: int, **fields: Any) -> tuple[list[Any], list[Ans
         answers.append(client.post(history, model=MODEL, **fields))
         history.append({"role": "assistant", "content": answers[-1].json["content"]})
     return history, answers
+
+
+def test_a_spare_that_is_set_up_as_the_last_conversation_began_asks_what_a_fresh_one_asks(
+    bridges: Bridges,
+) -> None:
+    fields: Json = {"system": "Be terse.", "tools": [TOOL], "model": MODEL}
+    server = bridges.start(spares=2)
+    assert server.bridge
+    pool = server.bridge.pool
+    for number in range(2):  # until the CLI has listed its models, no spare is of this kind
+        bridges.body(server.post(f"SAY {number}", **fields), "new")
+        wait_until(lambda: len(pool.spares) == 2, "the spares")
+    wait_until(lambda: any(spare.parts for spare in pool.spares), "a spare that is set up")
+    [ahead] = [spare for spare in pool.spares if spare.parts]
+    alike = bridges.body(server.post("SAY this", **fields), "new")
+    assert ahead.turns == 1
+    fresh = bridges.body(bridges.start().post("SAY this", **fields), "new")
+    assert pieces(alike, marks=True) == pieces(fresh, marks=True)
 
 
 def check_conversation(bridges: Bridges) -> None:
