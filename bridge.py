@@ -10,18 +10,18 @@ A request passes through these sections of the three files, in this order:
     translate.py  requests         a body becomes a Request
                   messages         what the API or the CLI would not take as it is
                   fingerprints     by which a process is found that holds the history
-    sessions.py   all of them      such a process, or a fresh one
+    sessions.py   the pool         such a process, or a fresh one
                   a conversation   what it is asked
     translate.py  to the CLI       as lines, and as rows of a transcript
     sessions.py   a child          which are written to it
-                  a process        what it prints is read, and its requests answered
+                  a process        what it prints is read, its control requests answered
     translate.py  from the CLI     lines become events
                   translation      which become those of a Messages stream
     bridge.py     a connection     that go to the client
-    sessions.py   all of them      and the process rests, or is ended
+    sessions.py   the pool         and the process rests, or is ended
 
-What is not on this way stands after it: models, `serve`, the program, and in each file
-what is called an appendix.
+These sections are about 4,500 of 7,300 lines.  What no request passes through comes last:
+models, `serve`, the program, and in each file what is called an appendix.
 """
 
 import asyncio
@@ -1107,7 +1107,7 @@ MAX_LOGGED = 300
 RECENT = 20
 QUIET_ROUTES = ("/", "/healthz", "/metrics")
 # What helps against an error of the API, by status.
-ADVICE = {
+HINTS = {
     401: "the API refused the CLI's login; `claude-cli-bridge check` says which one it is",
     404: f"GET {MODELS} lists the models that the CLI offers",
 }
@@ -1304,7 +1304,7 @@ class Bridge:
         elif "or newer is required" in error.message:
             advice = update_cure(self.pool.cli.program)
         elif error.is_from_api:
-            advice = ADVICE.get(error.status, "")
+            advice = HINTS.get(error.status, "")
         if advice:
             log.warning("request %s: %s", exchange.id, advice)
 
@@ -1811,7 +1811,9 @@ TOOLS = (
     "Write",
 )
 TOOL_NAMES = {"Agent": "Task"}
-NO_QUESTION = b"""{"model": "sonnet", "messages": [{"role": "user", "content": "-"}]}"""
+EMPTY_REQUEST = (
+    b"""{"model": "sonnet", "messages": [{"role": "user", "content": "-"}]}"""
+)
 
 
 async def announce(bridge: Bridge, flags: Iterable[str]) -> None:
@@ -1845,7 +1847,7 @@ async def missing_from_agent(pool: Pool) -> list[str]:
     not start, as it reports them at the start of a conversation.  Raises ApiError."""
     if not pool.config.tools:
         return []
-    request = translate.parse_request(NO_QUESTION, counting=True, agent=True)
+    request = translate.parse_request(EMPTY_REQUEST, counting=True, agent=True)
     session = await pool.open(request, [], query=False)
     try:
         init = await session.process.read_until(
@@ -1903,8 +1905,11 @@ async def run(config: Config, flags: Iterable[str]) -> None:
             log.warning("%s", as_typed(message, flags))
         login = asyncio.create_task(announce(bridge, flags))
         await stopping.wait()
-        message = "shutting down; running answers: %d, which get %g s (Ctrl-C again stops them)"
-        log.info(message, bridge.running, config.drain_secs)
+        message = "shutting down"
+        if bridge.running:
+            message += f"; running answers: {bridge.running}, which get"
+            message += f" {config.drain_secs:g} s (Ctrl-C again stops them)"
+        log.info("%s", message)
         login.cancel()
         await asyncio.wait({login})
 

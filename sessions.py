@@ -8,6 +8,7 @@ two requests never share one; whatever goes wrong in it retires it alone.
 
     SPARE ──its conversation──> BUSY ──answer complete──> IDLE ──hot turn──> BUSY
                                 BUSY ──client tools called──> PARKED ──their results──> BUSY
+    PROBE ──asked who is logged in──> RETIRED
     any of them ──fault, disconnect, TTL, LRU, shutdown──> RETIRED, until its group is reaped
 
 `Session.move` is the only place that changes a state, and TRANSITIONS is what it allows.
@@ -17,7 +18,8 @@ two requests never share one; whatever goes wrong in it retires it alone.
     session      one process and the conversation in it
     process      a running CLI, with its pipes
     turn         one request in one session
-    spare        a process that was started ahead of need, and waits at the gate
+    spare        a process that was started ahead of need, and waits at the gate, or is set up
+                 as the last new conversation began
     gate         a pipe in place of the file that the CLI resumes from; the CLI starts, and waits
                  for the conversation
     on file      idle or parked: a later request can find it
@@ -115,7 +117,7 @@ ENDING = (
 )
 # Seconds to wait for the first output of a process that was given its conversation; 0.1
 # was measured for a spare.
-START_SECS = 2.0
+FIRST_OUTPUT_SECS = 2.0
 # Seconds after the answer within which its `result` must come; 0.02 was measured.
 LATE_SECS = 5.0
 # Seconds for a count of tokens; 0.5 was measured.
@@ -718,7 +720,7 @@ class Child(asyncio.SubprocessProtocol):
         self._stderr = b""
         self.is_paused = False
         # The spawn failed: connection_made must kill and reap it.
-        self._is_orphan = False
+        self._spawn_failed = False
         self._gate_path = ""
 
     def lines_received(self, lines: list[bytes], size: int) -> None:
@@ -757,7 +759,7 @@ class Child(asyncio.SubprocessProtocol):
                     preexec_fn=die_with_parent if PRCTL else None,
                 )
             except BaseException as error:
-                self._is_orphan = True
+                self._spawn_failed = True
                 self._gate.close()
                 self._remove_gate()
                 # There is no thread left that could wait for its end.
@@ -814,7 +816,7 @@ class Child(asyncio.SubprocessProtocol):
         process: Any = transport
         self._transport = process
         self.pid: int = process.get_pid()
-        if self._is_orphan:
+        if self._spawn_failed:
             self._transport.close()  # kills it
             with contextlib.suppress(ChildProcessError):  # it had ended by itself
                 os.waitpid(self.pid, 0)
@@ -926,7 +928,7 @@ class Cli:
     version: str = ""
     # Its last answer to `initialize`; empty: none yet.
     hello: Json = field(default_factory=dict)
-    # Answers of `Pool.count`.
+    # Answers of `Counter.count`.
     counts: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
     # By model, account and day, what it announces (`Pool._announced`).
     announced: OrderedDict[Any, list[Json]] = field(default_factory=OrderedDict)
@@ -1145,10 +1147,10 @@ class Process(Child):
         self._waiter = self.loop.create_future()
         await self._waiter
 
-    async def first_event(self) -> None:
-        """Wait until it prints something or fails, but not for long."""
+    async def wait_for_output(self) -> None:
+        """Wait for its first output or its end, but not for long."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(START_SECS):
+            async with asyncio.timeout(FIRST_OUTPUT_SECS):
                 while not self._events and not self.is_unusable:
                     await self._wait()
 
@@ -1214,15 +1216,15 @@ class Process(Child):
 
     def fail(self, error: ApiError) -> None:
         self._failure = error
-        self._expect_nothing()
+        self._wake_all()
         if self.on_fault and not self._is_in_turn:
             is_damaged = error.message == translate.DAMAGED_LINE
             self.on_fault("failed" if is_damaged else "unasked")
 
     def output_ended(self) -> None:
-        self._expect_nothing()
+        self._wake_all()
 
-    def _expect_nothing(self) -> None:
+    def _wake_all(self) -> None:
         """Wake those who wait for its last `result`, or for events."""
         if not self._result_seen.done():
             self._result_seen.set_result(False)
@@ -1551,9 +1553,9 @@ class Room:
         return self._places.locked()
 
     @property
-    def missing(self) -> int:
-        """How many more wait than processes are being ended; less than 0: there will be a
-        place for the next."""
+    def shortfall(self) -> int:
+        """How many places are still to be freed for those who wait; negative: there are
+        some to spare."""
         return self._waiting - len(self.ending)
 
     async def enter(self, make_room: Callable[[], None]) -> None:
@@ -1585,7 +1587,7 @@ class Room:
         task.add_done_callback(leave)
 
 
-# ------------------------------------------------------------ all of them
+# ------------------------------------------------------------ the pool
 
 
 def cache_put(
@@ -1684,7 +1686,7 @@ class Pool:
     def has_room(self) -> bool:
         """Whether a request would get a process, if need be the place of a resting one
         or of one that is being ended."""
-        has_place = not self.room.is_full or self.room.missing < 0
+        has_place = not self.room.is_full or self.room.shortfall < 0
         return has_place or bool(self.resting(*RESTING))
 
     def snapshot(self) -> Snapshot:
@@ -1940,7 +1942,7 @@ class Pool:
             if not kind.model and self._kind(request) != kind:
                 return False
             session.start(query)
-            await process.first_event()
+            await process.wait_for_output()
         except BaseException:
             process.interrupt()
             self.retire(session, "failed")
@@ -2013,7 +2015,7 @@ class Pool:
         return session
 
     async def _take_spare(self, kind: Kind) -> Session | None:
-        """A spare, even one that is still starting."""
+        """A spare, even one that is not at its gate yet."""
         await read_pipes()
         for spare in self.spares:
             if spare.process.is_unusable:
@@ -2024,8 +2026,8 @@ class Pool:
         return None
 
     def refill(self, kind: Kind, beginning: Request | None = None) -> None:
-        """Have a spare for each of the last requests, the newest of which was of this
-        kind, and the `beginning` of a conversation; other spares end."""
+        """Note the kind of the newest request, which may be the `beginning` of a
+        conversation; start the spares that the last requests want, and end the others."""
         self._kinds.append(kind)
         missing = list(self._kinds)
         for preparing in self._preparing.values():
@@ -2131,8 +2133,8 @@ class Pool:
     async def _announced(self, model: str, kind: Kind) -> list[Json]:
         """What the CLI announces to a model today.
 
-        A process that keeps its conversation tells it, with a question that reaches no
-        API.
+        A process that writes its conversation to a file is asked; its question reaches
+        no API.
         """
         cli = self.cli
         if kind.agent or kind.bare or not cli.since(ANNOUNCES):
@@ -2191,8 +2193,8 @@ class Pool:
 
     def _file(self, session: Session) -> None:
         same = [other for other in self.on_file if other.is_like(session)]
-        is_anybodys = session.kind.agent and not session.pin
-        if is_anybodys and session.unthinking_chain in self._outcomes:
+        is_unnamed_agent = session.kind.agent and not session.pin
+        if is_unnamed_agent and session.unthinking_chain in self._outcomes:
             # Another agent has had this conversation.  What its tools have seen does not
             # follow from that, so neither may answer for the other.
             for other in [session, *same]:
@@ -2200,7 +2202,7 @@ class Pool:
             return
         for other in same:
             self.retire(other, "duplicate")
-        # A request may miss it while it is on file, if only one of them has a session
+        # Recorded in case a request misses it because only one of the two has a session
         # header.
         self._record_outcome(session, "pinned")
         session.move(State.PARKED if session.calls else State.IDLE)
@@ -2213,7 +2215,7 @@ class Pool:
         """End as many resting processes as there are requests that wait for nothing
         else."""
         resting = self.resting(*RESTING)
-        for session in resting[: max(0, self.room.missing)]:
+        for session in resting[: max(0, self.room.shortfall)]:
             self.retire(session, "evicted")
 
     def retire(self, session: Session, reason: str) -> None:
