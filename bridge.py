@@ -81,6 +81,7 @@ if sys.platform == "win32":
 if TYPE_CHECKING or not __package__:
     import translate
     from sessions import (
+        Cli,
         Counter,
         Pool,
         PoolConfig,
@@ -96,6 +97,7 @@ if TYPE_CHECKING or not __package__:
 else:  # copied into a package
     from . import translate
     from .sessions import (
+        Cli,
         Counter,
         Pool,
         PoolConfig,
@@ -434,8 +436,8 @@ def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
     kind = type(item.default)
     kinds = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
     is_right = isinstance(value, kinds) and type(value) is not bool
-    if kind is tuple:
-        is_right = is_right and all(isinstance(item, str) for item in value)
+    items: Any = value if kind is tuple and is_right else ()
+    is_right = is_right and all(isinstance(item, str) for item in items)
     # Without the value: it may be a secret.
     message = f"must be of type {kind.__name__}, not {type(value).__name__}"
     require(is_right, name, message)
@@ -1632,28 +1634,15 @@ def model_list(hello: Json) -> dict[str, Json]:
                 # API: the epoch when the release date is not known.
                 "created_at": "1970-01-01T00:00:00Z",
                 "lifecycle": "active",
-                "capabilities": capabilities(model),
+                # The API's `capabilities` need more than the CLI knows.
+                "claude_cli": {
+                    key: value
+                    for key, value in model.items()
+                    if key.startswith("support")
+                },
             }
             found.setdefault(name, item)
     return found
-
-
-# The API's levels of effort.
-EFFORTS = ("low", "medium", "high", "xhigh", "max")
-
-
-def capabilities(model: Json) -> Json | None:
-    """What the CLI's list says of a model's abilities, in the API's shape, which has
-    more keys; None: nothing."""
-    found: Json = {}
-    levels = model.get("supportedEffortLevels")
-    if model.get("supportsEffort") and levels:
-        found["effort"] = {name: {"supported": name in levels} for name in EFFORTS}
-        found["effort"]["supported"] = True
-    if model.get("supportsAdaptiveThinking"):
-        types = {"adaptive": {"supported": True}}
-        found["thinking"] = {"supported": True, "types": types}
-    return found or None
 
 
 # ------------------------------------------------------------ serve
@@ -2153,8 +2142,6 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
     pool, config = bridge.pool, bridge.config
     cli, snapshot = pool.cli, pool.snapshot()
     login = login_state(config, cli.hello) if cli.hello else "not known yet"
-    remark = cli.problem or cli.warning
-    version = cli.version or "not known yet"
     quota = []
     for name, limit in snapshot.limits.items():
         used = limit.utilization
@@ -2164,7 +2151,7 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
         "State": [
             ("version", __version__),
             ("claude CLI", config.bin),
-            ("its version", version + (f" ({remark})" if remark else "")),
+            ("its version", version_of(cli, "not known yet")),
             ("login", login),
         ],
         "Last requests": list(map(request_row, bridge.recent)),
@@ -2174,6 +2161,12 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
         ],
         "Quota of the account": quota,
     }
+
+
+def version_of(cli: Cli, unknown: str) -> str:
+    """The version of the CLI, and what is to be said of it."""
+    remark = cli.problem or cli.warning
+    return (cli.version or unknown) + (f" ({remark})" if remark else "")
 
 
 def request_row(entry: tuple[str, Json]) -> tuple[str, str]:
@@ -2464,7 +2457,7 @@ async def check(config: Config, flags: Iterable[str]) -> bool:
     for warning in missing:
         print(f"warning: {as_typed(warning, flags)}")
     print(f"login: {login_state(config, hello)}")
-    print(f"version: {cli.version or NO_VERSION} {cli.warning}".rstrip(), flush=True)
+    print(f"version: {version_of(cli, NO_VERSION)}", flush=True)
     api = FakeApi()
     failure = ""
     try:

@@ -393,7 +393,6 @@ ALLOWED = (
     "TMP",
     "TZ",
     "USER",
-    "WSL_",
     "XDG_",
     # How a launcher finds it.
     "ASDF_",

@@ -13,8 +13,6 @@ from client import Answer, Client, Json, request_body
 from servers import Server
 from stubs import Stub
 
-import bridge
-
 TOOL = {
     "name": "get_weather",
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
@@ -110,47 +108,18 @@ def test_the_model_list_is_the_clis_own(real: Server) -> None:
         assert model["created_at"]
 
 
-def test_abilities_of_a_model_are_those_of_the_clis_list_and_no_others(
+def test_abilities_of_a_model_are_those_of_the_clis_list_in_its_own_words(
     real: Server, cli: Path
 ) -> None:
-    found = {
-        model["id"]: model["capabilities"] for model in real.call("GET", "/v1/models").json["data"]
-    }
+    """The SDK's own type wants ten `capabilities`, of which the CLI knows two."""
+    models = real.call("GET", "/v1/models").json["data"]
+    found = {model["id"]: model["claude_cli"] for model in models}
     sonnet = found["claude-cli/sonnet"]
-    levels = ("low", "medium", "high", "xhigh", "max")
-    assert sonnet == {
-        "effort": {"supported": True} | {level: {"supported": True} for level in levels},
-        "thinking": {"supported": True, "types": {"adaptive": {"supported": True}}},
-    }
-    # The older CLI says nothing of its Haiku, which has neither.
-    assert found["claude-cli/haiku"] in (None, sonnet)
-    assert (found["claude-cli/haiku"] is None) == ("2.1.197" in str(cli))
-
-
-@pytest.mark.parametrize(
-    ("listed", "capabilities"),
-    [
-        ({}, None),
-        ({"supportsEffort": True}, None),
-        ({"supportsEffort": False, "supportedEffortLevels": ["low"]}, None),
-        (
-            {"supportsEffort": True, "supportedEffortLevels": ["low", "ultra"]},
-            {
-                "effort": {
-                    "supported": True,
-                    "low": {"supported": True},
-                    "medium": {"supported": False},
-                    "high": {"supported": False},
-                    "xhigh": {"supported": False},
-                    "max": {"supported": False},
-                }
-            },
-        ),
-        ({"supportsAdaptiveThinking": False}, None),
-    ],
-)
-def test_no_ability_is_made_up(listed: Json, capabilities: Json | None) -> None:
-    assert bridge.capabilities(listed) == capabilities
+    assert sonnet["supportsEffort"] is True
+    assert "high" in sonnet["supportedEffortLevels"]
+    assert not any("capabilities" in model for model in models)
+    # The older CLI says nothing of its Haiku, which has no effort.
+    assert (found["claude-cli/haiku"] == {}) == ("2.1.197" in str(cli))
 
 
 def test_the_model_list_is_always_whole(real: Server) -> None:

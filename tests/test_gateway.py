@@ -71,7 +71,7 @@ def gateway(launch: Callable[..., Program], tmp_path: Path) -> Iterator[Callable
 
         def start(config: str, **variables: str) -> Gateway:
             variables = {"CLAUDE_CLI_MAX_IDLE": "16", "CLAUDE_CLI_ALLOWED_HOSTS": HOST, **variables}
-            bridges = [launch(BRIDGE=str(number), **variables) for number in range(2)]
+            bridges = [launch(STANDIN_BRIDGE=str(number), **variables) for number in range(2)]
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = free.getsockname()[1]
             for ours, theirs in (
@@ -149,7 +149,7 @@ def test_a_bridge_that_is_killed_takes_running_answers_visibly_and_no_conversati
     asked = [f"PAUSE {talk.number} DIGEST" for talk in talks]
     running = [background.submit(talk.ask, "PAUSE") for talk in talks]
     wait_until(lambda: all(map(log.got, asked)), "ten turns at once")
-    places = [log.started()[log.got(text)]["env"]["BRIDGE"] for text in asked]
+    places = [log.started()[log.got(text)]["env"]["STANDIN_BRIDGE"] for text in asked]
     server.bridges[int(places[0])].process.kill()
     moved = [place == places[0] for place in places]
     assert all(

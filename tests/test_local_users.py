@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from client import request_body
 from host import wait_until
-from servers import Program, Server
+from servers import Program, Server, kept_names
 from stand_in import Log
 
 Launch = Callable[..., Program]
@@ -85,7 +85,8 @@ def seen(pid: int) -> str:
 def test_ps_shows_no_key_and_nothing_of_a_request(
     launch: Launch, log: Log, gate: Path, background: ThreadPoolExecutor, tools: str
 ) -> None:
-    keep = {"CLAUDE_CLI_KEEP_ENV": "CLAUDE_CLI_API_KEY,ANTHROPIC_API_KEY", "CLAUDE_CLI_SPARES": "1"}
+    names = ["CLAUDE_CLI_API_KEY", *kept_names()]
+    keep = {"CLAUDE_CLI_KEEP_ENV": ",".join(names), "CLAUDE_CLI_SPARES": "1"}
     program = launch(CLAUDE_CLI_API_KEY=KEY, CLAUDE_CLI_TOOLS=tools, **keep)
     messages = ["sesame-past", "sesame-said", "sesame-prompt PAUSE"]
     plain = request_body(

@@ -732,7 +732,7 @@ def test_start_makes_no_model_call_and_its_spare_serves_the_first_conversation(
 ) -> None:
     program = launch(CLAUDE_CLI_BIN=str(cli), CLAUDE_CLI_SPARES="1")
     wait_until(
-        lambda: any("logged in (ANTHROPIC_API_KEY)" in line for line in program.lines),
+        lambda: any("logged in: ANTHROPIC_API_KEY" in line for line in program.lines),
         "the login state",
     )
     wait_until(lambda: len(program.children()) == 1, "the end of the process that was asked")
