@@ -991,9 +991,8 @@ async def ask_version(program: str, environment: Mapping[str, str], secs: float)
     """What `claude --version` prints first, such as 2.1.332; empty: nothing, within
     this time."""
     text = b""
-    # The first conversation reports a CLI that does not start.
-    with contextlib.suppress(OSError, RuntimeError):
-        process = await asyncio.create_subprocess_exec(
+    spawning = asyncio.create_task(
+        asyncio.create_subprocess_exec(
             program,
             "--version",
             env=environment,
@@ -1003,13 +1002,21 @@ async def ask_version(program: str, environment: Mapping[str, str], secs: float)
             stderr=asyncio.subprocess.DEVNULL,
             start_new_session=True,
         )
+    )
+    # The first conversation reports a CLI that does not start.
+    with contextlib.suppress(OSError, RuntimeError):
         try:
+            process = await asyncio.shield(spawning)
             async with asyncio.timeout(secs):
                 text, _ = await process.communicate()
         finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+            # uvloop leaves a child behind if its start is cancelled.
+            await asyncio.wait({spawning})
+            if not spawning.exception():
+                process = spawning.result()
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
     match = re.match(rb"\d+\.\d\S*", text)
     return match[0].decode() if match else ""
 
