@@ -81,6 +81,7 @@ if sys.platform == "win32":
 if TYPE_CHECKING or not __package__:
     import translate
     from sessions import (
+        MAX_LOGGED,
         Cli,
         Counter,
         Pool,
@@ -97,6 +98,7 @@ if TYPE_CHECKING or not __package__:
 else:  # copied into a package
     from . import translate
     from .sessions import (
+        MAX_LOGGED,
         Cli,
         Counter,
         Pool,
@@ -628,7 +630,7 @@ class Exchange:
     turn: Turn | None = None
     # What a count of tokens leaves out.
     not_counted: list[str] = field(default_factory=list)
-    # error.type of a failure, and its message if that quotes nothing of the request.
+    # error.type of a failure, and what the log says of it.
     failure: str = ""
     message: str = ""
 
@@ -1102,9 +1104,8 @@ HELLO_SECS = 10.0
 HEALTHY_SECS = 60.0
 PROBLEM_SECS = 5.0
 MODELS = "/v1/models"
-# Characters of an unknown path in the log, and of the reason of a failure.
+# Characters of an unknown path in the log.
 MAX_LOGGED_PATH = 100
-MAX_LOGGED = 300
 # Requests that the page shows, but for good ones of these routes.
 RECENT = 20
 QUIET_ROUTES = ("/", "/healthz", "/metrics")

@@ -1502,8 +1502,7 @@ class Turn:
                 self._translate(events, frames)
             except ApiError as error:
                 self.process.fail(error)
-                if not self.translator.done:
-                    raise
+                raise
             finally:  # what came before a fault is sent
                 if self.translator.message:
                     is_ready = send(b"".join(frames) if self.request.stream else b"")

@@ -495,16 +495,26 @@ def read_object(body: bytes) -> Json:
     return data
 
 
+# A part of a JSON text, of at most a megabyte, that ends in no escape: a thread that reads
+# the whole at once would not let others go on.
+PIECE = re.compile(rb"(?:[^\\]{1,1000}+|\\.?){1,1000}+", re.DOTALL)
+
+
 def has_more_values(body: bytes) -> bool:
     """Whether a JSON text holds more than about MAX_VALUES values."""
-    if count_marks(body) <= MAX_VALUES:
+    if len(body) <= MAX_VALUES:
         return False
-    # Strings can hold marks too.
-    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if plain.count(b'"') > 4 * MAX_VALUES:  # two for a key, two for its value
-        return True
-    outside = plain.split(b'"')[::2]
-    return sum(map(count_marks, outside)) > MAX_VALUES
+    marks = 0
+    is_in_string = False
+    for match in PIECE.finditer(body):
+        piece = match[0].replace(b"\\\\", b"").replace(b'\\"', b"")
+        parts = piece.split(b'"')
+        marks += sum(map(count_marks, parts[is_in_string::2]))
+        if marks > MAX_VALUES:
+            return True
+        has_odd_quotes = len(parts) % 2 == 0
+        is_in_string = is_in_string != has_odd_quotes
+    return False
 
 
 def count_marks(text: bytes) -> int:
@@ -2278,12 +2288,12 @@ def rate_limits(event: CliEvent) -> dict[str, RateLimit]:
     if event["type"] != "rate_limit_event" or not isinstance(info, dict):
         return {}
     windows: Any = info.get("unifiedWindows")
-    if not isinstance(windows, dict):
-        windows = {}
+    limits: dict[str, Json] = {}
+    if isinstance(windows, dict):
+        limits = {key: value for key, value in windows.items() if type(value) is dict}
     name = get_str(info, "rateLimitType") or "unknown"
-    newest = windows.get(name, {}) | info
-    ordered = without(windows, {name}) | {name: newest}
-    return {key: read_limit(window) for key, window in ordered.items()}
+    limits[name] = limits.pop(name, {}) | info
+    return {key: read_limit(window) for key, window in limits.items()}
 
 
 def read_limit(window: Json) -> RateLimit:

@@ -39,7 +39,7 @@ from installed import (
     other_python,
     wheels,
 )
-from servers import ENGINE, KEEP, Program, Server, kept_names
+from servers import ENGINE, KEEP, Program, Server, kept_names, make_nobody
 from stand_in import Log
 from stubs import Stub
 
@@ -166,17 +166,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stub: "Stub") -
     """An empty HOME, nobody's account, and the stub as the API.  Returns HOME."""
     home = tmp_path / "home"
     home.mkdir()
-    for name in list(os.environ):
-        if name.startswith(("ANTHROPIC_", "CLAUDE", "OTEL_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(home))
-    # The stand-in runs on the Python under test, and not behind a version manager's slow shim.
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("DISABLE_TELEMETRY", "1")
-    monkeypatch.setenv("DISABLE_AUTOUPDATER", "1")
-    monkeypatch.setenv("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1")
-    monkeypatch.setenv("ANTHROPIC_BASE_URL", stub.url)
-    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-stub")
+    make_nobody(monkeypatch, home, stub.url)
     for name, value in ENGINE.items():
         monkeypatch.setenv(name, value)
     # A fork of this large process takes 50 ms; without `die_with_parent` there is none.  Bridges

@@ -4,11 +4,14 @@ import asyncio
 import contextlib
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
+import pytest
 from client import Client
 from host import children
 
@@ -29,6 +32,21 @@ KEEP = (
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
     *ENGINE,
 )
+
+
+def make_nobody(patch: pytest.MonkeyPatch, home: Path, api_url: str) -> None:
+    """Make this process that of a user with an empty home, nobody's account and another API."""
+    for name in list(os.environ):
+        if name.startswith(("ANTHROPIC_", "CLAUDE", "OTEL_")):
+            patch.delenv(name)
+    patch.setenv("HOME", str(home))
+    # The stand-in runs on the Python under test, and not behind a version manager's slow shim.
+    patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    patch.setenv("DISABLE_TELEMETRY", "1")
+    patch.setenv("DISABLE_AUTOUPDATER", "1")
+    patch.setenv("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1")
+    patch.setenv("ANTHROPIC_BASE_URL", api_url)
+    patch.setenv("ANTHROPIC_API_KEY", "sk-stub")
 
 
 def kept_names(environ: Mapping[str, str] = os.environ) -> list[str]:

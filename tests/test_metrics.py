@@ -9,12 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import readme
 from client import Client, Json, request_body
 from host import STANDIN, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from servers import KEEP, Program, Server
 from stand_in import Log
 
+import sessions
 from sessions import Metrics
 
 Serve = Callable[..., Server]
@@ -283,6 +285,11 @@ def test_who_waits_is_counted(
     found = measure(server)
     assert found("waiting_requests") == 0
     assert found("queue_seconds_count") == 2
+
+
+def test_the_readme_names_the_states_of_a_process() -> None:
+    states = ", ".join(f"`{state.value}`" for state in sessions.State)
+    assert f"| `processes` | `state` | {states} |" in readme.README.read_text()
 
 
 def test_metrics_need_the_key_and_hold_no_name_of_a_client(serve: Serve) -> None:

@@ -199,6 +199,30 @@ def test_a_spare_that_is_set_up_as_the_last_conversation_began_asks_what_a_fresh
     assert pieces(alike, marks=True) == pieces(fresh, marks=True)
 
 
+def test_the_question_for_announcements_does_not_reach_an_api_of_the_users_settings(
+    serve: Callable[..., Server],
+    cli: Path,
+    environment: Path,
+    judging: Stub,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A gateway on loopback, as people set it for the CLI itself: each call of it may be billed."""
+    for name in ("ANTHROPIC_BASE_URL", "ANTHROPIC_API_KEY"):
+        monkeypatch.delenv(name)
+    env = {
+        "ANTHROPIC_BASE_URL": judging.url,
+        "ANTHROPIC_AUTH_TOKEN": "sk-gateway",
+        "NO_PROXY": "127.0.0.1,localhost",
+    }
+    settings = environment / ".claude" / "settings.json"
+    settings.parent.mkdir(exist_ok=True)
+    settings.write_text(json.dumps({"env": env}))
+    seen = len(judging.log())
+    assert serve(bin=cli, keep_env=(), setting_sources="user").post("SAY hi", model=MODEL).text
+    [asked] = [row["body"] for row in judging.log(seen) if "count" not in row["path"]]
+    assert "SAY hi" in json.dumps(asked["messages"])
+
+
 def check_conversation(bridges: Bridges) -> None:
     fields: Json = {"system": "Be terse.", "tools": [TOOL], "model": MODEL}
     server = bridges.start()

@@ -387,6 +387,17 @@ def test_the_number_of_values_has_a_limit() -> None:
             parse_request(body)
 
 
+@settings(max_examples=60, **QUICK)
+@given(st.lists(st.text('"\\\\[,x', max_size=5), max_size=4), st.integers(995, 1005))
+def test_an_escape_at_the_end_of_a_piece_is_no_quote(texts: list[str], length: int) -> None:
+    """A large body is looked at in pieces."""
+    said = ["x" * length + text for text in texts]
+    padding = [" " * 100_000, "[" * 200_000]
+    assert not translate.has_more_values(json.dumps([*said, *padding]).encode())
+    values = [0] * 100_001
+    assert translate.has_more_values(json.dumps([*said, *padding, values]).encode())
+
+
 @pytest.mark.parametrize("value", ["x,", "[{,", '",', '\\",', "\\\\,"], ids=repr)
 def test_what_a_text_holds_is_no_value(value: str) -> None:
     message = value * 200_000

@@ -2,13 +2,13 @@
 
 import contextlib
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from servers import make_nobody
 from stubs import Stub
 from test_logins import LOGINS, log_in
 
@@ -37,16 +37,7 @@ def logged_in(login: str, cli: Path, *arguments: str) -> Iterator[User]:
         tempfile.TemporaryDirectory() as home,
         Stub(*arguments) as stub,
     ):
-        for name in list(os.environ):
-            if name.startswith(("ANTHROPIC_", "CLAUDE", "OTEL_")):
-                patch.delenv(name)
-        patch.setenv("HOME", home)
-        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        patch.setenv("DISABLE_TELEMETRY", "1")
-        patch.setenv("DISABLE_AUTOUPDATER", "1")
-        patch.setenv("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1")
-        patch.setenv("ANTHROPIC_BASE_URL", stub.url)
-        patch.setenv("ANTHROPIC_API_KEY", "sk-stub")
+        make_nobody(patch, Path(home), stub.url)
         kept = log_in(LOGINS[login], Path(home), patch)
         keep = tuple(name for name in kept if name in os.environ)
         yield User(
