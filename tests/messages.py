@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from client import request_body
 from grammar import check_stream
 from hypothesis import HealthCheck
+from hypothesis import strategies as st
 
 from translate import ApiError, Request, Translator, cli_error, decode, frame, parse_request
 
@@ -45,6 +47,7 @@ IMAGE: Json = {
     "type": "image",
     "source": {"type": "base64", "media_type": "image/png", "data": PNG},
 }
+URL_IMAGE: Json = {"type": "image", "source": {"type": "url", "url": "http://x"}}
 PDF: Json = {
     "type": "document",
     "source": {"type": "base64", "media_type": "application/pdf", "data": PNG},
@@ -64,8 +67,22 @@ THOUGHT: Json = {"type": "thinking", "thinking": "", "signature": "c2ln"}
 REDACTED: Json = {"type": "redacted_thinking", "data": "eHh4"}
 USE: Json = {"type": "tool_use", "id": "t1", "name": "weather", "input": {"city": "Paris"}}
 RESULT: Json = {"type": "tool_result", "tool_use_id": "t1", "content": "sunny"}
+USE_2, RESULT_2 = USE | {"id": "t2"}, RESULT | {"tool_use_id": "t2"}
+SERVER_USE: Json = {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {}}
+SERVER_RESULT: Json = {"type": "web_search_tool_result", "tool_use_id": "s1", "content": []}
 CACHED: Json = {"cache_control": {"type": "ephemeral"}}
+DOCUMENT: Json = {
+    "type": "document",
+    "source": {"type": "content", "content": [text("x", **CACHED)]},
+}
 TOOL: Json = {"name": "weather", "input_schema": {"type": "object"}}
+BASH: Json = {"type": "bash_20250124", "name": "bash"}
+DEFERRED = TOOL | {"defer_loading": True}
+REFERENCE: Json = {"type": "tool_reference", "tool_name": "weather"}
+
+
+def answered(use: Json, *blocks: Json) -> list[Any]:
+    return ["x", role("assistant", [use]), *user(*blocks)]
 
 
 def parsed(messages: Any = "hello", /, header: str = "", **fields: Any) -> Request:
@@ -73,6 +90,15 @@ def parsed(messages: Any = "hello", /, header: str = "", **fields: Any) -> Reque
     body = {**request_body(messages), **fields}
     sent = {name: value for name, value in body.items() if value is not ...}
     return parse_request(json.dumps(sent).encode(), header)
+
+
+def check_refused(words: str, messages: Any, **fields: Any) -> None:
+    """That the bridge refuses a request as the API would, in words that begin like these."""
+    with pytest.raises(ApiError) as caught:
+        parsed(messages, **fields)
+    error = caught.value
+    assert (error.status, error.kind, error.retry) == (400, "invalid_request_error", False)
+    assert error.message.startswith(words)
 
 
 # ---------------------------------------------------------------- events of the CLI
@@ -136,6 +162,17 @@ DONE: Json = {
     "num_turns": 1,
     "result": "Hi",
 }
+
+
+def failed(**fields: Any) -> Any:
+    """A `result` that is an error."""
+    return {**DONE, "is_error": True, **fields}
+
+
+def synthetic(**fields: Any) -> Any:
+    """The `assistant` event before such a `result`."""
+    return {"type": "assistant", "message": {"model": "<synthetic>"}, **fields}
+
 
 USED = {
     "input_tokens": 10,
@@ -289,8 +326,13 @@ def first_turns(scenario: str) -> dict[str, Recorded]:
     return {turn.version: turn for turn in turns if turn}
 
 
-# ---------------------------------------------------------------- junk
+# ---------------------------------------------------------------- any JSON, and junk
 
+texts = st.text(st.characters(codec="utf-8") | st.sampled_from("\u2028\u2029\u0085\n\r\x00"))
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | texts,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
+)
 JUNK: list[Any] = [
     None,
     0,

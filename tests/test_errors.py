@@ -6,21 +6,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from messages import DONE, GOOD, QUICK, TEXT, failure, first_turns, play, stream, text
+from messages import GOOD, QUICK, TEXT, failed, failure, first_turns, play, stream, synthetic, text
 
 import translate
 from translate import ApiError, result_error
 
 Json = dict[str, Any]
-
-
-def failed(**fields: Any) -> Any:
-    return {**DONE, "is_error": True, **fields}
-
-
-def told(**fields: Any) -> Any:
-    """The `assistant` event before such a `result`."""
-    return {"type": "assistant", "message": {"model": "<synthetic>"}, **fields}
 
 
 # ---------------------------------------------------------------- what a client gets
@@ -214,17 +205,17 @@ def test_the_apis_own_message_is_taken_out_of_the_clis_text(
 def test_the_assistant_event_before_a_failure_says_its_type_and_code() -> None:
     """2.1.330 keeps them there."""
     result = failed(api_error_status=400, result=f"API Error: 400 {JSON_BODY}")
-    event = told(api_error_type="tool_error", api_error_code="bad_tool")
+    event = synthetic(api_error_type="tool_error", api_error_code="bad_tool")
     error = result_error(result, event)
     assert (error.kind, error.details) == ("tool_error", {"error_code": "bad_tool"})
     assert error.message == "too\nlong"
-    for odd in (told(), told(api_error_type=None, api_error_code=5), None):
+    for odd in (synthetic(), synthetic(api_error_type=None, api_error_code=5), None):
         error = result_error(result, odd)
         assert (error.kind, error.details) == ("own_error", None)
 
 
 def test_a_turn_hands_on_what_the_event_before_its_failure_says() -> None:
-    event = told(api_error_type="tool_error", api_error_code="bad_tool")
+    event = synthetic(api_error_type="tool_error", api_error_code="bad_tool")
     error = failure([event, failed(api_error_status=400, result="API Error: 400 no")])
     assert (error.status, error.kind, error.message) == (400, "tool_error", "no")
     assert error.details == {"error_code": "bad_tool"}
@@ -241,14 +232,14 @@ def test_a_recorded_refusal_keeps_its_code() -> None:
 
 def test_a_turn_in_which_the_cli_removes_what_the_api_refused_fails_with_the_apis_message() -> None:
     said = "API Error: an image in the conversation could not be processed and was removed."
-    event = told(message={"model": "<synthetic>", "content": [text(said)]})
+    event = synthetic(message={"model": "<synthetic>", "content": [text(said)]})
     error = failure([event, *stream(*TEXT)])
     assert (error.status, error.message) == (
         400,
         "an image in the conversation could not be processed",
     )
     for odd in (None, 5, [5], [{"type": "text"}], said[:40]):
-        event = told(message={"model": "<synthetic>", "content": odd})
+        event = synthetic(message={"model": "<synthetic>", "content": odd})
         assert play([event, *stream(*TEXT)]).emitted == GOOD
 
 

@@ -12,19 +12,24 @@ from messages import (
     FIXTURES,
     FOUND,
     IMAGE,
+    JSON_VALUES,
     PAGE,
     PDF,
     QUICK,
     REDACTED,
     RESULT,
+    RESULT_2,
     THOUGHT,
     TOOL,
+    URL_IMAGE,
     USE,
+    USE_2,
     Recorded,
     first_turns,
     parsed,
     role,
     text,
+    texts,
     user,
 )
 from test_logins import LOGINS
@@ -44,8 +49,6 @@ def read(line: bytes) -> Json:
 
 
 # ---------------------------------------------------------------- messages to the CLI
-
-USE_2, RESULT_2 = USE | {"id": "t2"}, RESULT | {"tool_use_id": "t2"}
 
 
 def test_every_user_line_ends_with_the_guard_and_says_its_turn() -> None:
@@ -94,7 +97,6 @@ def test_lines_keep_all_digits_of_64_bits_and_longer_integers_are_floats_as_for_
         assert (found, type(found)) == (kept, type(kept))
 
 
-URL_IMAGE = {"type": "image", "source": {"type": "url", "url": "http://x"}}
 # Conversations as the CLI reads them with --resume; no result in them is one that
 # `written_result` changes.
 PASTS: dict[str, list[Any]] = {
@@ -843,12 +845,6 @@ def test_a_model_is_the_same_but_for_a_date_or_the_size_of_its_context(
 
 
 # ---------------------------------------------------------------- frames
-
-texts = st.text(st.characters(codec="utf-8") | st.sampled_from("\u2028\u2029\u0085\n\r\x00"))
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | texts,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
-)
 
 
 @settings(max_examples=120, **QUICK)

@@ -20,6 +20,7 @@ from messages import (
     Played,
     checked,
     closed,
+    failed,
     finish,
     opened,
     piece,
@@ -45,10 +46,6 @@ def nested(levels: int) -> str:
 
 def answer(*blocks: Json, reason: str = "end_turn") -> list[Json]:
     return stream(start(), *blocks, finish(reason), STOP)
-
-
-def failed(**fields: Any) -> Json:
-    return {**DONE, "is_error": True, **fields}
 
 
 def call_of(partial_json: str) -> list[Json]:

@@ -13,24 +13,36 @@ from client import request_body
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from messages import (
+    BASH,
     CACHED,
+    DEFERRED,
+    DOCUMENT,
     FOUND,
     IMAGE,
+    JSON_VALUES,
     JUNK,
     PAGE,
     PDF,
     PNG,
     QUICK,
     REDACTED,
+    REFERENCE,
     RESULT,
+    RESULT_2,
+    SERVER_RESULT,
+    SERVER_USE,
     THOUGHT,
     TOOL,
     USE,
+    USE_2,
+    answered,
+    check_refused,
     parsed,
     places,
     put,
     role,
     text,
+    texts,
     user,
 )
 
@@ -58,13 +70,6 @@ NO_CONTENT = (
 )
 NOT_A_MODEL = "model: String should be a model name"
 GIF = base64.b64encode(b"GIF89a").decode()
-USE_2, RESULT_2 = USE | {"id": "t2"}, RESULT | {"tool_use_id": "t2"}
-SERVER_USE = {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {}}
-SERVER_RESULT = {"type": "web_search_tool_result", "tool_use_id": "s1", "content": []}
-
-
-def answered(use: Json, *blocks: Json) -> list[Any]:
-    return ["x", role("assistant", [use]), *user(*blocks)]
 
 
 def image(**source: Any) -> list[Any]:
@@ -72,8 +77,7 @@ def image(**source: Any) -> list[Any]:
 
 
 # What the bridge reads itself: (messages, other fields, how the message begins).
-REFUSED: list[tuple[Any, Json, str]] = [
-    # fields
+REFUSED_FIELDS: list[tuple[Any, Json, str]] = [
     ("x", {"model": ...}, "model: Field required"),
     ("x", {"max_tokens": ...}, "max_tokens: Field required"),
     ("x", {"messages": ...}, "messages: Field required"),
@@ -104,180 +108,164 @@ REFUSED: list[tuple[Any, Json, str]] = [
     ("x", {"tools": {}}, "tools: Input should be a valid list"),
     ("x", {"tools": [TOOL, 5]}, "tools.1: Input should be a valid object"),
     ("x", {"tools": [{"name": 5}]}, "tools.0.name: Input should be a valid string"),
-    # messages
-    ([], {}, "messages: at least one message is required"),
-    ([5], {}, "messages.0: Input should be a valid object"),
-    ([{"content": "x"}], {}, "messages.0.role: Input should be a valid string"),
-    ([{"role": "user"}], {}, "messages.0.content: Field required"),
-    ([role("tool")], {}, "messages.0.role: Input should be 'user' or 'assistant'"),
-    ([role(None)], {}, "messages.0.role: Input should be a valid string"),
-    ([role(5)], {}, "messages.0.role: Input should be a valid string"),
-    (["x", role("user", None)], {}, "messages.1.content: Input should be a valid list"),
-    ([role("user", 5)], {}, "messages.0.content: Input should be a valid list"),
-    ([role("user", {})], {}, "messages.0.content: Input should be a valid list"),
+]
+# What the bridge reads itself: (messages, how the error begins).
+REFUSED: list[tuple[Any, str]] = [
+    ([], "messages: at least one message is required"),
+    ([5], "messages.0: Input should be a valid object"),
+    ([{"content": "x"}], "messages.0.role: Input should be a valid string"),
+    ([{"role": "user"}], "messages.0.content: Field required"),
+    ([role("tool")], "messages.0.role: Input should be 'user' or 'assistant'"),
+    ([role(None)], "messages.0.role: Input should be a valid string"),
+    ([role(5)], "messages.0.role: Input should be a valid string"),
+    (["x", role("user", None)], "messages.1.content: Input should be a valid list"),
+    ([role("user", 5)], "messages.0.content: Input should be a valid list"),
+    ([role("user", {})], "messages.0.content: Input should be a valid list"),
     # the role `system`
     (
         [role("system"), "x"],
-        {},
         'messages: Unexpected role "system". The Messages API accepts a top-level `system`',
     ),
     (
         ["x", "y", role("system")],
-        {},
         "messages.2: role 'system' must follow a user turn, and precede an 'assistant'",
     ),
     (
         [role("user"), role("system"), role("user")],
-        {},
         "messages.1: role 'system' must follow a user turn, and precede",
     ),
-    ([role("user"), role("system"), 5], {}, "messages.1: role 'system' must follow a user turn"),
+    ([role("user"), role("system"), 5], "messages.1: role 'system' must follow a user turn"),
     (
         [role("user"), role("system", [text(" ")])],
-        {},
         "messages: text content blocks must contain non-whitespace text (messages.1)",
     ),
     (
         [role("user"), role("system", [{"type": []}])],
-        {},
         "messages.1.content.0.type: Input should be a valid string",
     ),
-    ([role("user"), role("system", None)], {}, "messages.1.content: Input should be a valid list"),
+    ([role("user"), role("system", None)], "messages.1.content: Input should be a valid list"),
     # texts that the CLI would drop
-    ([role("user", "")], {}, f"messages.0: {NO_CONTENT}"),
-    (["x", role("assistant", []), role("user")], {}, f"messages.1: {NO_CONTENT}"),
-    (user(text("")), {}, "messages: text content blocks must be non-empty (messages.0)"),
+    ([role("user", "")], f"messages.0: {NO_CONTENT}"),
+    (["x", role("assistant", []), role("user")], f"messages.1: {NO_CONTENT}"),
+    (user(text("")), "messages: text content blocks must be non-empty (messages.0)"),
     (
         user(text("a"), text(" \n")),
-        {},
         "messages: text content blocks must contain non-whitespace text (messages.0)",
     ),
-    ([role("user", "\t")], {}, "messages: text content blocks must contain non-whitespace text"),
+    ([role("user", "\t")], "messages: text content blocks must contain non-whitespace text"),
     (
         ["x", role("assistant", [text(" ")]), role("user")],
-        {},
         "messages: text content blocks must contain non-whitespace text (messages.1)",
     ),
     # blocks
-    (user("x"), {}, "messages.0.content.0: Input should be a valid object"),
-    (user({"text": "x"}), {}, "messages.0.content.0.type: Input should be a valid string"),
-    (user({"type": []}), {}, "messages.0.content.0.type: Input should be a valid string"),
-    (user({"type": "text"}), {}, "messages.0.content.0.text.text: Input should be a valid string"),
-    (user(text("a") | {"text": 5}), {}, "messages.0.content.0.text.text: Input should be"),
+    (user("x"), "messages.0.content.0: Input should be a valid object"),
+    (user({"text": "x"}), "messages.0.content.0.type: Input should be a valid string"),
+    (user({"type": []}), "messages.0.content.0.type: Input should be a valid string"),
+    (user({"type": "text"}), "messages.0.content.0.text.text: Input should be a valid string"),
+    (user(text("a") | {"text": 5}), "messages.0.content.0.text.text: Input should be"),
     # images that the CLI would replace
-    (user(IMAGE | {"source": None}), {}, "messages.0.content.0.image.source: Input should be"),
-    (image(data="?"), {}, "messages.0.content.0.image.source.base64.data: Input should be valid"),
-    (image(data=""), {}, "messages.0.content.0.image.source.base64.data: Input should be valid"),
-    (image(data=5), {}, "messages.0.content.0.image.source.base64.data: Input should be a valid"),
-    (image(media_type=None), {}, "messages.0.content.0.image.source.base64.media_type: Input"),
+    (user(IMAGE | {"source": None}), "messages.0.content.0.image.source: Input should be"),
+    (image(data="?"), "messages.0.content.0.image.source.base64.data: Input should be valid"),
+    (image(data=""), "messages.0.content.0.image.source.base64.data: Input should be valid"),
+    (image(data=5), "messages.0.content.0.image.source.base64.data: Input should be a valid"),
+    (image(media_type=None), "messages.0.content.0.image.source.base64.media_type: Input"),
     (
         image(data=GIF),
-        {},
         "messages.0.content.0.image.source.base64.media_type: The image was specified using the "
         "image/png media type, but appears to be image/gif",
     ),
     # calls of tools and their results
-    (user(USE), {}, "messages.0.content.0: `tool_use` blocks can only be in `assistant` messages"),
+    (user(USE), "messages.0.content.0: `tool_use` blocks can only be in `assistant` messages"),
     (
         ["x", role("assistant", [RESULT]), "y"],
-        {},
         "messages.1.content.0: `tool_result` blocks can only be in `user` messages",
     ),
-    (answered(USE | {"id": None}, RESULT), {}, "messages.1.content.0.tool_use.id: Input should"),
-    (answered(USE | {"name": 5}, RESULT), {}, "messages.1.content.0.tool_use.name: Input should"),
+    (answered(USE | {"id": None}, RESULT), "messages.1.content.0.tool_use.id: Input should"),
+    (answered(USE | {"name": 5}, RESULT), "messages.1.content.0.tool_use.name: Input should"),
     (
         answered(USE | {"name": "x" * 201}, RESULT),
-        {},
         "messages.1.content.0.tool_use.name: String should have at most 200 characters",
     ),
     (
         answered(USE | {"input": "{}"}, RESULT),
-        {},
         "messages.1.content.0.tool_use.input: Input should be a valid object",
     ),
     (
         answered(USE, RESULT | {"tool_use_id": 5}),
-        {},
         "messages.2.content.0.tool_result.tool_use_id: Input should be a valid string",
     ),
-    (user(RESULT), {}, f"messages.0.content.0: {ORPHAN}"),
-    (["x", "y", *user(text("a"), RESULT)], {}, f"messages.2.content.1: {ORPHAN}"),
+    (user(RESULT), f"messages.0.content.0: {ORPHAN}"),
+    (["x", "y", *user(text("a"), RESULT)], f"messages.2.content.1: {ORPHAN}"),
     (
         [*answered(USE, RESULT), role("assistant"), *user(RESULT)],
-        {},
         f"messages.4.content.0: {ORPHAN}",
     ),
-    (["x", role("assistant", [USE]), "y"], {}, f"messages.2: {UNANSWERED}"),
+    (["x", role("assistant", [USE]), "y"], f"messages.2: {UNANSWERED}"),
     (
         ["x", role("assistant", [USE]), role("assistant"), role("user")],
-        {},
         "messages.3: `tool_use` ids were found without",
     ),
     (
         answered(USE, RESULT | {"tool_use_id": "t2"}),
-        {},
         "messages.2.content.0: unexpected `tool_use_id`",
     ),
     (
         [*answered(USE, RESULT), *answered(USE, RESULT)[1:]],
-        {},
         "messages: `tool_use` ids must be unique",
     ),
     (
         ["x", role("assistant", [USE, USE]), *user(RESULT)],
-        {},
         "messages: `tool_use` ids must be unique",
     ),
     (
         ["x", role("assistant", [USE, USE_2]), *user(RESULT, RESULT_2, RESULT)],
-        {},
         f"messages.2.content.2: {TWO_RESULTS}",
     ),
     (
         ["x", role("assistant", [USE]), *user(RESULT), *user(text("a"), RESULT)],
-        {},
         f"messages.3.content.1: {TWO_RESULTS}",
     ),
-    (["x", role("assistant", [USE])], {}, f"messages.1: {UNANSWERED}"),
+    (["x", role("assistant", [USE])], f"messages.1: {UNANSWERED}"),
     (
         ["x", "y", role("assistant", [text("a"), USE, text("b")])],
-        {},
         f"messages.1: {UNANSWERED}",
     ),
     # an end that cannot be continued
-    ([role("assistant", [THOUGHT])], {}, f"messages.0: {CANNOT_CONTINUE}"),
-    (["x", role("assistant", [REDACTED])], {}, f"messages.1: {CANNOT_CONTINUE}"),
-    (["x", "y", role("assistant", [THOUGHT])], {}, f"messages.2: {CANNOT_CONTINUE}"),
-    (["x", role("assistant", [SERVER_USE])], {}, f"messages.1.content.0: {CANNOT_CONTINUE}"),
+    ([role("assistant", [THOUGHT])], f"messages.0: {CANNOT_CONTINUE}"),
+    (["x", role("assistant", [REDACTED])], f"messages.1: {CANNOT_CONTINUE}"),
+    (["x", "y", role("assistant", [THOUGHT])], f"messages.2: {CANNOT_CONTINUE}"),
+    (["x", role("assistant", [SERVER_USE])], f"messages.1.content.0: {CANNOT_CONTINUE}"),
     (
         ["x", role("assistant", [text("a"), THOUGHT])],
-        {},
         f"messages.1.content.1: {CANNOT_CONTINUE}",
     ),
     (
         ["x", role("assistant", [text("a"), SERVER_USE, text("b")])],
-        {},
         f"messages.1.content.1: {CANNOT_CONTINUE}",
     ),
     (
         ["x", role("assistant", [text("a"), {"type": "fallback"}])],
-        {},
         f"messages.1.content.1: {CANNOT_CONTINUE}",
     ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("messages", "fields", "words"), REFUSED, ids=[words[:50] for _, _, words in REFUSED]
+    ("messages", "fields", "words"),
+    REFUSED_FIELDS,
+    ids=[words[:50] for _, _, words in REFUSED_FIELDS],
 )
-def test_what_the_bridge_reads_itself_is_checked_in_the_apis_words(
+def test_what_the_bridge_reads_of_the_fields_is_checked_in_the_apis_words(
     messages: Any, fields: Json, words: str
 ) -> None:
-    with pytest.raises(ApiError) as caught:
-        parsed(messages, **fields)
-    error = caught.value
-    assert (error.status, error.kind, error.retry) == (400, "invalid_request_error", False)
-    assert error.message.startswith(words)
+    check_refused(words, messages, **fields)
+
+
+@pytest.mark.parametrize(("messages", "words"), REFUSED, ids=[words[:50] for _, words in REFUSED])
+def test_what_the_bridge_reads_of_the_messages_is_checked_in_the_apis_words(
+    messages: Any, words: str
+) -> None:
+    check_refused(words, messages)
 
 
 @pytest.mark.parametrize("more", [0, 4])
@@ -752,8 +740,6 @@ def test_the_size_is_that_of_the_body() -> None:
 
 # ---------------------------------------------------------------- tools
 
-BASH = {"type": "bash_20250124", "name": "bash"}
-
 
 def test_tools_keep_their_names_and_their_order() -> None:
     tools = [TOOL, BASH, TOOL | {"name": "mcp__client__x"}, TOOL]
@@ -774,10 +760,6 @@ def test_the_members_of_a_toolset_are_those_that_the_sdk_knows(kind: str) -> Non
     members = getattr(anthropic.types, f"{kind}_member_name")
     known = typing.get_args(getattr(members, f"{kind.title()}MemberName"))
     assert set(translate.TOOLSETS[f"{kind}_toolset_"].split()) == set(known)
-
-
-DEFERRED = TOOL | {"defer_loading": True}
-REFERENCE = {"type": "tool_reference", "tool_name": "weather"}
 
 
 def test_a_tool_that_a_reference_has_loaded_is_deferred_no_more() -> None:
@@ -801,7 +783,6 @@ def test_of_the_result_of_an_error_its_texts_arrive() -> None:
 
 # ---------------------------------------------------------------- cache breakpoints
 
-DOCUMENT = {"type": "document", "source": {"type": "content", "content": [text("x", **CACHED)]}}
 HOUR: Json = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
 CALLS = ["x", role("assistant", [USE, USE_2])]
 SEVERAL = [text("a", **CACHED), text("b", **CACHED)]
@@ -968,16 +949,17 @@ def test_breakpoints_are_found_where_blocks_stand_and_nowhere_else() -> None:
 
 FALLBACK = {"type": "fallback"}
 ADVICE = {"type": "advisor_tool_result", "tool_use_id": "s1"}
-# (messages, other fields, not_sent)
-LOST: dict[str, tuple[Any, Json, list[str]]] = {
-    "metadata": ("x", {"metadata": {"user_id": "x"}}, ["metadata"]),
-    "betas": ("x", {"betas": ["x-2026"]}, ["betas"]),
-    "nothing": ("x", {"metadata": None, "betas": None, "system": "a"}, []),
+LOST_FIELDS: dict[str, tuple[Json, list[str]]] = {
+    "metadata": ({"metadata": {"user_id": "x"}}, ["metadata"]),
+    "betas": ({"betas": ["x-2026"]}, ["betas"]),
+    "nothing": ({"metadata": None, "betas": None, "system": "a"}, []),
     "billing line": (
-        "x",
         {"system": [text("x-anthropic-billing-header: cch=1;"), text("a")]},
         ["system.0"],
     ),
+}
+# (messages, other fields, not_sent)
+LOST: dict[str, tuple[Any, Json, list[str]]] = {
     "role": ([role("user"), role("system")], {}, ["messages.1.role"]),
     "blocks of the system without text": (
         [role("user"), role("system", [ADDED, text("a"), IMAGE | {"new": 1}])],
@@ -1077,6 +1059,13 @@ LOST: dict[str, tuple[Any, Json, list[str]]] = {
         ["cache_control"],
     ),
 }
+
+
+@pytest.mark.parametrize(("fields", "not_sent"), LOST_FIELDS.values(), ids=LOST_FIELDS.keys())
+def test_a_field_that_cannot_arrive_as_sent_is_named_once(
+    fields: Json, not_sent: list[str]
+) -> None:
+    assert parsed(**fields).not_sent == not_sent
 
 
 @pytest.mark.parametrize(("messages", "fields", "not_sent"), LOST.values(), ids=LOST.keys())
@@ -1179,13 +1168,6 @@ def test_a_mutated_request_is_served_or_refused_with_400(
         else:
             put(body, number, junk)
     use_whole(json.dumps(body).encode())
-
-
-texts = st.text(st.characters(codec="utf-8") | st.sampled_from("\u2028\u2029\u0085\n\r\x00"))
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | texts,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
-)
 
 
 @settings(max_examples=150, **QUICK)

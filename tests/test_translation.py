@@ -306,10 +306,10 @@ def test_a_result_before_the_answer_is_not_the_turns() -> None:
 
 
 def test_a_message_stop_that_got_lost_comes_with_the_result_even_if_that_is_an_error() -> None:
-    for failed in (False, True):
-        played = play([*stream(*TEXT[:-1]), {**DONE, "is_error": failed}])
+    for is_error in (False, True):
+        played = play([*stream(*TEXT[:-1]), {**DONE, "is_error": is_error}])
         assert checked(played)["stop_reason"] == "end_turn"
-        assert played.translator.result == {**DONE, "is_error": failed}
+        assert played.translator.result == {**DONE, "is_error": is_error}
 
 
 def test_a_refused_control_request_fails_the_turn() -> None:
