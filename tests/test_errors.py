@@ -1,4 +1,4 @@
-"""Failures: what the CLI says of them, and what a client gets."""
+"""Errors: what the CLI says of a failure, and what a client gets."""
 
 import string
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from messages import GOOD, QUICK, TEXT, failed, failure, first_turns, play, stream, synthetic, text
+from messages import QUICK, failed, first_turns, synthetic
 
 import translate
 from translate import ApiError, result_error
@@ -214,13 +214,6 @@ def test_the_assistant_event_before_a_failure_says_its_type_and_code() -> None:
         assert (error.kind, error.details) == ("own_error", None)
 
 
-def test_a_turn_hands_on_what_the_event_before_its_failure_says() -> None:
-    event = synthetic(api_error_type="tool_error", api_error_code="bad_tool")
-    error = failure([event, failed(api_error_status=400, result="API Error: 400 no")])
-    assert (error.status, error.kind, error.message) == (400, "tool_error", "no")
-    assert error.details == {"error_code": "bad_tool"}
-
-
 def test_a_recorded_refusal_keeps_its_code() -> None:
     for version, turn in first_turns("error_code").items():
         error = turn.play().error
@@ -228,61 +221,6 @@ def test_a_recorded_refusal_keeps_its_code() -> None:
         assert error.status == 403
         known = None if version == "2.1.197" else {"error_code": "bad_place"}
         assert error.details == known, version
-
-
-def test_a_turn_in_which_the_cli_removes_what_the_api_refused_fails_with_the_apis_message() -> None:
-    said = "API Error: an image in the conversation could not be processed and was removed."
-    event = synthetic(message={"model": "<synthetic>", "content": [text(said)]})
-    error = failure([event, *stream(*TEXT)])
-    assert (error.status, error.message) == (
-        400,
-        "an image in the conversation could not be processed",
-    )
-    for odd in (None, 5, [5], [{"type": "text"}], said[:40]):
-        event = synthetic(message={"model": "<synthetic>", "content": odd})
-        assert play([event, *stream(*TEXT)]).emitted == GOOD
-
-
-# ---------------------------------------------------------------- rate limits
-
-RESET = 1800000000
-LIMITS: list[tuple[Any, float | None]] = [
-    ({"status": "rejected", "resetsAt": RESET, "rateLimitType": "five_hour"}, RESET),
-    ({"status": "allowed_warning", "resetsAt": RESET, "rateLimitType": "five_hour"}, None),
-    # what was not seen of a CLI
-    ({"status": "rejected", "resetsAt": RESET + 0.5}, RESET + 0.5),
-    ({"status": "rejected", "resetsAt": None}, None),
-    ({"status": "rejected", "resetsAt": "soon"}, None),
-    ({"status": "rejected"}, None),
-    (None, None),
-]
-
-
-@pytest.mark.parametrize(("info", "resets_at"), LIMITS)
-def test_a_rejected_rate_limit_says_when_it_ends(info: Any, resets_at: float | None) -> None:
-    limit = {"type": "rate_limit_event", "rate_limit_info": info}
-    for turn in first_turns("error_429").values():
-        error = failure([limit, *turn.events])
-        assert (error.status, error.resets_at, error.retry) == (429, resets_at, True)
-    for turn in first_turns("quota_rejected").values():
-        [info] = [e["rate_limit_info"] for e in turn.events if "rate_limit_info" in e]
-        error = turn.play().error
-        assert error
-        assert error.resets_at == info["resetsAt"]
-    for turn in first_turns("error_529").values():
-        assert failure([limit, *turn.events]).resets_at is None
-
-
-def test_of_two_limits_that_reject_the_later_reset_counts() -> None:
-    windows = {
-        "five_hour": {"status": "rejected", "resetsAt": RESET},
-        "seven_day": {"status": "rejected", "resetsAt": RESET + 800},
-    }
-    for name, window in windows.items():
-        info = {**window, "rateLimitType": name, "unifiedWindows": windows}
-        limit = {"type": "rate_limit_event", "rate_limit_info": info}
-        for turn in first_turns("error_429").values():
-            assert failure([limit, *turn.events]).resets_at == RESET + 800
 
 
 # ---------------------------------------------------------------- any text

@@ -28,6 +28,7 @@ from messages import (
     user,
 )
 
+import translate
 from translate import extend_chain, message_digest, request_digest
 
 Json = dict[str, Any]
@@ -533,3 +534,13 @@ def test_a_conversation_that_was_changed_has_another_fingerprint(
         block["content"] += "+"
     # Not through parse_request: most of these break the API's rules.
     assert raw_chain(changed) != raw_chain(messages)
+
+
+# ---------------------------------------------------------------- values
+
+
+def test_the_digest_of_a_value_does_not_depend_on_the_order_of_keys() -> None:
+    for number in (1, 2**62):
+        values = [{"a": number, "b": {"c": 1, "d": 2}}, {"b": {"d": 2, "c": 1}, "a": number}]
+        assert translate.digest(values[0]) == translate.digest(values[1])
+        assert translate.digest(values[0]) != translate.digest({**values[0], "a": number + 1})

@@ -10,8 +10,7 @@ import pytest
 from client import request_body
 from messages import RESULT, TOOL, USE, role, text, user
 from servers import Server
-from test_deltas import BEGIN, END, delta, event
-from test_deltas import text as delta_of_text
+from test_translation import BEGIN, END, delta_line, event_line, text_line
 
 import translate
 from translate import ApiError, parse_request
@@ -126,13 +125,13 @@ def test_an_orphan_is_found_where_the_client_put_it(messages: list[Json], place:
     assert caught.value.message.startswith(f"{place}: unexpected `tool_use_id`")
 
 
-FAULT = event(type="content_block_start", index=7, content_block={"type": "text", "text": ""})
-BAD_DELTA = delta(0, "text_delta", "text", b"").replace(b'"text":""', b'"text":5')
+FAULT = event_line(type="content_block_start", index=7, content_block={"type": "text", "text": ""})
+BAD_DELTA = delta_line(0, "text_delta", "text", b"").replace(b'"text":""', b'"text":5')
 
 
 @pytest.mark.parametrize("fault", [BAD_DELTA, FAULT], ids=["a delta", "another event"])
 def test_what_came_before_a_fault_in_one_read_is_sent(fault: bytes) -> None:
-    reads = [[*BEGIN, delta_of_text(b"Hi"), delta_of_text(b" there"), fault]]
+    reads = [[*BEGIN, text_line(b"Hi"), text_line(b" there"), fault]]
     events, _, error = fuzz.relayed(reads, strict=False)
     assert error
     assert [event["delta"]["text"] for event in events[2:4]] == ["Hi", " there"]
@@ -140,7 +139,7 @@ def test_what_came_before_a_fault_in_one_read_is_sent(fault: bytes) -> None:
 
 @pytest.mark.parametrize("name", [{}, [], 5, None])
 def test_a_tool_call_without_a_name_is_none_of_the_clients(name: object) -> None:
-    call = event(
+    call = event_line(
         type="content_block_start",
         index=0,
         content_block={"type": "tool_use", "id": "t", "name": name},

@@ -10,7 +10,7 @@ from installed import OTHER_PYTHON
 
 FILES = ("bridge.py", "sessions.py", "translate.py")
 # Some that start nothing: they need no fixture of conftest.py.
-PURE = ("test_odd_events.py", "test_translation.py")
+PURE = ("test_translation.py",)
 
 
 def check(*command: str | Path) -> None:

@@ -1,21 +1,15 @@
-"""The lines of the CLI: what is written to it, what is read from it, and the frames of a stream."""
+"""What is written to the CLI: lines, rows of a transcript, settings, answers of the MCP server."""
 
-import contextlib
 import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from messages import (
     CACHED,
-    FIXTURES,
     FOUND,
     IMAGE,
-    JSON_VALUES,
     PAGE,
     PDF,
-    QUICK,
     REDACTED,
     RESULT,
     RESULT_2,
@@ -24,18 +18,14 @@ from messages import (
     URL_IMAGE,
     USE,
     USE_2,
-    Recorded,
     first_turns,
     parsed,
     role,
     text,
-    texts,
     user,
 )
-from test_logins import LOGINS
 
 import translate
-from translate import ApiError, decode, frame
 
 Json = dict[str, Any]
 
@@ -220,13 +210,6 @@ def test_a_result_is_written_into_a_transcript_as_the_cli_writes_it_in_place(
     assert read(row)["message"]["content"] == [written, text("a"), written]
 
 
-def test_the_blocks_of_a_type_are_found_in_a_conversation() -> None:
-    said = [role("user", "x"), role("assistant", [THOUGHT, text("a")]), role("user", "y")]
-    messages = parsed(said).messages
-    assert translate.blocks_of(messages, translate.THINKING_BLOCKS) == [THOUGHT]
-    assert translate.blocks_of(messages[:1], translate.THINKING_BLOCKS) == []
-
-
 # Blocks -> whether the CLI would scale an image in them.
 IMAGES: dict[str, tuple[list[Any], bool]] = {
     "none": ([], False),
@@ -371,7 +354,7 @@ def test_a_request_without_tools_says_so_where_the_process_has_some_listed() -> 
 # ---------------------------------------------------------------- control requests of the CLI
 
 
-def asks(message: Any, **keys: Any) -> Any:
+def request_of(message: Any, **keys: Any) -> Any:
     request = {"subtype": "mcp_message", "server_name": "client", "message": message}
     return {"type": "control_request", "request_id": "r1", "request": request, **keys}
 
@@ -386,7 +369,9 @@ def mcp(event: Any, tools: list[Json] | None = None, result: Json | None = None)
 
 
 def test_the_mcp_server_says_who_it_is_in_the_version_that_the_cli_speaks() -> None:
-    event = asks({"method": "initialize", "id": 0, "params": {"protocolVersion": "2025-11-25"}})
+    event = request_of(
+        {"method": "initialize", "id": 0, "params": {"protocolVersion": "2025-11-25"}}
+    )
     result = mcp(event)["result"]
     assert result["protocolVersion"] == "2025-11-25"
     assert result["capabilities"] == {"tools": {}}
@@ -395,18 +380,18 @@ def test_the_mcp_server_says_who_it_is_in_the_version_that_the_cli_speaks() -> N
 
 def test_the_mcp_server_lists_its_tools() -> None:
     tools = [translate.listed_tool("a"), translate.listed_tool("b")]
-    answer = mcp(asks({"method": "tools/list", "id": 7}), tools)
+    answer = mcp(request_of({"method": "tools/list", "id": 7}), tools)
     assert (answer["id"], answer["result"]) == (7, {"tools": tools})
 
 
 def test_a_call_is_answered_with_its_result() -> None:
     result = {"content": [text("sunny")], "isError": False}
-    answer = mcp(asks({"method": "tools/call", "id": 3}), result=result)
+    answer = mcp(request_of({"method": "tools/call", "id": 3}), result=result)
     assert (answer["id"], answer["result"]) == (3, result)
 
 
 def test_a_notification_is_answered_with_nothing() -> None:
-    assert mcp(asks({"method": "notifications/initialized"}))["result"] == {}
+    assert mcp(request_of({"method": "notifications/initialized"}))["result"] == {}
 
 
 def test_other_control_requests_are_refused() -> None:
@@ -419,8 +404,8 @@ def test_other_control_requests_are_refused() -> None:
 def test_a_call_is_known_by_the_id_of_its_block() -> None:
     meta = {"claudecode/toolUseId": "toolu_1"}
     message = {"method": "tools/call", "params": {"name": "x", "_meta": meta}}
-    assert translate.tool_call_id(asks(message)) == "toolu_1"
-    assert translate.mcp_method(asks(message)) == "tools/call"
+    assert translate.tool_call_id(request_of(message)) == "toolu_1"
+    assert translate.mcp_method(request_of(message)) == "tools/call"
     for other in (
         {},
         None,
@@ -429,7 +414,7 @@ def test_a_call_is_known_by_the_id_of_its_block() -> None:
         message | {"params": None},
         message | {"params": {"_meta": {"claudecode/toolUseId": 5}}},
     ):
-        assert translate.tool_call_id(asks(other)) == ""
+        assert translate.tool_call_id(request_of(other)) == ""
     nothing: Any = {"type": "control_request"}
     assert translate.tool_call_id(nothing) == translate.mcp_method(nothing) == ""
 
@@ -583,295 +568,6 @@ def test_a_result_that_mcp_cannot_carry_stands_in_a_transcript_as_it_is() -> Non
 def test_parallel_results_may_come_in_any_order() -> None:
     for blocks in ([RESULT, RESULT_2], [RESULT_2, RESULT]):
         assert handed_over(*blocks, calls=("t1", "t2")) == {"t1": SUNNY, "t2": SUNNY}
-
-
-# ---------------------------------------------------------------- lines from the CLI
-
-EVENT = b'{"type":"x"}'
-LINES: dict[bytes, list[Json]] = {
-    EVENT: [{"type": "x"}],
-    b'  {"type":"x"}\r': [{"type": "x"}],
-    b'{"type":"a"}{"type":"b"}': [],
-    b'{"type":"a"}oops': [],
-    b"": [],
-    b" ": [],
-    b"Warning: something {odd}": [],
-    b'{"type":"stream_ev': [],
-    b'ent"}': [],
-    b"[1,2]": [],
-    b'[{"type":"x"}]': [],
-    b'"text"': [],
-    b"17": [],
-    b"null": [],
-    b"\xff\xfe{}": [],
-    b'{"type":"\xff"}': [],
-    # objects that are no events
-    b"{}": [],
-    b'{"a":1}': [],
-    b'{"type":null}': [],
-    b'{"type":["x"]}': [],
-    b'{"type":5}': [],
-    # numbers
-    b'{"type":"x","n":123456789012345678901234567890}': [
-        {"type": "x", "n": 123456789012345678901234567890.0}
-    ],
-    b'{"type":"x","n":NaN}': [],
-    b'{"type":"x","n":Infinity}': [],
-    b'{"type":"x","n":%b}' % (b"9" * 5000): [],
-    # half a character, as JavaScript writes it
-    b'{"type":"x","t":"a\\ud83d"}': [{"type": "x", "t": "a\ufffd"}],
-    b'{"type":"x","t":"\\ud83d\\ude00 \\ude00"}': [{"type": "x", "t": "\U0001f600 \ufffd"}],
-    b'{"type":"x","t":"\\\\ud83d \\uDE00"}': [{"type": "x", "t": "\\ud83d \ufffd"}],
-}
-
-
-@pytest.mark.parametrize(("line", "events"), LINES.items(), ids=lambda value: repr(value)[:40])
-def test_a_line_holds_its_events_and_nothing_else(line: bytes, events: list[Json]) -> None:
-    assert decode(line) == events
-
-
-def test_a_line_of_five_megabytes_is_one_event() -> None:
-    event = {"type": "user", "data": "x" * (5 << 20)}
-    assert decode(json.dumps(event).encode()) == [event]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        b'{"type":' * 100_000,
-        b"[" * 100_000,
-        EVENT + b'{"a":' * 100_000,
-        b'{"type":"x","a":%b}' % (b"[" * 2000 + b"]" * 2000),
-    ],
-    ids=["objects", "lists", "behind an event", "closed"],
-)
-def test_a_line_that_is_nested_too_deeply_for_json_is_noise(line: bytes) -> None:
-    assert [event["type"] for event in decode(line)] in ([], ["x"])
-
-
-def test_a_line_of_more_levels_than_a_request_may_have_is_an_error() -> None:
-    def line(levels: int) -> bytes:
-        return b'{"type":"x","a":%b}' % (b"[" * levels + b"]" * levels)
-
-    levels = translate.MAX_DEPTH - 1  # the object is one
-    assert [event["type"] for event in decode(line(levels))] == ["x"]
-    with pytest.raises(ApiError, match="nested too deeply") as caught:
-        decode(line(levels + 1))
-    assert (caught.value.status, caught.value.kind) == (502, "claude_cli_error")
-
-
-def test_a_damaged_part_of_the_answer_fails_the_turn() -> None:
-    whole = b'{"type":"stream_event","event":{"type":"message_stop"}}'
-    for line in (whole[:-1], whole[:-2] + b"\x00}}", whole[:40], whole + b"oops"):
-        with pytest.raises(ApiError, match="the claude CLI wrote a damaged line") as caught:
-            decode(line)
-        assert caught.value.status == 502
-
-
-@pytest.mark.parametrize(("path", "kind"), [("/count_tokens", "count"), ("", "message")])
-def test_a_log_line_of_a_call_says_what_the_api_answered(path: str, kind: str) -> None:
-    succeeded = f"[log_5b] post http://127.0.0.1:1/v1/messages{path}?beta=true succeeded"
-    for line, status in (
-        (f"{succeeded} with status 200 in 16ms", 200),
-        (f"{succeeded} with status 400 in 1ms".replace("succeeded", "failed"), 400),
-        (f"{succeeded.replace('succeeded', 'failed')} in 3ms", 502),
-    ):
-        call = {"type": "api_call", "subtype": kind, "response": status}
-        assert decode(line.encode()) == [call]
-    for line in (
-        succeeded.replace("/messages", "/models") + " with status 200",
-        "see " + succeeded,
-        '[log_5b] sending request {"url": "http://x/v1/messages/count_tokens"}',
-    ):
-        assert decode(line.encode()) == []
-
-
-def test_the_log_lines_of_a_recorded_count_are_read() -> None:
-    for version, turn in first_turns("context_usage").items():
-        calls = [event for event in turn.events if event["type"] == "api_call"]
-        assert calls, version
-        assert {event["response"] for event in calls} == {200}
-
-
-@settings(max_examples=120, **QUICK)
-@given(
-    st.binary()
-    | st.text().map(str.encode)
-    | st.lists(st.dictionaries(st.sampled_from(["type", "a"]), st.integers() | st.text()))
-    .map(json.dumps)
-    .map(str.encode)
-)
-def test_any_bytes_are_a_list_of_events_or_a_damaged_line(line: bytes) -> None:
-    with contextlib.suppress(ApiError):
-        assert all(isinstance(event["type"], str) for event in decode(line))
-
-
-# ---------------------------------------------------------------- answers of the CLI
-
-
-def answer(request_id: Any, answer: Any = ..., **keys: Any) -> Any:
-    response = {"subtype": "success", "request_id": request_id, "response": answer, **keys}
-    return {
-        "type": "control_response",
-        "response": {key: value for key, value in response.items() if value is not ...},
-    }
-
-
-def test_an_answer_belongs_to_its_control_request_alone() -> None:
-    assert translate.control_result(answer("a", {"models": []}), "a") == {"models": []}
-    nothing: list[Any] = [
-        {"type": "x"},
-        {"type": "x", "response": None},
-        {"type": "x", "response": 200},
-        answer("b", {"x": 1}),
-        answer("a"),
-        answer("a", None),
-        answer("a", [1]),
-        answer(None, {"x": 1}),
-    ]
-    assert all(translate.control_result(event, "a") == {} for event in nothing)
-
-
-def test_a_response_belongs_to_its_control_request_be_it_good_or_bad() -> None:
-    refused = answer("a", subtype="error", error="no")
-    assert translate.control_response(refused, "a") == {
-        "subtype": "error",
-        "request_id": "a",
-        "error": "no",
-    }
-    assert translate.control_response(refused, "b") == {}
-
-
-def hello(turn: Recorded) -> Json:
-    """The answer to `initialize` in a recording."""
-    events: list[Any] = turn.events
-    [found] = [
-        found for event in events if (found := translate.control_result(event, "initialize"))
-    ]
-    return found
-
-
-def test_the_recorded_answers_say_the_model_and_the_login() -> None:
-    for version, turn in first_turns("text").items():
-        model = translate.listed_model(hello(turn), "sonnet")
-        assert model.startswith("claude-"), version
-        assert translate.listed_model(hello(turn), model) == model
-        assert translate.login_source(hello(turn)) == "ANTHROPIC_API_KEY"
-        messages = [e["event"] for e in turn.events if e["type"] == "stream_event"]
-        assert messages[0]["message"]["model"] == model
-    for turn in first_turns("not_logged_in").values():
-        assert translate.login_source(hello(turn)) == ""
-
-
-MODELS = [
-    {"value": "default", "resolvedModel": "claude-opus-4-8"},
-    {"value": "sonnet", "resolvedModel": "claude-sonnet-5-5"},
-    {"value": "odd"},
-    {"value": "null", "resolvedModel": None},
-    5,
-]
-
-
-@pytest.mark.parametrize(
-    ("name", "model"),
-    [
-        ("sonnet", "claude-sonnet-5-5"),
-        ("claude-sonnet-5-5", "claude-sonnet-5-5"),
-        ("default", "claude-opus-4-8"),
-        ("odd", ""),
-        ("null", ""),
-        ("haiku", ""),
-        ("", ""),
-    ],
-)
-def test_a_model_is_listed_by_its_alias_and_its_id(name: str, model: str) -> None:
-    assert translate.listed_model({"models": MODELS}, name) == model
-    for odd in ({}, {"models": None}, {"models": {}}, {"models": "x"}):
-        assert translate.listed_model(odd, name) == ""
-
-
-# What the CLI said of an account -> what it is called by.
-ACCOUNTS: dict[str, tuple[Json, str]] = {
-    f"{path.parent.name} {name}": (account, LOGINS[name].source)
-    for path in sorted(FIXTURES.glob("*/accounts.json"))
-    for name, account in json.loads(path.read_text()).items()
-}
-HAVE_KEYS = {"key", "key-helper", "key-in-settings"}
-
-
-@pytest.mark.parametrize(("account", "source"), ACCOUNTS.values(), ids=ACCOUNTS.keys())
-def test_an_account_is_called_by_its_source_its_plan_or_its_cloud(
-    account: Json, source: str
-) -> None:
-    assert translate.login_source({"account": account}) == source
-
-
-def test_an_account_has_a_key_if_the_cli_names_its_source() -> None:
-    found = {name.split()[1] for name, (account, _) in ACCOUNTS.items() if has_key(account)}
-    assert found == HAVE_KEYS
-    assert not any(map(has_key, (None, "x", {}, {"apiKeySource": "none"})))
-
-
-def has_key(account: Any) -> bool:
-    return translate.has_api_key({"account": account})
-
-
-# What was asked, what answered, whether that may be the same model.
-SAME_MODELS = [
-    ("claude-opus-4-8", "claude-opus-4-8", True),
-    ("claude-opus-4-8", "claude-opus-4-8-20260101", True),
-    ("claude-opus-4-8-20260101", "claude-opus-4-8", True),
-    ("claude-opus-4-8[1m]", "claude-opus-4-8", True),
-    ("claude-opus-4-8[1m]", "claude-opus-4-8-20260101", True),
-    # what is no full name of the API can be anything
-    ("opus", "claude-opus-4-8", True),
-    ("opus[1m]", "claude-opus-4-8", True),
-    ("us.anthropic.claude-opus-4-8-v1:0", "claude-opus-4-8", True),
-    ("claude-opus-4-8", "us.anthropic.claude-sonnet-5-5-v1:0", True),
-    ("claude-opus-4-8", "", True),
-    # others
-    ("claude-opus-4-8", "claude-sonnet-5-5", False),
-    ("claude-opus-4-8", "claude-opus-4-5", False),
-    ("claude-opus-4-20250514", "claude-opus-4-5-20251101", False),
-    ("claude-opus-4-8[1m]", "claude-opus-4-5[1m]", False),
-]
-
-
-@pytest.mark.parametrize(("asked", "answered", "is_same"), SAME_MODELS)
-def test_a_model_is_the_same_but_for_a_date_or_the_size_of_its_context(
-    asked: str, answered: str, is_same: bool
-) -> None:
-    assert translate.may_answer(answered, asked) == is_same
-
-
-# ---------------------------------------------------------------- frames
-
-
-@settings(max_examples=120, **QUICK)
-@given(JSON_VALUES, texts)
-def test_a_frame_is_an_event_line_and_one_data_line_and_comes_back_equal(
-    value: Any, key: str
-) -> None:
-    event = {key: value, "type": "content_block_delta"}
-    name, data, *rest = frame(event).decode().splitlines()
-    assert (name, rest) == ("event: content_block_delta", [""])
-    assert json.loads(data.removeprefix("data: ")) == event
-
-
-def test_characters_that_split_lines_are_escaped_in_a_frame() -> None:
-    value = "a\u2028b\u2029c\u0085d\u00c2é漢😀"
-    data = frame({"type": "ping", "t": value})
-    assert not any(raw in data.decode() for raw in "\u2028\u2029\u0085")
-    assert b"\\u2028b\\u2029c\\u0085d" in data
-    assert json.loads(data.split(b"\n")[1][6:])["t"] == value
-    assert translate.PING == b'event: ping\ndata: {"type":"ping"}\n\n'
-
-
-def test_the_digest_of_a_value_does_not_depend_on_the_order_of_keys() -> None:
-    for number in (1, 2**62):
-        values = [{"a": number, "b": {"c": 1, "d": 2}}, {"b": {"d": 2, "c": 1}, "a": number}]
-        assert translate.digest(values[0]) == translate.digest(values[1])
-        assert translate.digest(values[0]) != translate.digest({**values[0], "a": number + 1})
 
 
 def test_a_line_of_blanks_in_a_written_file_is_looked_at_once() -> None:
