@@ -162,3 +162,12 @@ def png() -> str:
 
 
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": png()}}
+
+
+def count(server: Client, messages: Any = "hello", **fields: Any) -> Answer:
+    body = request_body(messages, **{"max_tokens": ..., **fields})
+    return server.call("POST", "/v1/messages/count_tokens?beta=true", body)
+
+
+def error_of(answer: Answer) -> tuple[int, str]:
+    return answer.status, answer.json["error"]["type"]

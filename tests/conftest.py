@@ -98,18 +98,20 @@ def pytest_report_header() -> str:
 # with these.
 IN_TURN = (
     "test_agent",
-    "test_api",
     "test_check",
+    "test_cli",
     "test_continue",
+    "test_conversation",
+    "test_counting",
     "test_environment",
     "test_fidelity",
+    "test_gate",
     "test_js_clients",
+    "test_models",
     "test_real",
     "test_repairs",
     "test_stand_in",
     "test_tools",
-    "test_unasked",
-    "test_versions",
 )
 # These with both: what arrives of any request is what differs most between versions.
 WITH_BOTH = ("test_generated_requests", "test_a_text_after_a_call")

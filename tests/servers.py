@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from client import Client
-from host import children
+from host import STANDIN, children
 
 from bridge import Bridge, Config
 from bridge import serve as serve_bridge
@@ -125,3 +125,19 @@ class Program(Client):
 
     def children(self) -> list[psutil.Process]:
         return children(self.process.pid)
+
+
+def plain_cli(path: Path, lines: str) -> Path:
+    """A program in place of the CLI, whose version is a good one."""
+    path.write_text(
+        f'#!/bin/bash\n[ "$1" = --version ] && echo 2.1.260 && exit\nSTANDIN={STANDIN}\n{lines}\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+def is_up(program: Program) -> bool:
+    try:
+        return program.call("GET", "/healthz").status == 200
+    except OSError:
+        return False

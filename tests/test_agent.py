@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from client import Json, arrived, sent
@@ -198,3 +199,18 @@ def test_the_processes_of_an_agent_end_with_it(agent: Callable[..., Server]) -> 
         )
         assert client.recv(65536)
     wait_until(lambda: not server.processes(), "the end of the agent")
+
+
+Serve = Callable[..., Server]
+
+
+# ---------------------------------------------------------------- who is who
+
+
+@pytest.mark.parametrize("tools", [[], None])
+def test_an_agent_keeps_its_own_tools_when_a_request_has_none(
+    serve: Serve, cli: Path, since: Callable[[], list[Json]], tmp_path: Path, tools: Any
+) -> None:
+    server = serve(bin=cli, tools="Read,Grep", cwd=str(tmp_path))
+    assert server.post("SAY x", tools=tools).text == "x"
+    assert {tool["name"] for tool in since()[-1]["body"]["tools"]} >= {"Read"}

@@ -32,12 +32,12 @@ from client import Client, Json, request_body
 from host import ROOT, STANDIN, TESTS, children, wait_until
 from installed import CLIS, WHEELS
 from machine import Machine, Process, end, inside
+from processes import alive, pid
 from servers import kept_names
 from stand_in import Log
 from stubs import Stub
 from supervisor.xmlrpc import SupervisorTransport
 from test_limits import activate
-from test_processes import alive, pid
 
 import bridge
 import sessions

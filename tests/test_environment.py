@@ -1,29 +1,28 @@
 """What of the bridge's environment reaches a child: nothing that changes what the CLI does."""
 
-import contextlib
 import functools
 import json
 import mmap
+import os
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from client import Json
-from host import wait_until
-from servers import KEEP, Program, Server
+from host import ROOT, wait_until
+from processes import pid
+from servers import KEEP, Server
 from stand_in import Log
-from test_processes import alive
 from test_tools import TOOL, result, start, user
 
 from sessions import OPT_OUTS, Kind, PoolConfig, child_environment
 
 Serve = Callable[..., Server]
-Run = Callable[..., None]  # post in the background
 
 
 @functools.cache
@@ -150,111 +149,79 @@ def test_settings_that_were_meant_for_other_programs_change_nothing(
     assert without_ids(bodies) == without_ids(plain)
 
 
-# what a killed bridge leaves behind
-
-SECRET = "a heron that nobody else is to read of"
+# ---------------------------------------------------------------- what a process is given
 
 
-def waiting_spare(program: Program, log: Log, run: Run) -> None:
-    wait_until(log.started, "the spare")
-
-
-def half_through_the_gate(program: Program, log: Log, run: Run) -> None:
-    run(["x" * 5_000_000 + SECRET, SECRET, SECRET], model="gate.half-deaf")
-    wait_until(lambda: log.reached("gate.half-deaf"), "the child at its gate")
-
-
-def running_turn(program: Program, log: Log, run: Run) -> None:
-    run([SECRET, SECRET, f"{SECRET} HANG-START"], model="ignore-sigterm")
-    wait_until(lambda: log.asked("HANG-START"), "the turn")
-
-
-def parked(program: Program, log: Log, run: Run) -> None:
-    tool = {"name": "probe", "description": SECRET, "input_schema": {"type": "object"}}
-    answer = program.post([SECRET, SECRET, f"{SECRET} PROBE"], tools=[tool], system=SECRET)
-    assert answer.message["stop_reason"] == "tool_use"
-
-
-def files_with(text: bytes, *folders: Path) -> list[Path]:
-    """The files below these folders that hold a text; pipes and links are none."""
-    found = [path for folder in folders for path in folder.rglob("*")]
-    return [path for path in found if path.is_file() and text in path.read_bytes()]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
-@pytest.mark.parametrize("state", [waiting_spare, half_through_the_gate, running_turn, parked])
-def test_a_killed_bridge_leaves_no_child_and_no_word_of_a_conversation(
-    launch: Callable[..., Program],
-    log: Log,
-    background: ThreadPoolExecutor,
-    environment: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    state: Callable[[Program, Log, Run], None],
+def test_a_child_gets_no_variable_that_changes_its_account_unless_it_is_kept(
+    serve: Serve, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL gives it no time to clear up: what was never written need not be cleared up."""
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setenv("TMPDIR", str(temporary))
-    program = launch(CLAUDE_CLI_SPARES="1" if state is waiting_spare else "0")
-    running: list[Future[Any]] = []
-
-    def run(*arguments: Any, **fields: Any) -> None:
-        running.append(background.submit(program.post, *arguments, **fields))
-
-    state(program, log, run)
-    children = program.children()
-    assert children
-    program.process.kill()
-    program.wait()
-    wait_until(lambda: not [child for child in children if alive(child.pid)], "their end")
-    assert all(turn.exception() for turn in running)
-    assert files_with(SECRET.encode(), temporary, environment) == []
-    assert not files_with(b"x" * 1000, temporary, environment)
-
-
-def is_waiting(program: Program) -> bool:
-    """Whether a child waits at its gate; another one is asked for its version."""
-    found = []
-    for child in program.children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found += child.cmdline()
-    return "--resume" in found
+    dropped = (
+        "ANTHROPIC_AUTH_TOKEN",
+        "CLAUDE_CODE_USE_BEDROCK",
+        "CLAUDECODE",
+        "OTEL_LOGS_EXPORTER",
+        "CLAUDE_CLI_CWD",
+    )
+    kept = (
+        "ANTHROPIC_MODEL",
+        "CLAUDE_CODE_MAX_RETRIES",
+        "CLAUDE_CLI_API_KEY",
+        "OTEL_RESOURCE_ATTRIBUTES",
+    )
+    for name in (*dropped, *kept):
+        monkeypatch.setenv(name, "mine")
+    answer = serve(keep_env=kept, retries=7).post()
+    found = log.started()[pid(answer)]["env"]
+    assert not set(found) & set(dropped)
+    assert {name for name, value in found.items() if value == "mine"} == set(kept) - {
+        "CLAUDE_CLI_API_KEY"
+    }
+    assert found["PATH"] == os.environ["PATH"]
+    assert found["HOME"] == os.environ["HOME"]
+    assert found["DISABLE_AUTO_COMPACT"] == "1"
+    assert found["ENABLE_TOOL_SEARCH"] == "false"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
-@pytest.mark.parametrize("state", ["spare", "running", "parked"])
-def test_a_killed_bridge_with_the_real_cli_leaves_no_word_of_a_conversation(
-    launch: Callable[..., Program],
-    cli: Path,
-    since: Callable[[], list[Json]],
-    background: ThreadPoolExecutor,
-    environment: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    state: str,
-) -> None:
-    """The CLI is told to keep nothing, and its conversation comes through a pipe."""
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setenv("TMPDIR", str(temporary))
-    program = launch(CLAUDE_CLI_BIN=str(cli), CLAUDE_CLI_SPARES="1" if state == "spare" else "0")
-    past: list[Any] = [SECRET, SECRET]
-    running = None
-    if state == "spare":
-        wait_until(lambda: is_waiting(program), "the spare")
-    elif state == "running":
-        running = background.submit(program.post, [*past, f"SLOW 200 {SECRET}"], stream=True)
-        wait_until(since, "the API call")
-    else:
-        words = f'USE_TOOL probe INPUT={{"secret":"{SECRET}"}}END'
-        tool = {"name": "probe", "description": SECRET, "input_schema": {"type": "object"}}
-        answer = program.post([*past, words], tools=[tool], system=SECRET)
-        assert answer.message["stop_reason"] == "tool_use"
-    children = program.children()
-    assert children
-    program.process.kill()
-    program.wait()
-    wait_until(lambda: not [child for child in children if alive(child.pid)], "their end")
-    assert running is None or running.exception()
-    assert files_with(SECRET.encode(), temporary, environment) == []
+def test_retries_reach_the_child_in_its_environment(serve: Serve, log: Log) -> None:
+    answer = serve(retries=7).post()
+    assert log.started()[pid(answer)]["env"]["CLAUDE_CODE_MAX_RETRIES"] == "7"
+
+
+def test_a_system_prompt_is_not_in_argv(serve: Serve, log: Log) -> None:
+    system = "0123456789" * 30_000
+    answer = serve().post(system=system)
+    assert answer.text == "echo: hello; 1 messages"
+    assert sum(map(len, log.started()[pid(answer)]["argv"])) < 2000
+    assert log.lines(pid(answer))[0]["request"]["systemPrompt"] == [system]
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+
+
+# ---------------------------------------------------------------- what a launcher hands down
+
+
+def test_the_folder_of_a_login_is_absolute_for_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for given, wanted in (("~/x", "/home/somebody/x"), ("x", f"{os.getcwd()}/x"), ("/x", "/x")):
+        child = child_environment(PoolConfig(), {"CLAUDE_CONFIG_DIR": given}, Kind())
+        assert child["CLAUDE_CONFIG_DIR"] == wanted
+
+
+@linux
+def test_an_administrators_list_of_mcp_servers_does_no_harm(cli: Path, tmp_path: Path) -> None:
+    if os.geteuid() or not shutil.which("unshare"):
+        pytest.skip("only root can have an /etc of its own")
+    etc = tmp_path / "etc"
+    shutil.copytree("/etc", etc, symlinks=True, ignore_dangling_symlinks=True)
+    (etc / "claude-code").mkdir(exist_ok=True)
+    (etc / "claude-code/managed-mcp.json").write_text('{"mcpServers": {}}')
+    check = (
+        f'mount --bind {etc} /etc; exec "{sys.executable}" "{ROOT}/bridge.py" check --bin "{cli}"'
+    )
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-ec", check], capture_output=True, text=True, check=False
+    )
+    words = {line.split(": ")[0]: line.split(": ")[1] for line in done.stdout.splitlines()}
+    features = ("history", "settings", "tools", "interrupt")
+    assert {name: words[name] for name in features} == dict.fromkeys(features, "works")

@@ -11,9 +11,6 @@ from messages import QUICK, failed, first_turns, synthetic
 import translate
 from translate import ApiError, result_error
 
-Json = dict[str, Any]
-
-
 # ---------------------------------------------------------------- what a client gets
 
 
@@ -238,3 +235,12 @@ def test_any_text_is_an_error_with_a_message(before: str, said: str, behind: str
     error = result_error(failed(result=f"{before}{said}{behind}"))
     assert error.message
     assert error.kind
+
+
+# ---------------------------------------------------------------- what the CLI repairs
+
+
+@pytest.mark.parametrize("words", ["Authorization sk-ant-oat01-abc\\ndef0123456789012345x is no"])
+def test_no_error_holds_a_token(words: str) -> None:
+    message = ApiError(502, words).message
+    assert message == "Authorization sk-ant-*** is no"

@@ -35,8 +35,8 @@ from messages import (
     text,
     user,
 )
+from processes import pid
 from servers import Server
-from test_processes import pid
 
 from sessions import Kind, Session, State
 from translate import ApiError, Request, parse_request

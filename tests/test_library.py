@@ -26,9 +26,9 @@ import uvloop
 from client import Client, request_body
 from host import ROOT, STANDIN, children, open_files, wait_until
 from installed import CLIS
+from processes import alive
 from servers import Program, Server, kept_names
 from stand_in import Log
-from test_processes import alive
 
 from bridge import Config, serve
 

@@ -4,7 +4,6 @@ import asyncio
 import gc
 import json
 import os
-import resource
 import signal
 import socket
 import struct
@@ -15,20 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from client import Answer, Client, request_body
+from client import Client, error_of, request_body
 from host import ROOT, STANDIN, wait_until
 from servers import Program, Server, kept_names
 from stand_in import Log
-from test_processes import in_work
 
 import bridge
 from sessions import Turn
 
 Serve = Callable[..., Server]
-
-
-def error(answer: Answer) -> tuple[int, str]:
-    return answer.status, answer.json["error"]["type"]
 
 
 def test_a_connection_too_many_gets_503_and_the_others_go_on(serve: Serve) -> None:
@@ -38,7 +32,7 @@ def test_a_connection_too_many_gets_503_and_the_others_go_on(serve: Serve) -> No
     # Type: ignore[union-attr].
     wait_until(lambda: len(server.bridge._connections) == 3, "the connections")
     answer = server.call("GET", "/healthz")
-    assert error(answer) == (503, "api_error")
+    assert error_of(answer) == (503, "api_error")
     assert answer.headers["retry-after"] == "1"
     assert "connections" in answer.json["error"]["message"]
     for client in held:
@@ -51,44 +45,16 @@ def test_a_connection_too_many_gets_503_and_the_others_go_on(serve: Serve) -> No
 
 def test_what_is_beyond_a_limit_is_refused(serve: Serve) -> None:
     server = serve(max_body_bytes=1000)
-    assert error(server.post("x" * 1000)) == (413, "request_too_large")
+    assert error_of(server.post("x" * 1000)) == (413, "request_too_large")
     large = "y" * bridge.MAX_HEADER_BYTES
     for path, headers in (("/healthz", {"x": large}), ("/healthz?" + large, {})):
         answer = server.call("GET", path, headers=headers)
-        assert error(answer) == (431, "invalid_request_error")
+        assert error_of(answer) == (431, "invalid_request_error")
     deep = json.loads("[" * 202 + "]" * 202)
     for path in ("/v1/messages", "/v1/messages/count_tokens"):
         answer = server.call("POST", path, request_body("x", metadata=deep))
         assert "200 levels" in answer.json["error"]["message"]
     assert server.post().status == 200
-
-
-def test_a_queue_that_is_full_gets_529_at_once(
-    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
-) -> None:
-    server = serve(max_sessions=1, max_queue=2)
-    requests = [background.submit(server.post, "PAUSE")]
-    wait_until(lambda: log.got("PAUSE"), "the first")
-    requests += [background.submit(server.post, f"{number}") for number in range(2)]
-    in_work(server, 3)
-    answer = server.post("one too many")
-    assert error(answer) == (529, "overloaded_error")
-    assert "2 requests wait for room already" in answer.json["error"]["message"]
-    gate.touch()
-    assert [request.result().status for request in requests] == [200] * 3
-
-
-def test_a_program_without_file_descriptors_fails_the_request_and_goes_on(
-    launch: Callable[..., Program],
-) -> None:
-    program = launch()
-    used = len(os.listdir(f"/proc/{program.process.pid}/fd"))
-    resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (used + 2, 4096))
-    answer = program.post()
-    assert error(answer) == (502, "claude_cli_error")
-    assert "cannot be started" in answer.json["error"]["message"]
-    resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (4096, 4096))
-    assert program.post().status == 200
 
 
 def test_a_clock_that_jumps_disturbs_nobody(
@@ -109,7 +75,7 @@ def test_a_clock_that_jumps_disturbs_nobody(
     assert running.result().text.startswith("echo: PAUSE;")
 
 
-# signals and restarts
+# ---------------------------------------------------------------- signals and restarts
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -246,7 +212,7 @@ def test_two_signals_at_once_still_end_answers_with_a_503(
     wait_until(lambda: log.got("PAUSE"), "the turn")
     program.process.send_signal(signal.SIGTERM)
     program.process.send_signal(signal.SIGINT)
-    assert error(running.result()) == (503, "api_error")
+    assert error_of(running.result()) == (503, "api_error")
     assert program.wait() == 0
 
 

@@ -28,9 +28,9 @@ import psutil
 import pytest
 from client import Answer, request_body, text
 from host import STANDIN, wait_until
+from processes import check_failure
 from servers import Server
 from stand_in import GARBAGE, Log
-from test_faults import check_failure
 
 import sessions
 from bridge import Config

@@ -4,6 +4,7 @@ breakpoints they have."""
 import base64
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,9 +41,40 @@ from messages import (
     texts,
     user,
 )
+from servers import Server
 
 import translate
 from translate import CANNOT_CONTINUE, ApiError
+
+Serve = Callable[..., Server]
+
+
+# ---------------------------------------------------------------- what the CLI repairs
+
+
+def test_an_image_over_5_mb_is_the_clients_400_and_costs_no_process(serve: Serve) -> None:
+    server = serve()
+    source = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo" + "A" * 5_242_881}
+    source["data"] += "A" * (-len(source["data"]) % 4)
+    for block in (
+        {"type": "image", "source": source},
+        {
+            "type": "tool_result",
+            "tool_use_id": "x",
+            "content": [{"type": "image", "source": source}],
+        },
+    ):
+        answer = server.post([role("user", [block])])
+        assert answer.status == 400
+        assert "image exceeds 5 MB maximum" in answer.json["error"]["message"]
+    assert not server.processes()
+
+
+def test_a_text_that_javascript_takes_for_white_space_is_refused(serve: Serve) -> None:
+    answer = serve().post([role("user", [{"type": "text", "text": "\ufeff"}])])
+    assert answer.status == 400
+    assert "non-whitespace" in answer.json["error"]["message"]
+
 
 Json = dict[str, Any]
 

@@ -1,7 +1,6 @@
 """/metrics, as Prometheus' own parser reads it."""
 
 import json
-import re
 import signal
 import time
 from collections.abc import Callable
@@ -10,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import readme
-from client import Client, Json, request_body
-from host import STANDIN, wait_until
+from client import Client, request_body
+from host import wait_until
 from prometheus_client.parser import text_string_to_metric_families
-from servers import KEEP, Program, Server
+from servers import Program, Server
 from stand_in import Log
 
 import sessions
@@ -174,96 +173,6 @@ def test_a_label_can_hold_anything() -> None:
         if sample.name.endswith("errors_total")
     ]
     assert [sample.labels for sample in samples] == [{"type": 'a"b\\c\nd'}]
-
-
-# The first is none of the CLI's; the others are warnings as in the recording quota_warning.
-LIMITS: tuple[Json, ...] = (
-    {"status": "bad\nstatus", "rateLimitType": 'bad"type', "utilization": "much", "resetsAt": None},
-    {
-        "status": "allowed_warning",
-        "resetsAt": 1700000000,
-        "rateLimitType": "five_hour",
-        "utilization": 0.95,
-        "isUsingOverage": False,
-    },
-    {
-        "status": "allowed_warning",
-        "resetsAt": 1700000001,
-        "rateLimitType": "seven_day",
-        "utilization": 0.5,
-        "isUsingOverage": False,
-    },
-)
-
-
-@pytest.fixture
-def limited(tmp_path: Path, serve: Serve) -> Server:
-    """A bridge whose CLI tells of LIMITS, behind the start of each answer; the real one tells of them
-    behind the end."""
-    script = tmp_path / "claude"
-    events = [json.dumps({"type": "rate_limit_event", "rate_limit_info": info}) for info in LIMITS]
-    (tmp_path / "limits").write_text("".join(f"{event}\n" for event in events))
-    script.write_text(
-        f'#!/bin/sh\n{STANDIN} "$@" | sed -u \'/"message_start"/r {tmp_path}/limits\'\n'
-    )
-    script.chmod(0o755)
-    return serve(bin=script)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_what_the_cli_tells_of_the_accounts_limits_is_in_headers_as_of_the_api(
-    limited: Server, stream: bool
-) -> None:
-    prefix = "anthropic-ratelimit-unified-"
-    answers = [limited.post("hello", stream=stream) for _ in range(2)]
-    assert [answer.text for answer in answers] == ["echo: hello; 1 messages"] * 2
-    headers = answers[-1].headers
-    found = {name.removeprefix(prefix): headers[name] for name in headers if prefix in name}
-    assert found == {
-        "status": "allowed_warning",
-        "representative-claim": "seven_day",
-        "reset": "1700000001",
-        "5h-status": "allowed_warning",
-        "5h-reset": "1700000000",
-        "5h-utilization": "0.95",
-        "7d-status": "allowed_warning",
-        "7d-reset": "1700000001",
-        "7d-utilization": "0.5",
-    }
-
-
-def test_what_the_cli_tells_of_the_accounts_limits_is_measured_and_on_the_page(
-    limited: Server,
-) -> None:
-    assert limited.post().status == 200
-    found = measure(limited)
-    assert found("quota_utilization_ratio", limit="five_hour") == 0.95
-    assert found("quota_utilization_ratio", limit="seven_day") == 0.5
-    assert found("quota_utilization_ratio") == 0.95 + 0.5
-    assert found("quota_resets_at_seconds", limit="five_hour") == 1700000000
-    page = limited.call("GET", "/").body.decode()
-    assert re.search(r"five_hour +allowed_warning, 95% used\n", page)
-    assert re.search(r"seven_day +allowed_warning, 50% used\n", page)
-
-
-def test_what_the_real_cli_tells_of_the_accounts_limits_is_measured(
-    serve: Serve, cli: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("ANTHROPIC_API_KEY")
-    monkeypatch.setenv("CLAUDE_CODE_OAUTH_TOKEN", "sk-ant-oat01-mine")
-    server = serve(bin=cli, keep_env=(*KEEP, "CLAUDE_CODE_OAUTH_TOKEN"))
-    first = server.post("QUOTA allowed_warning")
-    server.post(["QUOTA allowed_warning", first.text, "SAY x"])
-    assert measure(server)("quota_utilization_ratio", limit="five_hour") == 0.95
-
-
-def test_a_limit_that_is_used_up_is_told_with_its_refusal(serve: Serve) -> None:
-    server = serve()
-    answer = server.post("RATELIMIT 4000000000")
-    assert answer.status == 429
-    assert answer.headers["anthropic-ratelimit-unified-status"] == "rejected"
-    assert answer.headers["anthropic-ratelimit-unified-5h-reset"] == "4000000000"
-    assert measure(server)("quota_resets_at_seconds", limit="five_hour") == 4000000000
 
 
 def test_nobody_waits_for_a_spare(serve: Serve) -> None:

@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 from client import Client
 from host import ROOT, STANDIN, wait_until
+from processes import alive
 from servers import Program
 from stand_in import Log
 from test_metrics import measure
-from test_program import alive, printed, refuses
+from test_program import printed, refuses
 
 import bridge
 

@@ -10,12 +10,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from client import Answer, request_body
+from client import Answer, count, request_body
 from host import STANDIN, wait_until
 from servers import Server
 from stand_in import Log
 from test_access import ask
-from test_api import count
 from test_http import quiet  # noqa: F401 - an autouse fixture
 
 import bridge

@@ -1,6 +1,5 @@
 """The bridge as a program: its settings, its signals, its log."""
 
-import contextlib
 import json
 import shlex
 import signal
@@ -10,24 +9,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 from client import Answer, request_body
 from host import STANDIN, wait_until
+from processes import HEADER, alive
 from servers import Program
 from stand_in import Log
 
 from translate import digest
 
 Launch = Callable[..., Program]
-HEADER = "x-arch-claude-cli-session"
 formats = pytest.mark.parametrize("log_format", ["text", "json"])
-
-
-def alive(number: int) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def printed(program: Program, words: str) -> None:
@@ -37,7 +29,7 @@ def printed(program: Program, words: str) -> None:
     )
 
 
-# settings
+# ---------------------------------------------------------------- settings
 
 
 @pytest.mark.parametrize(
@@ -92,7 +84,7 @@ def test_flags_go_before_the_environment(launch: Launch) -> None:
     assert program.post().text == "echo: hello; 1 messages"
 
 
-# the start
+# ---------------------------------------------------------------- the start
 
 
 def test_the_start_asks_who_is_logged_in_and_sends_nothing_to_the_model(
@@ -125,7 +117,7 @@ def test_a_cli_that_does_not_work_is_said_at_the_start_and_does_not_stop_it(
     assert program.post(model="opus").text == "echo: hello; 1 messages"
 
 
-# the end
+# ---------------------------------------------------------------- the end
 
 signals = pytest.mark.parametrize(
     "number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"]
@@ -236,7 +228,7 @@ def test_when_the_bridge_is_killed_in_mid_answer_no_process_is_left(
     assert running.exception() is not None
 
 
-# the log
+# ---------------------------------------------------------------- the log
 
 
 def rows(program: Program, log_format: str) -> list[dict[str, object]]:

@@ -1,9 +1,126 @@
 """The limits of an account, as the CLI reports them."""
 
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from client import Json
+from host import STANDIN
 from messages import failure, first_turns
+from servers import KEEP, Server
+from test_metrics import measure
+
+Serve = Callable[..., Server]
+both = pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+
+
+@both
+@pytest.mark.parametrize(("seconds", "retry"), [(-100, None), (40, None), (4000, "false")])
+def test_a_rate_limit_says_when_it_ends_and_whether_to_wait(
+    serve: Serve, stream: bool, seconds: int, retry: str | None
+) -> None:
+    began = time.time()
+    answer = serve().post(f"RATELIMIT {int(began) + seconds}", stream=stream)
+    assert answer.status == 429
+    assert max(1, seconds - 15) <= int(answer.headers["retry-after"]) <= max(1, seconds)
+    assert answer.headers.get("x-should-retry") == retry
+
+
+# The first is none of the CLI's; the others are warnings as in the recording quota_warning.
+REPORTED: tuple[Json, ...] = (
+    {"status": "bad\nstatus", "rateLimitType": 'bad"type', "utilization": "much", "resetsAt": None},
+    {
+        "status": "allowed_warning",
+        "resetsAt": 1700000000,
+        "rateLimitType": "five_hour",
+        "utilization": 0.95,
+        "isUsingOverage": False,
+    },
+    {
+        "status": "allowed_warning",
+        "resetsAt": 1700000001,
+        "rateLimitType": "seven_day",
+        "utilization": 0.5,
+        "isUsingOverage": False,
+    },
+)
+
+
+@pytest.fixture
+def limited(tmp_path: Path, serve: Serve) -> Server:
+    """A bridge whose CLI tells of LIMITS, behind the start of each answer; the real one tells of them
+    behind the end."""
+    script = tmp_path / "claude"
+    events = [
+        json.dumps({"type": "rate_limit_event", "rate_limit_info": info}) for info in REPORTED
+    ]
+    (tmp_path / "limits").write_text("".join(f"{event}\n" for event in events))
+    script.write_text(
+        f'#!/bin/sh\n{STANDIN} "$@" | sed -u \'/"message_start"/r {tmp_path}/limits\'\n'
+    )
+    script.chmod(0o755)
+    return serve(bin=script)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_cli_tells_of_the_accounts_limits_is_in_headers_as_of_the_api(
+    limited: Server, stream: bool
+) -> None:
+    prefix = "anthropic-ratelimit-unified-"
+    answers = [limited.post("hello", stream=stream) for _ in range(2)]
+    assert [answer.text for answer in answers] == ["echo: hello; 1 messages"] * 2
+    headers = answers[-1].headers
+    found = {name.removeprefix(prefix): headers[name] for name in headers if prefix in name}
+    assert found == {
+        "status": "allowed_warning",
+        "representative-claim": "seven_day",
+        "reset": "1700000001",
+        "5h-status": "allowed_warning",
+        "5h-reset": "1700000000",
+        "5h-utilization": "0.95",
+        "7d-status": "allowed_warning",
+        "7d-reset": "1700000001",
+        "7d-utilization": "0.5",
+    }
+
+
+def test_what_the_cli_tells_of_the_accounts_limits_is_measured_and_on_the_page(
+    limited: Server,
+) -> None:
+    assert limited.post().status == 200
+    found = measure(limited)
+    assert found("quota_utilization_ratio", limit="five_hour") == 0.95
+    assert found("quota_utilization_ratio", limit="seven_day") == 0.5
+    assert found("quota_utilization_ratio") == 0.95 + 0.5
+    assert found("quota_resets_at_seconds", limit="five_hour") == 1700000000
+    page = limited.call("GET", "/").body.decode()
+    assert re.search(r"five_hour +allowed_warning, 95% used\n", page)
+    assert re.search(r"seven_day +allowed_warning, 50% used\n", page)
+
+
+def test_what_the_real_cli_tells_of_the_accounts_limits_is_measured(
+    serve: Serve, cli: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+    monkeypatch.setenv("CLAUDE_CODE_OAUTH_TOKEN", "sk-ant-oat01-mine")
+    server = serve(bin=cli, keep_env=(*KEEP, "CLAUDE_CODE_OAUTH_TOKEN"))
+    first = server.post("QUOTA allowed_warning")
+    server.post(["QUOTA allowed_warning", first.text, "SAY x"])
+    assert measure(server)("quota_utilization_ratio", limit="five_hour") == 0.95
+
+
+def test_a_limit_that_is_used_up_is_told_with_its_refusal(serve: Serve) -> None:
+    server = serve()
+    answer = server.post("RATELIMIT 4000000000")
+    assert answer.status == 429
+    assert answer.headers["anthropic-ratelimit-unified-status"] == "rejected"
+    assert answer.headers["anthropic-ratelimit-unified-5h-reset"] == "4000000000"
+    assert measure(server)("quota_resets_at_seconds", limit="five_hour") == 4000000000
+
 
 RESET = 1800000000
 LIMITS: list[tuple[Any, float | None]] = [

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,30 @@ from client import IMAGE, Answer, Client, Json, arrived, request_body, sent, tex
 from host import TESTS, wait_until
 from servers import KEEP, Program, Server
 from stubs import Stub
+
+
+def test_parameters_of_parallel_conversations_never_mix(
+    real: Server, since: Callable[[], list[Json]]
+) -> None:
+    def converse(number: int) -> None:
+        history = [f"SAY conversation {number}"]
+        for turn in range(25):
+            fields: Json = {"temperature": number / 4} if turn % 2 else {"top_k": number + 1}
+            answer = real.post(history, max_tokens=1000 + number, **fields)
+            assert answer.session == ("hot" if turn else "new")
+            history += [answer.text, f"SAY turn {turn} of {number}"]
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(converse, (1, 2)))
+    assert len(since()) == 50
+    for row in since():
+        body = row["body"]
+        number = body["max_tokens"] - 1000
+        turn = sum(message["role"] == "assistant" for message in body["messages"])
+        assert f"conversation {number}" in str(body["messages"][0])
+        assert body.get("temperature") == (number / 4 if turn % 2 else None)
+        assert body.get("top_k") == (None if turn % 2 else number + 1)
+
 
 DOCUMENT = {
     "type": "document",
@@ -31,7 +56,7 @@ def last_arrived(stub: Stub) -> list[Json]:
     return arrived(stub.log()[-1]["body"])
 
 
-# answers
+# ---------------------------------------------------------------- answers
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -111,7 +136,7 @@ def test_any_text_survives_both_ways(real: Server, stub: Stub, value: str) -> No
     assert last_arrived(stub) == sent(["SAY " + value])
 
 
-# conversations
+# ---------------------------------------------------------------- conversations
 
 
 def converse(
@@ -440,8 +465,7 @@ def test_pinned_session_continues_with_only_what_is_new(real: Server, stub: Stub
     assert last_arrived(stub) == sent(["SAY one", "ONE", "SAY three"])
 
 
-# input that the CLI would take for its own
-
+# ---------------------------------------------------------------- input that the CLI would take for its own
 
 COMMANDS = (
     "/compact",
@@ -571,7 +595,7 @@ def test_stop_sequence_ends_the_answer_and_leaves_the_session_warm(real: Server)
     assert real.post(["SAY alpha STOP beta", "alpha", "SAY on"]).session == "hot"
 
 
-# errors
+# ---------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -633,7 +657,7 @@ def test_nobody_logged_in_is_401_with_the_cure(
     assert answer.headers["x-should-retry"] == "false"
 
 
-# the client leaves
+# ---------------------------------------------------------------- the client leaves
 
 
 def ask_and_leave(client: Client, seen: Callable[[], object], **fields: Any) -> None:
@@ -666,7 +690,7 @@ def test_the_api_call_of_a_client_that_left_ends_at_once(
     assert len(since()) == 2  # nothing more was billed
 
 
-# the end of the bridge
+# ---------------------------------------------------------------- the end of the bridge
 
 
 def start_slow_answer(
@@ -755,8 +779,7 @@ def test_start_says_that_nobody_is_logged_in(launch: Callable[..., Program], cli
     )
 
 
-# the process
-
+# ---------------------------------------------------------------- the process
 
 SCRUBBED = {
     "CLAUDECODE": "1",
@@ -785,7 +808,7 @@ def test_child_gets_no_name_of_the_scrub_list_unless_kept(
     assert "SAY" not in " ".join(process.cmdline())
 
 
-# the conformance driver of the shared tools
+# ---------------------------------------------------------------- the conformance driver of the shared tools
 
 
 @pytest.mark.timeout(240)

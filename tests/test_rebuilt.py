@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client import Answer, Client, Json, arrived, request_body, sent, text
+from client import Answer, Client, Json, arrived, count, request_body, sent, text
 from host import wait_until
 from installed import CLIS
 from judge import Refused, judge
 from servers import Server
 from stubs import Stub
-from test_api import count
 from test_fidelity import betas_of
 from test_logins import LOGINS, log_in, login_headers
 

@@ -3,14 +3,17 @@ real CLI; the table is in tests/README.md."""
 
 import json
 import os
+import zlib
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
+from struct import pack
 from typing import Any
 
 import pytest
 from client import Json, arrived, request_body, text
 from servers import Server
-from test_tools import result, user
+from test_tools import TOOL, result, start, user
 
 Since = Callable[[], list[Json]]
 
@@ -172,3 +175,61 @@ def test_an_agent_thinks_if_it_is_asked_to(
         fields = {"thinking": asked} if asked else {}
         assert server.post(words, model="claude-sonnet-5-5", **fields).status == 200
         assert since()[-1]["body"].get("thinking") == asked
+
+
+def large_image() -> Json:
+    """3,000 by 2,500 pixels, in few bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return pack(">I", len(data)) + kind + data + pack(">I", zlib.crc32(kind + data))
+
+    pixels = zlib.compress((b"\0" + b"\0\0\0" * 3000) * 2500)
+    header = pack(">IIBBBBB", 3000, 2500, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels)
+    data += chunk(b"IEND", b"")
+    source = {"type": "base64", "media_type": "image/png", "data": b64encode(data).decode()}
+    return {"type": "image", "source": source}
+
+
+# ---------------------------------------------------------------- what the CLI repairs
+
+
+def test_a_thinking_signature_that_the_api_refuses_is_the_apis_400(
+    real: Server, since: Callable[[], list[Json]]
+) -> None:
+    """The CLI would take out all thinking, ask again, and answer as if nothing had been."""
+    thought = {"type": "thinking", "thinking": "hm", "signature": "bad"}
+    history = ["hi", {"role": "assistant", "content": [thought, text("a")]}, "BADSIGN"]
+    answer = real.post(history, thinking={"type": "adaptive"})
+    assert (answer.status, answer.json["error"]["type"]) == (400, "invalid_request_error")
+    assert "sent it again with changes" in answer.json["error"]["message"]
+    assert answer.headers["x-should-retry"] == "false"
+
+
+def test_a_large_image_arrives_as_it_was_sent_in_every_place(
+    real: Server, since: Callable[[], list[Json]]
+) -> None:
+    image = large_image()
+    first = real.post([user(text("look"), image)])
+    assert arrived(since()[-1]["body"])[-1]["content"] == [text("look"), image]
+    history = [user(text("look"), image), {"role": "assistant", "content": first.text}]
+    answer = real.post([*history, user(text("and"), image)])
+    assert answer.session == "rebuilt; reason=images"
+    assert arrived(since()[-1]["body"])[-1]["content"] == [text("and"), image]
+    messages, (call,) = start(real)
+    shown = user(result(call, [text("see"), image]))
+    assert real.post([*messages, shown], tools=[TOOL]).status == 200
+    (block,) = arrived(since()[-1]["body"])[-1]["content"]
+    assert block["content"] == [text("see"), image]
+
+
+def test_a_system_message_of_settings_alone_is_left_out_and_told(
+    real: Server, since: Callable[[], list[Json]]
+) -> None:
+    """Claude Code as a client sends it after /compact and /effort."""
+    messages = [user(text("SAY x"))]
+    messages.append({"role": "system", "content": [], "output_config": {"effort": "medium"}})
+    answer = real.post(messages)
+    assert answer.text == "x"
+    assert "messages.1.output_config" in answer.headers["x-bridge-not-sent"]
+    assert arrived(since()[-1]["body"]) == [user(text("SAY x"))]

@@ -43,6 +43,16 @@ from messages import (
 import translate
 from translate import ApiError, parse_request
 
+# ---------------------------------------------------------------- who is who
+
+
+def test_a_toolset_without_a_name_is_a_clients_tool() -> None:
+    body = {"model": "sonnet", "max_tokens": 9, "messages": [{"role": "user", "content": "x"}]}
+    for tools, is_agent in ([{"type": "new_toolset"}], False), ([], True):
+        request = parse_request(json.dumps({**body, "tools": tools}).encode(), agent=True)
+        assert request.is_agent == is_agent
+
+
 Json = dict[str, Any]
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import pid, talk
 from servers import Server
 from stand_in import Log
-from test_processes import pid, talk
 
 Serve = Callable[..., Server]
 
@@ -107,23 +107,3 @@ def test_the_real_cli_is_traced_from_its_gate_on(serve: Serve, cli: Path, traces
     printed = read(traces, answer.headers["request-id"], "from")
     assert [line for line in printed if "succeeded with status 200" in line]  # its log, as text
     assert event_types(printed)[-1] == "message_stop"
-
-
-def test_the_log_says_which_process_was_chosen_and_what_it_printed_on_stderr(
-    serve: Serve, caplog: pytest.LogCaptureFixture
-) -> None:
-    server = serve()
-    with caplog.at_level(logging.DEBUG, "claude_cli_bridge"):
-        conversation, first = talk(server, "secret")
-        server.post(conversation)
-        server.post([*conversation[:2], "other"], system="changed")
-        failed = server.post("DIE-START 3")
-    assert failed.status == 502
-    words = [record.getMessage() for record in caplog.records if record.levelno == logging.DEBUG]
-    began = f"request {first.headers['request-id']}: new, turn 1 of process {pid(first)}, "
-    assert began + "which was started for a request" in words
-    assert [line for line in words if ": hot, turn 2 of process" in line]
-    assert [line for line in words if "rebuilt (system-changed), turn 1 of" in line]
-    assert [line for line in words if " prints: " in line]
-    assert [line for line in words if line.endswith("ends: died")]
-    assert "secret" not in "".join(words)

@@ -10,12 +10,12 @@ import pytest
 from client import Json, request_body
 from host import STANDIN, wait_until
 from installed import CLIS
+from processes import pool_of
 from servers import Program, Server
 from stand_in import Log
 from test_check import check
 
-from sessions import NEWEST_TESTED, OLDEST, Pool, State, dotted
-from translate import MODEL_PREFIX, listed_model, takes_from_conversation
+from sessions import NEWEST_TESTED, OLDEST, State, dotted
 
 TOO_OLD = (
     f"the claude CLI is version 2.1.100, and {dotted(OLDEST)} or newer is needed: run `claude "
@@ -25,7 +25,7 @@ TOO_NEW = f"the claude CLI 9.9.9 is newer than {dotted(NEWEST_TESTED)}, the newe
 TRIES_IT = "`claude-cli-bridge check` tries it"
 
 
-def script(folder: Path, version: str, *lines: str) -> Path:
+def versioned(folder: Path, version: str, *lines: str) -> Path:
     """A CLI of a version, which is the stand-in otherwise, and runs `lines` before."""
     folder.mkdir(exist_ok=True)
     path = folder / f"claude-{version}"
@@ -39,16 +39,11 @@ def page(server: Server | Program) -> str:
     return server.call("GET", "/").body.decode()
 
 
-def pool_of(server: Server) -> Pool:
-    assert server.bridge
-    return server.bridge.pool
-
-
 def test_a_cli_that_is_too_old_is_refused_with_a_cure_and_never_asked_anything(
     launch: Callable[..., Program], tmp_path: Path
 ) -> None:
     runs = tmp_path / "runs"
-    old = script(tmp_path, "2.1.100", f'echo "$*" >> {runs}')
+    old = versioned(tmp_path, "2.1.100", f'echo "$*" >> {runs}')
     program = launch(CLAUDE_CLI_BIN=str(old), CLAUDE_CLI_SPARES="1")
     wait_until(lambda: any(TOO_OLD in line for line in program.lines), "the version")
     [line] = [line for line in program.lines if TOO_OLD in line]
@@ -72,7 +67,7 @@ def test_a_cli_that_is_too_old_is_refused_with_a_cure_and_never_asked_anything(
 def test_the_cure_for_the_cli_of_the_wheel_is_pip(
     serve: Callable[..., Server], tmp_path: Path
 ) -> None:
-    old = script(tmp_path / "claude_agent_sdk", "2.1.100")
+    old = versioned(tmp_path / "claude_agent_sdk", "2.1.100")
     message = serve(bin=old).post().json["error"]["message"]
     assert message.endswith("is needed: run `pip install --upgrade claude-agent-sdk`")
 
@@ -90,13 +85,13 @@ def test_the_cure_for_the_cli_of_the_wheel_is_pip(
 def test_the_oldest_version_that_is_taken_is_the_one_that_is_named(
     serve: Callable[..., Server], tmp_path: Path, version: str, is_taken: bool
 ) -> None:
-    assert serve(bin=script(tmp_path, version)).post().status == (200 if is_taken else 502)
+    assert serve(bin=versioned(tmp_path, version)).post().status == (200 if is_taken else 502)
 
 
 def test_a_cli_that_is_newer_than_the_tested_ones_works_with_a_warning_that_names_check(
     launch: Callable[..., Program], tmp_path: Path
 ) -> None:
-    new = script(tmp_path, "9.9.9")
+    new = versioned(tmp_path, "9.9.9")
     program = launch(CLAUDE_CLI_BIN=str(new))
     assert program.post().status == 200
     wait_until(lambda: any(TOO_NEW in line for line in program.lines), "the warning")
@@ -112,13 +107,13 @@ def test_a_cli_that_is_newer_than_the_tested_ones_works_with_a_warning_that_name
 def test_the_newest_tested_version_is_no_reason_to_warn(
     launch: Callable[..., Program], tmp_path: Path
 ) -> None:
-    program = launch(CLAUDE_CLI_BIN=str(script(tmp_path, dotted(NEWEST_TESTED))))
+    program = launch(CLAUDE_CLI_BIN=str(versioned(tmp_path, dotted(NEWEST_TESTED))))
     words = f"version {dotted(NEWEST_TESTED)}\n"
     wait_until(lambda: any(line.endswith(words) for line in program.lines), "the version")
     assert not [line for line in program.lines if "newer than" in line]
 
 
-# another one in its place
+# ---------------------------------------------------------------- another one in its place
 
 
 def swap(link: Path, target: Path) -> None:
@@ -132,7 +127,7 @@ def test_what_was_learnt_of_a_cli_is_forgotten_when_another_takes_its_place(
     serve: Callable[..., Server], tmp_path: Path, log: Log
 ) -> None:
     link = tmp_path / "claude"
-    link.symlink_to(script(tmp_path / "old", "2.1.260"))
+    link.symlink_to(versioned(tmp_path / "old", "2.1.260"))
     server = serve(bin=link, spares=1)
     pool = pool_of(server)
     wait_until(lambda: pool.spares, "a spare")
@@ -146,7 +141,7 @@ def test_what_was_learnt_of_a_cli_is_forgotten_when_another_takes_its_place(
     wait_until(lambda: spare.process.pid in log.started(), "its start")
     before = set(log.started())
 
-    swap(link, script(tmp_path / "new", "2.1.270"))
+    swap(link, versioned(tmp_path / "new", "2.1.270"))
     models = server.call("GET", "/v1/models")
     assert models.status == 200
     assert pool.cli is not known
@@ -166,12 +161,12 @@ def test_a_cli_that_is_replaced_at_its_own_path_ends_the_spares_of_before(
     serve: Callable[..., Server], tmp_path: Path
 ) -> None:
     program = tmp_path / "claude"
-    os.replace(script(tmp_path / "old", "2.1.260"), program)
+    os.replace(versioned(tmp_path / "old", "2.1.260"), program)
     server = serve(bin=program, spares=1)
     pool = pool_of(server)
     wait_until(lambda: pool.spares, "a spare")
     [spare] = pool.spares
-    os.replace(script(tmp_path / "new", "2.1.261"), program)
+    os.replace(versioned(tmp_path / "new", "2.1.261"), program)
     assert server.post("one").status == 200
     assert (pool.cli.version, spare.state) == ("2.1.261", State.RETIRED)
 
@@ -180,10 +175,10 @@ def test_a_hot_conversation_of_the_old_cli_goes_on_and_a_new_one_is_the_new_clis
     serve: Callable[..., Server], tmp_path: Path, log: Log
 ) -> None:
     link = tmp_path / "claude"
-    link.symlink_to(script(tmp_path / "old", "2.1.260"))
+    link.symlink_to(versioned(tmp_path / "old", "2.1.260"))
     server = serve(bin=link)
     first = server.post("one")
-    swap(link, script(tmp_path / "new", "2.1.261"))
+    swap(link, versioned(tmp_path / "new", "2.1.261"))
     second = server.post(["one", first.text, "two"])
     assert (second.status, second.session) == (200, "hot")
     assert server.post("other").session == "new"
@@ -194,11 +189,11 @@ def test_a_cli_that_becomes_too_old_or_goes_away_is_an_error_until_it_is_back(
     serve: Callable[..., Server], tmp_path: Path
 ) -> None:
     link = tmp_path / "claude"
-    good = script(tmp_path / "good", "2.1.260")
+    good = versioned(tmp_path / "good", "2.1.260")
     link.symlink_to(good)
     server = serve(bin=link)
     assert server.post("one").status == 200
-    swap(link, script(tmp_path / "old", "2.1.100"))
+    swap(link, versioned(tmp_path / "old", "2.1.100"))
     assert TOO_OLD in server.post("two").json["error"]["message"]
     link.unlink()
     answer = server.post("three")
@@ -229,37 +224,3 @@ def test_after_a_downgrade_of_the_real_cli_no_other_model_answers(
     assert {row["body"]["model"].partition("-2")[0] for row in rows} == {model}
     agents = [json.dumps(row["headers"]) for row in rows]
     assert [pool.cli.version in agent for agent in agents] == [False, False, True, True]
-
-
-def test_each_model_that_a_cli_lists_answers_without_being_named_at_its_start(
-    serve: Callable[..., Server], cli: Path, since: Callable[[], list[Json]]
-) -> None:
-    """So that one spare serves all of them.  Of others a CLI silently takes its default."""
-    server = serve(bin=cli)
-    hello = server.call("GET", "/v1/models")
-    names = [model["id"] for model in hello.json["data"]]
-    assert len(names) > 3
-    pool = pool_of(server)
-    for name in names:
-        answer = server.post("SAY x", model=name)
-        assert answer.status == 200, (name, answer.body)
-        full_name = listed_model(pool.cli.hello, name.removeprefix(MODEL_PREFIX))
-        assert since()[-1]["body"]["model"] == full_name.removesuffix("[1m]")
-    kinds = {session.kind.model for session in list(pool.sessions)}
-    assert kinds == {""}
-
-
-def test_only_models_under_a_short_name_are_taken_from_a_conversation_and_none_of_a_clouds() -> (
-    None
-):
-    models = [
-        {"value": "sonnet", "resolvedModel": "claude-sonnet-5-5"},
-        {"value": "claude-old-1", "resolvedModel": "claude-old-1"},  # it runs this one
-    ]
-    hello: Json = {"models": models, "account": {"apiProvider": "firstParty"}}
-    names = ("sonnet", "claude-sonnet-5-5", "claude-old-1", "opus")
-    assert [takes_from_conversation(hello, name) for name in names] == [True, True, False, False]
-    for provider in ("bedrock", "vertex", "foundry"):
-        of_cloud = {**hello, "account": {"apiProvider": provider}}
-        assert not any(takes_from_conversation(of_cloud, name) for name in names)
-    assert not takes_from_conversation({}, "sonnet")

@@ -1,0 +1,173 @@
+"""A child process as bytes: its start, its lines, its pace, its end."""
+
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from client import error_of
+from host import ROOT, STANDIN, wait_until
+from processes import (
+    DIED,
+    FLOOD,
+    PROBE,
+    alive,
+    check_failure,
+    is_held_up,
+    pid,
+    read_all,
+    send,
+    written,
+)
+from servers import Program, Server, is_up
+from stand_in import Log
+
+import sessions
+
+Serve = Callable[..., Server]
+
+
+# ---------------------------------------------------------------- how a process ends
+
+
+def test_a_process_that_ignores_the_end_of_its_input_and_sigterm_is_killed(serve: Serve) -> None:
+    answer = serve(max_idle=0).post(model="ignore-sigterm")
+    assert answer.status == 200
+    wait_until(lambda: not psutil.pid_exists(pid(answer)), "the end of the process")
+
+
+def test_a_process_whose_tool_call_is_yet_to_come_is_killed_at_once(serve: Serve, log: Log) -> None:
+    """It would call the API once more when its stdin closes."""
+    server = serve()
+    answer = server.post("PROBE", tools=[PROBE], model="called.wait")
+    assert answer.message["stop_reason"] == "tool_use"
+    wait_until(lambda: log.reached("called.wait"), "the process")
+    server.close()
+    assert log.reached("eof") == []
+
+
+def test_what_a_process_leaves_behind_is_killed_with_it(serve: Serve) -> None:
+    answer = serve(max_idle=0).post("ORPHAN")
+    wait_until(lambda: not psutil.pid_exists(pid(answer)), "the end of the process")
+    wait_until(lambda: not alive(int(answer.text.split()[-1])), "the end of its child")
+
+
+both = pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+
+
+def test_a_cli_that_cannot_be_started_is_502(serve: Serve, tmp_path: Path) -> None:
+    program = tmp_path / "claude"
+    program.write_bytes(b"\0not a program")
+    program.chmod(0o755)
+    server = serve(bin=program, max_sessions=1)
+    for _ in range(2):  # its slot is free again
+        check_failure(
+            server.post(), begun=False, **DIED, words="cannot be started: Exec format error"
+        )
+
+
+@both
+def test_a_line_without_an_end_fails_the_answer(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr(sessions, "MAX_LINE", 1 << 20)
+    answer = serve().post("BIGLINE 3000000", stream=stream)
+    check_failure(answer, begun=False, **DIED, words="a line of more than 1 MiB")
+
+
+# ---------------------------------------------------------------- clients
+
+
+def test_a_client_that_does_not_read_holds_up_its_own_process_and_nothing_else(
+    serve: Serve, log: Log
+) -> None:
+    server = serve()
+    before = psutil.Process().memory_info().rss
+    with send(server, FLOOD, stream=True) as slow:
+        wait_until(lambda: is_held_up(log, FLOOD), "a process that can write no more")
+        assert server.post("next").text == "echo: next; 1 messages"
+        assert is_held_up(log, FLOOD)
+        assert written(log.got(FLOOD)) < 14 << 20
+        assert psutil.Process().memory_info().rss - before < 32 << 20
+        answer = read_all(slow)
+    deltas = [
+        event["delta"]["text"] for event in answer.events if event["type"] == "content_block_delta"
+    ]
+    assert deltas == [f"{n} " for n in range(80000)]
+    assert answer.events[-1] == {"type": "message_stop"}
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+
+
+# ---------------------------------------------------------------- what a launcher hands down
+
+
+@linux
+def test_a_bridge_that_is_process_1_reaps_what_its_children_leave_and_sees_how_they_end() -> None:
+    """As in a container without an init."""
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if not shutil.which("unshare") or subprocess.run([*command, "true"], check=False).returncode:
+        pytest.skip("only root can have a pid namespace")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = {"CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{port}"}
+    # It looks for orphans four times in this time.
+    settings |= {"CLAUDE_CLI_SESSION_TTL_SECS": "0.4", "CLAUDE_CLI_SPARES": "0"}
+    command += [sys.executable, str(ROOT / "bridge.py")]
+    with subprocess.Popen(
+        command, env={**os.environ, **settings}, stderr=subprocess.DEVNULL
+    ) as process:
+        program = Program("127.0.0.1", port, process=process)  # type: ignore[arg-type]
+        try:
+            wait_until(lambda: is_up(program), "the bridge")
+            [one] = psutil.Process(process.pid).children()
+            assert program.post("ORPHAN").status == 200
+            for _ in range(3):
+                died = program.post("DIE 3").json
+                assert "exited with status 3" in died["error"]["message"]
+            # With those that ended and that nobody has reaped.
+            wait_until(lambda: not one.children(recursive=True), "no child, not even a dead one")
+            first = program.post("hello")
+            assert program.post(["hello", first.text, "more"]).status == 200
+            one.terminate()
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+
+
+@linux
+def test_of_the_dead_process_1_leaves_its_own_children_to_asyncio() -> None:
+    lines = "import os, subprocess, sessions\n"
+    lines += "def ended(status):\n"
+    lines += "    child = subprocess.Popen(['sh', '-c', f'exit {status}'])\n"
+    lines += "    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)\n"
+    lines += "    return child\n"
+    lines += "others, own = ended(3), ended(4)\n"
+    lines += "sessions.reap_orphans({own.pid})\n"
+    lines += "sessions.reap_orphans({own.pid})\n"
+    # Python has 0 for a child that somebody else has reaped.
+    lines += "print(others.wait(), own.wait())"
+    done = subprocess.run(
+        [sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "0 4\n"
+
+
+def test_a_program_without_file_descriptors_fails_the_request_and_goes_on(
+    launch: Callable[..., Program],
+) -> None:
+    program = launch()
+    used = len(os.listdir(f"/proc/{program.process.pid}/fd"))
+    resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (used + 2, 4096))
+    answer = program.post()
+    assert error_of(answer) == (502, "claude_cli_error")
+    assert "cannot be started" in answer.json["error"]["message"]
+    resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (4096, 4096))
+    assert program.post().status == 200

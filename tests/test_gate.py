@@ -1,0 +1,194 @@
+"""The gate: the pipe through which a conversation reaches a process, and nothing but a pipe."""
+
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from client import Json
+from host import wait_until
+from processes import alive
+from servers import Program, Server, plain_cli
+from stand_in import Log
+
+import sessions
+
+Serve = Callable[..., Server]
+
+
+# ---------------------------------------------------------------- what a process is given
+
+
+def test_a_temporary_folder_that_cannot_be_written_fails_the_request_and_is_named(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    server = serve(spares=1)
+    answer = server.post()
+    assert (answer.status, answer.json["error"]["type"]) == (502, "claude_cli_error")
+    assert f"cannot be started: Not a directory: {tmp_path}/file" in answer.json["error"]["message"]
+    (tmp_path / "file").unlink()
+    (tmp_path / "file").mkdir()
+    assert server.post().status == 200
+
+
+def test_a_temporary_folder_that_is_gone_is_replaced(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    assert serve().post().status == 200
+
+
+Run = Callable[..., None]  # post in the background
+
+
+# ---------------------------------------------------------------- what a killed bridge leaves behind
+
+SECRET = "a heron that nobody else is to read of"
+
+
+def waiting_spare(program: Program, log: Log, run: Run) -> None:
+    wait_until(log.started, "the spare")
+
+
+def half_through_the_gate(program: Program, log: Log, run: Run) -> None:
+    run(["x" * 5_000_000 + SECRET, SECRET, SECRET], model="gate.half-deaf")
+    wait_until(lambda: log.reached("gate.half-deaf"), "the child at its gate")
+
+
+def running_turn(program: Program, log: Log, run: Run) -> None:
+    run([SECRET, SECRET, f"{SECRET} HANG-START"], model="ignore-sigterm")
+    wait_until(lambda: log.asked("HANG-START"), "the turn")
+
+
+def parked(program: Program, log: Log, run: Run) -> None:
+    tool = {"name": "probe", "description": SECRET, "input_schema": {"type": "object"}}
+    answer = program.post([SECRET, SECRET, f"{SECRET} PROBE"], tools=[tool], system=SECRET)
+    assert answer.message["stop_reason"] == "tool_use"
+
+
+def files_with(text: bytes, *folders: Path) -> list[Path]:
+    """The files below these folders that hold a text; pipes and links are none."""
+    found = [path for folder in folders for path in folder.rglob("*")]
+    return [path for path in found if path.is_file() and text in path.read_bytes()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
+@pytest.mark.parametrize("state", [waiting_spare, half_through_the_gate, running_turn, parked])
+def test_a_killed_bridge_leaves_no_child_and_no_word_of_a_conversation(
+    launch: Callable[..., Program],
+    log: Log,
+    background: ThreadPoolExecutor,
+    environment: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    state: Callable[[Program, Log, Run], None],
+) -> None:
+    """SIGKILL gives it no time to clear up: what was never written need not be cleared up."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    program = launch(CLAUDE_CLI_SPARES="1" if state is waiting_spare else "0")
+    running: list[Future[Any]] = []
+
+    def run(*arguments: Any, **fields: Any) -> None:
+        running.append(background.submit(program.post, *arguments, **fields))
+
+    state(program, log, run)
+    children = program.children()
+    assert children
+    program.process.kill()
+    program.wait()
+    wait_until(lambda: not [child for child in children if alive(child.pid)], "their end")
+    assert all(turn.exception() for turn in running)
+    assert files_with(SECRET.encode(), temporary, environment) == []
+    assert not files_with(b"x" * 1000, temporary, environment)
+
+
+def is_waiting(program: Program) -> bool:
+    """Whether a child waits at its gate; another one is asked for its version."""
+    found = []
+    for child in program.children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += child.cmdline()
+    return "--resume" in found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
+@pytest.mark.parametrize("state", ["spare", "running", "parked"])
+def test_a_killed_bridge_with_the_real_cli_leaves_no_word_of_a_conversation(
+    launch: Callable[..., Program],
+    cli: Path,
+    since: Callable[[], list[Json]],
+    background: ThreadPoolExecutor,
+    environment: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    state: str,
+) -> None:
+    """The CLI is told to keep nothing, and its conversation comes through a pipe."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    program = launch(CLAUDE_CLI_BIN=str(cli), CLAUDE_CLI_SPARES="1" if state == "spare" else "0")
+    past: list[Any] = [SECRET, SECRET]
+    running = None
+    if state == "spare":
+        wait_until(lambda: is_waiting(program), "the spare")
+    elif state == "running":
+        running = background.submit(program.post, [*past, f"SLOW 200 {SECRET}"], stream=True)
+        wait_until(since, "the API call")
+    else:
+        words = f'USE_TOOL probe INPUT={{"secret":"{SECRET}"}}END'
+        tool = {"name": "probe", "description": SECRET, "input_schema": {"type": "object"}}
+        answer = program.post([*past, words], tools=[tool], system=SECRET)
+        assert answer.message["stop_reason"] == "tool_use"
+    children = program.children()
+    assert children
+    program.process.kill()
+    program.wait()
+    wait_until(lambda: not [child for child in children if alive(child.pid)], "their end")
+    assert running is None or running.exception()
+    assert files_with(SECRET.encode(), temporary, environment) == []
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+
+
+# ---------------------------------------------------------------- what a launcher hands down
+
+
+def test_a_program_that_closes_descriptors_is_named(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "GATE_SECS", 1.0)
+    closing = 'for n in /proc/self/fd/*; do n=${n##*/}; [ $n -gt 2 ] && eval "exec $n>&-"; done'
+    server = serve(bin=plain_cli(tmp_path / "claude", f"{closing}\nexec sleep 1000"))
+    answer = server.post("hello")
+    assert (answer.status, answer.json["error"]["type"]) == (502, "claude_cli_error")
+    assert "closes the descriptors that it inherits" in answer.json["error"]["message"]
+
+
+@linux
+def test_a_fork_of_the_host_program_does_not_hold_a_gate(serve: Serve) -> None:
+    server = serve(spares=1, watchdog_secs=10)
+    assert server.bridge
+    pool = server.bridge.pool
+    wait_until(lambda: pool.spares, "the spare")
+    child = os.fork()
+    if not child:
+        signal.pause()
+        os._exit(0)
+    try:
+        assert server.post("hello", model="claude-sonnet-5-5").status == 200
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

@@ -1,0 +1,94 @@
+"""The models that a CLI lists, and which of them one process takes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from client import Json
+from processes import pool_of
+from servers import Server
+
+from translate import MODEL_PREFIX, listed_model, takes_from_conversation
+
+
+def test_the_model_list_is_the_clis_own(real: Server) -> None:
+    page = real.call("GET", "/v1/models?limit=1000&beta=true").json
+    ids = [model["id"] for model in page["data"]]
+    assert "claude-cli/sonnet" in ids
+    assert any(name.startswith("claude-sonnet-") for name in ids)
+    assert len(set(ids)) == len(ids)
+    assert (page["has_more"], page["first_id"], page["last_id"]) == (False, ids[0], ids[-1])
+    for model in page["data"]:
+        assert model["type"] == "model"
+        assert model["lifecycle"] == "active"
+        assert model["display_name"]
+        assert model["created_at"]
+
+
+def test_abilities_of_a_model_are_those_of_the_clis_list_in_its_own_words(
+    real: Server, cli: Path
+) -> None:
+    """The SDK's own type wants ten `capabilities`, of which the CLI knows two."""
+    models = real.call("GET", "/v1/models").json["data"]
+    found = {model["id"]: model["claude_cli"] for model in models}
+    sonnet = found["claude-cli/sonnet"]
+    assert sonnet["supportsEffort"] is True
+    assert "high" in sonnet["supportedEffortLevels"]
+    assert not any("capabilities" in model for model in models)
+    # The older CLI says nothing of its Haiku, which has no effort.
+    assert (found["claude-cli/haiku"] == {}) == ("2.1.197" in str(cli))
+
+
+def test_the_model_list_is_always_whole(real: Server) -> None:
+    whole = real.call("GET", "/v1/models").json
+    for query in ("limit=1", f"after_id={whole['last_id']}", "before_id=nope", "limit=x"):
+        answer = real.call("GET", "/v1/models?" + query)
+        assert (answer.status, answer.json) == (200, whole)
+
+
+@pytest.mark.parametrize("name", ["sonnet", "claude-cli/sonnet", "claude-cli%2Fsonnet"])
+def test_a_model_is_found_by_id_and_alias(real: Server, name: str) -> None:
+    assert real.call("GET", "/v1/models/" + name).json["id"] == "claude-cli/sonnet"
+
+
+def test_an_unknown_model_is_404(real: Server) -> None:
+    answer = real.call("GET", "/v1/models/no-such%2Fmodel")
+    assert (answer.status, answer.json["error"]["type"]) == (404, "not_found_error")
+    assert real.call("DELETE", "/v1/models").status == 405
+
+
+# ---------------------------------------------------------------- another one in its place
+
+
+def test_each_model_that_a_cli_lists_answers_without_being_named_at_its_start(
+    serve: Callable[..., Server], cli: Path, since: Callable[[], list[Json]]
+) -> None:
+    """So that one spare serves all of them.  Of others a CLI silently takes its default."""
+    server = serve(bin=cli)
+    hello = server.call("GET", "/v1/models")
+    names = [model["id"] for model in hello.json["data"]]
+    assert len(names) > 3
+    pool = pool_of(server)
+    for name in names:
+        answer = server.post("SAY x", model=name)
+        assert answer.status == 200, (name, answer.body)
+        full_name = listed_model(pool.cli.hello, name.removeprefix(MODEL_PREFIX))
+        assert since()[-1]["body"]["model"] == full_name.removesuffix("[1m]")
+    kinds = {session.kind.model for session in list(pool.sessions)}
+    assert kinds == {""}
+
+
+def test_only_models_under_a_short_name_are_taken_from_a_conversation_and_none_of_a_clouds() -> (
+    None
+):
+    models = [
+        {"value": "sonnet", "resolvedModel": "claude-sonnet-5-5"},
+        {"value": "claude-old-1", "resolvedModel": "claude-old-1"},  # it runs this one
+    ]
+    hello: Json = {"models": models, "account": {"apiProvider": "firstParty"}}
+    names = ("sonnet", "claude-sonnet-5-5", "claude-old-1", "opus")
+    assert [takes_from_conversation(hello, name) for name in names] == [True, True, False, False]
+    for provider in ("bedrock", "vertex", "foundry"):
+        of_cloud = {**hello, "account": {"apiProvider": provider}}
+        assert not any(takes_from_conversation(of_cloud, name) for name in names)
+    assert not takes_from_conversation({}, "sonnet")

@@ -1,0 +1,398 @@
+"""The CLI's protocol on a process: late results, faults, silence, and what it says unasked."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from host import wait_until
+from processes import (
+    DIED,
+    PROBE,
+    alive,
+    check_failure,
+    check_own,
+    in_work,
+    pid,
+    reaped,
+    session_of,
+    talk,
+)
+from servers import Program, Server
+from stand_in import UNASKED, Log
+from test_pool import spare
+
+import sessions
+from sessions import State
+
+Serve = Callable[..., Server]
+
+
+# ---------------------------------------------------------------- one conversation
+
+
+def test_a_result_that_comes_late_is_waited_for_by_the_next_turn(
+    serve: Serve, gate: Path, background: ThreadPoolExecutor
+) -> None:
+    server = serve()
+    conversation, first = talk(server, "LATE")
+    second = background.submit(server.post, conversation)
+    in_work(server, 1)
+    # Time in which a hasty line would be seen by the process.
+    assert server.post("meanwhile").status == 200
+    gate.touch()
+    assert (second.result().session, pid(second.result())) == ("hot", pid(first))
+
+
+def test_a_result_that_came_behind_the_answer_in_the_same_read_is_the_end_of_the_turn(
+    serve: Serve,
+) -> None:
+    server = serve()
+    assert server.bridge
+    conversation, _ = talk(server, "hello")
+    (session,) = server.bridge.pool.sessions
+    process = session.process
+    wait_until(lambda: process._result_seen.done(), "its first result")
+    process.begin_turn()
+    process._events.append({"type": "result"})
+    process.end_turn(False)
+    assert process._result_seen.done()
+    assert server.post(conversation).session == "hot"
+
+
+def test_the_rest_of_a_turn_that_comes_late_and_in_one_read_is_no_fault(
+    serve: Serve, gate: Path, log: Log
+) -> None:
+    server = serve()
+    conversation, first = talk(server, "TAIL")
+    gate.touch()
+    answer = server.post(conversation)
+    assert (answer.session, answer.text) == ("hot", "echo: and now; 3 messages")
+    assert pid(answer) == pid(first)
+
+
+both = pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+MID, START = True, False
+SILENT = {"status": 504, "kind": "timeout_error", "words": "silent for 1 seconds"}
+FAULTS = {
+    "DIE 3": (MID, {**DIED, "words": "exited with status 3: stand-in: told to die"}),
+    "HALF": (MID, {**DIED, "words": "exited with status 0"}),
+    "STDERR 300000 DIE 4": (MID, {**DIED, "words": "exited with status 4: stand-in: told to die"}),
+    "DIE-START": (
+        START,
+        {**DIED, "words": "exited with status 1: stand-in: told to die before any event"},
+    ),
+    "HANG": (MID, SILENT),
+    "HANG-START": (START, SILENT),
+    "RETRY 100 HANG-START": (START, SILENT),
+    "RATELIMIT 1": (
+        START,
+        {"status": 429, "kind": "rate_limit_error", "words": "You've hit your 5-hour limit"},
+    ),
+}
+
+
+@both
+@pytest.mark.parametrize("text", FAULTS)
+def test_a_fault_fails_its_request_alone_and_retires_its_process(
+    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor, text: str, stream: bool
+) -> None:
+    server = serve(watchdog_secs=1)
+    other = background.submit(server.post, "PAUSE other", stream=True)
+    wait_until(lambda: log.got("PAUSE other"), "the other conversation's turn")
+    begun, failure = FAULTS[text]
+    check_failure(server.post(text, stream=stream), begun=begun and stream, **failure)
+    wait_until(lambda: reaped(log.got(text)), "the end of the process")
+    gate.touch()
+    assert other.result().text == "echo: PAUSE other; 1 messages"
+    assert server.post("next", stream=stream).text == "echo: next; 1 messages"
+    assert other.result().events[-1] == {"type": "message_stop"}
+
+
+@both
+@pytest.mark.parametrize(
+    ("model", "status", "kind", "words"),
+    [
+        (
+            "exit-at-start",
+            502,
+            "claude_cli_error",
+            "exited with status 1: stand-in: told to exit at the start",
+        ),
+        ("hang-at-start", 504, "timeout_error", "silent for 1 seconds"),
+        ("not-logged-in", 401, "authentication_error", "nobody is logged in: no login of user "),
+    ],
+)
+def test_a_process_that_does_not_come_up_is_an_error_status(
+    serve: Serve, stream: bool, model: str, status: int, kind: str, words: str
+) -> None:
+    server = serve(watchdog_secs=1)
+    answer = server.post("hello", model=model, stream=stream)
+    check_failure(answer, begun=False, status=status, kind=kind, words=words)
+    assert answer.headers.get("x-should-retry") == ("false" if status == 401 else None)
+
+
+@both
+@pytest.mark.parametrize(
+    ("text", "failure"),
+    [
+        ("DIE-PAST", {**DIED, "words": "told to die while the past is put in"}),
+        ("HANG-PAST", SILENT),
+    ],
+)
+def test_a_fault_while_a_history_is_rebuilt_is_an_error_status(
+    serve: Serve, log: Log, text: str, failure: dict[str, object], stream: bool
+) -> None:
+    answer = serve(watchdog_secs=1).post([text, "yes", "go on"], stream=stream)
+    check_failure(answer, begun=False, **failure)
+    wait_until(lambda: reaped(log.got(text)), "the end of the process")
+
+
+@both
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NOISE é漢😀",
+        "SPLIT é漢😀",
+        "SPLIT NOISE",
+        "STDERR 2000000",
+        "TWORESULTS",
+        "SLOW 130",
+        "RETRY 2600",
+        "BIGLINE 5000000",
+    ],
+)
+def test_strange_output_does_not_fail_an_answer(serve: Serve, text: str, stream: bool) -> None:
+    takes_long = text.startswith(("SLOW", "RETRY"))
+    server = serve(watchdog_secs=2 if takes_long else 60)
+    expected = {
+        "SLOW": "".join(f"{n} " for n in range(130)),
+        "BIGLINE": f"echo: {text}; 1 messages" + "x" * 5_000_000,
+    }.get(text.split()[0], f"echo: {text}; 1 messages")
+    answer = server.post(text, stream=stream)
+    assert answer.text == expected
+    assert answer.message["stop_reason"] == "end_turn"
+    again = server.post([text, answer.text, "and now"], stream=stream)
+    # A second result that comes in a read of its own is one that nobody asked for.
+    spoke = text == "TWORESULTS" and again.session == "rebuilt; reason=unasked"
+    assert again.session == "hot" or spoke
+    assert again.text == "echo: and now; 3 messages"
+
+
+def test_an_answer_is_complete_without_a_result_and_its_process_is_not_used_again(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "LATE_SECS", 0.2)
+    server = serve()
+    answer = server.post("NORESULT")
+    assert answer.text == "echo: NORESULT; 1 messages"
+    again = server.post(["NORESULT", answer.text, "and now"])
+    assert (again.session, again.text) == ("rebuilt; reason=failed", "echo: and now; 3 messages")
+
+
+@pytest.mark.parametrize("text", ["TORN-DELTA", "TORN-EVENT"])
+def test_a_line_that_is_cut_off_behind_a_complete_answer_does_not_fail_it(
+    serve: Serve, text: str
+) -> None:
+    server = serve()
+    streamed, whole = server.post(text, stream=True), server.post(text)
+    assert (whole.status, whole.text) == (200, f"echo: {text}; 1 messages")
+    assert (streamed.events[-1], streamed.text) == ({"type": "message_stop"}, whole.text)
+    again = server.post([text, whole.text, "and now"])
+    assert (again.session, again.text) == ("rebuilt; reason=failed", "echo: and now; 3 messages")
+
+
+def test_a_process_that_no_longer_reads_fails_its_next_turn_and_is_ended(
+    serve: Serve, log: Log
+) -> None:
+    server = serve(watchdog_secs=3)
+    answer = server.post("NOSTDIN")
+    check_failure(
+        server.post(["NOSTDIN", answer.text, "and now"]),
+        begun=False,
+        status=504,
+        kind="timeout_error",
+        words="silent",
+    )
+    wait_until(lambda: reaped(log.got("NOSTDIN")), "the end of the process")
+    assert server.post(["NOSTDIN", answer.text, "and now"]).text == "echo: and now; 3 messages"
+
+
+kinds = pytest.mark.parametrize("kind", UNASKED)
+
+
+@pytest.fixture
+def speaking(monkeypatch: pytest.MonkeyPatch, kind: str, log: Log) -> Callable[[int], None]:
+    """Have a process say what nobody asked for."""
+    monkeypatch.setenv("STANDIN_UNASKED", kind)
+    monkeypatch.setattr(sessions, "ENDING", ((None, 0.1), *sessions.ENDING[1:]))
+
+    def speak(number: int) -> None:
+        os.kill(number, signal.SIGUSR1)
+        # It may be ended for what it said before it leaves its mark.
+        wait_until(
+            lambda: number in log.reached("unasked") or not alive(number), "what nobody asked for"
+        )
+
+    return speak
+
+
+def settled(server: Server, number: int) -> None:
+    """Wait for the end of a turn: until then a process may still say the rest of it."""
+    process = session_of(server, number).process
+    wait_until(lambda: process._result_seen.done(), "the result")
+
+
+@both
+@kinds
+def test_a_spare_that_speaks_is_given_to_nobody(
+    serve: Serve, log: Log, speaking: Callable[[int], None], kind: str, stream: bool
+) -> None:
+    """It has no conversation yet, so all that it can say is wrong."""
+    server = serve(spares=1)
+    server.post("hello")  # so that the spare is for the model of the next request as well
+    waiting = spare(server)
+    wait_until(lambda: waiting in log.started(), "its start")
+    speaking(waiting)
+    wait_until(lambda: not alive(waiting), "its end")
+    answer = server.post("next", stream=stream)
+    check_own(answer, "echo: next; 1 messages", stream=stream)
+    assert (answer.session, pid(answer) == waiting) == ("new", False)
+
+
+@both
+@kinds
+def test_a_resting_process_that_speaks_ends_and_its_conversation_is_rebuilt(
+    serve: Serve, speaking: Callable[[int], None], kind: str, stream: bool
+) -> None:
+    """Its next turn would begin with an answer to something else, and so would all that follow."""
+    server = serve()
+    first = server.post("hello", stream=stream)
+    settled(server, pid(first))
+    speaking(pid(first))
+    wait_until(lambda: not alive(pid(first)), "its end")
+    conversation = ["hello", first.text, "and now"]
+    answer = server.post(conversation, stream=stream)
+    check_own(answer, "echo: and now; 3 messages", stream=stream)
+    assert answer.session == "rebuilt; reason=unasked"
+    again = server.post([*conversation, answer.text, "more"], stream=stream)
+    check_own(again, "echo: more; 5 messages", stream=stream)
+    assert again.session == "hot"
+
+
+@both
+@kinds
+def test_a_pinned_process_that_speaks_ends_as_well(
+    serve: Serve, speaking: Callable[[int], None], kind: str, stream: bool
+) -> None:
+    """A client that sends only what is new is told that the past is lost, and nothing is asked."""
+    server = serve()
+    first = server.post("hello", session="s")
+    settled(server, pid(first))
+    speaking(pid(first))
+    wait_until(lambda: not alive(pid(first)), "its end")
+    answer = server.post("and now", session="s", stream=stream)
+    assert answer.status == 400
+    assert "send the whole conversation" in answer.json["error"]["message"]
+    whole = server.post(["hello", first.text, "and now"], session="s", stream=stream)
+    check_own(whole, "echo: and now; 3 messages", stream=stream)
+
+
+@both
+@kinds
+def test_a_parked_process_that_speaks_ends_and_the_tools_result_is_not_lost(
+    serve: Serve, speaking: Callable[[int], None], kind: str, stream: bool
+) -> None:
+    """It waits inside a tool call, where it has nothing to say but another call of this answer."""
+    server = serve()
+    asked = server.post("PROBE", tools=[PROBE], stream=stream)
+    number = pid(asked)
+    (call,) = asked.message["content"]
+    assert session_of(server, number).state is State.PARKED
+    speaking(number)
+    wait_until(lambda: not alive(number), "its end")
+    result = {"type": "tool_result", "tool_use_id": call["id"], "content": "18C"}
+    answer = server.post(
+        [
+            "PROBE",
+            {"role": "assistant", "content": [call]},
+            {"role": "user", "content": [result]},
+        ],
+        tools=[PROBE],
+        stream=stream,
+    )
+    check_own(answer, "echo: 18C; 3 messages", stream=stream)
+    assert answer.session == "rebuilt; reason=unasked"
+
+
+@both
+@kinds
+def test_a_process_that_speaks_while_it_is_ended_disturbs_nobody(
+    serve: Serve,
+    speaking: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    stream: bool,
+) -> None:
+    """Its pipes are read until it is gone."""
+    monkeypatch.setattr(sessions, "ENDING", ((None, 0.1), (None, 60.0)))
+    server = serve(max_idle=0)
+    first = server.post("hello", model="ignore-sigterm", stream=stream)
+    ending = session_of(server, pid(first))
+    wait_until(lambda: ending.state is State.RETIRED, "its retirement")
+    speaking(pid(first))
+    assert alive(pid(first))
+    conversation: list[Any] = ["hello", first.text, "and now"]
+    answer = server.post(conversation, model="ignore-sigterm", stream=stream)
+    check_own(answer, "echo: and now; 3 messages", stream=stream)
+    assert answer.session == "rebuilt; reason=evicted"
+    assert pid(answer) != pid(first)
+    for number in (pid(first), pid(answer)):
+        os.kill(number, signal.SIGKILL)
+
+
+@both
+@pytest.mark.parametrize("kind", [kind for kind in UNASKED if kind != "result"])
+def test_what_comes_with_the_end_of_an_answer_is_no_part_of_it_and_of_no_other(
+    serve: Serve,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    stream: bool,
+) -> None:
+    """In the same read, behind the result: the turn still listens, and must not hide it."""
+    monkeypatch.setenv("STANDIN_UNASKED", kind)
+    server = serve()
+    first = server.post("BEHIND", stream=stream)
+    check_own(first, "echo: BEHIND; 1 messages", stream=stream)
+    wait_until(lambda: pid(first) in log.reached("unasked"), "what nobody asked for")
+    answer = server.post(["BEHIND", first.text, "and now"], stream=stream)
+    check_own(answer, "echo: and now; 3 messages", stream=stream)
+    assert answer.session == "rebuilt; reason=unasked"
+    assert pid(answer) != pid(first)
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+
+
+# ---------------------------------------------------------------- waiting
+
+
+@linux
+def test_a_bridge_that_was_stopped_looks_at_the_pipe_before_it_gives_up(
+    launch: Callable[..., Program], gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
+    program = launch(CLAUDE_CLI_WATCHDOG_SECS="2")
+    answer = background.submit(program.post, "PAUSE")
+    wait_until(lambda: log.asked("PAUSE"), "the turn")
+    program.process.send_signal(signal.SIGSTOP)
+    gate.touch()
+    stopped_at = time.monotonic()
+    wait_until(lambda: time.monotonic() > stopped_at + 2.5, "more than the watchdog's time")
+    program.process.send_signal(signal.SIGCONT)
+    assert answer.result().text == "echo: PAUSE; 1 messages"

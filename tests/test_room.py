@@ -1,0 +1,264 @@
+"""Places for processes: how many, who waits, and who gives way."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from client import Answer, error_of
+from host import wait_until
+from processes import in_pool, in_work, open_gate, soon, take_turn, talk
+from servers import Server
+from stand_in import Log
+
+import bridge
+import sessions
+from sessions import Pool, State, Turn
+from translate import ApiError
+
+Serve = Callable[..., Server]
+
+
+# ---------------------------------------------------------------- how long and how many
+
+
+class Sampler:
+    """Counts the children of this process, all the time, in whatever state they are."""
+
+    def __enter__(self) -> "Sampler":
+        self.most = 0
+        self._known = self._children()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        return self
+
+    def _children(self) -> set[int]:
+        ids = set()
+        for name in filter(str.isdecimal, os.listdir("/proc")):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if (
+                    int(Path(f"/proc/{name}/stat").read_bytes().rpartition(b")")[2].split()[1])
+                    == os.getpid()
+                ):
+                    ids.add(int(name))
+        return ids
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self.most = max(self.most, len(self._children() - self._known))
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def test_max_sessions_holds_at_every_instant_and_all_waiting_requests_are_answered(
+    serve: Serve, background: ThreadPoolExecutor
+) -> None:
+    server = serve(max_sessions=3)
+    with Sampler() as sampler:
+        # Every fifth answer fails, so that processes that fault give their room back as well.
+        texts = [f"number {n}" if n % 5 else f"number {n} DIE 1" for n in range(20)]
+        answers = list(background.map(server.post, texts))
+    assert sampler.most == 3
+    for text, answer in zip(texts, answers, strict=True):
+        if "DIE" in text:
+            assert answer.status == 502
+        else:
+            assert answer.text == f"echo: {text}; 1 messages"
+
+
+def test_waiting_requests_are_served_in_order(
+    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
+    server = serve(max_sessions=1)
+    texts = ["PAUSE", "one", "two", "three", "four"]
+    turns: list[Future[Answer]] = []
+    for text in texts:
+        turns.append(background.submit(server.post, text))
+        in_work(server, len(turns))
+    gate.touch()
+    assert [turn.result().text for turn in turns] == [f"echo: {text}; 1 messages" for text in texts]
+    assert list(log.started()) == [log.got(text) for text in texts]
+
+
+@pytest.mark.parametrize("end", ["answer", "fault", "pinned"])
+def test_a_waiting_request_gets_the_room_of_a_turn_that_ends(
+    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor, end: str
+) -> None:
+    server = serve(max_sessions=2)
+    text = "PAUSE DIE 1" if end == "fault" else "PAUSE"
+    busy = [
+        background.submit(server.post, text, session=f"s{n}" if end == "pinned" else None)
+        for n in range(2)
+    ]
+    wait_until(lambda: len(log.started()) == 2, "two busy processes")
+    waiting = [background.submit(server.post, f"waiting {n}") for n in range(3)]
+    in_work(server, 5)
+    gate.touch()
+    assert [turn.result().status for turn in busy] == [502 if end == "fault" else 200] * 2
+    assert [turn.result().text for turn in waiting] == [
+        f"echo: waiting {n}; 1 messages" for n in range(3)
+    ]
+
+
+@pytest.mark.parametrize("session", [None, "pinned"])
+def test_a_request_that_finds_no_room_in_time_gets_529(
+    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor, session: str | None
+) -> None:
+    server = serve(max_sessions=1 if session is None else 9, queue_secs=0.2)
+    busy = background.submit(server.post, "PAUSE", session=session)
+    wait_until(lambda: log.got("PAUSE"), "the turn that holds the room")
+    answer = server.post("never", session=session)
+    assert (answer.status, answer.json["error"]["type"]) == (529, "overloaded_error")
+    assert answer.headers["retry-after"] == "1"
+    gate.touch()
+    assert busy.result().status == 200
+    assert not log.got("never")
+    assert server.post("next", session=session).status == 200
+
+
+# ---------------------------------------------------------------- the session header
+
+
+def test_a_request_that_gets_the_room_of_a_process_that_ends_costs_no_other_its_own(
+    serve: Serve,
+) -> None:
+    server = serve(max_sessions=2)
+    conversation, _ = talk(server, "keep this one")
+    server.post("hello", session="s")
+    edited = server.post(["hullo", "who?", "and now"], session="s")
+    assert edited.session == "rebuilt; reason=unknown-history"
+    assert server.post(conversation).session == "hot"
+
+
+def test_a_question_who_is_logged_in_gives_way_to_no_request_that_came_later(
+    serve: Serve,
+    gate: Path,
+    log: Log,
+    background: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sessions, "PROBE_MODEL", "slow-start")
+    server = serve(max_sessions=1)
+    models = background.submit(server.call, "GET", "/v1/models")
+    wait_until(lambda: log.started(), "the process that is asked")
+    answer = background.submit(server.post, "hello")
+    in_work(server, 2)
+    gate.touch()
+    assert models.result().status == 200
+    assert answer.result().text == "echo: hello; 1 messages"
+
+
+def test_a_queue_that_is_full_gets_529_at_once(
+    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
+    server = serve(max_sessions=1, max_queue=2)
+    requests = [background.submit(server.post, "PAUSE")]
+    wait_until(lambda: log.got("PAUSE"), "the first")
+    requests += [background.submit(server.post, f"{number}") for number in range(2)]
+    in_work(server, 3)
+    answer = server.post("one too many")
+    assert error_of(answer) == (529, "overloaded_error")
+    assert "2 requests wait for room already" in answer.json["error"]["message"]
+    gate.touch()
+    assert [request.result().status for request in requests] == [200] * 3
+
+
+def test_of_two_requests_one_takes_the_curious_process_and_one_a_resting_one(
+    gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "PROBE_MODEL", "hang-at-start")
+
+    async def use(pool: Pool) -> None:
+        await take_turn(pool, "idle")
+        pool.cli.hello = {}
+        curious = asyncio.create_task(pool.hello(gives_way=True))
+        await soon(lambda: pool.resting(State.PROBE))
+        answers = [asyncio.create_task(take_turn(pool, f"PAUSE {number}")) for number in range(2)]
+        await soon(lambda: [one.state for one in pool.sessions] == [State.BUSY] * 2)
+        open_gate(gate)
+        for number, (_, answer) in enumerate(await asyncio.gather(*answers)):
+            assert answer == f"echo: PAUSE {number}; 1 messages"
+        with pytest.raises(ApiError, match="a request took the room"):
+            await curious
+
+    in_pool(use, max_sessions=2)
+
+
+def test_a_curious_process_that_is_being_started_gives_way_to_a_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sessions, "PROBE_MODEL", "hang-at-start")
+
+    async def use(pool: Pool) -> None:
+        curious = asyncio.create_task(pool.hello(gives_way=True))
+        await soon(pool.room._places.locked)
+        _, answer = await take_turn(pool, "hello")
+        assert answer == "echo: hello; 1 messages"
+        with pytest.raises(ApiError, match="a request took the room"):
+            await curious
+
+    in_pool(use, max_sessions=1)
+
+
+def test_a_spare_that_is_being_started_gives_way_to_a_request_of_another_kind() -> None:
+    async def use(pool: Pool) -> None:
+        await soon(pool.room._places.locked)
+        assert not pool.spares
+        _, answer = await take_turn(pool, "hello")
+        assert answer == "echo: hello; 1 messages"
+
+    in_pool(use, max_sessions=1, spares=1, queue_secs=5)
+
+
+def test_of_two_requests_one_gets_the_room_of_a_process_that_ended_and_one_that_of_a_resting_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both ask in the step in which it is reaped."""
+
+    async def use(pool: Pool) -> None:
+        await take_turn(pool, "one")
+        turn, _ = await take_turn(pool, "two")
+        asked: list[asyncio.Task[tuple[Turn, str]]] = []
+        release = pool.room._places.release
+
+        def release_and_ask() -> None:
+            release()
+            if not asked:
+                asked.extend(asyncio.create_task(take_turn(pool, f"new {n}")) for n in range(2))
+
+        monkeypatch.setattr(pool.room._places, "release", release_and_ask)
+        pool.retire(turn.session, "expired")
+        await soon(lambda: asked)
+        assert [answer for _, answer in await asyncio.gather(*asked)] == [
+            f"echo: new {n}; 1 messages" for n in range(2)
+        ]
+
+    in_pool(use, max_sessions=2)
+
+
+def test_no_room_for_the_bridges_own_question_is_no_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bridge, "LOGIN_PROBE_SECS", 0)
+    monkeypatch.setattr(sessions, "PROBE_MODEL", "hang-at-start")
+
+    async def use(pool: Pool) -> None:
+        running: Any = SimpleNamespace(config=pool.config, pool=pool)
+        curious = asyncio.create_task(bridge.announce(running, ()))
+        await soon(lambda: pool.resting(State.PROBE))
+        await take_turn(pool, "hello")
+        await curious
+
+    with caplog.at_level(logging.WARNING):
+        in_pool(use, max_sessions=1)
+    assert caplog.records == []
