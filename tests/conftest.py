@@ -8,6 +8,7 @@ people use are fetched before that, with npm and uv, where these are installed.
 
 import contextlib
 import gc
+import logging
 import os
 import signal
 import socket
@@ -42,6 +43,7 @@ from installed import (
 from servers import ENGINE, KEEP, Program, Server, kept_names, make_nobody
 from stand_in import Log
 from stubs import Stub
+from wire import Wire
 
 import sessions
 from bridge import Config
@@ -290,3 +292,49 @@ def background(gate: Path) -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(32) as executor:
         yield executor
         gate.touch()  # a test that failed does not wait for its other requests
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """No test makes the bridge or asyncio log an error: a bug, an exception nobody looked at."""
+    errors: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: errors.append(
+        f"{record.name}: {record.getMessage()} {record.exc_info}"
+    )  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    yield
+    gc.collect(1)  # exceptions of tasks that nobody awaited are reported when the task is collected
+    logging.getLogger().removeHandler(handler)
+    assert errors == []
+
+
+@pytest.fixture
+def server(quiet: None, gate: Path, serve: Callable[..., Server]) -> Server:
+    return serve()
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[[Server], Wire]]:
+    with contextlib.ExitStack() as stack:
+        yield lambda server: stack.enter_context(contextlib.closing(Wire(server)))
+
+
+@pytest.fixture
+def wire(server: Server, connect: Callable[[Server], Wire]) -> Wire:
+    return connect(server)
+
+
+@pytest.fixture
+def socket_path(tmp_path: Path) -> Path:
+    return tmp_path / "bridge.sock"
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def listener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[socket.socket]:
+    """A socket that a service manager holds."""
+    family = socket.AF_UNIX if request.param == "unix" else socket.AF_INET
+    with socket.socket(family) as sock:
+        sock.bind(str(tmp_path / "socket") if request.param == "unix" else ("127.0.0.1", 0))
+        sock.listen(100)
+        yield sock

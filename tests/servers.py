@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -13,11 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 from client import Client
-from host import STANDIN, children
+from host import ROOT, STANDIN, children, wait_until
 
 from bridge import Bridge, Config
 from bridge import serve as serve_bridge
 
+BRIDGE = [sys.executable, str(ROOT / "bridge.py")]
+ADDRESS = "CLAUDE_CLI_LISTEN_ADDR"
 # The CLI's JavaScript engine without helper threads and without its optimizing compiler: a process
 # of a test lives for a second, beside others.  It then takes a third less processor time.
 ENGINE = {
@@ -137,7 +140,59 @@ def plain_cli(path: Path, lines: str) -> Path:
 
 
 def is_up(program: Program) -> bool:
+    """Whether it answers."""
     try:
         return program.call("GET", "/healthz").status == 200
     except OSError:
         return False
+
+
+def activate(listener: socket.socket, *program: str) -> subprocess.Popen[str]:
+    """Start the bridge as systemd does: the socket is file descriptor 3."""
+    code = "import os, sys; os.dup2(int(sys.argv[1]), 3)"
+    code += "; os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))"
+    code += "; os.execv(sys.argv[2], sys.argv[2:])"
+    program = program or (sys.executable, str(ROOT / "bridge.py"))
+    environ = {
+        **os.environ,
+        "CLAUDE_CLI_BIN": str(STANDIN),
+        "CLAUDE_CLI_KEEP_ENV": ",".join(kept_names()),
+    }
+    command = [sys.executable, "-c", code, str(listener.fileno()), *program]
+    return subprocess.Popen(
+        command, env=environ, stderr=subprocess.PIPE, text=True, pass_fds=[listener.fileno()]
+    )
+
+
+def run(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+    """Run the program to its end."""
+    variables = {**os.environ, **environ}
+    command = [*BRIDGE, *arguments]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+
+
+def refusal(*words: str, **environ: str) -> str:
+    """The one line of a program that does not start."""
+    done = run(*words, CLAUDE_CLI_BIN=environ.pop("CLAUDE_CLI_BIN", str(STANDIN)), **environ)
+    assert (done.returncode, done.stdout) == (2, "")
+    [line] = done.stderr.splitlines()
+    return line.removeprefix("claude-cli-bridge: ")
+
+
+def printed(program: Program, words: str) -> None:
+    """Wait until the program has printed these words."""
+    wait_until(
+        lambda: any(words in line for line in program.lines),
+        f"a line with {words!r}: {program.lines}",
+    )
+
+
+def refuses(program: Program) -> bool:
+    """Whether it takes no more connections."""
+    try:
+        program.connect().close()
+    except ConnectionRefusedError:
+        return True
+    except ConnectionResetError:  # at the very moment
+        return False
+    return False

@@ -27,7 +27,6 @@ from host import wait_until
 from PIL import Image, ImageChops
 from servers import Server
 from stand_in import Log
-from test_http import quiet  # noqa: F401 - an autouse fixture
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")

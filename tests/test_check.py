@@ -13,7 +13,7 @@ import pytest
 from client import Json
 from host import ROOT
 from installed import CLIS
-from servers import kept_names
+from servers import kept_names, run
 
 from bridge import user_name
 
@@ -136,3 +136,14 @@ def test_an_administrators_settings_may_lead_to_an_api_but_to_no_model(
     asked = [row for row in since() if row["path"] == "/v1/messages"]
     assert asked
     assert {row["body"]["model"] for row in asked} == {"no-such-model"}
+
+
+# ---------------------------------------------------------------- words
+
+
+@pytest.mark.parametrize("words", [["check", "--listen-addr", "nowhere"], ["chekc"]])
+def test_a_mistake_is_said_in_one_line_by_check_and_before_it(words: list[str]) -> None:
+    done = run(*words)
+    said = (done.stdout + done.stderr).splitlines()
+    assert len(said) == 1
+    assert "settings: --listen-addr: " in said[0] or "did you mean check?" in said[0]

@@ -11,7 +11,7 @@ from client import Json, request_body
 from host import STANDIN, wait_until
 from installed import CLIS
 from processes import pool_of
-from servers import Program, Server
+from servers import Program, Server, printed
 from stand_in import Log
 from test_check import check
 
@@ -224,3 +224,14 @@ def test_after_a_downgrade_of_the_real_cli_no_other_model_answers(
     assert {row["body"]["model"].partition("-2")[0] for row in rows} == {model}
     agents = [json.dumps(row["headers"]) for row in rows]
     assert [pool.cli.version in agent for agent in agents] == [False, False, True, True]
+
+
+Launch = Callable[..., Program]
+
+
+# ---------------------------------------------------------------- the login
+
+
+def test_a_program_that_is_not_claude_code_is_called_so(launch: Launch) -> None:
+    program = launch(CLAUDE_CLI_BIN="/bin/true")
+    printed(program, "`--version` prints none, so it may not be Claude Code")

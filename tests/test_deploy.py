@@ -33,11 +33,10 @@ from host import ROOT, STANDIN, TESTS, children, wait_until
 from installed import CLIS, WHEELS
 from machine import Machine, Process, end, inside
 from processes import alive, pid
-from servers import kept_names
+from servers import activate, kept_names
 from stand_in import Log
 from stubs import Stub
 from supervisor.xmlrpc import SupervisorTransport
-from test_limits import activate
 
 import bridge
 import sessions

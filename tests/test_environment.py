@@ -225,3 +225,24 @@ def test_an_administrators_list_of_mcp_servers_does_no_harm(cli: Path, tmp_path:
     words = {line.split(": ")[0]: line.split(": ")[1] for line in done.stdout.splitlines()}
     features = ("history", "settings", "tools", "interrupt")
     assert {name: words[name] for name in features} == dict.fromkeys(features, "works")
+
+
+# ---------------------------------------------------------------- what the user set
+
+
+@pytest.mark.parametrize("value", ["1", "true", None])
+def test_a_users_wish_that_nothing_is_reported_reaches_the_cli_as_it_is(
+    serve: Callable[..., Server], cli: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
+    names = ("DISABLE_TELEMETRY", "DO_NOT_TRACK", "DISABLE_ERROR_REPORTING")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DISABLE_COST_WARNINGS", "1")
+    server = serve(bin=cli)
+    assert server.post("SAY x").text == "x"
+    [process] = server.processes()
+    child = process.environ()
+    assert [child.get(name) for name in names] == [value] * 3
+    assert "DISABLE_COST_WARNINGS" not in child

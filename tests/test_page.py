@@ -1,4 +1,4 @@
-"""What people and probes read: the page at /, /healthz with its questions, and wrong addresses."""
+"""The page at /, which people read."""
 
 import base64
 import json
@@ -10,16 +10,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from client import Answer, count, request_body
+from client import request_body
 from host import STANDIN, wait_until
 from servers import Server
 from stand_in import Log
-from test_access import ask
-from test_http import quiet  # noqa: F401 - an autouse fixture
+from wire import ask
 
 import bridge
-import sessions
 from bridge import user_name
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 Serve = Callable[..., Server]
 KEY = {"x-api-key": "sesame-key"}
@@ -212,176 +212,3 @@ def test_what_the_page_shows_is_escaped(serve: Serve, tmp_path: Path) -> None:
     assert b"<script>" not in answer.body
     assert str(strange) in Reader(answer.body.decode()).text
     assert json.dumps(str(strange))[1:-1] in page(server, {})
-
-
-# ---------------------------------------------------------------- health
-
-
-def deep(server: Server) -> tuple[int, str]:
-    answer = server.call("GET", "/healthz?deep=1")
-    assert answer.headers["content-type"] == "text/plain"
-    return answer.status, answer.body.decode()
-
-
-def test_a_deep_look_asks_the_cli_but_no_model(serve: Serve, log: Log) -> None:
-    server = serve()
-    assert deep(server) == (200, "ok")
-    [(pid, _)] = log.started().items()
-    assert log.requests(pid) == ["initialize"]
-    assert [line["type"] for line in log.lines(pid)] == ["control_request"]
-
-
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [
-        ("exit-at-start", "the claude CLI does not work: "),
-        ("hang-at-start", "the claude CLI did not answer within 0.5 seconds"),
-        ("not-logged-in", f"nobody is logged in: no login of user {user_name()} in "),
-    ],
-)
-def test_a_deep_look_says_why_nothing_can_be_answered(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch, model: str, words: str
-) -> None:
-    if model == "hang-at-start":
-        monkeypatch.setattr(bridge, "HELLO_SECS", 0.5)
-    monkeypatch.delenv("ANTHROPIC_API_KEY")
-    monkeypatch.setattr(sessions, "PROBE_MODEL", model)
-    server = serve()
-    status, said = deep(server)
-    assert (status, said[: len(words)]) == (503, words)
-    answer = server.call("GET", "/healthz")
-    assert (answer.status, answer.body) == (200, b"ok")
-    wait_until(lambda: not server.processes(), "the end of the process that was asked")
-
-
-def test_a_key_that_the_cli_does_not_get_is_the_reason_that_nobody_is_logged_in(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sessions, "PROBE_MODEL", "not-logged-in")
-    _, said = deep(serve(keep_env=("ANTHROPIC_BASE_URL",)))
-    assert "CLAUDE_CLI_KEEP_ENV=ANTHROPIC_API_KEY passes it on" in said
-
-
-def test_a_deep_look_says_that_there_is_no_room(
-    serve: Serve,
-    gate: Path,
-    log: Log,
-    background: ThreadPoolExecutor,
-) -> None:
-    server = serve(max_sessions=1)
-    assert deep(server) == (200, "ok")
-    running = background.submit(server.post, "PAUSE")
-    wait_until(lambda: log.got("PAUSE"), "the turn")
-    assert deep(server) == (503, "all 1 processes are busy")
-    gate.touch()
-    assert running.result().status == 200
-    assert deep(server) == (200, "ok")
-
-
-def test_a_deep_look_is_good_for_a_while(
-    serve: Serve, log: Log, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However many ask: a process is started for one of them."""
-    monkeypatch.setattr(bridge, "PROBLEM_SECS", 1000)
-    monkeypatch.setattr(sessions, "PROBE_MODEL", "exit-at-start")
-    server = serve()
-    assert len({deep(server) for _ in range(5)}) == 1
-    assert len(log.started()) == 1
-
-
-def test_of_many_who_ask_at_once_one_starts_a_process(
-    serve: Serve, log: Log, background: ThreadPoolExecutor
-) -> None:
-    server = serve()
-    answers = [background.submit(deep, server) for _ in range(8)]
-    assert {answer.result() for answer in answers} == {(200, "ok")}
-    assert len(log.started()) == 1
-
-
-def test_a_deep_look_finds_the_room_of_a_process_that_counted(serve: Serve) -> None:
-    server = serve(max_sessions=1)
-    assert count(server).status == 200
-    assert deep(server) == (200, "ok")
-
-
-def test_a_problem_is_looked_for_again_sooner_than_a_good_answer(
-    serve: Serve, log: Log, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bridge, "PROBLEM_SECS", 0)
-    monkeypatch.setattr(sessions, "PROBE_MODEL", "exit-at-start")
-    server = serve()
-    assert [deep(server)[0] for _ in range(2)] == [503, 503]
-    assert len(log.started()) == 2
-
-
-def test_a_deep_look_finds_that_a_cli_that_worked_works_no_more(
-    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cli = tmp_path / "claude"
-    cli.symlink_to(STANDIN)
-    server = serve(bin=cli)
-    assert deep(server) == (200, "ok")
-    cli.unlink()
-    assert deep(server) == (200, "ok")  # for a while
-    assert server.bridge
-    server.bridge._problem_until = 0
-    assert deep(server)[0] == 503
-
-
-@pytest.mark.parametrize("query", ["deep=1", "x=1"])
-def test_the_questions_to_health_are_not_open_to_all(serve: Serve, query: str) -> None:
-    server = serve(api_key=KEY["x-api-key"])
-    request = f"GET /healthz?{query} HTTP/1.1"
-    key = "x-api-key: sesame-key"
-    assert ask(server, "Host: localhost", request=request).status == 401
-    assert ask(server, "Host: evil.example", key, request=request).status == 403
-    assert ask(server, "Host: localhost", key, "Origin: null", request=request).status == 403
-    assert ask(server, "Host: localhost", key, request=request).status == 200
-    assert server.call("GET", "/healthz").body == b"ok"
-
-
-@pytest.mark.parametrize("query", ["", "?deep=1"])
-def test_head_of_health_has_no_body(serve: Serve, query: str) -> None:
-    answer = ask(serve(), "Host: localhost", request=f"HEAD /healthz{query} HTTP/1.1")
-    assert (answer.status, answer.body) == (200, b"")
-
-
-# ---------------------------------------------------------------- wrong addresses
-
-
-def message(answer: Answer) -> str:
-    assert (answer.status, answer.json["error"]["type"]) == (404, "not_found_error")
-    return str(answer.json["error"]["message"])
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/v1/chat/completions",
-        "/v1/responses",
-        "/v1/responses/resp_1",
-        "/v1/completions",
-        "/v1/embeddings",
-        "/chat/completions",
-        "//v1/chat/completions",
-    ],
-)
-def test_a_client_of_openais_api_is_told_what_this_is(serve: Serve, path: str) -> None:
-    body = json.dumps(request_body()).encode()
-    said = message(serve().call("POST", path, body))
-    assert "Anthropic Messages API, not OpenAI's" in said
-    assert "LiteLLM" in said
-
-
-def test_an_unknown_path_is_answered_with_the_base_url(serve: Serve) -> None:
-    server = serve()
-    said = message(server.call("GET", "/v1/nope?sesame"))
-    assert said.endswith(f"the base URL is {server.url}")
-    assert "'/v1/nope'" in said
-    assert "sesame" not in said
-
-
-@pytest.mark.parametrize("path", ["//v1/messages", "///v1/messages?beta=true", "//messages"])
-def test_a_base_url_with_a_slash_at_its_end_works(serve: Serve, path: str) -> None:
-    answer = serve().call("POST", path, request_body("hello"))
-    assert answer.text == "echo: hello; 1 messages"

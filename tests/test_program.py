@@ -1,87 +1,382 @@
-"""The bridge as a program: its settings, its signals, its log."""
+"""The bridge as a program: its words, its start, its signals, its log."""
 
+import dataclasses
+import fcntl
 import json
+import os
+import re
 import shlex
 import signal
 import socket
-import stat
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
-from client import Answer, request_body
-from host import STANDIN, wait_until
+from client import Client, Json, error_of
+from host import ROOT, STANDIN, wait_until
 from processes import HEADER, alive
-from servers import Program
+from servers import ADDRESS, BRIDGE, Program, activate, is_up, printed, refusal, refuses, run
 from stand_in import Log
+from test_metrics import measure
+from wire import GET
 
+import bridge
+from bridge import ConfigError, read_flags
 from translate import digest
 
 Launch = Callable[..., Program]
-formats = pytest.mark.parametrize("log_format", ["text", "json"])
 
 
-def printed(program: Program, words: str) -> None:
-    wait_until(
-        lambda: any(words in line for line in program.lines),
-        f"a line with {words!r}: {program.lines}",
-    )
-
-
-# ---------------------------------------------------------------- settings
+# ---------------------------------------------------------------- words
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("words", "said"),
     [
-        ("MAX_SESSIONS", "many"),
-        ("MAX_SESSIONS", "1.5"),
-        ("MAX_SESSIONS", "0"),
-        ("MAX_IDLE", "-1"),
-        ("WATCHDOG_SECS", "-1"),
-        ("WATCHDOG_SECS", "nan"),
-        ("SESSION_TTL_SECS", "inf"),
-        ("DRAIN_SECS", "1s"),
-        ("LOG_FORMAT", "xml"),
-        ("LISTEN_ADDR", "nonsense"),
-        ("LISTEN_ADDR", "127.0.0.1:99999"),
-        ("LISTEN_ADDR", "0.0.0.0:0"),
-        ("LISTEN_ADDR", "[::]:0"),
-        ("LISTEN_ADDR", "unix:/no/such/folder/socket"),
-        ("BIN", "/no/such/claude"),
-        ("BIN", "/etc/passwd"),
+        (["--max-idel", "3"], "there is no --max-idel; did you mean --max-idle?"),
+        (["--max_idle=3"], "there is no --max_idle; did you mean --max-idle?"),
+        (["--confg", "x"], "there is no --confg; did you mean --config?"),
+        (["--verzion"], "there is no --verzion; did you mean --version?"),
+        (["--xyzzy"], "there is no --xyzzy; see --help"),
+        (["chekc"], "there is no such command; did you mean check?"),
+        (["provider"], "there is no such command; did you mean providers?"),
+        (
+            ["sesame"],
+            "there is no such command; a value with spaces needs quotes; see --help",
+        ),
+        (["check", "sesame"], "check takes nothing but flags; see --help"),
+        (["--url", "http://localhost:1"], "there is no --url; see --help"),
+        (["--max-idle"], "--max-idle takes a value; see --help"),
+        (["--max-idle", "--spares", "1"], "--max-idle takes a value; see --help"),
     ],
 )
-def test_a_setting_that_cannot_work_ends_the_start_with_one_line_that_names_it(
-    launch: Launch, name: str, value: str
+def test_a_mistyped_word_is_refused_with_what_was_probably_meant(
+    words: list[str], said: str
 ) -> None:
-    program = launch(wait=False, **{f"CLAUDE_CLI_{name}": value})
-    assert program.wait() == 2
-    wait_until(lambda: program.lines, "the line")
-    [line] = program.lines
-    assert line.startswith(f"claude-cli-bridge: CLAUDE_CLI_{name}: ")
+    with pytest.raises(bridge.ConfigError) as caught:
+        bridge.read_flags(words, {})
+    assert str(caught.value) == said
 
 
-def test_an_address_in_use_ends_the_start_with_one_line_that_names_it(launch: Launch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        program = launch(wait=False, CLAUDE_CLI_LISTEN_ADDR=f"127.0.0.1:{taken.getsockname()[1]}")
-        assert program.wait() == 2
-    wait_until(lambda: program.lines, "the line")
-    [line] = program.lines
-    assert line.startswith("claude-cli-bridge: CLAUDE_CLI_LISTEN_ADDR: ")
-    assert "in use" in line
+def test_a_mistyped_word_ends_the_program_with_one_line() -> None:
+    done = run("--max-idel", "3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "claude-cli-bridge: there is no --max-idel; did you mean --max-idle?\n"
 
 
-def test_flags_go_before_the_environment(launch: Launch) -> None:
-    flags = ("--bin", str(STANDIN), "--max-sessions", "2", "--log-format", "json")
-    program = launch(
-        *flags,
-        CLAUDE_CLI_BIN="/no/such",
-        CLAUDE_CLI_MAX_SESSIONS="many",
-        CLAUDE_CLI_LOG_FORMAT="xml",
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_says_all_there_is_in_lines_of_80_characters(word: str) -> None:
+    done = run(word, CLAUDE_CLI_MAX_IDLE="nonsense")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    first = [line.split()[0] for line in lines if re.match(r"  \S", line)]
+    settings = {"--" + item.name.replace("_", "-") for item in dataclasses.fields(bridge.Config)}
+    expected = settings - {"--api-key"} | {"check", "login", "providers"}
+    assert set(first) == expected | {"--config", "--version", "--help,"}
+    assert len(first) == len(set(first))
+    assert "[127.0.0.1:14001]" in done.stdout
+    assert "CLAUDE_CLI_API_KEY has no flag" in done.stdout
+    for group in bridge.GROUPS.values():
+        assert f"{group}:" in lines
+
+
+def test_version_is_printed() -> None:
+    assert run("--version").stdout == f"claude-cli-bridge {bridge.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "closed", "status"),
+    [
+        (["--version"], "| (exec <&-)", 141),
+        (["--help"], "| (exec <&-)", 141),
+        (["providers", "--config", "{file}"], ">&-", 0),
+        (["check", "--bin", "{cli}", "--watchdog-secs", "1"], ">&-", 1),
+    ],
+)
+def test_an_output_that_nobody_reads_is_no_traceback(
+    tmp_path: Path, words: list[str], closed: str, status: int
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"model_providers": []}')
+    script = f'set -o pipefail; {{ sleep 0.5; "$@"; }} {closed}'
+    command = [
+        "bash",
+        "-c",
+        script,
+        "bash",
+        *BRIDGE,
+        *(word.format(file=file, cli=STANDIN) for word in words),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (status, "")
+
+
+def test_a_path_that_is_not_utf_8_can_be_logged_as_json(launch: Launch, tmp_path: Path) -> None:
+    cli = os.fsencode(tmp_path) + b"/cl\xffaude"
+    os.symlink(STANDIN, cli)
+    program = launch("--log-format", "json", CLAUDE_CLI_BIN=os.fsdecode(cli))
+    printed(program, "cl?aude")
+    assert program.post().status == 200
+
+
+def test_login_is_the_clis_own_in_this_terminal(tmp_path: Path) -> None:
+    script = tmp_path / "claude"
+    script.write_text('#!/bin/sh\necho "$@"; cat; exit 7\n')
+    script.chmod(0o755)
+    command = [*BRIDGE, "login", "--bin", str(script)]
+    done = subprocess.run(command, input="code", capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "auth login\ncode", "")
+    done = run("login", "--bin", "/no/such")
+    assert done.returncode == 2
+    assert done.stderr.startswith("claude-cli-bridge: --bin: '/no/such' does not exist")
+
+
+# ---------------------------------------------------------------- signals
+
+
+def test_sighup_completes_running_answers_and_ends_the_bridge(
+    launch: Launch, gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
+    program = launch(CLAUDE_CLI_DRAIN_SECS="1000")
+    running = background.submit(program.post, "PAUSE", stream=True)
+    wait_until(lambda: log.got("PAUSE"), "the turn")
+    program.process.send_signal(signal.SIGHUP)
+    printed(program, "running answers: 1, which get 1000 s (Ctrl-C again stops them)")
+    wait_until(lambda: refuses(program), "closed doors")
+    assert program.process.poll() is None
+    gate.touch()
+    assert running.result().message["stop_reason"] == "end_turn"
+    assert program.wait() == 0
+    assert not [pid for pid in log.started() if alive(pid)]
+
+
+def test_under_nohup_sighup_is_ignored(launch: Launch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; children inherit it
+    try:
+        program = launch()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    program.process.send_signal(signal.SIGHUP)
+    assert program.post().status == 200
+    assert not [line for line in program.lines if "shutting down" in line]
+    program.process.send_signal(signal.SIGTERM)
+    assert program.wait() == 0
+
+
+# ---------------------------------------------------------------- the log
+
+
+def unread(*arguments: str) -> tuple["subprocess.Popen[bytes]", Client]:
+    """The program with a stderr of which one line was read."""
+    environ = {**os.environ, "CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_SPARES": "0"}
+    command = [*BRIDGE, "--listen-addr", "127.0.0.1:0", *arguments]
+    process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, bufsize=0)
+    assert process.stderr
+    fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+    found = re.search(rb"listening on http://127.0.0.1:(\d+)", process.stderr.readline())
+    assert found
+    return process, Client("127.0.0.1", int(found[1]))
+
+
+def pipelined(client: Client, count: int) -> int:
+    """The answers to that many requests on one connection."""
+    with client.connect() as connection:
+        sender = threading.Thread(target=connection.sendall, args=(GET * count,))
+        sender.start()
+        with connection.makefile("rb") as file:
+            answers = 0
+            while answers < count:
+                answers += file.readline().endswith(b"HTTP/1.1 200 OK\r\n")
+        sender.join()
+    return answers
+
+
+def test_a_reader_of_the_log_that_stops_reading_loses_lines_that_are_counted_and_no_answer() -> (
+    None
+):
+    process, client = unread()
+    assert process.stderr
+    try:
+        count = bridge.MAX_LOG_LINES + 500
+        assert pipelined(client, count) == count
+        lost = measure(client)("log_lines_lost_total")
+        assert lost > 0
+        assert client.post().text == "echo: hello; 1 messages"
+        written = 0
+        while written < count - lost:  # all others are there once it reads again
+            line = process.stderr.readline()
+            assert line.endswith(b"\n")
+            written += b"route=/healthz" in line
+        process.terminate()
+        assert b"shutting down" in process.stderr.read()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.stderr.close()
+        process.wait()
+
+
+def test_a_reader_of_the_log_that_left_loses_lines_that_are_counted_and_no_answer() -> None:
+    process, client = unread("--log-format", "json")
+    assert process.stderr
+    process.stderr.close()
+    try:
+        assert [client.post().status for _ in range(3)] == [200] * 3
+        wait_until(lambda: measure(client)("log_lines_lost_total") >= 3, "the lines")
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_a_program_started_without_open_standard_files_works_and_writes_its_log_nowhere(
+    tmp_path: Path, closed: str
+) -> None:
+    """The next file opened would have been number 2, and a client would have got the log.
+
+    What Python's libraries read may be there: libffi 3.5 keeps itself open, before anything runs.
+    """
+    path = tmp_path / "socket"
+    environ = {**os.environ, "CLAUDE_CLI_BIN": str(STANDIN)}
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", *BRIDGE, "--listen-addr", f"unix:{path}"]
+    process = subprocess.Popen(command, env=environ)
+    try:
+        wait_until(path.exists, "the start")
+        for number in (2,) if closed == "2>&-" else range(3):
+            target = os.readlink(f"/proc/{process.pid}/fd/{number}")
+            told = Path(f"/proc/{process.pid}/fdinfo/{number}").read_text()
+            flags = int(told.split("flags:")[1].split()[0], 8)
+            is_library = ".so" in target and flags & os.O_ACCMODE == os.O_RDONLY
+            assert is_library or target == "/dev/null"
+        with socket.socket(socket.AF_UNIX) as client:
+            wait_until(lambda: not client.connect_ex(str(path)), "the listener")
+            client.sendall(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            with client.makefile("rb") as file:
+                assert file.read().endswith(b"\r\n\r\nok")
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+# ---------------------------------------------------------------- words
+
+WORDS = {
+    "--port 8080": "there is no --port; use --listen-addr=127.0.0.1:PORT",
+    "-p 8080": "there is no -p; use --listen-addr=127.0.0.1:PORT",
+    "--host=0.0.0.0": "there is no --host; use --listen-addr=HOST:14001",
+    "serve": "there is no such command; use `claude-cli-bridge` alone to start it",
+    "start": "there is no such command; use `claude-cli-bridge` alone to start it",
+    "run": "there is no such command; use `claude-cli-bridge` alone to start it",
+    "help": "there is no such command; use --help",
+    "version": "there is no such command; use --version",
+    "--verbose": "there is no --verbose; use --log-level=debug",
+    "--debug": "there is no --debug; use --log-level=debug",
+    "--log-file x": "there is no --log-file; use 2>FILE: the log goes to stderr",
+    "--model opus": "there is no --model; use `model` in each request",
+}
+
+
+@pytest.mark.parametrize("typed", WORDS)
+def test_a_word_that_everybody_tries_is_answered_with_what_to_type(typed: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_flags(typed.split(), {})
+    assert str(caught.value) == WORDS[typed]
+
+
+def test_a_key_on_the_command_line_is_not_repeated() -> None:
+    said = refusal("--api-key", "sesame")
+    assert "CLAUDE_CLI_API_KEY in the environment" in said
+    assert "sesame" not in said
+
+
+def test_a_value_in_two_words_is_told_of_quotes() -> None:
+    assert refusal("--tools", "Read", "Grep").endswith(
+        "a value with spaces needs quotes; see --help"
     )
-    assert program.post().text == "echo: hello; 1 messages"
+
+
+def test_what_is_typed_instead_works(launch: Launch) -> None:
+    """The flags of the table are flags, and take these values."""
+    flags = {word for said in WORDS.values() for word in re.findall(r"--[a-z-]+=\S+", said)}
+    assert flags == {
+        "--listen-addr=127.0.0.1:PORT",
+        "--listen-addr=HOST:14001",
+        "--log-level=debug",
+    }
+    program = launch("--log-level=debug")
+    assert program.post().status == 200
+    printed(program, " DEBUG request req_")
+
+
+@pytest.mark.parametrize("command", bridge.COMMANDS)
+def test_each_command_has_a_help_of_its_own(command: str) -> None:
+    done = run(command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: claude-cli-bridge {command} ")
+    assert len(done.stdout.splitlines()) < 10
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+# ---------------------------------------------------------------- agent mode
+
+
+@pytest.mark.parametrize(
+    ("settings", "who"),
+    [
+        ({}, "any local program"),
+        ({"CLAUDE_CLI_API_KEY": "sesame"}, "any client with the key"),
+        ({ADDRESS: "unix:~/bridge.sock"}, "any program of this user"),
+    ],
+)
+def test_agent_mode_says_at_the_start_who_can_run_what_where(
+    launch: Launch, tmp_path: Path, settings: dict[str, str], who: str
+) -> None:
+    program = launch("--tools", "Read", "--cwd", str(tmp_path), **settings)
+    where = f"as user {bridge.user_name()}, in {tmp_path}"
+    how = "(tools Read, permission mode default)"
+    printed(program, f"agent mode: {who} can use the CLI's own tools {where} {how}")
+
+
+def test_a_tool_that_the_cli_does_not_have_is_warned_of(
+    launch: Launch, cli: Path, since: Callable[[], list[Json]]
+) -> None:
+    program = launch("--tools", "Raed, Grep,Agent", "--bin", str(cli))
+    printed(program, "--tools: the CLI has no tool Raed; did you mean Read?")
+    assert not [line for line in program.lines if "Grep;" in line or "no tool Agent" in line]
+    assert since() == []
+
+
+def test_an_mcp_server_that_cannot_start_is_warned_of(
+    launch: Launch, cli: Path, tmp_path: Path, since: Callable[[], list[Json]]
+) -> None:
+    file = tmp_path / "mcp.json"
+    file.write_text(json.dumps({"mcpServers": {"broken": {"command": "/no/such/program"}}}))
+    program = launch("--tools", "default", "--mcp-config", str(file), "--bin", str(cli))
+    printed(program, "the MCP server broken is not there: failed")
+    assert not [line for line in program.lines if "has no tool" in line]
+    assert since() == []
+
+
+# ---------------------------------------------------------------- the login
+
+
+def test_the_start_says_whose_login_it_is(launch: Launch, environment: Path) -> None:
+    program = launch()
+    where = f"(user {bridge.user_name()} in {environment}/.claude)"
+    printed(program, f"logged in: stand-in {where}")
+
+
+formats = pytest.mark.parametrize("log_format", ["text", "json"])
 
 
 # ---------------------------------------------------------------- the start
@@ -147,16 +442,6 @@ def test_a_signal_during_the_start_ends_the_bridge(launch: Launch, log: Log) -> 
     assert not [pid for pid in log.started() if alive(pid)]
 
 
-def refuses(program: Program) -> bool:
-    try:
-        program.connect().close()
-    except ConnectionRefusedError:
-        return True
-    except ConnectionResetError:  # at the very moment
-        return False
-    return False
-
-
 @signals
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 def test_on_shutdown_running_answers_are_completed_and_new_connections_refused(
@@ -212,20 +497,6 @@ def test_on_shutdown_an_answer_that_takes_too_long_ends_with_an_error(
     assert program.wait() == 0
     assert log.requests(log.got(text))[-1] == "interrupt"
     assert not [pid for pid in log.started() if alive(pid)]
-
-
-def test_when_the_bridge_is_killed_in_mid_answer_no_process_is_left(
-    launch: Launch, log: Log, background: ThreadPoolExecutor
-) -> None:
-    """Not even one that does not look at its pipes: the end of the bridge itself must reach it."""
-    program = launch()
-    assert program.post("hello", model="ignore-sigterm").status == 200
-    running = background.submit(program.post, "HANG-START", model="ignore-sigterm")
-    wait_until(lambda: log.got("HANG-START"), "the turn")
-    program.process.kill()
-    program.wait()
-    wait_until(lambda: not [pid for pid in log.started() if alive(pid)], "the end of all processes")
-    assert running.exception() is not None
 
 
 # ---------------------------------------------------------------- the log
@@ -294,68 +565,124 @@ def test_every_line_of_a_json_log_is_json(launch: Launch) -> None:
     assert all(json.loads(line) for line in program.lines)
 
 
-def requests(program: Program) -> Iterator[Answer]:
-    """One of each kind, with a word in it that must not be seen again."""
-    key = {"x-api-key": "sesame-key"}
-
-    def post(messages: object, **fields: object) -> Answer:
-        fields = {"system": "sesame-system", "metadata": {"user_id": "sesame-user"}, **fields}
-        return program.call(
-            "POST", "/v1/messages?x=sesame-query", request_body(messages, **fields), key
-        )
-
-    for n, text in enumerate(
-        ("", "DIE 1", "HALF", "HANG-START", "DIE-START", "NOISE", "RATELIMIT 1", "HANG")
-    ):
-        yield post(f"sesame-prompt {text}", stream=bool(n % 2))
-    yield post("hello", model="sesame/../model!")
-    yield post([{"role": "sesame", "content": 1}])
-    yield program.call("POST", "/v1/messages", b'{"sesame-body', key)
-    yield program.call("POST", "/v1/messages", b"{}", {"x-api-key": "sesame-wrong"})
-    yield program.call("GET", "/path?x=sesame-query", None, key)
-    yield program.call("GET", "/v1/models/model?x=sesame-query", None, key)
-    yield program.call("PUT", "/v1/messages", b"", {**key, "origin": "http://evil.example"})
+# ---------------------------------------------------------------- signals and restarts
 
 
-@formats
-def test_no_prompt_answer_or_key_is_in_the_log_not_on_faults_either(
-    launch: Launch, log_format: str
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_second_signal_cuts_running_answers_short(
+    launch: Callable[..., Program],
+    gate: Path,
+    log: Log,
+    background: ThreadPoolExecutor,
+    stream: bool,
 ) -> None:
-    program = launch(
-        *("--log-format", log_format, "--watchdog-secs", "1"),
-        **{"CLAUDE_CLI_API_KEY": "sesame-key", "CLAUDE_CODE_OAUTH_TOKEN": "sesame-token"},
-        CLAUDE_CLI_KEEP_ENV="CLAUDE_CODE_OAUTH_TOKEN",
+    program = launch(CLAUDE_CLI_DRAIN_SECS="60")
+    running = background.submit(program.post, "PAUSE", stream=stream)
+    wait_until(lambda: log.got("PAUSE"), "the turn")
+    program.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: any("shutting down" in line for line in program.lines), "the shutdown")
+    assert program.process.poll() is None
+    program.process.send_signal(signal.SIGTERM)
+    assert program.wait() == 0
+    answer = running.result()
+    event = answer.events[-1] if stream else answer.json
+    assert event["error"]["type"] == "api_error"
+    assert "shutting down" in event["error"]["message"]
+
+
+def test_a_restart_behind_an_inherited_socket_refuses_no_connection(
+    listener: socket.socket,
+) -> None:
+    address = listener.getsockname()
+
+    def ask() -> str:
+        with socket.socket(listener.family) as client:
+            client.settimeout(30)
+            client.connect(address)
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            data = b""
+            while chunk := client.recv(4096):
+                data += chunk
+            return data.split(b"\r\n")[0].decode()
+
+    with ThreadPoolExecutor(4) as executor:
+        answers = []
+        for _ in range(3):
+            program = activate(listener)
+            assert program.stderr
+            answers += [executor.submit(ask) for _ in range(10)]
+            answers[-1].result()
+            answers += [executor.submit(ask) for _ in range(10)]
+            program.terminate()
+            answers += [executor.submit(ask) for _ in range(10)]
+            said = program.stderr.read()
+            assert program.wait(30) == 0
+            program.stderr.close()
+            where = address if isinstance(address, str) else f"127.0.0.1:{address[1]}"
+            assert (
+                f"listening on {'unix:' if isinstance(address, str) else 'http://'}{where}" in said
+            )
+        program = activate(listener)
+        assert [answer.result() for answer in answers] == ["HTTP/1.1 200 OK"] * len(answers)
+        program.terminate()
+        assert program.stderr
+        program.stderr.read()
+        assert program.wait(30) == 0
+        program.stderr.close()
+    assert not isinstance(address, str) or Path(address).exists()  # it is the service manager's
+
+
+def test_two_signals_at_once_still_end_answers_with_a_503(
+    launch: Callable[..., Program], gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
+    program = launch(CLAUDE_CLI_DRAIN_SECS="60")
+    running = background.submit(program.post, "PAUSE")
+    wait_until(lambda: log.got("PAUSE"), "the turn")
+    program.process.send_signal(signal.SIGTERM)
+    program.process.send_signal(signal.SIGINT)
+    assert error_of(running.result()) == (503, "api_error")
+    assert program.wait() == 0
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+
+
+# ---------------------------------------------------------------- what a launcher hands down
+
+
+@linux
+def test_signals_and_limits_that_a_launcher_has_set_do_no_harm(
+    launch: Callable[..., Program],
+) -> None:
+    lines = "import os, resource, signal, sys\n"
+    lines += "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+    lines += "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGCHLD])\n"
+    lines += "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+    lines += "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))\n"
+    lines += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = {"CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{port}"}
+    command = [sys.executable, "-c", lines, str(ROOT / "bridge.py")]
+    with subprocess.Popen(
+        command, env={**os.environ, **settings}, stderr=subprocess.DEVNULL
+    ) as process:
+        program = Program("127.0.0.1", port, process=process)  # type: ignore[arg-type]
+        wait_until(lambda: is_up(program), "the bridge")
+        first = program.post("hello")
+        assert program.post(["hello", first.text, "more"]).session == "hot"
+        limit = psutil.Process(process.pid).rlimit(psutil.RLIMIT_NOFILE)
+        assert limit[0] == min(limit[1], 65_536)
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def test_a_socket_of_a_service_manager_that_is_none_is_one_line_and_status_2() -> None:
+    command = f'LISTEN_PID=$$ LISTEN_FDS=1 exec "{sys.executable}" "{ROOT}/bridge.py" 3</dev/null'
+    environ = {**os.environ, "CLAUDE_CLI_BIN": str(STANDIN)}
+    done = subprocess.run(
+        ["sh", "-c", command], env=environ, capture_output=True, text=True, check=False
     )
-    statuses = [answer.status for answer in requests(program)]
-    wait_until(
-        lambda: sum("request_id" in line for line in program.lines) == len(statuses), "the lines"
-    )
-    assert {200, 400, 401, 403, 404, 429, 502, 504} <= set(statuses)
-    assert not [line for line in program.lines if "sesame" in line or "echo" in line]
-
-
-def test_a_relative_path_of_the_cli_is_found(
-    launch: Launch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(STANDIN.parent.parent)
-    program = launch(CLAUDE_CLI_BIN="tests/standin.py")
-    assert program.post("hello").text == "echo: hello; 1 messages"
-
-
-def test_a_unix_socket_in_use_is_refused_and_a_stale_one_is_replaced(
-    launch: Launch, tmp_path: Path
-) -> None:
-    path = tmp_path / "bridge.sock"
-    with socket.socket(socket.AF_UNIX) as stale:
-        stale.bind(str(path))
-    first = launch(CLAUDE_CLI_LISTEN_ADDR=f"unix:{path}")
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    second = launch(CLAUDE_CLI_LISTEN_ADDR=f"unix:{path}", wait=False)
-    assert second.wait() == 2
-    wait_until(lambda: second.lines, "a line that says why")
-    assert f"CLAUDE_CLI_LISTEN_ADDR: unix:{path} is already in use" in second.lines[-1]
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(path))
-    first.process.terminate()
-    assert first.wait() == 0
-    assert not path.exists()
+    said = [line for line in done.stderr.splitlines() if "LISTEN_FDS" in line]
+    assert (done.returncode, len(said)) == (2, 1)
+    assert "Traceback" not in done.stderr

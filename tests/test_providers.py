@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from client import Json
 from host import ROOT
-from servers import Program
+from servers import Program, refusal
 
 import bridge
 
@@ -321,3 +321,19 @@ def test_with_a_claude_cli_provider_the_listener_starts(
     path = write(OTHER, MINE)
     assert launch("--config", path).post().text == "echo: hello; 1 messages"
     assert launch(CLAUDE_CLI_CONFIG=path).post().text == "echo: hello; 1 messages"
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("settings.json", '{"max_idle": 3}'), ("settings.toml", ""), ("settings.json", "null")],
+)
+def test_a_file_of_settings_is_not_what_config_is_for(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    file = tmp_path / name
+    file.write_text(content)
+    said = refusal("--config", str(file))
+    assert said.startswith(f"--config: {file} has no model_providers: this is for the file of")

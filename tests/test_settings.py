@@ -1,0 +1,358 @@
+"""Settings: what people set by mistake, one cause and one message, in the words that were typed."""
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from host import ROOT, STANDIN, wait_until
+from servers import ADDRESS, KEEP, Program, Server, printed, refusal
+from test_access import KEY
+
+import bridge
+from bridge import Config, ConfigError
+
+Launch = Callable[..., Program]
+
+
+# ---------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MAX_SESSIONS", "many"),
+        ("MAX_SESSIONS", "1.5"),
+        ("MAX_SESSIONS", "0"),
+        ("MAX_IDLE", "-1"),
+        ("WATCHDOG_SECS", "-1"),
+        ("WATCHDOG_SECS", "nan"),
+        ("SESSION_TTL_SECS", "inf"),
+        ("DRAIN_SECS", "1s"),
+        ("LOG_FORMAT", "xml"),
+        ("LISTEN_ADDR", "nonsense"),
+        ("LISTEN_ADDR", "127.0.0.1:99999"),
+        ("LISTEN_ADDR", "0.0.0.0:0"),
+        ("LISTEN_ADDR", "[::]:0"),
+        ("LISTEN_ADDR", "unix:/no/such/folder/socket"),
+        ("BIN", "/no/such/claude"),
+        ("BIN", "/etc/passwd"),
+    ],
+)
+def test_a_setting_that_cannot_work_ends_the_start_with_one_line_that_names_it(
+    launch: Launch, name: str, value: str
+) -> None:
+    program = launch(wait=False, **{f"CLAUDE_CLI_{name}": value})
+    assert program.wait() == 2
+    wait_until(lambda: program.lines, "the line")
+    [line] = program.lines
+    assert line.startswith(f"claude-cli-bridge: CLAUDE_CLI_{name}: ")
+
+
+def test_flags_go_before_the_environment(launch: Launch) -> None:
+    flags = ("--bin", str(STANDIN), "--max-sessions", "2", "--log-format", "json")
+    program = launch(
+        *flags,
+        CLAUDE_CLI_BIN="/no/such",
+        CLAUDE_CLI_MAX_SESSIONS="many",
+        CLAUDE_CLI_LOG_FORMAT="xml",
+    )
+    assert program.post().text == "echo: hello; 1 messages"
+
+
+# ---------------------------------------------------------------- the log
+
+
+def test_a_relative_path_of_the_cli_is_found(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(STANDIN.parent.parent)
+    program = launch(CLAUDE_CLI_BIN="tests/standin.py")
+    assert program.post("hello").text == "echo: hello; 1 messages"
+
+
+# ---------------------------------------------------------------- words
+
+
+def test_a_variable_that_everybody_tries_is_answered_with_a_variable(launch: Launch) -> None:
+    program = launch(CLAUDE_CLI_PORT="8080", CLAUDE_CLI_DEBUG="1")
+    printed(program, f"CLAUDE_CLI_PORT is no setting; use {ADDRESS}=127.0.0.1:PORT")
+    printed(program, "CLAUDE_CLI_DEBUG is no setting; use CLAUDE_CLI_LOG_LEVEL=debug")
+
+
+# ---------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("watchdog_secs", "10s", "must be a number of seconds, without a unit, got '10s'"),
+        ("max_body_bytes", "32MB", "must be a whole number of bytes, without a unit, got '32MB'"),
+        ("max_idle", "many", "must be a whole number, got 'many'"),
+        ("listen_addr", "127.0.0.1:99999", "a port is at most 65535; got 99999"),
+        ("listen_addr", "'127.0.0.1:1'", "leave out the quotes around the value"),
+        ("log_level", "verbose", "must be one of info, debug, got 'verbose'"),
+        ("bin", "/tmp", "'/tmp' is a directory: name the program in it"),
+        ("bin", "/etc/passwd", "'/etc/passwd' is not executable"),
+        ("bin", "/no/such/claude", "'/no/such/claude' does not exist"),
+        (
+            "bin",
+            "npx claude",
+            "'npx claude' does not exist: name one program; for one with arguments, write a script",
+        ),
+        ("mcp_config", "/no/such.json", "/no/such.json: No such file or directory"),
+        ("trace_dir", "/no/such", "'/no/such' is not a folder that can be written"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_by_the_name_that_was_typed(
+    name: str, value: str, said: str
+) -> None:
+    flag = "--" + name.replace("_", "-")
+    assert refusal(flag, value) == f"{flag}: {said}"
+    variable = "CLAUDE_CLI_" + name.upper()
+    assert refusal(**{variable: value}) == f"{variable}: {said}"
+
+
+def test_a_key_in_quotes_is_refused_and_not_shown() -> None:
+    assert refusal(CLAUDE_CLI_API_KEY='"sesame"') == (
+        "CLAUDE_CLI_API_KEY: leave out the quotes around the value"
+    )
+
+
+def test_a_script_without_its_interpreter_is_refused_by_that(tmp_path: Path) -> None:
+    script = tmp_path / "claude"
+    script.write_text("#!/no/such/node\n")
+    script.chmod(0o755)
+    said = refusal("--bin", str(script))
+    assert said == f"--bin: '{script}' is a script for /no/such/node, which is not there"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"mcpServers": []}'])
+def test_a_broken_mcp_file_is_refused_at_the_start(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "mcp.json"
+    file.write_text(content)
+    said = refusal("--mcp-config", str(file), "--tools", "Read")
+    assert said == f"--mcp-config: {file} must hold a JSON object with `mcpServers`"
+
+
+def test_a_temporary_folder_that_is_not_there_is_refused() -> None:
+    assert refusal(TMPDIR="/no/such") == "TMPDIR: '/no/such' is not a folder that can be written"
+
+
+def test_a_system_without_a_temporary_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: ["/no/such"])
+    with pytest.raises(ConfigError, match=r"^TMPDIR: no folder"):
+        Config(bin=str(STANDIN)).checked()
+
+
+def test_a_tilde_is_the_home(launch: Launch, environment: Path) -> None:
+    (environment / "claude").symlink_to(STANDIN)
+    launch("--bin", "~/claude", CLAUDE_CLI_LISTEN_ADDR="unix:~/bridge.sock")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(environment / "bridge.sock"))
+
+
+@pytest.mark.parametrize("place", [".local/bin", ".claude/local"])
+def test_a_cli_is_found_where_its_installer_puts_it(
+    environment: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    folder = environment / place
+    folder.mkdir(parents=True)
+    (folder / "claude").symlink_to(STANDIN)
+    monkeypatch.setenv("PATH", "/no/such")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert bridge.find_cli("") == str(folder / "claude")
+
+
+# ---------------------------------------------------------------- agent mode
+
+
+def test_agent_settings_without_tools_are_warned_of(launch: Launch, tmp_path: Path) -> None:
+    file = tmp_path / "mcp.json"
+    file.write_text('{"mcpServers": {}}')
+    program = launch("--cwd", str(tmp_path), CLAUDE_CLI_MCP_CONFIG=str(file))
+    printed(program, "--cwd has no effect without CLAUDE_CLI_TOOLS")
+    printed(program, "CLAUDE_CLI_MCP_CONFIG has no effect without CLAUDE_CLI_TOOLS")
+
+
+# ---------------------------------------------------------------- words
+
+
+def test_mistyped_variables_are_warned_of_at_the_start(launch: Launch) -> None:
+    program = launch(
+        CLAUDE_CLI_MAX_SESSION="3",
+        CLAUDE_CLI_XYZZY="sesame",
+        CLAUDE_CLI_CONFIG="",
+        CLAUDE_CLI_KEEP_ENV="ANTHROPIC_API_KEYS",
+    )
+    printed(program, "CLAUDE_CLI_MAX_SESSION is no setting; did you mean CLAUDE_CLI_MAX_SESSIONS?")
+    printed(program, "CLAUDE_CLI_XYZZY is no setting")
+    printed(program, "ANTHROPIC_API_KEYS is not set; did you mean ANTHROPIC_API_KEY?")
+    assert not [line for line in program.lines if "sesame" in line or "CONFIG is" in line]
+
+
+def test_a_key_that_is_not_utf8_ends_the_start_and_is_not_printed(launch: Launch) -> None:
+    program = launch(wait=False, CLAUDE_CLI_API_KEY="sesame\udcff")
+    assert program.wait() == 2
+    wait_until(lambda: program.lines, "the line")
+    [line] = program.lines
+    assert line.startswith("claude-cli-bridge: CLAUDE_CLI_API_KEY: must be one line of UTF-8")
+    assert "sesame" not in line
+
+
+# ---------------------------------------------------------------- API key
+
+
+@pytest.mark.parametrize("key", ["sesame\udcff", "sesame\n", " sesame", "ses\0ame", "sesame\r\n x"])
+def test_a_key_that_no_header_can_hold_is_refused_at_the_start_and_not_shown(
+    serve: Callable[..., Server], key: str
+) -> None:
+    with pytest.raises(bridge.ConfigError, match=r"^CLAUDE_CLI_API_KEY: must be") as caught:
+        serve(api_key=key)
+    assert "sesame" not in str(caught.value)
+
+
+def test_a_config_does_not_show_the_key() -> None:
+    assert KEY not in repr(bridge.Config(api_key=KEY))
+
+
+# ---------------------------------------------------------------- addresses
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "0.0.0.0:1",
+        "[::]:1",
+        "192.0.2.1:1",
+        "example.com:1",
+        "localhost.example.com:1",
+        "[2001:db8::1]:1",
+        "*:1",
+        "0:1",
+    ],
+)
+def test_to_listen_beyond_loopback_takes_a_key(address: str) -> None:
+    with pytest.raises(bridge.ConfigError, match="CLAUDE_CLI_API_KEY"):
+        bridge.Config(listen_addr=address, bin=str(STANDIN)).checked()
+    bridge.Config(listen_addr=address, bin=str(STANDIN), api_key=KEY).checked()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("127.0.0.1:0", "127.0.0.9:1", "localhost:1", "LocalHost:1", "[::1]:65535"),
+        *("unix:/tmp/x", "unix:x"),
+    ],
+)
+def test_loopback_and_unix_sockets_take_no_key(address: str) -> None:
+    bridge.Config(listen_addr=address, bin=str(STANDIN)).checked()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "1",
+        ":1",
+        "127.0.0.1",
+        "127.0.0.1:",
+        "127.0.0.1:x",
+        "127.0.0.1:-1",
+        "127.0.0.1:65536",
+        "a..localhost:1",
+        "unix:",
+    ],
+)
+@pytest.mark.parametrize("key", ["", KEY])
+def test_what_is_no_address_is_refused_by_name(
+    serve: Callable[..., Server], address: str, key: str
+) -> None:
+    with pytest.raises(bridge.ConfigError, match="CLAUDE_CLI_LISTEN_ADDR"):
+        serve(listen_addr=address, api_key=key)
+
+
+def test_the_bridge_does_not_start_beyond_loopback_without_a_key(
+    serve: Callable[..., Server],
+) -> None:
+    with pytest.raises(bridge.ConfigError, match="CLAUDE_CLI_API_KEY"):
+        serve(listen_addr="0.0.0.0:0")
+
+
+# ---------------------------------------------------------------- an address of the API that leads back
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_an_address_of_the_api_that_is_the_bridges_own_is_refused_at_the_start(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", f"http://{host}:{port}/")
+    with pytest.raises(ConfigError, match="ANTHROPIC_BASE_URL is the bridge's own address"):
+        serve(listen_addr=f"127.0.0.1:{port}")
+    # What the CLI does not get does no harm.
+    kept = [name for name in KEEP if name != "ANTHROPIC_BASE_URL"]
+    assert serve(listen_addr=f"127.0.0.1:{port}", keep_env=kept).post().status == 200
+
+
+# ---------------------------------------------------------------- what the user set
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            "ANTHROPIC_API_KEY=SECRET",
+            "takes names of variables, with commas between, and no values",
+        ),
+        (
+            "HTTP_PROXY,ANTHROPIC_API_KEY=SECRET",
+            "takes names of variables, with commas between, and no values",
+        ),
+        ("sk-ant-SECRET", "takes names of variables, with commas between, and no values"),
+    ],
+)
+@pytest.mark.parametrize("command", [(), ("check",)], ids=["serve", "check"])
+@pytest.mark.parametrize("way", ["variable", "flag"])
+def test_a_secret_in_place_of_a_name_is_refused_and_not_printed(
+    command: tuple[str, ...], given: str, words: str, way: str
+) -> None:
+    flags = ["--keep-env", given] if way == "flag" else []
+    variables = {"CLAUDE_CLI_KEEP_ENV": given} if way == "variable" else {}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bridge.py"), *command, *flags],
+        env={**os.environ, "CLAUDE_CLI_LISTEN_ADDR": "127.0.0.1:0", **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode not in (0, -9)
+    name = "--keep-env" if way == "flag" else "CLAUDE_CLI_KEEP_ENV"
+    assert f"{name}: {words}" in said
+    assert "SECRET" not in said
+
+
+# ---------------------------------------------------------------- an embedding program
+
+
+def test_a_config_is_not_changed_and_its_types_are_checked() -> None:
+    async def program() -> None:
+        config = Config(bin="true", listen_addr="127.0.0.1:0", spares=0)
+        async with bridge.serve(config):
+            assert config.bin == "true"
+        wrong: Any = "4"
+        with pytest.raises(bridge.ConfigError, match="CLAUDE_CLI_MAX_IDLE"):
+            async with bridge.serve(Config(bin="true", max_idle=wrong)):
+                pass
+
+    asyncio.run(program())
