@@ -29,7 +29,10 @@ from servers import Server
 from stand_in import Log
 
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
+pytestmark = [
+    pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed"),
+    pytest.mark.usefixtures("quiet"),
+]
 KEY = "sk-bridge-0123456789"
 SECONDS = 60  # a limit for failure, not a measure
 Json = dict[str, object]

@@ -31,9 +31,69 @@ from stand_in import Log
 import sessions
 
 Serve = Callable[..., Server]
+both = pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
 
 
-# ---------------------------------------------------------------- how a process ends
+# ---------------------------------------------------------------- its start
+
+
+def test_a_cli_that_cannot_be_started_is_502(serve: Serve, tmp_path: Path) -> None:
+    program = tmp_path / "claude"
+    program.write_bytes(b"\0not a program")
+    program.chmod(0o755)
+    server = serve(bin=program, max_sessions=1)
+    for _ in range(2):  # its slot is free again
+        check_failure(
+            server.post(), begun=False, **DIED, words="cannot be started: Exec format error"
+        )
+
+
+def test_a_program_without_file_descriptors_fails_the_request_and_goes_on(
+    launch: Callable[..., Program],
+) -> None:
+    program = launch()
+    used = len(os.listdir(f"/proc/{program.process.pid}/fd"))
+    resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (used + 2, 4096))
+    answer = program.post()
+    assert error_of(answer) == (502, "claude_cli_error")
+    assert "cannot be started" in answer.json["error"]["message"]
+    resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (4096, 4096))
+    assert program.post().status == 200
+
+
+# ---------------------------------------------------------------- its lines, and its pace
+
+
+@both
+def test_a_line_without_an_end_fails_the_answer(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr(sessions, "MAX_LINE", 1 << 20)
+    answer = serve().post("BIGLINE 3000000", stream=stream)
+    check_failure(answer, begun=False, **DIED, words="a line of more than 1 MiB")
+
+
+def test_a_client_that_does_not_read_holds_up_its_own_process_and_nothing_else(
+    serve: Serve, log: Log
+) -> None:
+    server = serve()
+    before = psutil.Process().memory_info().rss
+    with send(server, FLOOD, stream=True) as slow:
+        wait_until(lambda: is_held_up(log, FLOOD), "a process that can write no more")
+        assert server.post("next").text == "echo: next; 1 messages"
+        assert is_held_up(log, FLOOD)
+        assert written(log.got(FLOOD)) < 14 << 20
+        assert psutil.Process().memory_info().rss - before < 32 << 20
+        answer = read_all(slow)
+    deltas = [
+        event["delta"]["text"] for event in answer.events if event["type"] == "content_block_delta"
+    ]
+    assert deltas == [f"{n} " for n in range(80000)]
+    assert answer.events[-1] == {"type": "message_stop"}
+
+
+# ---------------------------------------------------------------- its end
 
 
 def test_a_process_that_ignores_the_end_of_its_input_and_sigterm_is_killed(serve: Serve) -> None:
@@ -56,57 +116,6 @@ def test_what_a_process_leaves_behind_is_killed_with_it(serve: Serve) -> None:
     answer = serve(max_idle=0).post("ORPHAN")
     wait_until(lambda: not psutil.pid_exists(pid(answer)), "the end of the process")
     wait_until(lambda: not alive(int(answer.text.split()[-1])), "the end of its child")
-
-
-both = pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
-
-
-def test_a_cli_that_cannot_be_started_is_502(serve: Serve, tmp_path: Path) -> None:
-    program = tmp_path / "claude"
-    program.write_bytes(b"\0not a program")
-    program.chmod(0o755)
-    server = serve(bin=program, max_sessions=1)
-    for _ in range(2):  # its slot is free again
-        check_failure(
-            server.post(), begun=False, **DIED, words="cannot be started: Exec format error"
-        )
-
-
-@both
-def test_a_line_without_an_end_fails_the_answer(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch, stream: bool
-) -> None:
-    monkeypatch.setattr(sessions, "MAX_LINE", 1 << 20)
-    answer = serve().post("BIGLINE 3000000", stream=stream)
-    check_failure(answer, begun=False, **DIED, words="a line of more than 1 MiB")
-
-
-# ---------------------------------------------------------------- clients
-
-
-def test_a_client_that_does_not_read_holds_up_its_own_process_and_nothing_else(
-    serve: Serve, log: Log
-) -> None:
-    server = serve()
-    before = psutil.Process().memory_info().rss
-    with send(server, FLOOD, stream=True) as slow:
-        wait_until(lambda: is_held_up(log, FLOOD), "a process that can write no more")
-        assert server.post("next").text == "echo: next; 1 messages"
-        assert is_held_up(log, FLOOD)
-        assert written(log.got(FLOOD)) < 14 << 20
-        assert psutil.Process().memory_info().rss - before < 32 << 20
-        answer = read_all(slow)
-    deltas = [
-        event["delta"]["text"] for event in answer.events if event["type"] == "content_block_delta"
-    ]
-    assert deltas == [f"{n} " for n in range(80000)]
-    assert answer.events[-1] == {"type": "message_stop"}
-
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
-
-
-# ---------------------------------------------------------------- what a launcher hands down
 
 
 @linux
@@ -158,16 +167,3 @@ def test_of_the_dead_process_1_leaves_its_own_children_to_asyncio() -> None:
         [sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == "0 4\n"
-
-
-def test_a_program_without_file_descriptors_fails_the_request_and_goes_on(
-    launch: Callable[..., Program],
-) -> None:
-    program = launch()
-    used = len(os.listdir(f"/proc/{program.process.pid}/fd"))
-    resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (used + 2, 4096))
-    answer = program.post()
-    assert error_of(answer) == (502, "claude_cli_error")
-    assert "cannot be started" in answer.json["error"]["message"]
-    resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (4096, 4096))
-    assert program.post().status == 200

@@ -229,7 +229,7 @@ def test_after_a_downgrade_of_the_real_cli_no_other_model_answers(
 Launch = Callable[..., Program]
 
 
-# ---------------------------------------------------------------- the login
+# ---------------------------------------------------------------- what is none
 
 
 def test_a_program_that_is_not_claude_code_is_called_so(launch: Launch) -> None:

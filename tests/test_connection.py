@@ -43,6 +43,9 @@ import bridge
 from sessions import Turn
 
 pytestmark = pytest.mark.usefixtures("quiet")
+Serve = Callable[..., Server]
+Launch = Callable[..., Program]
+
 
 # ---------------------------------------------------------------- answers
 
@@ -261,6 +264,30 @@ def test_http_1_0_gets_no_100(wire: Wire) -> None:
     assert_whole(wire.answer())
 
 
+@pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br", b"zstd", b"gzip, identity"])
+def test_a_compressed_body_is_refused(wire: Wire, coding: bytes) -> None:
+    wire.send(post(PROBE_BODY, b"Content-Encoding: " + coding) + GET)
+    answer = wire.answer()
+    assert answer.status in (400, 415)
+    assert_error(answer, answer.status, "invalid_request_error")
+    assert "compressed request bodies are not supported" in said(answer)
+    assert wire.answer().body == b"ok"
+
+
+def test_a_body_in_identity_coding_is_taken(wire: Wire) -> None:
+    for coding in (b"identity", b"Identity"):
+        wire.send(post(PROBE_BODY, b"Content-Encoding: " + coding))
+        assert_whole(wire.answer())
+
+
+@pytest.mark.parametrize(
+    "value", ["", "application/x-www-form-urlencoded", "text/plain; charset=utf-8"]
+)
+def test_any_content_type_is_taken(wire: Wire, value: str) -> None:
+    wire.send(post(PROBE_BODY, f"Content-Type: {value}".encode()))
+    assert_whole(wire.answer())
+
+
 # ---------------------------------------------------------------- not HTTP
 
 
@@ -363,7 +390,22 @@ def test_a_client_that_ends_its_side_inside_the_headers_gets_400(wire: Wire, dat
     assert wire.ended()
 
 
+def test_another_version_of_http_is_505(serve: Serve) -> None:
+    with serve().connect() as client:
+        client.sendall(b"GET / HTTP/9.9\r\nhost: localhost\r\n\r\n")
+        assert client.recv(1000).startswith(b"HTTP/1.1 505 ")
+
+
+def test_a_client_of_tls_is_called_so_in_the_log(launch: Launch) -> None:
+    program = launch()
+    with program.connect() as client:
+        client.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+        assert client.recv(100).startswith(b"HTTP/1.1 400 ")
+    printed(program, 'status=400 error=invalid_request_error reason="TLS: this port speaks plain')
+
+
 # ---------------------------------------------------------------- limits
+
 
 MIB = 1 << 20
 
@@ -452,31 +494,18 @@ def test_others_are_answered_while_a_body_comes_in_tiny_chunks(
     assert_whole(tiny.answer())
 
 
-# ---------------------------------------------------------------- request bodies
-
-
-@pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br", b"zstd", b"gzip, identity"])
-def test_a_compressed_body_is_refused(wire: Wire, coding: bytes) -> None:
-    wire.send(post(PROBE_BODY, b"Content-Encoding: " + coding) + GET)
-    answer = wire.answer()
-    assert answer.status in (400, 415)
-    assert_error(answer, answer.status, "invalid_request_error")
-    assert "compressed request bodies are not supported" in said(answer)
-    assert wire.answer().body == b"ok"
-
-
-def test_a_body_in_identity_coding_is_taken(wire: Wire) -> None:
-    for coding in (b"identity", b"Identity"):
-        wire.send(post(PROBE_BODY, b"Content-Encoding: " + coding))
-        assert_whole(wire.answer())
-
-
-@pytest.mark.parametrize(
-    "value", ["", "application/x-www-form-urlencoded", "text/plain; charset=utf-8"]
-)
-def test_any_content_type_is_taken(wire: Wire, value: str) -> None:
-    wire.send(post(PROBE_BODY, f"Content-Type: {value}".encode()))
-    assert_whole(wire.answer())
+def test_what_is_beyond_a_limit_is_refused(serve: Serve) -> None:
+    server = serve(max_body_bytes=1000)
+    assert error_of(server.post("x" * 1000)) == (413, "request_too_large")
+    large = "y" * bridge.MAX_HEADER_BYTES
+    for path, headers in (("/healthz", {"x": large}), ("/healthz?" + large, {})):
+        answer = server.call("GET", path, headers=headers)
+        assert error_of(answer) == (431, "invalid_request_error")
+    deep = json.loads("[" * 202 + "]" * 202)
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        answer = server.call("POST", path, request_body("x", metadata=deep))
+        assert "200 levels" in answer.json["error"]["message"]
+    assert server.post().status == 200
 
 
 # ---------------------------------------------------------------- streams
@@ -551,7 +580,7 @@ def test_a_retry_is_not_forbidden_where_it_may_help(
     assert b"".join(iter(busy.chunk, b"")).endswith(b'data: {"type":"message_stop"}\n\n')
 
 
-# ---------------------------------------------------------------- shutdown
+# ---------------------------------------------------------------- clients that do not read
 
 
 @pytest.fixture
@@ -600,7 +629,31 @@ def test_a_shutdown_while_the_last_of_an_answer_is_not_read_is_no_bug(
     server.close()
 
 
+def test_the_silence_of_a_slow_client_is_not_the_clis(serve: Serve, log: Log) -> None:
+    server = serve(watchdog_secs=3)
+    assert server.bridge
+    with send(server, FLOOD, stream=True) as slow:
+        wait_until(lambda: is_held_up(log, FLOOD), "a process that can write no more")
+        (session,) = server.bridge.pool.sessions
+        wait_until(
+            lambda: time.monotonic() > session.process._alive_at + 3.1,
+            "more than the watchdog's time",
+        )
+        answer = read_all(slow)
+    assert answer.events[-1] == {"type": "message_stop"}
+
+
+def test_a_client_that_never_reads_on_loses_its_connection_and_frees_its_process(
+    serve: Serve, log: Log
+) -> None:
+    server = serve(max_sessions=1, idle_secs=1)
+    with send(server, FLOOD, stream=True):
+        wait_until(lambda: is_held_up(log, FLOOD), "a process that can write no more")
+        assert server.post("next").text == "echo: next; 1 messages"
+
+
 # ---------------------------------------------------------------- clients that leave
+
 
 PHASES = {
     "connected": b"",
@@ -657,7 +710,125 @@ def test_a_reset_that_crosses_an_answer_is_no_bug(server: Server, data: bytes) -
     assert server.call("GET", "/healthz").status == 200
 
 
+@pytest.mark.parametrize(
+    ("messages", "stream", "read"),
+    [
+        ("PAUSE", True, True),
+        ("PAUSE-START", True, False),
+        ("PAUSE", False, False),
+        (["PAUSE-PAST", "yes", "go on"], True, False),
+        (["PAUSE-PAST", "yes", "go on"], False, False),
+    ],
+    ids=[
+        "in mid stream",
+        "before the first byte",
+        "whole answer",
+        "rebuilding, stream",
+        "rebuilding, whole",
+    ],
+)
+def test_when_the_client_leaves_the_turn_is_interrupted_and_its_process_ends(
+    serve: Serve, gate: Path, log: Log, messages: str | list[str], stream: bool, read: bool
+) -> None:
+    server = serve()
+    first = messages if isinstance(messages, str) else messages[0]
+    with send(server, messages, stream=stream) as client:
+        wait_until(lambda: log.got(first), "the turn")
+        pid = log.got(first)
+        data = b""
+        while read and b"content_block_delta" not in data:
+            data += client.recv(65536)
+    wait_until(lambda: reaped(pid), "the end of the process")
+    assert log.requests(pid)[-1] == "interrupt"
+    assert not gate.exists()
+    assert server.post("next").text == "echo: next; 1 messages"
+
+
+def test_a_client_that_leaves_without_reading_frees_its_process(serve: Serve, log: Log) -> None:
+    server = serve(max_sessions=1)
+    with send(server, FLOOD, stream=True):
+        wait_until(lambda: is_held_up(log, FLOOD), "a process that can write no more")
+    wait_until(lambda: reaped(log.got(FLOOD)), "the end of the process")
+    assert server.post("next").text == "echo: next; 1 messages"
+
+
+@pytest.mark.parametrize("session", [None, "pinned"])
+def test_a_client_that_leaves_while_its_request_waits_takes_no_room(
+    serve: Serve,
+    gate: Path,
+    log: Log,
+    background: ThreadPoolExecutor,
+    caplog: pytest.LogCaptureFixture,
+    session: str | None,
+) -> None:
+    caplog.set_level(logging.INFO, "claude_cli_bridge")
+    server = serve(max_sessions=1)
+    first = background.submit(server.post, "PAUSE", session=session)
+    wait_until(lambda: log.got("PAUSE"), "the turn that holds the room")
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(server.connect())
+        body = json.dumps(request_body("never")).encode()
+        header = f"x-arch-claude-cli-session: {session}\r\n" if session else ""
+        head = f"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\n{header}content-length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        wait_until(lambda: server.bridge and len(server.bridge._answers) == 2, "a second request")
+    wait_until(lambda: "status=499" in caplog.text, "the log line of a client that left")
+    gate.touch()
+    assert first.result().text == "echo: PAUSE; 1 messages"
+    assert server.post("next", session=session).status == 200
+    assert not log.got("never")
+
+
+@pytest.mark.parametrize("ahead", [10, 100_000])
+def test_a_client_that_leaves_is_noticed_however_much_it_sent_ahead(
+    serve: Serve, gate: Path, log: Log, ahead: int
+) -> None:
+    server = serve()
+    body = json.dumps(request_body("SLOW 1000", stream=True)).encode()
+    head = f"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    with server.connect() as client:
+        client.sendall(head.encode() + body)
+        assert client.recv(100)
+        client.sendall(b"x" * ahead)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wait_until(
+        lambda: log.got("SLOW 1000") and "interrupt" in log.requests(log.got("SLOW 1000")),
+        "the interrupt",
+        10,
+    )
+
+
+def test_what_a_turn_held_is_freed_when_its_client_leaves_and_not_by_the_garbage_collector(
+    serve: Serve,
+) -> None:
+    server = serve()
+    assert server.bridge
+    connections = server.bridge._connections
+    body = json.dumps(request_body("SLOW 1000", stream=True)).encode()
+    head = f"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    gc.collect()
+    gc.disable()
+    try:
+        with server.connect() as client:
+            client.sendall(head.encode() + body)
+            assert client.recv(100)
+            client.sendall(
+                b"x" * 300_000
+            )  # so much that it is no longer read: a write finds out that it left
+            wait_until(
+                lambda: not any(c.writer.transport.is_reading() for c in connections.values()),
+                "its end",
+            )
+        wait_until(
+            lambda: not any(isinstance(item, Turn) for item in gc.get_objects()),
+            "the end of the turn",
+        )
+    finally:
+        gc.enable()
+
+
 # ---------------------------------------------------------------- anything
+
 
 FRAGMENTS = [
     *(
@@ -788,189 +959,3 @@ def test_a_request_cut_at_any_two_places_is_the_same_request(server: Server) -> 
             )
             assert_whole(wire.answer())
             assert wire.answer().body == b"ok"
-
-
-Serve = Callable[..., Server]
-
-
-# ---------------------------------------------------------------- clients
-
-
-@pytest.mark.parametrize(
-    ("messages", "stream", "read"),
-    [
-        ("PAUSE", True, True),
-        ("PAUSE-START", True, False),
-        ("PAUSE", False, False),
-        (["PAUSE-PAST", "yes", "go on"], True, False),
-        (["PAUSE-PAST", "yes", "go on"], False, False),
-    ],
-    ids=[
-        "in mid stream",
-        "before the first byte",
-        "whole answer",
-        "rebuilding, stream",
-        "rebuilding, whole",
-    ],
-)
-def test_when_the_client_leaves_the_turn_is_interrupted_and_its_process_ends(
-    serve: Serve, gate: Path, log: Log, messages: str | list[str], stream: bool, read: bool
-) -> None:
-    server = serve()
-    first = messages if isinstance(messages, str) else messages[0]
-    with send(server, messages, stream=stream) as client:
-        wait_until(lambda: log.got(first), "the turn")
-        pid = log.got(first)
-        data = b""
-        while read and b"content_block_delta" not in data:
-            data += client.recv(65536)
-    wait_until(lambda: reaped(pid), "the end of the process")
-    assert log.requests(pid)[-1] == "interrupt"
-    assert not gate.exists()
-    assert server.post("next").text == "echo: next; 1 messages"
-
-
-def test_the_silence_of_a_slow_client_is_not_the_clis(serve: Serve, log: Log) -> None:
-    server = serve(watchdog_secs=3)
-    assert server.bridge
-    with send(server, FLOOD, stream=True) as slow:
-        wait_until(lambda: is_held_up(log, FLOOD), "a process that can write no more")
-        (session,) = server.bridge.pool.sessions
-        wait_until(
-            lambda: time.monotonic() > session.process._alive_at + 3.1,
-            "more than the watchdog's time",
-        )
-        answer = read_all(slow)
-    assert answer.events[-1] == {"type": "message_stop"}
-
-
-def test_a_client_that_never_reads_on_loses_its_connection_and_frees_its_process(
-    serve: Serve, log: Log
-) -> None:
-    server = serve(max_sessions=1, idle_secs=1)
-    with send(server, FLOOD, stream=True):
-        wait_until(lambda: is_held_up(log, FLOOD), "a process that can write no more")
-        assert server.post("next").text == "echo: next; 1 messages"
-
-
-def test_a_client_that_leaves_without_reading_frees_its_process(serve: Serve, log: Log) -> None:
-    server = serve(max_sessions=1)
-    with send(server, FLOOD, stream=True):
-        wait_until(lambda: is_held_up(log, FLOOD), "a process that can write no more")
-    wait_until(lambda: reaped(log.got(FLOOD)), "the end of the process")
-    assert server.post("next").text == "echo: next; 1 messages"
-
-
-@pytest.mark.parametrize("session", [None, "pinned"])
-def test_a_client_that_leaves_while_its_request_waits_takes_no_room(
-    serve: Serve,
-    gate: Path,
-    log: Log,
-    background: ThreadPoolExecutor,
-    caplog: pytest.LogCaptureFixture,
-    session: str | None,
-) -> None:
-    caplog.set_level(logging.INFO, "claude_cli_bridge")
-    server = serve(max_sessions=1)
-    first = background.submit(server.post, "PAUSE", session=session)
-    wait_until(lambda: log.got("PAUSE"), "the turn that holds the room")
-    with contextlib.ExitStack() as stack:
-        client = stack.enter_context(server.connect())
-        body = json.dumps(request_body("never")).encode()
-        header = f"x-arch-claude-cli-session: {session}\r\n" if session else ""
-        head = f"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\n{header}content-length: {len(body)}\r\n\r\n"
-        client.sendall(head.encode() + body)
-        wait_until(lambda: server.bridge and len(server.bridge._answers) == 2, "a second request")
-    wait_until(lambda: "status=499" in caplog.text, "the log line of a client that left")
-    gate.touch()
-    assert first.result().text == "echo: PAUSE; 1 messages"
-    assert server.post("next", session=session).status == 200
-    assert not log.got("never")
-
-
-def test_what_is_beyond_a_limit_is_refused(serve: Serve) -> None:
-    server = serve(max_body_bytes=1000)
-    assert error_of(server.post("x" * 1000)) == (413, "request_too_large")
-    large = "y" * bridge.MAX_HEADER_BYTES
-    for path, headers in (("/healthz", {"x": large}), ("/healthz?" + large, {})):
-        answer = server.call("GET", path, headers=headers)
-        assert error_of(answer) == (431, "invalid_request_error")
-    deep = json.loads("[" * 202 + "]" * 202)
-    for path in ("/v1/messages", "/v1/messages/count_tokens"):
-        answer = server.call("POST", path, request_body("x", metadata=deep))
-        assert "200 levels" in answer.json["error"]["message"]
-    assert server.post().status == 200
-
-
-# ---------------------------------------------------------------- signals and restarts
-
-
-@pytest.mark.parametrize("ahead", [10, 100_000])
-def test_a_client_that_leaves_is_noticed_however_much_it_sent_ahead(
-    serve: Serve, gate: Path, log: Log, ahead: int
-) -> None:
-    server = serve()
-    body = json.dumps(request_body("SLOW 1000", stream=True)).encode()
-    head = f"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-    with server.connect() as client:
-        client.sendall(head.encode() + body)
-        assert client.recv(100)
-        client.sendall(b"x" * ahead)
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    wait_until(
-        lambda: log.got("SLOW 1000") and "interrupt" in log.requests(log.got("SLOW 1000")),
-        "the interrupt",
-        10,
-    )
-
-
-def test_what_a_turn_held_is_freed_when_its_client_leaves_and_not_by_the_garbage_collector(
-    serve: Serve,
-) -> None:
-    server = serve()
-    assert server.bridge
-    connections = server.bridge._connections
-    body = json.dumps(request_body("SLOW 1000", stream=True)).encode()
-    head = f"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-    gc.collect()
-    gc.disable()
-    try:
-        with server.connect() as client:
-            client.sendall(head.encode() + body)
-            assert client.recv(100)
-            client.sendall(
-                b"x" * 300_000
-            )  # so much that it is no longer read: a write finds out that it left
-            wait_until(
-                lambda: not any(c.writer.transport.is_reading() for c in connections.values()),
-                "its end",
-            )
-        wait_until(
-            lambda: not any(isinstance(item, Turn) for item in gc.get_objects()),
-            "the end of the turn",
-        )
-    finally:
-        gc.enable()
-
-
-Launch = Callable[..., Program]
-
-
-# ---------------------------------------------------------------- waiting
-
-
-def test_another_version_of_http_is_505(serve: Serve) -> None:
-    with serve().connect() as client:
-        client.sendall(b"GET / HTTP/9.9\r\nhost: localhost\r\n\r\n")
-        assert client.recv(1000).startswith(b"HTTP/1.1 505 ")
-
-
-# ---------------------------------------------------------------- requests
-
-
-def test_a_client_of_tls_is_called_so_in_the_log(launch: Launch) -> None:
-    program = launch()
-    with program.connect() as client:
-        client.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
-        assert client.recv(100).startswith(b"HTTP/1.1 400 ")
-    printed(program, 'status=400 error=invalid_request_error reason="TLS: this port speaks plain')

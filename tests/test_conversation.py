@@ -23,9 +23,10 @@ from sessions import State
 from translate import listed_tool
 
 Serve = Callable[..., Server]
+both = pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 
 
-# ---------------------------------------------------------------- one conversation
+# ---------------------------------------------------------------- turn by turn
 
 
 def test_a_hot_turn_writes_only_the_new_message_to_the_same_process(serve: Serve, log: Log) -> None:
@@ -52,23 +53,77 @@ def test_settings_are_sent_again_only_when_they_change(serve: Serve, log: Log) -
     assert log.requests(pid(first)) == ["initialize", "apply_flag_settings", "apply_flag_settings"]
 
 
-# ---------------------------------------------------------------- the session header
-
-
-def test_requests_of_one_session_header_run_one_after_another(
-    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
+def test_thinking_that_is_echoed_is_compared_and_what_is_left_out_is_told(
+    real: Server, since: Callable[[], list[Json]]
 ) -> None:
+    thinking = {"thinking": {"type": "adaptive"}}
+    content = real.post("THINK", **thinking).message["content"]
+    history: list[Any] = ["THINK", {"role": "assistant", "content": content}, "SAY on"]
+    answer = real.post(history, **thinking)
+    assert (answer.session, answer.headers.get("x-bridge-not-sent")) == ("hot", None)
+    other = [{**content[0], "thinking": "another thought"}, *content[1:]]
+    history[1] = {"role": "assistant", "content": other}
+    answer = real.post(history, **thinking)
+    assert answer.session.startswith("rebuilt")
+    assert arrived(since()[-1]["body"])[1]["content"] == other
+
+
+def test_a_client_that_leaves_out_thinking_is_told_that_the_process_keeps_it(real: Server) -> None:
+    said = real.post("THINK").text
+    answer = real.post(["THINK", said, "SAY on"])
+    assert (answer.session, answer.headers["x-bridge-not-sent"]) == ("hot", "thinking")
+
+
+def holders(mark: str) -> list[str]:
+    """What in this process holds a text with the mark, by type."""
+    found = []
+    for item in gc.get_objects():
+        for value in gc.get_referents(item):
+            is_text = isinstance(value, str) and value is not mark and mark in value
+            is_data = isinstance(value, bytes | bytearray) and mark.encode() in value
+            if is_text or is_data:
+                found.append(type(item).__name__)
+    return found
+
+
+def tools_of_8_mb(mark: str) -> list[dict[str, Any]]:
+    """A thousand tools, their names the only short thing about them."""
+    schema = {"type": "object", "properties": {"x": {"description": f"{mark} {'y' * 4000}"}}}
+    tool = {"description": f"{mark} {'x' * 4000}", "input_schema": schema}
+    return [{"name": "probe", **tool}, *({"name": f"tool_{n}", **tool} for n in range(1, 1000))]
+
+
+@both
+@pytest.mark.parametrize("end", ["idle", "parked", "rebuilt"])
+def test_nothing_of_a_requests_size_is_kept_beyond_its_turn(
+    serve: Serve, end: str, stream: bool
+) -> None:
+    """A process may rest for ten minutes, and a connection for longer: each would hold a request of
+    megabytes for nothing.  The client's connection is still open."""
+    mark = f"heron-{end}-{stream}"
     server = serve()
-    first = background.submit(server.post, "PAUSE", session="s")
-    wait_until(lambda: log.got("PAUSE"), "the first turn")
-    others = [background.submit(server.post, f"more {n}", session="s") for n in range(3)]
-    in_work(server, 4)
-    assert server.post("else", session="t").status == 200
-    assert len(log.started()) == 2
-    gate.touch()
-    counts = sorted(turn.result().text.split("; ")[1] for turn in others)
-    assert counts == ["3 messages", "5 messages", "7 messages"]
-    assert {pid(turn.result()) for turn in others} == {pid(first.result())}
+    words = {"idle": "hello", "parked": "PROBE", "rebuilt": "hello"}[end]
+    past: list[Any] = ["before", "yes"] if end == "rebuilt" else []
+    asked = [*past, f"{mark} {'z' * 1_000_000} {words}"]
+    body = json.dumps(request_body(asked, stream=stream, tools=tools_of_8_mb(mark))).encode()
+    assert len(body) > 8_000_000
+    head = "POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n"
+    with server.connect() as client:
+        client.sendall((head % len(body)).encode() + body)
+        del asked, body
+        response = http.client.HTTPResponse(client)
+        response.begin()
+        assert response.status == 200
+        assert (b"tool_use" in response.read()) == (end == "parked")
+        response.close()
+        assert server.bridge
+        (one,) = server.bridge.pool.sessions
+        wait_until(lambda: one.state in (State.IDLE, State.PARKED), "the end of the turn")
+        wait_until(lambda: not holders(mark), f"freedom from {holders(mark)}", 10)
+        assert {str(tool) for tool in one.process.tools[1:2]} == {str(listed_tool("tool_1"))}
+
+
+# ---------------------------------------------------------------- its name
 
 
 @pytest.mark.parametrize(
@@ -136,10 +191,42 @@ def test_an_image_after_a_pinned_conversation_needs_the_whole_conversation(serve
     assert server.post(image, session="s").status == 400
 
 
-both = pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+def test_requests_of_one_session_header_run_one_after_another(
+    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
+    server = serve()
+    first = background.submit(server.post, "PAUSE", session="s")
+    wait_until(lambda: log.got("PAUSE"), "the first turn")
+    others = [background.submit(server.post, f"more {n}", session="s") for n in range(3)]
+    in_work(server, 4)
+    assert server.post("else", session="t").status == 200
+    assert len(log.started()) == 2
+    gate.touch()
+    counts = sorted(turn.result().text.split("; ")[1] for turn in others)
+    assert counts == ["3 messages", "5 messages", "7 messages"]
+    assert {pid(turn.result()) for turn in others} == {pid(first.result())}
 
 
-# ---------------------------------------------------------------- what is another client's, or was another turn's
+def test_a_name_whose_process_is_gone_wants_the_whole_conversation(serve: Serve) -> None:
+    server = serve(max_idle=0)
+    first = server.post("My name is Ada.", session="s")
+    assert first.status == 200
+    answer = server.post("What is my name?", session="s")
+    assert (answer.status, answer.json["error"]["type"]) == (400, "invalid_request_error")
+    assert "send the whole conversation" in answer.json["error"]["message"]
+    whole = ["My name is Ada.", first.text, "What is my name?"]
+    assert server.post(whole, session="s").text == "echo: What is my name?; 3 messages"
+
+
+def test_a_named_conversation_that_waits_for_results_refuses_a_text_and_goes_on(
+    real: Server,
+) -> None:
+    messages, (call,) = start(real, session="s")
+    refused = real.post("never mind", session="s")
+    assert refused.status == 400
+    assert "`tool_use` ids were found without `tool_result`" in refused.json["error"]["message"]
+    answer = real.post([*messages, user(result(call, "18C"))], session="s", tools=[TOOL])
+    assert (answer.status, answer.session) == (200, "hot")
 
 
 def keyed(server: Server, header: str, key: str, text: str, *, stream: bool) -> Answer:
@@ -198,98 +285,3 @@ def test_a_pinned_conversation_that_leaves_out_its_tools_goes_on(
     else:
         assert last.status == 400
         assert "`tool_use` ids were found" in last.json["error"]["message"]
-
-
-def holders(mark: str) -> list[str]:
-    """What in this process holds a text with the mark, by type."""
-    found = []
-    for item in gc.get_objects():
-        for value in gc.get_referents(item):
-            is_text = isinstance(value, str) and value is not mark and mark in value
-            is_data = isinstance(value, bytes | bytearray) and mark.encode() in value
-            if is_text or is_data:
-                found.append(type(item).__name__)
-    return found
-
-
-def tools_of_8_mb(mark: str) -> list[dict[str, Any]]:
-    """A thousand tools, their names the only short thing about them."""
-    schema = {"type": "object", "properties": {"x": {"description": f"{mark} {'y' * 4000}"}}}
-    tool = {"description": f"{mark} {'x' * 4000}", "input_schema": schema}
-    return [{"name": "probe", **tool}, *({"name": f"tool_{n}", **tool} for n in range(1, 1000))]
-
-
-@both
-@pytest.mark.parametrize("end", ["idle", "parked", "rebuilt"])
-def test_nothing_of_a_requests_size_is_kept_beyond_its_turn(
-    serve: Serve, end: str, stream: bool
-) -> None:
-    """A process may rest for ten minutes, and a connection for longer: each would hold a request of
-    megabytes for nothing.  The client's connection is still open."""
-    mark = f"heron-{end}-{stream}"
-    server = serve()
-    words = {"idle": "hello", "parked": "PROBE", "rebuilt": "hello"}[end]
-    past: list[Any] = ["before", "yes"] if end == "rebuilt" else []
-    asked = [*past, f"{mark} {'z' * 1_000_000} {words}"]
-    body = json.dumps(request_body(asked, stream=stream, tools=tools_of_8_mb(mark))).encode()
-    assert len(body) > 8_000_000
-    head = "POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n"
-    with server.connect() as client:
-        client.sendall((head % len(body)).encode() + body)
-        del asked, body
-        response = http.client.HTTPResponse(client)
-        response.begin()
-        assert response.status == 200
-        assert (b"tool_use" in response.read()) == (end == "parked")
-        response.close()
-        assert server.bridge
-        (one,) = server.bridge.pool.sessions
-        wait_until(lambda: one.state in (State.IDLE, State.PARKED), "the end of the turn")
-        wait_until(lambda: not holders(mark), f"freedom from {holders(mark)}", 10)
-        assert {str(tool) for tool in one.process.tools[1:2]} == {str(listed_tool("tool_1"))}
-
-
-# ---------------------------------------------------------------- who is who
-
-
-def test_thinking_that_is_echoed_is_compared_and_what_is_left_out_is_told(
-    real: Server, since: Callable[[], list[Json]]
-) -> None:
-    thinking = {"thinking": {"type": "adaptive"}}
-    content = real.post("THINK", **thinking).message["content"]
-    history: list[Any] = ["THINK", {"role": "assistant", "content": content}, "SAY on"]
-    answer = real.post(history, **thinking)
-    assert (answer.session, answer.headers.get("x-bridge-not-sent")) == ("hot", None)
-    other = [{**content[0], "thinking": "another thought"}, *content[1:]]
-    history[1] = {"role": "assistant", "content": other}
-    answer = real.post(history, **thinking)
-    assert answer.session.startswith("rebuilt")
-    assert arrived(since()[-1]["body"])[1]["content"] == other
-
-
-def test_a_client_that_leaves_out_thinking_is_told_that_the_process_keeps_it(real: Server) -> None:
-    said = real.post("THINK").text
-    answer = real.post(["THINK", said, "SAY on"])
-    assert (answer.session, answer.headers["x-bridge-not-sent"]) == ("hot", "thinking")
-
-
-def test_a_name_whose_process_is_gone_wants_the_whole_conversation(serve: Serve) -> None:
-    server = serve(max_idle=0)
-    first = server.post("My name is Ada.", session="s")
-    assert first.status == 200
-    answer = server.post("What is my name?", session="s")
-    assert (answer.status, answer.json["error"]["type"]) == (400, "invalid_request_error")
-    assert "send the whole conversation" in answer.json["error"]["message"]
-    whole = ["My name is Ada.", first.text, "What is my name?"]
-    assert server.post(whole, session="s").text == "echo: What is my name?; 3 messages"
-
-
-def test_a_named_conversation_that_waits_for_results_refuses_a_text_and_goes_on(
-    real: Server,
-) -> None:
-    messages, (call,) = start(real, session="s")
-    refused = real.post("never mind", session="s")
-    assert refused.status == 400
-    assert "`tool_use` ids were found without `tool_result`" in refused.json["error"]["message"]
-    answer = real.post([*messages, user(result(call, "18C"))], session="s", tools=[TOOL])
-    assert (answer.status, answer.session) == (200, "hot")

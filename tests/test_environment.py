@@ -23,6 +23,10 @@ from test_tools import TOOL, result, start, user
 from sessions import OPT_OUTS, Kind, PoolConfig, child_environment
 
 Serve = Callable[..., Server]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+
+
+# ---------------------------------------------------------------- variables
 
 
 @functools.cache
@@ -48,8 +52,6 @@ ANYBODYS = re.compile(
     "|(IDENTITY|MSI|LD|DYLD)_.*"
     "|PATH(EXT)?|SHELL|TE(MP|RM.*)|TMP(DIR)?|TZ|USER(NAME|PROFILE)?"
 )
-# What a command of an agent may need, and the CLI reads as well.
-OF_A_SHELL = {"EDITOR", "GH_TOKEN", "GIT_SSH_COMMAND", "JAVA_HOME", "NODE_OPTIONS", "PGPASSWORD"}
 
 
 def given(config: PoolConfig, kind: Kind, names: set[str]) -> set[str]:
@@ -72,11 +74,68 @@ def test_a_child_gets_what_any_program_may_have_and_nothing_that_is_the_clis_own
     assert {"HOME", "PATH", "HTTPS_PROXY", "https_proxy", "TMPDIR", "AWS_REGION"} <= got
 
 
+# What a command of an agent may need, and the CLI reads as well.
+OF_A_SHELL = {"EDITOR", "GH_TOKEN", "GIT_SSH_COMMAND", "JAVA_HOME", "NODE_OPTIONS", "PGPASSWORD"}
+
+
 @pytest.mark.parametrize("is_agent", [True, False])
 def test_an_agents_commands_and_a_key_helper_get_what_the_users_shell_has(is_agent: bool) -> None:
     config = PoolConfig(setting_sources="" if is_agent else "user")
     names = OF_A_SHELL | {"ANTHROPIC_API_KEY", "CLAUDECODE", "MCP_TIMEOUT", "OTEL_LOGS_EXPORTER"}
     assert given(config, Kind(agent=is_agent), names) == OF_A_SHELL
+
+
+def test_a_child_gets_no_variable_that_changes_its_account_unless_it_is_kept(
+    serve: Serve, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped = (
+        "ANTHROPIC_AUTH_TOKEN",
+        "CLAUDE_CODE_USE_BEDROCK",
+        "CLAUDECODE",
+        "OTEL_LOGS_EXPORTER",
+        "CLAUDE_CLI_CWD",
+    )
+    kept = (
+        "ANTHROPIC_MODEL",
+        "CLAUDE_CODE_MAX_RETRIES",
+        "CLAUDE_CLI_API_KEY",
+        "OTEL_RESOURCE_ATTRIBUTES",
+    )
+    for name in (*dropped, *kept):
+        monkeypatch.setenv(name, "mine")
+    answer = serve(keep_env=kept, retries=7).post()
+    found = log.started()[pid(answer)]["env"]
+    assert not set(found) & set(dropped)
+    assert {name for name, value in found.items() if value == "mine"} == set(kept) - {
+        "CLAUDE_CLI_API_KEY"
+    }
+    assert found["PATH"] == os.environ["PATH"]
+    assert found["HOME"] == os.environ["HOME"]
+    assert found["DISABLE_AUTO_COMPACT"] == "1"
+    assert found["ENABLE_TOOL_SEARCH"] == "false"
+
+
+def test_retries_reach_the_child_in_its_environment(serve: Serve, log: Log) -> None:
+    answer = serve(retries=7).post()
+    assert log.started()[pid(answer)]["env"]["CLAUDE_CODE_MAX_RETRIES"] == "7"
+
+
+@pytest.mark.parametrize("value", ["1", "true", None])
+def test_a_users_wish_that_nothing_is_reported_reaches_the_cli_as_it_is(
+    serve: Callable[..., Server], cli: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
+    names = ("DISABLE_TELEMETRY", "DO_NOT_TRACK", "DISABLE_ERROR_REPORTING")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DISABLE_COST_WARNINGS", "1")
+    server = serve(bin=cli)
+    assert server.post("SAY x").text == "x"
+    [process] = server.processes()
+    child = process.environ()
+    assert [child.get(name) for name in names] == [value] * 3
+    assert "DISABLE_COST_WARNINGS" not in child
 
 
 @pytest.mark.parametrize("name", ["CLAUDE_CONFIG_DIR", "CLAUDE_SECURESTORAGE_CONFIG_DIR"])
@@ -102,6 +161,13 @@ def test_a_login_in_another_folder_is_found(
     assert (answer.status, answer.text if answer.status == 200 else answer.body) == (200, "x")
     headers = {key.lower(): value for key, value in since()[-1]["headers"].items()}
     assert headers["authorization"] == "Bearer sk-ant-oat01-mine"
+
+
+def test_the_folder_of_a_login_is_absolute_for_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for given, wanted in (("~/x", "/home/somebody/x"), ("x", f"{os.getcwd()}/x"), ("/x", "/x")):
+        child = child_environment(PoolConfig(), {"CLAUDE_CONFIG_DIR": given}, Kind())
+        assert child["CLAUDE_CONFIG_DIR"] == wanted
 
 
 # What a shell or a .env file may well hold.  With the first two, a result that comes later than the
@@ -149,42 +215,7 @@ def test_settings_that_were_meant_for_other_programs_change_nothing(
     assert without_ids(bodies) == without_ids(plain)
 
 
-# ---------------------------------------------------------------- what a process is given
-
-
-def test_a_child_gets_no_variable_that_changes_its_account_unless_it_is_kept(
-    serve: Serve, log: Log, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dropped = (
-        "ANTHROPIC_AUTH_TOKEN",
-        "CLAUDE_CODE_USE_BEDROCK",
-        "CLAUDECODE",
-        "OTEL_LOGS_EXPORTER",
-        "CLAUDE_CLI_CWD",
-    )
-    kept = (
-        "ANTHROPIC_MODEL",
-        "CLAUDE_CODE_MAX_RETRIES",
-        "CLAUDE_CLI_API_KEY",
-        "OTEL_RESOURCE_ATTRIBUTES",
-    )
-    for name in (*dropped, *kept):
-        monkeypatch.setenv(name, "mine")
-    answer = serve(keep_env=kept, retries=7).post()
-    found = log.started()[pid(answer)]["env"]
-    assert not set(found) & set(dropped)
-    assert {name for name, value in found.items() if value == "mine"} == set(kept) - {
-        "CLAUDE_CLI_API_KEY"
-    }
-    assert found["PATH"] == os.environ["PATH"]
-    assert found["HOME"] == os.environ["HOME"]
-    assert found["DISABLE_AUTO_COMPACT"] == "1"
-    assert found["ENABLE_TOOL_SEARCH"] == "false"
-
-
-def test_retries_reach_the_child_in_its_environment(serve: Serve, log: Log) -> None:
-    answer = serve(retries=7).post()
-    assert log.started()[pid(answer)]["env"]["CLAUDE_CODE_MAX_RETRIES"] == "7"
+# ---------------------------------------------------------------- arguments
 
 
 def test_a_system_prompt_is_not_in_argv(serve: Serve, log: Log) -> None:
@@ -193,19 +224,6 @@ def test_a_system_prompt_is_not_in_argv(serve: Serve, log: Log) -> None:
     assert answer.text == "echo: hello; 1 messages"
     assert sum(map(len, log.started()[pid(answer)]["argv"])) < 2000
     assert log.lines(pid(answer))[0]["request"]["systemPrompt"] == [system]
-
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
-
-
-# ---------------------------------------------------------------- what a launcher hands down
-
-
-def test_the_folder_of_a_login_is_absolute_for_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/somebody")
-    for given, wanted in (("~/x", "/home/somebody/x"), ("x", f"{os.getcwd()}/x"), ("/x", "/x")):
-        child = child_environment(PoolConfig(), {"CLAUDE_CONFIG_DIR": given}, Kind())
-        assert child["CLAUDE_CONFIG_DIR"] == wanted
 
 
 @linux
@@ -225,24 +243,3 @@ def test_an_administrators_list_of_mcp_servers_does_no_harm(cli: Path, tmp_path:
     words = {line.split(": ")[0]: line.split(": ")[1] for line in done.stdout.splitlines()}
     features = ("history", "settings", "tools", "interrupt")
     assert {name: words[name] for name in features} == dict.fromkeys(features, "works")
-
-
-# ---------------------------------------------------------------- what the user set
-
-
-@pytest.mark.parametrize("value", ["1", "true", None])
-def test_a_users_wish_that_nothing_is_reported_reaches_the_cli_as_it_is(
-    serve: Callable[..., Server], cli: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
-) -> None:
-    names = ("DISABLE_TELEMETRY", "DO_NOT_TRACK", "DISABLE_ERROR_REPORTING")
-    for name in names:
-        monkeypatch.delenv(name, raising=False)
-        if value:
-            monkeypatch.setenv(name, value)
-    monkeypatch.setenv("DISABLE_COST_WARNINGS", "1")
-    server = serve(bin=cli)
-    assert server.post("SAY x").text == "x"
-    [process] = server.processes()
-    child = process.environ()
-    assert [child.get(name) for name in names] == [value] * 3
-    assert "DISABLE_COST_WARNINGS" not in child

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import stat
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,11 +20,15 @@ from servers import Program, Server, plain_cli
 from stand_in import Log
 
 import sessions
+from sessions import Gate
 
 Serve = Callable[..., Server]
+Run = Callable[..., None]  # post in the background
+SECRET = "a heron that nobody else is to read of"
+linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
 
 
-# ---------------------------------------------------------------- what a process is given
+# ---------------------------------------------------------------- where it is
 
 
 def test_a_temporary_folder_that_cannot_be_written_fails_the_request_and_is_named(
@@ -47,12 +52,38 @@ def test_a_temporary_folder_that_is_gone_is_replaced(
     assert serve().post().status == 200
 
 
-Run = Callable[..., None]  # post in the background
+# ---------------------------------------------------------------- who holds it
 
 
-# ---------------------------------------------------------------- what a killed bridge leaves behind
+def test_a_program_that_closes_descriptors_is_named(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "GATE_SECS", 1.0)
+    closing = 'for n in /proc/self/fd/*; do n=${n##*/}; [ $n -gt 2 ] && eval "exec $n>&-"; done'
+    server = serve(bin=plain_cli(tmp_path / "claude", f"{closing}\nexec sleep 1000"))
+    answer = server.post("hello")
+    assert (answer.status, answer.json["error"]["type"]) == (502, "claude_cli_error")
+    assert "closes the descriptors that it inherits" in answer.json["error"]["message"]
 
-SECRET = "a heron that nobody else is to read of"
+
+@linux
+def test_a_fork_of_the_host_program_does_not_hold_a_gate(serve: Serve) -> None:
+    server = serve(spares=1, watchdog_secs=10)
+    assert server.bridge
+    pool = server.bridge.pool
+    wait_until(lambda: pool.spares, "the spare")
+    child = os.fork()
+    if not child:
+        signal.pause()
+        os._exit(0)
+    try:
+        assert server.post("hello", model="claude-sonnet-5-5").status == 200
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+# ---------------------------------------------------------------- what a killed bridge leaves
 
 
 def waiting_spare(program: Program, log: Log, run: Run) -> None:
@@ -160,35 +191,33 @@ def test_a_killed_bridge_with_the_real_cli_leaves_no_word_of_a_conversation(
     assert files_with(SECRET.encode(), temporary, environment) == []
 
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+# ---------------------------------------------------------------- a gate by itself
 
 
-# ---------------------------------------------------------------- what a launcher hands down
-
-
-def test_a_program_that_closes_descriptors_is_named(
-    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sessions, "GATE_SECS", 1.0)
-    closing = 'for n in /proc/self/fd/*; do n=${n##*/}; [ $n -gt 2 ] && eval "exec $n>&-"; done'
-    server = serve(bin=plain_cli(tmp_path / "claude", f"{closing}\nexec sleep 1000"))
-    answer = server.post("hello")
-    assert (answer.status, answer.json["error"]["type"]) == (502, "claude_cli_error")
-    assert "closes the descriptors that it inherits" in answer.json["error"]["message"]
-
-
-@linux
-def test_a_fork_of_the_host_program_does_not_hold_a_gate(serve: Serve) -> None:
-    server = serve(spares=1, watchdog_secs=10)
-    assert server.bridge
-    pool = server.bridge.pool
-    wait_until(lambda: pool.spares, "the spare")
-    child = os.fork()
-    if not child:
-        signal.pause()
-        os._exit(0)
+def test_the_path_of_a_gate_leads_to_its_pipe_and_has_a_folder_of_its_own() -> None:
+    reading, writing = os.pipe()
+    paths = [Path(sessions.gate_path(reading)) for _ in range(2)]
     try:
-        assert server.post("hello", model="claude-sonnet-5-5").status == 200
+        assert paths[0].parent != paths[1].parent
+        assert {path.name for path in paths} == {f"{reading}.jsonl"}
+        assert {stat.S_IMODE(path.parent.stat().st_mode) for path in paths} == {0o700}
+        os.write(writing, b"past")
+        os.close(writing)
+        assert paths[0].read_bytes() == b"past"
     finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        os.close(reading)
+        for path in paths:
+            path.unlink()
+            path.parent.rmdir()
+
+
+def test_what_forks_closes_the_gates_that_are_open_and_no_other_file() -> None:
+    pipes = [os.pipe() for _ in range(3)]
+    gates = [Gate(writing) for _, writing in pipes]
+    gates[2].connection_lost(None)  # whoever closes the pipe says so
+    Gate.close_all()
+    ends = [os.read(reading, 1) for reading, _ in pipes[:2]]
+    os.write(pipes[2][1], b"x")
+    assert (ends, os.read(pipes[2][0], 1)) == ([b"", b""], b"x")
+    for descriptor in (*(reading for reading, _ in pipes), pipes[2][1]):
+        os.close(descriptor)

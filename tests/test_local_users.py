@@ -188,6 +188,10 @@ def requests(program: Program, log: Log) -> Iterator[int]:
         yield send("sesame-prompt DIE", stream=stream)
         yield send("sesame-prompt DIE-START", stream=stream)
         yield send("sesame-prompt HALF", stream=stream)
+        yield send("sesame-prompt HANG", stream=stream)
+    yield send("sesame-prompt NOISE")
+    yield send("sesame-prompt RATELIMIT 1")
+    yield send("sesame-prompt", model="sesame/../model!")
     yield send("sesame-prompt", model="exit-at-start")
     yield send([{"role": "sesame", "content": "sesame"}])
     yield send("sesame-prompt", temperature="sesame")
@@ -195,6 +199,12 @@ def requests(program: Program, log: Log) -> Iterator[int]:
     yield send("sesame-prompt", {"authorization": "Bearer sesame-wrong"})
     yield send("sesame-prompt", {**key, "origin": "http://evil.example"})
     yield send("sesame-prompt", {**key, "host": "evil.example"})
+    for method, path, body in (
+        ("POST", "/v1/messages", b'{"sesame-body'),
+        ("GET", "/path?x=sesame-query", None),
+        ("GET", "/v1/models/model?x=sesame-query", None),
+    ):
+        yield program.call(method, path, body, key).status
     for text in ("sesame-prompt PAUSE-START", "sesame-prompt PAUSE"):  # clients that leave
         data = json.dumps(request_body(text, stream=True, **fields)).encode()
         head = (
@@ -218,13 +228,18 @@ def requests(program: Program, log: Log) -> Iterator[int]:
 def test_no_key_prompt_or_answer_is_printed_for_good_requests_faults_and_clients_that_leave(
     launch: Launch, log: Log, gate: Path, capfd: pytest.CaptureFixture[str], log_format: str
 ) -> None:
-    program = launch("--log-format", log_format, CLAUDE_CLI_API_KEY=KEY)
+    program = launch(
+        *("--log-format", log_format, "--watchdog-secs", "2"),
+        CLAUDE_CLI_API_KEY=KEY,
+        CLAUDE_CODE_OAUTH_TOKEN="sesame-token",
+        CLAUDE_CLI_KEEP_ENV=",".join([*kept_names(), "CLAUDE_CODE_OAUTH_TOKEN"]),
+    )
     expected = list(requests(program, log))
     wait_until(
         lambda: len(statuses(program, log_format)) == len(expected), f"the lines: {program.lines}"
     )
     assert sorted(statuses(program, log_format)) == sorted(expected)
-    assert {200, 400, 401, 403, 499, 502} == set(expected)
+    assert {200, 400, 401, 403, 404, 429, 499, 502, 504} == set(expected)
     program.process.terminate()
     assert program.wait() == 0
     printed = [*program.lines, *capfd.readouterr()]

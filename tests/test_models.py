@@ -8,6 +8,7 @@ from client import Json
 from processes import pool_of
 from servers import Server
 
+from bridge import model_list
 from translate import MODEL_PREFIX, listed_model, takes_from_conversation
 
 
@@ -57,7 +58,21 @@ def test_an_unknown_model_is_404(real: Server) -> None:
     assert real.call("DELETE", "/v1/models").status == 405
 
 
-# ---------------------------------------------------------------- another one in its place
+def test_a_model_is_listed_under_its_full_id_and_under_its_alias_and_once() -> None:
+    default = {"value": "default", "resolvedModel": "claude-opus-5", "displayName": "Opus"}
+    opus = {"value": "opus", "resolvedModel": "claude-opus-5", "supportsEffort": True, "new": 1}
+    found = model_list({"models": [default, opus]})
+    assert list(found) == ["claude-opus-5", "claude-cli/default", "claude-cli/opus"]
+    assert [model["display_name"] for model in found.values()] == [
+        "Opus",
+        "Opus",
+        "claude-cli/opus",
+    ]
+    assert [model["claude_cli"] for model in found.values()] == [{}, {}, {"supportsEffort": True}]
+    assert model_list({}) == {}
+
+
+# ---------------------------------------------------------------- one process for many
 
 
 def test_each_model_that_a_cli_lists_answers_without_being_named_at_its_start(

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import readme
 from client import Client, request_body
-from host import ROOT, STANDIN
+from host import ROOT, STANDIN, TESTS
 from installed import WHEELS
 from test_library import FILES, TURN
 
@@ -46,6 +47,8 @@ PURE = {
     "typing",
     "uuid",
 }
+# What stands at the head of sessions.py.
+UNTITLED = ("environment", "gate", "trace")
 BOUNDED = re.compile(r"[\w-]+>=[\d.]+,<[\d.]+(; .+)?")
 
 # ---------------------------------------------------------------- the checkout
@@ -84,6 +87,20 @@ def test_the_translation_does_no_input_or_output() -> None:
     calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
     names = {function.id for function in calls if isinstance(function, ast.Name)}
     assert names.isdisjoint({"open", "print", "input", "__import__", "exec", "eval"})
+
+
+def test_each_section_has_a_file_of_tests_named_as_it() -> None:
+    titles = [
+        title
+        for name in FILES
+        for title in re.findall(r"^# -{20,} (.*)$", (ROOT / name).read_text(), re.M)
+    ]
+    files = dict(readme.rows(readme.section("## What each file proves", readme.EVIDENCE)))
+    assert files.keys() == {*titles, *UNTITLED}
+    for title, file in files.items():
+        words = re.sub(r"^(appendix: )?((a|the) )?", "", title).lower().split()
+        assert file == "_".join(["test", *words])
+        assert (TESTS / f"{file}.py").is_file()
 
 
 def test_each_file_states_the_version() -> None:

@@ -26,7 +26,7 @@ from translate import ApiError
 Serve = Callable[..., Server]
 
 
-# ---------------------------------------------------------------- one conversation
+# ---------------------------------------------------------------- who gets which
 
 
 def test_equal_conversations_never_share_a_process(
@@ -46,6 +46,134 @@ def test_equal_conversations_never_share_a_process(
     assert len({pid(answer) for answer in answers}) == 3
     # Of two that a request could find the newer one stays.
     assert pid(second) in {pid(answer) for answer in answers} - {pid(first)}
+
+
+def test_of_two_conversations_that_are_alike_one_process_stays(serve: Serve, log: Log) -> None:
+    server = serve()
+    answers = [server.post("hello") for _ in range(2)]
+    assert answers[0].text == answers[1].text
+    wait_until(lambda: len(server.processes()) == 1, "the end of one")
+    again = server.post(["hello", answers[0].text, "and now"])
+    assert (again.session, pid(again)) == ("hot", pid(answers[1]))
+
+
+def test_an_agents_conversation_that_could_be_anothers_is_never_hot(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """What its tools have seen does not follow from the messages."""
+    server = serve(tools="default", cwd=str(tmp_path))
+    first, second = server.post("hello"), server.post("hello")
+    assert first.text == second.text
+    wait_until(lambda: not server.processes(), "the end of both")
+    for _ in range(2):
+        assert server.post(["hello", first.text, "and now"]).session.startswith("rebuilt")
+
+
+def test_an_agents_conversation_that_another_has_had_before_is_not_hot(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """The first one's process is gone; its client would get the second one's."""
+    server = serve(tools="default", cwd=str(tmp_path), max_idle=1)
+    first = server.post("hello")
+    server.post("something else")
+    wait_until(lambda: len(server.processes()) == 1, "the eviction of the first")
+    server.post("hello")
+    again = server.post(["hello", first.text, "and now"])
+    assert again.session.startswith("rebuilt")
+
+
+def test_what_a_process_said_before_it_is_given_a_turn_is_not_the_turns_answer(
+    monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    """It is read, although the event loop has not looked at the pipe yet."""
+    monkeypatch.setenv("STANDIN_UNASKED", "answer")
+
+    async def use(pool: Pool) -> None:
+        turn, first = await take_turn(pool, "one")
+        process = turn.process
+        await soon(lambda: process._result_seen.done())
+        os.kill(process.pid, signal.SIGUSR1)
+        end = time.monotonic() + 10
+        while process.pid not in log.reached("unasked"):  # the loop stands still
+            assert time.monotonic() < end
+        turn, answer = await take_turn(pool, "one", first, "two")
+        assert (turn.origin, turn.reason) == ("rebuilt", "unasked")
+        assert answer == "echo: two; 3 messages"
+
+    in_pool(use)
+
+
+def test_a_client_that_leaves_as_the_last_turn_ends_gets_no_turn(gate: Path) -> None:
+    async def use(pool: Pool) -> None:
+        turn, first = await take_turn(pool, "LATE one")
+        settled = turn.process._result_seen
+        assert not settled.done()
+        second = asyncio.create_task(take_turn(pool, "LATE one", first, "two"))
+        await soon(lambda: turn.session not in pool.on_file)
+        settled.add_done_callback(lambda _: second.cancel())
+        open_gate(gate)
+        with pytest.raises(asyncio.CancelledError):
+            await second
+
+    in_pool(use)
+
+
+def test_what_an_old_process_said_of_itself_does_not_replace_what_a_new_one_said() -> None:
+    async def use(pool: Pool) -> None:
+        _, first = await take_turn(pool, "one")
+        newest = (await pool.hello(anew=True))["pid"]
+        turn, _ = await take_turn(pool, "one", first, "two")
+        assert turn.origin == "hot"
+        assert pool.cli.hello["pid"] == newest != turn.process.pid
+
+    in_pool(use)
+
+
+def test_a_shutdown_ends_every_process(
+    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
+    server = serve(drain_secs=0.1)
+    talk(server, "hello")
+    talk(server, "hello", model="ignore-sigterm")
+    running = background.submit(server.post, "PAUSE")
+    wait_until(lambda: log.got("PAUSE"), "the running turn")
+    server.close()
+    assert not [process for process in log.started() if alive(process)]
+    assert running.result().status == 503
+
+
+def test_a_request_need_not_wait_behind_large_ones_which_wait_in_a_line() -> None:
+    async def use(pool: Pool) -> None:
+        await pool._lanes[1].acquire()
+        assert await pool.compute(sessions.THREAD_SIZE, lambda: 7) == 7
+        with pytest.raises(ApiError, match="other large requests") as caught:
+            await pool.compute(sessions.LARGE_SIZE, lambda: 7)
+        assert caught.value.status == 529
+        pool._lanes[1].release()
+        assert await pool.compute(sessions.LARGE_SIZE, lambda: 7) == 7
+        await soon(lambda: not pool._queued)
+
+    in_pool(use, queue_secs=0.05)
+
+
+def test_the_log_says_which_process_was_chosen_and_what_it_printed_on_stderr(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve()
+    with caplog.at_level(logging.DEBUG, "claude_cli_bridge"):
+        conversation, first = talk(server, "secret")
+        server.post(conversation)
+        server.post([*conversation[:2], "other"], system="changed")
+        failed = server.post("DIE-START 3")
+    assert failed.status == 502
+    words = [record.getMessage() for record in caplog.records if record.levelno == logging.DEBUG]
+    began = f"request {first.headers['request-id']}: new, turn 1 of process {pid(first)}, "
+    assert began + "which was started for a request" in words
+    assert [line for line in words if ": hot, turn 2 of process" in line]
+    assert [line for line in words if "rebuilt (system-changed), turn 1 of" in line]
+    assert [line for line in words if " prints: " in line]
+    assert [line for line in words if line.endswith("ends: died")]
+    assert "secret" not in "".join(words)
 
 
 # ---------------------------------------------------------------- why a conversation was rebuilt
@@ -212,194 +340,7 @@ def test_with_max_idle_of_zero_no_process_stays(serve: Serve) -> None:
     wait_until(lambda: not server.processes(), "the end of the process")
 
 
-# ---------------------------------------------------------------- how a process ends
-
-
-def test_a_shutdown_ends_every_process(
-    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
-) -> None:
-    server = serve(drain_secs=0.1)
-    talk(server, "hello")
-    talk(server, "hello", model="ignore-sigterm")
-    running = background.submit(server.post, "PAUSE")
-    wait_until(lambda: log.got("PAUSE"), "the running turn")
-    server.close()
-    assert not [process for process in log.started() if alive(process)]
-    assert running.result().status == 503
-
-
-def test_what_a_process_said_before_it_is_given_a_turn_is_not_the_turns_answer(
-    monkeypatch: pytest.MonkeyPatch, log: Log
-) -> None:
-    """It is read, although the event loop has not looked at the pipe yet."""
-    monkeypatch.setenv("STANDIN_UNASKED", "answer")
-
-    async def use(pool: Pool) -> None:
-        turn, first = await take_turn(pool, "one")
-        process = turn.process
-        await soon(lambda: process._result_seen.done())
-        os.kill(process.pid, signal.SIGUSR1)
-        end = time.monotonic() + 10
-        while process.pid not in log.reached("unasked"):  # the loop stands still
-            assert time.monotonic() < end
-        turn, answer = await take_turn(pool, "one", first, "two")
-        assert (turn.origin, turn.reason) == ("rebuilt", "unasked")
-        assert answer == "echo: two; 3 messages"
-
-    in_pool(use)
-
-
-def test_a_client_that_leaves_as_the_last_turn_ends_gets_no_turn(gate: Path) -> None:
-    async def use(pool: Pool) -> None:
-        turn, first = await take_turn(pool, "LATE one")
-        settled = turn.process._result_seen
-        assert not settled.done()
-        second = asyncio.create_task(take_turn(pool, "LATE one", first, "two"))
-        await soon(lambda: turn.session not in pool.on_file)
-        settled.add_done_callback(lambda _: second.cancel())
-        open_gate(gate)
-        with pytest.raises(asyncio.CancelledError):
-            await second
-
-    in_pool(use)
-
-
-def test_what_an_old_process_said_of_itself_does_not_replace_what_a_new_one_said() -> None:
-    async def use(pool: Pool) -> None:
-        _, first = await take_turn(pool, "one")
-        newest = (await pool.hello(anew=True))["pid"]
-        turn, _ = await take_turn(pool, "one", first, "two")
-        assert turn.origin == "hot"
-        assert pool.cli.hello["pid"] == newest != turn.process.pid
-
-    in_pool(use)
-
-
-def test_a_spare_whose_end_nobody_has_seen_costs_no_request() -> None:
-    async def use(pool: Pool) -> None:
-        for words in ("one", "two"):  # now a spare is known to have the model
-            await take_turn(pool, words)
-            await soon(lambda: pool.spares)
-        [spare] = pool.spares
-        os.kill(spare.process.pid, signal.SIGKILL)
-        end = time.monotonic() + 10
-        while alive(spare.process.pid):
-            assert time.monotonic() < end  # the loop stands still
-        turn, answer = await take_turn(pool, "other")
-        assert answer == "echo: other; 1 messages"
-        assert turn.session is not spare
-
-    in_pool(use, spares=1)
-
-
-def test_spares_that_start_as_the_cli_is_looked_at_evict_no_conversation(tmp_path: Path) -> None:
-    program = tmp_path / "claude"
-    program.symlink_to(STANDIN)
-
-    async def use(pool: Pool) -> None:
-        turns = [(await take_turn(pool, words))[0] for words in ("one", "two")]
-        for task in list(pool._preparing):
-            await task
-        for spare in pool.spares:
-            pool.retire(spare, "unwanted")
-        await soon(lambda: not pool.room.ending)
-        pool.cli = Cli()
-        for _ in range(2):
-            pool.refill(Kind())
-        for task in list(pool._preparing):
-            await task
-        assert [turn.session.state for turn in turns] == [State.IDLE] * 2
-        assert len(pool.spares) == 1
-
-    in_pool(use, bin=str(program), spares=2, max_sessions=3)
-
-
-# ---------------------------------------------------------------- who is who
-
-
-def test_of_two_conversations_that_are_alike_one_process_stays(serve: Serve, log: Log) -> None:
-    server = serve()
-    answers = [server.post("hello") for _ in range(2)]
-    assert answers[0].text == answers[1].text
-    wait_until(lambda: len(server.processes()) == 1, "the end of one")
-    again = server.post(["hello", answers[0].text, "and now"])
-    assert (again.session, pid(again)) == ("hot", pid(answers[1]))
-
-
-def test_an_agents_conversation_that_could_be_anothers_is_never_hot(
-    serve: Serve, tmp_path: Path
-) -> None:
-    """What its tools have seen does not follow from the messages."""
-    server = serve(tools="default", cwd=str(tmp_path))
-    first, second = server.post("hello"), server.post("hello")
-    assert first.text == second.text
-    wait_until(lambda: not server.processes(), "the end of both")
-    for _ in range(2):
-        assert server.post(["hello", first.text, "and now"]).session.startswith("rebuilt")
-
-
-def test_an_agents_conversation_that_another_has_had_before_is_not_hot(
-    serve: Serve, tmp_path: Path
-) -> None:
-    """The first one's process is gone; its client would get the second one's."""
-    server = serve(tools="default", cwd=str(tmp_path), max_idle=1)
-    first = server.post("hello")
-    server.post("something else")
-    wait_until(lambda: len(server.processes()) == 1, "the eviction of the first")
-    server.post("hello")
-    again = server.post(["hello", first.text, "and now"])
-    assert again.session.startswith("rebuilt")
-
-
-# ---------------------------------------------------------------- what a launcher hands down
-
-
-def test_a_spare_that_dies_while_it_is_set_up_costs_no_request(
-    serve: Serve, tmp_path: Path
-) -> None:
-    first = 'if mkdir "$0.first" 2>/dev/null; then read line; exit 1; fi; exec "$STANDIN" "$@"'
-    server = serve(bin=plain_cli(tmp_path / "claude", first), spares=1)
-    assert server.bridge
-    pool = server.bridge.pool
-    wait_until(lambda: pool.spares, "the spare")
-    assert server.post("hello", model="claude-sonnet-5-5").text == "echo: hello; 1 messages"
-
-
-# ---------------------------------------------------------------- waiting
-
-
-def test_a_request_need_not_wait_behind_large_ones_which_wait_in_a_line() -> None:
-    async def use(pool: Pool) -> None:
-        await pool._lanes[1].acquire()
-        assert await pool.compute(sessions.THREAD_SIZE, lambda: 7) == 7
-        with pytest.raises(ApiError, match="other large requests") as caught:
-            await pool.compute(sessions.LARGE_SIZE, lambda: 7)
-        assert caught.value.status == 529
-        pool._lanes[1].release()
-        assert await pool.compute(sessions.LARGE_SIZE, lambda: 7) == 7
-        await soon(lambda: not pool._queued)
-
-    in_pool(use, queue_secs=0.05)
-
-
-def test_the_log_says_which_process_was_chosen_and_what_it_printed_on_stderr(
-    serve: Serve, caplog: pytest.LogCaptureFixture
-) -> None:
-    server = serve()
-    with caplog.at_level(logging.DEBUG, "claude_cli_bridge"):
-        conversation, first = talk(server, "secret")
-        server.post(conversation)
-        server.post([*conversation[:2], "other"], system="changed")
-        failed = server.post("DIE-START 3")
-    assert failed.status == 502
-    words = [record.getMessage() for record in caplog.records if record.levelno == logging.DEBUG]
-    began = f"request {first.headers['request-id']}: new, turn 1 of process {pid(first)}, "
-    assert began + "which was started for a request" in words
-    assert [line for line in words if ": hot, turn 2 of process" in line]
-    assert [line for line in words if "rebuilt (system-changed), turn 1 of" in line]
-    assert [line for line in words if " prints: " in line]
-    assert [line for line in words if line.endswith("ends: died")]
-    assert "secret" not in "".join(words)
+# ---------------------------------------------------------------- spares
 
 
 def ready(server: Server) -> list[int]:
@@ -690,3 +631,53 @@ def test_the_program_has_two_spares_by_default(launch: Callable[..., Program], l
     answer: Answer = program.post()
     assert pid(answer) in log.started()
     assert len(log.started()) <= 4  # the one asked, the first spares, the next
+
+
+def test_a_spare_that_dies_while_it_is_set_up_costs_no_request(
+    serve: Serve, tmp_path: Path
+) -> None:
+    first = 'if mkdir "$0.first" 2>/dev/null; then read line; exit 1; fi; exec "$STANDIN" "$@"'
+    server = serve(bin=plain_cli(tmp_path / "claude", first), spares=1)
+    assert server.bridge
+    pool = server.bridge.pool
+    wait_until(lambda: pool.spares, "the spare")
+    assert server.post("hello", model="claude-sonnet-5-5").text == "echo: hello; 1 messages"
+
+
+def test_a_spare_whose_end_nobody_has_seen_costs_no_request() -> None:
+    async def use(pool: Pool) -> None:
+        for words in ("one", "two"):  # now a spare is known to have the model
+            await take_turn(pool, words)
+            await soon(lambda: pool.spares)
+        [spare] = pool.spares
+        os.kill(spare.process.pid, signal.SIGKILL)
+        end = time.monotonic() + 10
+        while alive(spare.process.pid):
+            assert time.monotonic() < end  # the loop stands still
+        turn, answer = await take_turn(pool, "other")
+        assert answer == "echo: other; 1 messages"
+        assert turn.session is not spare
+
+    in_pool(use, spares=1)
+
+
+def test_spares_that_start_as_the_cli_is_looked_at_evict_no_conversation(tmp_path: Path) -> None:
+    program = tmp_path / "claude"
+    program.symlink_to(STANDIN)
+
+    async def use(pool: Pool) -> None:
+        turns = [(await take_turn(pool, words))[0] for words in ("one", "two")]
+        for task in list(pool._preparing):
+            await task
+        for spare in pool.spares:
+            pool.retire(spare, "unwanted")
+        await soon(lambda: not pool.room.ending)
+        pool.cli = Cli()
+        for _ in range(2):
+            pool.refill(Kind())
+        for task in list(pool._preparing):
+            await task
+        assert [turn.session.state for turn in turns] == [State.IDLE] * 2
+        assert len(pool.spares) == 1
+
+    in_pool(use, bin=str(program), spares=2, max_sessions=3)

@@ -31,9 +31,12 @@ import sessions
 from sessions import State
 
 Serve = Callable[..., Server]
+both = pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+kinds = pytest.mark.parametrize("kind", UNASKED)
+linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
 
 
-# ---------------------------------------------------------------- one conversation
+# ---------------------------------------------------------------- late results
 
 
 def test_a_result_that_comes_late_is_waited_for_by_the_next_turn(
@@ -76,7 +79,9 @@ def test_the_rest_of_a_turn_that_comes_late_and_in_one_read_is_no_fault(
     assert pid(answer) == pid(first)
 
 
-both = pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+# ---------------------------------------------------------------- faults, and what is none
+
+
 MID, START = True, False
 SILENT = {"status": 504, "kind": "timeout_error", "words": "silent for 1 seconds"}
 FAULTS = {
@@ -223,7 +228,25 @@ def test_a_process_that_no_longer_reads_fails_its_next_turn_and_is_ended(
     assert server.post(["NOSTDIN", answer.text, "and now"]).text == "echo: and now; 3 messages"
 
 
-kinds = pytest.mark.parametrize("kind", UNASKED)
+# ---------------------------------------------------------------- silence
+
+
+@linux
+def test_a_bridge_that_was_stopped_looks_at_the_pipe_before_it_gives_up(
+    launch: Callable[..., Program], gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
+    program = launch(CLAUDE_CLI_WATCHDOG_SECS="2")
+    answer = background.submit(program.post, "PAUSE")
+    wait_until(lambda: log.asked("PAUSE"), "the turn")
+    program.process.send_signal(signal.SIGSTOP)
+    gate.touch()
+    stopped_at = time.monotonic()
+    wait_until(lambda: time.monotonic() > stopped_at + 2.5, "more than the watchdog's time")
+    program.process.send_signal(signal.SIGCONT)
+    assert answer.result().text == "echo: PAUSE; 1 messages"
+
+
+# ---------------------------------------------------------------- what it says unasked
 
 
 @pytest.fixture
@@ -242,12 +265,6 @@ def speaking(monkeypatch: pytest.MonkeyPatch, kind: str, log: Log) -> Callable[[
     return speak
 
 
-def settled(server: Server, number: int) -> None:
-    """Wait for the end of a turn: until then a process may still say the rest of it."""
-    process = session_of(server, number).process
-    wait_until(lambda: process._result_seen.done(), "the result")
-
-
 @both
 @kinds
 def test_a_spare_that_speaks_is_given_to_nobody(
@@ -263,6 +280,12 @@ def test_a_spare_that_speaks_is_given_to_nobody(
     answer = server.post("next", stream=stream)
     check_own(answer, "echo: next; 1 messages", stream=stream)
     assert (answer.session, pid(answer) == waiting) == ("new", False)
+
+
+def settled(server: Server, number: int) -> None:
+    """Wait for the end of a turn: until then a process may still say the rest of it."""
+    process = session_of(server, number).process
+    wait_until(lambda: process._result_seen.done(), "the result")
 
 
 @both
@@ -375,24 +398,3 @@ def test_what_comes_with_the_end_of_an_answer_is_no_part_of_it_and_of_no_other(
     check_own(answer, "echo: and now; 3 messages", stream=stream)
     assert answer.session == "rebuilt; reason=unasked"
     assert pid(answer) != pid(first)
-
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
-
-
-# ---------------------------------------------------------------- waiting
-
-
-@linux
-def test_a_bridge_that_was_stopped_looks_at_the_pipe_before_it_gives_up(
-    launch: Callable[..., Program], gate: Path, log: Log, background: ThreadPoolExecutor
-) -> None:
-    program = launch(CLAUDE_CLI_WATCHDOG_SECS="2")
-    answer = background.submit(program.post, "PAUSE")
-    wait_until(lambda: log.asked("PAUSE"), "the turn")
-    program.process.send_signal(signal.SIGSTOP)
-    gate.touch()
-    stopped_at = time.monotonic()
-    wait_until(lambda: time.monotonic() > stopped_at + 2.5, "more than the watchdog's time")
-    program.process.send_signal(signal.SIGCONT)
-    assert answer.result().text == "echo: PAUSE; 1 messages"

@@ -30,6 +30,11 @@ from bridge import ConfigError, read_flags
 from translate import digest
 
 Launch = Callable[..., Program]
+formats = pytest.mark.parametrize("log_format", ["text", "json"])
+signals = pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"]
+)
+linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
 
 
 # ---------------------------------------------------------------- words
@@ -90,186 +95,6 @@ def test_version_is_printed() -> None:
     assert run("--version").stdout == f"claude-cli-bridge {bridge.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    ("words", "closed", "status"),
-    [
-        (["--version"], "| (exec <&-)", 141),
-        (["--help"], "| (exec <&-)", 141),
-        (["providers", "--config", "{file}"], ">&-", 0),
-        (["check", "--bin", "{cli}", "--watchdog-secs", "1"], ">&-", 1),
-    ],
-)
-def test_an_output_that_nobody_reads_is_no_traceback(
-    tmp_path: Path, words: list[str], closed: str, status: int
-) -> None:
-    file = tmp_path / "config.json"
-    file.write_text('{"model_providers": []}')
-    script = f'set -o pipefail; {{ sleep 0.5; "$@"; }} {closed}'
-    command = [
-        "bash",
-        "-c",
-        script,
-        "bash",
-        *BRIDGE,
-        *(word.format(file=file, cli=STANDIN) for word in words),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (status, "")
-
-
-def test_a_path_that_is_not_utf_8_can_be_logged_as_json(launch: Launch, tmp_path: Path) -> None:
-    cli = os.fsencode(tmp_path) + b"/cl\xffaude"
-    os.symlink(STANDIN, cli)
-    program = launch("--log-format", "json", CLAUDE_CLI_BIN=os.fsdecode(cli))
-    printed(program, "cl?aude")
-    assert program.post().status == 200
-
-
-def test_login_is_the_clis_own_in_this_terminal(tmp_path: Path) -> None:
-    script = tmp_path / "claude"
-    script.write_text('#!/bin/sh\necho "$@"; cat; exit 7\n')
-    script.chmod(0o755)
-    command = [*BRIDGE, "login", "--bin", str(script)]
-    done = subprocess.run(command, input="code", capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (7, "auth login\ncode", "")
-    done = run("login", "--bin", "/no/such")
-    assert done.returncode == 2
-    assert done.stderr.startswith("claude-cli-bridge: --bin: '/no/such' does not exist")
-
-
-# ---------------------------------------------------------------- signals
-
-
-def test_sighup_completes_running_answers_and_ends_the_bridge(
-    launch: Launch, gate: Path, log: Log, background: ThreadPoolExecutor
-) -> None:
-    program = launch(CLAUDE_CLI_DRAIN_SECS="1000")
-    running = background.submit(program.post, "PAUSE", stream=True)
-    wait_until(lambda: log.got("PAUSE"), "the turn")
-    program.process.send_signal(signal.SIGHUP)
-    printed(program, "running answers: 1, which get 1000 s (Ctrl-C again stops them)")
-    wait_until(lambda: refuses(program), "closed doors")
-    assert program.process.poll() is None
-    gate.touch()
-    assert running.result().message["stop_reason"] == "end_turn"
-    assert program.wait() == 0
-    assert not [pid for pid in log.started() if alive(pid)]
-
-
-def test_under_nohup_sighup_is_ignored(launch: Launch) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; children inherit it
-    try:
-        program = launch()
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    program.process.send_signal(signal.SIGHUP)
-    assert program.post().status == 200
-    assert not [line for line in program.lines if "shutting down" in line]
-    program.process.send_signal(signal.SIGTERM)
-    assert program.wait() == 0
-
-
-# ---------------------------------------------------------------- the log
-
-
-def unread(*arguments: str) -> tuple["subprocess.Popen[bytes]", Client]:
-    """The program with a stderr of which one line was read."""
-    environ = {**os.environ, "CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_SPARES": "0"}
-    command = [*BRIDGE, "--listen-addr", "127.0.0.1:0", *arguments]
-    process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, bufsize=0)
-    assert process.stderr
-    fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
-    found = re.search(rb"listening on http://127.0.0.1:(\d+)", process.stderr.readline())
-    assert found
-    return process, Client("127.0.0.1", int(found[1]))
-
-
-def pipelined(client: Client, count: int) -> int:
-    """The answers to that many requests on one connection."""
-    with client.connect() as connection:
-        sender = threading.Thread(target=connection.sendall, args=(GET * count,))
-        sender.start()
-        with connection.makefile("rb") as file:
-            answers = 0
-            while answers < count:
-                answers += file.readline().endswith(b"HTTP/1.1 200 OK\r\n")
-        sender.join()
-    return answers
-
-
-def test_a_reader_of_the_log_that_stops_reading_loses_lines_that_are_counted_and_no_answer() -> (
-    None
-):
-    process, client = unread()
-    assert process.stderr
-    try:
-        count = bridge.MAX_LOG_LINES + 500
-        assert pipelined(client, count) == count
-        lost = measure(client)("log_lines_lost_total")
-        assert lost > 0
-        assert client.post().text == "echo: hello; 1 messages"
-        written = 0
-        while written < count - lost:  # all others are there once it reads again
-            line = process.stderr.readline()
-            assert line.endswith(b"\n")
-            written += b"route=/healthz" in line
-        process.terminate()
-        assert b"shutting down" in process.stderr.read()
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.stderr.close()
-        process.wait()
-
-
-def test_a_reader_of_the_log_that_left_loses_lines_that_are_counted_and_no_answer() -> None:
-    process, client = unread("--log-format", "json")
-    assert process.stderr
-    process.stderr.close()
-    try:
-        assert [client.post().status for _ in range(3)] == [200] * 3
-        wait_until(lambda: measure(client)("log_lines_lost_total") >= 3, "the lines")
-        process.terminate()
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
-def test_a_program_started_without_open_standard_files_works_and_writes_its_log_nowhere(
-    tmp_path: Path, closed: str
-) -> None:
-    """The next file opened would have been number 2, and a client would have got the log.
-
-    What Python's libraries read may be there: libffi 3.5 keeps itself open, before anything runs.
-    """
-    path = tmp_path / "socket"
-    environ = {**os.environ, "CLAUDE_CLI_BIN": str(STANDIN)}
-    command = ["sh", "-c", f'exec "$@" {closed}', "sh", *BRIDGE, "--listen-addr", f"unix:{path}"]
-    process = subprocess.Popen(command, env=environ)
-    try:
-        wait_until(path.exists, "the start")
-        for number in (2,) if closed == "2>&-" else range(3):
-            target = os.readlink(f"/proc/{process.pid}/fd/{number}")
-            told = Path(f"/proc/{process.pid}/fdinfo/{number}").read_text()
-            flags = int(told.split("flags:")[1].split()[0], 8)
-            is_library = ".so" in target and flags & os.O_ACCMODE == os.O_RDONLY
-            assert is_library or target == "/dev/null"
-        with socket.socket(socket.AF_UNIX) as client:
-            wait_until(lambda: not client.connect_ex(str(path)), "the listener")
-            client.sendall(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
-            with client.makefile("rb") as file:
-                assert file.read().endswith(b"\r\n\r\nok")
-        process.terminate()
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.wait()
-
-
-# ---------------------------------------------------------------- words
-
 WORDS = {
     "--port 8080": "there is no --port; use --listen-addr=127.0.0.1:PORT",
     "-p 8080": "there is no -p; use --listen-addr=127.0.0.1:PORT",
@@ -327,7 +152,82 @@ def test_each_command_has_a_help_of_its_own(command: str) -> None:
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
-# ---------------------------------------------------------------- agent mode
+@pytest.mark.parametrize(
+    ("words", "closed", "status"),
+    [
+        (["--version"], "| (exec <&-)", 141),
+        (["--help"], "| (exec <&-)", 141),
+        (["providers", "--config", "{file}"], ">&-", 0),
+        (["check", "--bin", "{cli}", "--watchdog-secs", "1"], ">&-", 1),
+    ],
+)
+def test_an_output_that_nobody_reads_is_no_traceback(
+    tmp_path: Path, words: list[str], closed: str, status: int
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"model_providers": []}')
+    script = f'set -o pipefail; {{ sleep 0.5; "$@"; }} {closed}'
+    command = [
+        "bash",
+        "-c",
+        script,
+        "bash",
+        *BRIDGE,
+        *(word.format(file=file, cli=STANDIN) for word in words),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (status, "")
+
+
+def test_login_is_the_clis_own_in_this_terminal(tmp_path: Path) -> None:
+    script = tmp_path / "claude"
+    script.write_text('#!/bin/sh\necho "$@"; cat; exit 7\n')
+    script.chmod(0o755)
+    command = [*BRIDGE, "login", "--bin", str(script)]
+    done = subprocess.run(command, input="code", capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "auth login\ncode", "")
+    done = run("login", "--bin", "/no/such")
+    assert done.returncode == 2
+    assert done.stderr.startswith("claude-cli-bridge: --bin: '/no/such' does not exist")
+
+
+# ---------------------------------------------------------------- the start
+
+
+def test_the_start_asks_who_is_logged_in_and_sends_nothing_to_the_model(
+    launch: Launch, log: Log
+) -> None:
+    program = launch()
+    printed(program, "logged in: stand-in (user ")
+    wait_until(lambda: not program.children(), "the end of the process that was asked")
+    [(pid, _)] = log.started().items()
+    assert log.requests(pid) == ["initialize"]
+    assert [line["type"] for line in log.lines(pid)] == ["control_request"]
+
+
+def test_without_a_login_the_bridge_starts_and_says_how_to_log_in(launch: Launch) -> None:
+    program = launch(STANDIN_SONNET="not-logged-in")
+    printed(program, "nobody is logged in: no login of user ")
+    answer = program.post(model="not-logged-in")
+    assert (answer.status, answer.json["error"]["type"]) == (401, "authentication_error")
+    assert "nobody is logged in: no login of user " in answer.json["error"]["message"]
+    assert answer.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("model", ["exit-at-start", "hang-at-start"])
+def test_a_cli_that_does_not_work_is_said_at_the_start_and_does_not_stop_it(
+    launch: Launch, model: str
+) -> None:
+    program = launch(STANDIN_SONNET=model, CLAUDE_CLI_WATCHDOG_SECS="1")
+    printed(program, "cannot be used: ")
+    assert program.call("GET", "/healthz").status == 200
+    assert program.post(model="opus").text == "echo: hello; 1 messages"
+
+
+def test_the_start_says_whose_login_it_is(launch: Launch, environment: Path) -> None:
+    program = launch()
+    where = f"(user {bridge.user_name()} in {environment}/.claude)"
+    printed(program, f"logged in: stand-in {where}")
 
 
 @pytest.mark.parametrize(
@@ -367,56 +267,77 @@ def test_an_mcp_server_that_cannot_start_is_warned_of(
     assert since() == []
 
 
-# ---------------------------------------------------------------- the login
-
-
-def test_the_start_says_whose_login_it_is(launch: Launch, environment: Path) -> None:
-    program = launch()
-    where = f"(user {bridge.user_name()} in {environment}/.claude)"
-    printed(program, f"logged in: stand-in {where}")
-
-
-formats = pytest.mark.parametrize("log_format", ["text", "json"])
-
-
-# ---------------------------------------------------------------- the start
-
-
-def test_the_start_asks_who_is_logged_in_and_sends_nothing_to_the_model(
-    launch: Launch, log: Log
+@linux
+def test_signals_and_limits_that_a_launcher_has_set_do_no_harm(
+    launch: Callable[..., Program],
 ) -> None:
-    program = launch()
-    printed(program, "logged in: stand-in (user ")
-    wait_until(lambda: not program.children(), "the end of the process that was asked")
-    [(pid, _)] = log.started().items()
-    assert log.requests(pid) == ["initialize"]
-    assert [line["type"] for line in log.lines(pid)] == ["control_request"]
+    lines = "import os, resource, signal, sys\n"
+    lines += "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+    lines += "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGCHLD])\n"
+    lines += "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+    lines += "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))\n"
+    lines += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = {"CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{port}"}
+    command = [sys.executable, "-c", lines, str(ROOT / "bridge.py")]
+    with subprocess.Popen(
+        command, env={**os.environ, **settings}, stderr=subprocess.DEVNULL
+    ) as process:
+        program = Program("127.0.0.1", port, process=process)  # type: ignore[arg-type]
+        wait_until(lambda: is_up(program), "the bridge")
+        first = program.post("hello")
+        assert program.post(["hello", first.text, "more"]).session == "hot"
+        limit = psutil.Process(process.pid).rlimit(psutil.RLIMIT_NOFILE)
+        assert limit[0] == min(limit[1], 65_536)
+        process.terminate()
+        assert process.wait(30) == 0
 
 
-def test_without_a_login_the_bridge_starts_and_says_how_to_log_in(launch: Launch) -> None:
-    program = launch(STANDIN_SONNET="not-logged-in")
-    printed(program, "nobody is logged in: no login of user ")
-    answer = program.post(model="not-logged-in")
-    assert (answer.status, answer.json["error"]["type"]) == (401, "authentication_error")
-    assert "nobody is logged in: no login of user " in answer.json["error"]["message"]
-    assert answer.headers["x-should-retry"] == "false"
+def test_a_socket_of_a_service_manager_that_is_none_is_one_line_and_status_2() -> None:
+    command = f'LISTEN_PID=$$ LISTEN_FDS=1 exec "{sys.executable}" "{ROOT}/bridge.py" 3</dev/null'
+    environ = {**os.environ, "CLAUDE_CLI_BIN": str(STANDIN)}
+    done = subprocess.run(
+        ["sh", "-c", command], env=environ, capture_output=True, text=True, check=False
+    )
+    said = [line for line in done.stderr.splitlines() if "LISTEN_FDS" in line]
+    assert (done.returncode, len(said)) == (2, 1)
+    assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("model", ["exit-at-start", "hang-at-start"])
-def test_a_cli_that_does_not_work_is_said_at_the_start_and_does_not_stop_it(
-    launch: Launch, model: str
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_a_program_started_without_open_standard_files_works_and_writes_its_log_nowhere(
+    tmp_path: Path, closed: str
 ) -> None:
-    program = launch(STANDIN_SONNET=model, CLAUDE_CLI_WATCHDOG_SECS="1")
-    printed(program, "cannot be used: ")
-    assert program.call("GET", "/healthz").status == 200
-    assert program.post(model="opus").text == "echo: hello; 1 messages"
+    """The next file opened would have been number 2, and a client would have got the log.
+
+    What Python's libraries read may be there: libffi 3.5 keeps itself open, before anything runs.
+    """
+    path = tmp_path / "socket"
+    environ = {**os.environ, "CLAUDE_CLI_BIN": str(STANDIN)}
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", *BRIDGE, "--listen-addr", f"unix:{path}"]
+    process = subprocess.Popen(command, env=environ)
+    try:
+        wait_until(path.exists, "the start")
+        for number in (2,) if closed == "2>&-" else range(3):
+            target = os.readlink(f"/proc/{process.pid}/fd/{number}")
+            told = Path(f"/proc/{process.pid}/fdinfo/{number}").read_text()
+            flags = int(told.split("flags:")[1].split()[0], 8)
+            is_library = ".so" in target and flags & os.O_ACCMODE == os.O_RDONLY
+            assert is_library or target == "/dev/null"
+        with socket.socket(socket.AF_UNIX) as client:
+            wait_until(lambda: not client.connect_ex(str(path)), "the listener")
+            client.sendall(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            with client.makefile("rb") as file:
+                assert file.read().endswith(b"\r\n\r\nok")
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 # ---------------------------------------------------------------- the end
-
-signals = pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"]
-)
 
 
 @signals
@@ -499,6 +420,111 @@ def test_on_shutdown_an_answer_that_takes_too_long_ends_with_an_error(
     assert not [pid for pid in log.started() if alive(pid)]
 
 
+def test_sighup_completes_running_answers_and_ends_the_bridge(
+    launch: Launch, gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
+    program = launch(CLAUDE_CLI_DRAIN_SECS="1000")
+    running = background.submit(program.post, "PAUSE", stream=True)
+    wait_until(lambda: log.got("PAUSE"), "the turn")
+    program.process.send_signal(signal.SIGHUP)
+    printed(program, "running answers: 1, which get 1000 s (Ctrl-C again stops them)")
+    wait_until(lambda: refuses(program), "closed doors")
+    assert program.process.poll() is None
+    gate.touch()
+    assert running.result().message["stop_reason"] == "end_turn"
+    assert program.wait() == 0
+    assert not [pid for pid in log.started() if alive(pid)]
+
+
+def test_under_nohup_sighup_is_ignored(launch: Launch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; children inherit it
+    try:
+        program = launch()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    program.process.send_signal(signal.SIGHUP)
+    assert program.post().status == 200
+    assert not [line for line in program.lines if "shutting down" in line]
+    program.process.send_signal(signal.SIGTERM)
+    assert program.wait() == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_second_signal_cuts_running_answers_short(
+    launch: Callable[..., Program],
+    gate: Path,
+    log: Log,
+    background: ThreadPoolExecutor,
+    stream: bool,
+) -> None:
+    program = launch(CLAUDE_CLI_DRAIN_SECS="60")
+    running = background.submit(program.post, "PAUSE", stream=stream)
+    wait_until(lambda: log.got("PAUSE"), "the turn")
+    program.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: any("shutting down" in line for line in program.lines), "the shutdown")
+    assert program.process.poll() is None
+    program.process.send_signal(signal.SIGTERM)
+    assert program.wait() == 0
+    answer = running.result()
+    event = answer.events[-1] if stream else answer.json
+    assert event["error"]["type"] == "api_error"
+    assert "shutting down" in event["error"]["message"]
+
+
+def test_two_signals_at_once_still_end_answers_with_a_503(
+    launch: Callable[..., Program], gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
+    program = launch(CLAUDE_CLI_DRAIN_SECS="60")
+    running = background.submit(program.post, "PAUSE")
+    wait_until(lambda: log.got("PAUSE"), "the turn")
+    program.process.send_signal(signal.SIGTERM)
+    program.process.send_signal(signal.SIGINT)
+    assert error_of(running.result()) == (503, "api_error")
+    assert program.wait() == 0
+
+
+def test_a_restart_behind_an_inherited_socket_refuses_no_connection(
+    listener: socket.socket,
+) -> None:
+    address = listener.getsockname()
+
+    def ask() -> str:
+        with socket.socket(listener.family) as client:
+            client.settimeout(30)
+            client.connect(address)
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            data = b""
+            while chunk := client.recv(4096):
+                data += chunk
+            return data.split(b"\r\n")[0].decode()
+
+    with ThreadPoolExecutor(4) as executor:
+        answers = []
+        for _ in range(3):
+            program = activate(listener)
+            assert program.stderr
+            answers += [executor.submit(ask) for _ in range(10)]
+            answers[-1].result()
+            answers += [executor.submit(ask) for _ in range(10)]
+            program.terminate()
+            answers += [executor.submit(ask) for _ in range(10)]
+            said = program.stderr.read()
+            assert program.wait(30) == 0
+            program.stderr.close()
+            where = address if isinstance(address, str) else f"127.0.0.1:{address[1]}"
+            assert (
+                f"listening on {'unix:' if isinstance(address, str) else 'http://'}{where}" in said
+            )
+        program = activate(listener)
+        assert [answer.result() for answer in answers] == ["HTTP/1.1 200 OK"] * len(answers)
+        program.terminate()
+        assert program.stderr
+        program.stderr.read()
+        assert program.wait(30) == 0
+        program.stderr.close()
+    assert not isinstance(address, str) or Path(address).exists()  # it is the service manager's
+
+
 # ---------------------------------------------------------------- the log
 
 
@@ -565,124 +591,73 @@ def test_every_line_of_a_json_log_is_json(launch: Launch) -> None:
     assert all(json.loads(line) for line in program.lines)
 
 
-# ---------------------------------------------------------------- signals and restarts
+def test_a_path_that_is_not_utf_8_can_be_logged_as_json(launch: Launch, tmp_path: Path) -> None:
+    cli = os.fsencode(tmp_path) + b"/cl\xffaude"
+    os.symlink(STANDIN, cli)
+    program = launch("--log-format", "json", CLAUDE_CLI_BIN=os.fsdecode(cli))
+    printed(program, "cl?aude")
+    assert program.post().status == 200
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_second_signal_cuts_running_answers_short(
-    launch: Callable[..., Program],
-    gate: Path,
-    log: Log,
-    background: ThreadPoolExecutor,
-    stream: bool,
-) -> None:
-    program = launch(CLAUDE_CLI_DRAIN_SECS="60")
-    running = background.submit(program.post, "PAUSE", stream=stream)
-    wait_until(lambda: log.got("PAUSE"), "the turn")
-    program.process.send_signal(signal.SIGTERM)
-    wait_until(lambda: any("shutting down" in line for line in program.lines), "the shutdown")
-    assert program.process.poll() is None
-    program.process.send_signal(signal.SIGTERM)
-    assert program.wait() == 0
-    answer = running.result()
-    event = answer.events[-1] if stream else answer.json
-    assert event["error"]["type"] == "api_error"
-    assert "shutting down" in event["error"]["message"]
+def unread(*arguments: str) -> tuple["subprocess.Popen[bytes]", Client]:
+    """The program with a stderr of which one line was read."""
+    environ = {**os.environ, "CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_SPARES": "0"}
+    command = [*BRIDGE, "--listen-addr", "127.0.0.1:0", *arguments]
+    process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, bufsize=0)
+    assert process.stderr
+    fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+    found = re.search(rb"listening on http://127.0.0.1:(\d+)", process.stderr.readline())
+    assert found
+    return process, Client("127.0.0.1", int(found[1]))
 
 
-def test_a_restart_behind_an_inherited_socket_refuses_no_connection(
-    listener: socket.socket,
-) -> None:
-    address = listener.getsockname()
-
-    def ask() -> str:
-        with socket.socket(listener.family) as client:
-            client.settimeout(30)
-            client.connect(address)
-            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            data = b""
-            while chunk := client.recv(4096):
-                data += chunk
-            return data.split(b"\r\n")[0].decode()
-
-    with ThreadPoolExecutor(4) as executor:
-        answers = []
-        for _ in range(3):
-            program = activate(listener)
-            assert program.stderr
-            answers += [executor.submit(ask) for _ in range(10)]
-            answers[-1].result()
-            answers += [executor.submit(ask) for _ in range(10)]
-            program.terminate()
-            answers += [executor.submit(ask) for _ in range(10)]
-            said = program.stderr.read()
-            assert program.wait(30) == 0
-            program.stderr.close()
-            where = address if isinstance(address, str) else f"127.0.0.1:{address[1]}"
-            assert (
-                f"listening on {'unix:' if isinstance(address, str) else 'http://'}{where}" in said
-            )
-        program = activate(listener)
-        assert [answer.result() for answer in answers] == ["HTTP/1.1 200 OK"] * len(answers)
-        program.terminate()
-        assert program.stderr
-        program.stderr.read()
-        assert program.wait(30) == 0
-        program.stderr.close()
-    assert not isinstance(address, str) or Path(address).exists()  # it is the service manager's
+def pipelined(client: Client, count: int) -> int:
+    """The answers to that many requests on one connection."""
+    with client.connect() as connection:
+        sender = threading.Thread(target=connection.sendall, args=(GET * count,))
+        sender.start()
+        with connection.makefile("rb") as file:
+            answers = 0
+            while answers < count:
+                answers += file.readline().endswith(b"HTTP/1.1 200 OK\r\n")
+        sender.join()
+    return answers
 
 
-def test_two_signals_at_once_still_end_answers_with_a_503(
-    launch: Callable[..., Program], gate: Path, log: Log, background: ThreadPoolExecutor
-) -> None:
-    program = launch(CLAUDE_CLI_DRAIN_SECS="60")
-    running = background.submit(program.post, "PAUSE")
-    wait_until(lambda: log.got("PAUSE"), "the turn")
-    program.process.send_signal(signal.SIGTERM)
-    program.process.send_signal(signal.SIGINT)
-    assert error_of(running.result()) == (503, "api_error")
-    assert program.wait() == 0
+def test_a_reader_of_the_log_that_stops_reading_loses_lines_that_are_counted_and_no_answer() -> (
+    None
+):
+    process, client = unread()
+    assert process.stderr
+    try:
+        count = bridge.MAX_LOG_LINES + 500
+        assert pipelined(client, count) == count
+        lost = measure(client)("log_lines_lost_total")
+        assert lost > 0
+        assert client.post().text == "echo: hello; 1 messages"
+        written = 0
+        while written < count - lost:  # all others are there once it reads again
+            line = process.stderr.readline()
+            assert line.endswith(b"\n")
+            written += b"route=/healthz" in line
+        process.terminate()
+        assert b"shutting down" in process.stderr.read()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.stderr.close()
+        process.wait()
 
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
-
-
-# ---------------------------------------------------------------- what a launcher hands down
-
-
-@linux
-def test_signals_and_limits_that_a_launcher_has_set_do_no_harm(
-    launch: Callable[..., Program],
-) -> None:
-    lines = "import os, resource, signal, sys\n"
-    lines += "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
-    lines += "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGCHLD])\n"
-    lines += "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
-    lines += "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))\n"
-    lines += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    settings = {"CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{port}"}
-    command = [sys.executable, "-c", lines, str(ROOT / "bridge.py")]
-    with subprocess.Popen(
-        command, env={**os.environ, **settings}, stderr=subprocess.DEVNULL
-    ) as process:
-        program = Program("127.0.0.1", port, process=process)  # type: ignore[arg-type]
-        wait_until(lambda: is_up(program), "the bridge")
-        first = program.post("hello")
-        assert program.post(["hello", first.text, "more"]).session == "hot"
-        limit = psutil.Process(process.pid).rlimit(psutil.RLIMIT_NOFILE)
-        assert limit[0] == min(limit[1], 65_536)
+def test_a_reader_of_the_log_that_left_loses_lines_that_are_counted_and_no_answer() -> None:
+    process, client = unread("--log-format", "json")
+    assert process.stderr
+    process.stderr.close()
+    try:
+        assert [client.post().status for _ in range(3)] == [200] * 3
+        wait_until(lambda: measure(client)("log_lines_lost_total") >= 3, "the lines")
         process.terminate()
         assert process.wait(30) == 0
-
-
-def test_a_socket_of_a_service_manager_that_is_none_is_one_line_and_status_2() -> None:
-    command = f'LISTEN_PID=$$ LISTEN_FDS=1 exec "{sys.executable}" "{ROOT}/bridge.py" 3</dev/null'
-    environ = {**os.environ, "CLAUDE_CLI_BIN": str(STANDIN)}
-    done = subprocess.run(
-        ["sh", "-c", command], env=environ, capture_output=True, text=True, check=False
-    )
-    said = [line for line in done.stderr.splitlines() if "LISTEN_FDS" in line]
-    assert (done.returncode, len(said)) == (2, 1)
-    assert "Traceback" not in done.stderr
+    finally:
+        process.kill()
+        process.wait()

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from client import Json
 from host import STANDIN
-from messages import failure, first_turns
+from messages import JUNK, failure, first_turns
 from servers import KEEP, Server
 from test_metrics import measure
+
+from translate import RateLimit, quota_headers, rate_limits
 
 Serve = Callable[..., Server]
 both = pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
@@ -160,3 +162,46 @@ def test_of_two_limits_that_reject_the_later_reset_counts() -> None:
         limit = {"type": "rate_limit_event", "rate_limit_info": info}
         for turn in first_turns("error_429").values():
             assert failure([limit, *turn.events]).resets_at == RESET + 800
+
+
+# ---------------------------------------------------------------- what the CLI reports, and the headers
+
+
+def test_a_report_has_the_limit_that_it_is_about_last_and_whole() -> None:
+    windows = {
+        "five_hour": {"status": "allowed", "utilization": 0.25},
+        "seven_day": {"status": "allowed", "utilization": 0.5, "resetsAt": 9},
+        "odd": 5,
+    }
+    info = {"rateLimitType": "five_hour", "status": "allowed_warning", "unifiedWindows": windows}
+    event: Any = {"type": "rate_limit_event", "rate_limit_info": info}
+    assert list(rate_limits(event).items()) == [
+        ("seven_day", RateLimit("allowed", 9, 0.5)),
+        ("five_hour", RateLimit("allowed_warning", None, 0.25)),
+    ]
+
+
+def test_any_other_event_reports_none_and_an_odd_one_nothing_of_its_limit() -> None:
+    for junk in JUNK:
+        event: Any = {"type": "rate_limit_event", "rate_limit_info": junk}
+        nothing = {"unknown": RateLimit("", None, None)} if isinstance(junk, dict) else {}
+        assert rate_limits(event) == nothing
+        assert rate_limits({**event, "type": "result"}) == {}
+
+
+def test_headers_hold_what_is_known_of_known_limits_and_nothing_that_breaks_them() -> None:
+    limits = {
+        "seven_day": RateLimit("allowed", 8.4, 1 / 3),
+        "new": RateLimit("allowed", None, None),
+        "five_hour": RateLimit("bad\nstatus", None, 1.0),
+    }
+    prefix = "anthropic-ratelimit-unified-"
+    found = {name.removeprefix(prefix): value for name, value in quota_headers(limits)}
+    assert found == {
+        "7d-status": "allowed",
+        "7d-reset": "8",
+        "7d-utilization": "0.333333",
+        "5h-utilization": "1",
+        "representative-claim": "five_hour",
+    }
+    assert quota_headers({}) == []

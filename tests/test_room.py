@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,13 +20,13 @@ from stand_in import Log
 
 import bridge
 import sessions
-from sessions import Pool, State, Turn
+from sessions import Pool, Room, State, Turn
 from translate import ApiError
 
 Serve = Callable[..., Server]
 
 
-# ---------------------------------------------------------------- how long and how many
+# ---------------------------------------------------------------- places, and who waits
 
 
 class Sampler:
@@ -126,7 +126,22 @@ def test_a_request_that_finds_no_room_in_time_gets_529(
     assert server.post("next", session=session).status == 200
 
 
-# ---------------------------------------------------------------- the session header
+def test_a_queue_that_is_full_gets_529_at_once(
+    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
+    server = serve(max_sessions=1, max_queue=2)
+    requests = [background.submit(server.post, "PAUSE")]
+    wait_until(lambda: log.got("PAUSE"), "the first")
+    requests += [background.submit(server.post, f"{number}") for number in range(2)]
+    in_work(server, 3)
+    answer = server.post("one too many")
+    assert error_of(answer) == (529, "overloaded_error")
+    assert "2 requests wait for room already" in answer.json["error"]["message"]
+    gate.touch()
+    assert [request.result().status for request in requests] == [200] * 3
+
+
+# ---------------------------------------------------------------- who gives way
 
 
 def test_a_request_that_gets_the_room_of_a_process_that_ends_costs_no_other_its_own(
@@ -156,21 +171,6 @@ def test_a_question_who_is_logged_in_gives_way_to_no_request_that_came_later(
     gate.touch()
     assert models.result().status == 200
     assert answer.result().text == "echo: hello; 1 messages"
-
-
-def test_a_queue_that_is_full_gets_529_at_once(
-    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
-) -> None:
-    server = serve(max_sessions=1, max_queue=2)
-    requests = [background.submit(server.post, "PAUSE")]
-    wait_until(lambda: log.got("PAUSE"), "the first")
-    requests += [background.submit(server.post, f"{number}") for number in range(2)]
-    in_work(server, 3)
-    answer = server.post("one too many")
-    assert error_of(answer) == (529, "overloaded_error")
-    assert "2 requests wait for room already" in answer.json["error"]["message"]
-    gate.touch()
-    assert [request.result().status for request in requests] == [200] * 3
 
 
 def test_of_two_requests_one_takes_the_curious_process_and_one_a_resting_one(
@@ -262,3 +262,67 @@ def test_no_room_for_the_bridges_own_question_is_no_warning(
     with caplog.at_level(logging.WARNING):
         in_pool(use, max_sessions=1)
     assert caplog.records == []
+
+
+# ---------------------------------------------------------------- room by itself
+
+
+def in_room(use: Callable[[Room], Coroutine[Any, Any, None]], places: int = 1) -> None:
+    async def program() -> None:
+        async with asyncio.timeout(10):
+            await use(Room(places))
+
+    asyncio.run(program())
+
+
+def test_a_place_is_taken_without_a_word_and_asked_for_when_there_is_none() -> None:
+    asked: list[int] = []
+
+    async def use(room: Room) -> None:
+        await room.enter(lambda: asked.append(1))
+        assert (room.is_full, asked, room.shortfall) == (True, [], 0)
+        second = asyncio.create_task(room.enter(lambda: asked.append(2)))
+        await soon(lambda: asked)
+        assert (asked, room.shortfall, second.done()) == ([2], 1, False)
+        room.leave()
+        await second
+        assert (room.is_full, room.shortfall) == (True, 0)
+
+    in_room(use)
+
+
+def test_who_waits_no_more_is_not_counted_and_takes_no_place() -> None:
+    async def use(room: Room) -> None:
+        await room.enter(lambda: None)
+        waiting = asyncio.create_task(room.enter(lambda: None))
+        await soon(lambda: room.shortfall == 1)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        assert room.shortfall == 0
+        room.leave()
+        assert not room.is_full
+
+    in_room(use)
+
+
+def test_a_place_is_free_again_when_its_process_is_reaped_and_no_sooner() -> None:
+    """In one step with all that is told of it."""
+    seen: list[tuple[bool, int]] = []
+
+    async def use(room: Room) -> None:
+        reaped = asyncio.Event()
+
+        async def end() -> None:
+            await reaped.wait()
+
+        await room.enter(lambda: None)
+        room.leave_after(end(), lambda: seen.append((room.is_full, room.shortfall)))
+        assert (room.is_full, room.shortfall, len(room.ending)) == (True, -1, 1)
+        next_one = asyncio.create_task(room.enter(lambda: None))
+        await soon(lambda: room.shortfall == 0)
+        assert not next_one.done()
+        reaped.set()
+        await next_one
+        assert (seen, room.is_full, room.ending) == ([(True, 1)], True, set())
+
+    in_room(use)

@@ -23,11 +23,10 @@ from wire import GET, Wire, ask, assert_error, assert_refused, dial, let_in, pos
 import bridge
 
 pytestmark = pytest.mark.usefixtures("quiet")
-
 Launch = Callable[..., Program]
 
 
-# ---------------------------------------------------------------- settings
+# ---------------------------------------------------------------- addresses
 
 
 def test_an_address_in_use_ends_the_start_with_one_line_that_names_it(launch: Launch) -> None:
@@ -40,29 +39,24 @@ def test_an_address_in_use_ends_the_start_with_one_line_that_names_it(launch: La
     assert "in use" in line
 
 
-# ---------------------------------------------------------------- the log
-
-
-def test_a_unix_socket_in_use_is_refused_and_a_stale_one_is_replaced(
-    launch: Launch, tmp_path: Path
-) -> None:
-    path = tmp_path / "bridge.sock"
-    with socket.socket(socket.AF_UNIX) as stale:
-        stale.bind(str(path))
-    first = launch(CLAUDE_CLI_LISTEN_ADDR=f"unix:{path}")
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    second = launch(CLAUDE_CLI_LISTEN_ADDR=f"unix:{path}", wait=False)
-    assert second.wait() == 2
-    wait_until(lambda: second.lines, "a line that says why")
-    assert f"CLAUDE_CLI_LISTEN_ADDR: unix:{path} is already in use" in second.lines[-1]
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(path))
-    first.process.terminate()
-    assert first.wait() == 0
-    assert not path.exists()
-
-
-# ---------------------------------------------------------------- addresses
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_port_of_roots_is_refused_by_that() -> None:
+    """The process has the rights of another user, and the test's environment."""
+    lines = (
+        "import os, sys",
+        f"sys.path.insert(0, {str(ROOT)!r})",
+        "import bridge",
+        "os.setgid(65534); os.setuid(65534)",
+        f"sys.argv[1:] = ['--listen-addr', '127.0.0.1:80', '--bin', {sys.executable!r}]",
+        "bridge.find_cli = lambda given: given",  # its folder may be root's
+        "bridge.main()",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "claude-cli-bridge: --listen-addr: 127.0.0.1:80: "
+        "only root may listen on a port below 1024\n"
+    )
 
 
 def test_an_ipv6_address_can_be_listened_on(serve: Callable[..., Server]) -> None:
@@ -71,6 +65,9 @@ def test_an_ipv6_address_can_be_listened_on(serve: Callable[..., Server]) -> Non
     assert server.bridge.addresses == [f"[::1]:{server.port}"]
     with closing(socket.create_connection(("::1", server.port), timeout=10)) as client:
         assert let_in(ask(server, f"Host: [::1]:{server.port}", connection=client))
+
+
+# ---------------------------------------------------------------- Unix sockets
 
 
 def test_a_unix_socket_can_be_listened_on(serve: Callable[..., Server], socket_path: Path) -> None:
@@ -101,6 +98,44 @@ def test_the_umask_stays_as_it_is_and_a_unix_socket_is_its_owners_alone(
     assert masks == []
 
 
+def test_a_unix_socket_in_use_is_refused_and_a_stale_one_is_replaced(
+    launch: Launch, tmp_path: Path
+) -> None:
+    path = tmp_path / "bridge.sock"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    first = launch(CLAUDE_CLI_LISTEN_ADDR=f"unix:{path}")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    second = launch(CLAUDE_CLI_LISTEN_ADDR=f"unix:{path}", wait=False)
+    assert second.wait() == 2
+    wait_until(lambda: second.lines, "a line that says why")
+    assert f"CLAUDE_CLI_LISTEN_ADDR: unix:{path} is already in use" in second.lines[-1]
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+    first.process.terminate()
+    assert first.wait() == 0
+    assert not path.exists()
+
+
+def test_a_unix_socket_left_by_a_killed_bridge_is_no_obstacle(
+    serve: Callable[..., Server], socket_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX) as old:
+        old.bind(str(socket_path))
+    server = serve(listen_addr=f"unix:{socket_path}")
+    assert let_in(ask(server, "Host: localhost", connection=dial(socket_path)))
+
+
+def test_a_socket_of_another_kind_is_not_replaced(
+    serve: Callable[..., Server], socket_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(socket_path))
+        with pytest.raises(bridge.ConfigError, match="already in use"):
+            serve(listen_addr=f"unix:{socket_path}")
+        assert socket_path.exists()
+
+
 def test_a_bridge_that_ends_leaves_the_socket_of_another_that_took_its_path(
     serve: Callable[..., Server], socket_path: Path
 ) -> None:
@@ -126,13 +161,22 @@ def test_a_bridge_that_ends_leaves_a_file_that_took_the_place_of_its_socket(
     assert socket_path.read_text() == "mine"
 
 
-def test_a_unix_socket_left_by_a_killed_bridge_is_no_obstacle(
-    serve: Callable[..., Server], socket_path: Path
+def test_a_path_that_is_not_utf_8_can_be_listened_on_and_shown(
+    serve: Callable[..., Server], tmp_path: Path
 ) -> None:
-    with socket.socket(socket.AF_UNIX) as old:
-        old.bind(str(socket_path))
-    server = serve(listen_addr=f"unix:{socket_path}")
-    assert let_in(ask(server, "Host: localhost", connection=dial(socket_path)))
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.sock"))
+    serve(listen_addr=f"unix:{path}")
+    for target, status in (("/", 200), ("/nothing", 404)):
+        with closing(dial(path)) as client:
+            client.sendall(f"GET {target} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+            with client.makefile("rb") as file:
+                said = file.read()
+        assert said.startswith(b"HTTP/1.1 %d " % status)
+        assert "?.sock" in said.decode() or "\ufffd.sock" in said.decode()
+        assert status == 404 or b"curl --unix-socket" in said
+
+
+# ---------------------------------------------------------------- sockets that it is given
 
 
 async def ask_through(sock: socket.socket, family: int, host: str) -> tuple[str, bytes]:
@@ -166,34 +210,6 @@ def test_a_socket_of_an_abstract_name_can_be_listened_on() -> None:
         sock.listen()
         url, said = asyncio.run(ask_through(sock, socket.AF_UNIX, "localhost"))
     assert (url, said) == (f"unix:@{name}", b"HTTP/1.1 200 OK\r\n")
-
-
-def test_a_socket_of_another_kind_is_not_replaced(
-    serve: Callable[..., Server], socket_path: Path
-) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
-        other.bind(str(socket_path))
-        with pytest.raises(bridge.ConfigError, match="already in use"):
-            serve(listen_addr=f"unix:{socket_path}")
-        assert socket_path.exists()
-
-
-def test_a_path_that_is_not_utf_8_can_be_listened_on_and_shown(
-    serve: Callable[..., Server], tmp_path: Path
-) -> None:
-    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.sock"))
-    serve(listen_addr=f"unix:{path}")
-    for target, status in (("/", 200), ("/nothing", 404)):
-        with closing(dial(path)) as client:
-            client.sendall(f"GET {target} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
-            with client.makefile("rb") as file:
-                said = file.read()
-        assert said.startswith(b"HTTP/1.1 %d " % status)
-        assert "?.sock" in said.decode() or "\ufffd.sock" in said.decode()
-        assert status == 404 or b"curl --unix-socket" in said
-
-
-# ---------------------------------------------------------------- signals and restarts
 
 
 def test_who_connected_before_a_restart_behind_an_inherited_socket_is_still_answered(
@@ -373,26 +389,3 @@ def test_a_connection_that_comes_with_the_shutdown_is_closed_by_it(steps: int) -
         return got
 
     assert asyncio.run(scenario()) == b""
-
-
-# ---------------------------------------------------------------- values
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_a_port_of_roots_is_refused_by_that() -> None:
-    """The process has the rights of another user, and the test's environment."""
-    lines = (
-        "import os, sys",
-        f"sys.path.insert(0, {str(ROOT)!r})",
-        "import bridge",
-        "os.setgid(65534); os.setuid(65534)",
-        f"sys.argv[1:] = ['--listen-addr', '127.0.0.1:80', '--bin', {sys.executable!r}]",
-        "bridge.find_cli = lambda given: given",  # its folder may be root's
-        "bridge.main()",
-    )
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == (
-        "claude-cli-bridge: --listen-addr: 127.0.0.1:80: "
-        "only root may listen on a port below 1024\n"
-    )

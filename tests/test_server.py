@@ -22,22 +22,8 @@ import sessions
 from bridge import user_name
 
 pytestmark = pytest.mark.usefixtures("quiet")
-
-# ---------------------------------------------------------------- answers
-
-
-def test_streams_ask_proxies_not_to_hold_them_back_and_other_answers_do_not(wire: Wire) -> None:
-    wire.send(post("one", stream=True), post("two"))
-    assert wire.answer().headers["x-accel-buffering"] == "no"
-    assert "x-accel-buffering" not in wire.answer().headers
-
-
-@pytest.mark.parametrize("limit", [b"9" * 5000, b"0" * 5000, b"1_0", b"%C3%BF", b"-1", b""])
-@pytest.mark.parametrize("path", [b"/v1/models", b"/healthz"])
-def test_no_query_is_too_strange_for_an_answer(wire: Wire, path: bytes, limit: bytes) -> None:
-    wire.send(GET.replace(b"/healthz", path + b"?limit=" + limit))
-    answer = wire.answer()
-    assert answer.status == 200
+Serve = Callable[..., Server]
+Launch = Callable[..., Program]
 
 
 # ---------------------------------------------------------------- routes
@@ -119,7 +105,56 @@ def test_a_message_is_json(wire: Wire) -> None:
     assert answer.json["type"] == "message"
 
 
-# ---------------------------------------------------------------- request bodies
+@pytest.mark.parametrize("limit", [b"9" * 5000, b"0" * 5000, b"1_0", b"%C3%BF", b"-1", b""])
+@pytest.mark.parametrize("path", [b"/v1/models", b"/healthz"])
+def test_no_query_is_too_strange_for_an_answer(wire: Wire, path: bytes, limit: bytes) -> None:
+    wire.send(GET.replace(b"/healthz", path + b"?limit=" + limit))
+    answer = wire.answer()
+    assert answer.status == 200
+
+
+# ---------------------------------------------------------------- wrong addresses
+
+
+def message_of(answer: Answer) -> str:
+    assert (answer.status, answer.json["error"]["type"]) == (404, "not_found_error")
+    return str(answer.json["error"]["message"])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/chat/completions",
+        "/v1/responses",
+        "/v1/responses/resp_1",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/chat/completions",
+        "//v1/chat/completions",
+    ],
+)
+def test_a_client_of_openais_api_is_told_what_this_is(serve: Serve, path: str) -> None:
+    body = json.dumps(request_body()).encode()
+    said = message_of(serve().call("POST", path, body))
+    assert "Anthropic Messages API, not OpenAI's" in said
+    assert "LiteLLM" in said
+
+
+def test_an_unknown_path_is_answered_with_the_base_url(serve: Serve) -> None:
+    server = serve()
+    said = message_of(server.call("GET", "/v1/nope?sesame"))
+    assert said.endswith(f"the base URL is {server.url}")
+    assert "'/v1/nope'" in said
+    assert "sesame" not in said
+
+
+@pytest.mark.parametrize("path", ["//v1/messages", "///v1/messages?beta=true", "//messages"])
+def test_a_base_url_with_a_slash_at_its_end_works(serve: Serve, path: str) -> None:
+    answer = serve().call("POST", path, request_body("hello"))
+    assert answer.text == "echo: hello; 1 messages"
+
+
+# ---------------------------------------------------------------- messages
 
 
 @pytest.mark.parametrize(
@@ -175,7 +210,156 @@ def test_stream_is_a_boolean(wire: Wire, stream: object) -> None:
     assert said(answer).startswith("stream: ")
 
 
-Serve = Callable[..., Server]
+def test_streams_ask_proxies_not_to_hold_them_back_and_other_answers_do_not(wire: Wire) -> None:
+    wire.send(post("one", stream=True), post("two"))
+    assert wire.answer().headers["x-accel-buffering"] == "no"
+    assert "x-accel-buffering" not in wire.answer().headers
+
+
+def ask_with(server: Server, **headers: str) -> Answer:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return server.call("POST", "/v1/messages", request_body("SAY x"), named)
+
+
+def test_headers_of_the_api_that_the_cli_sets_itself_are_named_as_not_sent(
+    real: Server, since: Callable[[], list[Json]]
+) -> None:
+    told = [
+        ask_with(real, anthropic_version="2026-10-21"),
+        ask_with(real, anthropic_version="2026-10-21", anthropic_workspace_id="wrkspc_1"),
+        ask_with(real, anthropic_workspace_id="wrkspc_1"),
+        ask_with(real, anthropic_version="2023-06-01"),
+        ask_with(real),
+    ]
+    assert [answer.status for answer in told] == [200] * 5
+    names = [(answer.headers.get("x-bridge-not-sent") or "").split(", ") for answer in told]
+    assert [sorted(listed) for listed in names] == [
+        ["anthropic-version"],
+        ["anthropic-version", "anthropic-workspace-id"],
+        ["anthropic-workspace-id"],
+        [""],
+        [""],
+    ]
+    rows = [json.dumps(row["headers"]).lower() for row in since()]
+    assert len(rows) == 5
+    for row in rows:
+        assert '"anthropic-version": "2023-06-01"' in row
+        assert "wrkspc_1" not in row
+
+
+class Forwarder:
+    """A loopback listener whose connections lead to another port."""
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.port = 0
+        self.threads = [threading.Thread(target=self._accept)]
+        self.threads[0].start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                far = socket.create_connection(("127.0.0.1", self.port))
+                for pair in ((near, far), (far, near)):
+                    self.threads.append(threading.Thread(target=self._copy, args=pair))
+                    self.threads[-1].start()
+
+    @staticmethod
+    def _copy(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        for thread in self.threads:
+            thread.join()
+
+
+@pytest.fixture
+def forwarder() -> Iterator[Forwarder]:
+    running = Forwarder()
+    yield running
+    running.close()
+
+
+def started(server: Server) -> int:
+    """How many processes of the CLI the bridge has started."""
+    lines = server.call("GET", "/metrics").body.decode().splitlines()
+    [line] = [
+        line for line in lines if line.startswith("claude_cli_bridge_processes_started_total")
+    ]
+    return int(line.split()[-1])
+
+
+@pytest.mark.parametrize("name", ["key", "subscription"])
+def test_a_request_of_an_own_child_is_refused_before_it_starts_another_child(
+    serve: Callable[..., Server],
+    cli: Path,
+    environment: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    forwarder: Forwarder,
+    name: str,
+) -> None:
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", forwarder.url)
+    server = serve(bin=cli, keep_env=log_in(LOGINS[name], environment, monkeypatch))
+    forwarder.port = server.port
+    answer = server.post("SAY x", model="claude-sonnet-5-5")
+    words = "this request comes from the claude CLI that this bridge runs"
+    assert (answer.status, answer.json["error"]["type"]) == (400, "invalid_request_error")
+    assert words in answer.json["error"]["message"]
+    assert "the CLI's address of the API leads to the bridge" in answer.json["error"]["message"]
+    assert 1 <= started(server) <= 2
+    counted = request_body("hi", model="claude-sonnet-5-5", max_tokens=...)
+    answer = server.call("POST", "/v1/messages/count_tokens", counted)
+    assert answer.status == 400
+    assert started(server) <= 3
+
+
+# ---------------------------------------------------------------- limits
+
+
+def test_a_connection_too_many_gets_503_and_the_others_go_on(serve: Serve) -> None:
+    server = serve(max_connections=3)
+    held = [server.connect() for _ in range(3)]
+    assert server.bridge
+    # Type: ignore[union-attr].
+    wait_until(lambda: len(server.bridge._connections) == 3, "the connections")
+    answer = server.call("GET", "/healthz")
+    assert error_of(answer) == (503, "api_error")
+    assert answer.headers["retry-after"] == "1"
+    assert "connections" in answer.json["error"]["message"]
+    for client in held:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.recv(4096).startswith(b"HTTP/1.1 200")
+        client.close()
+    wait_until(lambda: not server.bridge._connections, "their ends")  # type: ignore[union-attr]
+    assert server.post().status == 200
+
+
+def test_a_clock_that_jumps_disturbs_nobody(
+    serve: Serve,
+    gate: Path,
+    log: Log,
+    background: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = serve()
+    running = background.submit(server.post, "PAUSE", stream=True)
+    wait_until(lambda: log.got("PAUSE"), "the turn")
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    assert server.post("meanwhile").text == "echo: meanwhile; 1 messages"
+    monkeypatch.setattr("time.time", lambda: 4e9)
+    assert server.post("after").status == 200
+    gate.touch()
+    assert running.result().text.startswith("echo: PAUSE;")
 
 
 # ---------------------------------------------------------------- health
@@ -310,200 +494,7 @@ def test_head_of_health_has_no_body(serve: Serve, query: str) -> None:
     assert (answer.status, answer.body) == (200, b"")
 
 
-# ---------------------------------------------------------------- wrong addresses
-
-
-def message_of(answer: Answer) -> str:
-    assert (answer.status, answer.json["error"]["type"]) == (404, "not_found_error")
-    return str(answer.json["error"]["message"])
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/v1/chat/completions",
-        "/v1/responses",
-        "/v1/responses/resp_1",
-        "/v1/completions",
-        "/v1/embeddings",
-        "/chat/completions",
-        "//v1/chat/completions",
-    ],
-)
-def test_a_client_of_openais_api_is_told_what_this_is(serve: Serve, path: str) -> None:
-    body = json.dumps(request_body()).encode()
-    said = message_of(serve().call("POST", path, body))
-    assert "Anthropic Messages API, not OpenAI's" in said
-    assert "LiteLLM" in said
-
-
-def test_an_unknown_path_is_answered_with_the_base_url(serve: Serve) -> None:
-    server = serve()
-    said = message_of(server.call("GET", "/v1/nope?sesame"))
-    assert said.endswith(f"the base URL is {server.url}")
-    assert "'/v1/nope'" in said
-    assert "sesame" not in said
-
-
-@pytest.mark.parametrize("path", ["//v1/messages", "///v1/messages?beta=true", "//messages"])
-def test_a_base_url_with_a_slash_at_its_end_works(serve: Serve, path: str) -> None:
-    answer = serve().call("POST", path, request_body("hello"))
-    assert answer.text == "echo: hello; 1 messages"
-
-
-def test_a_connection_too_many_gets_503_and_the_others_go_on(serve: Serve) -> None:
-    server = serve(max_connections=3)
-    held = [server.connect() for _ in range(3)]
-    assert server.bridge
-    # Type: ignore[union-attr].
-    wait_until(lambda: len(server.bridge._connections) == 3, "the connections")
-    answer = server.call("GET", "/healthz")
-    assert error_of(answer) == (503, "api_error")
-    assert answer.headers["retry-after"] == "1"
-    assert "connections" in answer.json["error"]["message"]
-    for client in held:
-        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert client.recv(4096).startswith(b"HTTP/1.1 200")
-        client.close()
-    wait_until(lambda: not server.bridge._connections, "their ends")  # type: ignore[union-attr]
-    assert server.post().status == 200
-
-
-def test_a_clock_that_jumps_disturbs_nobody(
-    serve: Serve,
-    gate: Path,
-    log: Log,
-    background: ThreadPoolExecutor,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    server = serve()
-    running = background.submit(server.post, "PAUSE", stream=True)
-    wait_until(lambda: log.got("PAUSE"), "the turn")
-    monkeypatch.setattr("time.time", lambda: 0.0)
-    assert server.post("meanwhile").text == "echo: meanwhile; 1 messages"
-    monkeypatch.setattr("time.time", lambda: 4e9)
-    assert server.post("after").status == 200
-    gate.touch()
-    assert running.result().text.startswith("echo: PAUSE;")
-
-
-# ---------------------------------------------------------------- an address of the API that leads back
-
-
-class Forwarder:
-    """A loopback listener whose connections lead to another port."""
-
-    def __init__(self) -> None:
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.port = 0
-        self.threads = [threading.Thread(target=self._accept)]
-        self.threads[0].start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self.listener.accept()
-                far = socket.create_connection(("127.0.0.1", self.port))
-                for pair in ((near, far), (far, near)):
-                    self.threads.append(threading.Thread(target=self._copy, args=pair))
-                    self.threads[-1].start()
-
-    @staticmethod
-    def _copy(source: socket.socket, target: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                target.sendall(data)
-        for end in (source, target):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-        for thread in self.threads:
-            thread.join()
-
-
-@pytest.fixture
-def forwarder() -> Iterator[Forwarder]:
-    running = Forwarder()
-    yield running
-    running.close()
-
-
-@pytest.mark.parametrize("name", ["key", "subscription"])
-def test_a_request_of_an_own_child_is_refused_before_it_starts_another_child(
-    serve: Callable[..., Server],
-    cli: Path,
-    environment: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    forwarder: Forwarder,
-    name: str,
-) -> None:
-    monkeypatch.setenv("ANTHROPIC_BASE_URL", forwarder.url)
-    server = serve(bin=cli, keep_env=log_in(LOGINS[name], environment, monkeypatch))
-    forwarder.port = server.port
-    answer = server.post("SAY x", model="claude-sonnet-5-5")
-    words = "this request comes from the claude CLI that this bridge runs"
-    assert (answer.status, answer.json["error"]["type"]) == (400, "invalid_request_error")
-    assert words in answer.json["error"]["message"]
-    assert "the CLI's address of the API leads to the bridge" in answer.json["error"]["message"]
-    assert 1 <= started(server) <= 2
-    counted = request_body("hi", model="claude-sonnet-5-5", max_tokens=...)
-    answer = server.call("POST", "/v1/messages/count_tokens", counted)
-    assert answer.status == 400
-    assert started(server) <= 3
-
-
-def started(server: Server) -> int:
-    """How many processes of the CLI the bridge has started."""
-    lines = server.call("GET", "/metrics").body.decode().splitlines()
-    [line] = [
-        line for line in lines if line.startswith("claude_cli_bridge_processes_started_total")
-    ]
-    return int(line.split()[-1])
-
-
-# ---------------------------------------------------------------- what the user set
-
-
-def ask_with(server: Server, **headers: str) -> Answer:
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return server.call("POST", "/v1/messages", request_body("SAY x"), named)
-
-
-def test_headers_of_the_api_that_the_cli_sets_itself_are_named_as_not_sent(
-    real: Server, since: Callable[[], list[Json]]
-) -> None:
-    told = [
-        ask_with(real, anthropic_version="2026-10-21"),
-        ask_with(real, anthropic_version="2026-10-21", anthropic_workspace_id="wrkspc_1"),
-        ask_with(real, anthropic_workspace_id="wrkspc_1"),
-        ask_with(real, anthropic_version="2023-06-01"),
-        ask_with(real),
-    ]
-    assert [answer.status for answer in told] == [200] * 5
-    names = [(answer.headers.get("x-bridge-not-sent") or "").split(", ") for answer in told]
-    assert [sorted(listed) for listed in names] == [
-        ["anthropic-version"],
-        ["anthropic-version", "anthropic-workspace-id"],
-        ["anthropic-workspace-id"],
-        [""],
-        [""],
-    ]
-    rows = [json.dumps(row["headers"]).lower() for row in since()]
-    assert len(rows) == 5
-    for row in rows:
-        assert '"anthropic-version": "2023-06-01"' in row
-        assert "wrkspc_1" not in row
-
-
-Launch = Callable[..., Program]
-
-
-# ---------------------------------------------------------------- the login
+# ---------------------------------------------------------------- the reason of an error, and the log
 
 
 def test_a_client_gets_the_cure_that_the_log_has(launch: Launch) -> None:
@@ -517,9 +508,6 @@ def test_a_client_gets_the_cure_that_the_log_has(launch: Launch) -> None:
     answer = program.post(model="not-logged-in")
     assert answer.status == 401
     assert cure in answer.json["error"]["message"]
-
-
-# ---------------------------------------------------------------- requests
 
 
 @pytest.mark.parametrize("text", ["FAIL400", "MIDFAIL"])

@@ -20,7 +20,7 @@ from bridge import Config, ConfigError
 Launch = Callable[..., Program]
 
 
-# ---------------------------------------------------------------- settings
+# ---------------------------------------------------------------- values
 
 
 @pytest.mark.parametrize(
@@ -52,40 +52,6 @@ def test_a_setting_that_cannot_work_ends_the_start_with_one_line_that_names_it(
     wait_until(lambda: program.lines, "the line")
     [line] = program.lines
     assert line.startswith(f"claude-cli-bridge: CLAUDE_CLI_{name}: ")
-
-
-def test_flags_go_before_the_environment(launch: Launch) -> None:
-    flags = ("--bin", str(STANDIN), "--max-sessions", "2", "--log-format", "json")
-    program = launch(
-        *flags,
-        CLAUDE_CLI_BIN="/no/such",
-        CLAUDE_CLI_MAX_SESSIONS="many",
-        CLAUDE_CLI_LOG_FORMAT="xml",
-    )
-    assert program.post().text == "echo: hello; 1 messages"
-
-
-# ---------------------------------------------------------------- the log
-
-
-def test_a_relative_path_of_the_cli_is_found(
-    launch: Launch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(STANDIN.parent.parent)
-    program = launch(CLAUDE_CLI_BIN="tests/standin.py")
-    assert program.post("hello").text == "echo: hello; 1 messages"
-
-
-# ---------------------------------------------------------------- words
-
-
-def test_a_variable_that_everybody_tries_is_answered_with_a_variable(launch: Launch) -> None:
-    program = launch(CLAUDE_CLI_PORT="8080", CLAUDE_CLI_DEBUG="1")
-    printed(program, f"CLAUDE_CLI_PORT is no setting; use {ADDRESS}=127.0.0.1:PORT")
-    printed(program, "CLAUDE_CLI_DEBUG is no setting; use CLAUDE_CLI_LOG_LEVEL=debug")
-
-
-# ---------------------------------------------------------------- values
 
 
 @pytest.mark.parametrize(
@@ -152,37 +118,73 @@ def test_a_system_without_a_temporary_folder_is_refused(monkeypatch: pytest.Monk
         Config(bin=str(STANDIN)).checked()
 
 
-def test_a_tilde_is_the_home(launch: Launch, environment: Path) -> None:
-    (environment / "claude").symlink_to(STANDIN)
-    launch("--bin", "~/claude", CLAUDE_CLI_LISTEN_ADDR="unix:~/bridge.sock")
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(environment / "bridge.sock"))
-
-
-@pytest.mark.parametrize("place", [".local/bin", ".claude/local"])
-def test_a_cli_is_found_where_its_installer_puts_it(
-    environment: Path, monkeypatch: pytest.MonkeyPatch, place: str
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            "ANTHROPIC_API_KEY=SECRET",
+            "takes names of variables, with commas between, and no values",
+        ),
+        (
+            "HTTP_PROXY,ANTHROPIC_API_KEY=SECRET",
+            "takes names of variables, with commas between, and no values",
+        ),
+        ("sk-ant-SECRET", "takes names of variables, with commas between, and no values"),
+    ],
+)
+@pytest.mark.parametrize("command", [(), ("check",)], ids=["serve", "check"])
+@pytest.mark.parametrize("way", ["variable", "flag"])
+def test_a_secret_in_place_of_a_name_is_refused_and_not_printed(
+    command: tuple[str, ...], given: str, words: str, way: str
 ) -> None:
-    folder = environment / place
-    folder.mkdir(parents=True)
-    (folder / "claude").symlink_to(STANDIN)
-    monkeypatch.setenv("PATH", "/no/such")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert bridge.find_cli("") == str(folder / "claude")
+    flags = ["--keep-env", given] if way == "flag" else []
+    variables = {"CLAUDE_CLI_KEEP_ENV": given} if way == "variable" else {}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bridge.py"), *command, *flags],
+        env={**os.environ, "CLAUDE_CLI_LISTEN_ADDR": "127.0.0.1:0", **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode not in (0, -9)
+    name = "--keep-env" if way == "flag" else "CLAUDE_CLI_KEEP_ENV"
+    assert f"{name}: {words}" in said
+    assert "SECRET" not in said
 
 
-# ---------------------------------------------------------------- agent mode
+def test_a_config_is_not_changed_and_its_types_are_checked() -> None:
+    async def program() -> None:
+        config = Config(bin="true", listen_addr="127.0.0.1:0", spares=0)
+        async with bridge.serve(config):
+            assert config.bin == "true"
+        wrong: Any = "4"
+        with pytest.raises(bridge.ConfigError, match="CLAUDE_CLI_MAX_IDLE"):
+            async with bridge.serve(Config(bin="true", max_idle=wrong)):
+                pass
+
+    asyncio.run(program())
 
 
-def test_agent_settings_without_tools_are_warned_of(launch: Launch, tmp_path: Path) -> None:
-    file = tmp_path / "mcp.json"
-    file.write_text('{"mcpServers": {}}')
-    program = launch("--cwd", str(tmp_path), CLAUDE_CLI_MCP_CONFIG=str(file))
-    printed(program, "--cwd has no effect without CLAUDE_CLI_TOOLS")
-    printed(program, "CLAUDE_CLI_MCP_CONFIG has no effect without CLAUDE_CLI_TOOLS")
+# ---------------------------------------------------------------- where they come from
 
 
-# ---------------------------------------------------------------- words
+def test_flags_go_before_the_environment(launch: Launch) -> None:
+    flags = ("--bin", str(STANDIN), "--max-sessions", "2", "--log-format", "json")
+    program = launch(
+        *flags,
+        CLAUDE_CLI_BIN="/no/such",
+        CLAUDE_CLI_MAX_SESSIONS="many",
+        CLAUDE_CLI_LOG_FORMAT="xml",
+    )
+    assert program.post().text == "echo: hello; 1 messages"
+
+
+def test_a_variable_that_everybody_tries_is_answered_with_a_variable(launch: Launch) -> None:
+    program = launch(CLAUDE_CLI_PORT="8080", CLAUDE_CLI_DEBUG="1")
+    printed(program, f"CLAUDE_CLI_PORT is no setting; use {ADDRESS}=127.0.0.1:PORT")
+    printed(program, "CLAUDE_CLI_DEBUG is no setting; use CLAUDE_CLI_LOG_LEVEL=debug")
 
 
 def test_mistyped_variables_are_warned_of_at_the_start(launch: Launch) -> None:
@@ -198,6 +200,44 @@ def test_mistyped_variables_are_warned_of_at_the_start(launch: Launch) -> None:
     assert not [line for line in program.lines if "sesame" in line or "CONFIG is" in line]
 
 
+def test_a_tilde_is_the_home(launch: Launch, environment: Path) -> None:
+    (environment / "claude").symlink_to(STANDIN)
+    launch("--bin", "~/claude", CLAUDE_CLI_LISTEN_ADDR="unix:~/bridge.sock")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(environment / "bridge.sock"))
+
+
+def test_a_relative_path_of_the_cli_is_found(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(STANDIN.parent.parent)
+    program = launch(CLAUDE_CLI_BIN="tests/standin.py")
+    assert program.post("hello").text == "echo: hello; 1 messages"
+
+
+@pytest.mark.parametrize("place", [".local/bin", ".claude/local"])
+def test_a_cli_is_found_where_its_installer_puts_it(
+    environment: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    folder = environment / place
+    folder.mkdir(parents=True)
+    (folder / "claude").symlink_to(STANDIN)
+    monkeypatch.setenv("PATH", "/no/such")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert bridge.find_cli("") == str(folder / "claude")
+
+
+def test_agent_settings_without_tools_are_warned_of(launch: Launch, tmp_path: Path) -> None:
+    file = tmp_path / "mcp.json"
+    file.write_text('{"mcpServers": {}}')
+    program = launch("--cwd", str(tmp_path), CLAUDE_CLI_MCP_CONFIG=str(file))
+    printed(program, "--cwd has no effect without CLAUDE_CLI_TOOLS")
+    printed(program, "CLAUDE_CLI_MCP_CONFIG has no effect without CLAUDE_CLI_TOOLS")
+
+
+# ---------------------------------------------------------------- API key
+
+
 def test_a_key_that_is_not_utf8_ends_the_start_and_is_not_printed(launch: Launch) -> None:
     program = launch(wait=False, CLAUDE_CLI_API_KEY="sesame\udcff")
     assert program.wait() == 2
@@ -205,9 +245,6 @@ def test_a_key_that_is_not_utf8_ends_the_start_and_is_not_printed(launch: Launch
     [line] = program.lines
     assert line.startswith("claude-cli-bridge: CLAUDE_CLI_API_KEY: must be one line of UTF-8")
     assert "sesame" not in line
-
-
-# ---------------------------------------------------------------- API key
 
 
 @pytest.mark.parametrize("key", ["sesame\udcff", "sesame\n", " sesame", "ses\0ame", "sesame\r\n x"])
@@ -286,9 +323,6 @@ def test_the_bridge_does_not_start_beyond_loopback_without_a_key(
         serve(listen_addr="0.0.0.0:0")
 
 
-# ---------------------------------------------------------------- an address of the API that leads back
-
-
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
 def test_an_address_of_the_api_that_is_the_bridges_own_is_refused_at_the_start(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, host: str
@@ -301,58 +335,3 @@ def test_an_address_of_the_api_that_is_the_bridges_own_is_refused_at_the_start(
     # What the CLI does not get does no harm.
     kept = [name for name in KEEP if name != "ANTHROPIC_BASE_URL"]
     assert serve(listen_addr=f"127.0.0.1:{port}", keep_env=kept).post().status == 200
-
-
-# ---------------------------------------------------------------- what the user set
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        (
-            "ANTHROPIC_API_KEY=SECRET",
-            "takes names of variables, with commas between, and no values",
-        ),
-        (
-            "HTTP_PROXY,ANTHROPIC_API_KEY=SECRET",
-            "takes names of variables, with commas between, and no values",
-        ),
-        ("sk-ant-SECRET", "takes names of variables, with commas between, and no values"),
-    ],
-)
-@pytest.mark.parametrize("command", [(), ("check",)], ids=["serve", "check"])
-@pytest.mark.parametrize("way", ["variable", "flag"])
-def test_a_secret_in_place_of_a_name_is_refused_and_not_printed(
-    command: tuple[str, ...], given: str, words: str, way: str
-) -> None:
-    flags = ["--keep-env", given] if way == "flag" else []
-    variables = {"CLAUDE_CLI_KEEP_ENV": given} if way == "variable" else {}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bridge.py"), *command, *flags],
-        env={**os.environ, "CLAUDE_CLI_LISTEN_ADDR": "127.0.0.1:0", **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=30,
-    )
-    said = done.stdout + done.stderr
-    assert done.returncode not in (0, -9)
-    name = "--keep-env" if way == "flag" else "CLAUDE_CLI_KEEP_ENV"
-    assert f"{name}: {words}" in said
-    assert "SECRET" not in said
-
-
-# ---------------------------------------------------------------- an embedding program
-
-
-def test_a_config_is_not_changed_and_its_types_are_checked() -> None:
-    async def program() -> None:
-        config = Config(bin="true", listen_addr="127.0.0.1:0", spares=0)
-        async with bridge.serve(config):
-            assert config.bin == "true"
-        wrong: Any = "4"
-        with pytest.raises(bridge.ConfigError, match="CLAUDE_CLI_MAX_IDLE"):
-            async with bridge.serve(Config(bin="true", max_idle=wrong)):
-                pass
-
-    asyncio.run(program())

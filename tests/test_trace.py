@@ -1,5 +1,4 @@
-"""What an auditor can have written down: all that goes to the CLI and comes from it, by request;
-and what the log says of a request's process."""
+"""What an auditor can have written down: all that goes to the CLI and comes from it, by request."""
 
 import json
 import logging
@@ -13,6 +12,8 @@ import pytest
 from processes import pid, talk
 from servers import Server
 from stand_in import Log
+
+from sessions import Trace
 
 Serve = Callable[..., Server]
 
@@ -107,3 +108,34 @@ def test_the_real_cli_is_traced_from_its_gate_on(serve: Serve, cli: Path, traces
     printed = read(traces, answer.headers["request-id"], "from")
     assert [line for line in printed if "succeeded with status 200" in line]  # its log, as text
     assert event_types(printed)[-1] == "message_stop"
+
+
+def test_a_trace_holds_lines_as_json_or_as_text_and_stays_closed(traces: Path) -> None:
+    trace = Trace(str(traces), "req_1")
+    trace.add("to", [b'{"a": 1}\n', b"no JSON", b"\xff"])
+    trace.close()
+    trace.add("from", [b"{}"])
+    trace.close()
+    assert read(traces, "req_1", "to") == [{"a": 1}, "no JSON", "\ufffd"]
+    assert read(traces, "req_1", "from") == []
+
+
+def test_without_a_folder_or_a_request_nothing_is_written(
+    traces: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(traces)
+    for folder, request_id in (("", "req_1"), (str(traces), "")):
+        trace = Trace(folder, request_id)
+        trace.add("to", [b"{}"])
+        trace.close()
+    assert list(traces.iterdir()) == []
+
+
+def test_the_trace_of_another_request_is_not_written_over(
+    traces: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (traces / "req_1.jsonl").write_text("{}")
+    trace = Trace(str(traces), "req_1")
+    trace.add("to", [b"5"])
+    assert (traces / "req_1.jsonl").read_text() == "{}"
+    assert "the trace of a request is incomplete" in caplog.text
