@@ -248,13 +248,6 @@ def slash_command(recorder: Recorder) -> None:
     recorder.until(is_result)
 
 
-def get_settings(recorder: Recorder) -> None:
-    """Which model it runs."""
-    recorder.set_up(asked("hello"))
-    recorder.send(translate.control_line("get_settings", "get_settings"))
-    recorder.until(lambda event: translate.control_response(event, "get_settings"))
-
-
 def refused_control(recorder: Recorder) -> None:
     recorder.set_up(asked("hello"))
     recorder.send(translate.control_line("unheard", "unheard_of"))
@@ -336,7 +329,6 @@ SCENARIOS: dict[str, Callable[[Recorder], None]] = {
     "history_tool_results": past(*TOOL_PAST),
     "context_usage": count,
     "slash_command_unescaped": slash_command,
-    "get_settings": get_settings,
     "refused_control": refused_control,
     "gate_closed_empty": lambda recorder: recorder.open_gate([]),
 }

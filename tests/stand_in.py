@@ -145,7 +145,6 @@ class Standin:
         self.point, self.kind = [*model.split("."), ""][:2]
         self.served = False  # the client has tools
         self.answers: dict[str, Json] = {}  # to control requests, by id
-        self.listing = ""  # the id of the last request to list tools, after mcp_set_servers
         self.ids: list[str] = []  # of the assistant messages of the past
 
     # stdin
@@ -194,13 +193,8 @@ class Standin:
         elif subtype == "get_context_usage":
             log = "[log_5ad1n1] post http://127.0.0.1/v1/messages/count_tokens?beta=true succeeded with status 200 in 1ms"
             self.put(log.encode())
-            listed = self.answers.get(self.listing, {}).get("response", {})
-            tools = listed.get("mcp_response", {}).get("result", {}).get("tools", [])
-            names = [{"name": tool["name"]} for tool in tools]
-            response["response"] = {"totalTokens": 10 * len(self.messages), "mcpTools": names}
-        elif subtype == "get_settings":
-            response["response"] = {"applied": {"model": self.model}}
-        elif subtype not in ("interrupt", "apply_flag_settings", "mcp_set_servers"):
+            response["response"] = {"totalTokens": 10 * len(self.messages)}
+        elif subtype not in ("interrupt", "apply_flag_settings"):
             response |= {"subtype": "error", "error": f"the stand-in knows no {subtype}"}
         if subtype == "initialize":
             self.fault("initialize")
@@ -210,11 +204,6 @@ class Standin:
             self.emit({"type": "control_response", "response": response})
         if subtype == "initialize":
             self.fault("initialized")
-        if subtype == "mcp_set_servers":
-            self.listing = ""
-            if request["servers"]:  # it lists their tools anew
-                self.listing = f"standin-{next(self.numbers)}"
-                self.send("tools/list", self.listing)
         if subtype == "interrupt" and self.turning:
             raise Interrupted
 
@@ -667,12 +656,6 @@ class Standin:
         text = (results_of(content) or [""])[-1]
         self.answer(text, text.split())
 
-    def send(self, method: str, request_id: str) -> None:
-        """A message to the client's MCP server."""
-        message = {"id": 1, "method": method}
-        asked = {"subtype": "mcp_message", "server_name": "client", "message": message}
-        self.emit({"type": "control_request", "request_id": request_id, "request": asked})
-
     def ask(self, *messages: Json) -> list[Json]:
         """Messages to the client's MCP server; its answers."""
         ids = [f"standin-{next(self.numbers)}" for _ in messages]
@@ -850,16 +833,6 @@ class Log:
         return sum(
             text in str(content) for pid in self.started() for content in self.questions(pid)
         )
-
-    def questions(self, pid: int) -> list[list[Json]]:
-        """The user messages that a process was asked to answer."""
-        found = []
-        for line in self.lines(pid):
-            if line["type"] == "user" and line.get("shouldQuery") is not False:
-                rows = [row for row in self.rows(pid) if row["type"] in ("user", "assistant")]
-                newest = [row["message"]["content"] for row in rows if not row.get("isVirtual")]
-                found.append(line["message"]["content"] or newest[-1])
-        return found
 
     def got(self, text: str) -> int:
         """The process that was given a user message with this text; 0: none yet."""

@@ -9,7 +9,7 @@ Words a user text may hold: THINK, MAXTOK, CUTTOOL (max_tokens inside a tool's i
 MIDFAIL, SLOW (a word every 50 ms, `SLOW n` of them), HANG (no answer for a minute),
 FAIL400/401/403/404/429/500/529 (`CODE x`: with this error_code), `QUOTA status` (headers of a
 subscription's limits), BADSIGN (400 if the history holds thinking), BADIMAGE (400 if there is an image), RETRYONCE, EMPTY, NOSTREAM (streaming is refused, the plain call
-works), `USE_TOOL name INPUT={...}END COUNT=n`, `SAY text`, `BIG n` (n characters), SEARCH (a server
+works), `USE_TOOL name INPUT={...}END COUNT=n`, `SAY text`, SEARCH (a server
 tool, its result and a cited text), PAUSED (with it: the answer ends with pause_turn), TOMORROW
 (blocks, deltas, events and keys that nobody knows yet), and alone: RECORD (the answer is "ok",
 whatever the parameters say). With --judge it refuses what judge.py refuses. Parameters it obeys:
@@ -211,8 +211,6 @@ def answer(body: Json, text: str) -> tuple[list[Json], str]:
         return [{"type": "text", "text": "cut sho"}], "max_tokens"
     if "REFUSE" in text:
         return [{"type": "text", "text": ""}], "refusal"
-    if big := re.search(r"BIG (\d+)", text):
-        return [{"type": "text", "text": "0123456789abcdef" * (int(big[1]) // 16)}], "end_turn"
     if slow := re.search(r"SLOW ?(\d*)|300 word story", text):
         return [
             {"type": "text", "text": "".join(f"tick{n} " for n in range(int(slow[1] or 200)))}

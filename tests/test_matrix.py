@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import functools
 import gc
-import http.client
 import itertools
 import json
 import logging
@@ -28,7 +27,7 @@ import psutil
 import pytest
 from client import Answer, request_body, text
 from host import STANDIN, wait_until
-from processes import check_failure
+from processes import check_failure, read_all
 from servers import Server
 from stand_in import GARBAGE, Log
 
@@ -245,7 +244,7 @@ def leaving(server: Server, fault: str) -> Iterator[socket.socket]:
 
 def post(client: socket.socket, conversation: list[Any], **fields: Any) -> Answer:
     send(client, conversation, **fields)
-    return read(client)
+    return read_all(client)
 
 
 def send(client: socket.socket, conversation: list[Any], **fields: Any) -> None:
@@ -256,20 +255,7 @@ def send(client: socket.socket, conversation: list[Any], **fields: Any) -> None:
     )
 
 
-def read(client: socket.socket) -> Answer:
-    response = http.client.HTTPResponse(client)
-    response.begin()
-    return Answer(
-        response.status,
-        {name.lower(): value for name, value in response.getheaders()},
-        response.read(),
-    )
-
-
 # the matrix
-
-
-# The damaged line is left out as noise, and with it a part of the answer.
 
 CELLS = [pytest.param(point, fault, id=f"{point}-{fault}") for point in POINTS for fault in FAULTS]
 

@@ -65,7 +65,6 @@ SAME: dict[str, Callable[[Recorder], None]] = {
     "not_logged_in": turns("hello"),
     "interrupt": lambda recorder: record.interrupt(recorder, "SLOW 100"),
     "context_usage": record.count,
-    "get_settings": record.get_settings,
     "refused_control": record.refused_control,
 }
 

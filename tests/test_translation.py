@@ -90,7 +90,6 @@ ENDS: dict[str, list[tuple[Any, ...]]] = {
     # No model was asked in these.
     "context_usage": [NOBODY_ANSWERED],
     "slash_command_unescaped": [NOBODY_ANSWERED],
-    "get_settings": [NOBODY_ANSWERED],
     "refused_control": [(502, "claude_cli_error", "the claude CLI refused")],
     "gate_closed_empty": [
         (502, "claude_cli_error", "No conversation found with session ID"),

@@ -44,7 +44,6 @@ MESSAGE = {
 # What it answers to control requests.
 ANSWERS = {
     "initialize": {"models": [{"value": "sonnet", "resolvedModel": MODEL}]},
-    "get_settings": {"applied": {"model": MODEL}},
 }
 BEGIN = event("message_start", message={**MESSAGE, "stop_reason": None, "stop_sequence": None})
 BEGIN += event("content_block_start", index=0, content_block={"type": "text", "text": ""})
