@@ -40,7 +40,7 @@ from installed import (
     other_python,
     wheels,
 )
-from servers import ENGINE, KEEP, Program, Server, kept_names, make_nobody
+from servers import ENGINE, KEEP, Launch, Program, Serve, Server, kept_names, make_nobody
 from stand_in import Log
 from stubs import Stub
 from wire import Wire
@@ -112,6 +112,7 @@ IN_TURN = (
     "test_models",
     "test_real",
     "test_repairs",
+    "test_server",
     "test_stand_in",
     "test_tools",
 )
@@ -200,7 +201,7 @@ def since(stub: Stub) -> Callable[[], list[Json]]:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[..., Server]]:
+def serve() -> Iterator[Serve]:
     """Start bridges in this process: serve(bin=..., max_sessions=..., ...) with the fields of
     Config; no spares."""
     with contextlib.ExitStack() as stack:
@@ -220,13 +221,13 @@ def serve() -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture
-def real(serve: Callable[..., Server], cli: Path) -> Server:
+def real(serve: Serve, cli: Path) -> Server:
     """A bridge with the real CLI in front of the stub."""
     return serve(bin=cli)
 
 
 @pytest.fixture
-def launch() -> Iterator[Callable[..., Program]]:
+def launch() -> Iterator[Launch]:
     """Start the bridge as a program: launch("--max-idle", "2", CLAUDE_CLI_BIN=...).  It listens on
     a free port, and has no spares."""
     with contextlib.ExitStack() as stack:
@@ -310,7 +311,7 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.fixture
-def server(quiet: None, gate: Path, serve: Callable[..., Server]) -> Server:
+def server(quiet: None, gate: Path, serve: Serve) -> Server:
     return serve()
 
 

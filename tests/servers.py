@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -162,6 +162,12 @@ def activate(listener: socket.socket, *program: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command, env=environ, stderr=subprocess.PIPE, text=True, pass_fds=[listener.fileno()]
     )
+
+
+Serve = Callable[..., Server]
+Launch = Callable[..., Program]
+both = pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
 
 
 def run(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":

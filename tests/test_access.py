@@ -1,6 +1,5 @@
 """Who may talk to the port: the names in Host, the origins of web pages, the API key."""
 
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 from client import request_body
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from servers import Server
+from servers import Serve, Server
 from wire import GET, Wire, ask, assert_refused, dial, let_in
 
 import bridge
@@ -52,17 +51,13 @@ KEY = "sk-bridge-0123456789"
         ),
     ],
 )
-def test_loopback_names_and_allowed_hosts_are_served(
-    serve: Callable[..., Server], host: str
-) -> None:
+def test_loopback_names_and_allowed_hosts_are_served(serve: Serve, host: str) -> None:
     server = serve(allowed_hosts=("bridge.example", "192.0.2.7", "2001:db8::7"))
     assert let_in(ask(server, f"Host: {host}"))
 
 
 @pytest.mark.parametrize("name", ["db", "cafe", "a", "d0", "bad.face", "deadbeef"])
-def test_a_name_of_hexadecimal_digits_is_no_address(
-    serve: Callable[..., Server], name: str
-) -> None:
+def test_a_name_of_hexadecimal_digits_is_no_address(serve: Serve, name: str) -> None:
     server = serve(allowed_hosts=(name,))
     assert let_in(ask(server, f"Host: {name}"))
     assert let_in(ask(server, f"Host: {name}:14001"))
@@ -81,13 +76,11 @@ def test_a_name_of_hexadecimal_digits_is_no_address(
         ),
     ],
 )
-def test_an_origin_that_browsers_send_can_be_allowed(
-    serve: Callable[..., Server], origin: str
-) -> None:
+def test_an_origin_that_browsers_send_can_be_allowed(serve: Serve, origin: str) -> None:
     assert let_in(ask(serve(allowed_origins=(origin,)), "Host: localhost", f"Origin: {origin}"))
 
 
-def test_names_are_allowed_in_any_case(serve: Callable[..., Server]) -> None:
+def test_names_are_allowed_in_any_case(serve: Serve) -> None:
     assert let_in(ask(serve(allowed_hosts=("Bridge.Example",)), "Host: bridge.example"))
 
 
@@ -166,7 +159,7 @@ def test_names_are_allowed_in_any_case(serve: Callable[..., Server]) -> None:
         ),
     ],
 )
-def test_other_names_get_403(serve: Callable[..., Server], host: str) -> None:
+def test_other_names_get_403(serve: Serve, host: str) -> None:
     answer = ask(serve(), f"Host: {host}".encode("latin-1"))
     assert_refused(answer, 403, "permission_error")
     assert "CLAUDE_CLI_ALLOWED_HOSTS" in answer.json["error"]["message"]
@@ -191,7 +184,7 @@ def test_other_names_get_403(serve: Callable[..., Server], host: str) -> None:
         ),
     ],
 )
-def test_a_host_that_is_no_host_is_refused(serve: Callable[..., Server], host: str) -> None:
+def test_a_host_that_is_no_host_is_refused(serve: Serve, host: str) -> None:
     """RFC 9112, 3.2: a server MUST answer an invalid Host with 400; 403 is as good."""
     assert not let_in(ask(serve(), f"Host: {host}"))
 
@@ -200,25 +193,25 @@ def test_a_host_that_is_no_host_is_refused(serve: Callable[..., Server], host: s
     "hosts",
     [("localhost", "localhost"), ("localhost", "evil.example"), ("evil.example", "localhost")],
 )
-def test_two_hosts_are_refused(serve: Callable[..., Server], hosts: tuple[str, str]) -> None:
+def test_two_hosts_are_refused(serve: Serve, hosts: tuple[str, str]) -> None:
     assert_refused(ask(serve(), *(f"Host: {host}" for host in hosts)), 400, "invalid_request_error")
 
 
 @pytest.mark.parametrize(
     "target", ["http://evil.example/v1/messages", "//evil.example/v1/messages", "evil.example:80"]
 )
-def test_a_host_in_the_target_opens_nothing(serve: Callable[..., Server], target: str) -> None:
+def test_a_host_in_the_target_opens_nothing(serve: Serve, target: str) -> None:
     assert not let_in(ask(serve(), "Host: localhost", request=f"POST {target} HTTP/1.1"))
 
 
-def test_the_address_listened_on_is_a_good_host(serve: Callable[..., Server]) -> None:
+def test_the_address_listened_on_is_a_good_host(serve: Serve) -> None:
     server = serve(listen_addr="0.0.0.0:0", api_key=KEY)
     key = f"x-api-key: {KEY}"
     assert let_in(ask(server, "Host: 0.0.0.0", key))
     assert_refused(ask(server, "Host: evil.example", key), 403, "permission_error")
 
 
-def test_a_fold_cannot_add_a_name(serve: Callable[..., Server]) -> None:
+def test_a_fold_cannot_add_a_name(serve: Serve) -> None:
     assert not let_in(ask(serve(), "Host: evil.example\r\n localhost"))
     assert not let_in(ask(serve(), "Host: localhost\r\n evil.example"))
 
@@ -236,7 +229,7 @@ def check_host(server: Server, host: list[str]) -> None:
     let_in(ask(server, b"Host: " + "".join(host).encode("latin-1")))
 
 
-def test_no_host_is_too_strange_for_an_answer(serve: Callable[..., Server]) -> None:
+def test_no_host_is_too_strange_for_an_answer(serve: Serve) -> None:
     check_host(serve())
 
 
@@ -248,7 +241,7 @@ def test_no_host_is_too_strange_for_an_answer(serve: Callable[..., Server]) -> N
     [("cross-site", 403), ("same-site", 403), ("same-origin", 404), ("none", 404)],
 )
 def test_what_a_page_embeds_has_no_origin_but_says_where_it_comes_from(
-    serve: Callable[..., Server], site: str, status: int
+    serve: Serve, site: str, status: int
 ) -> None:
     answer = serve().call(
         "GET", "/no/such", headers={"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors"}
@@ -285,9 +278,7 @@ PAGE = "https://app.example"
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/messages", "/messages", "/nope", "/"])
-def test_pages_of_other_origins_get_403(
-    serve: Callable[..., Server], origin: str, path: str
-) -> None:
+def test_pages_of_other_origins_get_403(serve: Serve, origin: str, path: str) -> None:
     server = serve(allowed_origins=(PAGE,))
     answer = ask(
         server,
@@ -300,7 +291,7 @@ def test_pages_of_other_origins_get_403(
 
 
 def test_a_page_without_an_origin_is_refused_and_cannot_be_allowed(
-    serve: Callable[..., Server],
+    serve: Serve,
 ) -> None:
     """Any page in a sandbox sends `null`."""
     answer = ask(serve(), "Host: localhost", "Origin: null")
@@ -311,14 +302,12 @@ def test_a_page_without_an_origin_is_refused_and_cannot_be_allowed(
 
 
 @pytest.mark.parametrize("origins", [(), ("https://other.example",)])
-def test_no_page_is_allowed_by_default(
-    serve: Callable[..., Server], origins: tuple[str, ...]
-) -> None:
+def test_no_page_is_allowed_by_default(serve: Serve, origins: tuple[str, ...]) -> None:
     server = serve(allowed_origins=origins)
     assert_refused(ask(server, "Host: localhost", f"Origin: {PAGE}"), 403, "permission_error")
 
 
-def test_an_allowed_page_may_read_its_answers(serve: Callable[..., Server]) -> None:
+def test_an_allowed_page_may_read_its_answers(serve: Serve) -> None:
     server = serve(allowed_origins=("https://other.example", PAGE))
     for fields in ({}, {"stream": True}, {"messages": "wrong"}):
         answer = server.call(
@@ -329,19 +318,19 @@ def test_an_allowed_page_may_read_its_answers(serve: Callable[..., Server]) -> N
         assert answer.headers["vary"].lower() == "origin"
 
 
-def test_an_allowed_page_still_needs_a_good_host(serve: Callable[..., Server]) -> None:
+def test_an_allowed_page_still_needs_a_good_host(serve: Serve) -> None:
     answer = ask(serve(allowed_origins=(PAGE,)), "Host: evil.example", f"Origin: {PAGE}")
     assert (answer.status, answer.json["error"]["type"]) == (403, "permission_error")
 
 
-def test_one_allowed_origin_of_two_is_not_enough(serve: Callable[..., Server]) -> None:
+def test_one_allowed_origin_of_two_is_not_enough(serve: Serve) -> None:
     server = serve(allowed_origins=(PAGE,))
     origins = [f"Origin: {PAGE}", "Origin: https://evil.example"]
     for lines in (origins, origins[::-1]):
         assert not let_in(ask(server, "Host: localhost", *lines))
 
 
-def test_without_an_origin_no_cors_header_is_sent(serve: Callable[..., Server]) -> None:
+def test_without_an_origin_no_cors_header_is_sent(serve: Serve) -> None:
     answer = ask(serve(allowed_origins=(PAGE,)), "Host: localhost")
     assert not [name for name in answer.headers if name.startswith("access-control-")]
 
@@ -357,7 +346,7 @@ def test_without_an_origin_no_cors_header_is_sent(serve: Callable[..., Server]) 
     ],
 )
 def test_a_preflight_allows_the_headers_asked_for_if_they_can_be_names(
-    serve: Callable[..., Server], asked: bytes, allowed: str
+    serve: Serve, asked: bytes, allowed: str
 ) -> None:
     answer = ask(
         serve(allowed_origins=(PAGE,), api_key=KEY),
@@ -386,7 +375,7 @@ ROUTES = [
 
 
 @pytest.fixture
-def locked(serve: Callable[..., Server]) -> Server:
+def locked(serve: Serve) -> Server:
     return serve(api_key=KEY)
 
 
@@ -474,7 +463,7 @@ def test_an_empty_key_is_a_missing_key(locked: Server, line: str) -> None:
     assert "requires a key" in answer.json["error"]["message"]
 
 
-def test_without_a_key_any_key_will_do(serve: Callable[..., Server]) -> None:
+def test_without_a_key_any_key_will_do(serve: Serve) -> None:
     server = serve()
     for line in (
         "x-api-key: any",
@@ -485,7 +474,7 @@ def test_without_a_key_any_key_will_do(serve: Callable[..., Server]) -> None:
         assert let_in(ask(server, "Host: localhost", line))
 
 
-def test_a_key_beyond_ascii_works_or_is_refused_at_the_start(serve: Callable[..., Server]) -> None:
+def test_a_key_beyond_ascii_works_or_is_refused_at_the_start(serve: Serve) -> None:
     try:
         server = serve(api_key="clé")
     except bridge.ConfigError:
@@ -501,9 +490,7 @@ def test_the_key_does_not_replace_a_good_host_and_origin(locked: Server) -> None
 
 @pytest.mark.parametrize("method", ["POST", "OPTIONS"])
 @pytest.mark.parametrize("path", ["/healthz", "/v1/messages"])
-def test_no_body_is_read_without_the_key(
-    serve: Callable[..., Server], method: str, path: str
-) -> None:
+def test_no_body_is_read_without_the_key(serve: Serve, method: str, path: str) -> None:
     """Not even that of a preflight, which has none."""
     origin = "http://localhost:3000"
     server = serve(api_key=KEY, allowed_origins=(origin,))
@@ -526,9 +513,7 @@ def test_health_is_open_to_all(locked: Server) -> None:
 # ---------------------------------------------------------------- addresses
 
 
-def test_a_unix_socket_asks_for_the_key_if_there_is_one(
-    serve: Callable[..., Server], socket_path: Path
-) -> None:
+def test_a_unix_socket_asks_for_the_key_if_there_is_one(serve: Serve, socket_path: Path) -> None:
     server = serve(listen_addr=f"unix:{socket_path}", api_key=KEY)
     assert_refused(
         ask(server, "Host: localhost", connection=dial(socket_path)), 401, "authentication_error"
@@ -540,7 +525,7 @@ def test_a_unix_socket_asks_for_the_key_if_there_is_one(
 
 
 @pytest.mark.parametrize("line", ["Authorization: sesame", "Authorization: Bearersesame"])
-def test_a_key_without_its_scheme_is_told_so(serve: Callable[..., Server], line: str) -> None:
+def test_a_key_without_its_scheme_is_told_so(serve: Serve, line: str) -> None:
     answer = ask(serve(api_key="sesame"), "Host: localhost", line)
     assert answer.status == 401
     assert answer.json["error"]["message"] == "Authorization takes the word Bearer before the key"

@@ -11,13 +11,13 @@ import pytest
 from client import Json, arrived, sent
 from grammar import check_stream
 from host import wait_until
-from servers import Program, Server
+from servers import Launch, Serve, Server
 
 SUBAGENT = '{"description":"d","prompt":"SAY from below","subagent_type":"general-purpose","run_in_background":false}'
 
 
 @pytest.fixture
-def agent(serve: Callable[..., Server], cli: Path, tmp_path: Path) -> Callable[..., Server]:
+def agent(serve: Serve, cli: Path, tmp_path: Path) -> Serve:
     """Start an agent: its working directory holds note.txt."""
     folder = tmp_path / "project"
     folder.mkdir()
@@ -35,7 +35,7 @@ def read_note(server: Server) -> str:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_built_in_tool_runs_and_the_turn_is_one_message(
-    agent: Callable[..., Server], since: Callable[[], list[Json]], stream: bool
+    agent: Serve, since: Callable[[], list[Json]], stream: bool
 ) -> None:
     server = agent()
     answer = server.post(read_note(server), stream=stream)
@@ -51,9 +51,7 @@ def test_a_built_in_tool_runs_and_the_turn_is_one_message(
         assert check_stream(answer.events)["message"]["id"] == answer.message["id"]
 
 
-def test_a_subagent_is_left_out(
-    agent: Callable[..., Server], since: Callable[[], list[Json]]
-) -> None:
+def test_a_subagent_is_left_out(agent: Serve, since: Callable[[], list[Json]]) -> None:
     answer = agent().post(f"USE_TOOL Agent INPUT={SUBAGENT}END", stream=True)
     message = check_stream(answer.events)["message"]
     assert [block["type"] for block in message["content"]] == ["text", "text"]
@@ -63,7 +61,7 @@ def test_a_subagent_is_left_out(
 
 
 def test_the_requests_system_prompt_is_appended_to_claude_codes(
-    agent: Callable[..., Server], since: Callable[[], list[Json]]
+    agent: Serve, since: Callable[[], list[Json]]
 ) -> None:
     assert agent().post("SAY x", system=[{"type": "text", "text": "Be brief."}]).text == "x"
     system = [block["text"] for block in since()[0]["body"]["system"]]
@@ -72,17 +70,13 @@ def test_the_requests_system_prompt_is_appended_to_claude_codes(
     assert len(since()[0]["body"]["tools"]) > 5
 
 
-def test_a_list_of_tools_is_all_there_is(
-    agent: Callable[..., Server], since: Callable[[], list[Json]]
-) -> None:
+def test_a_list_of_tools_is_all_there_is(agent: Serve, since: Callable[[], list[Json]]) -> None:
     assert agent(tools="Read,Grep").post("SAY x").text == "x"
     assert {tool["name"] for tool in since()[0]["body"]["tools"]} == {"Read", "Grep"}
 
 
 @pytest.mark.parametrize(("mode", "written"), [("default", False), ("acceptEdits", True)])
-def test_the_permission_mode_decides_what_runs(
-    agent: Callable[..., Server], mode: str, written: bool
-) -> None:
+def test_the_permission_mode_decides_what_runs(agent: Serve, mode: str, written: bool) -> None:
     server = agent(permission_mode=mode)
     path = Path(server.config.cwd) / "new.txt"
     answer = server.post(f'USE_TOOL Write INPUT={{"file_path":"{path}","content":"hello"}}END')
@@ -91,7 +85,7 @@ def test_the_permission_mode_decides_what_runs(
 
 
 def test_a_conversation_with_an_agent_goes_on_in_its_process(
-    agent: Callable[..., Server], since: Callable[[], list[Json]]
+    agent: Serve, since: Callable[[], list[Json]]
 ) -> None:
     server = agent()
     first = server.post(read_note(server))
@@ -103,7 +97,7 @@ def test_a_conversation_with_an_agent_goes_on_in_its_process(
 
 
 def test_a_request_with_tools_is_served_in_model_mode(
-    agent: Callable[..., Server], since: Callable[[], list[Json]]
+    agent: Serve, since: Callable[[], list[Json]]
 ) -> None:
     tool = {"name": "mine", "input_schema": {"type": "object", "properties": {}}}
     answer = agent().post("USE_TOOL mine INPUT={}END", tools=[tool])
@@ -113,7 +107,7 @@ def test_a_request_with_tools_is_served_in_model_mode(
 
 
 def test_pings_fill_the_time_of_a_tool_and_the_watchdog_lets_it_run(
-    agent: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+    agent: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bridge.PING_SECS", 0.2)
     server = agent(tools="Bash", watchdog_secs=5)
@@ -145,7 +139,7 @@ BEHIND: dict[str, tuple[str, Json, int]] = {
 
 @pytest.mark.parametrize("name", BEHIND)
 def test_nothing_goes_on_behind_an_answer(
-    agent: Callable[..., Server], since: Callable[[], list[Json]], name: str
+    agent: Serve, since: Callable[[], list[Json]], name: str
 ) -> None:
     """A task in the background would ask the model when it ends: a call that nobody asked for, and
     an answer that the next request could take for its own.  The turn after it lasts longer."""
@@ -170,7 +164,7 @@ def test_nothing_goes_on_behind_an_answer(
 
 
 def test_the_model_is_offered_no_tool_that_works_behind_an_answer(
-    agent: Callable[..., Server], since: Callable[[], list[Json]]
+    agent: Serve, since: Callable[[], list[Json]]
 ) -> None:
     """Nor one that promises to, and does not: with some permission modes they would run unasked."""
     assert agent().post("SAY x").text == "x"
@@ -182,14 +176,14 @@ def test_the_model_is_offered_no_tool_that_works_behind_an_answer(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root is refused")
-def test_bypass_permissions_as_root_is_refused_at_start(launch: Callable[..., Program]) -> None:
+def test_bypass_permissions_as_root_is_refused_at_start(launch: Launch) -> None:
     program = launch("--tools", "default", "--permission-mode", "bypassPermissions", wait=False)
     assert program.wait() == 2
     wait_until(lambda: program.lines, "the reason")
     assert program.lines[-1].startswith("claude-cli-bridge: --permission-mode: ")
 
 
-def test_the_processes_of_an_agent_end_with_it(agent: Callable[..., Server]) -> None:
+def test_the_processes_of_an_agent_end_with_it(agent: Serve) -> None:
     server = agent(permission_mode="acceptEdits", tools="Bash")
     with server.connect() as client:
         body = b'{"model":"sonnet","max_tokens":99,"stream":true,"messages":[{"role":"user","content":"SLOW 40"}]}'
@@ -199,12 +193,6 @@ def test_the_processes_of_an_agent_end_with_it(agent: Callable[..., Server]) -> 
         )
         assert client.recv(65536)
     wait_until(lambda: not server.processes(), "the end of the agent")
-
-
-Serve = Callable[..., Server]
-
-
-# ---------------------------------------------------------------- who is who
 
 
 @pytest.mark.parametrize("tools", [[], None])

@@ -25,7 +25,7 @@ import psutil
 import pytest
 from host import wait_until
 from PIL import Image, ImageChops
-from servers import Server
+from servers import Serve
 from stand_in import Log
 
 CHROMIUM = shutil.which("chromium")
@@ -241,7 +241,7 @@ def site() -> Iterator[Site]:
 def visit(
     browse: Callable[[str], None],
     site: Site,
-    serve: Callable[..., Server],
+    serve: Serve,
     log: Log,
     tmp_path: Path,
 ) -> Callable[..., None]:
@@ -344,9 +344,7 @@ def test_a_page_of_an_allowed_origin_streams_with_a_key(
 
 
 @pytest.mark.parametrize("width", [400, 1200])
-def test_the_page_for_people_fits_a_window(
-    serve: Callable[..., Server], tmp_path: Path, width: int
-) -> None:
+def test_the_page_for_people_fits_a_window(serve: Serve, tmp_path: Path, width: int) -> None:
     """Nothing of it reaches the right edge, where it would be cut off."""
     server = serve()
     server.post()

@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -25,15 +24,10 @@ from processes import (
     send,
     written,
 )
-from servers import Program, Server, is_up
+from servers import Launch, Program, Serve, both, is_up, linux
 from stand_in import Log
 
 import sessions
-
-Serve = Callable[..., Server]
-both = pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
-linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
-
 
 # ---------------------------------------------------------------- its start
 
@@ -50,7 +44,7 @@ def test_a_cli_that_cannot_be_started_is_502(serve: Serve, tmp_path: Path) -> No
 
 
 def test_a_program_without_file_descriptors_fails_the_request_and_goes_on(
-    launch: Callable[..., Program],
+    launch: Launch,
 ) -> None:
     program = launch()
     used = len(os.listdir(f"/proc/{program.process.pid}/fd"))

@@ -11,7 +11,7 @@ from client import Json, request_body
 from host import STANDIN, wait_until
 from installed import CLIS
 from processes import pool_of
-from servers import Program, Server, printed
+from servers import Launch, Program, Serve, Server, printed
 from stand_in import Log
 from test_check import check
 
@@ -40,7 +40,7 @@ def page(server: Server | Program) -> str:
 
 
 def test_a_cli_that_is_too_old_is_refused_with_a_cure_and_never_asked_anything(
-    launch: Callable[..., Program], tmp_path: Path
+    launch: Launch, tmp_path: Path
 ) -> None:
     runs = tmp_path / "runs"
     old = versioned(tmp_path, "2.1.100", f'echo "$*" >> {runs}')
@@ -64,9 +64,7 @@ def test_a_cli_that_is_too_old_is_refused_with_a_cure_and_never_asked_anything(
     assert set(runs.read_text().splitlines()) == {"--version"}
 
 
-def test_the_cure_for_the_cli_of_the_wheel_is_pip(
-    serve: Callable[..., Server], tmp_path: Path
-) -> None:
+def test_the_cure_for_the_cli_of_the_wheel_is_pip(serve: Serve, tmp_path: Path) -> None:
     old = versioned(tmp_path / "claude_agent_sdk", "2.1.100")
     message = serve(bin=old).post().json["error"]["message"]
     assert message.endswith("is needed: run `pip install --upgrade claude-agent-sdk`")
@@ -83,13 +81,13 @@ def test_the_cure_for_the_cli_of_the_wheel_is_pip(
     ],
 )
 def test_the_oldest_version_that_is_taken_is_the_one_that_is_named(
-    serve: Callable[..., Server], tmp_path: Path, version: str, is_taken: bool
+    serve: Serve, tmp_path: Path, version: str, is_taken: bool
 ) -> None:
     assert serve(bin=versioned(tmp_path, version)).post().status == (200 if is_taken else 502)
 
 
 def test_a_cli_that_is_newer_than_the_tested_ones_works_with_a_warning_that_names_check(
-    launch: Callable[..., Program], tmp_path: Path
+    launch: Launch, tmp_path: Path
 ) -> None:
     new = versioned(tmp_path, "9.9.9")
     program = launch(CLAUDE_CLI_BIN=str(new))
@@ -104,9 +102,7 @@ def test_a_cli_that_is_newer_than_the_tested_ones_works_with_a_warning_that_name
     assert said["version"] == warned
 
 
-def test_the_newest_tested_version_is_no_reason_to_warn(
-    launch: Callable[..., Program], tmp_path: Path
-) -> None:
+def test_the_newest_tested_version_is_no_reason_to_warn(launch: Launch, tmp_path: Path) -> None:
     program = launch(CLAUDE_CLI_BIN=str(versioned(tmp_path, dotted(NEWEST_TESTED))))
     words = f"version {dotted(NEWEST_TESTED)}\n"
     wait_until(lambda: any(line.endswith(words) for line in program.lines), "the version")
@@ -124,7 +120,7 @@ def swap(link: Path, target: Path) -> None:
 
 
 def test_what_was_learnt_of_a_cli_is_forgotten_when_another_takes_its_place(
-    serve: Callable[..., Server], tmp_path: Path, log: Log
+    serve: Serve, tmp_path: Path, log: Log
 ) -> None:
     link = tmp_path / "claude"
     link.symlink_to(versioned(tmp_path / "old", "2.1.260"))
@@ -158,7 +154,7 @@ def test_what_was_learnt_of_a_cli_is_forgotten_when_another_takes_its_place(
 
 
 def test_a_cli_that_is_replaced_at_its_own_path_ends_the_spares_of_before(
-    serve: Callable[..., Server], tmp_path: Path
+    serve: Serve, tmp_path: Path
 ) -> None:
     program = tmp_path / "claude"
     os.replace(versioned(tmp_path / "old", "2.1.260"), program)
@@ -172,7 +168,7 @@ def test_a_cli_that_is_replaced_at_its_own_path_ends_the_spares_of_before(
 
 
 def test_a_hot_conversation_of_the_old_cli_goes_on_and_a_new_one_is_the_new_clis(
-    serve: Callable[..., Server], tmp_path: Path, log: Log
+    serve: Serve, tmp_path: Path, log: Log
 ) -> None:
     link = tmp_path / "claude"
     link.symlink_to(versioned(tmp_path / "old", "2.1.260"))
@@ -186,7 +182,7 @@ def test_a_hot_conversation_of_the_old_cli_goes_on_and_a_new_one_is_the_new_clis
 
 
 def test_a_cli_that_becomes_too_old_or_goes_away_is_an_error_until_it_is_back(
-    serve: Callable[..., Server], tmp_path: Path
+    serve: Serve, tmp_path: Path
 ) -> None:
     link = tmp_path / "claude"
     good = versioned(tmp_path / "good", "2.1.260")
@@ -203,7 +199,7 @@ def test_a_cli_that_becomes_too_old_or_goes_away_is_an_error_until_it_is_back(
 
 
 def test_after_a_downgrade_of_the_real_cli_no_other_model_answers(
-    serve: Callable[..., Server], tmp_path: Path, since: Callable[[], list[Json]]
+    serve: Serve, tmp_path: Path, since: Callable[[], list[Json]]
 ) -> None:
     if len(CLIS) < 2:
         pytest.skip("two versions are not installed")
@@ -224,9 +220,6 @@ def test_after_a_downgrade_of_the_real_cli_no_other_model_answers(
     assert {row["body"]["model"].partition("-2")[0] for row in rows} == {model}
     agents = [json.dumps(row["headers"]) for row in rows]
     assert [pool.cli.version in agent for agent in agents] == [False, False, True, True]
-
-
-Launch = Callable[..., Program]
 
 
 # ---------------------------------------------------------------- what is none

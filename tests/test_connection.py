@@ -23,7 +23,7 @@ from host import open_files, wait_until
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from processes import FLOOD, is_held_up, read_all, reaped, send
-from servers import Program, Server, printed
+from servers import Launch, Serve, Server, printed
 from stand_in import Log
 from wire import (
     GET,
@@ -43,8 +43,6 @@ import bridge
 from sessions import Turn
 
 pytestmark = pytest.mark.usefixtures("quiet")
-Serve = Callable[..., Server]
-Launch = Callable[..., Program]
 
 
 # ---------------------------------------------------------------- answers
@@ -167,9 +165,7 @@ def test_a_client_that_ends_its_side_after_a_request_still_gets_the_answer(wire:
     assert wire.ended()
 
 
-def test_an_unused_connection_is_closed(
-    serve: Callable[..., Server], connect: Callable[[Server], Wire]
-) -> None:
+def test_an_unused_connection_is_closed(serve: Serve, connect: Callable[[Server], Wire]) -> None:
     wire = connect(serve(idle_secs=0.05))
     wire.send(GET)
     assert wire.answer().status == 200
@@ -178,7 +174,7 @@ def test_an_unused_connection_is_closed(
 
 @pytest.mark.parametrize("half", [b"GET /hea", GET[:-2], post()[:-5], chunked(PROBE_BODY)[:-9]])
 def test_a_request_that_is_not_sent_in_time_gets_408(
-    serve: Callable[..., Server], connect: Callable[[Server], Wire], half: bytes
+    serve: Serve, connect: Callable[[Server], Wire], half: bytes
 ) -> None:
     wire = connect(serve(send_secs=0.05))
     wire.send(half)
@@ -566,7 +562,7 @@ def test_silence_in_a_stream_is_filled_with_pings(
 
 
 def test_a_retry_is_not_forbidden_where_it_may_help(
-    serve: Callable[..., Server], connect: Callable[[Server], Wire], gate: Path
+    serve: Serve, connect: Callable[[Server], Wire], gate: Path
 ) -> None:
     server = serve(max_sessions=1, queue_secs=0)
     busy, other = connect(server), connect(server)
@@ -584,7 +580,7 @@ def test_a_retry_is_not_forbidden_where_it_may_help(
 
 
 @pytest.fixture
-def narrow(serve: Callable[..., Server], tmp_path: Path) -> Iterator[tuple[Server, socket.socket]]:
+def narrow(serve: Serve, tmp_path: Path) -> Iterator[tuple[Server, socket.socket]]:
     """A bridge and a connection that hold 200 KB of what was not read."""
     path = tmp_path / "bridge.sock"
     server = serve(listen_addr=f"unix:{path}", idle_secs=0.5, drain_secs=0.1)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from client import Json, request_body, text
 from installed import ASKED_FOR, CLIS
-from servers import Server
+from servers import Serve
 from test_logins import LOGINS, log_in
 
 from sessions import CONTINUES, Cli, dotted
@@ -48,7 +48,7 @@ def without_marks(message: Json) -> Json:
 @pytest.mark.parametrize("name", ["key", "subscription"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_goes_on_from_the_assistant_message_at_the_end_as_it_was_sent(
-    serve: Callable[..., Server],
+    serve: Serve,
     going_on: Path,
     environment: Path,
     since: Callable[[], list[Json]],
@@ -75,7 +75,7 @@ def test_an_answer_goes_on_from_the_assistant_message_at_the_end_as_it_was_sent(
 
 @pytest.mark.parametrize("name", ["key", "subscription"])
 def test_an_answer_that_paused_goes_on_when_the_client_sends_it_back(
-    serve: Callable[..., Server],
+    serve: Serve,
     going_on: Path,
     environment: Path,
     since: Callable[[], list[Json]],
@@ -99,7 +99,7 @@ def test_an_answer_that_paused_goes_on_when_the_client_sends_it_back(
 
 
 def test_an_older_cli_refuses_an_assistant_message_at_the_end_in_words_and_asks_nothing(
-    serve: Callable[..., Server], floor: tuple[str, Path], since: Callable[[], list[Json]]
+    serve: Serve, floor: tuple[str, Path], since: Callable[[], list[Json]]
 ) -> None:
     version, cli = floor
     server = serve(bin=cli)

@@ -13,7 +13,7 @@ import pytest
 from client import IMAGE, Answer, Json, arrived, request_body
 from host import wait_until
 from processes import HEADER, check_own, in_work, kill, pid, talk
-from servers import Server
+from servers import Serve, Server, both
 from stand_in import Log
 from test_tools import CALL, TOOL, result, start, user
 from test_tools import TOOL as WEATHER
@@ -21,10 +21,6 @@ from test_tools import result as tool_result
 
 from sessions import State
 from translate import listed_tool
-
-Serve = Callable[..., Server]
-both = pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
-
 
 # ---------------------------------------------------------------- turn by turn
 

@@ -11,7 +11,7 @@ import pytest
 from client import Client, Json, count, request_body
 from host import wait_until
 from processes import in_work
-from servers import Server
+from servers import Serve, Server
 from stand_in import Log
 from stubs import Stub
 from test_metrics import measure
@@ -62,7 +62,7 @@ def test_a_tool_adds_to_a_count_what_it_adds_at_the_api(real: Server, stub: Stub
     assert abs((ours[1] - ours[0]) - (theirs[1] - theirs[0])) < 50
 
 
-def test_a_count_is_validated_as_a_message_is(serve: Callable[..., Server]) -> None:
+def test_a_count_is_validated_as_a_message_is(serve: Serve) -> None:
     server = serve()
     for body, words in (
         (b"{", "not valid JSON"),
@@ -92,9 +92,6 @@ def test_counts_at_once_take_a_process_for_each_core_and_wait_for_no_turn(
         assert 1 < most <= 1 + (os.cpu_count() or 1)  # the turn's, and those that count
         assert [done.result().status for done in counts] == [200] * 4
         assert turn.result().status == 200
-
-
-Serve = Callable[..., Server]
 
 
 def test_a_message_that_waits_gets_the_room_of_a_count_that_ends(

@@ -16,15 +16,11 @@ import pytest
 from client import Json
 from host import ROOT, wait_until
 from processes import pid
-from servers import KEEP, Server
+from servers import KEEP, Serve, Server, linux
 from stand_in import Log
 from test_tools import TOOL, result, start, user
 
 from sessions import OPT_OUTS, Kind, PoolConfig, child_environment
-
-Serve = Callable[..., Server]
-linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
-
 
 # ---------------------------------------------------------------- variables
 
@@ -122,7 +118,7 @@ def test_retries_reach_the_child_in_its_environment(serve: Serve, log: Log) -> N
 
 @pytest.mark.parametrize("value", ["1", "true", None])
 def test_a_users_wish_that_nothing_is_reported_reaches_the_cli_as_it_is(
-    serve: Callable[..., Server], cli: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
+    serve: Serve, cli: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
 ) -> None:
     names = ("DISABLE_TELEMETRY", "DO_NOT_TRACK", "DISABLE_ERROR_REPORTING")
     for name in names:

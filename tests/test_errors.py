@@ -61,6 +61,12 @@ def test_what_a_retry_cannot_mend_is_not_retried() -> None:
     assert {400, 401, 403, 404, 413, 422} <= final
 
 
+@pytest.mark.parametrize("words", ["Authorization sk-ant-oat01-abc\\ndef0123456789012345x is no"])
+def test_no_error_holds_a_token(words: str) -> None:
+    message = ApiError(502, words).message
+    assert message == "Authorization sk-ant-*** is no"
+
+
 # ---------------------------------------------------------------- the status
 
 # (the `result`, the error's status, type and message)
@@ -235,12 +241,3 @@ def test_any_text_is_an_error_with_a_message(before: str, said: str, behind: str
     error = result_error(failed(result=f"{before}{said}{behind}"))
     assert error.message
     assert error.kind
-
-
-# ---------------------------------------------------------------- what the CLI repairs
-
-
-@pytest.mark.parametrize("words", ["Authorization sk-ant-oat01-abc\\ndef0123456789012345x is no"])
-def test_no_error_holds_a_token(words: str) -> None:
-    message = ApiError(502, words).message
-    assert message == "Authorization sk-ant-*** is no"

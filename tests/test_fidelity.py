@@ -23,7 +23,7 @@ from anthropic.types.beta import message_create_params
 from client import IMAGE, Json, arrived, text
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from servers import Server
+from servers import Serve, Server
 from stubs import Stub
 
 import translate
@@ -535,7 +535,7 @@ class Lab:
 
 
 @pytest.fixture
-def lab(serve: Callable[..., Server], cli: Path, stub: Stub) -> Lab:
+def lab(serve: Serve, cli: Path, stub: Stub) -> Lab:
     return Lab(stub, serve(bin=cli, spares=1), serve(bin=cli, spares=1))
 
 

@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import stat
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,16 +15,14 @@ import pytest
 from client import Json
 from host import wait_until
 from processes import alive
-from servers import Program, Server, plain_cli
+from servers import Launch, Program, Serve, linux, plain_cli
 from stand_in import Log
 
 import sessions
 from sessions import Gate
 
-Serve = Callable[..., Server]
 Run = Callable[..., None]  # post in the background
 SECRET = "a heron that nobody else is to read of"
-linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
 
 
 # ---------------------------------------------------------------- where it is
@@ -112,10 +109,10 @@ def files_with(text: bytes, *folders: Path) -> list[Path]:
     return [path for path in found if path.is_file() and text in path.read_bytes()]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
+@linux
 @pytest.mark.parametrize("state", [waiting_spare, half_through_the_gate, running_turn, parked])
 def test_a_killed_bridge_leaves_no_child_and_no_word_of_a_conversation(
-    launch: Callable[..., Program],
+    launch: Launch,
     log: Log,
     background: ThreadPoolExecutor,
     environment: Path,
@@ -153,10 +150,10 @@ def is_waiting(program: Program) -> bool:
     return "--resume" in found
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
+@linux
 @pytest.mark.parametrize("state", ["spare", "running", "parked"])
 def test_a_killed_bridge_with_the_real_cli_leaves_no_word_of_a_conversation(
-    launch: Callable[..., Program],
+    launch: Launch,
     cli: Path,
     since: Callable[[], list[Json]],
     background: ThreadPoolExecutor,

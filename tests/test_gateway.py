@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from client import Answer, Client, arrived, request_body, sent
 from host import TESTS, wait_until
-from servers import Program
+from servers import Launch, Program
 from stand_in import Log, digest
 from stubs import Stub
 
@@ -65,7 +65,7 @@ class Gateway(Client):
 
 
 @pytest.fixture
-def gateway(launch: Callable[..., Program], tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
+def gateway(launch: Launch, tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
     """Start two bridges and nginx before them: gateway(GATEWAY, CLAUDE_CLI_API_KEY=...)."""
     with contextlib.ExitStack() as stack:
 
@@ -282,7 +282,7 @@ def test_a_body_of_the_bridges_limit_passes_and_neither_prompt_nor_answer_touche
 
 
 def test_bridges_that_were_away_are_asked_again_at_once(
-    gateway: Callable[..., Gateway], launch: Callable[..., Program]
+    gateway: Callable[..., Gateway], launch: Launch
 ) -> None:
     server = gateway(GATEWAY)
     for bridge in server.bridges:

@@ -36,13 +36,12 @@ from messages import (
     user,
 )
 from processes import pid
-from servers import Server
+from servers import Serve, Server
 
 from sessions import Kind, Session, State
 from translate import ApiError, Request, parse_request
 
 Json = dict[str, Any]
-Serve = Callable[..., Server]
 Draw = Callable[[Any], Any]
 
 # A case is what a client sends: {"betas": the header, "body": the body}.

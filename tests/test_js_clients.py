@@ -12,7 +12,7 @@ import readme
 from client import Json, arrived
 from host import TESTS
 from installed import JS_CLIENTS, OPENCODE
-from servers import Program, Server
+from servers import Launch, Serve
 
 SDK = readme.block("import Anthropic from")
 AI_SDK = readme.block("createAnthropic({")
@@ -28,7 +28,7 @@ def packages() -> Path:
 
 
 @pytest.mark.timeout(240)
-def test_typescript_clients(serve: Callable[..., Server], cli: Path, packages: Path) -> None:
+def test_typescript_clients(serve: Serve, cli: Path, packages: Path) -> None:
     shutil.copy(TESTS / "drivers/ts_check.mjs", packages)
     command = ["node", str(packages / "ts_check.mjs"), serve(bin=cli).url, "--timeout", "30"]
     required = "tools,images,json,sampling,thinking"
@@ -40,7 +40,7 @@ def test_typescript_clients(serve: Callable[..., Server], cli: Path, packages: P
 
 @pytest.mark.parametrize("example", [SDK, AI_SDK], ids=["SDK", "AI SDK"])
 def test_the_examples_of_the_readme_get_an_answer(
-    serve: Callable[..., Server], packages: Path, tmp_path: Path, example: str
+    serve: Serve, packages: Path, tmp_path: Path, example: str
 ) -> None:
     program = tmp_path / "example.mjs"
     program.write_text(example.replace("http://127.0.0.1:14001", serve().url))
@@ -56,7 +56,7 @@ def test_the_examples_of_the_readme_get_an_answer(
 )
 @pytest.mark.parametrize("cli", ["bundled"], indirect=True)
 def test_opencode_uses_its_tools_and_goes_on_in_the_same_process(
-    launch: Callable[..., Program],
+    launch: Launch,
     cli: Path,
     environment: Path,
     tmp_path: Path,

@@ -27,7 +27,7 @@ from client import Client, request_body
 from host import ROOT, STANDIN, children, open_files, wait_until
 from installed import CLIS
 from processes import alive
-from servers import Program, Server, kept_names
+from servers import Launch, Program, Serve, kept_names
 from stand_in import Log
 
 from bridge import Config, serve
@@ -207,7 +207,7 @@ def test_three_cancels_within_a_moment_leave_no_child_task_or_socket(
     sys.platform != "linux" or sys.version_info >= (3, 12), reason="no thread watches a child"
 )
 def test_when_no_thread_can_watch_a_child_the_request_fails_and_the_child_ends(
-    serve: Callable[..., Server],
+    serve: Serve,
 ) -> None:
     server = serve()
     threading.stack_size(1 << 46)
@@ -343,7 +343,7 @@ exec ./start
 
 
 @pytest.fixture
-def confined(tmp_path: Path) -> Iterator[Callable[..., Program]]:
+def confined(tmp_path: Path) -> Iterator[Launch]:
     """The bridge as the README starts it under a limit, in a mount namespace: confined(cli, "no")
     without /proc."""
     if sys.platform != "linux" or subprocess.run([*UNSHARE, "true"], check=False).returncode:
@@ -420,7 +420,7 @@ def limits(program: Program) -> list[int]:
 
 
 def test_without_home_or_a_disk_64_mb_are_enough(
-    confined: Callable[..., Program], gate: Path, background: ThreadPoolExecutor, tmp_path: Path
+    confined: Launch, gate: Path, background: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
     program = confined(STANDIN, "yes")
     assert psutil.Process(program.process.pid).rlimit(resource.RLIMIT_AS)[0] == 64 << 20
@@ -443,7 +443,7 @@ def test_without_home_or_a_disk_64_mb_are_enough(
 
 
 def test_the_real_cli_needs_no_home_and_one_folder_behind_a_bridge_with_64_mb(
-    confined: Callable[..., Program],
+    confined: Launch,
 ) -> None:
     if not CLIS:
         pytest.skip("no real CLI is installed")

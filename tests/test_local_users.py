@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,9 @@ from pathlib import Path
 import pytest
 from client import request_body
 from host import wait_until
-from servers import Program, Server, kept_names
+from servers import Launch, Program, Serve, kept_names, linux
 from stand_in import Log
 
-Launch = Callable[..., Program]
 NOBODY, SOMEBODY = 65534, 65533
 KEY = "sesame-key"
 TOOL = {
@@ -28,7 +27,6 @@ TOOL = {
     "description": "sesame-description",
     "input_schema": {"type": "object"},
 }
-linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 # ---------------------------------------------------------------- the unix socket
 
@@ -52,9 +50,7 @@ def folder() -> Iterator[str]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_only_the_owner_of_a_unix_socket_can_use_it(
-    folder: str, serve: Callable[..., Server]
-) -> None:
+def test_only_the_owner_of_a_unix_socket_can_use_it(folder: str, serve: Serve) -> None:
     """Nothing but the socket's own mode decides: it is the owner whose change lets a user in."""
     path = f"{folder}/bridge.sock"
 

@@ -10,7 +10,7 @@ import pytest
 from client import Client, Json, request_body
 from host import wait_until
 from installed import CLI_PARAMS
-from servers import KEEP, Program, Server
+from servers import KEEP, Launch, Program, Serve
 from stubs import Stub
 from test_check import FEATURES, check
 
@@ -195,7 +195,7 @@ TABLE = [
 
 @pytest.mark.parametrize(("cli", "name"), TABLE, indirect=["cli"])
 def test_a_login_is_one_at_the_start_for_check_on_the_page_for_health_and_at_the_api(
-    launch: Callable[..., Program],
+    launch: Launch,
     cli: Path,
     environment: Path,
     stub: Stub,
@@ -273,7 +273,7 @@ def tokens(rows: list[Json]) -> list[str]:
 
 
 def test_a_login_that_is_made_while_a_spare_waits_counts_at_once(
-    serve: Callable[..., Server],
+    serve: Serve,
     cli: Path,
     environment: Path,
     since: Callable[[], list[Json]],
@@ -296,7 +296,7 @@ def test_a_login_that_is_made_while_a_spare_waits_counts_at_once(
 
 
 def test_a_hot_conversation_goes_on_with_the_login_of_now(
-    serve: Callable[..., Server],
+    serve: Serve,
     cli: Path,
     environment: Path,
     since: Callable[[], list[Json]],
@@ -333,7 +333,7 @@ def test_a_hot_conversation_goes_on_with_the_login_of_now(
 
 @pytest.mark.parametrize("cli", ["bundled"], indirect=True)
 def test_a_subscription_in_place_of_a_key_in_the_settings_counts_at_once(
-    serve: Callable[..., Server],
+    serve: Serve,
     cli: Path,
     environment: Path,
     since: Callable[[], list[Json]],
@@ -349,7 +349,7 @@ def test_a_subscription_in_place_of_a_key_in_the_settings_counts_at_once(
 
 
 def test_a_user_without_a_settings_file_may_say_that_the_login_is_in_it(
-    serve: Callable[..., Server], cli: Path
+    serve: Serve, cli: Path
 ) -> None:
     server = serve(bin=cli, setting_sources="user")
     assert [server.post(words).status for words in ("SAY one", "SAY two")] == [200, 200]

@@ -4,7 +4,6 @@ breakpoints they have."""
 import base64
 import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -41,40 +40,9 @@ from messages import (
     texts,
     user,
 )
-from servers import Server
 
 import translate
 from translate import CANNOT_CONTINUE, ApiError
-
-Serve = Callable[..., Server]
-
-
-# ---------------------------------------------------------------- what the CLI repairs
-
-
-def test_an_image_over_5_mb_is_the_clients_400_and_costs_no_process(serve: Serve) -> None:
-    server = serve()
-    source = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo" + "A" * 5_242_881}
-    source["data"] += "A" * (-len(source["data"]) % 4)
-    for block in (
-        {"type": "image", "source": source},
-        {
-            "type": "tool_result",
-            "tool_use_id": "x",
-            "content": [{"type": "image", "source": source}],
-        },
-    ):
-        answer = server.post([role("user", [block])])
-        assert answer.status == 400
-        assert "image exceeds 5 MB maximum" in answer.json["error"]["message"]
-    assert not server.processes()
-
-
-def test_a_text_that_javascript_takes_for_white_space_is_refused(serve: Serve) -> None:
-    answer = serve().post([role("user", [{"type": "text", "text": "\ufeff"}])])
-    assert answer.status == 400
-    assert "non-whitespace" in answer.json["error"]["message"]
-
 
 Json = dict[str, Any]
 
@@ -146,6 +114,8 @@ REFUSED: list[tuple[Any, str]] = [
         "messages: text content blocks must contain non-whitespace text (messages.0)",
     ),
     ([role("user", "\t")], "messages: text content blocks must contain non-whitespace text"),
+    # as JavaScript counts it
+    (user(text("\ufeff")), "messages: text content blocks must contain non-whitespace text"),
     (
         ["x", role("assistant", [text(" ")]), role("user")],
         "messages: text content blocks must contain non-whitespace text (messages.1)",
@@ -264,6 +234,9 @@ def test_an_image_may_have_five_mebibytes_of_base64(more: int) -> None:
         "messages.0.content.0.image.source.base64: "
         "image exceeds 5 MB maximum: 5242884 bytes > 5242880 bytes"
     )
+    [message] = image(data=data)
+    with pytest.raises(ApiError, match="image exceeds 5 MB maximum"):
+        parsed(answered(USE, RESULT | {"content": message["content"]}))
 
 
 # ---------------------------------------------------------------- what the API judges

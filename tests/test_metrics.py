@@ -12,13 +12,12 @@ import readme
 from client import Client, request_body
 from host import wait_until
 from prometheus_client.parser import text_string_to_metric_families
-from servers import Program, Server
+from servers import Launch, Serve
 from stand_in import Log
 
 import sessions
 from sessions import Metrics
 
-Serve = Callable[..., Server]
 PREFIX = "claude_cli_bridge_"
 
 
@@ -212,7 +211,7 @@ def test_metrics_need_the_key_and_hold_no_name_of_a_client(serve: Serve) -> None
 
 
 def test_the_time_of_a_request_is_not_that_of_its_connection(
-    launch: Callable[..., Program],
+    launch: Launch,
 ) -> None:
     """It begins when the request does: as long as the client itself waited, at most."""
     program = launch("--log-format", "json")

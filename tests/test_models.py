@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from client import Json
 from processes import pool_of
-from servers import Server
+from servers import Serve, Server
 
 from bridge import model_list
 from translate import MODEL_PREFIX, listed_model, takes_from_conversation
@@ -76,7 +76,7 @@ def test_a_model_is_listed_under_its_full_id_and_under_its_alias_and_once() -> N
 
 
 def test_each_model_that_a_cli_lists_answers_without_being_named_at_its_start(
-    serve: Callable[..., Server], cli: Path, since: Callable[[], list[Json]]
+    serve: Serve, cli: Path, since: Callable[[], list[Json]]
 ) -> None:
     """So that one spare serves all of them.  Of others a CLI silently takes its default."""
     server = serve(bin=cli)

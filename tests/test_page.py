@@ -4,7 +4,6 @@ import base64
 import json
 import re
 import subprocess
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 from client import request_body
 from host import STANDIN, wait_until
-from servers import Server
+from servers import Serve, Server
 from stand_in import Log
 from wire import ask
 
@@ -21,7 +20,6 @@ from bridge import user_name
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
-Serve = Callable[..., Server]
 KEY = {"x-api-key": "sesame-key"}
 BASIC = 'Basic realm="the password is the key"'
 HTML = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}

@@ -16,15 +16,12 @@ import pytest
 from client import Answer, request_body
 from host import STANDIN, wait_until
 from processes import alive, in_pool, in_work, kill, open_gate, pid, soon, take_turn, talk
-from servers import Program, Server, plain_cli
+from servers import Launch, Serve, Server, plain_cli
 from stand_in import Log
 
 import sessions
 from sessions import Cli, Kind, Pool, State
 from translate import ApiError
-
-Serve = Callable[..., Server]
-
 
 # ---------------------------------------------------------------- who gets which
 
@@ -572,7 +569,7 @@ def test_a_spare_that_is_being_started_makes_room_for_a_request(
 
 
 def test_with_room_for_one_process_the_start_still_finds_out_who_is_logged_in(
-    launch: Callable[..., Program],
+    launch: Launch,
 ) -> None:
     program = launch(CLAUDE_CLI_SPARES="1", CLAUDE_CLI_MAX_SESSIONS="1")
     wait_until(
@@ -624,7 +621,7 @@ def test_processes_that_never_answer_do_not_hold_up_the_start_of_others(
     gate.touch()
 
 
-def test_the_program_has_two_spares_by_default(launch: Callable[..., Program], log: Log) -> None:
+def test_the_program_has_two_spares_by_default(launch: Launch, log: Log) -> None:
     program = launch(CLAUDE_CLI_SPARES="")
     wait_until(lambda: any("logged in" in line for line in program.lines), "the login state")
     wait_until(lambda: len(program.children()) == 2, "the end of the process that was asked")

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,17 +22,14 @@ from processes import (
     session_of,
     talk,
 )
-from servers import Program, Server
+from servers import Launch, Serve, Server, both, linux
 from stand_in import UNASKED, Log
 from test_pool import spare
 
 import sessions
 from sessions import State
 
-Serve = Callable[..., Server]
-both = pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 kinds = pytest.mark.parametrize("kind", UNASKED)
-linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
 
 
 # ---------------------------------------------------------------- late results
@@ -233,7 +229,7 @@ def test_a_process_that_no_longer_reads_fails_its_next_turn_and_is_ended(
 
 @linux
 def test_a_bridge_that_was_stopped_looks_at_the_pipe_before_it_gives_up(
-    launch: Callable[..., Program], gate: Path, log: Log, background: ThreadPoolExecutor
+    launch: Launch, gate: Path, log: Log, background: ThreadPoolExecutor
 ) -> None:
     program = launch(CLAUDE_CLI_WATCHDOG_SECS="2")
     answer = background.submit(program.post, "PAUSE")

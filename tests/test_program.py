@@ -20,7 +20,19 @@ import pytest
 from client import Client, Json, error_of
 from host import ROOT, STANDIN, wait_until
 from processes import HEADER, alive
-from servers import ADDRESS, BRIDGE, Program, activate, is_up, printed, refusal, refuses, run
+from servers import (
+    ADDRESS,
+    BRIDGE,
+    Launch,
+    Program,
+    activate,
+    is_up,
+    linux,
+    printed,
+    refusal,
+    refuses,
+    run,
+)
 from stand_in import Log
 from test_metrics import measure
 from wire import GET
@@ -29,12 +41,10 @@ import bridge
 from bridge import ConfigError, read_flags
 from translate import digest
 
-Launch = Callable[..., Program]
 formats = pytest.mark.parametrize("log_format", ["text", "json"])
 signals = pytest.mark.parametrize(
     "number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"]
 )
-linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
 
 
 # ---------------------------------------------------------------- words
@@ -269,7 +279,7 @@ def test_an_mcp_server_that_cannot_start_is_warned_of(
 
 @linux
 def test_signals_and_limits_that_a_launcher_has_set_do_no_harm(
-    launch: Callable[..., Program],
+    launch: Launch,
 ) -> None:
     lines = "import os, resource, signal, sys\n"
     lines += "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
@@ -451,7 +461,7 @@ def test_under_nohup_sighup_is_ignored(launch: Launch) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_second_signal_cuts_running_answers_short(
-    launch: Callable[..., Program],
+    launch: Launch,
     gate: Path,
     log: Log,
     background: ThreadPoolExecutor,
@@ -472,7 +482,7 @@ def test_a_second_signal_cuts_running_answers_short(
 
 
 def test_two_signals_at_once_still_end_answers_with_a_503(
-    launch: Callable[..., Program], gate: Path, log: Log, background: ThreadPoolExecutor
+    launch: Launch, gate: Path, log: Log, background: ThreadPoolExecutor
 ) -> None:
     program = launch(CLAUDE_CLI_DRAIN_SECS="60")
     running = background.submit(program.post, "PAUSE")

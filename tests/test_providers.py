@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from client import Json
 from host import ROOT
-from servers import Program, refusal
+from servers import Launch, refusal
 
 import bridge
 
@@ -315,9 +315,7 @@ def test_without_a_claude_cli_provider_nothing_starts_and_one_line_says_so(
     assert "no claude-cli provider" in line
 
 
-def test_with_a_claude_cli_provider_the_listener_starts(
-    launch: Callable[..., Program], write: Write
-) -> None:
+def test_with_a_claude_cli_provider_the_listener_starts(launch: Launch, write: Write) -> None:
     path = write(OTHER, MINE)
     assert launch("--config", path).post().text == "echo: hello; 1 messages"
     assert launch(CLAUDE_CLI_CONFIG=path).post().text == "echo: hello; 1 messages"

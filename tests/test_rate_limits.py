@@ -3,7 +3,6 @@
 import json
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,10 @@ import pytest
 from client import Json
 from host import STANDIN
 from messages import JUNK, failure, first_turns
-from servers import KEEP, Server
+from servers import KEEP, Serve, Server, both
 from test_metrics import measure
 
 from translate import RateLimit, quota_headers, rate_limits
-
-Serve = Callable[..., Server]
-both = pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 
 
 @both

@@ -23,7 +23,7 @@ import readme
 from client import Client, Json
 from host import ROOT, wait_until
 from installed import CACHE, CLIS, WHEELS
-from servers import Server, kept_names
+from servers import Serve, kept_names
 from stubs import Stub
 from test_fidelity import DIFFERENCES, TOLD
 
@@ -173,7 +173,7 @@ def test_the_readme_names_each_metric_and_command() -> None:
 
 
 def test_the_log_line_of_the_readme_has_the_fields_of_one(
-    serve: Callable[..., Server], caplog: pytest.LogCaptureFixture
+    serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "claude_cli_bridge")
     server = serve()

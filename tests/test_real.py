@@ -18,7 +18,7 @@ import psutil
 import pytest
 from client import IMAGE, Answer, Client, Json, arrived, request_body, sent, text
 from host import TESTS, wait_until
-from servers import KEEP, Program, Server
+from servers import KEEP, Launch, Program, Serve, Server, linux
 from stubs import Stub
 
 
@@ -163,9 +163,7 @@ def test_later_turns_stay_in_one_process_and_the_api_sees_the_whole_history(
     ]
 
 
-def test_a_hot_turn_writes_only_the_new_message(
-    serve: Callable[..., Server], cli: Path, tmp_path: Path
-) -> None:
+def test_a_hot_turn_writes_only_the_new_message(serve: Serve, cli: Path, tmp_path: Path) -> None:
     log, wrapper = tmp_path / "stdin", tmp_path / "claude"
     wrapper.write_text(f'#!/bin/sh\ntee -a {log} | {cli} "$@"\n')
     wrapper.chmod(0o755)
@@ -212,7 +210,7 @@ def test_history_that_no_process_holds_arrives_as_it_was_sent(real: Server, stub
 
 
 def test_a_rebuilt_conversation_has_the_bytes_of_the_continued_one(
-    serve: Callable[..., Server], cli: Path, stub: Stub
+    serve: Serve, cli: Path, stub: Stub
 ) -> None:
     """For the API's prompt cache.  What 2.1.330 puts after the newest message is in README.md here."""
     tools = [
@@ -439,9 +437,7 @@ def test_conversation_survives_the_death_of_its_process(real: Server, stub: Stub
     assert last_arrived(stub) == sent([*history, "SAY on"])
 
 
-def test_conversation_survives_a_restart_of_the_bridge(
-    serve: Callable[..., Server], cli: Path, stub: Stub
-) -> None:
+def test_conversation_survives_a_restart_of_the_bridge(serve: Serve, cli: Path, stub: Stub) -> None:
     first = serve(bin=cli)
     history, _ = converse(first, 2)
     first.close()
@@ -529,7 +525,7 @@ def test_system_prompt_of_300_kb_arrives_whole(
 
 
 def test_nothing_of_the_users_own_settings_arrives(
-    serve: Callable[..., Server],
+    serve: Serve,
     cli: Path,
     environment: Path,
     tmp_path: Path,
@@ -611,7 +607,7 @@ def test_stop_sequence_ends_the_answer_and_leaves_the_session_warm(real: Server)
     ],
 )
 def test_api_failure_keeps_its_status_and_type(
-    serve: Callable[..., Server], cli: Path, word: str, status: int, kind: str, stream: bool
+    serve: Serve, cli: Path, word: str, status: int, kind: str, stream: bool
 ) -> None:
     server = serve(bin=cli, retries=0)
     answer = server.post(word, stream=stream)
@@ -636,7 +632,7 @@ def test_error_in_mid_stream_is_an_error_event_and_the_end(real: Server) -> None
     assert real.post("SAY fine").text == "fine"
 
 
-def test_retried_api_failure_is_an_answer(serve: Callable[..., Server], cli: Path) -> None:
+def test_retried_api_failure_is_an_answer(serve: Serve, cli: Path) -> None:
     assert (
         serve(bin=cli, retries=1)
         .post(f"RETRYONCE {time.time()}")
@@ -645,9 +641,7 @@ def test_retried_api_failure_is_an_answer(serve: Callable[..., Server], cli: Pat
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_nobody_logged_in_is_401_with_the_cure(
-    serve: Callable[..., Server], cli: Path, stream: bool
-) -> None:
+def test_nobody_logged_in_is_401_with_the_cure(serve: Serve, cli: Path, stream: bool) -> None:
     server = serve(
         bin=cli, keep_env=("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "ANTHROPIC_BASE_URL")
     )
@@ -704,7 +698,7 @@ def start_slow_answer(
 
 
 def test_running_answer_is_finished_on_sigterm(
-    launch: Callable[..., Program], cli: Path, since: Callable[[], list[Json]]
+    launch: Launch, cli: Path, since: Callable[[], list[Json]]
 ) -> None:
     program = launch(CLAUDE_CLI_BIN=str(cli))
     connection = start_slow_answer(program, since, "SLOW 40")
@@ -717,7 +711,7 @@ def test_running_answer_is_finished_on_sigterm(
 
 
 def test_answer_longer_than_the_drain_time_ends_in_an_error(
-    launch: Callable[..., Program], cli: Path, since: Callable[[], list[Json]]
+    launch: Launch, cli: Path, since: Callable[[], list[Json]]
 ) -> None:
     program = launch(CLAUDE_CLI_BIN=str(cli), CLAUDE_CLI_DRAIN_SECS="0.5")
     streamed = start_slow_answer(program, since, "SLOW 400")
@@ -732,9 +726,9 @@ def test_answer_longer_than_the_drain_time_ends_in_an_error(
         connection.close()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
+@linux
 def test_sigkill_of_the_bridge_leaves_no_child_and_no_api_call(
-    launch: Callable[..., Program], cli: Path, since: Callable[[], list[Json]]
+    launch: Launch, cli: Path, since: Callable[[], list[Json]]
 ) -> None:
     program = launch(CLAUDE_CLI_BIN=str(cli))
     connection = start_slow_answer(program, since, "SLOW 200")
@@ -752,7 +746,7 @@ def test_sigkill_of_the_bridge_leaves_no_child_and_no_api_call(
 
 
 def test_start_makes_no_model_call_and_its_spare_serves_the_first_conversation(
-    launch: Callable[..., Program], cli: Path, since: Callable[[], list[Json]]
+    launch: Launch, cli: Path, since: Callable[[], list[Json]]
 ) -> None:
     program = launch(CLAUDE_CLI_BIN=str(cli), CLAUDE_CLI_SPARES="1")
     wait_until(
@@ -770,7 +764,7 @@ def test_start_makes_no_model_call_and_its_spare_serves_the_first_conversation(
     wait_until(lambda: len(program.children()) == 2, "the next spare")
 
 
-def test_start_says_that_nobody_is_logged_in(launch: Callable[..., Program], cli: Path) -> None:
+def test_start_says_that_nobody_is_logged_in(launch: Launch, cli: Path) -> None:
     program = launch(
         CLAUDE_CLI_BIN=str(cli), CLAUDE_CLI_KEEP_ENV="CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"
     )
@@ -794,7 +788,7 @@ SCRUBBED = {
 
 
 def test_child_gets_no_name_of_the_scrub_list_unless_kept(
-    serve: Callable[..., Server], cli: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, cli: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in SCRUBBED.items():
         monkeypatch.setenv(name, value)
@@ -812,9 +806,7 @@ def test_child_gets_no_name_of_the_scrub_list_unless_kept(
 
 
 @pytest.mark.timeout(240)
-def test_conformance(
-    serve: Callable[..., Server], cli: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_conformance(serve: Serve, cli: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver also sends what the API refuses, so it needs an API that does."""
     with Stub("--judge") as judging:
         monkeypatch.setenv("ANTHROPIC_BASE_URL", judging.url)

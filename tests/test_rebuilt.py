@@ -3,7 +3,7 @@ common with the request before, byte for byte.  The stub refuses breakpoints as 
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from client import Answer, Client, Json, arrived, count, request_body, sent, tex
 from host import wait_until
 from installed import CLIS
 from judge import Refused, judge
-from servers import Server
+from servers import Serve, Server
 from stubs import Stub
 from test_fidelity import betas_of
 from test_logins import LOGINS, log_in, login_headers
@@ -33,7 +33,7 @@ RESULTS: list[Json] = [
 class Bridges:
     """Bridges with one login and one CLI, in front of an API that judges."""
 
-    start: Callable[..., Server]
+    start: Serve
     stub: Stub
     has_bare_mode: bool  # nothing is added to what the client sent
     is_announced: bool  # the CLI adds what it announces
@@ -62,7 +62,7 @@ def judging() -> Iterator[Stub]:
 @pytest.fixture(params=["key", "subscription-with-account"])
 def bridges(
     request: pytest.FixtureRequest,
-    serve: Callable[..., Server],
+    serve: Serve,
     cli: Path,
     environment: Path,
     judging: Stub,
@@ -73,7 +73,7 @@ def bridges(
 
 def make_bridges(
     name: str,
-    serve: Callable[..., Server],
+    serve: Serve,
     cli: Path,
     home: Path,
     judging: Stub,
@@ -199,7 +199,7 @@ def test_a_spare_that_is_set_up_as_the_last_conversation_began_asks_what_a_fresh
 
 
 def test_the_question_for_announcements_does_not_reach_an_api_of_the_users_settings(
-    serve: Callable[..., Server],
+    serve: Serve,
     cli: Path,
     environment: Path,
     judging: Stub,
@@ -267,7 +267,7 @@ def test_whether_continued_rebuilt_forked_or_edited_the_cache_reads_all_that_was
 
 
 def test_with_a_key_from_a_helper_the_cache_reads_all_that_was_there(
-    serve: Callable[..., Server],
+    serve: Serve,
     environment: Path,
     judging: Stub,
     monkeypatch: pytest.MonkeyPatch,
@@ -393,7 +393,7 @@ SYSTEM = [text("Be  terse.\n"), {**text("And kind."), "cache_control": {"type": 
     "name", ["subscription-with-account", "key", "key-helper", "token-of-setup-token", "foundry"]
 )
 def test_with_each_login_the_same_arrives(
-    serve: Callable[..., Server],
+    serve: Serve,
     cli: Path,
     environment: Path,
     judging: Stub,

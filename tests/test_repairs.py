@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from client import Json, arrived, request_body, text
-from servers import Server
+from servers import Serve, Server
 from test_tools import TOOL, result, start, user
 
 Since = Callable[[], list[Json]]
@@ -52,7 +52,7 @@ def last_input(since: Since) -> Any:
 
 @pytest.mark.parametrize("name", REWRITTEN)
 def test_an_input_of_a_tool_that_the_cli_takes_for_its_own_arrives_alike_and_is_told(
-    serve: Callable[..., Server], cli: Path, since: Since, name: str
+    serve: Serve, cli: Path, since: Since, name: str
 ) -> None:
     tool_name, given, written = REWRITTEN[name]
     tool = {"name": tool_name, "input_schema": {"type": "object"}}
@@ -75,7 +75,7 @@ def test_an_input_of_a_tool_that_the_cli_takes_for_its_own_arrives_alike_and_is_
 
 @pytest.mark.parametrize("words", ["USE_TOOL unknown INPUT={}END", "MAXTOK"])
 def test_the_model_is_not_asked_again_by_the_cli(
-    serve: Callable[..., Server], cli: Path, since: Since, words: str
+    serve: Serve, cli: Path, since: Since, words: str
 ) -> None:
     """The CLI would answer a call of a tool that is not there, and go on with an answer that was
     cut off."""
@@ -90,7 +90,7 @@ def test_the_model_is_not_asked_again_by_the_cli(
 
 
 def test_more_than_one_call_of_the_api_for_a_turn_is_told(
-    serve: Callable[..., Server], cli: Path, since: Since
+    serve: Serve, cli: Path, since: Since
 ) -> None:
     answer = serve(bin=cli, retries=1).post(f"RETRYONCE {cli}")  # once for each text
     assert (answer.status, answer.headers["x-bridge-api-calls"]) == (200, "2")
@@ -108,7 +108,7 @@ def test_an_error_in_mid_stream_has_the_apis_own_words(real: Server, stream: boo
 
 
 def test_a_text_after_a_call_is_told_where_the_cli_moves_it(
-    serve: Callable[..., Server], cli: Path, since: Since
+    serve: Serve, cli: Path, since: Since
 ) -> None:
     call = {"type": "tool_use", "id": "toolu_1", "name": "mine", "input": {}}
     tool = {"name": "mine", "input_schema": {"type": "object"}}
@@ -137,7 +137,7 @@ def test_a_count_says_what_it_leaves_out(real: Server) -> None:
 
 
 def test_the_commands_of_an_agent_see_nothing_of_the_request(
-    serve: Callable[..., Server], cli: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, cli: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "ls"  # which needs no permission
     program.write_text(f"#!/bin/sh\nenv > {tmp_path}/seen\n")
@@ -168,7 +168,7 @@ def test_the_commands_of_an_agent_see_nothing_of_the_request(
 
 @pytest.mark.parametrize("asked", [None, {"type": "adaptive"}])
 def test_an_agent_thinks_if_it_is_asked_to(
-    serve: Callable[..., Server], cli: Path, since: Since, tmp_path: Path, asked: Json | None
+    serve: Serve, cli: Path, since: Since, tmp_path: Path, asked: Json | None
 ) -> None:
     server = serve(bin=cli, tools="Read", cwd=str(tmp_path))
     for words in ("SAY x", "SAY y"):
@@ -189,9 +189,6 @@ def large_image() -> Json:
     data += chunk(b"IEND", b"")
     source = {"type": "base64", "media_type": "image/png", "data": b64encode(data).decode()}
     return {"type": "image", "source": source}
-
-
-# ---------------------------------------------------------------- what the CLI repairs
 
 
 def test_a_thinking_signature_that_the_api_refuses_is_the_apis_400(

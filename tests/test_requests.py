@@ -43,16 +43,6 @@ from messages import (
 import translate
 from translate import ApiError, parse_request
 
-# ---------------------------------------------------------------- who is who
-
-
-def test_a_toolset_without_a_name_is_a_clients_tool() -> None:
-    body = {"model": "sonnet", "max_tokens": 9, "messages": [{"role": "user", "content": "x"}]}
-    for tools, is_agent in ([{"type": "new_toolset"}], False), ([], True):
-        request = parse_request(json.dumps({**body, "tools": tools}).encode(), agent=True)
-        assert request.is_agent == is_agent
-
-
 Json = dict[str, Any]
 
 
@@ -77,6 +67,8 @@ REFUSED_FIELDS: list[tuple[Any, Json, str]] = [
     ("x", {"model": "a" * 300}, NOT_A_MODEL),
     ("x", {"stream": "yes"}, "stream: Input should be a valid boolean"),
     ("x", {"stream": 1}, "stream: Input should be a valid boolean"),
+    ("x", {"stream": 0}, "stream: Input should be a valid boolean"),
+    ("x", {"stream": []}, "stream: Input should be a valid boolean"),
     ("x", {"messages": "hello"}, "messages: Input should be a valid list"),
     ("x", {"messages": {}}, "messages: Input should be a valid list"),
     ("x", {"system": 5}, "system: Input should be a valid list"),
@@ -364,6 +356,13 @@ def test_the_members_of_a_toolset_are_those_that_the_sdk_knows(kind: str) -> Non
     members = getattr(anthropic.types, f"{kind}_member_name")
     known = typing.get_args(getattr(members, f"{kind.title()}MemberName"))
     assert set(translate.TOOLSETS[f"{kind}_toolset_"].split()) == set(known)
+
+
+def test_a_toolset_without_a_name_is_a_clients_tool() -> None:
+    body = {"model": "sonnet", "max_tokens": 9, "messages": [{"role": "user", "content": "x"}]}
+    for tools, is_agent in ([{"type": "new_toolset"}], False), ([], True):
+        request = parse_request(json.dumps({**body, "tools": tools}).encode(), agent=True)
+        assert request.is_agent == is_agent
 
 
 def test_a_tool_that_a_reference_has_loaded_is_deferred_no_more() -> None:

@@ -15,16 +15,13 @@ import pytest
 from client import Answer, error_of
 from host import wait_until
 from processes import in_pool, in_work, open_gate, soon, take_turn, talk
-from servers import Server
+from servers import Serve
 from stand_in import Log
 
 import bridge
 import sessions
 from sessions import Pool, Room, State, Turn
 from translate import ApiError
-
-Serve = Callable[..., Server]
-
 
 # ---------------------------------------------------------------- places, and who waits
 

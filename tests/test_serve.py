@@ -16,14 +16,13 @@ from pathlib import Path
 import pytest
 from client import Client
 from host import ROOT, STANDIN, wait_until
-from servers import Program, Server
+from servers import Launch, Serve, Server, linux
 from test_access import KEY
 from wire import GET, Wire, ask, assert_error, assert_refused, dial, let_in, post, stuck
 
 import bridge
 
 pytestmark = pytest.mark.usefixtures("quiet")
-Launch = Callable[..., Program]
 
 
 # ---------------------------------------------------------------- addresses
@@ -59,7 +58,7 @@ def test_a_port_of_roots_is_refused_by_that() -> None:
     )
 
 
-def test_an_ipv6_address_can_be_listened_on(serve: Callable[..., Server]) -> None:
+def test_an_ipv6_address_can_be_listened_on(serve: Serve) -> None:
     server = serve(listen_addr="[::1]:0")
     assert server.bridge
     assert server.bridge.addresses == [f"[::1]:{server.port}"]
@@ -70,7 +69,7 @@ def test_an_ipv6_address_can_be_listened_on(serve: Callable[..., Server]) -> Non
 # ---------------------------------------------------------------- Unix sockets
 
 
-def test_a_unix_socket_can_be_listened_on(serve: Callable[..., Server], socket_path: Path) -> None:
+def test_a_unix_socket_can_be_listened_on(serve: Serve, socket_path: Path) -> None:
     server = serve(listen_addr=f"unix:{socket_path}")
     assert server.bridge
     assert server.bridge.addresses == [f"unix:{socket_path}"]
@@ -83,7 +82,7 @@ def test_a_unix_socket_can_be_listened_on(serve: Callable[..., Server], socket_p
 
 
 def test_the_umask_stays_as_it_is_and_a_unix_socket_is_its_owners_alone(
-    serve: Callable[..., Server], socket_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, socket_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It belongs to the whole program: a file that another thread makes meanwhile would get it."""
     masks: list[int] = []
@@ -118,7 +117,7 @@ def test_a_unix_socket_in_use_is_refused_and_a_stale_one_is_replaced(
 
 
 def test_a_unix_socket_left_by_a_killed_bridge_is_no_obstacle(
-    serve: Callable[..., Server], socket_path: Path
+    serve: Serve, socket_path: Path
 ) -> None:
     with socket.socket(socket.AF_UNIX) as old:
         old.bind(str(socket_path))
@@ -126,9 +125,7 @@ def test_a_unix_socket_left_by_a_killed_bridge_is_no_obstacle(
     assert let_in(ask(server, "Host: localhost", connection=dial(socket_path)))
 
 
-def test_a_socket_of_another_kind_is_not_replaced(
-    serve: Callable[..., Server], socket_path: Path
-) -> None:
+def test_a_socket_of_another_kind_is_not_replaced(serve: Serve, socket_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         other.bind(str(socket_path))
         with pytest.raises(bridge.ConfigError, match="already in use"):
@@ -137,7 +134,7 @@ def test_a_socket_of_another_kind_is_not_replaced(
 
 
 def test_a_bridge_that_ends_leaves_the_socket_of_another_that_took_its_path(
-    serve: Callable[..., Server], socket_path: Path
+    serve: Serve, socket_path: Path
 ) -> None:
     first = serve(listen_addr=f"unix:{socket_path}")
     socket_path.unlink()
@@ -149,7 +146,7 @@ def test_a_bridge_that_ends_leaves_the_socket_of_another_that_took_its_path(
 
 
 def test_a_bridge_that_ends_leaves_a_file_that_took_the_place_of_its_socket(
-    serve: Callable[..., Server], socket_path: Path
+    serve: Serve, socket_path: Path
 ) -> None:
     server = serve(listen_addr=f"unix:{socket_path}")
     socket_path.unlink()
@@ -162,7 +159,7 @@ def test_a_bridge_that_ends_leaves_a_file_that_took_the_place_of_its_socket(
 
 
 def test_a_path_that_is_not_utf_8_can_be_listened_on_and_shown(
-    serve: Callable[..., Server], tmp_path: Path
+    serve: Serve, tmp_path: Path
 ) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.sock"))
     serve(listen_addr=f"unix:{path}")
@@ -202,7 +199,7 @@ def test_the_address_of_a_socket_that_it_was_given_is_a_good_host() -> None:
     assert said == b"HTTP/1.1 200 OK\r\n"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="unix(7): abstract names are Linux's")
+@linux
 def test_a_socket_of_an_abstract_name_can_be_listened_on() -> None:
     name = f"claude-cli-bridge-{os.getpid()}"
     with socket.socket(socket.AF_UNIX) as sock:
@@ -323,7 +320,7 @@ def test_no_request_is_taken_during_shutdown(
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_outlasts_the_shutdown_ends_in_an_error(
-    serve: Callable[..., Server], connect: Callable[[Server], Wire], gate: Path, stream: bool
+    serve: Serve, connect: Callable[[Server], Wire], gate: Path, stream: bool
 ) -> None:
     server = serve(drain_secs=0)
     wire = connect(server)
@@ -346,7 +343,7 @@ def test_an_answer_that_outlasts_the_shutdown_ends_in_an_error(
     ids=["stream", "pipeline"],
 )
 def test_a_client_that_does_not_read_cannot_hold_up_the_shutdown(
-    serve: Callable[..., Server], connect: Callable[[Server], Wire], gate: Path, request_: bytes
+    serve: Serve, connect: Callable[[Server], Wire], gate: Path, request_: bytes
 ) -> None:
     server = serve(drain_secs=0.1)
     wire = connect(server)

@@ -5,20 +5,16 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from host import ROOT, STANDIN, wait_until
-from servers import ADDRESS, KEEP, Program, Server, printed, refusal
+from servers import ADDRESS, KEEP, Launch, Serve, printed, refusal
 from test_access import KEY
 
 import bridge
 from bridge import Config, ConfigError
-
-Launch = Callable[..., Program]
-
 
 # ---------------------------------------------------------------- values
 
@@ -26,7 +22,6 @@ Launch = Callable[..., Program]
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("MAX_SESSIONS", "many"),
         ("MAX_SESSIONS", "1.5"),
         ("MAX_SESSIONS", "0"),
         ("MAX_IDLE", "-1"),
@@ -36,12 +31,7 @@ Launch = Callable[..., Program]
         ("DRAIN_SECS", "1s"),
         ("LOG_FORMAT", "xml"),
         ("LISTEN_ADDR", "nonsense"),
-        ("LISTEN_ADDR", "127.0.0.1:99999"),
-        ("LISTEN_ADDR", "0.0.0.0:0"),
-        ("LISTEN_ADDR", "[::]:0"),
         ("LISTEN_ADDR", "unix:/no/such/folder/socket"),
-        ("BIN", "/no/such/claude"),
-        ("BIN", "/etc/passwd"),
     ],
 )
 def test_a_setting_that_cannot_work_ends_the_start_with_one_line_that_names_it(
@@ -249,7 +239,7 @@ def test_a_key_that_is_not_utf8_ends_the_start_and_is_not_printed(launch: Launch
 
 @pytest.mark.parametrize("key", ["sesame\udcff", "sesame\n", " sesame", "ses\0ame", "sesame\r\n x"])
 def test_a_key_that_no_header_can_hold_is_refused_at_the_start_and_not_shown(
-    serve: Callable[..., Server], key: str
+    serve: Serve, key: str
 ) -> None:
     with pytest.raises(bridge.ConfigError, match=r"^CLAUDE_CLI_API_KEY: must be") as caught:
         serve(api_key=key)
@@ -309,15 +299,13 @@ def test_loopback_and_unix_sockets_take_no_key(address: str) -> None:
     ],
 )
 @pytest.mark.parametrize("key", ["", KEY])
-def test_what_is_no_address_is_refused_by_name(
-    serve: Callable[..., Server], address: str, key: str
-) -> None:
+def test_what_is_no_address_is_refused_by_name(serve: Serve, address: str, key: str) -> None:
     with pytest.raises(bridge.ConfigError, match="CLAUDE_CLI_LISTEN_ADDR"):
         serve(listen_addr=address, api_key=key)
 
 
 def test_the_bridge_does_not_start_beyond_loopback_without_a_key(
-    serve: Callable[..., Server],
+    serve: Serve,
 ) -> None:
     with pytest.raises(bridge.ConfigError, match="CLAUDE_CLI_API_KEY"):
         serve(listen_addr="0.0.0.0:0")
@@ -325,7 +313,7 @@ def test_the_bridge_does_not_start_beyond_loopback_without_a_key(
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
 def test_an_address_of_the_api_that_is_the_bridges_own_is_refused_at_the_start(
-    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, host: str
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, host: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

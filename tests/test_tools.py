@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from client import IMAGE, Json, arrived, text
 from host import wait_until
-from servers import Server
+from servers import Serve, Server
 
 SCHEMA = {
     "type": "object",
@@ -194,7 +194,7 @@ def test_results_that_do_not_fit_are_refused_and_the_call_stays_answerable(real:
 
 
 def test_a_call_that_is_never_answered_costs_no_further_api_call(
-    serve: Callable[..., Server], cli: Any, since: Callable[[], list[Json]]
+    serve: Serve, cli: Any, since: Callable[[], list[Json]]
 ) -> None:
     server = serve(bin=cli, session_ttl_secs=0.5)
     start(server)
@@ -202,7 +202,7 @@ def test_a_call_that_is_never_answered_costs_no_further_api_call(
     assert len(since()) == 1
 
 
-def test_the_time_of_a_tool_is_not_the_watchdogs(serve: Callable[..., Server], cli: Any) -> None:
+def test_the_time_of_a_tool_is_not_the_watchdogs(serve: Serve, cli: Any) -> None:
     server = serve(bin=cli, watchdog_secs=4)
     messages, (call,) = start(server)
     parked = server.bridge and next(iter(server.bridge.pool.sessions)).process
@@ -453,9 +453,7 @@ def test_a_pinned_turn_without_tools_has_none(
         ([{"name": 5}], "tools.0.name: Input should be a valid string"),
     ],
 )
-def test_tools_that_are_none_are_refused(
-    serve: Callable[..., Server], tools: Any, words: str
-) -> None:
+def test_tools_that_are_none_are_refused(serve: Serve, tools: Any, words: str) -> None:
     server = serve()
     answer = server.post("hi", tools=tools)
     assert (answer.status, answer.json["error"]["type"]) == (400, "invalid_request_error")

@@ -4,18 +4,15 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from processes import pid, talk
-from servers import Server
+from servers import Serve
 from stand_in import Log
 
 from sessions import Trace
-
-Serve = Callable[..., Server]
 
 
 @pytest.fixture
