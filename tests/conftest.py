@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 from client import Json
-from host import ROOT, STANDIN, children, isolate, open_files, wait_until
+from host import STANDIN, children, isolate, open_files, wait_until
 from installed import (
     CLI_PARAMS,
     CLIS,
@@ -40,7 +40,7 @@ from installed import (
     other_python,
     wheels,
 )
-from servers import ENGINE, KEEP, Launch, Program, Serve, Server, kept_names, make_nobody
+from servers import BRIDGE, ENGINE, KEEP, Launch, Program, Serve, Server, kept_names, make_nobody
 from stand_in import Log
 from stubs import Stub
 from wire import Wire
@@ -246,7 +246,7 @@ def launch() -> Iterator[Launch]:
                 **settings,
                 **variables,
             }
-            command = [sys.executable, str(ROOT / "bridge.py"), *arguments]
+            command = [*BRIDGE, *arguments]
             process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
             program = Program("127.0.0.1", port, process=process)
             assert process.stderr

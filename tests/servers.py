@@ -152,7 +152,7 @@ def activate(listener: socket.socket, *program: str) -> subprocess.Popen[str]:
     code = "import os, sys; os.dup2(int(sys.argv[1]), 3)"
     code += "; os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))"
     code += "; os.execv(sys.argv[2], sys.argv[2:])"
-    program = program or (sys.executable, str(ROOT / "bridge.py"))
+    program = program or (*BRIDGE,)
     environ = {
         **os.environ,
         "CLAUDE_CLI_BIN": str(STANDIN),

@@ -5,15 +5,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from client import Json
-from host import ROOT
 from installed import CLIS
-from servers import kept_names, run
+from servers import BRIDGE, kept_names, run
 
 from bridge import user_name
 
@@ -22,7 +20,7 @@ FEATURES = ("history", "settings", "tools", "interrupt")
 
 def check(bin: Path | str, *before: str, **environ: str) -> tuple[int, dict[str, str]]:
     """Exit status, and what was said of what."""
-    command = [*before, sys.executable, str(ROOT / "bridge.py"), "check", "--bin", str(bin)]
+    command = [*before, *BRIDGE, "check", "--bin", str(bin)]
     environ = {**os.environ, "CLAUDE_CLI_KEEP_ENV": ",".join(kept_names()), **environ}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert done.stderr == ""
@@ -136,9 +134,6 @@ def test_an_administrators_settings_may_lead_to_an_api_but_to_no_model(
     asked = [row for row in since() if row["path"] == "/v1/messages"]
     assert asked
     assert {row["body"]["model"] for row in asked} == {"no-such-model"}
-
-
-# ---------------------------------------------------------------- words
 
 
 @pytest.mark.parametrize("words", [["check", "--listen-addr", "nowhere"], ["chekc"]])

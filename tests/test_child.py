@@ -24,7 +24,7 @@ from processes import (
     send,
     written,
 )
-from servers import Launch, Program, Serve, both, is_up, linux
+from servers import BRIDGE, Launch, Program, Serve, both, is_up, linux
 from stand_in import Log
 
 import sessions
@@ -123,7 +123,7 @@ def test_a_bridge_that_is_process_1_reaps_what_its_children_leave_and_sees_how_t
     settings = {"CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{port}"}
     # It looks for orphans four times in this time.
     settings |= {"CLAUDE_CLI_SESSION_TTL_SECS": "0.4", "CLAUDE_CLI_SPARES": "0"}
-    command += [sys.executable, str(ROOT / "bridge.py")]
+    command += BRIDGE
     with subprocess.Popen(
         command, env={**os.environ, **settings}, stderr=subprocess.DEVNULL
     ) as process:

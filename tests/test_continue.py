@@ -42,9 +42,6 @@ def without_marks(message: Json) -> Json:
     return {**message, "content": plain}
 
 
-# ---------------------------------------------------------------- an assistant message at the end
-
-
 @pytest.mark.parametrize("name", ["key", "subscription"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_goes_on_from_the_assistant_message_at_the_end_as_it_was_sent(

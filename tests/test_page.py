@@ -53,9 +53,6 @@ def page(server: Server, accept: dict[str, str], **headers: str) -> str:
     return Reader(text).text if accept else text
 
 
-# ---------------------------------------------------------------- the page
-
-
 @WAYS
 def test_the_page_says_what_the_bridge_is_doing(
     serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor, accept: dict[str, str]

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 from client import Json
 from host import ROOT
-from servers import Launch, refusal
+from servers import Launch, refusal, run
 
 import bridge
 
@@ -43,7 +42,7 @@ def write(tmp_path: Path) -> Write:
     return write
 
 
-def run(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+def run_here(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
     """The command line, in this process: a Python of its own takes 300 ms."""
     out, err = io.StringIO(), io.StringIO()
     status: Any = 0
@@ -62,21 +61,14 @@ def run(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
-def run_program(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, str(ROOT / "bridge.py"), *arguments]
-    return subprocess.run(
-        command, env={**os.environ, **environ}, capture_output=True, text=True, check=False
-    )
-
-
 def completed(path: str, *arguments: str, **environ: str) -> Any:
-    done = run("providers", "--config", path, *arguments, **environ)
+    done = run_here("providers", "--config", path, *arguments, **environ)
     assert (done.returncode, done.stderr) == (0, "")
     return json.loads(done.stdout)
 
 
 def refused(path: str, *arguments: str) -> str:
-    done = run(*arguments, "--config", path)
+    done = run_here(*arguments, "--config", path)
     [line] = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (2, "")
     assert line.startswith(f"claude-cli-bridge: --config: {path}")
@@ -264,7 +256,9 @@ def test_the_ending_of_the_name_says_what_a_file_is(write: Write) -> None:
 
 
 def test_a_wrong_listen_address_is_not_the_files_fault(write: Write) -> None:
-    done = run("providers", "--config", write({"model": "claude-cli/*"}), "--listen-addr", "foo")
+    done = run_here(
+        "providers", "--config", write({"model": "claude-cli/*"}), "--listen-addr", "foo"
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("claude-cli-bridge: --listen-addr: expected host:port")
     assert done.stderr.endswith("got 'foo'\n")
@@ -274,7 +268,7 @@ def test_a_wrong_listen_address_is_not_the_files_fault(write: Write) -> None:
     "words", [("--api-key", "sesame"), ("--api-key=sesame",), ("sesame",), ("check", "sesame")]
 )
 def test_what_is_no_option_is_not_repeated(words: tuple[str, ...]) -> None:
-    done = run(*words)
+    done = run_here(*words)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "sesame" not in done.stderr
     assert ("there is no --api-key" in done.stderr) == (
@@ -291,7 +285,7 @@ def test_a_reader_that_left_is_no_crash(write: Write) -> None:
 
 def test_a_missing_file_and_a_missing_option_are_errors(tmp_path: Path) -> None:
     assert "No such file" in refused(str(tmp_path / "nowhere.json"))
-    done = run("providers")
+    done = run_here("providers")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "CLAUDE_CLI_CONFIG" in done.stderr
 
@@ -299,7 +293,7 @@ def test_a_missing_file_and_a_missing_option_are_errors(tmp_path: Path) -> None:
 def test_without_pyyaml_yaml_is_an_error_that_names_it(write: Write, tmp_path: Path) -> None:
     (tmp_path / "yaml.py").write_text("raise ModuleNotFoundError")
     path = write(name="a.yaml", text="model_providers: []")
-    done = run_program("providers", "--config", path, PYTHONPATH=str(tmp_path))
+    done = run("providers", "--config", path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 2
     assert "PyYAML" in done.stderr
 
@@ -309,7 +303,7 @@ def test_without_a_claude_cli_provider_nothing_starts_and_one_line_says_so(
     write: Write, entries: list[Json]
 ) -> None:
     """Not even with a CLI that is not there: a launcher can always start the bridge."""
-    done = run_program("--config", write(*entries), CLAUDE_CLI_BIN="/no/such/claude")
+    done = run("--config", write(*entries), CLAUDE_CLI_BIN="/no/such/claude")
     assert (done.returncode, done.stdout) == (0, "")
     [line] = done.stderr.splitlines()
     assert "no claude-cli provider" in line
@@ -319,9 +313,6 @@ def test_with_a_claude_cli_provider_the_listener_starts(launch: Launch, write: W
     path = write(OTHER, MINE)
     assert launch("--config", path).post().text == "echo: hello; 1 messages"
     assert launch(CLAUDE_CLI_CONFIG=path).post().text == "echo: hello; 1 messages"
-
-
-# ---------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import readme
 from client import Client, Json
 from host import ROOT, wait_until
 from installed import CACHE, CLIS, WHEELS
-from servers import Serve, kept_names
+from servers import BRIDGE, Serve, kept_names
 from stubs import Stub
 from test_fidelity import DIFFERENCES, TOLD
 
@@ -275,5 +275,5 @@ def test_the_one_line_of_a_gateway_becomes_the_list_that_the_readme_shows(
 ) -> None:
     path = tmp_path / "gateway.yaml"
     path.write_text(PROVIDERS)
-    command = [sys.executable, str(ROOT / "bridge.py"), "providers", "--config", str(path)]
+    command = [*BRIDGE, "providers", "--config", str(path)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == COMPLETED

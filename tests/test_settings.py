@@ -1,16 +1,13 @@
 """Settings: what people set by mistake, one cause and one message, in the words that were typed."""
 
 import asyncio
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from host import ROOT, STANDIN, wait_until
-from servers import ADDRESS, KEEP, Launch, Serve, printed, refusal
+from host import STANDIN, wait_until
+from servers import ADDRESS, KEEP, Launch, Serve, printed, refusal, run
 from test_access import KEY
 
 import bridge
@@ -129,14 +126,7 @@ def test_a_secret_in_place_of_a_name_is_refused_and_not_printed(
 ) -> None:
     flags = ["--keep-env", given] if way == "flag" else []
     variables = {"CLAUDE_CLI_KEEP_ENV": given} if way == "variable" else {}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bridge.py"), *command, *flags],
-        env={**os.environ, "CLAUDE_CLI_LISTEN_ADDR": "127.0.0.1:0", **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=30,
-    )
+    done = run(*command, *flags, **{ADDRESS: "127.0.0.1:0", **variables})
     said = done.stdout + done.stderr
     assert done.returncode not in (0, -9)
     name = "--keep-env" if way == "flag" else "CLAUDE_CLI_KEEP_ENV"
