@@ -374,17 +374,15 @@ def test_a_signal_during_the_start_ends_the_bridge(launch: Launch, log: Log) -> 
 
 
 @signals
-@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 def test_on_shutdown_running_answers_are_completed_and_new_connections_refused(
     launch: Launch,
     gate: Path,
     log: Log,
     background: ThreadPoolExecutor,
     number: signal.Signals,
-    stream: bool,
 ) -> None:
     program = launch(CLAUDE_CLI_DRAIN_SECS="1000")
-    running = background.submit(program.post, "PAUSE", stream=stream)
+    running = background.submit(program.post, "PAUSE", stream=True)
     wait_until(lambda: log.got("PAUSE"), "the turn")
     program.process.send_signal(number)
     wait_until(lambda: refuses(program), "closed doors")
@@ -393,40 +391,6 @@ def test_on_shutdown_running_answers_are_completed_and_new_connections_refused(
     assert running.result().text == "echo: PAUSE; 1 messages"
     assert running.result().message["stop_reason"] == "end_turn"
     assert program.wait() == 0
-    assert not [pid for pid in log.started() if alive(pid)]
-
-
-@pytest.mark.parametrize(
-    ("text", "stream", "begun"),
-    [("PAUSE", True, True), ("PAUSE", False, False), ("PAUSE-START", True, False)],
-    ids=["in mid stream", "whole", "before the first event"],
-)
-def test_on_shutdown_an_answer_that_takes_too_long_ends_with_an_error(
-    launch: Launch,
-    gate: Path,
-    log: Log,
-    background: ThreadPoolExecutor,
-    text: str,
-    stream: bool,
-    begun: bool,
-) -> None:
-    program = launch(CLAUDE_CLI_DRAIN_SECS="0.5")
-    running = background.submit(program.post, text, stream=stream)
-    wait_until(lambda: log.got(text), "the turn")
-    program.process.send_signal(signal.SIGTERM)
-    answer = running.result()
-    if begun:
-        kinds = [event["type"] for event in answer.events]
-        assert kinds.index("error") == len(kinds) - 1 > 0
-        assert "message_stop" not in kinds
-        body = answer.events[-1]
-    else:
-        assert answer.status == 503
-        body = answer.json
-    assert body["error"]["type"] == "api_error"
-    assert "shutting down" in body["error"]["message"]
-    assert program.wait() == 0
-    assert log.requests(log.got(text))[-1] == "interrupt"
     assert not [pid for pid in log.started() if alive(pid)]
 
 

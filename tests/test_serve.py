@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 from client import Client
 from host import ROOT, STANDIN, wait_until
+from processes import alive
 from servers import Launch, Serve, Server, linux
+from stand_in import Log
 from test_access import KEY
 from wire import GET, Wire, ask, assert_error, assert_refused, dial, let_in, post, stuck
 
@@ -318,23 +320,42 @@ def test_no_request_is_taken_during_shutdown(
         assert busy.ended()
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("text", "stream", "begun"),
+    [("PAUSE", True, True), ("PAUSE", False, False), ("PAUSE-START", True, False)],
+    ids=["in mid stream", "whole", "before the first event"],
+)
 def test_an_answer_that_outlasts_the_shutdown_ends_in_an_error(
-    serve: Serve, connect: Callable[[Server], Wire], gate: Path, stream: bool
+    serve: Serve,
+    connect: Callable[[Server], Wire],
+    gate: Path,
+    log: Log,
+    text: str,
+    stream: bool,
+    begun: bool,
 ) -> None:
     server = serve(drain_secs=0)
     wire = connect(server)
-    wire.send(post("PAUSE", stream=stream))
-    wait_until(server.processes, "the start of the answer")
-    if stream:
+    wire.send(post(text, stream=stream))
+    wait_until(lambda: log.got(text), "the turn")
+    if begun:
         answer = wire.head()
     server.close()
-    if stream:
+    if begun:
         answer.body = b"".join(iter(wire.chunk, b""))
-        assert answer.events[-1]["error"]["type"] == "api_error"
+        kinds = [event["type"] for event in answer.events]
+        assert kinds.index("error") == len(kinds) - 1 > 0
+        assert "message_stop" not in kinds
+        error = answer.events[-1]["error"]
     else:
-        assert_error(wire.answer(), 503, "api_error")
+        answer = wire.answer()
+        assert_error(answer, 503, "api_error")
+        error = answer.json["error"]
+    assert error["type"] == "api_error"
+    assert "shutting down" in error["message"]
     assert wire.ended()
+    assert log.requests(log.got(text))[-1] == "interrupt"
+    assert not [process for process in log.started() if alive(process)]
 
 
 @pytest.mark.parametrize(
