@@ -92,7 +92,7 @@ def parsed(messages: Any = "hello", /, header: str = "", **fields: Any) -> Reque
     return parse_request(json.dumps(sent).encode(), header)
 
 
-def check_refused(words: str, messages: Any, **fields: Any) -> None:
+def check_refused(words: str, messages: Any, /, **fields: Any) -> None:
     """That the bridge refuses a request as the API would, in words that begin like these."""
     with pytest.raises(ApiError) as caught:
         parsed(messages, **fields)

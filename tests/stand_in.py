@@ -834,6 +834,16 @@ class Log:
             text in str(content) for pid in self.started() for content in self.questions(pid)
         )
 
+    def questions(self, pid: int) -> list[list[Json]]:
+        """The user messages that a process was asked to answer."""
+        found = []
+        for line in self.lines(pid):
+            if line["type"] == "user" and line.get("shouldQuery") is not False:
+                rows = [row for row in self.rows(pid) if row["type"] in ("user", "assistant")]
+                newest = [row["message"]["content"] for row in rows if not row.get("isVirtual")]
+                found.append(line["message"]["content"] or newest[-1])
+        return found
+
     def got(self, text: str) -> int:
         """The process that was given a user message with this text; 0: none yet."""
         message = {"type": "text", "text": text}
