@@ -321,5 +321,8 @@ def test_a_place_is_free_again_when_its_process_is_reaped_and_no_sooner() -> Non
         reaped.set()
         await next_one
         assert (seen, room.is_full, room.ending) == ([(True, 1)], True, set())
+        room.leave_after(end(), lambda: seen.append((room.is_full, room.shortfall)))
+        await soon(lambda: not room.is_full)
+        assert (seen, room.ending) == ([(True, 1), (True, 0)], set())
 
     in_room(use)
