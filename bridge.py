@@ -94,7 +94,7 @@ if TYPE_CHECKING or not __package__:
         update_cure,
         watch_without_threads,
     )
-    from translate import ApiError, Json
+    from translate import ApiError, CliInfo, Json
 else:  # copied into a package
     from . import translate
     from .sessions import (
@@ -111,7 +111,7 @@ else:  # copied into a package
         update_cure,
         watch_without_threads,
     )
-    from .translate import ApiError, Json
+    from .translate import ApiError, CliInfo, Json
 
 __version__ = "0.2.0"
 log = logging.getLogger("claude_cli_bridge")
@@ -573,10 +573,10 @@ def login_cure(config: Config, environ: Mapping[str, str]) -> str:
     return f"{found}; `{shlex.quote(config.bin)} auth login` logs in"
 
 
-def login_state(config: Config, hello: Json) -> str:
-    """Who the CLI is logged in as, by its answer to `initialize`, or what to do."""
-    if source := translate.login_source(hello):
-        return f"{source} ({login_place()})"
+def login_state(config: Config, info: CliInfo) -> str:
+    """Who the CLI is logged in as, or what to do."""
+    if info.login:
+        return f"{info.login} ({login_place()})"
     return f"nobody is logged in: {login_cure(config, os.environ)}"
 
 
@@ -1100,7 +1100,7 @@ def error_headers(error: ApiError) -> dict[str, str]:
 GRACE_SECS = 1.0
 # /healthz?deep=1, in seconds: it waits for the CLI (1.2 were measured), and repeats an
 # `ok` or a problem, as asking costs the start of a CLI.
-HELLO_SECS = 10.0
+INFO_SECS = 10.0
 HEALTHY_SECS = 60.0
 PROBLEM_SECS = 5.0
 MODELS = "/v1/models"
@@ -1387,14 +1387,14 @@ class Bridge:
                 return self._problem
             problem = ""
             try:
-                async with asyncio.timeout(HELLO_SECS):
-                    hello = await self.pool.hello(anew=True)
-                if not translate.login_source(hello):
-                    problem = login_state(self.config, hello)
+                async with asyncio.timeout(INFO_SECS):
+                    info = await self.pool.info(anew=True)
+                if not info.login:
+                    problem = login_state(self.config, info)
             except ApiError as error:
                 problem = f"the claude CLI does not work: {error.message}"
             except TimeoutError:
-                problem = f"the claude CLI did not answer within {HELLO_SECS:g} seconds"
+                problem = f"the claude CLI did not answer within {INFO_SECS:g} seconds"
             seconds = PROBLEM_SECS if problem else HEALTHY_SECS
             self._problem_until = time.monotonic() + seconds
             self._problem = problem
@@ -1477,7 +1477,7 @@ class Bridge:
     async def models(self, exchange: Exchange) -> Reply:
         """One model, by id or alias, with or without claude-cli/, or all of them as one
         page (API: "List models")."""
-        models, prefix = model_list(await self.pool.hello()), translate.MODEL_PREFIX
+        models, prefix = model_list(await self.pool.info()), translate.MODEL_PREFIX
         name = unquote(exchange.path.removeprefix(MODELS)).lstrip("/")
         for wanted in (name, prefix + name, name.removeprefix(prefix)):
             if wanted in models:
@@ -1622,25 +1622,21 @@ def bind_unix(path: str) -> socket.socket:
 # ------------------------------------------------------------ models
 
 
-def model_list(hello: Json) -> dict[str, Json]:
-    """The CLI's own models by name, in the API's shape: each under its full id (all that
-    Claude Code's discovery keeps) and as claude-cli/<alias>."""
+def model_list(info: CliInfo) -> dict[str, Json]:
+    """The CLI's own models by name, in the API's shape: each under its full name (all
+    that Claude Code's discovery keeps) and as claude-cli/<alias>."""
     found: dict[str, Json] = {}
-    for model in hello.get("models", []):
-        for name in (model["resolvedModel"], translate.MODEL_PREFIX + model["value"]):
+    for model in info.models:
+        for name in (model.full_name, translate.MODEL_PREFIX + model.name):
             item = {
                 "type": "model",
                 "id": name,
-                "display_name": model.get("displayName", name),
+                "display_name": model.title or name,
                 # API: the epoch when the release date is not known.
                 "created_at": "1970-01-01T00:00:00Z",
                 "lifecycle": "active",
                 # The API's `capabilities` need more than the CLI knows.
-                "claude_cli": {
-                    key: value
-                    for key, value in model.items()
-                    if key.startswith("support")
-                },
+                "claude_cli": model.support,
             }
             found.setdefault(name, item)
     return found
@@ -1817,9 +1813,9 @@ async def announce(bridge: Bridge, flags: Iterable[str]) -> None:
         if cli.warning:
             log.warning("%s", cli.warning)
         await asyncio.sleep(LOGIN_PROBE_SECS)
-        hello = await pool.hello(gives_way=True)
-        state = login_state(config, hello)
-        if translate.login_source(hello):
+        info = await pool.info(gives_way=True)
+        state = login_state(config, info)
+        if info.login:
             log.info("the claude CLI is logged in: %s", state)
         else:
             log.warning("%s", state)
@@ -2142,7 +2138,7 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
     answered."""
     pool, config = bridge.pool, bridge.config
     cli, snapshot = pool.cli, pool.snapshot()
-    login = login_state(config, cli.hello) if cli.hello else "not known yet"
+    login = login_state(config, cli.info) if cli.info.is_known else "not known yet"
     quota = []
     for name, limit in snapshot.limits.items():
         used = limit.utilization
@@ -2450,14 +2446,14 @@ async def check(config: Config, flags: Iterable[str]) -> bool:
     try:
         async with Pool(config) as pool, asyncio.timeout(limit):
             cli = await pool.look_at_cli()
-            hello = await pool.hello()
+            info = await pool.info()
             missing = await missing_from_agent(pool)
     except (ApiError, OSError) as error:  # TimeoutError among them
         print(f"start: does not work ({str(error) or 'no answer in time'})")
         return False
     for warning in missing:
         print(f"warning: {as_typed(warning, flags)}")
-    print(f"login: {login_state(config, hello)}")
+    print(f"login: {login_state(config, info)}")
     print(f"version: {version_of(cli, NO_VERSION)}", flush=True)
     api = FakeApi()
     failure = ""
@@ -2469,7 +2465,7 @@ async def check(config: Config, flags: Iterable[str]) -> bool:
     for name, meaning in FEATURES.items():
         fault = f"does not work: there is no sign that this CLI {meaning}{failure}"
         print(f"{name}: {'works' if api.found[name] else fault}")
-    return all([translate.login_source(hello), *api.found.values()])
+    return all([info.login, *api.found.values()])
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ two requests never share one; whatever goes wrong in it retires it alone.
 import asyncio
 import contextlib
 import ctypes
+import dataclasses
 import enum
 import errno
 import logging
@@ -71,6 +72,7 @@ if TYPE_CHECKING or not __package__:
     from translate import (
         ApiError,
         CliEvent,
+        CliInfo,
         Digests,
         Json,
         RateLimit,
@@ -84,6 +86,7 @@ else:  # copied into a package
     from .translate import (
         ApiError,
         CliEvent,
+        CliInfo,
         Digests,
         Json,
         RateLimit,
@@ -925,19 +928,19 @@ class Cli:
     files: tuple[FileIdentity | None, ...] = ()
     # As `claude --version` prints it; empty: unknown.
     version: str = ""
-    # Its last answer to `initialize`; empty: none yet.
-    hello: Json = field(default_factory=dict)
+    # What it reported of itself last.
+    info: CliInfo = field(default_factory=CliInfo)
     # Answers of `Counter.count`.
     counts: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
     # By model, account and day, what it announces (`Pool._announced`).
     announced: OrderedDict[Any, list[Json]] = field(default_factory=OrderedDict)
 
-    def take_in(self, hello: Json) -> None:
-        """Remember what a process reports in answer to `initialize`.  The list of models
-        is not replaced: a process may list the model that it runs in another way."""
-        if hello:
-            models = self.hello.get("models") or hello.get("models")
-            self.hello = hello | {"models": models}
+    def take_in(self, info: CliInfo) -> None:
+        """Remember what a process reports.  The list of models is not replaced: a process
+        may list the model that it runs in another way."""
+        if self.info.models:
+            info = dataclasses.replace(info, models=self.info.models)
+        self.info = info
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -1260,7 +1263,8 @@ class Process(Child):
             if kind == "control_request":
                 self._answer_control(event)
             elif kind == "control_response":
-                self.cli.take_in(control_result(event, "initialize"))
+                if answer := control_result(event, "initialize"):
+                    self.cli.take_in(translate.read_info(answer))
             elif kind == "rate_limit_event" and self.on_limits:
                 self.on_limits(translate.rate_limits(event))
             elif kind == "result" and not self._is_in_turn:
@@ -1378,8 +1382,7 @@ class Session:
         self.parts = wanted.parts
         self.chain = wanted.past
         self.unthinking_chain = wanted.past_without_thinking
-        listed = translate.listed_model(self.process.cli.hello, request.model)
-        self.model = listed or request.model
+        self.model = self.process.cli.info.full_name(request.model)
 
     def set_up(self, request: Request, rows: list[bytes]) -> None:
         """Write the `rows` of the conversation to its gate, and what the request sets."""
@@ -1909,9 +1912,9 @@ class Pool:
             raise translate.bad_request("messages", message)
         # Thinking is kept only beside the full name of the model, and only the CLI
         # knows what login is in its settings.
-        needs_hello = request.fingerprint.has_thinking or self.config.setting_sources
-        if needs_hello and not cli.hello:
-            await self.hello()
+        needs_info = request.fingerprint.has_thinking or self.config.setting_sources
+        if needs_info and not cli.info.is_known:
+            await self.info()
         while True:
             kind = self._kind(request)
             announced = await self._announced(request.model, kind)
@@ -1942,8 +1945,8 @@ class Pool:
         try:
             rows = await self.compute(request.size, make_rows)
             session.set_up(request, rows)
-            if not process.cli.hello:
-                await self._wait_for_hello(process)
+            if not process.cli.info.is_known:
+                await self._wait_for_info(process)
             if not kind.model and self._kind(request) != kind:
                 return False
             session.start(query)
@@ -1954,7 +1957,7 @@ class Pool:
             raise
         return True
 
-    async def _wait_for_hello(self, process: Process) -> None:
+    async def _wait_for_info(self, process: Process) -> None:
         """Wait until a process has listed its models, or died before it said anything.
         Raises ApiError."""
         try:
@@ -1966,9 +1969,9 @@ class Pool:
     def _kind(self, request: Request) -> Kind:
         """The kind of process that a request needs.  Until the CLI has listed its models,
         one without --model is expected to run any full name."""
-        hello = self.cli.hello
-        takes_it = translate.takes_from_conversation(hello, request.model)
-        if not hello:
+        info = self.cli.info
+        takes_it = info.takes_from_conversation(request.model)
+        if not info.is_known:
             takes_it = request.model.startswith(translate.FULL_NAME)
         model = "" if takes_it else request.model
         return Kind(model, request.is_agent, not request.is_agent and self._is_bare())
@@ -1981,7 +1984,7 @@ class Pool:
             return True
         # A key in the user's settings, as the CLI reported.
         has_settings = bool(self.config.setting_sources)
-        return has_settings and translate.has_api_key(self.cli.hello)
+        return has_settings and self.cli.info.has_api_key
 
     # Processes
 
@@ -2096,8 +2099,8 @@ class Pool:
             raise cli_error(self.cli.problem)
         return self.cli
 
-    async def hello(self, *, anew: bool = False, gives_way: bool = False) -> Json:
-        """What the CLI reports of itself, without a model call: `models`, `account`.
+    async def info(self, *, anew: bool = False, gives_way: bool = False) -> CliInfo:
+        """What the CLI reports of itself, without a model call.
 
         The last report of any process will do, unless it is asked `anew` and there is
         room.  Otherwise a process is started for it, which may give way to any request.
@@ -2106,12 +2109,13 @@ class Pool:
         await self.queue(self._asking.acquire, "the claude CLI did not start")
         try:
             await self.look_at_cli()
-            if not self.cli.hello or (anew and not self.room.is_full):
+            cli = self.cli
+            if not cli.info.is_known or (anew and not self.room.is_full):
                 kind = Kind(PROBE_MODEL, bare=self._is_bare())
                 state = State.PROBE if gives_way else State.BUSY
                 async with self._asked(kind, state) as process:
-                    return process.cli.hello
-            return self.cli.hello
+                    cli = process.cli
+            return cli.info
         finally:
             self._asking.release()
 
@@ -2147,7 +2151,7 @@ class Pool:
         await self.queue(self._announcing.acquire, "the claude CLI did not start")
         try:
             today = time.strftime("%Y-%m-%d")
-            account = translate.digest(cli.hello.get("account"))
+            account = translate.digest(cli.info.account)
             if (model, account, today) in cli.announced:
                 return cli.announced[model, account, today]
             async with self._asked(Kind(model, is_kept=True), State.BUSY) as asked:
@@ -2158,7 +2162,7 @@ class Pool:
                     async with asyncio.timeout(COUNT_SECS):
                         await asked.read_until(lambda event: event["type"] == "result")
                 found = translate.announcements(await asked.kept_rows())
-            account = translate.digest(cli.hello.get("account"))
+            account = translate.digest(cli.info.account)
             if found:  # it was not ended before it wrote them
                 cache_put(cli.announced, (model, account, today), found, MAX_COUNTS)
             return found
@@ -2343,7 +2347,7 @@ class Counter:
         worst = max(statuses, default=0)
         if worst >= 400:
             raise ApiError(worst, f"the API did not count: status {worst}")
-        if not statuses and not translate.login_source(session.process.cli.hello):
+        if not statuses and not session.process.cli.info.login:
             message = f"the claude CLI is not logged in: {translate.LOGIN_CURE}"
             raise ApiError(401, message)
         if not statuses:

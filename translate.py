@@ -16,7 +16,7 @@ import json
 import re
 import uuid
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import orjson
@@ -1724,32 +1724,6 @@ def control_result(event: CliEvent, request_id: str) -> Json:
     return answer if isinstance(answer, dict) else {}
 
 
-def login_source(hello: Json) -> str:
-    """How the CLI is logged in, by its answer to `initialize`; empty: nobody.
-
-    An API key and a token are called by where they come from, a subscription by its
-    plan, a cloud by its name.
-    """
-    account = hello.get("account")
-    if not isinstance(account, dict):
-        return ""
-    if has_api_key(hello):
-        return get_str(account, "apiKeySource")
-    token = get_str(account, "tokenSource")
-    cloud = get_str(account, "apiProvider")
-    if cloud not in ("", "firstParty"):
-        return cloud
-    if plan := get_str(account, "subscriptionType"):
-        return plan
-    return "" if token == "none" else token or "claude.ai"
-
-
-def has_api_key(hello: Json) -> bool:
-    """Whether the CLI has an API key, of whatever source, by its answer to
-    `initialize`."""
-    return get_str(hello.get("account"), "apiKeySource") not in ("", "none")
-
-
 # Endings of a model's name that do not change which model is meant: a date, the newest
 # one, the size of the context.
 NAME_ENDING = re.compile(r"([-@]\d{8}|-latest|-0)?(\[.*\])?$")
@@ -1763,14 +1737,92 @@ def may_answer(answered: str, asked: str) -> bool:
     return not are_full or names[0] == names[1]
 
 
-def listed_model(hello: Json, name: str) -> str:
-    """The full id of a model, by the CLI's answer to `initialize`; empty: it does not
-    list the name."""
-    for model in as_list(hello.get("models")):
-        full_name = get_str(model, "resolvedModel")
-        if name in (get_str(model, "value"), full_name):
-            return full_name
-    return ""
+# ------------------------------------------------------------ what the CLI reports of itself
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that the CLI lists."""
+
+    # Its alias, or its full name if it has none.
+    name: str
+    full_name: str
+    title: str
+    # What it supports, in the CLI's words.
+    support: Json
+
+
+@dataclass(frozen=True)
+class CliInfo:
+    """The CLI's answer to `initialize` (recordings accounts)."""
+
+    # How it is logged in: where an API key or a token comes from, the plan of a
+    # subscription, the name of a cloud; empty: nobody is.
+    login: str = ""
+    # It has an API key, of whatever source.
+    has_api_key: bool = False
+    # The API that it asks is a cloud's.
+    is_cloud: bool = False
+    # All that it reports of the account.
+    account: Json = field(default_factory=dict)
+    models: tuple[Model, ...] = ()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the CLI has reported anything yet."""
+        return bool(self.account)
+
+    def full_name(self, name: str) -> str:
+        """The full name of a model; a name that is not listed stays as it is."""
+        for model in self.models:
+            if name in (model.name, model.full_name):
+                return model.full_name
+        return name
+
+    def takes_from_conversation(self, name: str) -> bool:
+        """Whether a process that was started without --model runs this model, if it is
+        the one of the conversation that it resumes; otherwise it silently runs its
+        default.
+
+        It does with all models that the CLI lists under an alias, unless the login is a
+        cloud's (2.1.197, .285, .330 and .332).  A process that runs a model of the user's
+        lists it under its full name alone.
+        """
+        return not self.is_cloud and any(
+            name in (model.name, model.full_name)
+            for model in self.models
+            if model.name != model.full_name
+        )
+
+
+def read_info(answer: Json) -> CliInfo:
+    given: Any = answer.get("account")
+    account: Json = given if isinstance(given, dict) else {}
+    key, token = get_str(account, "apiKeySource"), get_str(account, "tokenSource")
+    provider, plan = (
+        get_str(account, "apiProvider"),
+        get_str(account, "subscriptionType"),
+    )
+    has_api_key = key not in ("", "none")
+    is_cloud = provider not in ("", "firstParty")
+    login = plan or token or "claude.ai"
+    if has_api_key:
+        login = key
+    elif is_cloud:
+        login = provider
+    elif not account or login == "none":
+        login = ""
+    models = tuple(
+        Model(
+            name=get_str(model, "value"),
+            full_name=get_str(model, "resolvedModel"),
+            title=get_str(model, "displayName"),
+            support={key: model[key] for key in model if key.startswith("support")},
+        )
+        for model in as_list(answer.get("models"))
+        if get_str(model, "value") and get_str(model, "resolvedModel")
+    )
+    return CliInfo(login, has_api_key, is_cloud, account, models)
 
 
 # ------------------------------------------------------------ translation
@@ -2334,24 +2386,3 @@ def quota_headers(limits: Mapping[str, RateLimit]) -> list[tuple[str, str]]:
         for name, value in headers.items()
         if HEADER_WORD.fullmatch(value)
     ]
-
-
-# ------------------------------------------------------------ models
-
-
-def takes_from_conversation(hello: Json, name: str) -> bool:
-    """Whether a process that was started without --model runs this model, if it is the one
-    of the conversation that it resumes; otherwise it silently runs its default.
-
-    It does with all models that the CLI lists under a short name, unless the login is a
-    cloud's (2.1.197, .285, .330 and .332).  A process that runs a model of the user's
-    lists it under its full name alone.
-    """
-    provider = get_str(hello.get("account"), "apiProvider")
-    if provider not in ("", "firstParty"):
-        return False
-    for model in as_list(hello.get("models")):
-        short, full = get_str(model, "value"), get_str(model, "resolvedModel")
-        if name in (short, full) and short != full:
-            return True
-    return False

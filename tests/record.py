@@ -52,7 +52,7 @@ class Recorder:
         self.agent = bool(config.tools)
         pool = Pool(config, environ)
         self.announced = asyncio.run(self.look(pool))
-        self.model = translate.listed_model(pool.cli.hello, ALIAS) or ALIAS
+        self.model = pool.cli.info.full_name(ALIAS)
         self.own_id = str(uuid.uuid4())
         project = Path(self.home, "project")
         project.mkdir()
@@ -81,7 +81,7 @@ class Recorder:
     async def look(self, pool: Pool) -> list[Json]:
         """Let the pool ask what it wants to know before a conversation; what the CLI announces."""
         async with pool:
-            await pool.hello()
+            await pool.info()
             kind = Kind(agent=self.agent, bare=not self.agent and pool._is_bare())
             return await pool._announced(ALIAS, kind)
 
@@ -361,7 +361,7 @@ def account(cli: str, name: str) -> Json:
 
     async def look(environ: dict[str, str]) -> Json:
         async with Pool(config, environ) as pool:
-            return dict((await pool.hello())["account"])
+            return dict((await pool.info()).account)
 
     with tempfile.TemporaryDirectory() as home:
         for file, content in login.files.items():

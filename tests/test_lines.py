@@ -740,25 +740,25 @@ def test_a_response_belongs_to_its_control_request_be_it_good_or_bad() -> None:
     assert translate.control_response(refused, "b") == {}
 
 
-def hello(turn: Recorded) -> Json:
-    """The answer to `initialize` in a recording."""
+def info(turn: Recorded) -> translate.CliInfo:
+    """What the CLI reports of itself in a recording."""
     events: list[Any] = turn.events
     [found] = [
         found for event in events if (found := translate.control_result(event, "initialize"))
     ]
-    return found
+    return translate.read_info(found)
 
 
 def test_the_recorded_answers_say_the_model_and_the_login() -> None:
     for version, turn in first_turns("text").items():
-        model = translate.listed_model(hello(turn), "sonnet")
+        model = info(turn).full_name("sonnet")
         assert model.startswith("claude-"), version
-        assert translate.listed_model(hello(turn), model) == model
-        assert translate.login_source(hello(turn)) == "ANTHROPIC_API_KEY"
+        assert info(turn).full_name(model) == model
+        assert info(turn).login == "ANTHROPIC_API_KEY"
         messages = [e["event"] for e in turn.events if e["type"] == "stream_event"]
         assert messages[0]["message"]["model"] == model
     for turn in first_turns("not_logged_in").values():
-        assert translate.login_source(hello(turn)) == ""
+        assert info(turn).login == ""
 
 
 MODELS = [
@@ -776,16 +776,16 @@ MODELS = [
         ("sonnet", "claude-sonnet-5-5"),
         ("claude-sonnet-5-5", "claude-sonnet-5-5"),
         ("default", "claude-opus-4-8"),
-        ("odd", ""),
-        ("null", ""),
-        ("haiku", ""),
+        ("odd", "odd"),
+        ("null", "null"),
+        ("haiku", "haiku"),
         ("", ""),
     ],
 )
 def test_a_model_is_listed_by_its_alias_and_its_id(name: str, model: str) -> None:
-    assert translate.listed_model({"models": MODELS}, name) == model
+    assert translate.read_info({"models": MODELS}).full_name(name) == model
     for odd in ({}, {"models": None}, {"models": {}}, {"models": "x"}):
-        assert translate.listed_model(odd, name) == ""
+        assert translate.read_info(odd).models == ()
 
 
 # What the CLI said of an account -> what it is called by.
@@ -801,7 +801,7 @@ HAVE_KEYS = {"key", "key-helper", "key-in-settings"}
 def test_an_account_is_called_by_its_source_its_plan_or_its_cloud(
     account: Json, source: str
 ) -> None:
-    assert translate.login_source({"account": account}) == source
+    assert translate.read_info({"account": account}).login == source
 
 
 def test_an_account_has_a_key_if_the_cli_names_its_source() -> None:
@@ -811,7 +811,7 @@ def test_an_account_has_a_key_if_the_cli_names_its_source() -> None:
 
 
 def has_key(account: Any) -> bool:
-    return translate.has_api_key({"account": account})
+    return translate.read_info({"account": account}).has_api_key
 
 
 # What was asked, what answered, whether that may be the same model.

@@ -21,7 +21,7 @@ from test_processes import alive
 import bridge
 import sessions
 from sessions import Cli, Kind, Pool, PoolConfig, State, Turn
-from translate import ApiError, parse_request
+from translate import ApiError, CliInfo, parse_request
 
 PROBE = {"name": "probe", "input_schema": {"type": "object"}}
 
@@ -106,8 +106,8 @@ def test_of_two_requests_one_takes_the_curious_process_and_one_a_resting_one(
 
     async def use(pool: Pool) -> None:
         await ask(pool, "idle")
-        pool.cli.hello = {}
-        curious = asyncio.create_task(pool.hello(gives_way=True))
+        pool.cli.info = CliInfo()
+        curious = asyncio.create_task(pool.info(gives_way=True))
         await soon(lambda: pool.resting(State.PROBE))
         answers = [asyncio.create_task(ask(pool, f"PAUSE {number}")) for number in range(2)]
         await soon(lambda: [one.state for one in pool.sessions] == [State.BUSY] * 2)
@@ -126,7 +126,7 @@ def test_a_curious_process_that_is_being_started_gives_way_to_a_request(
     monkeypatch.setattr(sessions, "PROBE_MODEL", "hang-at-start")
 
     async def use(pool: Pool) -> None:
-        curious = asyncio.create_task(pool.hello(gives_way=True))
+        curious = asyncio.create_task(pool.info(gives_way=True))
         await soon(pool.room._places.locked)
         _, answer = await ask(pool, "hello")
         assert answer == "echo: hello; 1 messages"
@@ -175,10 +175,10 @@ def test_of_two_requests_one_gets_the_room_of_a_process_that_ended_and_one_that_
 def test_what_an_old_process_said_of_itself_does_not_replace_what_a_new_one_said() -> None:
     async def use(pool: Pool) -> None:
         _, first = await ask(pool, "one")
-        newest = (await pool.hello(anew=True))["pid"]
+        newest = await pool.info(anew=True)
         turn, _ = await ask(pool, "one", first, "two")
         assert turn.origin == "hot"
-        assert pool.cli.hello["pid"] == newest != turn.process.pid
+        assert pool.cli.info is newest
 
     in_pool(use)
 

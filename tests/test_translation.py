@@ -360,8 +360,9 @@ def test_a_recorded_answer_is_of_the_model_that_the_cli_lists() -> None:
     for scenario in ("text", "client_tool"):
         for version, turn in first_turns(scenario).items():
             events: list[Any] = turn.events
-            hellos = [translate.control_result(event, "initialize") for event in events]
-            model = translate.listed_model(next(filter(None, hellos)), "sonnet")
+            answers = [translate.control_result(event, "initialize") for event in events]
+            info = translate.read_info(next(filter(None, answers)))
+            model = info.full_name("sonnet")
             played = play(turn.events, turn_id=turn.turn_id, model=model)
             assert checked(played)["model"] == model, (version, scenario)
             other = play(turn.events, turn_id=turn.turn_id, model=OPUS)

@@ -15,7 +15,7 @@ from stand_in import Log
 from test_check import check
 
 from sessions import NEWEST_TESTED, OLDEST, Pool, State, dotted
-from translate import MODEL_PREFIX, listed_model, takes_from_conversation
+from translate import MODEL_PREFIX, read_info
 
 TOO_OLD = (
     f"the claude CLI is version 2.1.100, and {dotted(OLDEST)} or newer is needed: run `claude "
@@ -142,7 +142,7 @@ def test_what_was_learnt_of_a_cli_is_forgotten_when_another_takes_its_place(
     assert server.call("POST", "/v1/messages/count_tokens", counted).status == 200
     wait_until(lambda: pool.spares, "a spare")
     known, [spare] = pool.cli, pool.spares
-    assert (known.version, bool(known.hello), len(known.counts)) == ("2.1.260", True, 1)
+    assert (known.version, known.info.is_known, len(known.counts)) == ("2.1.260", True, 1)
     wait_until(lambda: spare.process.pid in log.started(), "its start")
     before = set(log.started())
 
@@ -243,7 +243,7 @@ def test_each_model_that_a_cli_lists_answers_without_being_named_at_its_start(
     for name in names:
         answer = server.post("SAY x", model=name)
         assert answer.status == 200, (name, answer.body)
-        full_name = listed_model(pool.cli.hello, name.removeprefix(MODEL_PREFIX))
+        full_name = pool.cli.info.full_name(name.removeprefix(MODEL_PREFIX))
         assert since()[-1]["body"]["model"] == full_name.removesuffix("[1m]")
     kinds = {session.kind.model for session in list(pool.sessions)}
     assert kinds == {""}
@@ -256,10 +256,10 @@ def test_only_models_under_a_short_name_are_taken_from_a_conversation_and_none_o
         {"value": "sonnet", "resolvedModel": "claude-sonnet-5-5"},
         {"value": "claude-old-1", "resolvedModel": "claude-old-1"},  # it runs this one
     ]
-    hello: Json = {"models": models, "account": {"apiProvider": "firstParty"}}
+    info = read_info({"models": models, "account": {"apiProvider": "firstParty"}})
     names = ("sonnet", "claude-sonnet-5-5", "claude-old-1", "opus")
-    assert [takes_from_conversation(hello, name) for name in names] == [True, True, False, False]
+    assert [info.takes_from_conversation(name) for name in names] == [True, True, False, False]
     for provider in ("bedrock", "vertex", "foundry"):
-        of_cloud = {**hello, "account": {"apiProvider": provider}}
-        assert not any(takes_from_conversation(of_cloud, name) for name in names)
-    assert not takes_from_conversation({}, "sonnet")
+        of_cloud = read_info({"models": models, "account": {"apiProvider": provider}})
+        assert not any(map(of_cloud.takes_from_conversation, names))
+    assert not read_info({}).takes_from_conversation("sonnet")
