@@ -1044,7 +1044,7 @@ class Connection:
         try:
             await self.fail(exchange, error)
         finally:
-            self.bridge.report(exchange)
+            report(exchange)
         async with asyncio.timeout(LINGER_SECS):
             if self.writer.can_write_eof():
                 self.writer.write_eof()
@@ -1098,24 +1098,12 @@ def error_headers(error: ApiError) -> dict[str, str]:
 # Seconds to send the error of answers that a shutdown cuts short, and for new
 # connections to send their request.
 GRACE_SECS = 1.0
-# /healthz?deep=1, in seconds: it waits for the CLI (1.2 were measured), and repeats an
-# `ok` or a problem, as asking costs the start of a CLI.
-INFO_SECS = 10.0
-HEALTHY_SECS = 60.0
-PROBLEM_SECS = 5.0
 MODELS = "/v1/models"
-# Characters of an unknown path in the log.
-MAX_LOGGED_PATH = 100
-# Requests that the page shows, but for good ones of these routes.
-RECENT = 20
-QUIET_ROUTES = ("/", "/healthz", "/metrics")
 # What helps against an error of the API, by status.
 HINTS = {
     401: "the API refused the CLI's login; `claude-cli-bridge check` says which one it is",
     404: f"GET {MODELS} lists the models that the CLI offers",
 }
-# Prometheus' text-based exposition format.
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # How paths of the OpenAI API begin.
 OPENAI = (
     "/v1/chat/",
@@ -1127,8 +1115,6 @@ OPENAI = (
 # Places that x-bridge-not-sent names, and bytes of each.
 MAX_PLACES = 50
 MAX_PLACE = 100
-# The page shows what it can without a script; nothing comes from elsewhere.
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 
 class Bridge:
@@ -1145,50 +1131,17 @@ class Bridge:
         self.addresses: list[str] = []
         # Seconds at shutdown for connections that have sent nothing yet; only with an
         # inherited listener, where no client may be refused.
-        self._grace_secs = 0.0
-        self._connections: dict[asyncio.Task[None], Connection] = {}
+        self.grace_secs = 0.0
+        self.connections: dict[asyncio.Task[None], Connection] = {}
         # Requests that are being answered.
         self._answers: set[asyncio.Task[None]] = set()
-        # What was wrong when /healthz?deep=1 was asked last, and until when that is
-        # good.
-        self._problem = ""
-        self._problem_until = 0.0
-        self._asking = asyncio.Lock()
+        self.health = Health(self)
 
     # Connections
 
-    async def listen(self, sock: socket.socket | None) -> asyncio.Server:
-        """A server that does not serve yet.  Raises OSError when the address is taken, or
-        cannot be had."""
-        self._grace_secs = GRACE_SECS if sock else 0.0
-        if not sock and self.config.unix_path:
-            sock = bind_unix(self.config.unix_path)
-        options: dict[str, Any] = {"sock": sock}
-        start: Any = asyncio.start_server
-        if not sock:
-            host, port = self.config.address
-            options = {"host": host, "port": port}
-        elif sock.family == socket.AF_UNIX:
-            start = asyncio.start_unix_server
-            # Since 3.13 asyncio would unlink the path of a service manager's socket.
-            if sys.version_info >= (3, 13):
-                options["cleanup_socket"] = False
-        server: asyncio.Server = await start(
-            self.accept, start_serving=False, **options
-        )
-        for listener in server.sockets:
-            name = listener.getsockname()
-            if listener.family == socket.AF_UNIX:
-                # Of an abstract name (unix(7)) the first byte is NUL.
-                path = os.fsencode(name).decode(errors="replace")
-                self.addresses.append("unix:" + path.replace("\0", "@"))
-            else:
-                self.addresses.append(host_and_port(*name[:2]))
-        return server
-
     @property
     def is_full(self) -> bool:
-        return len(self._connections) > self.config.max_connections
+        return len(self.connections) > self.config.max_connections
 
     @property
     def url(self) -> str:
@@ -1203,13 +1156,13 @@ class Bridge:
     def accept(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        if self.closing and not self._grace_secs:
+        if self.closing and not self.grace_secs:
             writer.transport.abort()  # accepted while the server was being closed
             return
         connection = Connection(self, reader, writer)
         task = asyncio.get_running_loop().create_task(connection.serve())
-        self._connections[task] = connection
-        task.add_done_callback(self._connections.pop)
+        self.connections[task] = connection
+        task.add_done_callback(self.connections.pop)
 
     async def close(self) -> None:
         """End all connections: idle ones now, running answers when they are done or
@@ -1217,12 +1170,12 @@ class Bridge:
         self.closing = True
         new = [
             task
-            for task, connection in self._connections.items()
+            for task, connection in self.connections.items()
             if not connection.answering and not connection.answered
         ]
-        if new and self._grace_secs:
-            await asyncio.wait(new, timeout=self._grace_secs)
-        for task, connection in list(self._connections.items()):
+        if new and self.grace_secs:
+            await asyncio.wait(new, timeout=self.grace_secs)
+        for task, connection in list(self.connections.items()):
             if not connection.answering:
                 task.cancel()
         # A first cancel becomes a 503; where that cannot be sent in time, the next one
@@ -1231,10 +1184,10 @@ class Bridge:
             if self._answers:
                 await asyncio.wait(self._answers, timeout=seconds)
             self.cancel_answers()
-        for connection in self._connections.values():
+        for connection in self.connections.values():
             connection.abort()  # its client still has not read the answer
-        if self._connections:
-            await asyncio.wait(self._connections)
+        if self.connections:
+            await asyncio.wait(self.connections)
 
     def cancel_answers(self) -> None:
         """Cut running answers short; no new ones are begun."""
@@ -1262,7 +1215,7 @@ class Bridge:
             error = None if answer.cancelled() else answer.exception()
             if answer.cancelled() or isinstance(error, Disconnected):
                 exchange.failure = "client_left"
-            self.report(exchange)
+            report(exchange)
         if error and exchange.failure != "client_left":
             log.error("bug in request %s: %s", exchange.id, type(error).__name__)
         if has_left or answer.cancelled() or error:
@@ -1300,7 +1253,7 @@ class Bridge:
         tell the client what helps when nobody is logged in."""
         advice = ""
         if error.status == 401:
-            self._problem_until = 0  # the last word on the login is no longer good
+            self.health.forget()  # the last word on the login is no longer good
         if translate.LOGIN_CURE in error.message:
             cure = f"nobody is logged in: {login_cure(self.config, os.environ)}"
             error.message = error.message.replace(translate.LOGIN_CURE, cure)
@@ -1367,55 +1320,6 @@ class Bridge:
         path = ascii(exchange.path[:MAX_LOGGED_PATH])
         return ApiError(404, f"no route for {path}: {message}")
 
-    async def health(self, exchange: Exchange) -> Reply:
-        """`ok`; with ?deep=1 what is wrong, or `ok`."""
-        _, _, query = exchange.target.partition("?")
-        is_deep = "deep=1" in query.split("&")
-        problem = await self.deep_health() if is_deep else ""
-        if problem:
-            exchange.failure, exchange.message = "unhealthy", problem[:MAX_LOGGED]
-        body = (problem or "ok").encode(errors="replace")
-        return Reply(body, "text/plain", 503 if problem else 200)
-
-    async def deep_health(self) -> str:
-        """What keeps the bridge from answering; empty: nothing.  It asks the CLI, which
-        makes no model call for it."""
-        if not self.pool.has_room:  # asking takes a process itself
-            return f"all {self.config.max_sessions} processes are busy"
-        async with self._asking:
-            if time.monotonic() < self._problem_until:
-                return self._problem
-            problem = ""
-            try:
-                async with asyncio.timeout(INFO_SECS):
-                    info = await self.pool.info(anew=True)
-                if not info.login:
-                    problem = login_state(self.config, info)
-            except ApiError as error:
-                problem = f"the claude CLI does not work: {error.message}"
-            except TimeoutError:
-                problem = f"the claude CLI did not answer within {INFO_SECS:g} seconds"
-            seconds = PROBLEM_SECS if problem else HEALTHY_SECS
-            self._problem_until = time.monotonic() + seconds
-            self._problem = problem
-            return problem
-
-    async def metrics(self, exchange: Exchange) -> Reply:
-        metrics = self.pool.metrics
-        metrics.set("connections", len(self._connections))
-        metrics.set("log_lines_lost_total", LogWriter.lost)
-        metrics.observe(self.pool.snapshot())
-        return Reply(metrics.text().encode(), METRICS_TYPE)
-
-    async def root(self, exchange: Exchange) -> Reply:
-        """The page for people; Claude Code as a client asks HEAD / first."""
-        kind, page = "plain", page_text(self)
-        if "text/html" in exchange.header("accept"):
-            kind, page = "html", page_html(self)
-        headers = {"content-security-policy": PAGE_POLICY}
-        body = page.encode(errors="replace")
-        return Reply(body, f"text/{kind}; charset=utf-8", headers=headers)
-
     async def messages(self, exchange: Exchange) -> Reply | None:
         request = await self.parse(exchange)
         connection = exchange.connection
@@ -1468,67 +1372,204 @@ class Bridge:
         not_sent = dropped_headers(exchange) + request.not_sent
         return dataclasses.replace(request, not_sent=not_sent)
 
-    async def count_tokens(self, exchange: Exchange) -> Reply:
-        request = await self.parse(exchange, counting=True)
-        found = {"input_tokens": await self.counter.count(request, exchange.id)}
-        exchange.not_counted = translate.not_counted(request)
-        return Reply(orjson.dumps(found))
 
-    async def models(self, exchange: Exchange) -> Reply:
-        """One model, by id or alias, with or without claude-cli/, or all of them as one
-        page (API: "List models")."""
-        models, prefix = model_list(await self.pool.info()), translate.MODEL_PREFIX
-        name = unquote(exchange.path.removeprefix(MODELS)).lstrip("/")
-        for wanted in (name, prefix + name, name.removeprefix(prefix)):
-            if wanted in models:
-                return Reply(orjson.dumps(models[wanted]))
-        if name:
-            raise ApiError(404, f"model: {name}", log_reason="no such model")
-        names: list[Any] = list(models) or [None]
-        page = {
-            "data": list(models.values()),
-            "has_more": False,
-            "first_id": names[0],
-            "last_id": names[-1],
-        }
-        return Reply(orjson.dumps(page))
+# Headers of the API that the CLI sets itself, or not at all.
+DROPPED_HEADERS = ("anthropic-user-profile-id", "anthropic-workspace-id")
+# The version of the API that the CLI asks for (all versions that were tested).
+API_VERSION = "2023-06-01"
 
-    # The log
 
-    def report(self, exchange: Exchange) -> None:
-        """Log one line for one request, and count it; never a prompt or an answer."""
-        row, turn = log_row(exchange), exchange.turn
-        text = " ".join(f"{name}={quoted(value)}" for name, value in row.items())
-        log.info("%s", text, extra={"row": row})
-        # Those who may not ask do not push others off the page.
-        is_known = exchange.status not in (401, 403, 503) or exchange.turn
-        is_worth_it = exchange.failure or exchange.route not in QUIET_ROUTES
-        if is_known and is_worth_it:
-            self.recent.appendleft((time.strftime("%H:%M:%S"), row))
-        metrics = self.pool.metrics
-        route = exchange.route or "none"
-        metrics.add("requests_total", route=route, status=row["status"])
-        if exchange.failure:
-            metrics.add("errors_total", type=exchange.failure)
-        if "first_byte_secs" in row:
-            metrics.time("first_byte_seconds", row["first_byte_secs"])
-        if turn:
-            metrics.add("turns_total", conversation=turn.origin, reason=turn.reason)
-            metrics.time("turn_seconds", row["secs"])
-        for kind in row.keys() & translate.TOKENS:
-            metrics.add("tokens_total", row[kind], kind=kind.removesuffix("_tokens"))
+def dropped_headers(exchange: Exchange) -> list[str]:
+    """The headers of a request that mean something to the API, and do not reach it."""
+    lost = [name for name in DROPPED_HEADERS if exchange.header(name)]
+    if exchange.header("anthropic-version") not in ("", API_VERSION):
+        lost.append("anthropic-version")
+    return lost
+
+
+def limited(places: list[str]) -> list[str]:
+    """The first of many places: clients take 16 KiB of headers (Node), 64 KiB a line
+    (Python)."""
+    more = len(places) - MAX_PLACES
+    rest = [f"and-{more}-more"] if more > 0 else []
+    return [place[:MAX_PLACE] for place in places[:MAX_PLACES]] + rest
+
+
+# ------------------------------------------------------------ other routes
+
+# /healthz?deep=1, in seconds: it waits for the CLI (1.2 were measured), and repeats an
+# `ok` or a problem, as asking costs the start of a CLI.
+INFO_SECS = 10.0
+HEALTHY_SECS = 60.0
+PROBLEM_SECS = 5.0
+# Prometheus' text-based exposition format.
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# The page shows what it can without a script; nothing comes from elsewhere.
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+
+
+class Health:
+    """What keeps a bridge from answering, as the CLI says that it starts for it: it makes
+    no model call."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+        # What was wrong when it was asked last, and until when that is good.
+        self._problem = ""
+        self._good_until = 0.0
+        self._asking = asyncio.Lock()
+
+    def forget(self) -> None:
+        """Ask anew the next time."""
+        self._good_until = 0.0
+
+    async def problem(self) -> str:
+        """Empty: there is none."""
+        pool, config = self._bridge.pool, self._bridge.config
+        if not pool.has_room:  # asking takes a process itself
+            return f"all {config.max_sessions} processes are busy"
+        async with self._asking:
+            if time.monotonic() < self._good_until:
+                return self._problem
+            problem = ""
+            try:
+                async with asyncio.timeout(INFO_SECS):
+                    info = await pool.inspector.info(anew=True)
+                if not info.login:
+                    problem = login_state(config, info)
+            except ApiError as error:
+                problem = f"the claude CLI does not work: {error.message}"
+            except TimeoutError:
+                problem = f"the claude CLI did not answer within {INFO_SECS:g} seconds"
+            seconds = PROBLEM_SECS if problem else HEALTHY_SECS
+            self._good_until = time.monotonic() + seconds
+            self._problem = problem
+            return problem
+
+
+async def health(bridge: Bridge, exchange: Exchange) -> Reply:
+    """`ok`; with ?deep=1 what is wrong, or `ok`."""
+    _, _, query = exchange.target.partition("?")
+    is_deep = "deep=1" in query.split("&")
+    problem = await bridge.health.problem() if is_deep else ""
+    if problem:
+        exchange.failure, exchange.message = "unhealthy", problem[:MAX_LOGGED]
+    body = (problem or "ok").encode(errors="replace")
+    return Reply(body, "text/plain", 503 if problem else 200)
+
+
+async def metrics(bridge: Bridge, exchange: Exchange) -> Reply:
+    metrics = bridge.pool.metrics
+    metrics.set("connections", len(bridge.connections))
+    metrics.set("log_lines_lost_total", LogWriter.lost)
+    metrics.observe(bridge.pool.snapshot())
+    return Reply(metrics.text().encode(), METRICS_TYPE)
+
+
+async def root(bridge: Bridge, exchange: Exchange) -> Reply:
+    """The page for people; Claude Code as a client asks HEAD / first."""
+    kind, page = "plain", page_text(bridge)
+    if "text/html" in exchange.header("accept"):
+        kind, page = "html", page_html(bridge)
+    headers = {"content-security-policy": PAGE_POLICY}
+    body = page.encode(errors="replace")
+    return Reply(body, f"text/{kind}; charset=utf-8", headers=headers)
+
+
+async def count_tokens(bridge: Bridge, exchange: Exchange) -> Reply:
+    request = await bridge.parse(exchange, counting=True)
+    found = {"input_tokens": await bridge.counter.count(request, exchange.id)}
+    exchange.not_counted = translate.not_counted(request)
+    return Reply(orjson.dumps(found))
+
+
+async def models(bridge: Bridge, exchange: Exchange) -> Reply:
+    """One model, by id or alias, with or without claude-cli/, or all of them as one
+    page (API: "List models")."""
+    models, prefix = (
+        model_list(await bridge.pool.inspector.info()),
+        translate.MODEL_PREFIX,
+    )
+    name = unquote(exchange.path.removeprefix(MODELS)).lstrip("/")
+    for wanted in (name, prefix + name, name.removeprefix(prefix)):
+        if wanted in models:
+            return Reply(orjson.dumps(models[wanted]))
+    if name:
+        raise ApiError(404, f"model: {name}", log_reason="no such model")
+    names: list[Any] = list(models) or [None]
+    page = {
+        "data": list(models.values()),
+        "has_more": False,
+        "first_id": names[0],
+        "last_id": names[-1],
+    }
+    return Reply(orjson.dumps(page))
+
+
+def model_list(info: CliInfo) -> dict[str, Json]:
+    """The CLI's own models by name, in the API's shape: each under its full name (all
+    that Claude Code's discovery keeps) and as claude-cli/<alias>."""
+    found: dict[str, Json] = {}
+    for model in info.models:
+        for name in (model.full_name, translate.MODEL_PREFIX + model.name):
+            item = {
+                "type": "model",
+                "id": name,
+                "display_name": model.title or name,
+                # API: the epoch when the release date is not known.
+                "created_at": "1970-01-01T00:00:00Z",
+                "lifecycle": "active",
+                # The API's `capabilities` need more than the CLI knows.
+                "claude_cli": model.support,
+            }
+            found.setdefault(name, item)
+    return found
 
 
 Handler = Callable[[Bridge, Exchange], Coroutine[Any, Any, Reply | None]]
 # By route, its methods and what answers it.
 ROUTES: dict[str, tuple[str, Handler]] = {
-    "/": ("GET, HEAD", Bridge.root),
-    "/healthz": ("GET, HEAD", Bridge.health),
-    "/metrics": ("GET, HEAD", Bridge.metrics),
-    MODELS: ("GET, HEAD", Bridge.models),
+    "/": ("GET, HEAD", root),
+    "/healthz": ("GET, HEAD", health),
+    "/metrics": ("GET, HEAD", metrics),
+    MODELS: ("GET, HEAD", models),
     "/v1/messages": ("POST", Bridge.messages),
-    "/v1/messages/count_tokens": ("POST", Bridge.count_tokens),
+    "/v1/messages/count_tokens": ("POST", count_tokens),
 }
+
+
+# ------------------------------------------------------------ the log of requests
+
+# Characters of an unknown path in the log.
+MAX_LOGGED_PATH = 100
+# Requests that the page shows, but for good ones of these routes.
+RECENT = 20
+QUIET_ROUTES = ("/", "/healthz", "/metrics")
+
+
+def report(exchange: Exchange) -> None:
+    """Log one line for one request, and count it; never a prompt or an answer."""
+    bridge, turn = exchange.connection.bridge, exchange.turn
+    row = log_row(exchange)
+    text = " ".join(f"{name}={quoted(value)}" for name, value in row.items())
+    log.info("%s", text, extra={"row": row})
+    # Those who may not ask do not push others off the page.
+    is_known = exchange.status not in (401, 403, 503) or exchange.turn
+    is_worth_it = exchange.failure or exchange.route not in QUIET_ROUTES
+    if is_known and is_worth_it:
+        bridge.recent.appendleft((time.strftime("%H:%M:%S"), row))
+    metrics = bridge.pool.metrics
+    route = exchange.route or "none"
+    metrics.add("requests_total", route=route, status=row["status"])
+    if exchange.failure:
+        metrics.add("errors_total", type=exchange.failure)
+    if "first_byte_secs" in row:
+        metrics.time("first_byte_seconds", row["first_byte_secs"])
+    if turn:
+        metrics.add("turns_total", conversation=turn.origin, reason=turn.reason)
+        metrics.time("turn_seconds", row["secs"])
+    for kind in row.keys() & translate.TOKENS:
+        metrics.add("tokens_total", row[kind], kind=kind.removesuffix("_tokens"))
 
 
 def log_row(exchange: Exchange) -> Json:
@@ -1573,26 +1614,66 @@ def escaped(text: str) -> str:
     return json.dumps(text)[1:-1]
 
 
-# Headers of the API that the CLI sets itself, or not at all.
-DROPPED_HEADERS = ("anthropic-user-profile-id", "anthropic-workspace-id")
-# The version of the API that the CLI asks for (all versions that were tested).
-API_VERSION = "2023-06-01"
+# ------------------------------------------------------------ serve
 
 
-def dropped_headers(exchange: Exchange) -> list[str]:
-    """The headers of a request that mean something to the API, and do not reach it."""
-    lost = [name for name in DROPPED_HEADERS if exchange.header(name)]
-    if exchange.header("anthropic-version") not in ("", API_VERSION):
-        lost.append("anthropic-version")
-    return lost
+@contextlib.asynccontextmanager
+async def serve(
+    config: Config, sock: socket.socket | None = None
+) -> AsyncIterator[Bridge]:
+    """Run the bridge inside an asyncio program until the block ends.
+
+    `sock` is a listening socket to use instead of `config.listen_addr`.  Raises
+    ConfigError, which names the setting, for invalid settings and an address that
+    cannot be bound.  At the end no new request is taken, running answers get
+    `config.drain_secs`, and no child is left.
+    """
+    if sock and sock.family != socket.AF_UNIX:
+        # Its address is the one that a Host may have.
+        where = host_and_port(*sock.getsockname()[:2])
+        config = dataclasses.replace(config, listen_addr=where)
+    config = config.checked()
+    stack = contextlib.AsyncExitStack()
+    bridge = Bridge(config, await stack.enter_async_context(Pool(config)))
+    try:
+        try:
+            server = await listen(bridge, sock)
+        except (OSError, UnicodeError) as error:
+            raise config_error("listen_addr", cannot_listen(config, error)) from error
+        own = None if sock else identify_file(config.unix_path)
+        stack.push_async_callback(stop, bridge, server, own)
+        await server.start_serving()
+        yield bridge
+    finally:
+        await finish_despite_cancel(stack.aclose(), bridge.cancel_answers)
 
 
-def limited(places: list[str]) -> list[str]:
-    """The first of many places: clients take 16 KiB of headers (Node), 64 KiB a line
-    (Python)."""
-    more = len(places) - MAX_PLACES
-    rest = [f"and-{more}-more"] if more > 0 else []
-    return [place[:MAX_PLACE] for place in places[:MAX_PLACES]] + rest
+async def listen(bridge: Bridge, sock: socket.socket | None) -> asyncio.Server:
+    """A server that does not serve yet.  Raises OSError when the address is taken, or
+    cannot be had."""
+    bridge.grace_secs = GRACE_SECS if sock else 0.0
+    if not sock and bridge.config.unix_path:
+        sock = bind_unix(bridge.config.unix_path)
+    options: dict[str, Any] = {"sock": sock}
+    start: Any = asyncio.start_server
+    if not sock:
+        host, port = bridge.config.address
+        options = {"host": host, "port": port}
+    elif sock.family == socket.AF_UNIX:
+        start = asyncio.start_unix_server
+        # Since 3.13 asyncio would unlink the path of a service manager's socket.
+        if sys.version_info >= (3, 13):
+            options["cleanup_socket"] = False
+    server: asyncio.Server = await start(bridge.accept, start_serving=False, **options)
+    for listener in server.sockets:
+        name = listener.getsockname()
+        if listener.family == socket.AF_UNIX:
+            # Of an abstract name (unix(7)) the first byte is NUL.
+            path = os.fsencode(name).decode(errors="replace")
+            bridge.addresses.append("unix:" + path.replace("\0", "@"))
+        else:
+            bridge.addresses.append(host_and_port(*name[:2]))
+    return server
 
 
 def bind_unix(path: str) -> socket.socket:
@@ -1617,63 +1698,6 @@ def bind_unix(path: str) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-# ------------------------------------------------------------ models
-
-
-def model_list(info: CliInfo) -> dict[str, Json]:
-    """The CLI's own models by name, in the API's shape: each under its full name (all
-    that Claude Code's discovery keeps) and as claude-cli/<alias>."""
-    found: dict[str, Json] = {}
-    for model in info.models:
-        for name in (model.full_name, translate.MODEL_PREFIX + model.name):
-            item = {
-                "type": "model",
-                "id": name,
-                "display_name": model.title or name,
-                # API: the epoch when the release date is not known.
-                "created_at": "1970-01-01T00:00:00Z",
-                "lifecycle": "active",
-                # The API's `capabilities` need more than the CLI knows.
-                "claude_cli": model.support,
-            }
-            found.setdefault(name, item)
-    return found
-
-
-# ------------------------------------------------------------ serve
-
-
-@contextlib.asynccontextmanager
-async def serve(
-    config: Config, sock: socket.socket | None = None
-) -> AsyncIterator[Bridge]:
-    """Run the bridge inside an asyncio program until the block ends.
-
-    `sock` is a listening socket to use instead of `config.listen_addr`.  Raises
-    ConfigError, which names the setting, for invalid settings and an address that
-    cannot be bound.  At the end no new request is taken, running answers get
-    `config.drain_secs`, and no child is left.
-    """
-    if sock and sock.family != socket.AF_UNIX:
-        # Its address is the one that a Host may have.
-        where = host_and_port(*sock.getsockname()[:2])
-        config = dataclasses.replace(config, listen_addr=where)
-    config = config.checked()
-    stack = contextlib.AsyncExitStack()
-    bridge = Bridge(config, await stack.enter_async_context(Pool(config)))
-    try:
-        try:
-            server = await bridge.listen(sock)
-        except (OSError, UnicodeError) as error:
-            raise config_error("listen_addr", cannot_listen(config, error)) from error
-        own = None if sock else identify_file(config.unix_path)
-        stack.push_async_callback(stop, bridge, server, own)
-        await server.start_serving()
-        yield bridge
-    finally:
-        await finish_despite_cancel(stack.aclose(), bridge.cancel_answers)
 
 
 async def stop(bridge: Bridge, server: asyncio.Server, own: object) -> None:
@@ -1807,13 +1831,13 @@ async def announce(bridge: Bridge, flags: Iterable[str]) -> None:
     does not have.  Asks the CLI, which makes no model call for it."""
     config, pool = bridge.config, bridge.pool
     try:
-        cli = await pool.look_at_cli()
+        cli = await pool.inspector.look()
         version = cli.version or NO_VERSION
         log.info("the claude CLI is %s, version %s", config.bin, version)
         if cli.warning:
             log.warning("%s", cli.warning)
         await asyncio.sleep(LOGIN_PROBE_SECS)
-        info = await pool.info(gives_way=True)
+        info = await pool.inspector.info(gives_way=True)
         state = login_state(config, info)
         if info.login:
             log.info("the claude CLI is logged in: %s", state)
@@ -2408,7 +2432,7 @@ class FakeApi(Bridge):
 async def rehearse(config: Config, api: FakeApi) -> None:
     """Play the scenario of a FakeApi, with an empty home: the user's files must supply
     neither a login nor another address."""
-    server = await api.listen(None)
+    server = await listen(api, None)
     await server.start_serving()
     kept = {
         "ANTHROPIC_BASE_URL": api.url,
@@ -2445,8 +2469,8 @@ async def check(config: Config, flags: Iterable[str]) -> bool:
     print(f"time: up to {2 * limit:g} seconds", flush=True)
     try:
         async with Pool(config) as pool, asyncio.timeout(limit):
-            cli = await pool.look_at_cli()
-            info = await pool.info()
+            cli = await pool.inspector.look()
+            info = await pool.inspector.info()
             missing = await missing_from_agent(pool)
     except (ApiError, OSError) as error:  # TimeoutError among them
         print(f"start: does not work ({str(error) or 'no answer in time'})")

@@ -1627,26 +1627,17 @@ class Pool:
         self, config: PoolConfig, environ: Mapping[str, str] = os.environ
     ) -> None:
         self.config = config
+        self.environ = dict(environ)
         self.metrics = Metrics()
         # Every process that is not reaped.
         self.sessions: set[Session] = set()
         self.room = Room(config.max_sessions)
-        self.cli = Cli()
+        self.spares = Spares(self)
+        self.inspector = Inspector(self)
         # Limits of the account by type, the one reported last at the end.
         self.rate_limits: dict[str, RateLimit] = {}
-        # The kinds of the last requests: there is a spare for each.
-        self._kinds: deque[Kind] = deque(maxlen=config.spares)
-        # Spares that are being started.
-        self._preparing: dict[asyncio.Task[None], Kind] = {}
-        self._environ = dict(environ)
-        self._environment = child_environment(config, environ, Kind())
         # Requests in `queue`: they wait for a lock, a count or a process.
         self._queued = 0
-        # One task at a time looks at the CLI, one asks it for its models and account, and
-        # one for its announcements.
-        self._looking = asyncio.Lock()
-        self._asking = asyncio.Lock()
-        self._announcing = asyncio.Lock()
         # Fresh processes that start for a request.
         self._starts = asyncio.Semaphore(2 * CORES)
         # A lock for each session header in use: its requests run one after another.
@@ -1662,13 +1653,14 @@ class Pool:
         self._lanes = (asyncio.Semaphore(1), asyncio.Semaphore(1))
 
     async def __aenter__(self) -> "Pool":
-        self._sweeper = asyncio.create_task(self._sweep())
+        self._sweeper = asyncio.create_task(sweep(self))
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in (self._sweeper, *self._preparing):
+        tasks = {self._sweeper, *self.spares.starting}
+        for task in tasks:
             task.cancel()
-        await asyncio.wait({self._sweeper, *self._preparing})
+        await asyncio.wait(tasks)
         for session in list(self.sessions):
             self.retire(session, "shutdown")
         while self.room.ending:
@@ -1683,12 +1675,13 @@ class Pool:
         return sorted(found, key=lambda item: (order.index(item.state), item.since))
 
     @property
-    def spares(self) -> list[Session]:
-        return self.resting(State.SPARE)
-
-    @property
     def on_file(self) -> list[Session]:
         return self.resting(State.IDLE, State.PARKED)
+
+    @property
+    def cli(self) -> Cli:
+        """The CLI that is installed, as far as it is known."""
+        return self.inspector.cli
 
     @property
     def has_room(self) -> bool:
@@ -1729,7 +1722,7 @@ class Pool:
         started. On exit the session is filed if the answer is complete, and retired
         otherwise.
         """
-        await self.look_at_cli()
+        await self.inspector.look()
         async with self._pinned(token, key_digest) as pin:
             with contextlib.closing(Trace(self.config.trace_dir, request_id)) as trace:
                 turn = await self._hot_turn(request, pin, trace)
@@ -1737,7 +1730,9 @@ class Pool:
                     turn = await self._fresh_turn(request, pin, token, trace)
                 if turn.origin != "hot":
                     beginning = request if turn.origin == "new" else None
-                    turn.on_begin = lambda: self.refill(self._kind(request), beginning)
+                    turn.on_begin = lambda: self.spares.refill(
+                        self.inspector.kind(request), beginning
+                    )
                 log.debug("request %s: %s", request_id, turn.decision)
                 try:
                     yield turn
@@ -1844,7 +1839,7 @@ class Pool:
             raise ApiError(400, LOST_NAME)
 
     def _find(self, request: Request) -> Session | None:
-        for session in [*self.on_file, *self.spares]:
+        for session in [*self.on_file, *self.spares.ready]:
             if session.matches(request) and not session.pin:
                 return session
         return None
@@ -1914,14 +1909,14 @@ class Pool:
         # knows what login is in its settings.
         needs_info = request.fingerprint.has_thinking or self.config.setting_sources
         if needs_info and not cli.info.is_known:
-            await self.info()
+            await self.inspector.info()
         while True:
-            kind = self._kind(request)
-            announced = await self._announced(request.model, kind)
-            spare = await self._take_spare(kind)
+            kind = self.inspector.kind(request)
+            announced = await self.inspector.announced(request.model, kind)
+            spare = await self.spares.take(kind)
             # Many starts at once would slow each other down.
             async with contextlib.nullcontext() if spare else self._starts:
-                session = spare or await self._spawn(kind, State.BUSY)
+                session = spare or await self.spawn(kind, State.BUSY)
                 session.adopt(request, tools, trace)
                 is_right = await self._begin(session, request, announced, query)
             if is_right and not (spare and session.process.failed_silently):
@@ -1947,7 +1942,7 @@ class Pool:
             session.set_up(request, rows)
             if not process.cli.info.is_known:
                 await self._wait_for_info(process)
-            if not kind.model and self._kind(request) != kind:
+            if not kind.model and self.inspector.kind(request) != kind:
                 return False
             session.start(query)
             await process.wait_for_output()
@@ -1966,31 +1961,11 @@ class Pool:
             if not process.failed_silently:
                 raise
 
-    def _kind(self, request: Request) -> Kind:
-        """The kind of process that a request needs.  Until the CLI has listed its models,
-        one without --model is expected to run any full name."""
-        info = self.cli.info
-        takes_it = info.takes_from_conversation(request.model)
-        if not info.is_known:
-            takes_it = request.model.startswith(translate.FULL_NAME)
-        model = "" if takes_it else request.model
-        return Kind(model, request.is_agent, not request.is_agent and self._is_bare())
-
-    def _is_bare(self) -> bool:
-        """Whether the CLI finds its login in its bare mode."""
-        if not self.cli.since(HAS_BARE_MODE):
-            return False
-        if any(self._environment.get(name) for name in BARE_LOGINS):
-            return True
-        # A key in the user's settings, as the CLI reported.
-        has_settings = bool(self.config.setting_sources)
-        return has_settings and self.cli.info.has_api_key
-
     # Processes
 
-    async def _spawn(self, kind: Kind, state: State) -> Session:
+    async def spawn(self, kind: Kind, state: State) -> Session:
         """Start a process, which waits at its gate."""
-        enter = partial(self.room.enter, self._make_room)
+        enter = partial(self.room.enter, self.make_room)
         message = f"all {self.config.max_sessions} processes were busy, none got free"
         if state is State.SPARE:
             await enter()  # at once: nobody waits for a spare
@@ -2004,8 +1979,8 @@ class Pool:
             cwd = self.config.cwd or "."
         try:
             await process.spawn(
-                arguments(self.config, kind, settings_file(self._environment)),
-                child_environment(self.config, self._environ, kind),
+                arguments(self.config, kind, settings_file(self.inspector.environment)),
+                child_environment(self.config, self.environ, kind),
                 cwd,
             )
         except BaseException as error:
@@ -2022,159 +1997,12 @@ class Pool:
         self.metrics.add("processes_started_total")
         return session
 
-    async def _take_spare(self, kind: Kind) -> Session | None:
-        """A spare, even one that is not at its gate yet."""
-        await read_pipes()
-        for spare in self.spares:
-            if spare.process.is_unusable:
-                self.retire(spare, "failed")
-            elif spare.kind == kind and not spare.parts:
-                spare.move(State.BUSY)
-                return spare
-        return None
-
-    def refill(self, kind: Kind, beginning: Request | None = None) -> None:
-        """Note the kind of the newest request, which may be the `beginning` of a
-        conversation; start the spares that the last requests want, and end the others."""
-        self._kinds.append(kind)
-        missing = list(self._kinds)
-        for preparing in self._preparing.values():
-            if preparing in missing:
-                missing.remove(preparing)
-        for spare in self.spares:
-            if spare.kind in missing:
-                missing.remove(spare.kind)
-            else:
-                self.retire(spare, "unwanted")
-        for wanted in missing:
-            task = asyncio.create_task(self._prepare(wanted, beginning))
-            self._preparing[task] = wanted
-            task.add_done_callback(self._preparing.pop)
-
-    async def _prepare(self, kind: Kind, beginning: Request | None) -> None:
-        if self.room.is_full:
-            return  # nobody makes room for a spare
-        with contextlib.suppress(ApiError):  # the next request will report it
-            await self._spawn(kind, State.SPARE)
-            self._make_room()
-            if beginning:
-                await self._open_ahead(beginning)
-
-    async def _open_ahead(self, request: Request) -> None:
-        """Set up one of two spares as for a request without messages: the next
-        conversation that begins alike finds it as good as hot (tests/bench)."""
-        kind = self._kind(request)
-        announced = await self._announced(request.model, kind)
-        same = [
-            spare for spare in self.spares if spare.kind == kind and not spare.parts
-        ]
-        if len(same) > 1:
-            spare = same[0]
-            spare.adopt(request, translate.listed_tools(request), None)
-            rows = translate.transcript([], spare.model, announced, spare.own_id)
-            spare.set_up(request, rows)
-            spare.process.end_turn(seen=True)
-
-    # What is known of the CLI
-
-    async def look_at_cli(self) -> Cli:
-        """The CLI that is installed now.  Raises ApiError when it is too old."""
-        folder = login_folder(self._environment)
-        settings, login = settings_file(self._environment), ".credentials.json"
-        paths = (self.config.bin, settings, os.path.join(folder, login))
-        async with self._looking:
-            files = tuple(map(identify_file, paths))
-            if files != self.cli.files:
-                secs = min(VERSION_SECS, self.config.watchdog_secs)
-                version = await ask_version(self.config.bin, self._environment, secs)
-                is_same_program = files[:1] == self.cli.files[:1]
-                self.cli = Cli(self.config.bin, files, version)
-                for spare in self.spares:
-                    # One at its gate looks for its login later.
-                    if is_same_program and not spare.parts:
-                        spare.process.cli = self.cli
-                    else:
-                        self.retire(spare, "unwanted")
-        if self.cli.problem:
-            raise cli_error(self.cli.problem)
-        return self.cli
-
-    async def info(self, *, anew: bool = False, gives_way: bool = False) -> CliInfo:
-        """What the CLI reports of itself, without a model call.
-
-        The last report of any process will do, unless it is asked `anew` and there is
-        room.  Otherwise a process is started for it, which may give way to any request.
-        Raises ApiError when the CLI does not work.
-        """
-        await self.queue(self._asking.acquire, "the claude CLI did not start")
-        try:
-            await self.look_at_cli()
-            cli = self.cli
-            if not cli.info.is_known or (anew and not self.room.is_full):
-                kind = Kind(PROBE_MODEL, bare=self._is_bare())
-                state = State.PROBE if gives_way else State.BUSY
-                async with self._asked(kind, state) as process:
-                    cli = process.cli
-            return cli.info
-        finally:
-            self._asking.release()
-
-    @contextlib.asynccontextmanager
-    async def _asked(self, kind: Kind, state: State) -> AsyncIterator[Process]:
-        """A process without a conversation that has reported its models and account."""
-        session = await self._spawn(kind, state)
-        self._make_room()
-        process = session.process
-        try:
-            process.begin_turn()
-            process.open_gate(translate.transcript([], kind.model))
-            process.write(translate.initialize_line([], has_tools=False))
-            await process.read_until(lambda event: control_result(event, "initialize"))
-            yield process
-        except ApiError:
-            if session.state is not State.RETIRED:
-                raise
-            message = "a request took the room of the process that was asked"
-            raise ApiError(529, message) from None
-        finally:
-            self.retire(session, "probe")
-
-    async def _announced(self, model: str, kind: Kind) -> list[Json]:
-        """What the CLI announces to a model today.
-
-        A process that writes its conversation to a file is asked; its question reaches
-        no API.
-        """
-        cli = self.cli
-        if kind.agent or kind.bare or not cli.since(ANNOUNCES):
-            return []
-        await self.queue(self._announcing.acquire, "the claude CLI did not start")
-        try:
-            today = time.strftime("%Y-%m-%d")
-            account = translate.digest(cli.info.account)
-            if (model, account, today) in cli.announced:
-                return cli.announced[model, account, today]
-            async with self._asked(Kind(model, is_kept=True), State.BUSY) as asked:
-                question = [translate.text_block("-")]
-                asked.write(translate.user_line(question, str(uuid.uuid4())))
-                # It fails as intended: nobody answers.
-                with contextlib.suppress(ApiError, TimeoutError):
-                    async with asyncio.timeout(COUNT_SECS):
-                        await asked.read_until(lambda event: event["type"] == "result")
-                found = translate.announcements(await asked.kept_rows())
-            account = translate.digest(cli.info.account)
-            if found:  # it was not ended before it wrote them
-                cache_put(cli.announced, (model, account, today), found, MAX_COUNTS)
-            return found
-        finally:
-            self._announcing.release()
-
     # What becomes of a session
 
     def _finish(self, turn: Turn) -> None:
         """File the session of a turn, or retire it."""
         session, process, translator = turn.session, turn.process, turn.translator
-        self._record_version(turn)
+        self.inspector.record_version(turn)
         turn.begin()
         if session.state is not State.BUSY:
             return
@@ -2218,9 +2046,9 @@ class Pool:
         idle = self.resting(State.IDLE)
         if len(idle) > self.config.max_idle:
             self.retire(idle[0], "evicted")
-        self._make_room()
+        self.make_room()
 
-    def _make_room(self) -> None:
+    def make_room(self) -> None:
         """End as many resting processes as there are requests that wait for nothing
         else."""
         resting = self.resting(*RESTING)
@@ -2254,44 +2082,265 @@ class Pool:
             self.rate_limits.pop(name, None)
             self.rate_limits[name] = limit
 
-    def _record_version(self, turn: Turn) -> None:
+
+# ------------------------------------------------------------ what is known of the CLI
+
+
+class Inspector:
+    """Finds out what a pool has to know of the CLI that is installed."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self.cli = Cli()
+        self.environment = child_environment(pool.config, pool.environ, Kind())
+        # One task at a time looks at the files, one asks for the models and the account,
+        # and one for the announcements.
+        self._looking = asyncio.Lock()
+        self._asking = asyncio.Lock()
+        self._announcing = asyncio.Lock()
+
+    @property
+    def is_looking(self) -> bool:
+        return self._looking.locked()
+
+    async def look(self) -> Cli:
+        """The CLI that is installed now.  Raises ApiError when it is too old."""
+        folder = login_folder(self.environment)
+        settings, login = settings_file(self.environment), ".credentials.json"
+        paths = (self._pool.config.bin, settings, os.path.join(folder, login))
+        async with self._looking:
+            files = tuple(map(identify_file, paths))
+            if files != self.cli.files:
+                secs = min(VERSION_SECS, self._pool.config.watchdog_secs)
+                version = await ask_version(
+                    self._pool.config.bin, self.environment, secs
+                )
+                is_same_program = files[:1] == self.cli.files[:1]
+                self.cli = Cli(self._pool.config.bin, files, version)
+                for spare in self._pool.spares.ready:
+                    # One at its gate looks for its login later.
+                    if is_same_program and not spare.parts:
+                        spare.process.cli = self.cli
+                    else:
+                        self._pool.retire(spare, "unwanted")
+        if self.cli.problem:
+            raise cli_error(self.cli.problem)
+        return self.cli
+
+    async def info(self, *, anew: bool = False, gives_way: bool = False) -> CliInfo:
+        """What the CLI reports of itself, without a model call.
+
+        The last report of any process will do, unless it is asked `anew` and there is
+        room.  Otherwise a process is started for it, which may give way to any request.
+        Raises ApiError when the CLI does not work.
+        """
+        await self._pool.queue(self._asking.acquire, "the claude CLI did not start")
+        try:
+            await self.look()
+            cli = self.cli
+            if not cli.info.is_known or (anew and not self._pool.room.is_full):
+                kind = Kind(PROBE_MODEL, bare=self.is_bare())
+                state = State.PROBE if gives_way else State.BUSY
+                async with self._asked(kind, state) as process:
+                    cli = process.cli
+            return cli.info
+        finally:
+            self._asking.release()
+
+    @contextlib.asynccontextmanager
+    async def _asked(self, kind: Kind, state: State) -> AsyncIterator[Process]:
+        """A process without a conversation that has reported its models and account."""
+        session = await self._pool.spawn(kind, state)
+        self._pool.make_room()
+        process = session.process
+        try:
+            process.begin_turn()
+            process.open_gate(translate.transcript([], kind.model))
+            process.write(translate.initialize_line([], has_tools=False))
+            await process.read_until(lambda event: control_result(event, "initialize"))
+            yield process
+        except ApiError:
+            if session.state is not State.RETIRED:
+                raise
+            message = "a request took the room of the process that was asked"
+            raise ApiError(529, message) from None
+        finally:
+            self._pool.retire(session, "probe")
+
+    async def announced(self, model: str, kind: Kind) -> list[Json]:
+        """What the CLI announces to a model today.
+
+        A process that writes its conversation to a file is asked; its question reaches
+        no API.
+        """
+        cli = self.cli
+        if kind.agent or kind.bare or not cli.since(ANNOUNCES):
+            return []
+        await self._pool.queue(self._announcing.acquire, "the claude CLI did not start")
+        try:
+            today = time.strftime("%Y-%m-%d")
+            account = translate.digest(cli.info.account)
+            if (model, account, today) in cli.announced:
+                return cli.announced[model, account, today]
+            async with self._asked(Kind(model, is_kept=True), State.BUSY) as asked:
+                question = [translate.text_block("-")]
+                asked.write(translate.user_line(question, str(uuid.uuid4())))
+                # It fails as intended: nobody answers.
+                with contextlib.suppress(ApiError, TimeoutError):
+                    async with asyncio.timeout(COUNT_SECS):
+                        await asked.read_until(lambda event: event["type"] == "result")
+                found = translate.announcements(await asked.kept_rows())
+            account = translate.digest(cli.info.account)
+            if found:  # it was not ended before it wrote them
+                cache_put(cli.announced, (model, account, today), found, MAX_COUNTS)
+            return found
+        finally:
+            self._announcing.release()
+
+    def kind(self, request: Request) -> Kind:
+        """The kind of process that a request needs.  Until the CLI has listed its models,
+        one without --model is expected to run any full name."""
+        info = self.cli.info
+        takes_it = info.takes_from_conversation(request.model)
+        if not info.is_known:
+            takes_it = request.model.startswith(translate.FULL_NAME)
+        model = "" if takes_it else request.model
+        return Kind(model, request.is_agent, not request.is_agent and self.is_bare())
+
+    def is_bare(self) -> bool:
+        """Whether the CLI finds its login in its bare mode."""
+        if not self.cli.since(HAS_BARE_MODE):
+            return False
+        if any(self.environment.get(name) for name in BARE_LOGINS):
+            return True
+        # A key in the user's settings, as the CLI reported.
+        has_settings = bool(self._pool.config.setting_sources)
+        return has_settings and self.cli.info.has_api_key
+
+    def record_version(self, turn: Turn) -> None:
         """A script may start another CLI than before."""
         version = turn.translator.cli_version
         is_newest = turn.process.cli is self.cli
         if is_newest and version and version != self.cli.version:
             self.cli = Cli(self.cli.program, self.cli.files, version)
 
-    async def _sweep(self) -> None:
-        """Start the first spares, and look after all processes, again and again."""
-        ttl, watchdog = self.config.session_ttl_secs, self.config.watchdog_secs
-        shortest = min(ttl or watchdog, watchdog)
-        while True:
+
+# ------------------------------------------------------------ spares
+
+
+class Spares:
+    """The processes that a pool starts ahead of need."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        # The kinds of the last requests: there is a spare for each.
+        self._kinds: deque[Kind] = deque(maxlen=pool.config.spares)
+        # Those that are being started.
+        self.starting: dict[asyncio.Task[None], Kind] = {}
+
+    @property
+    def ready(self) -> list[Session]:
+        return self._pool.resting(State.SPARE)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether too few requests have come to say what all of them should be."""
+        return len(self._kinds) < self._pool.config.spares
+
+    async def take(self, kind: Kind) -> Session | None:
+        """A spare, even one that is not at its gate yet."""
+        await read_pipes()
+        for spare in self.ready:
+            if spare.process.is_unusable:
+                self._pool.retire(spare, "failed")
+            elif spare.kind == kind and not spare.parts:
+                spare.move(State.BUSY)
+                return spare
+        return None
+
+    def refill(self, kind: Kind, beginning: Request | None = None) -> None:
+        """Note the kind of the newest request, which may be the `beginning` of a
+        conversation; start the spares that the last requests want, and end the others."""
+        self._kinds.append(kind)
+        missing = list(self._kinds)
+        for preparing in self.starting.values():
+            if preparing in missing:
+                missing.remove(preparing)
+        for spare in self.ready:
+            if spare.kind in missing:
+                missing.remove(spare.kind)
+            else:
+                self._pool.retire(spare, "unwanted")
+        for wanted in missing:
+            task = asyncio.create_task(self._prepare(wanted, beginning))
+            self.starting[task] = wanted
+            task.add_done_callback(self.starting.pop)
+
+    async def _prepare(self, kind: Kind, beginning: Request | None) -> None:
+        if self._pool.room.is_full:
+            return  # nobody makes room for a spare
+        with contextlib.suppress(ApiError):  # the next request will report it
+            cli = self._pool.cli
+            spare = await self._pool.spawn(kind, State.SPARE)
+            if cli is not self._pool.cli:
+                self._pool.retire(spare, "unwanted")  # it may be the old program
+            self._pool.make_room()
+            if beginning:
+                await self._open_ahead(beginning)
+
+    async def _open_ahead(self, request: Request) -> None:
+        """Set up one of two spares as for a request without messages: the next
+        conversation that begins alike finds it as good as hot (tests/bench)."""
+        kind = self._pool.inspector.kind(request)
+        announced = await self._pool.inspector.announced(request.model, kind)
+        same = [spare for spare in self.ready if spare.kind == kind and not spare.parts]
+        if len(same) > 1:
+            spare = same[0]
+            spare.adopt(request, translate.listed_tools(request), None)
+            rows = translate.transcript([], spare.model, announced, spare.own_id)
+            spare.set_up(request, rows)
+            spare.process.end_turn(seen=True)
+
+
+# ------------------------------------------------------------ the sweep
+
+
+async def sweep(pool: Pool) -> None:
+    """Start the first spares, and look after all processes, again and again."""
+    ttl, watchdog = pool.config.session_ttl_secs, pool.config.watchdog_secs
+    shortest = min(ttl or watchdog, watchdog)
+    while True:
+        try:
             # One at a time: a second one would slow down a first request that comes at
             # once.
-            if len(self._kinds) < self.config.spares:
+            if pool.spares.is_short:
                 with contextlib.suppress(ApiError):  # the first request will report it
-                    await self.look_at_cli()
-                    self.refill(Kind(bare=self._is_bare()))
+                    await pool.inspector.look()
+                    pool.spares.refill(Kind(bare=pool.inspector.is_bare()))
             await asyncio.sleep(max(0.05, min(shortest / 4, SWEEP_SECS)))
             # If the bridge was stopped, what came in that time is still in the pipes.
             await read_pipes()
-            for session in self.resting(*State):
-                self._look_after(session)
+            for session in pool.resting(*State):
+                look_after(pool, session)
             # `ask_version` has a child of its own.
-            if os.getpid() == 1 and not self._looking.locked():
-                reap_orphans({session.process.pid for session in self.sessions})
+            if os.getpid() == 1 and not pool.inspector.is_looking:
+                reap_orphans({session.process.pid for session in pool.sessions})
+        except Exception as bug:  # noqa: BLE001 - without the sweep no turn would time out
+            log.error("bug in the sweep: %s", type(bug).__name__)
+            await asyncio.sleep(SWEEP_SECS)
 
-    def _look_after(self, session: Session) -> None:
-        """Retire a resting session that died or whose time is up, and fail a turn that is
-        silent for too long."""
-        process, ttl = session.process, self.config.session_ttl_secs
-        is_resting = session.state in (State.SPARE, State.IDLE, State.PARKED)
-        if is_resting and process.is_unusable:
-            self.retire(session, "failed")
-        elif is_resting and ttl and time.monotonic() - session.since >= ttl:
-            self.retire(session, "expired")
-        elif process.check_silence(self.config.watchdog_secs):
-            self.metrics.add("watchdog_fires_total")
+
+def look_after(pool: Pool, session: Session) -> None:
+    """Retire a resting session that died or whose time is up, and fail a turn that is
+    silent for too long."""
+    process, ttl = session.process, pool.config.session_ttl_secs
+    is_resting = session.state in (State.SPARE, State.IDLE, State.PARKED)
+    if is_resting and process.is_unusable:
+        pool.retire(session, "failed")
+    elif is_resting and ttl and time.monotonic() - session.since >= ttl:
+        pool.retire(session, "expired")
+    elif process.check_silence(pool.config.watchdog_secs):
+        pool.metrics.add("watchdog_fires_total")
 
 
 # ------------------------------------------------------------ appendix: counting
@@ -2316,7 +2365,7 @@ class Counter:
         key = await self._pool.compute(
             request.size, lambda: translate.request_digest(request)
         )
-        counts = (await self._pool.look_at_cli()).counts
+        counts = (await self._pool.inspector.look()).counts
         if key in counts:
             return counts[key]
         await self._pool.queue(self._lane.acquire, "other counts did not end")
@@ -2329,7 +2378,7 @@ class Counter:
         finally:
             trace.close()
             self._lane.release()
-            self._pool.refill(self._pool._kind(request))
+            self._pool.spares.refill(self._pool.inspector.kind(request))
         cache_put(counts, key, tokens, MAX_COUNTS)
         return tokens
 

@@ -57,7 +57,7 @@ class Recorder:
         project = Path(self.home, "project")
         project.mkdir()
         (project / "notes.txt").write_text("buy milk\n")
-        is_bare = not self.agent and pool._is_bare()
+        is_bare = not self.agent and pool.inspector.is_bare()
         has_full_name = self.model.startswith(translate.FULL_NAME)
         kind = Kind("" if has_full_name else ALIAS, self.agent, is_bare)
         reading, self.gate = os.pipe()
@@ -81,9 +81,9 @@ class Recorder:
     async def look(self, pool: Pool) -> list[Json]:
         """Let the pool ask what it wants to know before a conversation; what the CLI announces."""
         async with pool:
-            await pool.info()
-            kind = Kind(agent=self.agent, bare=not self.agent and pool._is_bare())
-            return await pool._announced(ALIAS, kind)
+            await pool.inspector.info()
+            kind = Kind(agent=self.agent, bare=not self.agent and pool.inspector.is_bare())
+            return await pool.inspector.announced(ALIAS, kind)
 
     # Rows
 
@@ -361,7 +361,7 @@ def account(cli: str, name: str) -> Json:
 
     async def look(environ: dict[str, str]) -> Json:
         async with Pool(config, environ) as pool:
-            return dict((await pool.info()).account)
+            return dict((await pool.inspector.info()).account)
 
     with tempfile.TemporaryDirectory() as home:
         for file, content in login.files.items():

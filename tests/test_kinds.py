@@ -259,7 +259,7 @@ def test_a_spare_that_dies_while_it_is_set_up_costs_no_request(
     server = serve(bin=script(tmp_path / "claude", first), spares=1)
     assert server.bridge
     pool = server.bridge.pool
-    wait_until(lambda: pool.spares, "the spare")
+    wait_until(lambda: pool.spares.ready, "the spare")
     assert server.post("hello", model="claude-sonnet-5-5").text == "echo: hello; 1 messages"
 
 
@@ -268,7 +268,7 @@ def test_a_fork_of_the_host_program_does_not_hold_a_gate(serve: Serve) -> None:
     server = serve(spares=1, watchdog_secs=10)
     assert server.bridge
     pool = server.bridge.pool
-    wait_until(lambda: pool.spares, "the spare")
+    wait_until(lambda: pool.spares.ready, "the spare")
     child = os.fork()
     if not child:
         signal.pause()

@@ -36,7 +36,7 @@ def test_a_connection_too_many_gets_503_and_the_others_go_on(serve: Serve) -> No
     held = [server.connect() for _ in range(3)]
     assert server.bridge
     # Type: ignore[union-attr].
-    wait_until(lambda: len(server.bridge._connections) == 3, "the connections")
+    wait_until(lambda: len(server.bridge.connections) == 3, "the connections")
     answer = server.call("GET", "/healthz")
     assert error(answer) == (503, "api_error")
     assert answer.headers["retry-after"] == "1"
@@ -45,7 +45,7 @@ def test_a_connection_too_many_gets_503_and_the_others_go_on(serve: Serve) -> No
         client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert client.recv(4096).startswith(b"HTTP/1.1 200")
         client.close()
-    wait_until(lambda: not server.bridge._connections, "their ends")  # type: ignore[union-attr]
+    wait_until(lambda: not server.bridge.connections, "their ends")  # type: ignore[union-attr]
     assert server.post().status == 200
 
 
@@ -216,7 +216,7 @@ def test_who_connected_before_a_restart_behind_an_inherited_socket_is_still_answ
 
         async with bridge.serve(bridge.Config(bin=str(STANDIN), spares=0), listener) as running:
             client.connect(listener.getsockname())
-            await asyncio.to_thread(wait_until, lambda: running._connections, "the connection")
+            await asyncio.to_thread(wait_until, lambda: running.connections, "the connection")
             answer = asyncio.create_task(asyncio.to_thread(ask_late))
         return await answer
 
@@ -274,7 +274,7 @@ def test_what_a_turn_held_is_freed_when_its_client_leaves_and_not_by_the_garbage
 ) -> None:
     server = serve()
     assert server.bridge
-    connections = server.bridge._connections
+    connections = server.bridge.connections
     body = json.dumps(request_body("SLOW 1000", stream=True)).encode()
     head = f"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
     gc.collect()

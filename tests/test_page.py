@@ -244,7 +244,7 @@ def test_a_deep_look_says_why_nothing_can_be_answered(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, model: str, words: str
 ) -> None:
     if model == "hang-at-start":
-        monkeypatch.setattr(bridge, "HELLO_SECS", 0.5)
+        monkeypatch.setattr(bridge, "INFO_SECS", 0.5)
     monkeypatch.delenv("ANTHROPIC_API_KEY")
     monkeypatch.setattr(sessions, "PROBE_MODEL", model)
     server = serve()
@@ -325,7 +325,7 @@ def test_a_deep_look_finds_that_a_cli_that_worked_works_no_more(
     cli.unlink()
     assert deep(server) == (200, "ok")  # for a while
     assert server.bridge
-    server.bridge._problem_until = 0
+    server.bridge.health.forget()
     assert deep(server)[0] == 503
 
 

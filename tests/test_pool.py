@@ -107,7 +107,7 @@ def test_of_two_requests_one_takes_the_curious_process_and_one_a_resting_one(
     async def use(pool: Pool) -> None:
         await ask(pool, "idle")
         pool.cli.info = CliInfo()
-        curious = asyncio.create_task(pool.info(gives_way=True))
+        curious = asyncio.create_task(pool.inspector.info(gives_way=True))
         await soon(lambda: pool.resting(State.PROBE))
         answers = [asyncio.create_task(ask(pool, f"PAUSE {number}")) for number in range(2)]
         await soon(lambda: [one.state for one in pool.sessions] == [State.BUSY] * 2)
@@ -126,7 +126,7 @@ def test_a_curious_process_that_is_being_started_gives_way_to_a_request(
     monkeypatch.setattr(sessions, "PROBE_MODEL", "hang-at-start")
 
     async def use(pool: Pool) -> None:
-        curious = asyncio.create_task(pool.info(gives_way=True))
+        curious = asyncio.create_task(pool.inspector.info(gives_way=True))
         await soon(pool.room._places.locked)
         _, answer = await ask(pool, "hello")
         assert answer == "echo: hello; 1 messages"
@@ -139,7 +139,7 @@ def test_a_curious_process_that_is_being_started_gives_way_to_a_request(
 def test_a_spare_that_is_being_started_gives_way_to_a_request_of_another_kind() -> None:
     async def use(pool: Pool) -> None:
         await soon(pool.room._places.locked)
-        assert not pool.spares
+        assert not pool.spares.ready
         _, answer = await ask(pool, "hello")
         assert answer == "echo: hello; 1 messages"
 
@@ -175,7 +175,7 @@ def test_of_two_requests_one_gets_the_room_of_a_process_that_ended_and_one_that_
 def test_what_an_old_process_said_of_itself_does_not_replace_what_a_new_one_said() -> None:
     async def use(pool: Pool) -> None:
         _, first = await ask(pool, "one")
-        newest = await pool.info(anew=True)
+        newest = await pool.inspector.info(anew=True)
         turn, _ = await ask(pool, "one", first, "two")
         assert turn.origin == "hot"
         assert pool.cli.info is newest
@@ -205,8 +205,8 @@ def test_a_spare_whose_end_nobody_has_seen_costs_no_request() -> None:
     async def use(pool: Pool) -> None:
         for words in ("one", "two"):  # now a spare is known to have the model
             await ask(pool, words)
-            await soon(lambda: pool.spares)
-        [spare] = pool.spares
+            await soon(lambda: pool.spares.ready)
+        [spare] = pool.spares.ready
         os.kill(spare.process.pid, signal.SIGKILL)
         end = time.monotonic() + 10
         while alive(spare.process.pid):
@@ -224,17 +224,17 @@ def test_spares_that_start_as_the_cli_is_looked_at_evict_no_conversation(tmp_pat
 
     async def use(pool: Pool) -> None:
         turns = [(await ask(pool, words))[0] for words in ("one", "two")]
-        for task in list(pool._preparing):
+        for task in list(pool.spares.starting):
             await task
-        for spare in pool.spares:
+        for spare in pool.spares.ready:
             pool.retire(spare, "unwanted")
         await soon(lambda: not pool.room.ending)
-        pool.cli = Cli()
+        pool.inspector.cli = Cli()
         for _ in range(2):
-            pool.refill(Kind())
-        for task in list(pool._preparing):
+            pool.spares.refill(Kind())
+        for task in list(pool.spares.starting):
             await task
         assert [turn.session.state for turn in turns] == [State.IDLE] * 2
-        assert len(pool.spares) == 1
+        assert len(pool.spares.ready) == 1
 
     in_pool(use, bin=str(program), spares=2, max_sessions=3)

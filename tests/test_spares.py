@@ -18,7 +18,7 @@ Serve = Callable[..., Server]
 def ready(server: Server) -> list[int]:
     """The spares, by process id, the oldest first; they wait at their gates and say nothing."""
     assert server.bridge
-    return [spare.process.pid for spare in list(server.bridge.pool.spares)]
+    return [spare.process.pid for spare in list(server.bridge.pool.spares.ready)]
 
 
 def spare(server: Server, *but: int) -> int:
@@ -187,17 +187,17 @@ def test_a_spare_that_aged_out_comes_back_only_for_a_new_conversation(
     wait_until(lambda: log.got("PAUSE-START"), "the turn")
     assert server.bridge
     pool = server.bridge.pool
-    (left,) = pool.spares
+    (left,) = pool.spares.ready
     left.since -= 2
     wait_until(lambda: not alive(left.process.pid), "its end")
     gate.touch()
     first = running.result()
     wait_until(lambda: len(ready(server)) == 2, "those that the new conversation asks for")
-    for waiting in pool.spares:
+    for waiting in pool.spares.ready:
         waiting.since -= 2
-    wait_until(lambda: not pool.spares, "their end")
+    wait_until(lambda: not pool.spares.ready, "their end")
     assert server.post(["PAUSE-START", first.text, "more"]).session == "hot"
-    assert not [*pool.spares, *pool._preparing]
+    assert not [*pool.spares.ready, *pool.spares.starting]
 
 
 def test_nobody_makes_room_for_a_spare(
@@ -236,7 +236,8 @@ def test_a_spare_that_is_being_started_makes_room_for_a_request(
     pool = server.bridge.pool
     busy = background.submit(server.post, "PAUSE", stream=True)
     wait_until(
-        lambda: pool._preparing or (pool.spares and log.got("PAUSE")), "the start of the next"
+        lambda: pool.spares.starting or (pool.spares.ready and log.got("PAUSE")),
+        "the start of the next",
     )
     assert server.post(model="opus").status == 200
     gate.touch()
@@ -279,7 +280,7 @@ def test_a_request_takes_a_spare_that_is_still_starting(
     assert server.call("GET", "/v1/models").status == 200
     waiting = spare(server)
     assert server.bridge
-    (session,) = server.bridge.pool.spares
+    (session,) = server.bridge.pool.spares.ready
     # It has said nothing, and will not before it has its conversation.
     assert not session.process.has_spoken
     assert pid(server.post()) == waiting
