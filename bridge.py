@@ -120,6 +120,8 @@ log = logging.getLogger("claude_cli_bridge")
 
 ENVIRONMENT_PREFIX = "CLAUDE_CLI_"
 MAX_PORT = 65_535
+# Addresses that listen on all of a machine's.
+WILDCARDS = ("0.0.0.0", "::")
 
 
 class ConfigError(ValueError):
@@ -262,7 +264,8 @@ class Config(PoolConfig):
         except ValueError:
             return False
         host, own_port = self.address
-        is_here = name == host or (is_loopback(name) and is_local(host))
+        is_local = is_loopback(host) or host in WILDCARDS
+        is_here = name == host or (is_loopback(name) and is_local)
         return port == own_port and is_here
 
     @property
@@ -309,7 +312,7 @@ class Config(PoolConfig):
                 fault += " none of the API's"
             if fault:
                 found.append(f"{variable('keep_env')}: {name} {fault}")
-        is_wild = self.listen_addr.startswith(("0.0.0.0:", "[::]:"))
+        is_wild = not self.unix_path and self.address[0] in WILDCARDS
         if is_wild and not self.allowed_hosts:
             message = "clients that reach this machine by name or address get 403"
             cure = f"until {variable('allowed_hosts')} holds that name or address"
@@ -484,12 +487,6 @@ def check_folders(trace_dir: str) -> None:
         raise ConfigError(message) from None
 
 
-def curl_target(url: str) -> str:
-    """The URL of the bridge as curl takes it."""
-    path = url.removeprefix("unix:")
-    return url if path == url else f"--unix-socket {shlex.quote(path)} http://localhost"
-
-
 def as_url(address: str) -> str:
     return address if address.startswith("unix:") else f"http://{address}"
 
@@ -557,7 +554,6 @@ LOGIN_VARIABLES = (
 
 def login_cure(config: Config, environ: Mapping[str, str]) -> str:
     """Whose login was looked for, and what to do when nobody is logged in."""
-    settings = settings_file(environ)
     found = f"no login of {login_place()}"
     # What is set for clients of the bridge in the same shell is no login.
     no_logins = ("", KEY_OF_CLIENTS, config.api_key)
@@ -567,7 +563,7 @@ def login_cure(config: Config, environ: Mapping[str, str]) -> str:
         if is_login and name not in config.keep_env:
             found = f"{found}; {name} is set, but not passed on to the CLI"
             return f"{found}: {variable('keep_env')}={name} passes it on"
-    if os.path.isfile(settings) and not config.setting_sources:
+    if os.path.isfile(settings_file(environ)) and not config.setting_sources:
         cure = f"{variable('setting_sources')}=user"
         found += f" ({cure} if the login is in its settings.json)"
     return f"{found}; `{shlex.quote(config.bin)} auth login` logs in"
@@ -604,7 +600,6 @@ HOST = re.compile(
     r"(?::([0-9]{1,5}))?",
     re.I,
 )
-PRINTABLE = re.compile(r"[\x20-\x7e]*")
 
 
 @dataclass
@@ -655,8 +650,8 @@ class Exchange:
 
     @property
     def has_body(self) -> bool:
-        length = int(self.header("content-length") or 0)
-        return length > 0 or "transfer-encoding" in self.headers
+        has_length = int(self.header("content-length") or 0) > 0
+        return has_length or "transfer-encoding" in self.headers
 
     @property
     def path(self) -> str:
@@ -703,11 +698,11 @@ def check_host(exchange: Exchange, config: Config) -> None:
         return  # not HTTP/1.1, where h11 requires one; browsers speak that
     match = HOST.fullmatch(host)
     is_port = match and int(match[2] or 0) <= MAX_PORT
-    name = match[1].lower() if match and is_port else ""
-    known = {item.lower() for item in config.allowed_hosts}
+    name = match[1].lower().strip("[]") if match and is_port else ""
+    known = {item.lower().strip("[]") for item in config.allowed_hosts}
     if not config.unix_path:
         known.add(config.address[0])
-    if not is_loopback(name) and name.strip("[]") not in known:
+    if not is_loopback(name) and name not in known:
         cure = f"{variable('allowed_hosts')}={name or 'NAME'} allows it (the name only, no port)"
         raise ApiError(403, f"Host {host[:100]!a} is not allowed; {cure}")
 
@@ -757,11 +752,6 @@ def check_key(exchange: Exchange, config: Config) -> None:
     if not any(matches):
         message = "the key sent does not match this bridge's"
         raise ApiError(401, f"{message} {variable('api_key')}")
-
-
-def is_local(host: str) -> bool:
-    """Whether a listener there is reached by a loopback address."""
-    return is_loopback(host) or host in ("0.0.0.0", "::")
 
 
 def is_loopback(host: str) -> bool:
@@ -820,7 +810,11 @@ class Connection:
         bridge: "Bridge",
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
+        *,
+        is_surplus: bool,
     ) -> None:
+        # It came when there were too many: all it gets is a 503.
+        self.is_surplus = is_surplus
         self.bridge = bridge
         self.config = bridge.config
         self.reader = reader
@@ -839,7 +833,7 @@ class Connection:
     async def serve(self) -> None:
         """Requests in order until either side ends the connection."""
         try:
-            if self.bridge.is_full:
+            if self.is_surplus:
                 error = ApiError(503, "too many connections", retry_after=1)
                 await self.refuse(Exchange(self), error)
                 return
@@ -1015,14 +1009,14 @@ class Connection:
     async def fail(self, exchange: Exchange, error: ApiError) -> None:
         """Send an error as a whole answer, or as the last event of a stream that has
         begun."""
-        exchange.failure = error.kind
+        exchange.failure = error.error_type
         reason = error.message if error.log_reason is None else error.log_reason
         exchange.message = reason[:MAX_LOGGED]
         body = error.body(exchange.id)
         if self.http.our_state is h11.SEND_BODY:
             self.stream(exchange, translate.frame(body))
             await self.finish()
-        elif self.can_respond:
+        elif self.http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             headers = error_headers(error)
             if error.status == 401:
                 basic = 'Basic realm="the password is the key"'
@@ -1031,15 +1025,9 @@ class Connection:
             reply = Reply(data, status=error.status, headers=headers)
             await self.respond(exchange, reply)
 
-    @property
-    def can_respond(self) -> bool:
-        return self.http.our_state in (h11.IDLE, h11.SEND_RESPONSE)
-
     async def refuse(self, exchange: Exchange, error: ApiError) -> None:
         """Answer a request that is not read to its end, then read on for a moment:
         closing on unread bytes is a reset, which can overtake the answer."""
-        if not self.can_respond:
-            return
         exchange.last = True
         try:
             await self.fail(exchange, error)
@@ -1088,7 +1076,7 @@ def error_headers(error: ApiError) -> dict[str, str]:
     if after is not None:
         headers["retry-after"] = str(after)
     # SDKs wait for any retry-after: a limit that resets in an hour is the user's to see.
-    if not error.retry or (after or 0) > 60:
+    if not error.can_retry or (after or 0) > 60:
         headers["x-should-retry"] = "false"
     return headers
 
@@ -1140,10 +1128,6 @@ class Bridge:
     # Connections
 
     @property
-    def is_full(self) -> bool:
-        return len(self.connections) > self.config.max_connections
-
-    @property
     def url(self) -> str:
         """The base URL for clients on this machine."""
         return local_url(self.addresses[0])
@@ -1159,7 +1143,9 @@ class Bridge:
         if self.closing and not self.grace_secs:
             writer.transport.abort()  # accepted while the server was being closed
             return
-        connection = Connection(self, reader, writer)
+        served = [item for item in self.connections.values() if not item.is_surplus]
+        is_surplus = len(served) >= self.config.max_connections
+        connection = Connection(self, reader, writer, is_surplus=is_surplus)
         task = asyncio.get_running_loop().create_task(connection.serve())
         self.connections[task] = connection
         task.add_done_callback(self.connections.pop)
@@ -1294,7 +1280,7 @@ class Bridge:
         methods, handler = ROUTES[exchange.route]
         if exchange.method == "OPTIONS" and exchange.header("origin"):
             asked = exchange.header("access-control-request-headers")
-            is_clean = PRINTABLE.fullmatch(asked)
+            is_clean = asked.isascii() and asked.isprintable()
             allowed = {
                 "access-control-allow-methods": methods,
                 "access-control-allow-headers": asked if is_clean else "",
@@ -1305,10 +1291,7 @@ class Bridge:
             raise ApiError(405, f"{exchange.route} takes {methods}")
         encoding = exchange.header("content-encoding") or "identity"
         if encoding.lower() != "identity":
-            message = (
-                "compressed request bodies are not supported; send it uncompressed"
-            )
-            raise ApiError(415, message)
+            raise ApiError(415, "compressed request bodies are not supported")
         return await handler(self, exchange)
 
     def not_found(self, exchange: Exchange) -> ApiError:
@@ -1336,13 +1319,12 @@ class Bridge:
         key = exchange.key_digest
         async with self.pool.turn(request, token, key, exchange.id) as turn:
             exchange.turn = turn
-            pings = [connection.ping(exchange)] if request.stream else []
-            tasks = list(map(asyncio.create_task, pings))
+            ping = request.stream and asyncio.create_task(connection.ping(exchange))
             try:
                 await turn.relay(send, connection.drain)
             finally:
-                for task in tasks:
-                    task.cancel()
+                if ping:
+                    ping.cancel()
         if request.stream:
             await connection.finish()
             return None
@@ -1364,11 +1346,10 @@ class Bridge:
         request = await self.pool.compute(len(body), parse)
         asking = exchange.header("x-claude-code-session-id")
         if self.pool.is_own(asking, request.user_id):
-            message = (
-                "this request comes from the claude CLI that this bridge runs: the"
+            message = "this request comes from the claude CLI that this bridge runs"
+            raise ApiError(
+                400, f"{message}: its address of the API leads to the bridge"
             )
-            message += " CLI's address of the API leads to the bridge"
-            raise ApiError(400, message)
         not_sent = dropped_headers(exchange) + request.not_sent
         return dataclasses.replace(request, not_sent=not_sent)
 
@@ -1554,7 +1535,7 @@ def report(exchange: Exchange) -> None:
     text = " ".join(f"{name}={quoted(value)}" for name, value in row.items())
     log.info("%s", text, extra={"row": row})
     # Those who may not ask do not push others off the page.
-    is_known = exchange.status not in (401, 403, 503) or exchange.turn
+    is_known = exchange.status not in (401, 403, 503) or turn
     is_worth_it = exchange.failure or exchange.route not in QUIET_ROUTES
     if is_known and is_worth_it:
         bridge.recent.appendleft((time.strftime("%H:%M:%S"), row))
@@ -1974,12 +1955,6 @@ GROUPS = {
 }
 
 
-def flag_names() -> dict[str, str]:
-    """What a command line can set, by its flags."""
-    names = [item.name for item in dataclasses.fields(Config) if item.repr]
-    return {flag(name): name for name in [*names, "config"]}
-
-
 def help_text() -> str:
     lines = [HELP]
     for group, title in GROUPS.items():
@@ -2051,7 +2026,8 @@ def reset_inherited_state() -> None:
 def read_flags(words: list[str], flags: dict[str, str]) -> None:
     """Read the command, if there is one, and the flags that are given, by setting.
     Raises ConfigError, which repeats no word that it does not know: it may be a key."""
-    names = flag_names()
+    settings = [item.name for item in dataclasses.fields(Config) if item.repr]
+    names = {flag(name): name for name in [*settings, "config"]}
     rest = iter(words)
     for word in rest:
         name, is_joined, value = word.partition("=")
@@ -2151,10 +2127,11 @@ def connect_lines(bridge: Bridge) -> str:
     """What a shell takes to reach the bridge: two variables for most clients, and a
     first request."""
     key = f"${variable('api_key')}" if bridge.config.api_key else KEY_OF_CLIENTS
-    curl = CURL.format(target=curl_target(bridge.url), key=key)
-    if bridge.url.startswith("unix:"):
-        return curl  # clients take no such address
-    return EXPORTS.format(url=bridge.url, key=key) + "\n" + curl
+    exports, target = EXPORTS.format(url=bridge.url, key=key) + "\n", bridge.url
+    if target.startswith("unix:"):
+        path = shlex.quote(target.removeprefix("unix:"))
+        exports, target = "", f"--unix-socket {path} http://localhost"
+    return exports + CURL.format(target=target, key=key)
 
 
 def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:

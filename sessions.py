@@ -1403,7 +1403,7 @@ class Session:
     def _changed_settings(self, request: Request) -> list[bytes]:
         """The line with a request's settings, unless the last request had the same."""
         has_tools = bool(self.process.tools)
-        settings = translate.turn_settings(request, has_listed_tools=has_tools)
+        settings = translate.turn_environment(request, has_listed_tools=has_tools)
         before, self.settings = self.settings, translate.digest(settings)
         if before == self.settings:
             return []
@@ -1537,7 +1537,7 @@ class Turn:
         can_hand_over = self.process.has_listed or not self.translator.calls
         # The client gets half a message, and sends both halves as one.
         is_half = self.request.continues
-        return self.translator.rests and can_hand_over and not is_half
+        return self.translator.process_waits and can_hand_over and not is_half
 
     def interrupt(self) -> None:
         self.process.interrupt()
@@ -1869,7 +1869,7 @@ class Pool:
         self, request: Request, pin: str, token: str | None, trace: Trace
     ) -> Turn:
         reason = self._rebuild_reason(request, pin)
-        tools = translate.listed_tools(request)
+        tools = translate.tools_for_turn(request)
         session = await self.open(request, tools, trace)
         if token:
             session.take_name(session_id(token), pin)
@@ -2296,7 +2296,7 @@ class Spares:
         same = [spare for spare in self.ready if spare.kind == kind and not spare.parts]
         if len(same) > 1:
             spare = same[0]
-            spare.adopt(request, translate.listed_tools(request), None)
+            spare.adopt(request, translate.tools_for_turn(request), None)
             rows = translate.transcript([], spare.model, announced, spare.own_id)
             spare.set_up(request, rows)
             spare.process.end_turn(seen=True)
@@ -2383,7 +2383,7 @@ class Counter:
         return tokens
 
     async def _count(self, request: Request, trace: Trace) -> int:
-        tools = translate.described_tools(request)
+        tools = translate.tools_for_count(request)
         session = await self._pool.open(request, tools, trace, query=False)
         try:
             # The wait for a process is not the CLI's.

@@ -146,9 +146,9 @@ class Recorder:
 
     def set_up(self, request: Request, *, query: bool = True) -> list[bytes]:
         """As Pool._set_up: all but the lines that start the turn, which it returns."""
-        describe = translate.listed_tools if query else translate.described_tools
+        describe = translate.tools_for_turn if query else translate.tools_for_count
         self.tools = describe(request)
-        settings = translate.turn_settings(request)
+        settings = translate.turn_environment(request)
         given = {name: value for name, value in settings.items() if value}
         system, has_tools = request.system, bool(self.tools)
         rows = translate.transcript(request.messages, self.model, self.announced, self.own_id)
@@ -237,7 +237,7 @@ def count(recorder: Recorder) -> None:
         recorder.send(line)
     recorder.until(is_result)
     recorder.send(translate.control_line("usage", "get_context_usage"))
-    recorder.until(lambda event: translate.control_response(event, "usage"))
+    recorder.until(lambda event: responds(event, "usage"))
 
 
 def slash_command(recorder: Recorder) -> None:
@@ -252,13 +252,18 @@ def get_settings(recorder: Recorder) -> None:
     """Which model it runs."""
     recorder.set_up(asked("hello"))
     recorder.send(translate.control_line("get_settings", "get_settings"))
-    recorder.until(lambda event: translate.control_response(event, "get_settings"))
+    recorder.until(lambda event: responds(event, "get_settings"))
 
 
 def refused_control(recorder: Recorder) -> None:
     recorder.set_up(asked("hello"))
     recorder.send(translate.control_line("unheard", "unheard_of"))
-    recorder.until(lambda event: translate.control_response(event, "unheard"))
+    recorder.until(lambda event: responds(event, "unheard"))
+
+
+def responds(event: Json, request_id: str) -> bool:
+    response = event.get("response")
+    return isinstance(response, dict) and response.get("request_id") == request_id
 
 
 def use(tool: str, **fields: Any) -> str:

@@ -25,8 +25,6 @@ from messages import (
 )
 from test_translation import REST
 
-from translate import usage
-
 Json = dict[str, Any]
 
 
@@ -304,6 +302,6 @@ USAGES: list[tuple[Any, Json]] = [
 
 @pytest.mark.parametrize(("came", "passed"), USAGES, ids=repr)
 def test_a_usage_has_the_two_main_counts_and_no_null(came: Any, passed: Json) -> None:
-    assert usage(came) == LEAST | passed
+    assert play(stream(start(usage=came))).message["usage"] == LEAST | passed
     for events in ((start(usage=came), *TEXT[1:]), (*TEXT[:4], {**finish(), "usage": came}, STOP)):
         checked(play(stream(*events)))
