@@ -27,6 +27,7 @@ models, `serve`, the program, and in each file what is called an appendix.
 import asyncio
 import base64
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import email.utils
@@ -132,8 +133,8 @@ class ConfigError(ValueError):
 class Config(PoolConfig):
     """All settings.
 
-    The environment variable CLAUDE_CLI_NAME, the flag --name and the field name are the
-    same.
+    The environment variable CLAUDE_CLI_MAX_IDLE, the flag --max-idle and the field
+    max_idle differ in their spelling alone.
     """
 
     listen_addr: str = setting(
@@ -214,16 +215,14 @@ class Config(PoolConfig):
         return cls(**values)
 
     def checked(self) -> "Config":
-        """The same settings, with whole paths.  Raises ConfigError, which names one
-        that cannot be used."""
+        """The same settings, with the whole paths of the CLI and the traces.  Raises
+        ConfigError, which names one that cannot be used."""
         for item in dataclasses.fields(self):
             check_bounds(item, getattr(self, item.name))
         bypasses = self.tools and self.permission_mode == "bypassPermissions"
-        require(
-            not bypasses or os.geteuid(),
-            "permission_mode",
-            "the CLI refuses bypassPermissions when it runs as root",
-        )
+        is_root = os.geteuid() == 0
+        message = "the CLI refuses bypassPermissions when it runs as root"
+        require(not (bypasses and is_root), "permission_mode", message)
         is_folder = os.path.isdir(self.cwd or ".")
         require(is_folder or not self.tools, "cwd", f"{self.cwd!r} is not a directory")
         if self.mcp_config:
@@ -244,17 +243,19 @@ class Config(PoolConfig):
             message += f" {variable('api_key')}"
             require(is_loopback(host), "listen_addr", message)
         for name in API_ADDRESSES:
-            leads_back = name in self.keep_env and self.is_own(os.environ.get(name, ""))
+            leads_back = name in self.keep_env and self.leads_here(
+                os.environ.get(name, "")
+            )
             message = f"{name} is the bridge's own address, where its clients ask;"
             require(not leads_back, "keep_env", f"{message} leave the name out")
-        check_folders(self.trace_dir)
+        check_system(self.trace_dir)
         return dataclasses.replace(
             self,
             bin=find_cli(self.bin),
             trace_dir=self.trace_dir and os.path.abspath(self.trace_dir),
         )
 
-    def is_own(self, url: str) -> bool:
+    def leads_here(self, url: str) -> bool:
         """Whether a URL leads to the address that the bridge listens on."""
         if self.unix_path:
             return False
@@ -266,7 +267,7 @@ class Config(PoolConfig):
         host, own_port = self.address
         is_local = is_loopback(host) or host in WILDCARDS
         is_here = name == host or (is_loopback(name) and is_local)
-        return port == own_port and is_here
+        return (port or 80) == own_port and is_here
 
     @property
     def unix_path(self) -> str:
@@ -306,7 +307,7 @@ class Config(PoolConfig):
         for name in self.keep_env:
             fault = ""
             if name not in environ:
-                fault = f"is not set{suggestion(name, environ)}"
+                fault = f"is not set{did_you_mean(name, environ)}"
             elif environ[name] == KEY_OF_CLIENTS:
                 fault = f"is {KEY_OF_CLIENTS!r}, a key for clients of the bridge, and"
                 fault += " none of the API's"
@@ -385,13 +386,17 @@ SYNONYMS = {
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """What was probably meant by a flag, a command or a variable, as the end of a
-    sentence."""
-    words = {bare_word(item): item for item in known}
+    """What was probably meant by a setting or a command, as the end of a sentence."""
     word = bare_word(name)
     if word in SYNONYMS:
         return f"; use {SYNONYMS[word]}"
-    nearest = difflib.get_close_matches(word, words, 1)
+    return did_you_mean(name, known)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest of the known names, as the end of a sentence."""
+    words = {bare_word(item): item for item in known}
+    nearest = difflib.get_close_matches(bare_word(name), words, 1)
     return f"; did you mean {words[nearest[0]]}?" if nearest else ""
 
 
@@ -435,6 +440,10 @@ def parse_setting(name: str, kind: type, text: str) -> Any:
         raise config_error(name, message) from None
 
 
+# More than any number of seconds, bytes or processes.
+MAX_NUMBER = 1e12
+
+
 def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
     """Raises ConfigError for a value that its field does not allow."""
     name, rules = item.name, item.metadata
@@ -451,8 +460,8 @@ def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
         require(value in rules["choices"], name, message)
     if kind in (int, float):
         message = f"must be a number of at least {rules['least']}, got {value}"
-        is_large = math.isfinite(value) and value >= rules["least"]
-        require(is_large, name, message)
+        is_in_bounds = rules["least"] <= value <= MAX_NUMBER
+        require(is_in_bounds, name, message)
 
 
 def check_mcp_config(path: str) -> None:
@@ -468,7 +477,7 @@ def check_mcp_config(path: str) -> None:
     require(isinstance(servers, dict), "mcp_config", message)
 
 
-def check_folders(trace_dir: str) -> None:
+def check_system(trace_dir: str) -> None:
     """Refuse to start where the CLI cannot, or without the folder for traces."""
     if not os.path.isdir("/dev/fd"):
         raise ConfigError("there is no /dev/fd, which the CLI needs: is /proc mounted?")
@@ -557,7 +566,7 @@ def login_cure(config: Config, environ: Mapping[str, str]) -> str:
     found = f"no login of {login_place()}"
     # What is set for clients of the bridge in the same shell is no login.
     no_logins = ("", KEY_OF_CLIENTS, config.api_key)
-    is_for_clients = config.is_own(environ.get("ANTHROPIC_BASE_URL", ""))
+    is_for_clients = config.leads_here(environ.get("ANTHROPIC_BASE_URL", ""))
     for name in LOGIN_VARIABLES:
         is_login = environ.get(name, "") not in no_logins and not is_for_clients
         if is_login and name not in config.keep_env:
@@ -570,7 +579,7 @@ def login_cure(config: Config, environ: Mapping[str, str]) -> str:
 
 
 def login_state(config: Config, info: CliInfo) -> str:
-    """Who the CLI is logged in as, or what to do."""
+    """Who the CLI is logged in as, or what to do, for people to read."""
     if info.login:
         return f"{info.login} ({login_place()})"
     return f"nobody is logged in: {login_cure(config, os.environ)}"
@@ -589,17 +598,10 @@ def user_name() -> str:
         return str(os.getuid())
 
 
-# ------------------------------------------------------------ access
+# ------------------------------------------------------------ a request and its answer
 
 # RFC 9112, 3.2.2: a target in absolute form.
 ABSOLUTE = re.compile("^https?://([^/?]*)", re.I)
-# RFC 9110, 7.2: a name or address, an IPv6 one with brackets or without, and perhaps a
-# port.
-HOST = re.compile(
-    r"(\[[0-9a-f:.]+\]|[0-9a-f]*:[0-9a-f]*:[0-9a-f:]*|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*)\.?"
-    r"(?::([0-9]{1,5}))?",
-    re.I,
-)
 
 
 @dataclass
@@ -607,35 +609,40 @@ class Exchange:
     """One request and what was answered, for routes and for the log."""
 
     connection: "Connection"
-    # All of these are empty when what came was not a request.
+    # From the client; empty if what came was no request.
     method: str = ""
     target: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
-    # The connection ends with this answer.
+    # Written by `check_access`: its client may ask.
+    is_allowed: bool = False
+    # Written by the connection.  The connection ends with this answer.
     last: bool = False
     id: str = field(default_factory=lambda: "req_" + uuid.uuid4().hex)
     began: float = field(default_factory=time.monotonic)
     # 0: nothing was answered.
     status: int = 0
-    # Monotonic time at which the answer began; unstreamed, it is sent later.
+    # error.type of a failure, and what the log says of it.
+    failure: str = ""
+    message: str = ""
+    # Written by the routes.  Monotonic time at which the CLI began to answer.
     first_byte: float = 0
     # The methods of the route, for 405.
     allow: str = ""
     turn: Turn | None = None
     # What a count of tokens leaves out.
     not_counted: list[str] = field(default_factory=list)
-    # error.type of a failure, and what the log says of it.
-    failure: str = ""
-    message: str = ""
 
     def take(self, request: h11.Request) -> None:
         """Several headers of one name are joined by commas (RFC 9110, 5.3)."""
         self.method = request.method.decode()
         self.target = request.target.decode()
+        values: dict[str, list[str]] = {}
         for name, value in request.headers:
-            values = [self.header(name.decode()), value.decode("latin-1")]
-            self.headers[name.decode()] = ", ".join(filter(None, values))
+            values.setdefault(name.decode(), []).append(value.decode("latin-1"))
+        self.headers = {
+            name: ", ".join(filter(None, given)) for name, given in values.items()
+        }
 
     def header(self, name: str) -> str:
         """The value of a header; `name` in lower case.  Empty: there is none."""
@@ -663,8 +670,8 @@ class Exchange:
 
     @property
     def route(self) -> str:
-        """The known route of the path; empty: there is none.  Base URLs with and
-        without /v1 lead to the same, as SDKs may add it."""
+        """The known route of the path (ROUTES); empty: there is none.  For messages the
+        base URL may end in /v1 or not, as SDKs add it."""
         path = re.sub("^(/v1/v1)?(?=/messages)", "/v1", self.path)
         path = MODELS if path.startswith(MODELS + "/") else path
         return path if path in ROUTES else ""
@@ -675,6 +682,27 @@ class Exchange:
         return self.route == "/" and self.method in ("GET", "HEAD")
 
 
+@dataclass
+class Reply:
+    """A whole answer: its body, content type, status and other headers."""
+
+    body: bytes
+    kind: str = "application/json"
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+# ------------------------------------------------------------ access
+
+# RFC 9110, 7.2: a name or address, an IPv6 one with brackets or without, and perhaps a
+# port.
+HOST = re.compile(
+    r"(\[[0-9a-f:.]+\]|[0-9a-f]*:[0-9a-f]*:[0-9a-f:]*|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*)\.?"
+    r"(?::([0-9]{1,5}))?",
+    re.I,
+)
+
+
 def check_access(exchange: Exchange, config: Config) -> None:
     """Who may talk to this port.  Raises ApiError 401 or 403.  Only /healthz is open to
     all, without a query and without a body."""
@@ -683,6 +711,7 @@ def check_access(exchange: Exchange, config: Config) -> None:
     check_host(exchange, config)
     check_origin(exchange, config)
     check_key(exchange, config)
+    exchange.is_allowed = True
 
 
 def check_host(exchange: Exchange, config: Config) -> None:
@@ -745,13 +774,14 @@ def check_key(exchange: Exchange, config: Config) -> None:
         with contextlib.suppress(ValueError):  # it is no Base64
             pair = base64.b64decode(token).decode("latin-1")
             given.append(pair.partition(":")[2])
-    elif authorization and not token:
-        raise ApiError(401, "Authorization takes the word Bearer before the key")
     expected = config.api_key.encode()
     matches = [hmac.compare_digest(item.encode("latin-1"), expected) for item in given]
-    if not any(matches):
-        message = "the key sent does not match this bridge's"
-        raise ApiError(401, f"{message} {variable('api_key')}")
+    if any(matches):
+        return
+    if authorization and not token:
+        raise ApiError(401, "Authorization takes the word Bearer before the key")
+    message = "the key sent does not match this bridge's"
+    raise ApiError(401, f"{message} {variable('api_key')}")
 
 
 def is_loopback(host: str) -> bool:
@@ -792,16 +822,6 @@ class Disconnected(Exception):
     """The connection ends without more answers: mostly, the client is gone."""
 
 
-@dataclass
-class Reply:
-    """A whole answer: its body, content type, status and other headers."""
-
-    body: bytes
-    kind: str = "application/json"
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-
-
 class Connection:
     """One client: its socket and its h11 state."""
 
@@ -823,7 +843,7 @@ class Connection:
         self.http = h11.Connection(
             h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES
         )
-        # A request is being answered.
+        # A request is being answered; written by `Bridge.handle`.
         self.answering = False
         # One has been answered.
         self.answered = False
@@ -863,6 +883,10 @@ class Connection:
                 is_whole = await self.read_request(exchange)
         except TimeoutError:
             error = ApiError(408, "the request was not sent in time")
+        except Disconnected:
+            exchange.failure = "client_left"
+            report(exchange)
+            raise
         except h11.RemoteProtocolError as fault:
             # What follows quotes the line, which the log must not hold.
             reason = str(fault).partition(":")[0]
@@ -931,8 +955,8 @@ class Connection:
     # Answers
 
     def write(self, event: h11.Event) -> None:
-        """Write an h11 event, unless the client is gone: uvloop would raise, and `drain`
-        says so."""
+        """Write an h11 event, unless the client is gone: uvloop would raise, and the next
+        `drain` raises Disconnected."""
         data = self.http.send(event)
         if data and not self.writer.is_closing():
             self.writer.write(data)
@@ -947,7 +971,7 @@ class Connection:
         unknown = "Overloaded" if status == 529 else ""
         reason = http.client.responses.get(status, unknown)
         head = [(name, value) for name, value in headers.items() if value]
-        self.transport.set_write_buffer_limits()
+        self.transport.set_write_buffer_limits()  # `finish` has set it to 0
         self.write(h11.Response(status_code=status, headers=head, reason=reason))
 
     async def finish(self) -> None:
@@ -966,7 +990,7 @@ class Connection:
         await self.finish()
 
     def stream(self, exchange: Exchange, frames: bytes) -> None:
-        """Write a piece of a stream, after the head of the answer."""
+        """Write a piece of a stream; the first call writes the head of the answer too."""
         if self.http.our_state is h11.SEND_RESPONSE:
             # nginx must not hold the stream back.
             headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -987,15 +1011,15 @@ class Connection:
 
     @property
     def is_slow(self) -> bool:
-        """Whether the client does not read what was written, or is gone: `drain`
-        says so."""
+        """Whether the client does not read what was written, or is gone: the next `drain`
+        waits, or raises Disconnected."""
         _, limit = self.transport.get_write_buffer_limits()
         is_full = self.transport.get_write_buffer_size() > limit
         return is_full or self.transport.is_closing()
 
     async def drain(self) -> None:
-        """Wait while the client is slow to read.  Raises Disconnected when it is gone, or
-        reads nothing at all."""
+        """Wait while the client is slow to read, as long as it reads anything in each
+        `idle_secs`.  Raises Disconnected when it is gone, or does not."""
         unread = math.inf
         with contextlib.suppress(OSError):
             while self.transport.get_write_buffer_size() < unread:
@@ -1040,14 +1064,15 @@ class Connection:
                 pass
 
     async def wait_for_disconnect(self) -> None:
-        """Return when the client closes its side; meanwhile keep what it sends ahead
-        for the next request."""
+        """Return when the client closes its side, even if it would still read; meanwhile
+        keep what it sends ahead for the next request."""
         while len(self.http.trailing_data[0]) < MAX_PIPELINED:
             data = await self.reader.read(READ_SIZE)
             self.http.receive_data(data)
             if not data:
                 return
-        await asyncio.Event().wait()  # whether it has left, only a write can tell now
+        # The buffer is full, so the end of the connection cannot be read: a write will fail.
+        await asyncio.Event().wait()
 
     async def close(self) -> None:
         self.writer.close()
@@ -1198,13 +1223,15 @@ class Bridge:
             await asyncio.wait({answer, gone})
             self._answers.discard(answer)
             connection.answering = False
-            error = None if answer.cancelled() else answer.exception()
-            if answer.cancelled() or isinstance(error, Disconnected):
+            # By its client that left, or by a shutdown that waits no longer.
+            was_cut_short = answer.cancelled()
+            error = None if was_cut_short else answer.exception()
+            if was_cut_short or isinstance(error, Disconnected):
                 exchange.failure = "client_left"
             report(exchange)
         if error and exchange.failure != "client_left":
             log.error("bug in request %s: %s", exchange.id, type(error).__name__)
-        if has_left or answer.cancelled() or error:
+        if has_left or was_cut_short or error:
             # Raising `error` itself would keep this frame, and with it the turn, alive.
             raise Disconnected
 
@@ -1236,7 +1263,7 @@ class Bridge:
 
     def explain(self, error: ApiError, exchange: Exchange) -> None:
         """Log what helps against an error of the API, whose words stay as they are, and
-        tell the client what helps when nobody is logged in."""
+        tell the client what helps when nobody is logged in; deep health asks anew."""
         advice = ""
         if error.status == 401:
             self.health.forget()  # the last word on the login is no longer good
@@ -1345,7 +1372,7 @@ class Bridge:
         )
         request = await self.pool.compute(len(body), parse)
         asking = exchange.header("x-claude-code-session-id")
-        if self.pool.is_own(asking, request.user_id):
+        if self.pool.is_own_process(asking, request.user_id):
             message = "this request comes from the claude CLI that this bridge runs"
             raise ApiError(
                 400, f"{message}: its address of the API leads to the bridge"
@@ -1534,10 +1561,9 @@ def report(exchange: Exchange) -> None:
     row = log_row(exchange)
     text = " ".join(f"{name}={quoted(value)}" for name, value in row.items())
     log.info("%s", text, extra={"row": row})
+    is_of_interest = exchange.failure or exchange.route not in QUIET_ROUTES
     # Those who may not ask do not push others off the page.
-    is_known = exchange.status not in (401, 403, 503) or turn
-    is_worth_it = exchange.failure or exchange.route not in QUIET_ROUTES
-    if is_known and is_worth_it:
+    if exchange.is_allowed and is_of_interest:
         bridge.recent.appendleft((time.strftime("%H:%M:%S"), row))
     metrics = bridge.pool.metrics
     route = exchange.route or "none"
@@ -1574,6 +1600,7 @@ def log_row(exchange: Exchange) -> Json:
     # nginx's number for a client that left before there was a status.
     row["status"] = exchange.status or 499
     row["error"] = exchange.failure or None
+    # That of a failure in place of that of a rebuild.
     row["reason"] = exchange.message or row.get("reason")
     if exchange.first_byte:
         row["first_byte_secs"] = round(exchange.first_byte - exchange.began, 3)
@@ -1619,10 +1646,10 @@ async def serve(
     try:
         try:
             server = await listen(bridge, sock)
-        except (OSError, UnicodeError) as error:
+        except (OSError, ValueError) as error:
             raise config_error("listen_addr", cannot_listen(config, error)) from error
-        own = None if sock else identify_file(config.unix_path)
-        stack.push_async_callback(stop, bridge, server, own)
+        own_socket = None if sock else identify_file(config.unix_path)
+        stack.push_async_callback(stop, bridge, server, own_socket)
         await server.start_serving()
         yield bridge
     finally:
@@ -1681,9 +1708,9 @@ def bind_unix(path: str) -> socket.socket:
     return sock
 
 
-async def stop(bridge: Bridge, server: asyncio.Server, own: object) -> None:
-    """Stop listening, and end all connections; `own` is the identity of the bridge's own
-    Unix socket, if it has one."""
+async def stop(bridge: Bridge, server: asyncio.Server, own_socket: object) -> None:
+    """Accept nothing more, let the bridge end its answers and connections, and remove its
+    Unix socket if the file there is `own_socket`."""
     loop = asyncio.get_running_loop()
     for listener in server.sockets:
         loop.remove_reader(listener.fileno())
@@ -1694,7 +1721,7 @@ async def stop(bridge: Bridge, server: asyncio.Server, own: object) -> None:
     server.close()
     await bridge.close()
     # Not the socket of another bridge that has taken the path meanwhile.
-    if own and identify_file(bridge.config.unix_path) == own:
+    if own_socket and identify_file(bridge.config.unix_path) == own_socket:
         os.unlink(bridge.config.unix_path)
 
 
@@ -1716,16 +1743,17 @@ async def finish_despite_cancel(
         raise asyncio.CancelledError
 
 
-def cannot_listen(config: Config, error: OSError | UnicodeError) -> str:
+def cannot_listen(config: Config, error: OSError | ValueError) -> str:
     if isinstance(error, UnicodeError):
         return f"{config.listen_addr!r} is no name of a host"
-    if error.errno == errno.EADDRINUSE:
-        return (
-            f"{config.listen_addr} is already in use (another bridge?); choose another"
-        )
-    if error.errno == errno.EACCES and not config.unix_path:
-        return f"{config.listen_addr}: only root may listen on a port below 1024"
-    return f"cannot listen on {config.listen_addr}: {error.strerror or error}"
+    reason = str(error)
+    if isinstance(error, OSError):
+        reason = error.strerror or reason
+        if error.errno == errno.EADDRINUSE:
+            reason = "already in use (another bridge?); choose another"
+        elif error.errno == errno.EACCES and not config.unix_path:
+            reason = "only root may listen on a port below 1024"
+    return f"cannot listen on {config.listen_addr}: {reason}"
 
 
 # ------------------------------------------------------------ the program
@@ -1738,7 +1766,7 @@ class LogWriter(logging.Handler):
     """Writes lines to stderr from a thread: when nobody reads it, lines are lost and
     answers go on."""
 
-    # Lines that were lost, of all that write.
+    # Lines that were lost, by all writers.
     lost = 0
 
     def __init__(self) -> None:
@@ -1849,8 +1877,8 @@ async def missing_from_agent(pool: Pool) -> list[str]:
     known = ["default", *init.get("tools", [])]
     found = [
         f"{variable('tools')}: the CLI has no tool {name}"
-        + ("" if name in TOOLS else suggestion(name, TOOLS))
-        for name in re.split("[, ]+", pool.config.tools.strip())
+        + ("" if name in TOOLS else did_you_mean(name, TOOLS))
+        for name in re.findall("[^, ]+", pool.config.tools)
         if TOOL_NAMES.get(name, name) not in known
     ]
     for server in init.get("mcp_servers", []):
@@ -1894,15 +1922,15 @@ async def run(config: Config, flags: Iterable[str]) -> None:
             log.info("listening on %s", as_url(address))
         for message in bridge.config.warnings(os.environ):
             log.warning("%s", as_typed(message, flags))
-        login = asyncio.create_task(announce(bridge, flags))
+        announcing = asyncio.create_task(announce(bridge, flags))
         await stopping.wait()
         message = "shutting down"
         if bridge.running:
             message += f"; running answers: {bridge.running}, which get"
             message += f" {config.drain_secs:g} s (Ctrl-C again stops them)"
         log.info("%s", message)
-        login.cancel()
-        await asyncio.wait({login})
+        announcing.cancel()
+        await asyncio.wait({announcing})
 
 
 # What each command does, for its own --help.
@@ -1975,7 +2003,7 @@ def main() -> None:
     """The command line.
 
     Exit status 2 and one line on stderr for settings that cannot work, 1 for a failed
-    check.
+    check, 130 after Ctrl-C, 141 if nobody reads what is printed.
     """
     open_standard_files()
     flags: dict[str, str] = {}
@@ -2007,20 +2035,33 @@ def open_standard_files() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
-# File descriptors that a client, its process and its gate take, times MAX_SESSIONS and
-# connections, with room to spare.
+# Enough descriptors for all processes, with three pipes and a gate each, and for all
+# connections.
 WANTED_FILES = 65_536
 
 
 def reset_inherited_state() -> None:
     """Undo what a launcher may have set for its children: blocked or ignored signals,
     without which no child is waited for, and a low limit of open files."""
+    watch_without_threads()
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, WANTED_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+# mallopt(3): M_MMAP_THRESHOLD, and the bytes of a block that is large.
+MMAP_THRESHOLD = (-3, 256 << 10)
+
+
+def give_back_memory() -> None:
+    """Let the C library give each large block back to the system when it is freed.  It
+    would keep up to 32 MB of them for later (tests/soak.py)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
+    if mallopt:
+        mallopt(*MMAP_THRESHOLD)
 
 
 def read_flags(words: list[str], flags: dict[str, str]) -> None:
@@ -2061,14 +2102,16 @@ def execute(flags: Mapping[str, str]) -> None:
     config = Config.read(os.environ, flags)
     command = flags.get("command")
     path = flags.get("config", os.environ.get(variable("config"), ""))
+    reset_inherited_state()
     if command == "check":
         sys.exit(0 if asyncio.run(check(config, flags)) else 1)
     if command == "login":
         program = find_cli(config.bin)
         os.execv(program, [program, "auth", "login"])
-    require(path or not command, "config", "providers needs a gateway's file")
+    is_asked = command == "providers"
+    require(path or not is_asked, "config", "providers needs a gateway's file")
     providers = read_providers(path, config) if path else []
-    if command:
+    if is_asked:
         print(orjson.dumps(providers, option=orjson.OPT_INDENT_2).decode())
         return
     writer = LogWriter()
@@ -2077,14 +2120,13 @@ def execute(flags: Mapping[str, str]) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[writer])
     if config.log_level == "debug":
         log.setLevel(logging.DEBUG)  # and not that of libraries
-    if path and not any(map(is_own, providers)):
+    if path and not any(map(is_claude_cli, providers)):
         log.info("there is no claude-cli provider in %s: nothing to do", path)
         return
-    reset_inherited_state()
     # A thread that reads a large request gives way to the event loop sooner (5 ms by
     # default): tests/bench/hostile.py.
     sys.setswitchinterval(0.001)
-    watch_without_threads()
+    give_back_memory()
     asyncio.run(run(config, flags))
 
 
@@ -2235,7 +2277,8 @@ def read_providers(path: str, config: Config) -> list[Json]:
     message = f"{path}: model_providers must be a list of tables"
     require(are_tables, "config", message)
     return [
-        complete_entry(entry, config) if is_own(entry) else entry for entry in entries
+        complete_entry(entry, config) if is_claude_cli(entry) else entry
+        for entry in entries
     ]
 
 
@@ -2266,7 +2309,7 @@ def load_yaml(data: bytes) -> Any:
     raise ValueError(fault)
 
 
-def is_own(entry: Json) -> bool:
+def is_claude_cli(entry: Json) -> bool:
     """Whether a provider is a claude-cli one: by its model or name, or by its
     interface."""
     if entry.get("provider_interface") == INTERFACE:
@@ -2348,7 +2391,7 @@ data: {"type": "message_stop"}
 
 class FakeApi(Bridge):
     """The fake API that `check` starts on loopback; it costs nothing.  It notes which
-    FEATURES the CLI has."""
+    FEATURES the CLI has.  Its pool is never used."""
 
     def __init__(self) -> None:
         config = Config(listen_addr="127.0.0.1:0", api_key=uuid.uuid4().hex)
@@ -2368,7 +2411,9 @@ class FakeApi(Bridge):
             connection.stream(exchange, BEGIN)
             self.held.set()
             try:
-                await asyncio.Event().wait()
+                await (
+                    asyncio.Event().wait()
+                )  # until its client leaves: it never returns
             finally:
                 self.left.set()
         words = re.findall("'(red|green|blue)'", messages)
@@ -2393,7 +2438,7 @@ class FakeApi(Bridge):
                 await self.held.wait()
                 if relay.done():
                     relay.result()
-                # Otherwise it got the result as part of a new conversation.
+                # A turn that is not hot got the result as part of a new conversation.
                 self.found["tools"] &= turn.origin == "hot"
                 turn.interrupt()
                 await self.left.wait()

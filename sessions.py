@@ -1698,7 +1698,7 @@ class Pool:
         ]
         return Snapshot(processes, self._queued, self.rate_limits.copy())
 
-    def is_own(self, session_id: str, user_id: str) -> bool:
+    def is_own_process(self, session_id: str, user_id: str) -> bool:
         """Whether a request comes from a process of this pool, by the id in its header
         or in its `metadata.user_id`."""
         ids = [session.own_id for session in self.sessions]

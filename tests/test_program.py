@@ -361,7 +361,7 @@ def test_a_unix_socket_in_use_is_refused_and_a_stale_one_is_replaced(
     second = launch(CLAUDE_CLI_LISTEN_ADDR=f"unix:{path}", wait=False)
     assert second.wait() == 2
     wait_until(lambda: second.lines, "a line that says why")
-    assert f"CLAUDE_CLI_LISTEN_ADDR: unix:{path} is already in use" in second.lines[-1]
+    assert f"cannot listen on unix:{path}: already in use" in second.lines[-1]
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
     first.process.terminate()
