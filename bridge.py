@@ -1470,7 +1470,7 @@ async def metrics(bridge: Bridge, exchange: Exchange) -> Reply:
     metrics = bridge.pool.metrics
     metrics.set("connections", len(bridge.connections))
     metrics.set("log_lines_lost_total", LogWriter.lost)
-    metrics.observe(bridge.pool.snapshot())
+    metrics.observe(bridge.pool)
     return Reply(metrics.text().encode(), METRICS_TYPE)
 
 
@@ -1867,7 +1867,7 @@ async def missing_from_agent(pool: Pool) -> list[str]:
     if not pool.config.tools:
         return []
     request = translate.parse_request(EMPTY_REQUEST, counting=True, agent=True)
-    session = await pool.open(request, [], query=False)
+    session = await pool.fresh_session(request, [], query=False)
     try:
         init = await session.process.read_until(
             lambda event: event.get("subtype") == "init" and event
@@ -2180,10 +2180,10 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
     """What the page says, by section: names and values.  Nothing that was asked or
     answered."""
     pool, config = bridge.pool, bridge.config
-    cli, snapshot = pool.cli, pool.snapshot()
+    cli = pool.cli
     login = login_state(config, cli.info) if cli.info.is_known else "not known yet"
     quota = []
-    for name, limit in snapshot.limits.items():
+    for name, limit in pool.rate_limits.items():
         used = limit.utilization
         share = f", {used:.0%} used" if used is not None else ""
         quota.append((name, limit.status + share))
@@ -2197,7 +2197,7 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
         "Last requests": list(map(request_row, bridge.recent)),
         "Processes": [
             (state.value, f"for {seconds:.0f} s; turns: {turns}")
-            for state, turns, seconds in snapshot.processes
+            for state, turns, seconds in pool.processes()
         ],
         "Quota of the account": quota,
     }
@@ -2440,7 +2440,7 @@ class FakeApi(Bridge):
                     relay.result()
                 # A turn that is not hot got the result as part of a new conversation.
                 self.found["tools"] &= turn.origin == "hot"
-                turn.interrupt()
+                turn.process.interrupt()
                 await self.left.wait()
                 self.found["interrupt"] = not turn.process.ended
             finally:

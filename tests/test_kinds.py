@@ -423,7 +423,7 @@ def test_a_request_need_not_wait_behind_large_ones_which_wait_in_a_line() -> Non
         assert caught.value.status == 529
         pool._lanes[1].release()
         assert await pool.compute(sessions.LARGE_SIZE, lambda: 7) == 7
-        await soon(lambda: not pool._queued)
+        await soon(lambda: not pool.queued)
 
     in_pool(use, queue_secs=0.05)
 

@@ -72,7 +72,7 @@ def test_what_a_process_said_before_it_is_given_a_turn_is_not_the_turns_answer(
     async def use(pool: Pool) -> None:
         turn, first = await ask(pool, "one")
         process = turn.process
-        await soon(lambda: process._result_seen.done())
+        await soon(lambda: process._ended_well.done())
         os.kill(process.pid, signal.SIGUSR1)
         end = time.monotonic() + 10
         while process.pid not in log.reached("unasked"):  # the loop stands still
@@ -87,7 +87,7 @@ def test_what_a_process_said_before_it_is_given_a_turn_is_not_the_turns_answer(
 def test_a_client_that_leaves_as_the_last_turn_ends_gets_no_turn(gate: Path) -> None:
     async def use(pool: Pool) -> None:
         turn, first = await ask(pool, "LATE one")
-        settled = turn.process._result_seen
+        settled = turn.process._ended_well
         assert not settled.done()
         second = asyncio.create_task(ask(pool, "LATE one", first, "two"))
         await soon(lambda: turn.session not in pool.on_file)
@@ -108,7 +108,7 @@ def test_of_two_requests_one_takes_the_curious_process_and_one_a_resting_one(
         await ask(pool, "idle")
         pool.cli.info = CliInfo()
         curious = asyncio.create_task(pool.inspector.info(gives_way=True))
-        await soon(lambda: pool.resting(State.PROBE))
+        await soon(lambda: pool.in_states(State.PROBE))
         answers = [asyncio.create_task(ask(pool, f"PAUSE {number}")) for number in range(2)]
         await soon(lambda: [one.state for one in pool.sessions] == [State.BUSY] * 2)
         open_gate(gate)
@@ -127,7 +127,7 @@ def test_a_curious_process_that_is_being_started_gives_way_to_a_request(
 
     async def use(pool: Pool) -> None:
         curious = asyncio.create_task(pool.inspector.info(gives_way=True))
-        await soon(pool.room._places.locked)
+        await soon(lambda: pool.room.is_full)
         _, answer = await ask(pool, "hello")
         assert answer == "echo: hello; 1 messages"
         with pytest.raises(ApiError, match="a request took the room"):
@@ -138,7 +138,7 @@ def test_a_curious_process_that_is_being_started_gives_way_to_a_request(
 
 def test_a_spare_that_is_being_started_gives_way_to_a_request_of_another_kind() -> None:
     async def use(pool: Pool) -> None:
-        await soon(pool.room._places.locked)
+        await soon(lambda: pool.room.is_full)
         assert not pool.spares.ready
         _, answer = await ask(pool, "hello")
         assert answer == "echo: hello; 1 messages"
@@ -155,14 +155,14 @@ def test_of_two_requests_one_gets_the_room_of_a_process_that_ended_and_one_that_
         await ask(pool, "one")
         turn, _ = await ask(pool, "two")
         asked: list[asyncio.Task[tuple[Turn, str]]] = []
-        release = pool.room._places.release
+        release = pool.room.leave
 
         def release_and_ask() -> None:
             release()
             if not asked:
                 asked.extend(asyncio.create_task(ask(pool, f"new {n}")) for n in range(2))
 
-        monkeypatch.setattr(pool.room._places, "release", release_and_ask)
+        monkeypatch.setattr(pool.room, "leave", release_and_ask)
         pool.retire(turn.session, "expired")
         await soon(lambda: asked)
         assert [answer for _, answer in await asyncio.gather(*asked)] == [
@@ -192,7 +192,7 @@ def test_no_room_for_the_bridges_own_question_is_no_warning(
     async def use(pool: Pool) -> None:
         running: Any = SimpleNamespace(config=pool.config, pool=pool)
         curious = asyncio.create_task(bridge.announce(running, ()))
-        await soon(lambda: pool.resting(State.PROBE))
+        await soon(lambda: pool.in_states(State.PROBE))
         await ask(pool, "hello")
         await curious
 

@@ -105,11 +105,11 @@ def test_a_result_that_came_behind_the_answer_in_the_same_read_is_the_end_of_the
     conversation, _ = talk(server, "hello")
     (session,) = server.bridge.pool.sessions
     process = session.process
-    wait_until(lambda: process._result_seen.done(), "its first result")
+    wait_until(lambda: process._ended_well.done(), "its first result")
     process.begin_turn()
     process._events.append({"type": "result"})
     process.end_turn(False)
-    assert process._result_seen.done()
+    assert process._ended_well.done()
     assert server.post(conversation).session == "hot"
 
 

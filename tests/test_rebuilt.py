@@ -88,8 +88,8 @@ def make_bridges(
 
     [version] = [version for version, path in CLIS.items() if path == cli]
     known = Cli(version=version)
-    has_bare_mode = known.since(HAS_BARE_MODE) and "x-api-key" in LOGINS[name].headers
-    is_announced = known.since(ANNOUNCES) and not has_bare_mode
+    has_bare_mode = known.is_at_least(HAS_BARE_MODE) and "x-api-key" in LOGINS[name].headers
+    is_announced = known.is_at_least(ANNOUNCES) and not has_bare_mode
     return Bridges(start, judging, has_bare_mode, is_announced, len(judging.log()))
 
 

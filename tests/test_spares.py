@@ -188,13 +188,13 @@ def test_a_spare_that_aged_out_comes_back_only_for_a_new_conversation(
     assert server.bridge
     pool = server.bridge.pool
     (left,) = pool.spares.ready
-    left.since -= 2
+    left.state_since -= 2
     wait_until(lambda: not alive(left.process.pid), "its end")
     gate.touch()
     first = running.result()
     wait_until(lambda: len(ready(server)) == 2, "those that the new conversation asks for")
     for waiting in pool.spares.ready:
-        waiting.since -= 2
+        waiting.state_since -= 2
     wait_until(lambda: not pool.spares.ready, "their end")
     assert server.post(["PAUSE-START", first.text, "more"]).session == "hot"
     assert not [*pool.spares.ready, *pool.spares.starting]

@@ -56,7 +56,7 @@ def session(server: Server, number: int) -> Session:
 def settled(server: Server, number: int) -> None:
     """Wait for the end of a turn: until then a process may still say the rest of it."""
     process = session(server, number).process
-    wait_until(lambda: process._result_seen.done(), "the result")
+    wait_until(lambda: process._ended_well.done(), "the result")
 
 
 def check_own(answer: Answer, text: str, *, stream: bool) -> None:
