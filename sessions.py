@@ -1768,7 +1768,11 @@ class Pool:
             yield pin
 
     async def queue(
-        self, acquire: Callable[[], Awaitable[object]], problem: str
+        self,
+        acquire: Callable[[], Awaitable[object]],
+        problem: str,
+        *,
+        is_timed: bool = True,
     ) -> None:
         """Wait for what is acquired, in a line of at most `max_queue` requests and for at
         most `queue_secs`.  Raises ApiError 529, which names the `problem`."""
@@ -1788,14 +1792,19 @@ class Pool:
             raise ApiError(529, message, retry_after=after) from None
         finally:
             self.queued -= 1
-            self.metrics.time("queue_seconds", time.monotonic() - began)
+            if is_timed:
+                self.metrics.time("queue_seconds", time.monotonic() - began)
 
     @contextlib.asynccontextmanager
     async def held(
-        self, lock: asyncio.Lock | asyncio.Semaphore, problem: str
+        self,
+        lock: asyncio.Lock | asyncio.Semaphore,
+        problem: str,
+        *,
+        is_timed: bool = True,
     ) -> AsyncIterator[None]:
         """Hold a lock, after the wait for it in the line.  Raises ApiError 529."""
-        await self.queue(lock.acquire, problem)
+        await self.queue(lock.acquire, problem, is_timed=is_timed)
         try:
             yield
         finally:
@@ -1955,7 +1964,8 @@ class Pool:
             async with contextlib.AsyncExitStack() as start:
                 if not spare:
                     # Many starts at once would slow each other down.
-                    permit = self.held(self._starts, "other processes did not start")
+                    message = "other processes did not start"
+                    permit = self.held(self._starts, message, is_timed=False)
                     await start.enter_async_context(permit)
                 session = spare or await self.spawn(kind, State.BUSY)
                 session.adopt(request, tools, trace)
@@ -2010,7 +2020,7 @@ class Pool:
         """Start a process, which waits at its gate."""
         enter = partial(self.room.enter, self.make_room)
         message = f"all {self.config.max_sessions} processes were busy, none got free"
-        await self.queue(enter, message)
+        await self.queue(enter, message, is_timed=state is not State.SPARE)
         process = Process(self.cli)
         # One that announces its folder to the model works in one that never changes; an
         # older one would list all files in it.
