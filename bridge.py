@@ -27,6 +27,7 @@ models, `serve`, the program, and in each file what is called an appendix.
 import asyncio
 import base64
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import email.utils
@@ -94,7 +95,7 @@ if TYPE_CHECKING or not __package__:
         update_cure,
         watch_without_threads,
     )
-    from translate import ApiError, Json
+    from translate import ApiError, CliInfo, Json
 else:  # copied into a package
     from . import translate
     from .sessions import (
@@ -111,7 +112,7 @@ else:  # copied into a package
         update_cure,
         watch_without_threads,
     )
-    from .translate import ApiError, Json
+    from .translate import ApiError, CliInfo, Json
 
 __version__ = "0.2.0"
 log = logging.getLogger("claude_cli_bridge")
@@ -120,6 +121,8 @@ log = logging.getLogger("claude_cli_bridge")
 
 ENVIRONMENT_PREFIX = "CLAUDE_CLI_"
 MAX_PORT = 65_535
+# Addresses that listen on all of a machine's.
+WILDCARDS = ("0.0.0.0", "::")
 
 
 class ConfigError(ValueError):
@@ -130,8 +133,8 @@ class ConfigError(ValueError):
 class Config(PoolConfig):
     """All settings.
 
-    The environment variable CLAUDE_CLI_NAME, the flag --name and the field name are the
-    same.
+    The environment variable CLAUDE_CLI_MAX_IDLE, the flag --max-idle and the field
+    max_idle differ in their spelling alone.
     """
 
     listen_addr: str = setting(
@@ -212,16 +215,14 @@ class Config(PoolConfig):
         return cls(**values)
 
     def checked(self) -> "Config":
-        """The same settings, with whole paths.  Raises ConfigError, which names one
-        that cannot be used."""
+        """The same settings, with the whole paths of the CLI and the traces.  Raises
+        ConfigError, which names one that cannot be used."""
         for item in dataclasses.fields(self):
             check_bounds(item, getattr(self, item.name))
         bypasses = self.tools and self.permission_mode == "bypassPermissions"
-        require(
-            not bypasses or os.geteuid(),
-            "permission_mode",
-            "the CLI refuses bypassPermissions when it runs as root",
-        )
+        is_root = os.geteuid() == 0
+        message = "the CLI refuses bypassPermissions when it runs as root"
+        require(not (bypasses and is_root), "permission_mode", message)
         is_folder = os.path.isdir(self.cwd or ".")
         require(is_folder or not self.tools, "cwd", f"{self.cwd!r} is not a directory")
         if self.mcp_config:
@@ -242,17 +243,19 @@ class Config(PoolConfig):
             message += f" {variable('api_key')}"
             require(is_loopback(host), "listen_addr", message)
         for name in API_ADDRESSES:
-            leads_back = name in self.keep_env and self.is_own(os.environ.get(name, ""))
+            leads_back = name in self.keep_env and self.leads_here(
+                os.environ.get(name, "")
+            )
             message = f"{name} is the bridge's own address, where its clients ask;"
             require(not leads_back, "keep_env", f"{message} leave the name out")
-        check_folders(self.trace_dir)
+        check_system(self.trace_dir)
         return dataclasses.replace(
             self,
             bin=find_cli(self.bin),
             trace_dir=self.trace_dir and os.path.abspath(self.trace_dir),
         )
 
-    def is_own(self, url: str) -> bool:
+    def leads_here(self, url: str) -> bool:
         """Whether a URL leads to the address that the bridge listens on."""
         if self.unix_path:
             return False
@@ -262,8 +265,9 @@ class Config(PoolConfig):
         except ValueError:
             return False
         host, own_port = self.address
-        is_here = name == host or (is_loopback(name) and is_local(host))
-        return port == own_port and is_here
+        is_local = is_loopback(host) or host in WILDCARDS
+        is_here = name == host or (is_loopback(name) and is_local)
+        return (port or 80) == own_port and is_here
 
     @property
     def unix_path(self) -> str:
@@ -303,13 +307,13 @@ class Config(PoolConfig):
         for name in self.keep_env:
             fault = ""
             if name not in environ:
-                fault = f"is not set{suggestion(name, environ)}"
+                fault = f"is not set{did_you_mean(name, environ)}"
             elif environ[name] == KEY_OF_CLIENTS:
                 fault = f"is {KEY_OF_CLIENTS!r}, a key for clients of the bridge, and"
                 fault += " none of the API's"
             if fault:
                 found.append(f"{variable('keep_env')}: {name} {fault}")
-        is_wild = self.listen_addr.startswith(("0.0.0.0:", "[::]:"))
+        is_wild = not self.unix_path and self.address[0] in WILDCARDS
         if is_wild and not self.allowed_hosts:
             message = "clients that reach this machine by name or address get 403"
             cure = f"until {variable('allowed_hosts')} holds that name or address"
@@ -382,13 +386,17 @@ SYNONYMS = {
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """What was probably meant by a flag, a command or a variable, as the end of a
-    sentence."""
-    words = {bare_word(item): item for item in known}
+    """What was probably meant by a setting or a command, as the end of a sentence."""
     word = bare_word(name)
     if word in SYNONYMS:
         return f"; use {SYNONYMS[word]}"
-    nearest = difflib.get_close_matches(word, words, 1)
+    return did_you_mean(name, known)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest of the known names, as the end of a sentence."""
+    words = {bare_word(item): item for item in known}
+    nearest = difflib.get_close_matches(bare_word(name), words, 1)
     return f"; did you mean {words[nearest[0]]}?" if nearest else ""
 
 
@@ -432,6 +440,10 @@ def parse_setting(name: str, kind: type, text: str) -> Any:
         raise config_error(name, message) from None
 
 
+# More than any number of seconds, bytes or processes.
+MAX_NUMBER = 1e12
+
+
 def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
     """Raises ConfigError for a value that its field does not allow."""
     name, rules = item.name, item.metadata
@@ -448,8 +460,8 @@ def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
         require(value in rules["choices"], name, message)
     if kind in (int, float):
         message = f"must be a number of at least {rules['least']}, got {value}"
-        is_large = math.isfinite(value) and value >= rules["least"]
-        require(is_large, name, message)
+        is_in_bounds = rules["least"] <= value <= MAX_NUMBER
+        require(is_in_bounds, name, message)
 
 
 def check_mcp_config(path: str) -> None:
@@ -465,7 +477,7 @@ def check_mcp_config(path: str) -> None:
     require(isinstance(servers, dict), "mcp_config", message)
 
 
-def check_folders(trace_dir: str) -> None:
+def check_system(trace_dir: str) -> None:
     """Refuse to start where the CLI cannot, or without the folder for traces."""
     if not os.path.isdir("/dev/fd"):
         raise ConfigError("there is no /dev/fd, which the CLI needs: is /proc mounted?")
@@ -482,12 +494,6 @@ def check_folders(trace_dir: str) -> None:
     except FileNotFoundError:
         message = "TMPDIR: no folder for temporary files can be written; name one"
         raise ConfigError(message) from None
-
-
-def curl_target(url: str) -> str:
-    """The URL of the bridge as curl takes it."""
-    path = url.removeprefix("unix:")
-    return url if path == url else f"--unix-socket {shlex.quote(path)} http://localhost"
 
 
 def as_url(address: str) -> str:
@@ -557,26 +563,25 @@ LOGIN_VARIABLES = (
 
 def login_cure(config: Config, environ: Mapping[str, str]) -> str:
     """Whose login was looked for, and what to do when nobody is logged in."""
-    settings = settings_file(environ)
     found = f"no login of {login_place()}"
     # What is set for clients of the bridge in the same shell is no login.
     no_logins = ("", KEY_OF_CLIENTS, config.api_key)
-    is_for_clients = config.is_own(environ.get("ANTHROPIC_BASE_URL", ""))
+    is_for_clients = config.leads_here(environ.get("ANTHROPIC_BASE_URL", ""))
     for name in LOGIN_VARIABLES:
         is_login = environ.get(name, "") not in no_logins and not is_for_clients
         if is_login and name not in config.keep_env:
             found = f"{found}; {name} is set, but not passed on to the CLI"
             return f"{found}: {variable('keep_env')}={name} passes it on"
-    if os.path.isfile(settings) and not config.setting_sources:
+    if os.path.isfile(settings_file(environ)) and not config.setting_sources:
         cure = f"{variable('setting_sources')}=user"
         found += f" ({cure} if the login is in its settings.json)"
     return f"{found}; `{shlex.quote(config.bin)} auth login` logs in"
 
 
-def login_state(config: Config, hello: Json) -> str:
-    """Who the CLI is logged in as, by its answer to `initialize`, or what to do."""
-    if source := translate.login_source(hello):
-        return f"{source} ({login_place()})"
+def login_state(config: Config, info: CliInfo) -> str:
+    """Who the CLI is logged in as, or what to do, for people to read."""
+    if info.login:
+        return f"{info.login} ({login_place()})"
     return f"nobody is logged in: {login_cure(config, os.environ)}"
 
 
@@ -593,18 +598,10 @@ def user_name() -> str:
         return str(os.getuid())
 
 
-# ------------------------------------------------------------ access
+# ------------------------------------------------------------ a request and its answer
 
 # RFC 9112, 3.2.2: a target in absolute form.
 ABSOLUTE = re.compile("^https?://([^/?]*)", re.I)
-# RFC 9110, 7.2: a name or address, an IPv6 one with brackets or without, and perhaps a
-# port.
-HOST = re.compile(
-    r"(\[[0-9a-f:.]+\]|[0-9a-f]*:[0-9a-f]*:[0-9a-f:]*|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*)\.?"
-    r"(?::([0-9]{1,5}))?",
-    re.I,
-)
-PRINTABLE = re.compile(r"[\x20-\x7e]*")
 
 
 @dataclass
@@ -612,35 +609,40 @@ class Exchange:
     """One request and what was answered, for routes and for the log."""
 
     connection: "Connection"
-    # All of these are empty when what came was not a request.
+    # From the client; empty if what came was no request.
     method: str = ""
     target: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
-    # The connection ends with this answer.
+    # Written by `check_access`: its client may ask.
+    is_allowed: bool = False
+    # Written by the connection.  The connection ends with this answer.
     last: bool = False
     id: str = field(default_factory=lambda: "req_" + uuid.uuid4().hex)
     began: float = field(default_factory=time.monotonic)
     # 0: nothing was answered.
     status: int = 0
-    # Monotonic time at which the answer began; unstreamed, it is sent later.
+    # error.type of a failure, and what the log says of it.
+    failure: str = ""
+    message: str = ""
+    # Written by the routes.  Monotonic time at which the CLI began to answer.
     first_byte: float = 0
     # The methods of the route, for 405.
     allow: str = ""
     turn: Turn | None = None
     # What a count of tokens leaves out.
     not_counted: list[str] = field(default_factory=list)
-    # error.type of a failure, and what the log says of it.
-    failure: str = ""
-    message: str = ""
 
     def take(self, request: h11.Request) -> None:
         """Several headers of one name are joined by commas (RFC 9110, 5.3)."""
         self.method = request.method.decode()
         self.target = request.target.decode()
+        values: dict[str, list[str]] = {}
         for name, value in request.headers:
-            values = [self.header(name.decode()), value.decode("latin-1")]
-            self.headers[name.decode()] = ", ".join(filter(None, values))
+            values.setdefault(name.decode(), []).append(value.decode("latin-1"))
+        self.headers = {
+            name: ", ".join(filter(None, given)) for name, given in values.items()
+        }
 
     def header(self, name: str) -> str:
         """The value of a header; `name` in lower case.  Empty: there is none."""
@@ -655,8 +657,8 @@ class Exchange:
 
     @property
     def has_body(self) -> bool:
-        length = int(self.header("content-length") or 0)
-        return length > 0 or "transfer-encoding" in self.headers
+        has_length = int(self.header("content-length") or 0) > 0
+        return has_length or "transfer-encoding" in self.headers
 
     @property
     def path(self) -> str:
@@ -668,8 +670,8 @@ class Exchange:
 
     @property
     def route(self) -> str:
-        """The known route of the path; empty: there is none.  Base URLs with and
-        without /v1 lead to the same, as SDKs may add it."""
+        """The known route of the path (ROUTES); empty: there is none.  For messages the
+        base URL may end in /v1 or not, as SDKs add it."""
         path = re.sub("^(/v1/v1)?(?=/messages)", "/v1", self.path)
         path = MODELS if path.startswith(MODELS + "/") else path
         return path if path in ROUTES else ""
@@ -680,6 +682,27 @@ class Exchange:
         return self.route == "/" and self.method in ("GET", "HEAD")
 
 
+@dataclass
+class Reply:
+    """A whole answer: its body, content type, status and other headers."""
+
+    body: bytes
+    kind: str = "application/json"
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+# ------------------------------------------------------------ access
+
+# RFC 9110, 7.2: a name or address, an IPv6 one with brackets or without, and perhaps a
+# port.
+HOST = re.compile(
+    r"(\[[0-9a-f:.]+\]|[0-9a-f]*:[0-9a-f]*:[0-9a-f:]*|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*)\.?"
+    r"(?::([0-9]{1,5}))?",
+    re.I,
+)
+
+
 def check_access(exchange: Exchange, config: Config) -> None:
     """Who may talk to this port.  Raises ApiError 401 or 403.  Only /healthz is open to
     all, without a query and without a body."""
@@ -688,6 +711,7 @@ def check_access(exchange: Exchange, config: Config) -> None:
     check_host(exchange, config)
     check_origin(exchange, config)
     check_key(exchange, config)
+    exchange.is_allowed = True
 
 
 def check_host(exchange: Exchange, config: Config) -> None:
@@ -703,11 +727,11 @@ def check_host(exchange: Exchange, config: Config) -> None:
         return  # not HTTP/1.1, where h11 requires one; browsers speak that
     match = HOST.fullmatch(host)
     is_port = match and int(match[2] or 0) <= MAX_PORT
-    name = match[1].lower() if match and is_port else ""
-    known = {item.lower() for item in config.allowed_hosts}
+    name = match[1].lower().strip("[]") if match and is_port else ""
+    known = {item.lower().strip("[]") for item in config.allowed_hosts}
     if not config.unix_path:
         known.add(config.address[0])
-    if not is_loopback(name) and name.strip("[]") not in known:
+    if not is_loopback(name) and name not in known:
         cure = f"{variable('allowed_hosts')}={name or 'NAME'} allows it (the name only, no port)"
         raise ApiError(403, f"Host {host[:100]!a} is not allowed; {cure}")
 
@@ -750,18 +774,14 @@ def check_key(exchange: Exchange, config: Config) -> None:
         with contextlib.suppress(ValueError):  # it is no Base64
             pair = base64.b64decode(token).decode("latin-1")
             given.append(pair.partition(":")[2])
-    elif authorization and not token:
-        raise ApiError(401, "Authorization takes the word Bearer before the key")
     expected = config.api_key.encode()
     matches = [hmac.compare_digest(item.encode("latin-1"), expected) for item in given]
-    if not any(matches):
-        message = "the key sent does not match this bridge's"
-        raise ApiError(401, f"{message} {variable('api_key')}")
-
-
-def is_local(host: str) -> bool:
-    """Whether a listener there is reached by a loopback address."""
-    return is_loopback(host) or host in ("0.0.0.0", "::")
+    if any(matches):
+        return
+    if authorization and not token:
+        raise ApiError(401, "Authorization takes the word Bearer before the key")
+    message = "the key sent does not match this bridge's"
+    raise ApiError(401, f"{message} {variable('api_key')}")
 
 
 def is_loopback(host: str) -> bool:
@@ -802,16 +822,6 @@ class Disconnected(Exception):
     """The connection ends without more answers: mostly, the client is gone."""
 
 
-@dataclass
-class Reply:
-    """A whole answer: its body, content type, status and other headers."""
-
-    body: bytes
-    kind: str = "application/json"
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-
-
 class Connection:
     """One client: its socket and its h11 state."""
 
@@ -820,7 +830,11 @@ class Connection:
         bridge: "Bridge",
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
+        *,
+        is_surplus: bool,
     ) -> None:
+        # It came when there were too many: all it gets is a 503.
+        self.is_surplus = is_surplus
         self.bridge = bridge
         self.config = bridge.config
         self.reader = reader
@@ -829,7 +843,7 @@ class Connection:
         self.http = h11.Connection(
             h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES
         )
-        # A request is being answered.
+        # A request is being answered; written by `Bridge.handle`.
         self.answering = False
         # One has been answered.
         self.answered = False
@@ -839,7 +853,7 @@ class Connection:
     async def serve(self) -> None:
         """Requests in order until either side ends the connection."""
         try:
-            if self.bridge.is_full:
+            if self.is_surplus:
                 error = ApiError(503, "too many connections", retry_after=1)
                 await self.refuse(Exchange(self), error)
                 return
@@ -869,6 +883,10 @@ class Connection:
                 is_whole = await self.read_request(exchange)
         except TimeoutError:
             error = ApiError(408, "the request was not sent in time")
+        except Disconnected:
+            exchange.failure = "client_left"
+            report(exchange)
+            raise
         except h11.RemoteProtocolError as fault:
             # What follows quotes the line, which the log must not hold.
             reason = str(fault).partition(":")[0]
@@ -937,8 +955,8 @@ class Connection:
     # Answers
 
     def write(self, event: h11.Event) -> None:
-        """Write an h11 event, unless the client is gone: uvloop would raise, and `drain`
-        says so."""
+        """Write an h11 event, unless the client is gone: uvloop would raise, and the next
+        `drain` raises Disconnected."""
         data = self.http.send(event)
         if data and not self.writer.is_closing():
             self.writer.write(data)
@@ -953,7 +971,7 @@ class Connection:
         unknown = "Overloaded" if status == 529 else ""
         reason = http.client.responses.get(status, unknown)
         head = [(name, value) for name, value in headers.items() if value]
-        self.transport.set_write_buffer_limits()
+        self.transport.set_write_buffer_limits()  # `finish` has set it to 0
         self.write(h11.Response(status_code=status, headers=head, reason=reason))
 
     async def finish(self) -> None:
@@ -972,7 +990,7 @@ class Connection:
         await self.finish()
 
     def stream(self, exchange: Exchange, frames: bytes) -> None:
-        """Write a piece of a stream, after the head of the answer."""
+        """Write a piece of a stream; the first call writes the head of the answer too."""
         if self.http.our_state is h11.SEND_RESPONSE:
             # nginx must not hold the stream back.
             headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -993,15 +1011,15 @@ class Connection:
 
     @property
     def is_slow(self) -> bool:
-        """Whether the client does not read what was written, or is gone: `drain`
-        says so."""
+        """Whether the client does not read what was written, or is gone: the next `drain`
+        waits, or raises Disconnected."""
         _, limit = self.transport.get_write_buffer_limits()
         is_full = self.transport.get_write_buffer_size() > limit
         return is_full or self.transport.is_closing()
 
     async def drain(self) -> None:
-        """Wait while the client is slow to read.  Raises Disconnected when it is gone, or
-        reads nothing at all."""
+        """Wait while the client is slow to read, as long as it reads anything in each
+        `idle_secs`.  Raises Disconnected when it is gone, or does not."""
         unread = math.inf
         with contextlib.suppress(OSError):
             while self.transport.get_write_buffer_size() < unread:
@@ -1015,14 +1033,14 @@ class Connection:
     async def fail(self, exchange: Exchange, error: ApiError) -> None:
         """Send an error as a whole answer, or as the last event of a stream that has
         begun."""
-        exchange.failure = error.kind
+        exchange.failure = error.error_type
         reason = error.message if error.log_reason is None else error.log_reason
         exchange.message = reason[:MAX_LOGGED]
         body = error.body(exchange.id)
         if self.http.our_state is h11.SEND_BODY:
             self.stream(exchange, translate.frame(body))
             await self.finish()
-        elif self.can_respond:
+        elif self.http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             headers = error_headers(error)
             if error.status == 401:
                 basic = 'Basic realm="the password is the key"'
@@ -1031,20 +1049,14 @@ class Connection:
             reply = Reply(data, status=error.status, headers=headers)
             await self.respond(exchange, reply)
 
-    @property
-    def can_respond(self) -> bool:
-        return self.http.our_state in (h11.IDLE, h11.SEND_RESPONSE)
-
     async def refuse(self, exchange: Exchange, error: ApiError) -> None:
         """Answer a request that is not read to its end, then read on for a moment:
         closing on unread bytes is a reset, which can overtake the answer."""
-        if not self.can_respond:
-            return
         exchange.last = True
         try:
             await self.fail(exchange, error)
         finally:
-            self.bridge.report(exchange)
+            report(exchange)
         async with asyncio.timeout(LINGER_SECS):
             if self.writer.can_write_eof():
                 self.writer.write_eof()
@@ -1052,14 +1064,15 @@ class Connection:
                 pass
 
     async def wait_for_disconnect(self) -> None:
-        """Return when the client closes its side; meanwhile keep what it sends ahead
-        for the next request."""
+        """Return when the client closes its side, even if it would still read; meanwhile
+        keep what it sends ahead for the next request."""
         while len(self.http.trailing_data[0]) < MAX_PIPELINED:
             data = await self.reader.read(READ_SIZE)
             self.http.receive_data(data)
             if not data:
                 return
-        await asyncio.Event().wait()  # whether it has left, only a write can tell now
+        # The buffer is full, so the end of the connection cannot be read: a write will fail.
+        await asyncio.Event().wait()
 
     async def close(self) -> None:
         self.writer.close()
@@ -1088,7 +1101,7 @@ def error_headers(error: ApiError) -> dict[str, str]:
     if after is not None:
         headers["retry-after"] = str(after)
     # SDKs wait for any retry-after: a limit that resets in an hour is the user's to see.
-    if not error.retry or (after or 0) > 60:
+    if not error.can_retry or (after or 0) > 60:
         headers["x-should-retry"] = "false"
     return headers
 
@@ -1098,24 +1111,12 @@ def error_headers(error: ApiError) -> dict[str, str]:
 # Seconds to send the error of answers that a shutdown cuts short, and for new
 # connections to send their request.
 GRACE_SECS = 1.0
-# /healthz?deep=1, in seconds: it waits for the CLI (1.2 were measured), and repeats an
-# `ok` or a problem, as asking costs the start of a CLI.
-HELLO_SECS = 10.0
-HEALTHY_SECS = 60.0
-PROBLEM_SECS = 5.0
 MODELS = "/v1/models"
-# Characters of an unknown path in the log.
-MAX_LOGGED_PATH = 100
-# Requests that the page shows, but for good ones of these routes.
-RECENT = 20
-QUIET_ROUTES = ("/", "/healthz", "/metrics")
 # What helps against an error of the API, by status.
 HINTS = {
     401: "the API refused the CLI's login; `claude-cli-bridge check` says which one it is",
     404: f"GET {MODELS} lists the models that the CLI offers",
 }
-# Prometheus' text-based exposition format.
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # How paths of the OpenAI API begin.
 OPENAI = (
     "/v1/chat/",
@@ -1127,8 +1128,6 @@ OPENAI = (
 # Places that x-bridge-not-sent names, and bytes of each.
 MAX_PLACES = 50
 MAX_PLACE = 100
-# The page shows what it can without a script; nothing comes from elsewhere.
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 
 class Bridge:
@@ -1145,50 +1144,13 @@ class Bridge:
         self.addresses: list[str] = []
         # Seconds at shutdown for connections that have sent nothing yet; only with an
         # inherited listener, where no client may be refused.
-        self._grace_secs = 0.0
-        self._connections: dict[asyncio.Task[None], Connection] = {}
+        self.grace_secs = 0.0
+        self.connections: dict[asyncio.Task[None], Connection] = {}
         # Requests that are being answered.
         self._answers: set[asyncio.Task[None]] = set()
-        # What was wrong when /healthz?deep=1 was asked last, and until when that is
-        # good.
-        self._problem = ""
-        self._problem_until = 0.0
-        self._asking = asyncio.Lock()
+        self.health = Health(self)
 
     # Connections
-
-    async def listen(self, sock: socket.socket | None) -> asyncio.Server:
-        """A server that does not serve yet.  Raises OSError when the address is taken, or
-        cannot be had."""
-        self._grace_secs = GRACE_SECS if sock else 0.0
-        if not sock and self.config.unix_path:
-            sock = bind_unix(self.config.unix_path)
-        options: dict[str, Any] = {"sock": sock}
-        start: Any = asyncio.start_server
-        if not sock:
-            host, port = self.config.address
-            options = {"host": host, "port": port}
-        elif sock.family == socket.AF_UNIX:
-            start = asyncio.start_unix_server
-            # Since 3.13 asyncio would unlink the path of a service manager's socket.
-            if sys.version_info >= (3, 13):
-                options["cleanup_socket"] = False
-        server: asyncio.Server = await start(
-            self.accept, start_serving=False, **options
-        )
-        for listener in server.sockets:
-            name = listener.getsockname()
-            if listener.family == socket.AF_UNIX:
-                # Of an abstract name (unix(7)) the first byte is NUL.
-                path = os.fsencode(name).decode(errors="replace")
-                self.addresses.append("unix:" + path.replace("\0", "@"))
-            else:
-                self.addresses.append(host_and_port(*name[:2]))
-        return server
-
-    @property
-    def is_full(self) -> bool:
-        return len(self._connections) > self.config.max_connections
 
     @property
     def url(self) -> str:
@@ -1203,13 +1165,15 @@ class Bridge:
     def accept(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        if self.closing and not self._grace_secs:
+        if self.closing and not self.grace_secs:
             writer.transport.abort()  # accepted while the server was being closed
             return
-        connection = Connection(self, reader, writer)
+        served = [item for item in self.connections.values() if not item.is_surplus]
+        is_surplus = len(served) >= self.config.max_connections
+        connection = Connection(self, reader, writer, is_surplus=is_surplus)
         task = asyncio.get_running_loop().create_task(connection.serve())
-        self._connections[task] = connection
-        task.add_done_callback(self._connections.pop)
+        self.connections[task] = connection
+        task.add_done_callback(self.connections.pop)
 
     async def close(self) -> None:
         """End all connections: idle ones now, running answers when they are done or
@@ -1217,12 +1181,12 @@ class Bridge:
         self.closing = True
         new = [
             task
-            for task, connection in self._connections.items()
+            for task, connection in self.connections.items()
             if not connection.answering and not connection.answered
         ]
-        if new and self._grace_secs:
-            await asyncio.wait(new, timeout=self._grace_secs)
-        for task, connection in list(self._connections.items()):
+        if new and self.grace_secs:
+            await asyncio.wait(new, timeout=self.grace_secs)
+        for task, connection in list(self.connections.items()):
             if not connection.answering:
                 task.cancel()
         # A first cancel becomes a 503; where that cannot be sent in time, the next one
@@ -1231,10 +1195,10 @@ class Bridge:
             if self._answers:
                 await asyncio.wait(self._answers, timeout=seconds)
             self.cancel_answers()
-        for connection in self._connections.values():
+        for connection in self.connections.values():
             connection.abort()  # its client still has not read the answer
-        if self._connections:
-            await asyncio.wait(self._connections)
+        if self.connections:
+            await asyncio.wait(self.connections)
 
     def cancel_answers(self) -> None:
         """Cut running answers short; no new ones are begun."""
@@ -1259,13 +1223,15 @@ class Bridge:
             await asyncio.wait({answer, gone})
             self._answers.discard(answer)
             connection.answering = False
-            error = None if answer.cancelled() else answer.exception()
-            if answer.cancelled() or isinstance(error, Disconnected):
+            # By its client that left, or by a shutdown that waits no longer.
+            was_cut_short = answer.cancelled()
+            error = None if was_cut_short else answer.exception()
+            if was_cut_short or isinstance(error, Disconnected):
                 exchange.failure = "client_left"
-            self.report(exchange)
+            report(exchange)
         if error and exchange.failure != "client_left":
             log.error("bug in request %s: %s", exchange.id, type(error).__name__)
-        if has_left or answer.cancelled() or error:
+        if has_left or was_cut_short or error:
             # Raising `error` itself would keep this frame, and with it the turn, alive.
             raise Disconnected
 
@@ -1297,10 +1263,10 @@ class Bridge:
 
     def explain(self, error: ApiError, exchange: Exchange) -> None:
         """Log what helps against an error of the API, whose words stay as they are, and
-        tell the client what helps when nobody is logged in."""
+        tell the client what helps when nobody is logged in; deep health asks anew."""
         advice = ""
         if error.status == 401:
-            self._problem_until = 0  # the last word on the login is no longer good
+            self.health.forget()  # the last word on the login is no longer good
         if translate.LOGIN_CURE in error.message:
             cure = f"nobody is logged in: {login_cure(self.config, os.environ)}"
             error.message = error.message.replace(translate.LOGIN_CURE, cure)
@@ -1341,7 +1307,7 @@ class Bridge:
         methods, handler = ROUTES[exchange.route]
         if exchange.method == "OPTIONS" and exchange.header("origin"):
             asked = exchange.header("access-control-request-headers")
-            is_clean = PRINTABLE.fullmatch(asked)
+            is_clean = asked.isascii() and asked.isprintable()
             allowed = {
                 "access-control-allow-methods": methods,
                 "access-control-allow-headers": asked if is_clean else "",
@@ -1352,10 +1318,7 @@ class Bridge:
             raise ApiError(405, f"{exchange.route} takes {methods}")
         encoding = exchange.header("content-encoding") or "identity"
         if encoding.lower() != "identity":
-            message = (
-                "compressed request bodies are not supported; send it uncompressed"
-            )
-            raise ApiError(415, message)
+            raise ApiError(415, "compressed request bodies are not supported")
         return await handler(self, exchange)
 
     def not_found(self, exchange: Exchange) -> ApiError:
@@ -1366,55 +1329,6 @@ class Bridge:
         message += f" (POST /v1/messages); the base URL is {self.url}"
         path = ascii(exchange.path[:MAX_LOGGED_PATH])
         return ApiError(404, f"no route for {path}: {message}")
-
-    async def health(self, exchange: Exchange) -> Reply:
-        """`ok`; with ?deep=1 what is wrong, or `ok`."""
-        _, _, query = exchange.target.partition("?")
-        is_deep = "deep=1" in query.split("&")
-        problem = await self.deep_health() if is_deep else ""
-        if problem:
-            exchange.failure, exchange.message = "unhealthy", problem[:MAX_LOGGED]
-        body = (problem or "ok").encode(errors="replace")
-        return Reply(body, "text/plain", 503 if problem else 200)
-
-    async def deep_health(self) -> str:
-        """What keeps the bridge from answering; empty: nothing.  It asks the CLI, which
-        makes no model call for it."""
-        if not self.pool.has_room:  # asking takes a process itself
-            return f"all {self.config.max_sessions} processes are busy"
-        async with self._asking:
-            if time.monotonic() < self._problem_until:
-                return self._problem
-            problem = ""
-            try:
-                async with asyncio.timeout(HELLO_SECS):
-                    hello = await self.pool.hello(anew=True)
-                if not translate.login_source(hello):
-                    problem = login_state(self.config, hello)
-            except ApiError as error:
-                problem = f"the claude CLI does not work: {error.message}"
-            except TimeoutError:
-                problem = f"the claude CLI did not answer within {HELLO_SECS:g} seconds"
-            seconds = PROBLEM_SECS if problem else HEALTHY_SECS
-            self._problem_until = time.monotonic() + seconds
-            self._problem = problem
-            return problem
-
-    async def metrics(self, exchange: Exchange) -> Reply:
-        metrics = self.pool.metrics
-        metrics.set("connections", len(self._connections))
-        metrics.set("log_lines_lost_total", LogWriter.lost)
-        metrics.observe(self.pool.snapshot())
-        return Reply(metrics.text().encode(), METRICS_TYPE)
-
-    async def root(self, exchange: Exchange) -> Reply:
-        """The page for people; Claude Code as a client asks HEAD / first."""
-        kind, page = "plain", page_text(self)
-        if "text/html" in exchange.header("accept"):
-            kind, page = "html", page_html(self)
-        headers = {"content-security-policy": PAGE_POLICY}
-        body = page.encode(errors="replace")
-        return Reply(body, f"text/{kind}; charset=utf-8", headers=headers)
 
     async def messages(self, exchange: Exchange) -> Reply | None:
         request = await self.parse(exchange)
@@ -1432,13 +1346,12 @@ class Bridge:
         key = exchange.key_digest
         async with self.pool.turn(request, token, key, exchange.id) as turn:
             exchange.turn = turn
-            pings = [connection.ping(exchange)] if request.stream else []
-            tasks = list(map(asyncio.create_task, pings))
+            ping = request.stream and asyncio.create_task(connection.ping(exchange))
             try:
                 await turn.relay(send, connection.drain)
             finally:
-                for task in tasks:
-                    task.cancel()
+                if ping:
+                    ping.cancel()
         if request.stream:
             await connection.finish()
             return None
@@ -1459,76 +1372,211 @@ class Bridge:
         )
         request = await self.pool.compute(len(body), parse)
         asking = exchange.header("x-claude-code-session-id")
-        if self.pool.is_own(asking, request.user_id):
-            message = (
-                "this request comes from the claude CLI that this bridge runs: the"
+        if self.pool.is_own_process(asking, request.user_id):
+            message = "this request comes from the claude CLI that this bridge runs"
+            raise ApiError(
+                400, f"{message}: its address of the API leads to the bridge"
             )
-            message += " CLI's address of the API leads to the bridge"
-            raise ApiError(400, message)
         not_sent = dropped_headers(exchange) + request.not_sent
         return dataclasses.replace(request, not_sent=not_sent)
 
-    async def count_tokens(self, exchange: Exchange) -> Reply:
-        request = await self.parse(exchange, counting=True)
-        found = {"input_tokens": await self.counter.count(request, exchange.id)}
-        exchange.not_counted = translate.not_counted(request)
-        return Reply(orjson.dumps(found))
 
-    async def models(self, exchange: Exchange) -> Reply:
-        """One model, by id or alias, with or without claude-cli/, or all of them as one
-        page (API: "List models")."""
-        models, prefix = model_list(await self.pool.hello()), translate.MODEL_PREFIX
-        name = unquote(exchange.path.removeprefix(MODELS)).lstrip("/")
-        for wanted in (name, prefix + name, name.removeprefix(prefix)):
-            if wanted in models:
-                return Reply(orjson.dumps(models[wanted]))
-        if name:
-            raise ApiError(404, f"model: {name}", log_reason="no such model")
-        names: list[Any] = list(models) or [None]
-        page = {
-            "data": list(models.values()),
-            "has_more": False,
-            "first_id": names[0],
-            "last_id": names[-1],
-        }
-        return Reply(orjson.dumps(page))
+# Headers of the API that the CLI sets itself, or not at all.
+DROPPED_HEADERS = ("anthropic-user-profile-id", "anthropic-workspace-id")
+# The version of the API that the CLI asks for (all versions that were tested).
+API_VERSION = "2023-06-01"
 
-    # The log
 
-    def report(self, exchange: Exchange) -> None:
-        """Log one line for one request, and count it; never a prompt or an answer."""
-        row, turn = log_row(exchange), exchange.turn
-        text = " ".join(f"{name}={quoted(value)}" for name, value in row.items())
-        log.info("%s", text, extra={"row": row})
-        # Those who may not ask do not push others off the page.
-        is_known = exchange.status not in (401, 403, 503) or exchange.turn
-        is_worth_it = exchange.failure or exchange.route not in QUIET_ROUTES
-        if is_known and is_worth_it:
-            self.recent.appendleft((time.strftime("%H:%M:%S"), row))
-        metrics = self.pool.metrics
-        route = exchange.route or "none"
-        metrics.add("requests_total", route=route, status=row["status"])
-        if exchange.failure:
-            metrics.add("errors_total", type=exchange.failure)
-        if "first_byte_secs" in row:
-            metrics.time("first_byte_seconds", row["first_byte_secs"])
-        if turn:
-            metrics.add("turns_total", conversation=turn.origin, reason=turn.reason)
-            metrics.time("turn_seconds", row["secs"])
-        for kind in row.keys() & translate.TOKENS:
-            metrics.add("tokens_total", row[kind], kind=kind.removesuffix("_tokens"))
+def dropped_headers(exchange: Exchange) -> list[str]:
+    """The headers of a request that mean something to the API, and do not reach it."""
+    lost = [name for name in DROPPED_HEADERS if exchange.header(name)]
+    if exchange.header("anthropic-version") not in ("", API_VERSION):
+        lost.append("anthropic-version")
+    return lost
+
+
+def limited(places: list[str]) -> list[str]:
+    """The first of many places: clients take 16 KiB of headers (Node), 64 KiB a line
+    (Python)."""
+    more = len(places) - MAX_PLACES
+    rest = [f"and-{more}-more"] if more > 0 else []
+    return [place[:MAX_PLACE] for place in places[:MAX_PLACES]] + rest
+
+
+# ------------------------------------------------------------ other routes
+
+# /healthz?deep=1, in seconds: it waits for the CLI (1.2 were measured), and repeats an
+# `ok` or a problem, as asking costs the start of a CLI.
+INFO_SECS = 10.0
+HEALTHY_SECS = 60.0
+PROBLEM_SECS = 5.0
+# Prometheus' text-based exposition format.
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# The page shows what it can without a script; nothing comes from elsewhere.
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+
+
+class Health:
+    """What keeps a bridge from answering, as the CLI says that it starts for it: it makes
+    no model call."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+        # What was wrong when it was asked last, and until when that is good.
+        self._problem = ""
+        self._good_until = 0.0
+        self._asking = asyncio.Lock()
+
+    def forget(self) -> None:
+        """Ask anew the next time."""
+        self._good_until = 0.0
+
+    async def problem(self) -> str:
+        """Empty: there is none."""
+        pool, config = self._bridge.pool, self._bridge.config
+        if not pool.has_room:  # asking takes a process itself
+            return f"all {config.max_sessions} processes are busy"
+        async with self._asking:
+            if time.monotonic() < self._good_until:
+                return self._problem
+            problem = ""
+            try:
+                async with asyncio.timeout(INFO_SECS):
+                    info = await pool.inspector.info(anew=True)
+                if not info.login:
+                    problem = login_state(config, info)
+            except ApiError as error:
+                problem = f"the claude CLI does not work: {error.message}"
+            except TimeoutError:
+                problem = f"the claude CLI did not answer within {INFO_SECS:g} seconds"
+            seconds = PROBLEM_SECS if problem else HEALTHY_SECS
+            self._good_until = time.monotonic() + seconds
+            self._problem = problem
+            return problem
+
+
+async def health(bridge: Bridge, exchange: Exchange) -> Reply:
+    """`ok`; with ?deep=1 what is wrong, or `ok`."""
+    _, _, query = exchange.target.partition("?")
+    is_deep = "deep=1" in query.split("&")
+    problem = await bridge.health.problem() if is_deep else ""
+    if problem:
+        exchange.failure, exchange.message = "unhealthy", problem[:MAX_LOGGED]
+    body = (problem or "ok").encode(errors="replace")
+    return Reply(body, "text/plain", 503 if problem else 200)
+
+
+async def metrics(bridge: Bridge, exchange: Exchange) -> Reply:
+    metrics = bridge.pool.metrics
+    metrics.set("connections", len(bridge.connections))
+    metrics.set("log_lines_lost_total", LogWriter.lost)
+    metrics.observe(bridge.pool)
+    return Reply(metrics.text().encode(), METRICS_TYPE)
+
+
+async def root(bridge: Bridge, exchange: Exchange) -> Reply:
+    """The page for people; Claude Code as a client asks HEAD / first."""
+    kind, page = "plain", page_text(bridge)
+    if "text/html" in exchange.header("accept"):
+        kind, page = "html", page_html(bridge)
+    headers = {"content-security-policy": PAGE_POLICY}
+    body = page.encode(errors="replace")
+    return Reply(body, f"text/{kind}; charset=utf-8", headers=headers)
+
+
+async def count_tokens(bridge: Bridge, exchange: Exchange) -> Reply:
+    request = await bridge.parse(exchange, counting=True)
+    found = {"input_tokens": await bridge.counter.count(request, exchange.id)}
+    exchange.not_counted = translate.not_counted(request)
+    return Reply(orjson.dumps(found))
+
+
+async def models(bridge: Bridge, exchange: Exchange) -> Reply:
+    """One model, by id or alias, with or without claude-cli/, or all of them as one
+    page (API: "List models")."""
+    models, prefix = (
+        model_list(await bridge.pool.inspector.info()),
+        translate.MODEL_PREFIX,
+    )
+    name = unquote(exchange.path.removeprefix(MODELS)).lstrip("/")
+    for wanted in (name, prefix + name, name.removeprefix(prefix)):
+        if wanted in models:
+            return Reply(orjson.dumps(models[wanted]))
+    if name:
+        raise ApiError(404, f"model: {name}", log_reason="no such model")
+    names: list[Any] = list(models) or [None]
+    page = {
+        "data": list(models.values()),
+        "has_more": False,
+        "first_id": names[0],
+        "last_id": names[-1],
+    }
+    return Reply(orjson.dumps(page))
+
+
+def model_list(info: CliInfo) -> dict[str, Json]:
+    """The CLI's own models by name, in the API's shape: each under its full name (all
+    that Claude Code's discovery keeps) and as claude-cli/<alias>."""
+    found: dict[str, Json] = {}
+    for model in info.models:
+        for name in (model.full_name, translate.MODEL_PREFIX + model.name):
+            item = {
+                "type": "model",
+                "id": name,
+                "display_name": model.title or name,
+                # API: the epoch when the release date is not known.
+                "created_at": "1970-01-01T00:00:00Z",
+                "lifecycle": "active",
+                # The API's `capabilities` need more than the CLI knows.
+                "claude_cli": model.support,
+            }
+            found.setdefault(name, item)
+    return found
 
 
 Handler = Callable[[Bridge, Exchange], Coroutine[Any, Any, Reply | None]]
 # By route, its methods and what answers it.
 ROUTES: dict[str, tuple[str, Handler]] = {
-    "/": ("GET, HEAD", Bridge.root),
-    "/healthz": ("GET, HEAD", Bridge.health),
-    "/metrics": ("GET, HEAD", Bridge.metrics),
-    MODELS: ("GET, HEAD", Bridge.models),
+    "/": ("GET, HEAD", root),
+    "/healthz": ("GET, HEAD", health),
+    "/metrics": ("GET, HEAD", metrics),
+    MODELS: ("GET, HEAD", models),
     "/v1/messages": ("POST", Bridge.messages),
-    "/v1/messages/count_tokens": ("POST", Bridge.count_tokens),
+    "/v1/messages/count_tokens": ("POST", count_tokens),
 }
+
+
+# ------------------------------------------------------------ the log of requests
+
+# Characters of an unknown path in the log.
+MAX_LOGGED_PATH = 100
+# Requests that the page shows, but for good ones of these routes.
+RECENT = 20
+QUIET_ROUTES = ("/", "/healthz", "/metrics")
+
+
+def report(exchange: Exchange) -> None:
+    """Log one line for one request, and count it; never a prompt or an answer."""
+    bridge, turn = exchange.connection.bridge, exchange.turn
+    row = log_row(exchange)
+    text = " ".join(f"{name}={quoted(value)}" for name, value in row.items())
+    log.info("%s", text, extra={"row": row})
+    is_of_interest = exchange.failure or exchange.route not in QUIET_ROUTES
+    # Those who may not ask do not push others off the page.
+    if exchange.is_allowed and is_of_interest:
+        bridge.recent.appendleft((time.strftime("%H:%M:%S"), row))
+    metrics = bridge.pool.metrics
+    route = exchange.route or "none"
+    metrics.add("requests_total", route=route, status=row["status"])
+    if exchange.failure:
+        metrics.add("errors_total", type=exchange.failure)
+    if "first_byte_secs" in row:
+        metrics.time("first_byte_seconds", row["first_byte_secs"])
+    if turn:
+        metrics.add("turns_total", conversation=turn.origin, reason=turn.reason)
+        metrics.time("turn_seconds", row["secs"])
+    for kind in row.keys() & translate.TOKENS:
+        metrics.add("tokens_total", row[kind], kind=kind.removesuffix("_tokens"))
 
 
 def log_row(exchange: Exchange) -> Json:
@@ -1552,6 +1600,7 @@ def log_row(exchange: Exchange) -> Json:
     # nginx's number for a client that left before there was a status.
     row["status"] = exchange.status or 499
     row["error"] = exchange.failure or None
+    # That of a failure in place of that of a rebuild.
     row["reason"] = exchange.message or row.get("reason")
     if exchange.first_byte:
         row["first_byte_secs"] = round(exchange.first_byte - exchange.began, 3)
@@ -1573,26 +1622,66 @@ def escaped(text: str) -> str:
     return json.dumps(text)[1:-1]
 
 
-# Headers of the API that the CLI sets itself, or not at all.
-DROPPED_HEADERS = ("anthropic-user-profile-id", "anthropic-workspace-id")
-# The version of the API that the CLI asks for (all versions that were tested).
-API_VERSION = "2023-06-01"
+# ------------------------------------------------------------ serve
 
 
-def dropped_headers(exchange: Exchange) -> list[str]:
-    """The headers of a request that mean something to the API, and do not reach it."""
-    lost = [name for name in DROPPED_HEADERS if exchange.header(name)]
-    if exchange.header("anthropic-version") not in ("", API_VERSION):
-        lost.append("anthropic-version")
-    return lost
+@contextlib.asynccontextmanager
+async def serve(
+    config: Config, sock: socket.socket | None = None
+) -> AsyncIterator[Bridge]:
+    """Run the bridge inside an asyncio program until the block ends.
+
+    `sock` is a listening socket to use instead of `config.listen_addr`.  Raises
+    ConfigError, which names the setting, for invalid settings and an address that
+    cannot be bound.  At the end no new request is taken, running answers get
+    `config.drain_secs`, and no child is left.
+    """
+    if sock and sock.family != socket.AF_UNIX:
+        # Its address is the one that a Host may have.
+        where = host_and_port(*sock.getsockname()[:2])
+        config = dataclasses.replace(config, listen_addr=where)
+    config = config.checked()
+    stack = contextlib.AsyncExitStack()
+    bridge = Bridge(config, await stack.enter_async_context(Pool(config)))
+    try:
+        try:
+            server = await listen(bridge, sock)
+        except (OSError, ValueError) as error:
+            raise config_error("listen_addr", cannot_listen(config, error)) from error
+        own_socket = None if sock else identify_file(config.unix_path)
+        stack.push_async_callback(stop, bridge, server, own_socket)
+        await server.start_serving()
+        yield bridge
+    finally:
+        await finish_despite_cancel(stack.aclose(), bridge.cancel_answers)
 
 
-def limited(places: list[str]) -> list[str]:
-    """The first of many places: clients take 16 KiB of headers (Node), 64 KiB a line
-    (Python)."""
-    more = len(places) - MAX_PLACES
-    rest = [f"and-{more}-more"] if more > 0 else []
-    return [place[:MAX_PLACE] for place in places[:MAX_PLACES]] + rest
+async def listen(bridge: Bridge, sock: socket.socket | None) -> asyncio.Server:
+    """A server that does not serve yet.  Raises OSError when the address is taken, or
+    cannot be had."""
+    bridge.grace_secs = GRACE_SECS if sock else 0.0
+    if not sock and bridge.config.unix_path:
+        sock = bind_unix(bridge.config.unix_path)
+    options: dict[str, Any] = {"sock": sock}
+    start: Any = asyncio.start_server
+    if not sock:
+        host, port = bridge.config.address
+        options = {"host": host, "port": port}
+    elif sock.family == socket.AF_UNIX:
+        start = asyncio.start_unix_server
+        # Since 3.13 asyncio would unlink the path of a service manager's socket.
+        if sys.version_info >= (3, 13):
+            options["cleanup_socket"] = False
+    server: asyncio.Server = await start(bridge.accept, start_serving=False, **options)
+    for listener in server.sockets:
+        name = listener.getsockname()
+        if listener.family == socket.AF_UNIX:
+            # Of an abstract name (unix(7)) the first byte is NUL.
+            path = os.fsencode(name).decode(errors="replace")
+            bridge.addresses.append("unix:" + path.replace("\0", "@"))
+        else:
+            bridge.addresses.append(host_and_port(*name[:2]))
+    return server
 
 
 def bind_unix(path: str) -> socket.socket:
@@ -1619,70 +1708,9 @@ def bind_unix(path: str) -> socket.socket:
     return sock
 
 
-# ------------------------------------------------------------ models
-
-
-def model_list(hello: Json) -> dict[str, Json]:
-    """The CLI's own models by name, in the API's shape: each under its full id (all that
-    Claude Code's discovery keeps) and as claude-cli/<alias>."""
-    found: dict[str, Json] = {}
-    for model in hello.get("models", []):
-        for name in (model["resolvedModel"], translate.MODEL_PREFIX + model["value"]):
-            item = {
-                "type": "model",
-                "id": name,
-                "display_name": model.get("displayName", name),
-                # API: the epoch when the release date is not known.
-                "created_at": "1970-01-01T00:00:00Z",
-                "lifecycle": "active",
-                # The API's `capabilities` need more than the CLI knows.
-                "claude_cli": {
-                    key: value
-                    for key, value in model.items()
-                    if key.startswith("support")
-                },
-            }
-            found.setdefault(name, item)
-    return found
-
-
-# ------------------------------------------------------------ serve
-
-
-@contextlib.asynccontextmanager
-async def serve(
-    config: Config, sock: socket.socket | None = None
-) -> AsyncIterator[Bridge]:
-    """Run the bridge inside an asyncio program until the block ends.
-
-    `sock` is a listening socket to use instead of `config.listen_addr`.  Raises
-    ConfigError, which names the setting, for invalid settings and an address that
-    cannot be bound.  At the end no new request is taken, running answers get
-    `config.drain_secs`, and no child is left.
-    """
-    if sock and sock.family != socket.AF_UNIX:
-        # Its address is the one that a Host may have.
-        where = host_and_port(*sock.getsockname()[:2])
-        config = dataclasses.replace(config, listen_addr=where)
-    config = config.checked()
-    stack = contextlib.AsyncExitStack()
-    bridge = Bridge(config, await stack.enter_async_context(Pool(config)))
-    try:
-        try:
-            server = await bridge.listen(sock)
-        except (OSError, UnicodeError) as error:
-            raise config_error("listen_addr", cannot_listen(config, error)) from error
-        own = None if sock else identify_file(config.unix_path)
-        stack.push_async_callback(stop, bridge, server, own)
-        await server.start_serving()
-        yield bridge
-    finally:
-        await finish_despite_cancel(stack.aclose(), bridge.cancel_answers)
-
-
-async def stop(bridge: Bridge, server: asyncio.Server, own: object) -> None:
-    """Stop listening, and end all connections; `own` is the identity of the bridge's own
-    Unix socket, if it has one."""
+async def stop(bridge: Bridge, server: asyncio.Server, own_socket: object) -> None:
+    """Accept nothing more, let the bridge end its answers and connections, and remove its
+    Unix socket if the file there is `own_socket`."""
     loop = asyncio.get_running_loop()
     for listener in server.sockets:
         loop.remove_reader(listener.fileno())
@@ -1693,7 +1721,7 @@ async def stop(bridge: Bridge, server: asyncio.Server, own: object) -> None:
     server.close()
     await bridge.close()
     # Not the socket of another bridge that has taken the path meanwhile.
-    if own and identify_file(bridge.config.unix_path) == own:
+    if own_socket and identify_file(bridge.config.unix_path) == own_socket:
         os.unlink(bridge.config.unix_path)
 
 
@@ -1715,16 +1743,17 @@ async def finish_despite_cancel(
         raise asyncio.CancelledError
 
 
-def cannot_listen(config: Config, error: OSError | UnicodeError) -> str:
+def cannot_listen(config: Config, error: OSError | ValueError) -> str:
     if isinstance(error, UnicodeError):
         return f"{config.listen_addr!r} is no name of a host"
-    if error.errno == errno.EADDRINUSE:
-        return (
-            f"{config.listen_addr} is already in use (another bridge?); choose another"
-        )
-    if error.errno == errno.EACCES and not config.unix_path:
-        return f"{config.listen_addr}: only root may listen on a port below 1024"
-    return f"cannot listen on {config.listen_addr}: {error.strerror or error}"
+    reason = str(error)
+    if isinstance(error, OSError):
+        reason = error.strerror or reason
+        if error.errno == errno.EADDRINUSE:
+            reason = "already in use (another bridge?); choose another"
+        elif error.errno == errno.EACCES and not config.unix_path:
+            reason = "only root may listen on a port below 1024"
+    return f"cannot listen on {config.listen_addr}: {reason}"
 
 
 # ------------------------------------------------------------ the program
@@ -1737,7 +1766,7 @@ class LogWriter(logging.Handler):
     """Writes lines to stderr from a thread: when nobody reads it, lines are lost and
     answers go on."""
 
-    # Lines that were lost, of all that write.
+    # Lines that were lost, by all writers.
     lost = 0
 
     def __init__(self) -> None:
@@ -1811,15 +1840,15 @@ async def announce(bridge: Bridge, flags: Iterable[str]) -> None:
     does not have.  Asks the CLI, which makes no model call for it."""
     config, pool = bridge.config, bridge.pool
     try:
-        cli = await pool.look_at_cli()
+        cli = await pool.inspector.look()
         version = cli.version or NO_VERSION
         log.info("the claude CLI is %s, version %s", config.bin, version)
         if cli.warning:
             log.warning("%s", cli.warning)
         await asyncio.sleep(LOGIN_PROBE_SECS)
-        hello = await pool.hello(gives_way=True)
-        state = login_state(config, hello)
-        if translate.login_source(hello):
+        info = await pool.inspector.info(gives_way=True)
+        state = login_state(config, info)
+        if info.login:
             log.info("the claude CLI is logged in: %s", state)
         else:
             log.warning("%s", state)
@@ -1838,7 +1867,7 @@ async def missing_from_agent(pool: Pool) -> list[str]:
     if not pool.config.tools:
         return []
     request = translate.parse_request(EMPTY_REQUEST, counting=True, agent=True)
-    session = await pool.open(request, [], query=False)
+    session = await pool.fresh_session(request, [], query=False)
     try:
         init = await session.process.read_until(
             lambda event: event.get("subtype") == "init" and event
@@ -1848,8 +1877,8 @@ async def missing_from_agent(pool: Pool) -> list[str]:
     known = ["default", *init.get("tools", [])]
     found = [
         f"{variable('tools')}: the CLI has no tool {name}"
-        + ("" if name in TOOLS else suggestion(name, TOOLS))
-        for name in re.split("[, ]+", pool.config.tools.strip())
+        + ("" if name in TOOLS else did_you_mean(name, TOOLS))
+        for name in re.findall("[^, ]+", pool.config.tools)
         if TOOL_NAMES.get(name, name) not in known
     ]
     for server in init.get("mcp_servers", []):
@@ -1893,15 +1922,15 @@ async def run(config: Config, flags: Iterable[str]) -> None:
             log.info("listening on %s", as_url(address))
         for message in bridge.config.warnings(os.environ):
             log.warning("%s", as_typed(message, flags))
-        login = asyncio.create_task(announce(bridge, flags))
+        announcing = asyncio.create_task(announce(bridge, flags))
         await stopping.wait()
         message = "shutting down"
         if bridge.running:
             message += f"; running answers: {bridge.running}, which get"
             message += f" {config.drain_secs:g} s (Ctrl-C again stops them)"
         log.info("%s", message)
-        login.cancel()
-        await asyncio.wait({login})
+        announcing.cancel()
+        await asyncio.wait({announcing})
 
 
 # What each command does, for its own --help.
@@ -1954,12 +1983,6 @@ GROUPS = {
 }
 
 
-def flag_names() -> dict[str, str]:
-    """What a command line can set, by its flags."""
-    names = [item.name for item in dataclasses.fields(Config) if item.repr]
-    return {flag(name): name for name in [*names, "config"]}
-
-
 def help_text() -> str:
     lines = [HELP]
     for group, title in GROUPS.items():
@@ -1980,7 +2003,7 @@ def main() -> None:
     """The command line.
 
     Exit status 2 and one line on stderr for settings that cannot work, 1 for a failed
-    check.
+    check, 130 after Ctrl-C, 141 if nobody reads what is printed.
     """
     open_standard_files()
     flags: dict[str, str] = {}
@@ -2012,14 +2035,15 @@ def open_standard_files() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
-# File descriptors that a client, its process and its gate take, times MAX_SESSIONS and
-# connections, with room to spare.
+# Enough descriptors for all processes, with three pipes and a gate each, and for all
+# connections.
 WANTED_FILES = 65_536
 
 
 def reset_inherited_state() -> None:
     """Undo what a launcher may have set for its children: blocked or ignored signals,
     without which no child is waited for, and a low limit of open files."""
+    watch_without_threads()
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -2028,10 +2052,23 @@ def reset_inherited_state() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+# mallopt(3): M_MMAP_THRESHOLD, and the bytes of a block that is large.
+MMAP_THRESHOLD = (-3, 256 << 10)
+
+
+def give_back_memory() -> None:
+    """Let the C library give each large block back to the system when it is freed.  It
+    would keep up to 32 MB of them for later (tests/soak.py)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
+    if mallopt:
+        mallopt(*MMAP_THRESHOLD)
+
+
 def read_flags(words: list[str], flags: dict[str, str]) -> None:
     """Read the command, if there is one, and the flags that are given, by setting.
     Raises ConfigError, which repeats no word that it does not know: it may be a key."""
-    names = flag_names()
+    settings = [item.name for item in dataclasses.fields(Config) if item.repr]
+    names = {flag(name): name for name in [*settings, "config"]}
     rest = iter(words)
     for word in rest:
         name, is_joined, value = word.partition("=")
@@ -2065,14 +2102,16 @@ def execute(flags: Mapping[str, str]) -> None:
     config = Config.read(os.environ, flags)
     command = flags.get("command")
     path = flags.get("config", os.environ.get(variable("config"), ""))
+    reset_inherited_state()
     if command == "check":
         sys.exit(0 if asyncio.run(check(config, flags)) else 1)
     if command == "login":
         program = find_cli(config.bin)
         os.execv(program, [program, "auth", "login"])
-    require(path or not command, "config", "providers needs a gateway's file")
+    is_asked = command == "providers"
+    require(path or not is_asked, "config", "providers needs a gateway's file")
     providers = read_providers(path, config) if path else []
-    if command:
+    if is_asked:
         print(orjson.dumps(providers, option=orjson.OPT_INDENT_2).decode())
         return
     writer = LogWriter()
@@ -2081,14 +2120,13 @@ def execute(flags: Mapping[str, str]) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[writer])
     if config.log_level == "debug":
         log.setLevel(logging.DEBUG)  # and not that of libraries
-    if path and not any(map(is_own, providers)):
+    if path and not any(map(is_claude_cli, providers)):
         log.info("there is no claude-cli provider in %s: nothing to do", path)
         return
-    reset_inherited_state()
     # A thread that reads a large request gives way to the event loop sooner (5 ms by
     # default): tests/bench/hostile.py.
     sys.setswitchinterval(0.001)
-    watch_without_threads()
+    give_back_memory()
     asyncio.run(run(config, flags))
 
 
@@ -2131,20 +2169,21 @@ def connect_lines(bridge: Bridge) -> str:
     """What a shell takes to reach the bridge: two variables for most clients, and a
     first request."""
     key = f"${variable('api_key')}" if bridge.config.api_key else KEY_OF_CLIENTS
-    curl = CURL.format(target=curl_target(bridge.url), key=key)
-    if bridge.url.startswith("unix:"):
-        return curl  # clients take no such address
-    return EXPORTS.format(url=bridge.url, key=key) + "\n" + curl
+    exports, target = EXPORTS.format(url=bridge.url, key=key) + "\n", bridge.url
+    if target.startswith("unix:"):
+        path = shlex.quote(target.removeprefix("unix:"))
+        exports, target = "", f"--unix-socket {path} http://localhost"
+    return exports + CURL.format(target=target, key=key)
 
 
 def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
     """What the page says, by section: names and values.  Nothing that was asked or
     answered."""
     pool, config = bridge.pool, bridge.config
-    cli, snapshot = pool.cli, pool.snapshot()
-    login = login_state(config, cli.hello) if cli.hello else "not known yet"
+    cli = pool.cli
+    login = login_state(config, cli.info) if cli.info.is_known else "not known yet"
     quota = []
-    for name, limit in snapshot.limits.items():
+    for name, limit in pool.rate_limits.items():
         used = limit.utilization
         share = f", {used:.0%} used" if used is not None else ""
         quota.append((name, limit.status + share))
@@ -2158,7 +2197,7 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
         "Last requests": list(map(request_row, bridge.recent)),
         "Processes": [
             (state.value, f"for {seconds:.0f} s; turns: {turns}")
-            for state, turns, seconds in snapshot.processes
+            for state, turns, seconds in pool.processes()
         ],
         "Quota of the account": quota,
     }
@@ -2238,7 +2277,8 @@ def read_providers(path: str, config: Config) -> list[Json]:
     message = f"{path}: model_providers must be a list of tables"
     require(are_tables, "config", message)
     return [
-        complete_entry(entry, config) if is_own(entry) else entry for entry in entries
+        complete_entry(entry, config) if is_claude_cli(entry) else entry
+        for entry in entries
     ]
 
 
@@ -2269,7 +2309,7 @@ def load_yaml(data: bytes) -> Any:
     raise ValueError(fault)
 
 
-def is_own(entry: Json) -> bool:
+def is_claude_cli(entry: Json) -> bool:
     """Whether a provider is a claude-cli one: by its model or name, or by its
     interface."""
     if entry.get("provider_interface") == INTERFACE:
@@ -2351,7 +2391,7 @@ data: {"type": "message_stop"}
 
 class FakeApi(Bridge):
     """The fake API that `check` starts on loopback; it costs nothing.  It notes which
-    FEATURES the CLI has."""
+    FEATURES the CLI has.  Its pool is never used."""
 
     def __init__(self) -> None:
         config = Config(listen_addr="127.0.0.1:0", api_key=uuid.uuid4().hex)
@@ -2371,7 +2411,9 @@ class FakeApi(Bridge):
             connection.stream(exchange, BEGIN)
             self.held.set()
             try:
-                await asyncio.Event().wait()
+                await (
+                    asyncio.Event().wait()
+                )  # until its client leaves: it never returns
             finally:
                 self.left.set()
         words = re.findall("'(red|green|blue)'", messages)
@@ -2396,9 +2438,9 @@ class FakeApi(Bridge):
                 await self.held.wait()
                 if relay.done():
                     relay.result()
-                # Otherwise it got the result as part of a new conversation.
+                # A turn that is not hot got the result as part of a new conversation.
                 self.found["tools"] &= turn.origin == "hot"
-                turn.interrupt()
+                turn.process.interrupt()
                 await self.left.wait()
                 self.found["interrupt"] = not turn.process.ended
             finally:
@@ -2412,7 +2454,7 @@ class FakeApi(Bridge):
 async def rehearse(config: Config, api: FakeApi) -> None:
     """Play the scenario of a FakeApi, with an empty home: the user's files must supply
     neither a login nor another address."""
-    server = await api.listen(None)
+    server = await listen(api, None)
     await server.start_serving()
     kept = {
         "ANTHROPIC_BASE_URL": api.url,
@@ -2449,15 +2491,15 @@ async def check(config: Config, flags: Iterable[str]) -> bool:
     print(f"time: up to {2 * limit:g} seconds", flush=True)
     try:
         async with Pool(config) as pool, asyncio.timeout(limit):
-            cli = await pool.look_at_cli()
-            hello = await pool.hello()
+            cli = await pool.inspector.look()
+            info = await pool.inspector.info()
             missing = await missing_from_agent(pool)
     except (ApiError, OSError) as error:  # TimeoutError among them
         print(f"start: does not work ({str(error) or 'no answer in time'})")
         return False
     for warning in missing:
         print(f"warning: {as_typed(warning, flags)}")
-    print(f"login: {login_state(config, hello)}")
+    print(f"login: {login_state(config, info)}")
     print(f"version: {version_of(cli, NO_VERSION)}", flush=True)
     api = FakeApi()
     failure = ""
@@ -2469,7 +2511,7 @@ async def check(config: Config, flags: Iterable[str]) -> bool:
     for name, meaning in FEATURES.items():
         fault = f"does not work: there is no sign that this CLI {meaning}{failure}"
         print(f"{name}: {'works' if api.found[name] else fault}")
-    return all([translate.login_source(hello), *api.found.values()])
+    return all([info.login, *api.found.values()])
 
 
 if __name__ == "__main__":

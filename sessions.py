@@ -6,9 +6,9 @@ is filed under the fingerprint of the conversation including that answer, and a 
 session whose fingerprint is its own history, if there is one.  A session in use is not on file, so
 two requests never share one; whatever goes wrong in it retires it alone.
 
-    SPARE ──its conversation──> BUSY ──answer complete──> IDLE ──hot turn──> BUSY
+    SPARE ──a conversation──> BUSY ──answer complete──> IDLE ──its next message──> BUSY
                                 BUSY ──client tools called──> PARKED ──their results──> BUSY
-    PROBE ──asked who is logged in──> RETIRED
+    PROBE ──a question about the CLI that gives way──> RETIRED
     any of them ──fault, disconnect, TTL, LRU, shutdown──> RETIRED, until its group is reaped
 
 `Session.move` is the only place that changes a state, and TRANSITIONS is what it allows.
@@ -19,7 +19,8 @@ two requests never share one; whatever goes wrong in it retires it alone.
     process      a running CLI, with its pipes
     turn         one request in one session
     spare        a process that was started ahead of need, and waits at the gate, or is set up
-                 as the last new conversation began
+                 as an earlier conversation began
+    new          the first turn of a conversation, in a fresh process or a spare
     gate         a pipe in place of the file that the CLI resumes from; the CLI starts, and waits
                  for the conversation
     on file      idle or parked: a later request can find it
@@ -35,8 +36,10 @@ two requests never share one; whatever goes wrong in it retires it alone.
 import asyncio
 import contextlib
 import ctypes
+import dataclasses
 import enum
 import errno
+import itertools
 import logging
 import math
 import os
@@ -71,6 +74,7 @@ if TYPE_CHECKING or not __package__:
     from translate import (
         ApiError,
         CliEvent,
+        CliInfo,
         Digests,
         Json,
         RateLimit,
@@ -84,6 +88,7 @@ else:  # copied into a package
     from .translate import (
         ApiError,
         CliEvent,
+        CliInfo,
         Digests,
         Json,
         RateLimit,
@@ -104,8 +109,8 @@ MAX_LINE = 64 << 20
 # Bytes of events at which a pipe is no longer read: a slow client stalls only its own
 # child.
 MAX_UNREAD = 1 << 20
-# Bytes of stderr that are kept, to say why a process died.
-STDERR_TAIL = 2048
+# Bytes of a line of stderr that are kept, to say why a process died.
+MAX_COMPLAINT = 2048
 # Characters of a line of stderr that are logged, or quoted in an error.
 MAX_LOGGED = 300
 # How a process is ended: each signal, and the seconds it then gets; None: only its stdin
@@ -115,12 +120,16 @@ ENDING = (
     (signal.SIGTERM, 1.0),
     (signal.SIGKILL, 5.0),
 )
-# Seconds to wait for the first output of a process that was given its conversation; 0.1
-# was measured for a spare.
+# Seconds to wait for the first output of a process that was given its conversation, in case
+# it dies and another one must take its place; 0.1 was measured for a spare.
 FIRST_OUTPUT_SECS = 2.0
-# Seconds after the answer within which its `result` must come; 0.02 was measured.
+# Seconds after which its turn fails if it has not printed anything: the gate did not reach
+# the CLI; 0.5 was measured for 1,000 messages.
+GATE_SECS = 30.0
+# Seconds after the answer within which its `result` must come, 0.02 were measured, and after
+# the end of its input within which a process must end.
 LATE_SECS = 5.0
-# Seconds for a count of tokens; 0.5 was measured.
+# Seconds for a count of tokens, and for the question what the CLI announces; 0.5 was measured.
 COUNT_SECS = 20.0
 # Requests of this many bytes or more are read and written in a thread: a megabyte takes
 # 10 to 100 ms.
@@ -144,10 +153,18 @@ MAX_COUNTS = 256
 # Tokens of the prompt that the API adds for tools: the CLI subtracts them, so they are
 # added back.
 TOOLS_PROMPT_TOKENS = 500
+# Errors of a request that brings only what is new in a named conversation.
 LOST_NAME = (
     "messages: the process that held the conversation of this name is gone; send the whole "
     "conversation, or start over with a new name"
 )
+NOT_ADDED = (
+    "messages: an image, or text beside tool results, cannot be added to a conversation "
+    "that is known by its name alone; send the whole conversation"
+)
+# Why a process cannot take a message that another message may follow.
+KEPT_REASONS = ("images", "tool-results")
+NO_START = "the claude CLI did not start"
 # Why a conversation is rebuilt that no session is known to have held.
 UNKNOWN_HISTORY = "unknown-history"
 # Only these show that a turn is alive; status lines and keep-alives come from a
@@ -160,62 +177,19 @@ SIGNS_OF_LIFE = {
     "control_request",
     "control_response",
 }
-# Seconds in which a process must print something once it has its conversation; 0.5 was
-# measured for 1,000 messages.
-GATE_SECS = 30.0
 CLOSED_GATE = (
     "the claude CLI said nothing after its start: it may not have the pipe that it was "
     "given, as when CLAUDE_CLI_BIN is a program that closes the descriptors that it inherits"
 )
-# Events that a process prints only when a turn asked for them.
-ANSWERS = {"stream_event", "assistant", "user"}
+# Events that a process prints only when a turn asked for them, and those of an answer of the
+# model.
+ANSWERS = {"stream_event", "assistant", "user", "result"}
+STREAMED = {"stream_event"}
 CORES = os.cpu_count() or 1
 PRCTL: Any = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What a process is started for."""
-
-    # Its --model; empty: it takes the one of the conversation that it is given
-    # (`translate.takes_from_conversation`), so it will do for many models.
-    model: str = ""
-    # It has the CLI's own tools.
-    agent: bool = False
-    # It runs in the CLI's bare mode, in which the CLI adds nothing to a conversation, and
-    # reads no subscription's login.
-    bare: bool = False
-    # It writes its conversation to a file beside its gate.
-    is_kept: bool = False
-
-
-class State(enum.Enum):
-    """The state of a session.  In the first four it rests, and gives way to a request
-    that needs room, in this order."""
-
-    # Asked who is logged in, only for the bridge's own log.
-    PROBE = "probe"
-    # Started, without a conversation yet.
-    SPARE = "spare"
-    # On file: it waits for the next message of its conversation.
-    IDLE = "idle"
-    # On file: the CLI waits inside tools/call for the results of client tools.
-    PARKED = "parked"
-    # It answers a request.
-    BUSY = "busy"
-    # It is being ended, and keeps its place until its process is reaped.
-    RETIRED = "retired"
-
-
-RESTING = [*State][:4]
-TRANSITIONS = {
-    State.PROBE: {State.RETIRED},
-    State.SPARE: {State.BUSY, State.RETIRED},
-    State.IDLE: {State.BUSY, State.RETIRED},
-    State.PARKED: {State.BUSY, State.RETIRED},
-    State.BUSY: {State.IDLE, State.PARKED, State.RETIRED},
-    State.RETIRED: set(),
-}
+# ------------------------------------------------------------ settings
 
 
 def setting(
@@ -335,6 +309,25 @@ class PoolConfig:
     )
 
 
+# ------------------------------------------------------------ command line and environment
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a process is started for."""
+
+    # Its --model; empty: it takes the one of the conversation that it is given
+    # (`translate.takes_from_conversation`), so it will do for many models.
+    model: str = ""
+    # It has the CLI's own tools.
+    agent: bool = False
+    # It runs in the CLI's bare mode, in which the CLI adds nothing to a conversation, and
+    # reads no subscription's login.
+    bare: bool = False
+    # It writes its conversation to a file beside its gate.
+    is_kept: bool = False
+
+
 # An administrator's list of MCP servers, on Linux and on macOS.
 MANAGED_MCP = (
     "/etc/claude-code/managed-mcp.json",
@@ -349,10 +342,10 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
     argv += ["--input-format", "stream-json"]
     argv += ["--output-format", "stream-json", "--include-partial-messages"]
     argv += ["--setting-sources", config.setting_sources, "--disable-slash-commands"]
-    if not kind.is_kept:
-        argv += ["--no-session-persistence"]
     if kind.is_kept:  # over the env block of the user's settings
         argv += ["--settings", orjson.dumps({"env": UNREACHABLE}).decode()]
+    else:
+        argv += ["--no-session-persistence"]
     if kind.bare and config.setting_sources and os.path.isfile(settings):
         # Otherwise the bare mode reads no apiKeyHelper (the CLI's help on --bare).
         argv += ["--settings", settings]
@@ -533,9 +526,10 @@ def child_environment(
     has_users_shell = kind.agent or config.setting_sources
     child = {}
     for name, value in environ.items():
-        is_passed = name.upper().startswith(ALLOWED)
         if has_users_shell:
             is_passed = not name.startswith(SCRUBBED)
+        else:  # proxies are also set in lower case
+            is_passed = name.upper().startswith(ALLOWED)
         if is_passed or name in (*LOGIN_FOLDERS, *OPT_OUTS):
             child[name] = value
     child.update(CHILD_DEFAULTS)
@@ -554,24 +548,6 @@ def child_environment(
     if kind.is_kept:
         child.update(UNREACHABLE)
     return child
-
-
-def gate_path(descriptor: int) -> str:
-    """A path that leads a child to the pipe it inherits as `descriptor`; the CLI wants
-    a name that ends in .jsonl.  Raises OSError.
-
-    It has a folder of its own, because the CLI writes the conversation that it keeps
-    beside it.
-    """
-    try:
-        own = tempfile.mkdtemp(prefix="claude-cli-bridge-")
-    except FileNotFoundError:
-        # The folder that Python chose at its start is gone.
-        tempfile.tempdir = None
-        own = tempfile.mkdtemp(prefix="claude-cli-bridge-")
-    path = os.path.join(own, f"{descriptor}.jsonl")
-    os.symlink(f"/dev/fd/{descriptor}", path)
-    return path
 
 
 def login_folder(environment: Mapping[str, str]) -> str:
@@ -622,6 +598,27 @@ def reap_orphans(own: set[int]) -> None:
             if found.si_pid in own:
                 return
             os.waitid(os.P_PID, found.si_pid, options)
+
+
+# ------------------------------------------------------------ gates and traces
+
+
+def gate_path(descriptor: int) -> str:
+    """A path that leads a child to the pipe it inherits as `descriptor`; the CLI wants
+    a name that ends in .jsonl.  Raises OSError.
+
+    It has a folder of its own, because the CLI writes the conversation that it keeps
+    beside it.
+    """
+    try:
+        own = tempfile.mkdtemp(prefix="claude-cli-bridge-")
+    except FileNotFoundError:
+        # The folder that Python chose at its start is gone.
+        tempfile.tempdir = None
+        own = tempfile.mkdtemp(prefix="claude-cli-bridge-")
+    path = os.path.join(own, f"{descriptor}.jsonl")
+    os.symlink(f"/dev/fd/{descriptor}", path)
+    return path
 
 
 class Gate(asyncio.BaseProtocol):
@@ -704,6 +701,9 @@ class Child(asyncio.SubprocessProtocol):
     A subclass takes the lines (`lines_received`, `output_ended`, `fail`).
     """
 
+    # Of all children that were not reaped yet, of all pools.
+    pids: ClassVar[set[int]] = set()
+
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self.loop.create_future()
@@ -712,10 +712,12 @@ class Child(asyncio.SubprocessProtocol):
         self.has_spoken = False
         # Where its lines are traced.
         self.trace = Trace("", "")
-        # When it was given its conversation; infinite: it waits at its gate.
+        # When it was given its conversation; infinite: not yet.
         self.opened_at = math.inf
         # The beginning of a line whose end has not come.
         self._partial = bytearray()
+        # The last line that it wrote to stderr, and the beginning of the next.
+        self._complaint = ""
         self._stderr = b""
         self.is_paused = False
         # The spawn failed: connection_made must kill and reap it.
@@ -782,8 +784,8 @@ class Child(asyncio.SubprocessProtocol):
             shutil.rmtree(os.path.dirname(self._gate_path), ignore_errors=True)
 
     async def kept_rows(self) -> bytes:
-        """What it has written of its conversation, beside its gate, once it has ended
-        by itself."""
+        """What it has written of its conversation, beside its gate: its input is closed,
+        and it ends by itself."""
         self._transport.get_pipe_transport(0).close()
         await asyncio.wait({self.exited}, timeout=LATE_SECS)
         # The CLI names the file by a UUID.
@@ -795,7 +797,7 @@ class Child(asyncio.SubprocessProtocol):
     def write(self, *lines: bytes) -> None:
         self.trace.add("to", lines)
         stdin: Any = self._transport.get_pipe_transport(0)
-        if stdin and not stdin.is_closing():
+        if not stdin.is_closing():
             stdin.writelines(lines)
 
     def pause(self) -> None:
@@ -815,17 +817,22 @@ class Child(asyncio.SubprocessProtocol):
         process: Any = transport
         self._transport = process
         self.pid: int = process.get_pid()
+        self.pids.add(self.pid)
         if self._spawn_failed:
+            # There was no thread left to wait for it.
             self._transport.close()  # kills it
             with contextlib.suppress(ChildProcessError):  # it had ended by itself
                 os.waitpid(self.pid, 0)
+            self.pids.discard(self.pid)
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         if fd == 2:
-            self._stderr = (self._stderr + data)[-STDERR_TAIL:]
-            text = translate.SECRET.sub(r"\1***", data.decode(errors="replace"))
-            for line in text.splitlines():
-                log.debug("process %s prints: %s", self.pid, line[:MAX_LOGGED])
+            *complaints, rest = (self._stderr + data).split(b"\n")
+            self._stderr = rest[:MAX_COMPLAINT]
+            for complaint in filter(None, complaints):
+                text = translate.masked(complaint.decode(errors="replace"))
+                self._complaint = text[:MAX_LOGGED]
+                log.debug("process %s prints: %s", self.pid, self._complaint)
             return
         self.has_spoken = True
         *lines, rest = data.split(b"\n")
@@ -846,8 +853,10 @@ class Child(asyncio.SubprocessProtocol):
             self.output_ended()
 
     def process_exited(self) -> None:
-        self.kill(signal.SIGKILL)  # what it left behind in its group
+        # What it left behind in its group; `kill` does nothing after `exited`.
+        self.kill(signal.SIGKILL)
         self._gate.close()
+        self.pids.discard(self.pid)
         if not self.exited.done():
             self.exited.set_result(self._transport.get_returncode() or 0)
 
@@ -869,17 +878,16 @@ class Child(asyncio.SubprocessProtocol):
         if self.exited.done():
             message = f"the claude CLI exited with status {self.exited.result()}"
         reason = message  # what it printed can quote a prompt
-        printed = self._stderr.decode(errors="replace").strip()
-        if printed:
-            message += ": " + printed.rpartition("\n")[2][:MAX_LOGGED]
+        complaint = self._stderr.decode(errors="replace").strip() or self._complaint
+        if complaint:
+            message = f"{message}: {complaint[:MAX_LOGGED]}"
         return ApiError(502, message, log_reason=reason)
 
     async def end(self, *, at_once: bool = False) -> None:
         """End it and its group, and wait until it is reaped."""
         self._gate.close()
-        stdin = self._transport.get_pipe_transport(0)
-        if stdin and not at_once:
-            stdin.close()
+        if not at_once:
+            self._transport.get_pipe_transport(0).close()
         steps = ENDING[-1:] if at_once else ENDING
         for number, seconds in steps:
             if number:
@@ -899,8 +907,8 @@ class Child(asyncio.SubprocessProtocol):
 # client's.
 OLDEST = (2, 1, 197)
 NEWEST_TESTED = (2, 1, 332)
-# From here on the CLI announces things to the model (`translate.ANNOUNCEMENTS`), and
-# does not in its bare mode.
+# The CLI announces things to the model (`translate.ANNOUNCEMENTS`) from a version between
+# 2.1.267 and .285 on, and from one between .286 and .300 on not in its bare mode.
 ANNOUNCES = (2, 1, 267)
 HAS_BARE_MODE = (2, 1, 300)
 # From here on it keeps a text after a tool call there.
@@ -925,33 +933,33 @@ class Cli:
     files: tuple[FileIdentity | None, ...] = ()
     # As `claude --version` prints it; empty: unknown.
     version: str = ""
-    # Its last answer to `initialize`; empty: none yet.
-    hello: Json = field(default_factory=dict)
+    # What it reported of itself last.
+    info: CliInfo = field(default_factory=CliInfo)
     # Answers of `Counter.count`.
     counts: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
     # By model, account and day, what it announces (`Pool._announced`).
     announced: OrderedDict[Any, list[Json]] = field(default_factory=OrderedDict)
 
-    def take_in(self, hello: Json) -> None:
-        """Remember what a process reports in answer to `initialize`.  The list of models
-        is not replaced: a process may list the model that it runs in another way."""
-        if hello:
-            models = self.hello.get("models") or hello.get("models")
-            self.hello = hello | {"models": models}
+    def take_in(self, info: CliInfo) -> None:
+        """Remember what a process reports.  The list of models is not replaced: a process
+        may list the model that it runs in another way."""
+        if self.info.models:
+            info = dataclasses.replace(info, models=self.info.models)
+        self.info = info
 
     @property
     def numbers(self) -> tuple[int, ...]:
         """The version, to be compared; empty: unknown."""
         return tuple(map(int, re.findall(r"\d+", self.version)[:3]))
 
-    def since(self, version: tuple[int, ...]) -> bool:
+    def is_at_least(self, version: tuple[int, ...]) -> bool:
         """Whether it is this version or newer; an unknown version counts as newer."""
         return not self.numbers or self.numbers >= version
 
     @property
     def problem(self) -> str:
         """Why it cannot be used; empty: it can."""
-        if self.since(OLDEST):
+        if self.is_at_least(OLDEST):
             return ""
         needed = f"{dotted(OLDEST)} or newer is needed"
         message = f"the claude CLI is version {self.version}, and {needed}"
@@ -1012,7 +1020,7 @@ async def ask_version(program: str, environment: Mapping[str, str], secs: float)
         finally:
             # uvloop leaves a child behind if its start is cancelled.
             await asyncio.wait({spawning})
-            if not spawning.exception():
+            if not spawning.exception() and spawning.result().returncode is None:
                 process = spawning.result()
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -1033,36 +1041,37 @@ class Process(Child):
 
     def __init__(self, cli: Cli) -> None:
         super().__init__()
-        # The CLI that it runs.
+        # The CLI that it runs; the inspector replaces it while it waits at its gate.
         self.cli = cli
-        # The client's tools, for the CLI to list.
+        # The client's tools, for the CLI to list; from the session.
         self.tools: list[Json] = []
         # The CLI has listed them.
         self.has_listed = False
-        # The CLI runs a tool of its own: silence is no fault.
+        # The CLI runs a tool of its own, and silence is no fault; from the turn.
         self.working = False
-        # Called with the reason when it fails between turns.
+        # From the pool.  Called with the reason when it fails between turns.
         self.on_fault: Callable[[str], None] | None = None
         # Called with what it reports of the account's limits, mostly after an answer.
         self.on_limits: Callable[[dict[str, RateLimit]], None] | None = None
         # A turn is running: events are kept for it.
         self._is_in_turn = False
-        # Whether the last turn's `result` is no error; done when it has come.
-        self._result_seen: asyncio.Future[bool] = self.loop.create_future()
-        self._result_seen.set_result(True)
+        # Whether the last turn's `result` is no error; not done until it has come.
+        self._ended_well: asyncio.Future[bool] = self.loop.create_future()
+        self._ended_well.set_result(True)
         # By id, the tool calls that wait for a result.
         self._calls: dict[str, CliEvent] = {}
         # By id, the results that wait for their call: the CLI may call one by one.
         self._results: dict[str, Json] = {}
         # Ids of the tool calls in the last answer: the calls themselves may come later.
-        self._announced_calls: frozenset[str] = frozenset()
+        self._expected_calls: frozenset[str] = frozenset()
         # When the last sign of life came, or will come after an announced retry.
         self._alive_at = self.loop.time()
         self._events: list[CliEvent] = []
         # Bytes that have come since _events was empty.
         self._unread = 0
-        # Not done while `read` waits.
+        # Not done while somebody waits for an event.
         self._waiter: asyncio.Future[None] = self.loop.create_future()
+        self._waiter.set_result(None)
         self._failure: ApiError | None = None
 
     @property
@@ -1086,38 +1095,42 @@ class Process(Child):
         """Keep events from now on, and trace all lines."""
         self.trace = trace or self.trace
         self._is_in_turn = True
-        self._announced_calls = frozenset()
+        self._expected_calls = frozenset()
         self._alive_at = self.loop.time()
 
-    def end_turn(self, seen: bool, calls: Iterable[str] = ()) -> bool:
-        """End a turn whose answer called the client tools `calls`.  `seen`: its
-        `result` has come.  Returns False when the process printed something after the
-        `result`."""
+    def end_turn(self, result: CliEvent | None, calls: Iterable[str] = ()) -> bool:
+        """End a turn whose answer called the client tools `calls`.
+
+        Either its `result` was read, or it is among the events that were not, or it is
+        still to come, or the calls wait.  Returns False when it is an error, or when
+        the process printed something after it.
+        """
         self._is_in_turn = False
-        self._announced_calls = frozenset(calls)
+        self._expected_calls = frozenset(calls)
         is_quiet = True
         for event in self._events:
-            is_quiet = is_quiet and not (seen and self.is_unasked([event]))
-            seen = seen or event["type"] == "result"
+            is_quiet = is_quiet and not (result and self.is_unasked(event))
+            if event["type"] == "result":
+                result = event
         self._events.clear()
         self.resume()
-        if not (seen or self._announced_calls or self._failure):
-            self._result_seen = self.loop.create_future()
-        return is_quiet
+        if not (result or self._expected_calls or self.is_unusable):
+            self._ended_well = self.loop.create_future()
+        return is_quiet and not (result and result.get("is_error"))
 
     async def is_ready(self) -> bool:
         """Whether it is done with its last turn, and has printed nothing since."""
         try:
             async with asyncio.timeout(LATE_SECS):
-                is_good = await self._result_seen
+                is_good = await self._ended_well
         except TimeoutError:
             return False
         await read_pipes()
         return is_good and not self.is_unusable
 
     def hand_over(self, results: dict[str, Json]) -> None:
-        """Give the results of tool calls, by id, to those that wait and those that are
-        yet to come."""
+        """Answer tool calls with their results, by id: whichever of call and result comes
+        second."""
         self._results |= results
         for call in results.keys() & self._calls.keys():
             self._answer_call(self._calls.pop(call), call)
@@ -1160,15 +1173,14 @@ class Process(Child):
                 while not self._events and not self.is_unusable:
                     await self._wait()
 
-    def keep(self, events: list[CliEvent]) -> None:
-        """Take back events that were read."""
+    def put_back(self, events: list[CliEvent]) -> None:
+        """Take back events that were read too early."""
         self._events = events
 
     def check_silence(self, watchdog_secs: float) -> bool:
-        """Fail a turn that has waited for too long.  Returns whether the watchdog's time
-        is over."""
-        is_asked = self.opened_at < math.inf
-        if not (self._is_in_turn and is_asked) or self._waiter.done():
+        """Fail a turn that has waited for too long.  Returns whether the watchdog failed
+        it, and not the gate's limit."""
+        if not self._is_in_turn or self._waiter.done():
             return False  # nobody waits: the client may be slow
         now = self.loop.time()
         if not self.has_spoken and now >= self.opened_at + GATE_SECS:
@@ -1206,12 +1218,13 @@ class Process(Child):
         if self._failure:
             return  # it is not used again
         try:
-            for line in lines:
-                events = self._take_in(line)
+            for event in itertools.chain.from_iterable(map(translate.decode, lines)):
                 if self._is_in_turn:
-                    self._events += events
-                elif self.is_unasked(events):
-                    raise cli_error("the claude CLI spoke unasked")
+                    self._events.append(event)
+                elif self.is_unasked(event):
+                    self.fail(cli_error("the claude CLI spoke unasked"), "unasked")
+                    return
+                self._act_on(event)
         except ApiError as error:
             self.fail(error)
         if self._events:
@@ -1220,61 +1233,50 @@ class Process(Child):
         if self._unread > MAX_UNREAD:
             self.pause()
 
-    def fail(self, error: ApiError) -> None:
+    def fail(self, error: ApiError, reason: str = "failed") -> None:
         self._failure = error
         self._wake_all()
         if self.on_fault and not self._is_in_turn:
-            is_damaged = error.message == translate.DAMAGED_LINE
-            self.on_fault("failed" if is_damaged else "unasked")
+            self.on_fault(reason)
 
     def output_ended(self) -> None:
         self._wake_all()
 
     def _wake_all(self) -> None:
         """Wake those who wait for its last `result`, or for events."""
-        if not self._result_seen.done():
-            self._result_seen.set_result(False)
+        if not self._ended_well.done():
+            self._ended_well.set_result(False)
         self._wake()
 
-    def is_unasked(self, events: list[CliEvent]) -> bool:
-        """Whether events outside a turn show that the process goes on by itself.  Until
-        the last turn's `result` has come, they may belong to that turn, unless they are
-        another answer of the model, or the call of a tool that was not announced."""
-        unasked = ANSWERS if self._result_seen.done() else {"stream_event"}
-        for event in events:
-            call = translate.tool_call_id(event)
-            if event["type"] in unasked or (call and call not in self._announced_calls):
-                return True
-        return False
+    def is_unasked(self, event: CliEvent) -> bool:
+        """Whether an event outside a turn shows that the process goes on by itself.  Until
+        the last turn's `result` has come, it may belong to that turn, unless it is of
+        another answer of the model, or calls a tool that was not expected."""
+        unasked = ANSWERS if self._ended_well.done() else STREAMED
+        call = translate.tool_call_id(event)
+        is_unexpected_call = bool(call) and call not in self._expected_calls
+        return event["type"] in unasked or is_unexpected_call
 
-    def _take_in(self, line: bytes) -> list[CliEvent]:
-        """Decode a line, and act on it at once: answer control requests, note signs of
-        life."""
-        events = translate.decode(line)
-        for event in events:
-            kind = event["type"]
-            if kind in SIGNS_OF_LIFE:
-                self._alive_at = self.loop.time()
-            if kind == "stream_event":
-                continue  # most are
-            if kind == "control_request":
-                self._answer_control(event)
-            elif kind == "control_response":
-                self.cli.take_in(control_result(event, "initialize"))
-            elif kind == "rate_limit_event" and self.on_limits:
-                self.on_limits(translate.rate_limits(event))
-            elif kind == "result" and not self._is_in_turn:
-                self._take_late_result(event)
-            elif event.get("subtype") == "api_retry":
-                delay: Any = event.get("retry_delay_ms")
-                if isinstance(delay, int | float):
-                    self._alive_at = self.loop.time() + delay / 1000
-        return events
-
-    def _take_late_result(self, event: CliEvent) -> None:
-        if self._result_seen.done():
-            raise cli_error("the claude CLI ended a turn that nobody asked for")
-        self._result_seen.set_result(not event.get("is_error"))
+    def _act_on(self, event: CliEvent) -> None:
+        """Act on an event at once: answer control requests, note signs of life."""
+        kind = event["type"]
+        if kind in SIGNS_OF_LIFE:
+            self._alive_at = self.loop.time()
+        if kind == "stream_event":
+            return  # most are
+        if kind == "control_request":
+            self._answer_control(event)
+        elif kind == "control_response":
+            if answer := control_result(event, "initialize"):
+                self.cli.take_in(translate.read_info(answer))
+        elif kind == "rate_limit_event" and self.on_limits:
+            self.on_limits(translate.rate_limits(event))
+        elif kind == "result" and not self._is_in_turn:
+            self._ended_well.set_result(not event.get("is_error"))
+        elif event.get("subtype") == "api_retry":
+            delay = event.get("retry_delay_ms")
+            if isinstance(delay, int | float):
+                self._alive_at = self.loop.time() + delay / 1000
 
     def _answer_control(self, event: CliEvent) -> None:
         call = translate.tool_call_id(event)
@@ -1292,7 +1294,7 @@ class Process(Child):
     async def stop(self) -> None:
         """End it.  One that waits for a tool result is killed: 2.1.330 calls the API
         once more when its stdin closes."""
-        await self.end(at_once=bool(self._calls or self._announced_calls))
+        await self.end(at_once=bool(self._calls or self._expected_calls))
 
 
 async def read_pipes() -> None:
@@ -1302,6 +1304,35 @@ async def read_pipes() -> None:
 
 
 # ------------------------------------------------------------ a conversation
+
+
+class State(enum.Enum):
+    """The state of a session.  In the first four it rests, and gives way to a request
+    that needs room, in this order."""
+
+    # Asked who is logged in, only for the bridge's own log.
+    PROBE = "probe"
+    # Started, without a conversation yet.
+    SPARE = "spare"
+    # On file: it waits for the next message of its conversation.
+    IDLE = "idle"
+    # On file: the CLI waits inside tools/call for the results of client tools.
+    PARKED = "parked"
+    # It answers a request.
+    BUSY = "busy"
+    # It is being ended, and keeps its place until its process is reaped.
+    RETIRED = "retired"
+
+
+GIVES_WAY = [*State][:4]
+TRANSITIONS = {
+    State.PROBE: {State.RETIRED},
+    State.SPARE: {State.BUSY, State.RETIRED},
+    State.IDLE: {State.BUSY, State.RETIRED},
+    State.PARKED: {State.BUSY, State.RETIRED},
+    State.BUSY: {State.IDLE, State.PARKED, State.RETIRED},
+    State.RETIRED: set(),
+}
 
 
 @dataclass(eq=False)
@@ -1334,19 +1365,15 @@ class Session:
     # The UUID of the user line that started its last turn.
     turn_id: str = ""
     # Monotonic time of its last change of state.
-    since: float = field(default_factory=time.monotonic)
+    state_since: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.id = self.own_id
         self.was_spare = self.state is State.SPARE
 
-    @property
-    def holds_thinking(self) -> bool:
-        return self.chain != self.unthinking_chain
-
     def is_like(self, other: "Session") -> bool:
-        """Whether a request could find either of the two; a client may leave out
-        thinking."""
+        """Whether a request could find either of the two.  A client may leave out
+        thinking, so to be alike without it is enough."""
         mine = (self.unthinking_chain, self.parts)
         is_same = mine == (other.unthinking_chain, other.parts)
         return is_same and not self.pin and not other.pin
@@ -1361,7 +1388,7 @@ class Session:
         if state not in TRANSITIONS[self.state]:
             raise RuntimeError(f"a session cannot go from {self.state} to {state}")
         self.state = state
-        self.since = time.monotonic()
+        self.state_since = time.monotonic()
 
     # A first turn
 
@@ -1378,8 +1405,7 @@ class Session:
         self.parts = wanted.parts
         self.chain = wanted.past
         self.unthinking_chain = wanted.past_without_thinking
-        listed = translate.listed_model(self.process.cli.hello, request.model)
-        self.model = listed or request.model
+        self.model = self.process.cli.info.full_name(request.model)
 
     def set_up(self, request: Request, rows: list[bytes]) -> None:
         """Write the `rows` of the conversation to its gate, and what the request sets."""
@@ -1392,7 +1418,7 @@ class Session:
             *self._changed_settings(request),
         )
 
-    def start(self, query: bool) -> None:
+    def ask(self, query: bool) -> None:
         """Start a turn on the conversation; without `query` it is only counted."""
         self.turn_id = str(uuid.uuid4())
         self.process.write(translate.user_line([], self.turn_id, query=query))
@@ -1400,7 +1426,7 @@ class Session:
     def _changed_settings(self, request: Request) -> list[bytes]:
         """The line with a request's settings, unless the last request had the same."""
         has_tools = bool(self.process.tools)
-        settings = translate.turn_settings(request, has_listed_tools=has_tools)
+        settings = translate.turn_environment(request, has_listed_tools=has_tools)
         before, self.settings = self.settings, translate.digest(settings)
         if before == self.settings:
             return []
@@ -1410,24 +1436,18 @@ class Session:
 
     # Later turns
 
-    def question(self, request: Request, with_message: bool) -> list[bytes]:
-        """The lines for what is new in a request: changed settings, and the message,
-        unless it holds the results that the process waits for."""
-        lines = self._changed_settings(request)
-        self.turn_id = ""
-        if with_message:
-            self.turn_id = str(uuid.uuid4())
-            content = request.messages[-1]["content"]
-            lines.append(translate.user_line(content, self.turn_id))
-        return lines
+    def go_on(self, request: Request, turn_id: str, lines: list[bytes]) -> None:
+        """Write what is new in a request: the settings that changed, and the `lines` with
+        its message, of that UUID."""
+        self.turn_id = turn_id
+        self.process.write(*self._changed_settings(request), *lines)
 
     def extend(self, request: Request, answer: Json, calls: list[str]) -> None:
         """Add the question and the answer of a turn to what it holds."""
-        message: Any = answer
 
         def extended(chain: bytes, *, thinking: bool) -> bytes:
             chain = translate.extend_chain(chain, request.fingerprint.newest)
-            digest = translate.message_digest(message, thinking=thinking)
+            digest = translate.message_digest(answer, thinking=thinking)
             return translate.extend_chain(chain, digest)
 
         self.chain = extended(self.chain, thinking=True)
@@ -1447,7 +1467,7 @@ class Turn:
     # Why it was rebuilt; empty otherwise.
     reason: str = ""
     # Called once, when the answer has begun or will not.
-    on_begin: Callable[[], None] | None = None
+    on_begun: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         session = self.session
@@ -1472,15 +1492,16 @@ class Turn:
     @property
     def not_sent(self) -> list[str]:
         """The fields and places of the request that cannot arrive as sent."""
+        session = self.session
         keeps_thinking = (
             self.origin == "hot"
             and not self.request.fingerprint.has_thinking
-            and self.session.holds_thinking
+            and session.chain != session.unthinking_chain
         )
         lost = self.request.not_sent.copy()
         if keeps_thinking:
             lost.append("thinking")  # the process has what the client left out
-        if not self.process.cli.since(KEEPS_ORDER):
+        if not self.process.cli.is_at_least(KEEPS_ORDER):
             lost += self.request.misplaced
         return lost
 
@@ -1506,7 +1527,7 @@ class Turn:
             finally:  # what came before a fault is sent
                 if self.translator.message:
                     is_ready = send(b"".join(frames) if self.request.stream else b"")
-                    self.begin()
+                    self.report_begun()
             self.process.working = self.translator.working
             if not is_ready:
                 await drain()
@@ -1518,14 +1539,14 @@ class Turn:
     def _translate(self, events: list[CliEvent], frames: list[bytes]) -> None:
         for number, event in enumerate(events):
             if self.translator.done:
-                self.process.keep(events[number:])
+                self.process.put_back(events[number:])
                 return
             frames += map(translate.frame, self.translator.feed(event))
 
-    def begin(self) -> None:
-        if self.on_begin:
-            self.on_begin()
-        self.on_begin = None
+    def report_begun(self) -> None:
+        if self.on_begun:
+            self.on_begun()
+        self.on_begun = None
 
     @property
     def rests(self) -> bool:
@@ -1534,10 +1555,7 @@ class Turn:
         can_hand_over = self.process.has_listed or not self.translator.calls
         # The client gets half a message, and sends both halves as one.
         is_half = self.request.continues
-        return self.translator.rests and can_hand_over and not is_half
-
-    def interrupt(self) -> None:
-        self.process.interrupt()
+        return self.translator.process_waits and can_hand_over and not is_half
 
 
 # ------------------------------------------------------------ room
@@ -1547,34 +1565,47 @@ class Room:
     """Places for processes.  A place is free again when its process is reaped."""
 
     def __init__(self, places: int) -> None:
-        self._places = asyncio.Semaphore(places)
-        # How many wait for a place.
-        self._waiting = 0
+        self._free = places
+        # Those who wait for a place; the first one gets the next.
+        self._waiting: deque[asyncio.Future[None]] = deque()
         # The tasks that end processes, which keep their places until then.
         self.ending: set[asyncio.Task[None]] = set()
 
     @property
     def is_full(self) -> bool:
-        return self._places.locked()
+        return self._free == 0
 
     @property
     def shortfall(self) -> int:
-        """How many places are still to be freed for those who wait; negative: there are
-        some to spare."""
-        return self._waiting - len(self.ending)
+        """How many places are still to be freed for those who wait; negative: more
+        processes are being ended than that."""
+        return len(self._waiting) - len(self.ending)
 
     async def enter(self, make_room: Callable[[], None]) -> None:
         """Take a place.  When there is none, `make_room` is called."""
-        self._waiting += 1
+        if self._free:
+            self._free -= 1
+            return
+        place = asyncio.get_running_loop().create_future()
+        self._waiting.append(place)
+        make_room()
         try:
-            if self.is_full:
-                make_room()
-            await self._places.acquire()
-        finally:
-            self._waiting -= 1
+            await place
+        except asyncio.CancelledError:
+            if not place.cancelled():
+                self.leave()  # it was given a place meanwhile
+            elif place in self._waiting:
+                self._waiting.remove(place)
+            raise
 
     def leave(self) -> None:
-        self._places.release()
+        """Give a place to the first who waits, in one step: it is never free meanwhile."""
+        while self._waiting:
+            place = self._waiting.popleft()
+            if not place.cancelled():
+                place.set_result(None)
+                return
+        self._free += 1
 
     def leave_after(
         self, end: Coroutine[Any, Any, None], then: Callable[[], None]
@@ -1584,7 +1615,6 @@ class Room:
         self.ending.add(task)
 
         def leave(task: asyncio.Task[None]) -> None:
-            # All in one step, or a waiter could count on a place that is taken already.
             self.ending.discard(task)
             then()
             self.leave()
@@ -1605,18 +1635,6 @@ def cache_put(
         cache.popitem(last=False)
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """How a pool stands, for the page and the metrics."""
-
-    # State, answers given and seconds in that state of each process.
-    processes: list[tuple[State, int, float]]
-    # Requests that wait.
-    waiting: int
-    # Limits of the account by type.
-    limits: dict[str, RateLimit]
-
-
 class Pool:
     """All sessions, at most `max_sessions` processes at any time."""
 
@@ -1624,26 +1642,17 @@ class Pool:
         self, config: PoolConfig, environ: Mapping[str, str] = os.environ
     ) -> None:
         self.config = config
+        self.environ = dict(environ)
         self.metrics = Metrics()
         # Every process that is not reaped.
         self.sessions: set[Session] = set()
         self.room = Room(config.max_sessions)
-        self.cli = Cli()
+        self.spares = Spares(self)
+        self.inspector = Inspector(self)
         # Limits of the account by type, the one reported last at the end.
         self.rate_limits: dict[str, RateLimit] = {}
-        # The kinds of the last requests: there is a spare for each.
-        self._kinds: deque[Kind] = deque(maxlen=config.spares)
-        # Spares that are being started.
-        self._preparing: dict[asyncio.Task[None], Kind] = {}
-        self._environ = dict(environ)
-        self._environment = child_environment(config, environ, Kind())
         # Requests in `queue`: they wait for a lock, a count or a process.
-        self._queued = 0
-        # One task at a time looks at the CLI, one asks it for its models and account, and
-        # one for its announcements.
-        self._looking = asyncio.Lock()
-        self._asking = asyncio.Lock()
-        self._announcing = asyncio.Lock()
+        self.queued = 0
         # Fresh processes that start for a request.
         self._starts = asyncio.Semaphore(2 * CORES)
         # A lock for each session header in use: its requests run one after another.
@@ -1659,13 +1668,14 @@ class Pool:
         self._lanes = (asyncio.Semaphore(1), asyncio.Semaphore(1))
 
     async def __aenter__(self) -> "Pool":
-        self._sweeper = asyncio.create_task(self._sweep())
+        self._sweeper = asyncio.create_task(sweep(self))
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in (self._sweeper, *self._preparing):
+        tasks = {self._sweeper, *self.spares.starting}
+        for task in tasks:
             task.cancel()
-        await asyncio.wait({self._sweeper, *self._preparing})
+        await asyncio.wait(tasks)
         for session in list(self.sessions):
             self.retire(session, "shutdown")
         while self.room.ending:
@@ -1673,36 +1683,39 @@ class Pool:
         for thread in self._threads:
             thread.shutdown()
 
-    def resting(self, *states: State) -> list[Session]:
+    def in_states(self, *states: State) -> list[Session]:
         """The sessions in these states, in the order in which they give way."""
         found = [session for session in self.sessions if session.state in states]
         order = [*State]
-        return sorted(found, key=lambda item: (order.index(item.state), item.since))
-
-    @property
-    def spares(self) -> list[Session]:
-        return self.resting(State.SPARE)
+        return sorted(
+            found, key=lambda item: (order.index(item.state), item.state_since)
+        )
 
     @property
     def on_file(self) -> list[Session]:
-        return self.resting(State.IDLE, State.PARKED)
+        return self.in_states(State.IDLE, State.PARKED)
+
+    @property
+    def cli(self) -> Cli:
+        """The CLI that is installed, as far as it is known."""
+        return self.inspector.cli
 
     @property
     def has_room(self) -> bool:
         """Whether a request would get a process, if need be the place of a resting one
         or of one that is being ended."""
         has_place = not self.room.is_full or self.room.shortfall < 0
-        return has_place or bool(self.resting(*RESTING))
+        return has_place or bool(self.in_states(*GIVES_WAY))
 
-    def snapshot(self) -> Snapshot:
+    def processes(self) -> list[tuple[State, int, float]]:
+        """State, answers given and seconds in that state of each process."""
         now = time.monotonic()
-        processes = [
-            (session.state, session.turns, now - session.since)
-            for session in self.resting(*State)
+        return [
+            (session.state, session.turns, now - session.state_since)
+            for session in self.in_states(*State)
         ]
-        return Snapshot(processes, self._queued, self.rate_limits.copy())
 
-    def is_own(self, session_id: str, user_id: str) -> bool:
+    def is_own_process(self, session_id: str, user_id: str) -> bool:
         """Whether a request comes from a process of this pool, by the id in its header
         or in its `metadata.user_id`."""
         ids = [session.own_id for session in self.sessions]
@@ -1726,15 +1739,17 @@ class Pool:
         started. On exit the session is filed if the answer is complete, and retired
         otherwise.
         """
-        await self.look_at_cli()
+        await self.inspector.look()
         async with self._pinned(token, key_digest) as pin:
             with contextlib.closing(Trace(self.config.trace_dir, request_id)) as trace:
-                turn = await self._hot_turn(request, pin, trace)
+                turn = await self._warm_turn(request, pin, trace)
                 if not turn:
                     turn = await self._fresh_turn(request, pin, token, trace)
                 if turn.origin != "hot":
-                    beginning = request if turn.origin == "new" else None
-                    turn.on_begin = lambda: self.refill(self._kind(request), beginning)
+                    like = request if turn.origin == "new" else None
+                    turn.on_begun = lambda: self.spares.refill(
+                        self.inspector.kind(request), like
+                    )
                 log.debug("request %s: %s", request_id, turn.decision)
                 try:
                     yield turn
@@ -1749,32 +1764,51 @@ class Pool:
             return
         pin = f"{session_id(token)} {key_digest}"
         lock = self._pins.setdefault(pin, asyncio.Lock())
-        await self.queue(lock.acquire, "the session's other requests did not end")
-        try:
+        async with self.held(lock, "the session's other requests did not end"):
             yield pin
-        finally:
-            lock.release()
 
-    async def queue(self, room: Callable[[], Awaitable[object]], what: str) -> None:
-        """Wait for `room` in a line of at most `max_queue` requests, for at most
-        `queue_secs`.  Raises ApiError 529."""
+    async def queue(
+        self,
+        acquire: Callable[[], Awaitable[object]],
+        problem: str,
+        *,
+        is_timed: bool = True,
+    ) -> None:
+        """Wait for what is acquired, in a line of at most `max_queue` requests and for at
+        most `queue_secs`.  Raises ApiError 529, which names the `problem`."""
         timeout = self.config.queue_secs
-        message = f"{what} within {timeout:g} seconds"
-        if self._queued >= self.config.max_queue:
+        message = f"{problem} within {timeout:g} seconds"
+        if self.queued >= self.config.max_queue:
             timeout = 0  # it may still be had at once
-            message = f"{self._queued} requests wait for room already"
-        self._queued += 1
+            message = f"{self.queued} requests wait for room already"
+        self.queued += 1
         began = time.monotonic()
         try:
             async with asyncio.timeout(timeout):
-                await room()
+                await acquire()
         except TimeoutError:
             after = max(1, round(self.config.queue_secs))
             message += "; try again later"
             raise ApiError(529, message, retry_after=after) from None
         finally:
-            self._queued -= 1
-            self.metrics.time("queue_seconds", time.monotonic() - began)
+            self.queued -= 1
+            if is_timed:
+                self.metrics.time("queue_seconds", time.monotonic() - began)
+
+    @contextlib.asynccontextmanager
+    async def held(
+        self,
+        lock: asyncio.Lock | asyncio.Semaphore,
+        problem: str,
+        *,
+        is_timed: bool = True,
+    ) -> AsyncIterator[None]:
+        """Hold a lock, after the wait for it in the line.  Raises ApiError 529."""
+        await self.queue(lock.acquire, problem, is_timed=is_timed)
+        try:
+            yield
+        finally:
+            lock.release()
 
     async def compute(self, size: int, function: Callable[[], T]) -> T:
         """Run what takes time in proportion to a request of `size` bytes: a large one
@@ -1785,15 +1819,20 @@ class Pool:
         is_large = size >= LARGE_SIZE
         lane, thread = self._lanes[is_large], self._threads[is_large]
         await self.queue(lane.acquire, "other large requests were not read")
-        try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(thread, function)
-        finally:
+        future = asyncio.get_running_loop().run_in_executor(thread, function)
+
+        def release(future: asyncio.Future[T]) -> None:
             lane.release()
+            if not future.cancelled():
+                future.exception()  # nobody asks for it if the client has left
+
+        # The thread goes on when its request is cancelled, and keeps the lane.
+        future.add_done_callback(release)
+        return await asyncio.shield(future)
 
     # Hot
 
-    async def _hot_turn(self, request: Request, pin: str, trace: Trace) -> Turn | None:
+    async def _warm_turn(self, request: Request, pin: str, trace: Trace) -> Turn | None:
         """A turn of the warm session that holds the request's history, if there is
         one."""
         session = self._find_pinned(request, pin) if pin else self._find(request)
@@ -1817,31 +1856,38 @@ class Pool:
         session.move(State.BUSY)
         self._record_outcome(session, "busy")
         try:
-            lines = await self.compute(
-                request.size, lambda: session.question(request, results is None)
-            )
+            turn_id = ""
+            lines = []
+            if results is None:
+                turn_id = str(uuid.uuid4())
+                make_line = partial(translate.user_line, content, turn_id)
+                lines.append(await self.compute(request.size, make_line))
             is_ready = await process.is_ready()
         except BaseException:
-            self.retire(session, "interrupted")
+            # Nothing was written to it.
+            if session.state is State.BUSY:
+                self._file(session)
             raise
         if not is_ready:
             self._give_up(session, request, "failed")
             return None
         process.begin_turn(trace)
-        process.write(*lines)
+        session.go_on(request, turn_id, lines)
         process.hand_over(results or {})
         return Turn(request, session, "hot" if session.turns else "new")
 
     def _give_up(self, session: Session, request: Request, reason: str) -> None:
-        """Retire a session that cannot take the request.  Raises ApiError 400 if only that
-        session knows what was said before."""
+        """Let a fresh process take a request that its session cannot take.  Raises ApiError
+        400 if only that session knows what was said before."""
         is_whole = session.matches(request)
+        if not is_whole and reason in KEPT_REASONS:
+            raise ApiError(400, NOT_ADDED)
         self.retire(session, reason)
         if not is_whole:
             raise ApiError(400, LOST_NAME)
 
     def _find(self, request: Request) -> Session | None:
-        for session in [*self.on_file, *self.spares]:
+        for session in [*self.on_file, *self.spares.ready]:
             if session.matches(request) and not session.pin:
                 return session
         return None
@@ -1860,8 +1906,7 @@ class Pool:
         if not session.matches(request) and not only_what_is_new:
             self.retire(session, UNKNOWN_HISTORY)
             return None
-        results = translate.blocks_of(request.messages[-1:], ["tool_result"])
-        if session.state is State.PARKED and not results:
+        if session.state is State.PARKED and not wanted.past:
             raise translate.unanswered(session.calls, "messages.0")
         return session
 
@@ -1871,8 +1916,8 @@ class Pool:
         self, request: Request, pin: str, token: str | None, trace: Trace
     ) -> Turn:
         reason = self._rebuild_reason(request, pin)
-        tools = translate.listed_tools(request)
-        session = await self.open(request, tools, trace)
+        tools = translate.tools_for_turn(request)
+        session = await self.fresh_session(request, tools, trace)
         if token:
             session.take_name(session_id(token), pin)
         return Turn(request, session, "rebuilt" if reason else "new", reason)
@@ -1892,7 +1937,7 @@ class Pool:
                 return f"{name}-changed"
         return reason
 
-    async def open(
+    async def fresh_session(
         self,
         request: Request,
         tools: list[Json],
@@ -1903,35 +1948,40 @@ class Pool:
         """A process that was given the conversation of the request, and has begun to
         answer it; without `query` it only counts it."""
         cli = self.cli
-        if request.continues and not cli.since(CONTINUES):
+        if request.continues and not cli.is_at_least(CONTINUES):
             message = "a conversation that ends with an assistant message needs Claude"
             message += f" Code {dotted(CONTINUES)} or newer; this is {cli.version}"
             raise translate.bad_request("messages", message)
         # Thinking is kept only beside the full name of the model, and only the CLI
         # knows what login is in its settings.
-        needs_hello = request.fingerprint.has_thinking or self.config.setting_sources
-        if needs_hello and not cli.hello:
-            await self.hello()
+        needs_info = request.fingerprint.has_thinking or self.config.setting_sources
+        if needs_info and not cli.info.is_known:
+            await self.inspector.info()
         while True:
-            kind = self._kind(request)
-            announced = await self._announced(request.model, kind)
-            spare = await self._take_spare(kind)
-            # Many starts at once would slow each other down.
-            async with contextlib.nullcontext() if spare else self._starts:
-                session = spare or await self._spawn(kind, State.BUSY)
+            kind = self.inspector.kind(request)
+            announced = await self.inspector.announced(request.model, kind)
+            spare = await self.spares.take(kind)
+            async with contextlib.AsyncExitStack() as start:
+                if not spare:
+                    # Many starts at once would slow each other down.
+                    message = "other processes did not start"
+                    permit = self.held(self._starts, message, is_timed=False)
+                    await start.enter_async_context(permit)
+                session = spare or await self.spawn(kind, State.BUSY)
                 session.adopt(request, tools, trace)
-                is_right = await self._begin(session, request, announced, query)
-            if is_right and not (spare and session.process.failed_silently):
+                await self._give_conversation(session, request, announced)
+            if spare and session.process.failed_silently:
+                self.retire(session, "failed")  # it asked nothing, so another one can
+            elif await self._runs_model(session, request):
+                session.ask(query)
                 return session
-            # It asked nothing, so another one can.
-            self.retire(session, "failed" if is_right else "model")
+            else:
+                self.retire(session, "model")
 
-    async def _begin(
-        self, session: Session, request: Request, announced: list[Json], query: bool
-    ) -> bool:
-        """Give a process its conversation, and start a turn on it; returns False if it
-        turns out not to run the model of the request."""
-        process, kind = session.process, session.kind
+    async def _give_conversation(
+        self, session: Session, request: Request, announced: list[Json]
+    ) -> None:
+        """Give a process its conversation, and wait for its first output."""
         make_rows = partial(
             translate.transcript,
             request.messages,
@@ -1939,70 +1989,48 @@ class Pool:
             announced,
             session.own_id,
         )
-        try:
+        with self._retired_on_failure(session):
             rows = await self.compute(request.size, make_rows)
             session.set_up(request, rows)
-            if not process.cli.hello:
-                await self._wait_for_hello(process)
-            if not kind.model and self._kind(request) != kind:
-                return False
-            session.start(query)
-            await process.wait_for_output()
-        except BaseException:
-            process.interrupt()
-            self.retire(session, "failed")
-            raise
-        return True
+            await session.process.wait_for_output()
 
-    async def _wait_for_hello(self, process: Process) -> None:
-        """Wait until a process has listed its models, or died before it said anything.
-        Raises ApiError."""
+    async def _runs_model(self, session: Session, request: Request) -> bool:
+        """Whether a process runs the model of the request, as it turns out when the CLI has
+        listed its models.  Raises ApiError."""
+        process, kind = session.process, session.kind
+        with self._retired_on_failure(session):
+            if not process.cli.info.is_known:
+                is_listed = partial(control_result, request_id="initialize")
+                await process.read_until(is_listed)
+        return bool(kind.model) or self.inspector.kind(request) == kind
+
+    @contextlib.contextmanager
+    def _retired_on_failure(self, session: Session) -> Iterator[None]:
         try:
-            await process.read_until(lambda event: control_result(event, "initialize"))
-        except ApiError:
-            if not process.failed_silently:
-                raise
-
-    def _kind(self, request: Request) -> Kind:
-        """The kind of process that a request needs.  Until the CLI has listed its models,
-        one without --model is expected to run any full name."""
-        hello = self.cli.hello
-        takes_it = translate.takes_from_conversation(hello, request.model)
-        if not hello:
-            takes_it = request.model.startswith(translate.FULL_NAME)
-        model = "" if takes_it else request.model
-        return Kind(model, request.is_agent, not request.is_agent and self._is_bare())
-
-    def _is_bare(self) -> bool:
-        """Whether the CLI finds its login in its bare mode."""
-        if not self.cli.since(HAS_BARE_MODE):
-            return False
-        if any(self._environment.get(name) for name in BARE_LOGINS):
-            return True
-        # A key in the user's settings, as the CLI reported.
-        has_settings = bool(self.config.setting_sources)
-        return has_settings and translate.has_api_key(self.cli.hello)
+            yield
+        except BaseException:
+            process = session.process
+            process.interrupt()
+            self.retire(session, "failed" if process.is_unusable else "interrupted")
+            raise
 
     # Processes
 
-    async def _spawn(self, kind: Kind, state: State) -> Session:
+    async def spawn(self, kind: Kind, state: State) -> Session:
         """Start a process, which waits at its gate."""
-        enter = partial(self.room.enter, self._make_room)
+        enter = partial(self.room.enter, self.make_room)
         message = f"all {self.config.max_sessions} processes were busy, none got free"
-        if state is State.SPARE:
-            await enter()  # at once: nobody waits for a spare
-        else:
-            await self.queue(enter, message)
+        await self.queue(enter, message, is_timed=state is not State.SPARE)
         process = Process(self.cli)
         # One that announces its folder to the model works in one that never changes; an
         # older one would list all files in it.
-        cwd = "/" if self.cli.since(ANNOUNCES) else ""
+        cwd = "/" if self.cli.is_at_least(ANNOUNCES) else ""
         if kind.agent:
             cwd = self.config.cwd or "."
         try:
             await process.spawn(
-                arguments(self.config, kind, settings_file(self._environment)),
-                child_environment(self.config, self._environ, kind),
+                arguments(self.config, kind, settings_file(self.inspector.environment)),
+                child_environment(self.config, self.environ, kind),
                 cwd,
             )
         except BaseException as error:
@@ -2017,176 +2045,33 @@ class Pool:
         process.on_limits = self._record_limits
         self.sessions.add(session)
         self.metrics.add("processes_started_total")
+        self.make_room()  # somebody may wait for a place by now
         return session
-
-    async def _take_spare(self, kind: Kind) -> Session | None:
-        """A spare, even one that is not at its gate yet."""
-        await read_pipes()
-        for spare in self.spares:
-            if spare.process.is_unusable:
-                self.retire(spare, "failed")
-            elif spare.kind == kind and not spare.parts:
-                spare.move(State.BUSY)
-                return spare
-        return None
-
-    def refill(self, kind: Kind, beginning: Request | None = None) -> None:
-        """Note the kind of the newest request, which may be the `beginning` of a
-        conversation; start the spares that the last requests want, and end the others."""
-        self._kinds.append(kind)
-        missing = list(self._kinds)
-        for preparing in self._preparing.values():
-            if preparing in missing:
-                missing.remove(preparing)
-        for spare in self.spares:
-            if spare.kind in missing:
-                missing.remove(spare.kind)
-            else:
-                self.retire(spare, "unwanted")
-        for wanted in missing:
-            task = asyncio.create_task(self._prepare(wanted, beginning))
-            self._preparing[task] = wanted
-            task.add_done_callback(self._preparing.pop)
-
-    async def _prepare(self, kind: Kind, beginning: Request | None) -> None:
-        if self.room.is_full:
-            return  # nobody makes room for a spare
-        with contextlib.suppress(ApiError):  # the next request will report it
-            await self._spawn(kind, State.SPARE)
-            self._make_room()
-            if beginning:
-                await self._open_ahead(beginning)
-
-    async def _open_ahead(self, request: Request) -> None:
-        """Set up one of two spares as for a request without messages: the next
-        conversation that begins alike finds it as good as hot (tests/bench)."""
-        kind = self._kind(request)
-        announced = await self._announced(request.model, kind)
-        same = [
-            spare for spare in self.spares if spare.kind == kind and not spare.parts
-        ]
-        if len(same) > 1:
-            spare = same[0]
-            spare.adopt(request, translate.listed_tools(request), None)
-            rows = translate.transcript([], spare.model, announced, spare.own_id)
-            spare.set_up(request, rows)
-            spare.process.end_turn(seen=True)
-
-    # What is known of the CLI
-
-    async def look_at_cli(self) -> Cli:
-        """The CLI that is installed now.  Raises ApiError when it is too old."""
-        folder = login_folder(self._environment)
-        settings, login = settings_file(self._environment), ".credentials.json"
-        paths = (self.config.bin, settings, os.path.join(folder, login))
-        async with self._looking:
-            files = tuple(map(identify_file, paths))
-            if files != self.cli.files:
-                secs = min(VERSION_SECS, self.config.watchdog_secs)
-                version = await ask_version(self.config.bin, self._environment, secs)
-                is_same_program = files[:1] == self.cli.files[:1]
-                self.cli = Cli(self.config.bin, files, version)
-                for spare in self.spares:
-                    # One at its gate looks for its login later.
-                    if is_same_program and not spare.parts:
-                        spare.process.cli = self.cli
-                    else:
-                        self.retire(spare, "unwanted")
-        if self.cli.problem:
-            raise cli_error(self.cli.problem)
-        return self.cli
-
-    async def hello(self, *, anew: bool = False, gives_way: bool = False) -> Json:
-        """What the CLI reports of itself, without a model call: `models`, `account`.
-
-        The last report of any process will do, unless it is asked `anew` and there is
-        room.  Otherwise a process is started for it, which may give way to any request.
-        Raises ApiError when the CLI does not work.
-        """
-        await self.queue(self._asking.acquire, "the claude CLI did not start")
-        try:
-            await self.look_at_cli()
-            if not self.cli.hello or (anew and not self.room.is_full):
-                kind = Kind(PROBE_MODEL, bare=self._is_bare())
-                state = State.PROBE if gives_way else State.BUSY
-                async with self._asked(kind, state) as process:
-                    return process.cli.hello
-            return self.cli.hello
-        finally:
-            self._asking.release()
-
-    @contextlib.asynccontextmanager
-    async def _asked(self, kind: Kind, state: State) -> AsyncIterator[Process]:
-        """A process without a conversation that has reported its models and account."""
-        session = await self._spawn(kind, state)
-        self._make_room()
-        process = session.process
-        try:
-            process.begin_turn()
-            process.open_gate(translate.transcript([], kind.model))
-            process.write(translate.initialize_line([], has_tools=False))
-            await process.read_until(lambda event: control_result(event, "initialize"))
-            yield process
-        except ApiError:
-            if session.state is not State.RETIRED:
-                raise
-            message = "a request took the room of the process that was asked"
-            raise ApiError(529, message) from None
-        finally:
-            self.retire(session, "probe")
-
-    async def _announced(self, model: str, kind: Kind) -> list[Json]:
-        """What the CLI announces to a model today.
-
-        A process that writes its conversation to a file is asked; its question reaches
-        no API.
-        """
-        cli = self.cli
-        if kind.agent or kind.bare or not cli.since(ANNOUNCES):
-            return []
-        await self.queue(self._announcing.acquire, "the claude CLI did not start")
-        try:
-            today = time.strftime("%Y-%m-%d")
-            account = translate.digest(cli.hello.get("account"))
-            if (model, account, today) in cli.announced:
-                return cli.announced[model, account, today]
-            async with self._asked(Kind(model, is_kept=True), State.BUSY) as asked:
-                question = [translate.text_block("-")]
-                asked.write(translate.user_line(question, str(uuid.uuid4())))
-                # It fails as intended: nobody answers.
-                with contextlib.suppress(ApiError, TimeoutError):
-                    async with asyncio.timeout(COUNT_SECS):
-                        await asked.read_until(lambda event: event["type"] == "result")
-                found = translate.announcements(await asked.kept_rows())
-            account = translate.digest(cli.hello.get("account"))
-            if found:  # it was not ended before it wrote them
-                cache_put(cli.announced, (model, account, today), found, MAX_COUNTS)
-            return found
-        finally:
-            self._announcing.release()
 
     # What becomes of a session
 
     def _finish(self, turn: Turn) -> None:
         """File the session of a turn, or retire it."""
         session, process, translator = turn.session, turn.process, turn.translator
-        self._record_version(turn)
-        turn.begin()
+        self.inspector.record_version(turn)
+        turn.report_begun()
         if session.state is not State.BUSY:
             return
         if not translator.done:
-            turn.interrupt()
+            process.interrupt()
             self.retire(session, "failed" if process.is_unusable else "interrupted")
             return
-        # Why a later request of the same history is not hot.
+        # The history that it had is found no more.
         self._record_outcome(session, "continued")
         session.extend(turn.request, translator.message, translator.calls)
-        is_quiet = process.end_turn(bool(translator.result), session.calls)
+        is_quiet = process.end_turn(translator.result, session.calls)
         reason = ""
         if not turn.rests:
-            reason = translator.stop_reason
+            reason = "half" if turn.request.continues else translator.stop_reason
             is_word = reason.isascii() and reason.isidentifier()
             reason = reason if is_word else "other"
+        elif process.is_unusable:
+            reason = "failed"
         elif session.turns >= self.config.max_turns and not session.calls:
             reason = "max_turns"
         elif not is_quiet:
@@ -2199,7 +2084,8 @@ class Pool:
     def _file(self, session: Session) -> None:
         same = [other for other in self.on_file if other.is_like(session)]
         is_unnamed_agent = session.kind.agent and not session.pin
-        if is_unnamed_agent and session.unthinking_chain in self._outcomes:
+        parts, _ = self._outcomes.get(session.unthinking_chain, ({}, ""))
+        if is_unnamed_agent and parts == session.parts:
             # Another agent has had this conversation.  What its tools have seen does not
             # follow from that, so neither may answer for the other.
             for other in [session, *same]:
@@ -2211,15 +2097,15 @@ class Pool:
         # header.
         self._record_outcome(session, "pinned")
         session.move(State.PARKED if session.calls else State.IDLE)
-        idle = self.resting(State.IDLE)
+        idle = self.in_states(State.IDLE)
         if len(idle) > self.config.max_idle:
             self.retire(idle[0], "evicted")
-        self._make_room()
+        self.make_room()
 
-    def _make_room(self) -> None:
+    def make_room(self) -> None:
         """End as many resting processes as there are requests that wait for nothing
         else."""
-        resting = self.resting(*RESTING)
+        resting = self.in_states(*GIVES_WAY)
         for session in resting[: max(0, self.room.shortfall)]:
             self.retire(session, "evicted")
 
@@ -2246,48 +2132,269 @@ class Pool:
                 cache_put(self._outcomes, key, (session.parts, reason), MAX_PAST)
 
     def _record_limits(self, limits: dict[str, RateLimit]) -> None:
-        for name, limit in limits.items():
-            self.rate_limits.pop(name, None)
-            self.rate_limits[name] = limit
+        for name in limits:
+            self.rate_limits.pop(name, None)  # so that it moves to the end
+        self.rate_limits |= limits
 
-    def _record_version(self, turn: Turn) -> None:
-        """A script may start another CLI than before."""
+
+# ------------------------------------------------------------ what is known of the CLI
+
+
+class Inspector:
+    """Finds out what a pool has to know of the CLI that is installed."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self.cli = Cli()
+        self.environment = child_environment(pool.config, pool.environ, Kind())
+        # One task at a time looks at the files, one asks for the models and the account,
+        # and one for the announcements.
+        self._looking = asyncio.Lock()
+        self._asking = asyncio.Lock()
+        self._announcing = asyncio.Lock()
+
+    @property
+    def is_looking(self) -> bool:
+        return self._looking.locked()
+
+    async def look(self) -> Cli:
+        """The CLI that is installed now.  Raises ApiError when it is too old."""
+        folder = login_folder(self.environment)
+        settings, login = settings_file(self.environment), ".credentials.json"
+        paths = (self._pool.config.bin, settings, os.path.join(folder, login))
+        async with self._looking:
+            files = tuple(map(identify_file, paths))
+            if files != self.cli.files:
+                secs = min(VERSION_SECS, self._pool.config.watchdog_secs)
+                version = await ask_version(
+                    self._pool.config.bin, self.environment, secs
+                )
+                is_same_program = files[:1] == self.cli.files[:1]
+                self.cli = Cli(self._pool.config.bin, files, version)
+                for spare in self._pool.spares.ready:
+                    # One at its gate looks for its login later.
+                    if is_same_program and not spare.parts:
+                        spare.process.cli = self.cli
+                    else:
+                        self._pool.retire(spare, "unwanted")
+        if self.cli.problem:
+            raise cli_error(self.cli.problem)
+        return self.cli
+
+    async def info(self, *, anew: bool = False, gives_way: bool = False) -> CliInfo:
+        """What the CLI reports of itself, without a model call.
+
+        The last report of any process will do, unless it is asked `anew` and there is
+        room.  Otherwise a process is started for it, which may give way to any request.
+        Raises ApiError when the CLI does not work.
+        """
+        async with self._pool.held(self._asking, NO_START):
+            cli = await self.look()
+            if not cli.info.is_known or (anew and not self._pool.room.is_full):
+                kind = Kind(PROBE_MODEL, bare=self.is_bare())
+                state = State.PROBE if gives_way else State.BUSY
+                async with self._asked(kind, state) as process:
+                    cli = process.cli
+            return cli.info
+
+    @contextlib.asynccontextmanager
+    async def _asked(self, kind: Kind, state: State) -> AsyncIterator[Process]:
+        """A process without a conversation that has reported its models and account."""
+        session = await self._pool.spawn(kind, state)
+        process = session.process
+        try:
+            process.begin_turn()
+            process.open_gate(translate.transcript([], kind.model))
+            process.write(translate.initialize_line([], has_tools=False))
+            await process.read_until(lambda event: control_result(event, "initialize"))
+            yield process
+        except ApiError:
+            if session.state is not State.RETIRED:
+                raise
+            message = "a request took the room of the process that was asked"
+            raise ApiError(529, message) from None
+        finally:
+            self._pool.retire(session, "probe")
+
+    async def announced(self, model: str, kind: Kind) -> list[Json]:
+        """What the CLI announces to a model today.
+
+        A process that writes its conversation to a file is asked; its question reaches
+        no API.
+        """
+        cli = self.cli
+        if kind.agent or kind.bare or not cli.is_at_least(ANNOUNCES):
+            return []
+        today = time.strftime("%Y-%m-%d")
+
+        def key() -> tuple[str, bytes, str]:
+            return model, translate.digest(cli.info.account), today
+
+        if key() in cli.announced:
+            return cli.announced[key()]
+        async with self._pool.held(self._announcing, NO_START):
+            if key() in cli.announced:
+                return cli.announced[key()]  # another request has asked meanwhile
+            is_answered = False
+            async with self._asked(Kind(model, is_kept=True), State.BUSY) as asked:
+                question = [translate.text_block("-")]
+                asked.write(translate.user_line(question, str(uuid.uuid4())))
+                with contextlib.suppress(ApiError, TimeoutError):
+                    async with asyncio.timeout(COUNT_SECS):
+                        # It is an error, as nobody answers.
+                        while not is_answered:
+                            events = await asked.read()
+                            is_answered = any(e["type"] == "result" for e in events)
+                found = translate.announcements(await asked.kept_rows())
+            if is_answered:
+                cache_put(cli.announced, key(), found, MAX_COUNTS)
+            return found
+
+    def kind(self, request: Request) -> Kind:
+        """The kind of process that a request needs.  Until the CLI has listed its models,
+        one without --model is expected to run any full name."""
+        info = self.cli.info
+        takes_it = info.takes_from_conversation(request.model)
+        if not info.is_known:
+            takes_it = request.model.startswith(translate.FULL_NAME)
+        model = "" if takes_it else request.model
+        return Kind(model, request.is_agent, not request.is_agent and self.is_bare())
+
+    def is_bare(self) -> bool:
+        """Whether the CLI finds its login in its bare mode."""
+        if not self.cli.is_at_least(HAS_BARE_MODE):
+            return False
+        if any(self.environment.get(name) for name in BARE_LOGINS):
+            return True
+        # A key in the user's settings, as the CLI reported.
+        has_settings = bool(self._pool.config.setting_sources)
+        return has_settings and self.cli.info.has_api_key
+
+    def record_version(self, turn: Turn) -> None:
+        """Note the version that the CLI itself reports: a script may start another one than
+        before."""
         version = turn.translator.cli_version
         is_newest = turn.process.cli is self.cli
         if is_newest and version and version != self.cli.version:
             self.cli = Cli(self.cli.program, self.cli.files, version)
 
-    async def _sweep(self) -> None:
-        """Start the first spares, and look after all processes, again and again."""
-        ttl, watchdog = self.config.session_ttl_secs, self.config.watchdog_secs
-        shortest = min(ttl or watchdog, watchdog)
-        while True:
+
+# ------------------------------------------------------------ spares
+
+
+class Spares:
+    """The processes that a pool starts ahead of need."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        # The kinds of the last requests: there is a spare for each.
+        self._kinds: deque[Kind] = deque(maxlen=pool.config.spares)
+        # Those that are being started.
+        self.starting: dict[asyncio.Task[None], Kind] = {}
+
+    @property
+    def ready(self) -> list[Session]:
+        return self._pool.in_states(State.SPARE)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether too few requests have come to say what all of them should be."""
+        return len(self._kinds) < self._pool.config.spares
+
+    async def take(self, kind: Kind) -> Session | None:
+        """A spare, even one that is not at its gate yet."""
+        await read_pipes()
+        for spare in self.ready:
+            if spare.process.is_unusable:
+                self._pool.retire(spare, "failed")
+            elif spare.kind == kind and not spare.parts:
+                spare.move(State.BUSY)
+                return spare
+        return None
+
+    def refill(self, kind: Kind, like: Request | None = None) -> None:
+        """Note the kind of the newest request; start the spares that the last requests
+        want, and end the others.  If the request began a conversation, one may be set up
+        `like` it."""
+        self._kinds.append(kind)
+        missing = list(self._kinds)
+        for preparing in self.starting.values():
+            if preparing in missing:
+                missing.remove(preparing)
+        for spare in self.ready:
+            if spare.kind in missing:
+                missing.remove(spare.kind)
+            else:
+                self._pool.retire(spare, "unwanted")
+        for wanted in missing:
+            task = asyncio.create_task(self._prepare(wanted, like))
+            self.starting[task] = wanted
+            task.add_done_callback(self.starting.pop)
+
+    async def _prepare(self, kind: Kind, like: Request | None) -> None:
+        if self._pool.room.is_full:
+            return  # nobody makes room for a spare
+        with contextlib.suppress(ApiError):  # the next request will report it
+            cli = self._pool.cli
+            spare = await self._pool.spawn(kind, State.SPARE)
+            if cli is not self._pool.cli:
+                self._pool.retire(spare, "unwanted")  # it may be the old program
+            if like:
+                await self._set_up_ahead(like)
+
+    async def _set_up_ahead(self, request: Request) -> None:
+        """Set up one of two spares as for a request without messages: the next
+        conversation that begins alike finds it as good as hot (tests/bench)."""
+        kind = self._pool.inspector.kind(request)
+        announced = await self._pool.inspector.announced(request.model, kind)
+        same = [spare for spare in self.ready if spare.kind == kind and not spare.parts]
+        if len(same) > 1:
+            spare = same[0]
+            spare.adopt(request, translate.tools_for_turn(request), None)
+            rows = translate.transcript([], spare.model, announced, spare.own_id)
+            spare.set_up(request, rows)
+            spare.process.end_turn({"type": "result"})
+
+
+# ------------------------------------------------------------ the sweep
+
+
+async def sweep(pool: Pool) -> None:
+    """Start the first spares, and look after all processes, again and again."""
+    ttl, watchdog = pool.config.session_ttl_secs, pool.config.watchdog_secs
+    shortest = min(ttl or watchdog, watchdog)
+    while True:
+        try:
             # One at a time: a second one would slow down a first request that comes at
             # once.
-            if len(self._kinds) < self.config.spares:
+            if pool.spares.is_short:
                 with contextlib.suppress(ApiError):  # the first request will report it
-                    await self.look_at_cli()
-                    self.refill(Kind(bare=self._is_bare()))
+                    await pool.inspector.look()
+                    pool.spares.refill(Kind(bare=pool.inspector.is_bare()))
             await asyncio.sleep(max(0.05, min(shortest / 4, SWEEP_SECS)))
             # If the bridge was stopped, what came in that time is still in the pipes.
             await read_pipes()
-            for session in self.resting(*State):
-                self._look_after(session)
+            for session in pool.in_states(*State):
+                look_after(pool, session)
             # `ask_version` has a child of its own.
-            if os.getpid() == 1 and not self._looking.locked():
-                reap_orphans({session.process.pid for session in self.sessions})
+            if os.getpid() == 1 and not pool.inspector.is_looking:
+                reap_orphans(Child.pids)
+        except Exception as bug:  # noqa: BLE001 - without the sweep no turn would time out
+            log.error("bug in the sweep: %s", type(bug).__name__)
+            await asyncio.sleep(SWEEP_SECS)
 
-    def _look_after(self, session: Session) -> None:
-        """Retire a resting session that died or whose time is up, and fail a turn that is
-        silent for too long."""
-        process, ttl = session.process, self.config.session_ttl_secs
-        is_resting = session.state in (State.SPARE, State.IDLE, State.PARKED)
-        if is_resting and process.is_unusable:
-            self.retire(session, "failed")
-        elif is_resting and ttl and time.monotonic() - session.since >= ttl:
-            self.retire(session, "expired")
-        elif process.check_silence(self.config.watchdog_secs):
-            self.metrics.add("watchdog_fires_total")
+
+def look_after(pool: Pool, session: Session) -> None:
+    """Retire a resting session that died or whose time is up, and fail a turn that is
+    silent for too long."""
+    process, ttl = session.process, pool.config.session_ttl_secs
+    is_resting = session.state in (State.SPARE, State.IDLE, State.PARKED)
+    if is_resting and process.is_unusable:
+        pool.retire(session, "failed")
+    elif is_resting and ttl and time.monotonic() - session.state_since >= ttl:
+        pool.retire(session, "expired")
+    elif process.check_silence(pool.config.watchdog_secs):
+        pool.metrics.add("watchdog_fires_total")
 
 
 # ------------------------------------------------------------ appendix: counting
@@ -2312,7 +2419,7 @@ class Counter:
         key = await self._pool.compute(
             request.size, lambda: translate.request_digest(request)
         )
-        counts = (await self._pool.look_at_cli()).counts
+        counts = (await self._pool.inspector.look()).counts
         if key in counts:
             return counts[key]
         await self._pool.queue(self._lane.acquire, "other counts did not end")
@@ -2325,13 +2432,13 @@ class Counter:
         finally:
             trace.close()
             self._lane.release()
-            self._pool.refill(self._pool._kind(request))
+            self._pool.spares.refill(self._pool.inspector.kind(request))
         cache_put(counts, key, tokens, MAX_COUNTS)
         return tokens
 
     async def _count(self, request: Request, trace: Trace) -> int:
-        tools = translate.described_tools(request)
-        session = await self._pool.open(request, tools, trace, query=False)
+        tools = translate.tools_for_count(request)
+        session = await self._pool.fresh_session(request, tools, trace, query=False)
         try:
             # The wait for a process is not the CLI's.
             async with asyncio.timeout(COUNT_SECS):
@@ -2343,7 +2450,7 @@ class Counter:
         worst = max(statuses, default=0)
         if worst >= 400:
             raise ApiError(worst, f"the API did not count: status {worst}")
-        if not statuses and not translate.login_source(session.process.cli.hello):
+        if not statuses and not session.process.cli.info.login:
             message = f"the claude CLI is not logged in: {translate.LOGIN_CURE}"
             raise ApiError(401, message)
         if not statuses:
@@ -2358,7 +2465,7 @@ class Counter:
 
         def find(event: CliEvent) -> Json:
             if event["type"] == "api_call":
-                statuses.append(event.get("response") or 0)
+                statuses.append(event["response"])
             return control_result(event, "usage")
 
         await process.read_until(lambda event: event["type"] == "result")
@@ -2467,17 +2574,17 @@ class Metrics:
         self.add(name, seconds, "_sum")
         self.add(name, count, "_count")
 
-    def observe(self, snapshot: Snapshot) -> None:
+    def observe(self, pool: Pool) -> None:
         """Set the gauges of a pool."""
-        for name, limit in snapshot.limits.items():
+        for name, limit in pool.rate_limits.items():
             if limit.utilization is not None:
                 self.set("quota_utilization_ratio", limit.utilization, limit=name)
             if limit.resets_at is not None:
                 self.set("quota_resets_at_seconds", limit.resets_at, limit=name)
-        states = [state for state, _, _ in snapshot.processes]
+        states = [session.state for session in pool.sessions]
         for state in State:
             self.set("processes", states.count(state), state=state.value)
-        self.set("waiting_requests", snapshot.waiting)
+        self.set("waiting_requests", pool.queued)
 
     def text(self) -> str:
         lines = []

@@ -16,23 +16,20 @@ import json
 import re
 import uuid
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import orjson
 
 __version__ = "0.2.0"
 
-# A JSON object that is passed on unread, or whose keys are checked where they are read.
+# Any JSON object.
 Json = dict[str, Any]
-# The digest of each thing that a request sets, by its name.
+# By the names of the parts of a request (`parse_request`).
 Digests = dict[str, bytes]
-
-
 # A content block (API).
 Block = Json
-# A message: its role and its blocks.  While it is read, `places` says where the client has
-# each of them.
+# A message: its `role`, and its blocks as `content`.
 Message = Json
 # An event of a Messages stream (API: "Streaming").
 StreamEvent = Json
@@ -59,11 +56,12 @@ ERROR_TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
-STATUSES = {kind: status for status, kind in ERROR_TYPES.items()}
+# A status for each of them; of two with one type, the later one.
+STATUS_OF_TYPE = {error_type: status for status, error_type in ERROR_TYPES.items()}
 # Statuses where a retry cannot help (header x-should-retry).
 FINAL_STATUSES = {400, 401, 402, 403, 404, 405, 413, 415, 422, 431}
 # A key or token, even with line breaks that were pasted into it; a long word after it may
-# go with it.
+# be hidden too.
 SECRET = re.compile(r"(sk-ant-)[A-Za-z0-9_-]+(?:(?:\\[nr]|\s)+[A-Za-z0-9_-]{16,})*")
 LOGIN_CURE = (
     "run `claude-cli-bridge login`, or log in with /login in the claude CLI itself"
@@ -79,31 +77,35 @@ class ApiError(Exception):
     status: int
     message: str
     # `error.type`; by default that of the status.
-    kind: str = ""
+    error_type: str = ""
     # `error.details`.
     details: Json | None = None
     # Seconds after which a client may try again.
     retry_after: int | None = None
     # Epoch second from which a rate limit allows requests again.
     resets_at: float | None = None
-    # It is the API's own.
+    # The API gave it, not the CLI or the bridge.
     is_from_api: bool = False
-    # What the log says of it; None: the message.  One with words of a client, the API or
-    # the CLI can quote a prompt.
+    # What the log says in place of a message with words of a client, the API or the CLI,
+    # which can quote a prompt; "": nothing.  None: the message.
     log_reason: str | None = None
 
     def __post_init__(self) -> None:
-        # Whoever worded it: a header that cannot be sent, for one, is quoted.
+        # Some messages quote what a client or the CLI sent.
         self.message = masked(self.message)
         super().__init__(self.message)
         default = 500 if self.status >= 500 else 400
         usual = ERROR_TYPES.get(self.status, ERROR_TYPES[default])
-        self.kind = self.kind or usual
-        self.retry = self.status not in FINAL_STATUSES
+        self.error_type = self.error_type or usual
+
+    @property
+    def can_retry(self) -> bool:
+        """Whether the same request may succeed later."""
+        return self.status not in FINAL_STATUSES
 
     def body(self, request_id: str) -> Json:
         """The API's error envelope; as a stream event it is the `error` event."""
-        error: Json = {"type": self.kind, "message": self.message}
+        error: Json = {"type": self.error_type, "message": self.message}
         if self.details:
             error["details"] = self.details
         return {
@@ -114,7 +116,7 @@ class ApiError(Exception):
 
 
 def masked(text: str) -> str:
-    """A text without keys, and without bytes that were no UTF-8."""
+    """A text without keys, and with ? for what cannot be encoded as UTF-8."""
     return SECRET.sub(r"\1***", text.encode(errors="replace").decode())
 
 
@@ -123,10 +125,10 @@ def cli_error(message: str) -> ApiError:
     return ApiError(502, message)
 
 
-def bad_request(place: str, message: str, *, quotes: bool = False) -> ApiError:
-    """The API's error for a place of a body.  If the message `quotes` it, the log names
-    the place alone."""
-    reason = place if quotes else None
+def bad_request(place: str, message: str, *, quotes_client: bool = False) -> ApiError:
+    """The API's error for a place of a body.  Of a message that `quotes_client` the log
+    has the place alone."""
+    reason = place if quotes_client else None
     return ApiError(400, f"{place}: {message}", log_reason=reason)
 
 
@@ -136,7 +138,7 @@ API_ERROR = re.compile(
     r"(?:Failed to authenticate\. )?API Error: (?:\d{3} |Request rejected \(429\) · )?(.+)",
     re.DOTALL,
 )
-# What the CLI adds to the message of a 5xx.
+# What the CLI adds to the message of a 5xx, with more after it.
 ADVICE = ". This is a server-side issue, usually temporary"
 # What it says when it tries once more, without a part of the conversation that the API
 # refused.
@@ -165,71 +167,78 @@ STATUS_OF_TEXT = {
 
 
 def result_error(
-    result: CliEvent, failure: CliEvent | None = None, resets_at: float | None = None
+    result: CliEvent, synthetic: CliEvent | None, resets_at: float | None
 ) -> ApiError:
     """The error that a `result` event with `is_error` stands for.
 
     The CLI writes `subtype: success` on failures as well, so only `is_error`,
     `api_error_status` and the text count (recordings error_401, error_429, error_529,
-    not_logged_in).  `failure` is the `assistant` event before it, in which 2.1.330 keeps
-    the API's error.type and error_code.
+    not_logged_in): the status is the API's, or follows from `terminal_reason`, error.type
+    or the text.  `synthetic` is the `assistant` event before it that the CLI made up, in
+    which 2.1.330 keeps the API's error.type and error_code.  `resets_at` is that of a
+    rate limit.
     """
     errors = result.get("errors")
     text = result.get("result")
     if not text and isinstance(errors, list):
         text = "; ".join(map(str, errors))
     text = str(text or "the claude CLI ended the turn with an error")
-    message, kind = api_message(text, get_str(failure, "api_error_type"))
-    given: Any = result.get("api_error_status")
-    is_from_api = isinstance(given, int) and 400 <= given <= 599
+    message, error_type = api_message(text, get_str(synthetic, "api_error_type"))
+    api_status: Any = result.get("api_error_status")
+    is_from_api = isinstance(api_status, int) and 400 <= api_status <= 599
     reason = get_str(result, "terminal_reason")
-    status = given if is_from_api else status_of(text, reason, kind)
+    status = api_status if is_from_api else status_of(text, reason, error_type)
     if status == 502 and is_from_api:
-        kind = kind or "api_error"  # a proxy in front of the API
+        error_type = error_type or "api_error"  # a proxy in front of the API
     if message.startswith(TOO_LONG):
         # The API's spelling, by which clients know it.
         message = message[0].lower() + message[1:]
     if message.startswith(NOT_LOGGED_IN):
         message = f"{message} ({LOGIN_CURE})"
-    code = get_str(failure, "api_error_code")
+    code = get_str(synthetic, "api_error_code")
     details = {"error_code": code} if code else None
     if status != 429:
         resets_at = None
     return ApiError(
-        status, message, kind, details, resets_at=resets_at, is_from_api=is_from_api
+        status,
+        message,
+        error_type,
+        details,
+        resets_at=resets_at,
+        is_from_api=is_from_api,
     )
 
 
-def status_of(text: str, reason: str, kind: str) -> int:
-    """The HTTP status of a failure without one: by the reason that the CLI gives, by
+def status_of(text: str, reason: str, error_type: str) -> int:
+    """The HTTP status of a failure that has none: by the reason that the CLI gives, by
     the API's error.type, or by the text; 502 when the CLI itself is at fault."""
     if reason in REQUEST_REASONS:
         return 400
-    if kind in STATUSES:
-        return STATUSES[kind]
-    known = (
-        STATUS_OF_TEXT[start] for start in STATUS_OF_TEXT if text.startswith(start)
-    )
-    return next(known, 502)
+    if error_type in STATUS_OF_TYPE:
+        return STATUS_OF_TYPE[error_type]
+    for start, status in STATUS_OF_TEXT.items():
+        if text.startswith(start):
+            return status
+    return 502
 
 
-def api_message(text: str, kind: str) -> tuple[str, str]:
-    """The API's own message in a text of the CLI, and its error.type: `kind` if it is
-    known, else what the text says."""
+def api_message(text: str, error_type: str) -> tuple[str, str]:
+    """The API's own message in a text of the CLI, and its error.type: the given one, or
+    if that is empty, what the text says."""
     match = API_ERROR.fullmatch(text)
     if not match:
-        return text, kind
+        return text, error_type
     message = match[1].partition(ADVICE)[0]
     try:
         error = orjson.loads(message)["error"]
-        inner, its_kind = error["message"], error.get("type")
+        inner, inner_type = error["message"], error.get("type")
     except (orjson.JSONDecodeError, KeyError, TypeError):
-        return message or text, kind
-    if isinstance(its_kind, str):
-        kind = kind or its_kind
+        return message or text, error_type
+    if isinstance(inner_type, str):
+        error_type = error_type or inner_type
     if isinstance(inner, str) and inner:
         message = inner
-    return message, kind
+    return message, error_type
 
 
 # ------------------------------------------------------------ JSON
@@ -245,14 +254,20 @@ def get_str(value: Any, key: str) -> str:
     return text if isinstance(text, str) else ""
 
 
+# White space as JavaScript has it (ECMA-262, "White Space" and "Line Terminators"), but
+# for line feed and carriage return.  Python's has control characters too, and not the byte
+# order mark.
+BLANKS = "\t\v\f \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+IS_BLANK = re.compile(f"[{BLANKS}\r\n]*")
+
+
 def is_blank(text: str) -> bool:
-    """Whether it is white space alone, to which JavaScript counts the byte order
-    mark."""
-    return not text.replace("\ufeff", " ").strip()
+    """Whether it is white space alone."""
+    return IS_BLANK.fullmatch(text) is not None
 
 
 def js_length(text: str) -> int:
-    """Its length as JavaScript counts it, in halves of UTF-16."""
+    """Its length as JavaScript counts it, in code units of UTF-16."""
     return len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
@@ -261,6 +276,7 @@ def text_block(text: str) -> Block:
 
 
 def as_blocks(content: Any) -> list[Any]:
+    """Content as blocks; what is neither text nor a list is none."""
     if isinstance(content, str):
         return [text_block(content)] if content else []
     return as_list(content)
@@ -378,7 +394,8 @@ class Request:
     # For how long the CLI's own breakpoints are kept: "5m", "1h", or "" for its own
     # choice.
     ttl: str
-    # Fields and places that cannot arrive as sent (header x-bridge-not-sent).
+    # Fields and places that cannot arrive as sent (header x-bridge-not-sent).  Whatever
+    # reads a part of the body adds to it.
     not_sent: list[str]
     # The places of texts after a tool call, which versions before 2.1.266 put before it.
     misplaced: list[str]
@@ -410,53 +427,41 @@ def parse_request(
     data = read_object(body)
     check_fields(data, counting)
     not_sent = [name for name in ("metadata", "betas") if data.get(name) is not None]
-    tools, raw = data.get("tools") or [], data["messages"]
+    tools = data.get("tools") or []
     system = read_system(data.get("system"), not_sent)
     is_agent = agent and not tools
-    breakpoints = read_breakpoints(raw, tools, data, is_agent)
     names = read_tool_names(tools)
-    betas = read_betas(betas, not_sent)
-    reader = MessageReader(breakpoints.caching, not_sent)
-    reader.read(raw)
-    fields = without(data, OWN_FIELDS | {"tools"})
-    if tools:
-        fields["tools"] = without_deferring(tools, reader.loaded, not_sent)
-    if is_agent:
-        fields, betas = agent_fields(fields, betas, not_sent)
+    betas = read_betas(betas, is_agent, not_sent)
+    reader = MessageReader(not_sent)
+    reader.read(data["messages"])
+    caching, ttl = read_breakpoints(reader.messages, tools, data, is_agent, not_sent)
+    messages = reader.finish(keep_breakpoints=caching == "client")
+    fields = read_fields(data, reader.loaded, is_agent, not_sent)
     parts: Json = {
         "model": read_model(data["model"]),
         "system": system,
-        # All else about them is said with each turn.
+        # All else about tools is said with each turn.
         "tools": None if is_agent else sorted(names),
         "betas": betas,
-        "caching": breakpoints.caching,
+        "caching": caching,
     }
     return Request(
         model=parts["model"],
         system=system,
-        messages=reader.messages,
+        messages=messages,
         stream=data.get("stream") is True,
         tool_names=names,
         fields=fields,
         betas=betas,
-        caching=breakpoints.caching,
-        ttl=breakpoints.ttl,
-        not_sent=list(dict.fromkeys([*not_sent, *breakpoints.lost])),
+        caching=caching,
+        ttl=ttl,
+        not_sent=list(dict.fromkeys(not_sent)),
         misplaced=reader.misplaced,
         size=len(body),
         user_id=get_str(data.get("metadata"), "user_id"),
         is_agent=is_agent,
-        fingerprint=fingerprint(parts, data, reader.messages),
+        fingerprint=fingerprint(parts, data, messages),
     )
-
-
-def agent_fields(fields: Json, betas: str, not_sent: list[str]) -> tuple[Json, str]:
-    """The fields and betas of a request for an agent: whether to think, and no more.  The
-    rest would reach the API by the environment of the CLI, where the commands that an
-    agent runs could read it.  It is added to `not_sent`."""
-    not_sent += [printable(key) for key in fields if key != "thinking"]
-    not_sent += [f"anthropic-beta.{name}" for name in betas.split(",") if name]
-    return {key: fields[key] for key in fields if key == "thinking"}, ""
 
 
 def check_fields(data: Json, counting: bool) -> None:
@@ -495,8 +500,8 @@ def read_object(body: bytes) -> Json:
     return data
 
 
-# A part of a JSON text, of at most a megabyte, that ends in no escape: a thread that reads
-# the whole at once would not let others go on.
+# A part of a JSON text, of at most a megabyte, that cuts no escape in two: a thread that
+# reads the whole at once would not let others go on.
 PIECE = re.compile(rb"(?:[^\\]{1,1000}+|\\.?){1,1000}+", re.DOTALL)
 
 
@@ -547,17 +552,17 @@ def read_model(value: Any) -> str:
     return name
 
 
-def read_betas(header: str, not_sent: list[str]) -> str:
-    """The names in anthropic-beta, sorted.  Those that the CLI sends for no client are
-    added to `not_sent`."""
-    names = {name.strip() for name in header.split(",")}
-    names.discard("")
+def read_betas(header: str, is_agent: bool, not_sent: list[str]) -> str:
+    """The names in anthropic-beta, sorted.  Those that the CLI sends for no client, and
+    all of an agent's, are added to `not_sent`."""
+    names = {name.strip() for name in header.split(",")} - {""}
     for name in names:
         if not HEADER_WORD.fullmatch(name):
             message = "names are visible ASCII characters, separated by commas"
             raise bad_request("anthropic-beta", message)
-    not_sent += [f"anthropic-beta.{name}" for name in sorted(names & UNSENT_BETAS)]
-    return ",".join(sorted(names))
+    lost = names if is_agent else names & UNSENT_BETAS
+    not_sent += [f"anthropic-beta.{name}" for name in sorted(lost)]
+    return "" if is_agent else ",".join(sorted(names))
 
 
 def read_system(system: Any, not_sent: list[str]) -> list[str]:
@@ -614,17 +619,32 @@ def blocks_of(messages: list[Message], kinds: Collection[str]) -> list[Block]:
     ]
 
 
+def read_fields(
+    data: Json, loaded: set[str], is_agent: bool, not_sent: list[str]
+) -> Json:
+    """The fields that go to the API as sent.  Of those of an agent it is whether to think,
+    and no more: they reach the API by the environment of the CLI, where the commands that
+    an agent runs could read them.  What does not go is added to `not_sent`."""
+    fields = without(data, OWN_FIELDS)
+    tools = fields.pop("tools", None)
+    if is_agent:
+        not_sent += [printable(key) for key in fields if key != "thinking"]
+        return {key: fields[key] for key in fields if key == "thinking"}
+    if tools:
+        fields["tools"] = without_deferring(tools, loaded, not_sent)
+    return fields
+
+
 def without_deferring(
     tools: list[Any], loaded: set[str], not_sent: list[str]
 ) -> list[Any]:
     """The tools, without the `defer_loading` of those that a `tool_reference` has
     loaded: the CLI drops the reference, so the model would never see them."""
-    kept = []
+    kept = tools.copy()
     for number, tool in enumerate(tools):
         if tool.get("defer_loading") and tool.get("name") in loaded:
             not_sent.append(f"tools.{number}.defer_loading")
-            tool = without(tool, {"defer_loading"})
-        kept.append(tool)
+            kept[number] = without(tool, {"defer_loading"})
     return kept
 
 
@@ -641,20 +661,27 @@ CANNOT_CONTINUE = (
 INNER_LEVELS = 2
 
 
+@dataclass
+class PlacedMessage:
+    """A message while it is read."""
+
+    role: str
+    blocks: list[Block] = field(default_factory=list)
+    # Where the client has each block.
+    places: list[str] = field(default_factory=list)
+
+
 class MessageReader:
-    """Reads messages into block lists of alternating roles.
+    """Reads messages into block lists of alternating roles."""
 
-    It notes the places of what the CLI leaves out, and the tools that results refer to.
-    """
-
-    def __init__(self, caching: str, not_sent: list[str]) -> None:
-        self.messages: list[Message] = []
+    def __init__(self, not_sent: list[str]) -> None:
+        self.messages: list[PlacedMessage] = []
+        # Places of what the CLI leaves out are added to it.
         self.not_sent = not_sent
         # As in `Request`.
         self.misplaced: list[str] = []
         # Names of the tools that a tool_reference has loaded.
         self.loaded: set[str] = set()
-        self._caching = caching
 
     def read(self, raw: list[Any]) -> None:
         """Raises ApiError 400 in the API's wording, with the index of the message as
@@ -679,38 +706,45 @@ class MessageReader:
         if not self.messages:
             raise bad_request("messages", "at least one message is required")
         check_pairs(self.messages)
+
+    def finish(self, *, keep_breakpoints: bool) -> list[Message]:
+        """The messages that were read.  Raises ApiError 400 if the answer would continue
+        a part that the CLI leaves out."""
         for message in self.messages:
+            if not keep_breakpoints:
+                message.blocks = list(map(without_breakpoints, message.blocks))
             self.not_sent += dropped_parts(message)
             self.misplaced += texts_after_calls(message)
-        newest = self.messages[-1]
+        newest, dropped = self.messages[-1], set(self.not_sent)
         # Whole blocks, not keys of them.
-        lost = [place for place in dropped_parts(newest) if place in newest["places"]]
-        if newest["content"][-1]["type"] in THINKING_BLOCKS:
-            lost.append(newest["places"][-1])
-        if newest["role"] == "assistant" and lost:
+        lost = [place for place in newest.places if place in dropped]
+        if newest.blocks[-1]["type"] in THINKING_BLOCKS:
+            lost.append(newest.places[-1])
+        if newest.role == "assistant" and lost:
             raise bad_request(lost[0], CANNOT_CONTINUE)
-        for message in self.messages:
-            del message["places"]
+        return [
+            {"role": message.role, "content": message.blocks}
+            for message in self.messages
+        ]
 
     def _add(self, role: str, blocks: list[Block], message_place: str) -> None:
         # API: consecutive messages of one role are one message.
-        if not self.messages or self.messages[-1]["role"] != role:
-            self.messages.append({"role": role, "content": [], "places": []})
+        if not self.messages or self.messages[-1].role != role:
+            self.messages.append(PlacedMessage(role))
         message = self.messages[-1]
         for index, block in enumerate(blocks):
             place = f"{message_place}.content.{index}"
-            if self._caching == "cli":
-                block = without_breakpoints(block)
             if block["type"] == "tool_result":
                 block = self._read_result(block, place)
-            message["content"].append(block)
-            message["places"].append(place)
+            message.blocks.append(block)
+            message.places.append(place)
 
     def _as_reminder(
         self, message: Json, blocks: list[Block], place: str
     ) -> list[Block]:
         """A system message as a text of the user's, written as the CLI's own reminders
-        are: its input knows the user's and the assistant's messages only."""
+        are: its input knows the user's and the assistant's messages only.  The rest of it
+        is added to `not_sent`."""
         self.not_sent.append(f"{place}.role")
         # Such as the settings of a turn (beta per-turn-control).
         other = without(without_nulls(message), {"role", "content"})
@@ -722,28 +756,30 @@ class MessageReader:
                 self.not_sent.append(where)
                 continue
             texts.append(block["text"])
-            if self._caching == "client" and block.get("cache_control"):
+            if block.get("cache_control"):
                 self.not_sent.append(f"{where}.cache_control")
         text = "\n".join(texts)
         reminder = f"<system-reminder>\n{text}\n</system-reminder>"
         return [text_block(reminder)] if texts else []
 
     def _read_result(self, block: Block, place: str) -> Block:
-        """A tool_result without what the CLI drops: tool references, and all but text
-        in an error."""
+        """A tool_result without what the CLI drops, which is added to `not_sent`: tool
+        references, whose tools are then `loaded`, and all but text in an error."""
         if not isinstance(block.get("content"), list):
             return block
         kept: list[Any] = []
         for index, inner in enumerate(block["content"]):
             kind = get_str(inner, "type")
-            if kind == "tool_reference":
+            is_reference = kind == "tool_reference"
+            is_lost = is_reference or (block.get("is_error") and kind != "text")
+            if is_lost:
+                self.not_sent.append(f"{place}.content.{index}")
+            else:
+                kept.append(inner)
+            if is_reference:
                 name = get_str(inner, "tool_name")
                 self.loaded.add(name)
                 kept.append(text_block(f"Tool loaded: {name}"))
-            elif kind == "text" or not block.get("is_error"):
-                kept.append(inner)
-                continue
-            self.not_sent.append(f"{place}.content.{index}")
         return block | {"content": kept}
 
 
@@ -759,17 +795,16 @@ NO_CONTENT = "(no content)"
 CALL_KEYS = {"type", "id", "name", "input"}
 
 
-def dropped_parts(message: Message) -> list[str]:
+def dropped_parts(message: PlacedMessage) -> list[str]:
     """The places of what some version of the CLI leaves out of an assistant message:
     marks of a fallback, the advisor's words, keys of tool calls, citations of
     documents, and calls of server tools that wait for a client's tool, and so have no
     result in the same message."""
-    if message["role"] == "user":
+    if message.role == "user":
         return []
-    blocks = message["content"]
-    answered = {get_str(block, "tool_use_id") for block in blocks}
+    answered = {get_str(block, "tool_use_id") for block in message.blocks}
     lost = []
-    for block, place in zip(blocks, message["places"], strict=True):
+    for block, place in zip(message.blocks, message.places, strict=True):
         kind = block["type"]
         is_server_call = kind in ("server_tool_use", "mcp_tool_use")
         is_pending = is_server_call and get_str(block, "id") not in answered
@@ -778,32 +813,29 @@ def dropped_parts(message: Message) -> list[str]:
             lost.append(place)
         elif kind == "tool_use":
             extra = [key for key in canonical_block(block) if key not in CALL_KEYS]
-            if written_input(block) != block["input"]:
+            if cli_input(block) != block["input"]:
                 extra.append("input")
             lost += [f"{place}.{printable(key)}" for key in extra]
         elif kind == "text" and block["text"].strip() == NO_CONTENT:
             lost.append(place)
-        elif kind == "text" and not all(
-            map(is_from_web, as_list(block.get("citations")))
+        elif kind == "text" and any(
+            # 2.1.332 keeps those of a web search alone.
+            get_str(citation, "type") != "web_search_result_location"
+            for citation in as_list(block.get("citations"))
         ):
             lost.append(f"{place}.citations")
     return lost
 
 
-def texts_after_calls(message: Message) -> list[str]:
+def texts_after_calls(message: PlacedMessage) -> list[str]:
     """The places of the texts that follow a tool call in their message."""
     found = []
     has_call = False
-    for block, place in zip(message["content"], message["places"], strict=True):
+    for block, place in zip(message.blocks, message.places, strict=True):
         has_call = has_call or block["type"] == "tool_use"
         if has_call and block["type"] == "text":
             found.append(place)
     return found
-
-
-def is_from_web(citation: Any) -> bool:
-    """Whether it is one of the citations that 2.1.332 keeps."""
-    return get_str(citation, "type") == "web_search_result_location"
 
 
 def read_message(message: Any, place: str) -> tuple[str, list[Block]]:
@@ -908,7 +940,7 @@ def check_image(block: Block, place: str) -> None:
         if data.startswith(signature) and declared != kind:
             message = f"The image was specified using the {declared} media type,"
             message += f" but appears to be {kind}"
-            raise bad_request(f"{place}.media_type", message, quotes=True)
+            raise bad_request(f"{place}.media_type", message, quotes_client=True)
 
 
 def check_role(role: str, wanted: str, kind: str, place: str) -> None:
@@ -926,22 +958,25 @@ def check_system_place(messages: list[Any], number: int) -> None:
         message += ' parameter, not "system" as an input message role.'
         raise bad_request("messages", message)
     before = messages[number - 1]["role"]
-    after = [get_str(message, "role") for message in messages[number + 1 : number + 2]]
-    if before != "user" or after not in ([], ["assistant"]):
+    is_last = number == len(messages) - 1
+    is_before_answer = is_last or get_str(messages[number + 1], "role") == "assistant"
+    if before != "user" or not is_before_answer:
         message = "role 'system' must follow a user turn,"
         message += " and precede an 'assistant' message or end the array"
         raise bad_request(f"messages.{number}", message)
 
 
-def check_pairs(messages: list[Message]) -> None:
+def check_pairs(messages: list[PlacedMessage]) -> None:
     """API: each tool_use is answered in the next message, each tool_result answers a
     tool_use of the previous one."""
+    # The ids of all calls, of those without a result, and of the calls and results of a
+    # message.
     seen: set[str] = set()
     waiting: set[str] = set()
     for message in messages:
         calls: set[str] = set()
         results: set[str] = set()
-        for block, place in zip(message["content"], message["places"], strict=True):
+        for block, place in zip(message.blocks, message.places, strict=True):
             if block["type"] == "tool_use":
                 calls.add(block["id"])
                 if block["id"] in seen:
@@ -951,10 +986,10 @@ def check_pairs(messages: list[Message]) -> None:
                 check_result(block["tool_use_id"], waiting, results, place)
                 results.add(block["tool_use_id"])
         if waiting - results:
-            raise unanswered(waiting - results, message["places"][0])
+            raise unanswered(waiting - results, message.places[0])
         waiting = calls
     if waiting:
-        raise unanswered(waiting, messages[-1]["places"][0])
+        raise unanswered(waiting, messages[-1].places[0])
 
 
 def check_result(call: str, waiting: set[str], results: set[str], place: str) -> None:
@@ -963,12 +998,12 @@ def check_result(call: str, waiting: set[str], results: set[str], place: str) ->
     if call in results:
         message = "each tool_use must have a single result. Found multiple"
         message += f" `tool_result` blocks with id: {call}"
-        raise bad_request(place, message, quotes=True)
+        raise bad_request(place, message, quotes_client=True)
     if call not in waiting:
         message = f"unexpected `tool_use_id` found in `tool_result` blocks: {call}."
         message += " Each `tool_result` block must have a corresponding `tool_use`"
         message += " block in the previous message."
-        raise bad_request(place, message, quotes=True)
+        raise bad_request(place, message, quotes_client=True)
 
 
 def unanswered(calls: Iterable[str], place: str) -> ApiError:
@@ -979,33 +1014,24 @@ def unanswered(calls: Iterable[str], place: str) -> ApiError:
     )
     message += f"{', '.join(sorted(calls))}. Each `tool_use` block must have"
     message += " a corresponding `tool_result` block in the next message."
-    return bad_request(place.partition(".content.")[0], message, quotes=True)
+    return bad_request(place.partition(".content.")[0], message, quotes_client=True)
 
 
 # The API takes four cache breakpoints.  The CLI sets three of its own: two on the
 # system prompt and one at the end of the newest message, which is where most clients
 # want theirs.
-API_BREAKPOINTS = 4
-CLI_BREAKPOINTS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Breakpoints:
-    """What becomes of a client's cache breakpoints (API: "Prompt caching")."""
-
-    # Who sets those of the messages: "client", as sent, or "cli", its own.
-    caching: str
-    # How long the CLI's are kept: "5m", "1h", or "" where the client sets none.
-    ttl: str
-    # "cache_control" if the CLI's own do not stand for all of them.
-    lost: list[str]
+FREE_BREAKPOINTS = 1
 
 
 def read_breakpoints(
-    messages: list[Any], tools: list[Any], data: Json, is_agent: bool
-) -> Breakpoints:
-    """Tell the breakpoints that the CLI's own can stand for from those that only the
-    client can set.
+    messages: list[PlacedMessage],
+    tools: list[Any],
+    data: Json,
+    is_agent: bool,
+    not_sent: list[str],
+) -> tuple[str, str]:
+    """Who sets the breakpoints of the messages, and for how long the CLI's own are kept,
+    as in `Request`.  "cache_control" is added to `not_sent` if that loses any.
 
     The CLI's own are at the end of the system prompt and of the newest message, so
     they replace a client's there, and those that it has left at the ends of earlier
@@ -1016,33 +1042,34 @@ def read_breakpoints(
     on_system = breakpoints_on(system)
     # That of the whole request is one of them.
     on_tools = breakpoints_on([*tools, data])
+    # Where the CLI sets its own; inside a message; where neither can be.
     at_ends = breakpoints_on(system[-1:])
     inside: list[Any] = []
     elsewhere = breakpoints_on(system[:-1])
-    for message, following in itertools.zip_longest(messages, messages[1:]):
-        blocks = as_list(message.get("content")) if isinstance(message, dict) else []
-        end = tail_start(blocks)
-        if get_str(following, "role") in ("user", "system"):
-            end = len(blocks)  # the two are one message
-        if get_str(message, "role") == "user":
+    for message in messages:
+        blocks = message.blocks
+        if message.role == "user":
+            end = ending_start(blocks)
             inside += breakpoints_on(blocks[:end])
             at_ends += breakpoints_on(blocks[end:])
         else:
             elsewhere += breakpoints_on(blocks)
         for block in blocks:
             elsewhere += breakpoints_on(blocks_in(block))
-    lost = ["cache_control"]
-    has_more = bool(inside) or len(on_tools) > API_BREAKPOINTS - CLI_BREAKPOINTS
-    if has_more and not is_agent:
-        return Breakpoints("client", "", lost if on_system else [])
+    needs_clients = bool(inside) or len(on_tools) > FREE_BREAKPOINTS
+    if needs_clients and not is_agent:
+        if on_system:
+            not_sent.append("cache_control")
+        return "client", ""
     controls = [*on_tools, *at_ends, *elsewhere]
     ttl = ""
     if controls and not is_agent:
         # API: what is kept for longer comes first.
         ttl = "1h" if all(map(is_for_an_hour, controls)) else "5m"
     is_shorter = ttl == "5m" and any(map(is_for_an_hour, at_ends))
-    is_lossy = elsewhere or is_shorter or has_more
-    return Breakpoints("cli", ttl, lost if is_lossy else [])
+    if elsewhere or is_shorter or needs_clients:
+        not_sent.append("cache_control")
+    return "cli", ttl
 
 
 def breakpoints_on(values: list[Any]) -> list[Any]:
@@ -1055,13 +1082,14 @@ def is_for_an_hour(control: Any) -> bool:
     return get_str(control, "ttl") == "1h"
 
 
-def tail_start(blocks: list[Any]) -> int:
+def ending_start(blocks: list[Block]) -> int:
     """The index of the last block, or of the first of the tool results that end a
-    message."""
-    start = len(blocks)
-    while start and get_str(blocks[start - 1], "type") == "tool_result":
+    message: clients mark any of them."""
+    last = len(blocks) - 1
+    start = last
+    while start >= 0 and blocks[start]["type"] == "tool_result":
         start -= 1
-    return min(start, max(0, len(blocks) - 1))
+    return min(start + 1, last)
 
 
 def blocks_in(block: Any, levels: int = INNER_LEVELS) -> list[Any]:
@@ -1091,12 +1119,10 @@ def without_breakpoints(block: Any, levels: int = INNER_LEVELS) -> Any:
 
 # ------------------------------------------------------------ fingerprints
 
-# Keys of a block that mean nothing to the model: SDKs and clients add, move and drop
-# them when they echo a block.  Where the client's own cache breakpoints count, a process
-# holds them too, so `cache_control` is none of these.
-IGNORED_KEYS = frozenset({"cache_control", "parsed_output"})
-IGNORED_WITH_CLIENT_CACHING = IGNORED_KEYS - {"cache_control"}
-# Values, as JSON, that mean the same as a key that is not there.
+# Keys of a block that mean nothing to the model: SDKs add and drop them when they echo a
+# block.
+IGNORED_KEYS = ("parsed_output",)
+# Values that mean the same as a key that is not there; as JSON, as in Python 0 is False.
 DEFAULTS = {
     "is_error": (b"false",),
     "citations": (b"[]", b'{"enabled":false}'),
@@ -1117,46 +1143,40 @@ def extend_chain(chain: bytes, message: bytes) -> bytes:
     return hashlib.blake2b(chain + message, digest_size=16).digest()
 
 
-def message_digest(
-    message: Message, *, caching: str = "cli", thinking: bool = True
-) -> bytes:
+def message_digest(message: Message, *, thinking: bool = True) -> bytes:
     """The digest of a message.  Without `thinking` it is that of a message whose
     client has dropped the thinking."""
     role = message["role"]
-    ignored = IGNORED_WITH_CLIENT_CACHING if caching == "client" else IGNORED_KEYS
     blocks = message["content"]
     if not thinking:
         blocks = [block for block in blocks if block["type"] not in THINKING_BLOCKS]
-    return digest([role, canonical_blocks(role, blocks, ignored)])
+    return digest([role, canonical_blocks(role, blocks)])
 
 
-def chain_of(messages: list[Message], caching: str, *, thinking: bool = True) -> bytes:
+def chain_of(messages: list[Message], *, thinking: bool = True) -> bytes:
     """The digest of a conversation (`message_digest`)."""
     chain = b""
     for message in messages:
-        chain = extend_chain(
-            chain, message_digest(message, caching=caching, thinking=thinking)
-        )
+        chain = extend_chain(chain, message_digest(message, thinking=thinking))
     return chain
 
 
 def fingerprint(parts: Json, data: Json, messages: list[Message]) -> Fingerprint:
-    """The fingerprint of a request: of its `parts`, of which `data`, the body, may leave
-    some out, and of its messages."""
+    """The fingerprint of a request: of its `parts`, and of its messages.  A client has
+    not sent those of the parts whose field is not in `data`, the body."""
     digests = {name: digest(value) for name, value in parts.items()}
     unsent = {name for name in ("system", "tools") if data.get(name) is None}
-    caching = parts["caching"]
-    past = chain_of(messages[:-1], caching)
+    past = chain_of(messages[:-1])
     past_without_thinking = past
     thoughts = blocks_of(messages, THINKING_BLOCKS)
     if thoughts:
-        past_without_thinking = chain_of(messages[:-1], caching, thinking=False)
+        past_without_thinking = chain_of(messages[:-1], thinking=False)
     return Fingerprint(
         parts=digests,
         sent_parts={name: digests[name] for name in digests.keys() - unsent},
         past=past,
         past_without_thinking=past_without_thinking,
-        newest=message_digest(messages[-1], caching=caching),
+        newest=message_digest(messages[-1]),
         has_thinking=bool(thoughts),
     )
 
@@ -1167,13 +1187,11 @@ def request_digest(request: Request) -> bytes:
     return digest([parts, request.messages, request.fields])
 
 
-def canonical_blocks(
-    role: str, blocks: list[Block], ignored: frozenset[str] = IGNORED_KEYS
-) -> list[Block]:
-    """Blocks without what clients change when they echo them: `ignored`, nulls and
+def canonical_blocks(role: str, blocks: list[Block]) -> list[Block]:
+    """Blocks without what clients change when they echo them: IGNORED_KEYS, nulls and
     defaults vanish, and an assistant's neighbouring texts are one text without white
     space at its ends."""
-    kept = [canonical_block(block, ignored) for block in blocks]
+    kept = [canonical_block(block) for block in blocks]
     if role == "user":
         return kept
     canonical: list[Block] = []
@@ -1189,23 +1207,23 @@ def is_plain_text(block: Block) -> bool:
     return block["type"] == "text" and set(block) == {"type", "text"}
 
 
-def canonical_block(block: Any, ignored: frozenset[str] = IGNORED_KEYS) -> Json:
+def canonical_block(block: Any) -> Json:
     kept = {}
     for key, value in block.items():
-        if value is None or key in ignored:
+        if value is None or key in IGNORED_KEYS:
             continue
         if key in DEFAULTS and orjson.dumps(value) in DEFAULTS[key]:
             continue
         kept[key] = value
     if "input" in kept:
-        kept["input"] = with_plain_numbers(written_input(block))
+        kept["input"] = with_plain_numbers(cli_input(block))
     if "content" in kept and get_str(kept, "type").endswith("tool_result"):
-        kept["content"] = canonical_content(kept["content"], ignored)
+        kept["content"] = canonical_content(kept["content"])
     if isinstance(kept.get("citations"), list):
-        kept["citations"] = canonical_content(kept["citations"], ignored)
+        kept["citations"] = canonical_content(kept["citations"])
     source = kept.get("source")
     if isinstance(source, dict) and "content" in source:
-        content = canonical_content(source["content"], ignored)
+        content = canonical_content(source["content"])
         kept["source"] = source | {"content": content}
     return kept
 
@@ -1222,12 +1240,12 @@ def plain_number(text: str) -> float:
     return int(number) if is_exact else number
 
 
-def canonical_content(content: Any, ignored: frozenset[str]) -> Any:
+def canonical_content(content: Any) -> Any:
     """The content of a tool_result or a document: a string is one text block (API)."""
     if not isinstance(content, str | list):
         return content
     return [
-        canonical_block(block, ignored) if isinstance(block, dict) else block
+        canonical_block(block) if isinstance(block, dict) else block
         for block in as_blocks(content)
     ]
 
@@ -1239,7 +1257,7 @@ def canonical_content(content: Any, ignored: frozenset[str]) -> Any:
 #
 # * with the transcript, which it takes as it is, but for `dropped_parts`;
 # * as a user line, in which it scales images (`has_images`) and searches the end for
-#   commands (GUARD);
+#   commands (ENDING_GUARD);
 # * as the result of a call that waits, which it scales, cuts and words anew
 #   (`mcp_result`).
 #
@@ -1248,7 +1266,7 @@ def canonical_content(content: Any, ignored: frozenset[str]) -> Any:
 
 # Ends every user line: a text that ends it would otherwise be searched for /commands
 # and @files (recording slash_command_unescaped).  The CLI drops it before the API call.
-GUARD = text_block("\n")
+ENDING_GUARD = text_block("\n")
 # The name of the MCP server that the bridge plays on the pipes of a process.
 MCP_SERVER = "client"
 # The CLI cuts a tool's result at 50,000 characters, with a large value here at 500,000;
@@ -1269,7 +1287,8 @@ ANNOUNCEMENTS = ("environment", "model", "session_context", "date")
 
 def announcements(rows: bytes) -> list[Json]:
     """What the CLI announced in a conversation that it wrote to a file itself.  The
-    text that names the model is emptied: the CLI leaves out an empty one."""
+    text that names the model is emptied, and the CLI leaves out an empty one: the client's
+    system prompt is alone in saying who the model is."""
     found = []
     for text in rows.splitlines():
         for row in decode(text):
@@ -1315,12 +1334,12 @@ def transcript(
         add({"type": "attachment", "attachment": attachment})
     for message in messages:
         if message["role"] == "user":
-            content = [written_result(block) for block in message["content"]]
+            content = [cli_result(block) for block in message["content"]]
             add({"type": "user", "message": {"role": "user", "content": content}})
         else:
             # With apiBlockIndex, and CLAUDE_CODE_STELLAR_DRIFT, 2.1.330 keeps the order
             # of texts and tool calls.
-            content = [written_call(block) for block in message["content"]]
+            content = [cli_call(block) for block in message["content"]]
             past = past_message(content, model, len(rows))
             add({"type": "assistant", "apiBlockIndex": 0, "message": past})
     last = past_message([text_block("-")], model, len(rows))
@@ -1328,23 +1347,17 @@ def transcript(
     return rows
 
 
-# What the CLI takes out of the end of each line that is written to a file: white space as
-# JavaScript has it (ECMA-262, "White Space" and "Line Terminators"), which differs from
-# Python's in the byte order mark and in control characters.
-#
-# Without what stands before it, each blank of a run would be tried in turn, in quadratic
-# time.
-BLANK = "[\t\v\f \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]"
-TRAILING_BLANKS = re.compile(f"(?<!{BLANK}){BLANK}++(?=[\r\n]|\\Z)")
+# What the CLI takes out of the end of each line that is written to a file.  Without what
+# stands before it, each blank of a run would be tried in turn, in quadratic time.
+TRAILING_BLANKS = re.compile(f"(?<![{BLANKS}])[{BLANKS}]++(?=[\r\n]|\\Z)")
 # What else an Edit may hold, as JSON: in Python 1 is True.
 EDIT_OPTIONS = (b"{}", b'{"replace_all":false}', b'{"replace_all":true}')
 
 
-def written_input(call: Block) -> Any:
-    """The input of a tool call as the CLI sends it to the API when a process made the call
-    itself.  It rewrites calls of tools that are named like its own.  So a rebuilt
-    conversation has the bytes of the continued one, and Claude Code, which does the same
-    as a client, finds its process."""
+def cli_input(call: Block) -> Any:
+    """The input of a tool call as the CLI itself sends it to the API, so that a rebuilt
+    conversation has the bytes of the continued one.  It rewrites calls of tools that are
+    named like its own; Claude Code does so as a client as well, and finds its process."""
     given = call.get("input")
     match call.get("name"), given:
         case "ExitPlanMode", dict():
@@ -1368,9 +1381,9 @@ def written_input(call: Block) -> Any:
     return given
 
 
-def written_result(block: Block) -> Block:
-    """A tool result as the CLI sends it to the API when a waiting call gets it: the prompt
-    cache compares bytes.  Other blocks stay as they are."""
+def cli_result(block: Block) -> Block:
+    """A tool result as the CLI itself sends it to the API, when a waiting call gets it: the
+    prompt cache compares bytes.  Other blocks stay as they are."""
     result = mcp_result(block)
     if result is None:
         return block
@@ -1389,13 +1402,11 @@ def written_result(block: Block) -> Block:
     }
 
 
-def written_call(block: Block) -> Block:
-    """A tool call with its `written_input`; other blocks stay as they are."""
+def cli_call(block: Block) -> Block:
+    """A tool call with the input that the CLI sends; other blocks stay as they are."""
     if block["type"] != "tool_use":
         return block
-    call = block.copy()
-    call["input"] = written_input(block)
-    return call
+    return block | {"input": cli_input(block)}
 
 
 def past_message(content: list[Block], model: str, number: int) -> Json:
@@ -1422,7 +1433,7 @@ def user_line(content: list[Block], turn_id: str, *, query: bool = True) -> byte
         "type": "user",
         "message": {
             "role": "user",
-            "content": [*content, GUARD] if content else [],
+            "content": [*content, ENDING_GUARD] if content else [],
         },
         "uuid": turn_id,
         "session_id": "",
@@ -1479,7 +1490,7 @@ def settings_line(env: dict[str, str]) -> bytes:
 THINKING_MODES = ("adaptive", "enabled")
 
 
-def turn_settings(
+def turn_environment(
     request: Request, *, has_listed_tools: bool = False
 ) -> dict[str, str]:
     """What `settings_line` sets for a request.
@@ -1506,8 +1517,7 @@ def turn_settings(
 
 
 def tool_call_id(event: CliEvent) -> str:
-    """The tool_use id of a control request that calls a client tool; empty: the event
-    is something else."""
+    """The tool_use id of a control request that calls a client tool; else ""."""
     match event.get("request"):
         case {
             "message": {
@@ -1520,8 +1530,7 @@ def tool_call_id(event: CliEvent) -> str:
 
 
 def mcp_method(event: CliEvent) -> str:
-    """The method of a control request for the MCP server; empty: the event is something
-    else."""
+    """The method of a control request for the MCP server; else ""."""
     match event.get("request"):
         case {"message": {"method": str(method)}}:
             return method
@@ -1565,7 +1574,7 @@ def listed_tool(name: str) -> Json:
     }
 
 
-def listed_tools(request: Request) -> list[Json]:
+def tools_for_turn(request: Request) -> list[Json]:
     """The tools of a request as the CLI lists them for a turn.  A name that the
     conversation has called is one even if `tools` does not have it: a toolset has
     members without an entry."""
@@ -1581,7 +1590,7 @@ def is_custom(tool: Json) -> bool:
     return tool.get("type") in (None, "custom")
 
 
-def described_tools(request: Request) -> list[Json]:
+def tools_for_count(request: Request) -> list[Json]:
     """The tools of a request as the CLI lists them for a count of tokens, which counts
     exactly what is listed."""
     described = []
@@ -1708,50 +1717,17 @@ def with_whole_characters(text: bytes) -> Any:
         return None
 
 
-def control_response(event: CliEvent, request_id: str) -> Json:
-    """The CLI's response to a control request, good or bad, if the event is that
-    response; else empty."""
-    given = event.get("response")
-    if isinstance(given, dict) and given.get("request_id") == request_id:
-        return given
-    return {}
-
-
 def control_result(event: CliEvent, request_id: str) -> Json:
     """What the CLI answered to a control request, if the event is that answer; else
     empty."""
-    answer = control_response(event, request_id).get("response")
-    return answer if isinstance(answer, dict) else {}
+    match event.get("response"):
+        case {"request_id": given, "response": dict(answer)} if given == request_id:
+            return answer
+    return {}
 
 
-def login_source(hello: Json) -> str:
-    """How the CLI is logged in, by its answer to `initialize`; empty: nobody.
-
-    An API key and a token are called by where they come from, a subscription by its
-    plan, a cloud by its name.
-    """
-    account = hello.get("account")
-    if not isinstance(account, dict):
-        return ""
-    if has_api_key(hello):
-        return get_str(account, "apiKeySource")
-    token = get_str(account, "tokenSource")
-    cloud = get_str(account, "apiProvider")
-    if cloud not in ("", "firstParty"):
-        return cloud
-    if plan := get_str(account, "subscriptionType"):
-        return plan
-    return "" if token == "none" else token or "claude.ai"
-
-
-def has_api_key(hello: Json) -> bool:
-    """Whether the CLI has an API key, of whatever source, by its answer to
-    `initialize`."""
-    return get_str(hello.get("account"), "apiKeySource") not in ("", "none")
-
-
-# Endings of a model's name that do not change which model is meant: a date, the newest
-# one, the size of the context.
+# Endings of a model's name that do not change which model is meant: a date, -latest or -0
+# for the newest one, the size of the context.
 NAME_ENDING = re.compile(r"([-@]\d{8}|-latest|-0)?(\[.*\])?$")
 
 
@@ -1763,20 +1739,98 @@ def may_answer(answered: str, asked: str) -> bool:
     return not are_full or names[0] == names[1]
 
 
-def listed_model(hello: Json, name: str) -> str:
-    """The full id of a model, by the CLI's answer to `initialize`; empty: it does not
-    list the name."""
-    for model in as_list(hello.get("models")):
-        full_name = get_str(model, "resolvedModel")
-        if name in (get_str(model, "value"), full_name):
-            return full_name
-    return ""
+# ------------------------------------------------------------ what the CLI reports of itself
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that the CLI lists."""
+
+    # Its alias, or its full name if it has none.
+    name: str
+    full_name: str
+    title: str
+    # What it supports, in the CLI's words.
+    support: Json
+
+
+@dataclass(frozen=True)
+class CliInfo:
+    """The CLI's answer to `initialize` (recordings accounts)."""
+
+    # How it is logged in: where an API key or a token comes from, the plan of a
+    # subscription, the name of a cloud; empty: nobody is.
+    login: str = ""
+    # It has an API key, of whatever source.
+    has_api_key: bool = False
+    # The API that it asks is a cloud's.
+    is_cloud: bool = False
+    # All that it reports of the account.
+    account: Json = field(default_factory=dict)
+    models: tuple[Model, ...] = ()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the CLI has reported anything yet."""
+        return bool(self.account)
+
+    def full_name(self, name: str) -> str:
+        """The full name of a model; a name that is not listed stays as it is."""
+        for model in self.models:
+            if name in (model.name, model.full_name):
+                return model.full_name
+        return name
+
+    def takes_from_conversation(self, name: str) -> bool:
+        """Whether a process that was started without --model runs this model, if it is
+        the one of the conversation that it resumes; otherwise it silently runs its
+        default.
+
+        It does with all models that the CLI lists under an alias, unless the login is a
+        cloud's (2.1.197, .285, .330 and .332).  A process that runs a model of the user's
+        lists it under its full name alone.
+        """
+        return not self.is_cloud and any(
+            name in (model.name, model.full_name)
+            for model in self.models
+            if model.name != model.full_name
+        )
+
+
+def read_info(answer: Json) -> CliInfo:
+    given: Any = answer.get("account")
+    account: Json = given if isinstance(given, dict) else {}
+    key, token = get_str(account, "apiKeySource"), get_str(account, "tokenSource")
+    provider, plan = (
+        get_str(account, "apiProvider"),
+        get_str(account, "subscriptionType"),
+    )
+    has_api_key = key not in ("", "none")
+    is_cloud = provider not in ("", "firstParty")
+    login = plan or token or "claude.ai"
+    if has_api_key:
+        login = key
+    elif is_cloud:
+        login = provider
+    elif not account or login == "none":
+        login = ""
+    models = tuple(
+        Model(
+            name=get_str(model, "value"),
+            full_name=get_str(model, "resolvedModel"),
+            title=get_str(model, "displayName"),
+            support={key: model[key] for key in model if key.startswith("support")},
+        )
+        for model in as_list(answer.get("models"))
+        if get_str(model, "value") and get_str(model, "resolvedModel")
+    )
+    return CliInfo(login, has_api_key, is_cloud, account, models)
 
 
 # ------------------------------------------------------------ translation
 
 
-class State(enum.Enum):
+class AnswerState(enum.Enum):
     """Where an answer stands."""
 
     # Nothing of it has come.
@@ -1787,7 +1841,7 @@ class State(enum.Enum):
     BLOCK = enum.auto()
     # Inside a block that is the CLI's own business.
     HIDDEN = enum.auto()
-    # The message has its stop_reason.
+    # The message has its stop_reason, but not its message_stop.
     ENDED = enum.auto()
     # The CLI runs a tool of its own, and goes on in another message.
     WORKING = enum.auto()
@@ -1797,29 +1851,29 @@ class State(enum.Enum):
 
 # What may follow, by the grammar of the API's stream ("Streaming").  An event that a
 # state does not have is out of place, and fails the turn: the client gets a correct
-# stream, or an error.
+# stream, or an error.  Handlers of the Translator put HIDDEN in place of BLOCK, and WORKING
+# or DONE in place of ENDED.
 NEXT = {
-    State.WAITING: {"message_start": State.OPEN},
-    State.OPEN: {
-        "content_block_start": State.BLOCK,
-        "message_delta": State.ENDED,
+    AnswerState.WAITING: {"message_start": AnswerState.OPEN},
+    AnswerState.OPEN: {
+        "content_block_start": AnswerState.BLOCK,
+        "message_delta": AnswerState.ENDED,
     },
-    State.BLOCK: {
-        "content_block_delta": State.BLOCK,
-        "content_block_stop": State.OPEN,
+    AnswerState.BLOCK: {
+        "content_block_delta": AnswerState.BLOCK,
+        "content_block_stop": AnswerState.OPEN,
     },
-    State.HIDDEN: {
-        "content_block_delta": State.HIDDEN,
-        "content_block_stop": State.OPEN,
+    AnswerState.HIDDEN: {
+        "content_block_delta": AnswerState.HIDDEN,
+        "content_block_stop": AnswerState.OPEN,
     },
-    State.ENDED: {"message_stop": State.DONE},
-    State.WORKING: {
-        "message_stop": State.WORKING,
-        "message_start": State.OPEN,
+    AnswerState.ENDED: {"message_stop": AnswerState.DONE},
+    AnswerState.WORKING: {
+        "message_stop": AnswerState.WORKING,
+        "message_start": AnswerState.OPEN,
     },
-    State.DONE: {},
+    AnswerState.DONE: {},
 }
-KNOWN_EVENTS = frozenset(kind for events in NEXT.values() for kind in events)
 
 # Counts of tokens that add up over the API calls of an agent's turn.
 TOKENS = (
@@ -1842,7 +1896,7 @@ CHANGED_RETRY_STATUSES = (400, 404, 413, 422)
 # After these the CLI waits for the next user message; after any other it would go on by
 # itself (recordings max_tokens, refusal), as it does after an answer without a visible
 # text.
-RESTING_REASONS = ("end_turn", "stop_sequence", "pause_turn")
+WAITING_REASONS = ("end_turn", "stop_sequence", "pause_turn")
 
 
 NOT_STREAMED = "The API refused to stream its answer."
@@ -1865,7 +1919,7 @@ class Translator:
         turn_id: str = "",
         model: str = "",
     ) -> None:
-        self.state = State.WAITING
+        self.state = AnswerState.WAITING
         # What a client has assembled so far; filled by the first message_start.
         self.message: Json = {}
         # Set by the message_delta that ends the answer.
@@ -1884,7 +1938,7 @@ class Translator:
         self._model = model
         # The last of CHANGED_RETRY_STATUSES that a call of the turn got; 0: none.
         self._refused = 0
-        # Whether the events that come now belong to this turn.
+        # Whether the events that come now answer the line with this turn's UUID.
         self._is_ours = True
         self._tool_names = frozenset(tool_names)
         # A delta of a new type came: the CLI may not know how to add it to its block.
@@ -1894,21 +1948,22 @@ class Translator:
         self._usage: Json = {}
         # Tokens of the API messages before it.
         self._spent: Json = {}
-        # The string deltas of the open block so far, by the key that they fill.
-        self._pieces: dict[str, list[str]] = {}
-        # A tool input that is no JSON object, as when max_tokens cut it off.
+        # What the deltas of the open block hold so far, by the key that they fill.
+        self._pieces: dict[str, list[Any]] = {}
+        # The fault of a tool input that is no JSON object.  It is raised by what follows, unless
+        # that says that max_tokens cut it off.
         self._input_error: ApiError | None = None
         # The `assistant` event by which the CLI reports a failure.
-        self._failure: CliEvent | None = None
+        self._synthetic: CliEvent | None = None
 
     @property
     def done(self) -> bool:
-        return self.state is State.DONE
+        return self.state is AnswerState.DONE
 
     @property
     def working(self) -> bool:
         """Whether the CLI runs a tool of its own: it may be silent."""
-        return self.state is State.WORKING
+        return self.state is AnswerState.WORKING
 
     @property
     def calls(self) -> list[str]:
@@ -1917,9 +1972,9 @@ class Translator:
         return [block["id"] for block in blocks if block["type"] == "tool_use"]
 
     @property
-    def rests(self) -> bool:
+    def process_waits(self) -> bool:
         """Whether the process now waits for tool results or the next user message, and
-        holds the client's own conversation."""
+        holds the same answer as the client."""
         blocks = self.message.get("content", ())
         names = {block["name"] for block in blocks if block["type"] == "tool_use"}
         if self._has_new_delta:
@@ -1927,15 +1982,14 @@ class Translator:
         if self.stop_reason == "tool_use":
             return bool(names) and names <= self._tool_names
         visible = any(block.get("text") for block in blocks)
-        return self.stop_reason in RESTING_REASONS and visible and not names
+        return self.stop_reason in WAITING_REASONS and visible and not names
 
     def feed(self, event: CliEvent) -> list[StreamEvent]:
         """Translate one event of the CLI; the list may be empty."""
         try:
-            inner: Any = event.get("event")
-            if self._is_next_delta(event, inner):
-                return self._block_delta(inner)
-            return self._feed(event)
+            if self._is_next_delta(event):
+                return self._block_delta(event["event"])
+            return self._dispatch(event)
         except ApiError as error:
             error.log_reason = ""
             raise
@@ -1943,19 +1997,7 @@ class Translator:
             message = "the claude CLI printed an event of an unknown shape"
             raise cli_error(f"{message} ({type(error).__name__})") from error
 
-    def _is_next_delta(self, event: CliEvent, inner: Any) -> bool:
-        """Whether it is the usual event, another piece of the open block.  `_feed` would
-        do the same with it, for three times the time (tests/bench/relay.py)."""
-        return (
-            self.state is State.BLOCK
-            and self._is_ours
-            and isinstance(inner, dict)
-            and inner.get("type") == "content_block_delta"
-            and event.get("parent_tool_use_id") is None
-            and "user_message_uuids" not in event
-        )
-
-    def _feed(self, event: CliEvent) -> list[StreamEvent]:
+    def _dispatch(self, event: CliEvent) -> list[StreamEvent]:
         kind = event["type"]
         answers_to = event.get("user_message_uuids")
         if self._turn_id and isinstance(answers_to, list):
@@ -1965,7 +2007,9 @@ class Translator:
             self.api_calls += 1
             # A later status does not clear it: the next call may be logged before its
             # answer begins.
-            if event["response"] in CHANGED_RETRY_STATUSES:
+            is_changed_retry = event["response"] in CHANGED_RETRY_STATUSES
+            # Calls of an agent's own tools say nothing of the answer.
+            if is_changed_retry and not self._agent:
                 self._refused = event["response"]
         self._limits |= rate_limits(event)
         if event.get("subtype") == "init":
@@ -1982,15 +2026,25 @@ class Translator:
         if kind == "assistant":
             self._assistant(event)
         if kind == "control_response":
-            self._check_control(event)
+            given: Any = event.get("response")
+            if get_str(given, "subtype") == "error":
+                reason = given.get("error")
+                raise cli_error(f"the claude CLI refused a control request: {reason}")
         return []
 
-    def _check_control(self, event: CliEvent) -> None:
-        given: Any = event.get("response")
-        if get_str(given, "subtype") == "error":
-            raise cli_error(
-                f"the claude CLI refused a control request: {given.get('error')}"
-            )
+    def _is_next_delta(self, event: CliEvent) -> bool:
+        """Whether it is the usual event, another piece of the open block.  `_dispatch`
+        would do the same with it, for three times the time (tests/bench/relay.py)."""
+        inner: Any = event.get("event")
+        return (
+            self.state is AnswerState.BLOCK
+            and self._is_ours
+            and event["type"] == "stream_event"
+            and isinstance(inner, dict)
+            and inner.get("type") == "content_block_delta"
+            and event.get("parent_tool_use_id") is None
+            and "user_message_uuids" not in event
+        )
 
     # The events of a stream
 
@@ -1998,36 +2052,45 @@ class Translator:
         kind = event["type"]
         if kind == "error":
             raise stream_error(event.get("error"))
-        if self.state is State.WAITING and kind != "message_start":
+        if self.state is AnswerState.WAITING and kind != "message_start":
             return []  # of a message that began before the turn
-        if kind not in KNOWN_EVENTS:
-            # Passed on unread; a line of the stream holds its type.
-            is_seen = kind.isprintable() and self.state in (
-                State.OPEN,
-                State.BLOCK,
-                State.ENDED,
+        if kind not in self.HANDLERS:
+            # Passed on unread, if its type can stand in a line of the stream.
+            is_seen = self.state in (
+                AnswerState.OPEN,
+                AnswerState.BLOCK,
+                AnswerState.ENDED,
             )
-            return [event] if is_seen else []
-        if kind == "message_delta" and not ends_message(event):
+            return [event] if is_seen and kind.isprintable() else []
+        if kind == "message_delta" and not get_str(event.get("delta"), "stop_reason"):
             return []  # an interrupted answer ends so (recording interrupt of 2.1.330)
-        is_inside = self.state in (State.OPEN, State.BLOCK, State.HIDDEN)
+        is_inside = self.state in (
+            AnswerState.OPEN,
+            AnswerState.BLOCK,
+            AnswerState.HIDDEN,
+        )
         if kind == "message_stop" and is_inside:
-            if self._failure:
+            if self._synthetic:
                 return []  # the `result` has the API's message (recording mid_stream_error)
             message = "The API ended the answer before it was complete."
-            raise ApiError(502, message, kind="api_error")
+            raise ApiError(502, message, error_type="api_error")
         following = NEXT[self.state].get(kind)
         if following is None:
             raise cli_error(f"the claude CLI sent a {kind} out of place")
         before, self.state = self.state, following
-        if before is State.HIDDEN:
+        if before is AnswerState.HIDDEN:
             return []
         return self.HANDLERS[kind](self, event)
 
     def _message_start(self, event: Json) -> list[StreamEvent]:
         given = event["message"]
         self._message_id = given["id"]
-        self._usage = usage(given.get("usage"))
+        # SDKs add up its two main counts, so both are there.
+        self._usage = {"input_tokens": 0, "output_tokens": 0}
+        self._usage |= without_empties(given.get("usage") or {})
+        if self._agent:
+            # Only these can be added up.
+            self._usage = {name: self._usage.get(name, 0) for name in TOKENS}
         self._check_refused()
         if self.message:  # an agent's answer goes on in another API message
             return []
@@ -2059,7 +2122,7 @@ class Translator:
         given = event["content_block"]
         kind = given["type"]
         if kind == "tool_use" and self._agent:
-            self.state = State.HIDDEN
+            self.state = AnswerState.HIDDEN
             return []
         block = without_nulls(given)
         self.message["content"].append(block.copy())
@@ -2072,9 +2135,7 @@ class Translator:
         kind = delta["type"]
         block = self.message["content"][-1]
         key, name = DELTAS.get(kind, ("", ""))
-        if key == "citations":
-            block[key] = [*block.get(key, ()), delta[name]]
-        elif key:
+        if key:
             self._pieces.setdefault(key, []).append(delta[name])
         else:  # a delta of a new type: its keys are the block's
             block |= without(delta, {"type"})
@@ -2086,12 +2147,13 @@ class Translator:
     def _block_stop(self, event: Json) -> list[StreamEvent]:
         block = self.message["content"][-1]
         for key, pieces in self._pieces.items():
-            text = "".join(pieces)
             if key == "signature":
                 block[key] = pieces[-1]  # the last one counts (SDK)
+            elif key == "citations":
+                block[key] = [*block.get(key, ()), *pieces]
             elif key != "input":
-                block[key] = block.get(key, "") + text
-            elif text:
+                block[key] = block.get(key, "") + "".join(pieces)
+            elif text := "".join(pieces):
                 try:
                     block[key] = tool_input(text)
                 except ApiError as error:
@@ -2103,11 +2165,11 @@ class Translator:
         ends = without_empties(event["delta"])
         ends.setdefault("stop_sequence", None)
         reason = ends["stop_reason"]
-        if self._input_error and reason in ("tool_use", *RESTING_REASONS):
+        if self._input_error and reason in ("tool_use", *WAITING_REASONS):
             raise self._input_error
         counts = self._add_usage(event.get("usage"))
         if reason == "tool_use" and self._agent:
-            self.state = State.WORKING
+            self.state = AnswerState.WORKING
             return []
         other = without_empties(without(event, {"type", "delta", "usage"}))
         self.stop_reason = reason
@@ -2118,14 +2180,46 @@ class Translator:
             "delta": ends,
             "usage": counts,
         }
-        if self.rests:
+        if self.process_waits:
             return [last]
         # The CLI would call the API once more: the answer ends here.
-        self.state = State.DONE
+        self.state = AnswerState.DONE
         return [last, {"type": "message_stop"}]
 
     def _message_stop(self, event: Json) -> list[StreamEvent]:
         return [event] if self.done else []
+
+    def _add_usage(self, given: Json | None) -> Json:
+        """Add the usage of a message_delta, which is cumulative over its message (API), to
+        that of an agent's earlier messages; returns what it is now."""
+        counts = without_empties(given or {})
+        counts.setdefault("output_tokens", self._usage["output_tokens"])
+        if not self._agent:
+            return counts
+        counts = self._usage | counts
+        self._spent = {name: counts[name] + self._spent.get(name, 0) for name in TOKENS}
+        return self._spent
+
+    def _assistant(self, event: CliEvent) -> None:
+        """An `assistant` event repeats content that was streamed.  One that does not is
+        a failure: a text that the CLI made up, or an answer that the API refused to
+        stream."""
+        message: Any = event.get("message")
+        identity = get_str(message, "id")
+        if get_str(message, "model") == "<synthetic>":
+            self._synthetic = event
+            blocks = as_blocks(message.get("content"))
+            text = "".join(get_str(block, "text") for block in blocks)
+            if removal := REMOVAL.match(text):
+                raise ApiError(400, removal[1])
+            if get_str(event, "api_error") == "media_removed":
+                raise ApiError(400, text.removeprefix("API Error: "))
+        elif (
+            self.state in (AnswerState.WAITING, AnswerState.WORKING)
+            and identity != self._message_id
+        ):
+            self._check_refused()
+            raise ApiError(502, NOT_STREAMED, error_type="api_error")
 
     HANDLERS: ClassVar = {
         "message_start": _message_start,
@@ -2136,51 +2230,18 @@ class Translator:
         "message_stop": _message_stop,
     }
 
-    def _add_usage(self, given: Json | None) -> Json:
-        """Add the usage of a message_delta, which is cumulative over its message (API), to
-        that of an agent's earlier messages; returns what it is now."""
-        counts = without_empties(given or {})
-        counts.setdefault("output_tokens", self._usage["output_tokens"])
-        if not self._agent:
-            return counts
-        counts = self._usage | counts
-        for name in TOKENS:
-            counts[name] = counts.get(name, 0) + self._spent.get(name, 0)
-        self._spent = counts
-        return counts
-
-    def _assistant(self, event: CliEvent) -> None:
-        """An `assistant` event: the same content once more, except for a text that the
-        CLI made up, which is a failure, and for a message that the API refused to
-        stream."""
-        message: Any = event.get("message")
-        identity = get_str(message, "id")
-        if get_str(message, "model") == "<synthetic>":
-            self._failure = event
-            text = synthetic_text(message)
-            if removal := REMOVAL.match(text):
-                raise ApiError(400, removal[1])
-            if get_str(event, "api_error") == "media_removed":
-                raise ApiError(400, text.removeprefix("API Error: "))
-        elif (
-            self.state in (State.WAITING, State.WORKING)
-            and identity != self._message_id
-        ):
-            self._check_refused()
-            raise ApiError(502, NOT_STREAMED, kind="api_error")
-
     # The end of a turn
 
     def _end_turn(self, result: CliEvent) -> list[StreamEvent]:
         if self.done:
             self.result = self.result or result
             return []
-        if self.state is State.ENDED:  # only the message_stop got lost
+        if self.state is AnswerState.ENDED:  # only the message_stop got lost
             self.result = result
-            self.state = State.DONE
+            self.state = AnswerState.DONE
             return [{"type": "message_stop"}]
         if result.get("is_error"):
-            raise result_error(result, self._failure, self._resets_at())
+            raise result_error(result, self._synthetic, self._resets_at())
         if not self.message:
             return []  # not this turn's: of a background task, or of a line that asked nothing
         raise cli_error("the claude CLI ended the turn before the answer was complete")
@@ -2198,19 +2259,9 @@ class Translator:
 def stream_error(error: Any) -> ApiError:
     """The failure that an `error` event in a stream reports."""
     message = get_str(error, "message") or "The API ended the answer with an error."
-    return ApiError(
-        502, message, get_str(error, "type") or "api_error", is_from_api=True
-    )
-
-
-def synthetic_text(message: Json) -> str:
-    """What the CLI says in a message of its own."""
-    blocks = as_blocks(message.get("content"))
-    return "".join(get_str(block, "text") for block in blocks)
-
-
-def ends_message(event: Json) -> bool:
-    return get_str(event.get("delta"), "stop_reason") != ""
+    error_type = get_str(error, "type")
+    status = STATUS_OF_TYPE.get(error_type, 502)
+    return ApiError(status, message, error_type or "api_error", is_from_api=True)
 
 
 def tool_input(text: str) -> Json:
@@ -2220,16 +2271,11 @@ def tool_input(text: str) -> Json:
         value = orjson.loads(text)
     except orjson.JSONDecodeError:
         value = None
-    if not isinstance(value, dict) or is_deeper(value, MAX_DEPTH):
+    if not isinstance(value, dict) or is_deeper(value, MAX_DEPTH // 2):
         raise cli_error(
             "the model's tool input is not a JSON object, or is nested too deeply"
         )
     return value
-
-
-def usage(given: Json | None) -> Json:
-    """The usage of a message.  SDKs add up its two main counts, so both are there."""
-    return {"input_tokens": 0, "output_tokens": 0} | without_empties(given or {})
 
 
 # ------------------------------------------------------------ frames
@@ -2334,24 +2380,3 @@ def quota_headers(limits: Mapping[str, RateLimit]) -> list[tuple[str, str]]:
         for name, value in headers.items()
         if HEADER_WORD.fullmatch(value)
     ]
-
-
-# ------------------------------------------------------------ models
-
-
-def takes_from_conversation(hello: Json, name: str) -> bool:
-    """Whether a process that was started without --model runs this model, if it is the one
-    of the conversation that it resumes; otherwise it silently runs its default.
-
-    It does with all models that the CLI lists under a short name, unless the login is a
-    cloud's (2.1.197, .285, .330 and .332).  A process that runs a model of the user's
-    lists it under its full name alone.
-    """
-    provider = get_str(hello.get("account"), "apiProvider")
-    if provider not in ("", "firstParty"):
-        return False
-    for model in as_list(hello.get("models")):
-        short, full = get_str(model, "value"), get_str(model, "resolvedModel")
-        if name in (short, full) and short != full:
-            return True
-    return False

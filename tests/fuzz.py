@@ -317,12 +317,12 @@ def check_transcript(request: Request) -> None:
 
 def meaning(block: Any) -> Json:
     """A block without what may be written in several ways."""
-    return translate.canonical_block(block, translate.IGNORED_WITH_CLIENT_CACHING)
+    return translate.canonical_block(block)
 
 
 def check_settings(request: Request, body: Json, *, has_listed_tools: bool) -> None:
     """All fields but the bridge's own go to the API as sent, but for what is said not to."""
-    settings = translate.turn_settings(request, has_listed_tools=has_listed_tools)
+    settings = translate.turn_environment(request, has_listed_tools=has_listed_tools)
     assert all(isinstance(value, str) for value in settings.values())
     check_json_lines([translate.settings_line(settings)])
     fields = {name: value for name, value in body.items() if name not in translate.OWN_FIELDS}
@@ -354,12 +354,12 @@ def check_not_sent(request: Request, body: Json) -> None:
 
 def check_lines_in(request: Request) -> None:
     """The lines that a process may be written for a request are lines of JSON."""
-    listed = translate.listed_tools(request)
+    listed = translate.tools_for_turn(request)
     lines = [
         translate.initialize_line(request.system, has_tools=bool(listed)),
         translate.initialize_line(request.system, has_tools=False, agent=True),
     ]
-    for tools in (listed, translate.described_tools(request)):
+    for tools in (listed, translate.tools_for_count(request)):
         assert all(isinstance(tool["name"], str) for tool in tools)
         asked: Any = {"type": "", "request": {"message": {"method": "tools/list"}}}
         lines.append(translate.control_answer(asked, tools))
@@ -388,7 +388,7 @@ def check_body(body: bytes) -> None:
     except ApiError as error:
         refusal = error
     if refusal:
-        assert (refusal.status, refusal.kind) == (400, "invalid_request_error")
+        assert (refusal.status, refusal.error_type) == (400, "invalid_request_error")
         frame(refusal.body("r"))
         check_refusal(refusal.message, body)
 

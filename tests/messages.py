@@ -97,7 +97,11 @@ def check_refused(words: str, messages: Any, /, **fields: Any) -> None:
     with pytest.raises(ApiError) as caught:
         parsed(messages, **fields)
     error = caught.value
-    assert (error.status, error.kind, error.retry) == (400, "invalid_request_error", False)
+    assert (error.status, error.error_type, error.can_retry) == (
+        400,
+        "invalid_request_error",
+        False,
+    )
     assert error.message.startswith(words)
 
 

@@ -52,12 +52,12 @@ class Recorder:
         self.agent = bool(config.tools)
         pool = Pool(config, environ)
         self.announced = asyncio.run(self.look(pool))
-        self.model = translate.listed_model(pool.cli.hello, ALIAS) or ALIAS
+        self.model = pool.cli.info.full_name(ALIAS)
         self.own_id = str(uuid.uuid4())
         project = Path(self.home, "project")
         project.mkdir()
         (project / "notes.txt").write_text("buy milk\n")
-        is_bare = not self.agent and pool._is_bare()
+        is_bare = not self.agent and pool.inspector.is_bare()
         has_full_name = self.model.startswith(translate.FULL_NAME)
         kind = Kind("" if has_full_name else ALIAS, self.agent, is_bare)
         reading, self.gate = os.pipe()
@@ -81,9 +81,9 @@ class Recorder:
     async def look(self, pool: Pool) -> list[Json]:
         """Let the pool ask what it wants to know before a conversation; what the CLI announces."""
         async with pool:
-            await pool.hello()
-            kind = Kind(agent=self.agent, bare=not self.agent and pool._is_bare())
-            return await pool._announced(ALIAS, kind)
+            await pool.inspector.info()
+            kind = Kind(agent=self.agent, bare=not self.agent and pool.inspector.is_bare())
+            return await pool.inspector.announced(ALIAS, kind)
 
     # Rows
 
@@ -146,9 +146,9 @@ class Recorder:
 
     def set_up(self, request: Request, *, query: bool = True) -> list[bytes]:
         """As Pool._set_up: all but the lines that start the turn, which it returns."""
-        describe = translate.listed_tools if query else translate.described_tools
+        describe = translate.tools_for_turn if query else translate.tools_for_count
         self.tools = describe(request)
-        settings = translate.turn_settings(request)
+        settings = translate.turn_environment(request)
         given = {name: value for name, value in settings.items() if value}
         system, has_tools = request.system, bool(self.tools)
         rows = translate.transcript(request.messages, self.model, self.announced, self.own_id)
@@ -230,6 +230,11 @@ def interrupt(recorder: Recorder, words: str = "SLOW") -> None:
     recorder.until(is_result)
 
 
+def responds(event: Json, request_id: str) -> bool:
+    response = event.get("response")
+    return isinstance(response, dict) and response.get("request_id") == request_id
+
+
 def count(recorder: Recorder) -> None:
     """As Pool._count."""
     request = asked("hello", "hi", "count these tokens", tools=[TOOL])
@@ -237,7 +242,7 @@ def count(recorder: Recorder) -> None:
         recorder.send(line)
     recorder.until(is_result)
     recorder.send(translate.control_line("usage", "get_context_usage"))
-    recorder.until(lambda event: translate.control_response(event, "usage"))
+    recorder.until(lambda event: responds(event, "usage"))
 
 
 def slash_command(recorder: Recorder) -> None:
@@ -251,7 +256,7 @@ def slash_command(recorder: Recorder) -> None:
 def refused_control(recorder: Recorder) -> None:
     recorder.set_up(asked("hello"))
     recorder.send(translate.control_line("unheard", "unheard_of"))
-    recorder.until(lambda event: translate.control_response(event, "unheard"))
+    recorder.until(lambda event: responds(event, "unheard"))
 
 
 def use(tool: str, **fields: Any) -> str:
@@ -353,7 +358,7 @@ def account(cli: str, name: str) -> Json:
 
     async def look(environ: dict[str, str]) -> Json:
         async with Pool(config, environ) as pool:
-            return dict((await pool.hello())["account"])
+            return dict((await pool.inspector.info()).account)
 
     with tempfile.TemporaryDirectory() as home:
         for file, content in login.files.items():

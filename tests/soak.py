@@ -48,7 +48,7 @@ from bridge import Config, serve
 Json = dict[str, Any]
 WARM_UP = 2.0  # minutes
 RESTARTS = 4  # in the last part
-CLEAN_SECS = 5.0  # what is older in TMPDIR is removed
+CLEAN_SECS = 15.0  # what is older in TMPDIR is removed
 # Bytes of memory: lost conversations that are remembered (sessions.MAX_PAST), and the allocator.
 GROWTH_IN_ALL = 8 << 20
 # Bytes of memory in the second half, when as many lost conversations are remembered as ever

@@ -188,7 +188,6 @@ class Standin:
                 "commands": [],
                 "models": MODELS,
                 "account": account,
-                "pid": os.getpid(),
             }
         elif subtype == "get_context_usage":
             log = "[log_5ad1n1] post http://127.0.0.1/v1/messages/count_tokens?beta=true succeeded with status 200 in 1ms"

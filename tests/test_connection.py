@@ -799,7 +799,7 @@ def test_what_a_turn_held_is_freed_when_its_client_leaves_and_not_by_the_garbage
 ) -> None:
     server = serve()
     assert server.bridge
-    connections = server.bridge._connections
+    connections = server.bridge.connections
     body = json.dumps(request_body("SLOW 1000", stream=True)).encode()
     head = f"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
     gc.collect()

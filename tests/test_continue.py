@@ -21,7 +21,7 @@ def going_on(request: pytest.FixtureRequest) -> Path:
     if not CLIS:
         pytest.skip("no CLI is installed")
     version = request.param if ASKED_FOR else next(iter(CLIS))
-    if not Cli(version=version).since(CONTINUES):
+    if not Cli(version=version).is_at_least(CONTINUES):
         pytest.skip("this version refuses it")
     return CLIS[version]
 
@@ -30,7 +30,7 @@ def going_on(request: pytest.FixtureRequest) -> Path:
 def floor() -> tuple[str, Path]:
     """The oldest CLI that the tests have, and its version."""
     version, cli = list(CLIS.items() or [("", Path())])[-1]
-    if Cli(version=version).since(CONTINUES):
+    if Cli(version=version).is_at_least(CONTINUES):
         pytest.skip("there is no older CLI")
     return version, cli
 

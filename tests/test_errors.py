@@ -22,7 +22,7 @@ def test_an_error_has_the_apis_envelope() -> None:
         "request_id": "req_1",
     }
     assert str(error) == "slow down"
-    detailed = ApiError(400, "no", kind="own_error", details={"error_code": "x"}).body("r")
+    detailed = ApiError(400, "no", error_type="own_error", details={"error_code": "x"}).body("r")
     assert detailed["error"] == {
         "type": "own_error",
         "message": "no",
@@ -51,11 +51,11 @@ KINDS = {
 
 @pytest.mark.parametrize(("status", "kind"), KINDS.items())
 def test_a_status_has_the_type_that_the_sdks_know_for_it(status: int, kind: str) -> None:
-    assert ApiError(status, "x").kind == kind
+    assert ApiError(status, "x").error_type == kind
 
 
 def test_what_a_retry_cannot_mend_is_not_retried() -> None:
-    final = {status for status in range(400, 600) if not ApiError(status, "x").retry}
+    final = {status for status in range(400, 600) if not ApiError(status, "x").can_retry}
     assert final == translate.FINAL_STATUSES
     assert all(400 <= status < 500 and status not in (408, 409, 429) for status in final)
     assert {400, 401, 403, 404, 413, 422} <= final
@@ -104,26 +104,26 @@ STATUSES += [
 def test_a_failed_result_keeps_its_status_and_text(
     result: Any, status: int, kind: str, message: str
 ) -> None:
-    error = result_error(result)
-    assert (error.status, error.kind, error.message) == (status, kind, message)
+    error = result_error(result, None, None)
+    assert (error.status, error.error_type, error.message) == (status, kind, message)
 
 
 def test_a_missing_login_says_how_to_mend_it_and_is_not_retried() -> None:
     for turn in first_turns("not_logged_in").values():
         error = turn.play().error
         assert error
-        assert (error.status, error.retry) == (401, False)
+        assert (error.status, error.can_retry) == (401, False)
         assert error.message == (f"Not logged in · Please run /login ({translate.LOGIN_CURE})")
 
 
 def test_nothing_is_added_to_the_words_for_a_login_that_the_api_refuses() -> None:
     said = "Failed to authenticate. API Error: 401 OAuth token has expired"
-    error = result_error(failed(api_error_status=401, result=said))
+    error = result_error(failed(api_error_status=401, result=said), None, None)
     assert (error.status, error.message) == (401, "OAuth token has expired")
     for turn in first_turns("error_401").values():
         error = turn.play().error
         assert error
-        assert (error.status, error.retry) == (401, False)
+        assert (error.status, error.can_retry) == (401, False)
         assert error.message == "Invalid API key · Fix external API key"
 
 
@@ -132,8 +132,8 @@ def test_nothing_is_added_to_the_words_for_a_model_that_nobody_knows() -> None:
         ("API Error: 404 model: claude-x", "model: claude-x"),
         ("There's an issue with it. Run --model.", "There's an issue with it. Run --model."),
     ):
-        error = result_error(failed(api_error_status=404, result=said))
-        assert (error.status, error.kind, error.message) == (404, "not_found_error", message)
+        error = result_error(failed(api_error_status=404, result=said), None, None)
+        assert (error.status, error.error_type, error.message) == (404, "not_found_error", message)
 
 
 def test_an_error_is_from_the_api_if_it_has_a_status_of_the_api() -> None:
@@ -148,7 +148,7 @@ def test_an_error_is_from_the_api_if_it_has_a_status_of_the_api() -> None:
             error = turn.play().error
             assert error
             assert error.is_from_api == is_from_api, (version, scenario)
-    assert not result_error(failed(result="other")).is_from_api
+    assert not result_error(failed(result="other"), None, None).is_from_api
     assert not ApiError(401, "x").is_from_api
 
 
@@ -201,20 +201,20 @@ def test_the_apis_own_message_is_taken_out_of_the_clis_text(
     said: str, parts: tuple[str, str]
 ) -> None:
     message, kind = parts
-    error = result_error(failed(api_error_status=400, result=said))
-    assert (error.message, error.kind) == (message, kind or "invalid_request_error")
+    error = result_error(failed(api_error_status=400, result=said), None, None)
+    assert (error.message, error.error_type) == (message, kind or "invalid_request_error")
 
 
 def test_the_assistant_event_before_a_failure_says_its_type_and_code() -> None:
     """2.1.330 keeps them there."""
     result = failed(api_error_status=400, result=f"API Error: 400 {JSON_BODY}")
     event = synthetic(api_error_type="tool_error", api_error_code="bad_tool")
-    error = result_error(result, event)
-    assert (error.kind, error.details) == ("tool_error", {"error_code": "bad_tool"})
+    error = result_error(result, event, None)
+    assert (error.error_type, error.details) == ("tool_error", {"error_code": "bad_tool"})
     assert error.message == "too\nlong"
     for odd in (synthetic(), synthetic(api_error_type=None, api_error_code=5), None):
-        error = result_error(result, odd)
-        assert (error.kind, error.details) == ("own_error", None)
+        error = result_error(result, odd, None)
+        assert (error.error_type, error.details) == ("own_error", None)
 
 
 def test_a_recorded_refusal_keeps_its_code() -> None:
@@ -238,6 +238,6 @@ def test_a_recorded_refusal_keeps_its_code() -> None:
     st.sampled_from(["", ADVICE]),
 )
 def test_any_text_is_an_error_with_a_message(before: str, said: str, behind: str) -> None:
-    error = result_error(failed(result=f"{before}{said}{behind}"))
+    error = result_error(failed(result=f"{before}{said}{behind}"), None, None)
     assert error.message
-    assert error.kind
+    assert error.error_type

@@ -88,7 +88,7 @@ def test_a_line_of_more_levels_than_a_request_may_have_is_an_error() -> None:
     assert [event["type"] for event in decode(line(levels))] == ["x"]
     with pytest.raises(ApiError, match="nested too deeply") as caught:
         decode(line(levels + 1))
-    assert (caught.value.status, caught.value.kind) == (502, "claude_cli_error")
+    assert (caught.value.status, caught.value.error_type) == (502, "claude_cli_error")
 
 
 def test_a_damaged_part_of_the_answer_fails_the_turn() -> None:
@@ -163,35 +163,25 @@ def test_an_answer_belongs_to_its_control_request_alone() -> None:
     assert all(translate.control_result(event, "a") == {} for event in nothing)
 
 
-def test_a_response_belongs_to_its_control_request_be_it_good_or_bad() -> None:
-    refused = answer_to("a", subtype="error", error="no")
-    assert translate.control_response(refused, "a") == {
-        "subtype": "error",
-        "request_id": "a",
-        "error": "no",
-    }
-    assert translate.control_response(refused, "b") == {}
-
-
-def hello_of(turn: Recorded) -> Json:
-    """The answer to `initialize` in a recording."""
+def info(turn: Recorded) -> translate.CliInfo:
+    """What the CLI reports of itself in a recording."""
     events: list[Any] = turn.events
     [found] = [
         found for event in events if (found := translate.control_result(event, "initialize"))
     ]
-    return found
+    return translate.read_info(found)
 
 
 def test_the_recorded_answers_say_the_model_and_the_login() -> None:
     for version, turn in first_turns("text").items():
-        model = translate.listed_model(hello_of(turn), "sonnet")
+        model = info(turn).full_name("sonnet")
         assert model.startswith("claude-"), version
-        assert translate.listed_model(hello_of(turn), model) == model
-        assert translate.login_source(hello_of(turn)) == "ANTHROPIC_API_KEY"
+        assert info(turn).full_name(model) == model
+        assert info(turn).login == "ANTHROPIC_API_KEY"
         messages = [e["event"] for e in turn.events if e["type"] == "stream_event"]
         assert messages[0]["message"]["model"] == model
     for turn in first_turns("not_logged_in").values():
-        assert translate.login_source(hello_of(turn)) == ""
+        assert info(turn).login == ""
 
 
 MODELS = [
@@ -209,16 +199,16 @@ MODELS = [
         ("sonnet", "claude-sonnet-5-5"),
         ("claude-sonnet-5-5", "claude-sonnet-5-5"),
         ("default", "claude-opus-4-8"),
-        ("odd", ""),
-        ("null", ""),
-        ("haiku", ""),
+        ("odd", "odd"),
+        ("null", "null"),
+        ("haiku", "haiku"),
         ("", ""),
     ],
 )
 def test_a_model_is_listed_by_its_alias_and_its_id(name: str, model: str) -> None:
-    assert translate.listed_model({"models": MODELS}, name) == model
+    assert translate.read_info({"models": MODELS}).full_name(name) == model
     for odd in ({}, {"models": None}, {"models": {}}, {"models": "x"}):
-        assert translate.listed_model(odd, name) == ""
+        assert translate.read_info(odd).models == ()
 
 
 # What the CLI said of an account -> what it is called by.
@@ -234,7 +224,7 @@ HAVE_KEYS = {"key", "key-helper", "key-in-settings"}
 def test_an_account_is_called_by_its_source_its_plan_or_its_cloud(
     account: Json, source: str
 ) -> None:
-    assert translate.login_source({"account": account}) == source
+    assert translate.read_info({"account": account}).login == source
 
 
 def test_an_account_has_a_key_if_the_cli_names_its_source() -> None:
@@ -244,7 +234,7 @@ def test_an_account_has_a_key_if_the_cli_names_its_source() -> None:
 
 
 def has_key(account: Any) -> bool:
-    return translate.has_api_key({"account": account})
+    return translate.read_info({"account": account}).has_api_key
 
 
 # What was asked, what answered, whether that may be the same model.

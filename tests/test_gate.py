@@ -68,7 +68,7 @@ def test_a_fork_of_the_host_program_does_not_hold_a_gate(serve: Serve) -> None:
     server = serve(spares=1, watchdog_secs=10)
     assert server.bridge
     pool = server.bridge.pool
-    wait_until(lambda: pool.spares, "the spare")
+    wait_until(lambda: pool.spares.ready, "the spare")
     child = os.fork()
     if not child:
         signal.pause()

@@ -145,7 +145,7 @@ def bench(folder: Path, watchdog_secs: float) -> Iterator[Bench]:
         made = Bench(server, Log(str(folder)), folder.parent / f"{folder.name}-gate", executor)
         made.other = int(server.post("hello", session="other").message["id"].split("_")[2])
         wait_until(
-            lambda: server.bridge and not server.bridge._connections,
+            lambda: server.bridge and not server.bridge.connections,
             "the end of the first connection",
         )
         made.tasks = made.running()

@@ -9,7 +9,7 @@ from processes import pool_of
 from servers import Serve, Server
 
 from bridge import model_list
-from translate import MODEL_PREFIX, listed_model, takes_from_conversation
+from translate import MODEL_PREFIX, read_info
 
 
 def test_the_model_list_is_the_clis_own(real: Server) -> None:
@@ -61,7 +61,7 @@ def test_an_unknown_model_is_404(real: Server) -> None:
 def test_a_model_is_listed_under_its_full_id_and_under_its_alias_and_once() -> None:
     default = {"value": "default", "resolvedModel": "claude-opus-5", "displayName": "Opus"}
     opus = {"value": "opus", "resolvedModel": "claude-opus-5", "supportsEffort": True, "new": 1}
-    found = model_list({"models": [default, opus]})
+    found = model_list(read_info({"models": [default, opus]}))
     assert list(found) == ["claude-opus-5", "claude-cli/default", "claude-cli/opus"]
     assert [model["display_name"] for model in found.values()] == [
         "Opus",
@@ -69,7 +69,7 @@ def test_a_model_is_listed_under_its_full_id_and_under_its_alias_and_once() -> N
         "claude-cli/opus",
     ]
     assert [model["claude_cli"] for model in found.values()] == [{}, {}, {"supportsEffort": True}]
-    assert model_list({}) == {}
+    assert model_list(read_info({})) == {}
 
 
 # ---------------------------------------------------------------- one process for many
@@ -87,7 +87,7 @@ def test_each_model_that_a_cli_lists_answers_without_being_named_at_its_start(
     for name in names:
         answer = server.post("SAY x", model=name)
         assert answer.status == 200, (name, answer.body)
-        full_name = listed_model(pool.cli.hello, name.removeprefix(MODEL_PREFIX))
+        full_name = pool.cli.info.full_name(name.removeprefix(MODEL_PREFIX))
         assert since()[-1]["body"]["model"] == full_name.removesuffix("[1m]")
     kinds = {session.kind.model for session in list(pool.sessions)}
     assert kinds == {""}
@@ -100,10 +100,10 @@ def test_only_models_under_a_short_name_are_taken_from_a_conversation_and_none_o
         {"value": "sonnet", "resolvedModel": "claude-sonnet-5-5"},
         {"value": "claude-old-1", "resolvedModel": "claude-old-1"},  # it runs this one
     ]
-    hello: Json = {"models": models, "account": {"apiProvider": "firstParty"}}
+    info = read_info({"models": models, "account": {"apiProvider": "firstParty"}})
     names = ("sonnet", "claude-sonnet-5-5", "claude-old-1", "opus")
-    assert [takes_from_conversation(hello, name) for name in names] == [True, True, False, False]
+    assert [info.takes_from_conversation(name) for name in names] == [True, True, False, False]
     for provider in ("bedrock", "vertex", "foundry"):
-        of_cloud = {**hello, "account": {"apiProvider": provider}}
-        assert not any(takes_from_conversation(of_cloud, name) for name in names)
-    assert not takes_from_conversation({}, "sonnet")
+        of_cloud = read_info({"models": models, "account": {"apiProvider": provider}})
+        assert not any(map(of_cloud.takes_from_conversation, names))
+    assert not read_info({}).takes_from_conversation("sonnet")

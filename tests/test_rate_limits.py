@@ -138,7 +138,7 @@ def test_a_rejected_rate_limit_says_when_it_ends(info: Any, resets_at: float | N
     limit = {"type": "rate_limit_event", "rate_limit_info": info}
     for turn in first_turns("error_429").values():
         error = failure([limit, *turn.events])
-        assert (error.status, error.resets_at, error.retry) == (429, resets_at, True)
+        assert (error.status, error.resets_at, error.can_retry) == (429, resets_at, True)
     for turn in first_turns("quota_rejected").values():
         [info] = [e["rate_limit_info"] for e in turn.events if "rate_limit_info" in e]
         error = turn.play().error

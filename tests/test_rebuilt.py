@@ -87,8 +87,8 @@ def make_bridges(
 
     [version] = [version for version, path in CLIS.items() if path == cli]
     known = Cli(version=version)
-    has_bare_mode = known.since(HAS_BARE_MODE) and "x-api-key" in LOGINS[name].headers
-    is_announced = known.since(ANNOUNCES) and not has_bare_mode
+    has_bare_mode = known.is_at_least(HAS_BARE_MODE) and "x-api-key" in LOGINS[name].headers
+    is_announced = known.is_at_least(ANNOUNCES) and not has_bare_mode
     return Bridges(start, judging, has_bare_mode, is_announced, len(judging.log()))
 
 
@@ -189,9 +189,9 @@ def test_a_spare_that_is_set_up_as_the_last_conversation_began_asks_what_a_fresh
     pool = server.bridge.pool
     for number in range(2):  # until the CLI has listed its models, no spare is of this kind
         bridges.body(server.post(f"SAY {number}", **fields), "new")
-        wait_until(lambda: len(pool.spares) == 2, "the spares")
-    wait_until(lambda: any(spare.parts for spare in pool.spares), "a spare that is set up")
-    [ahead] = [spare for spare in pool.spares if spare.parts]
+        wait_until(lambda: len(pool.spares.ready) == 2, "the spares")
+    wait_until(lambda: any(spare.parts for spare in pool.spares.ready), "a spare that is set up")
+    [ahead] = [spare for spare in pool.spares.ready if spare.parts]
     alike = bridges.body(server.post("SAY this", **fields), "new")
     assert ahead.turns == 1
     fresh = bridges.body(bridges.start().post("SAY this", **fields), "new")

@@ -435,12 +435,12 @@ def use_whole(body: bytes, betas: str = "") -> None:
     assert request.continues == (request.messages[-1]["role"] == "assistant")
     pairs = zip(request.messages, request.messages[1:], strict=False)
     assert all(before["role"] != after["role"] for before, after in pairs)
-    settings = translate.turn_settings(request, has_listed_tools=True)
+    settings = translate.turn_environment(request, has_listed_tools=True)
     assert json.loads(settings["CLAUDE_CODE_EXTRA_BODY"])["tools"] is not None
     translate.settings_line(settings)
     translate.initialize_line(request.system, has_tools=bool(request.tool_names))
     list(map(translate.listed_tool, request.tool_names))
-    translate.described_tools(request)
+    translate.tools_for_count(request)
     translate.transcript(request.messages, request.model)
     newest = request.messages[-1]["content"]
     translate.user_line(newest, "id")
@@ -499,7 +499,7 @@ READ = translate.OWN_FIELDS | {"max_tokens", "tools", "thread"}
 @given(st.dictionaries(texts.filter(lambda name: name not in READ), JSON_VALUES, max_size=4))
 def test_any_field_that_the_bridge_does_not_know_goes_to_the_api_as_sent(fields: Json) -> None:
     request = parsed(**{"max_tokens": 5, **fields})
-    env = translate.turn_settings(request)
+    env = translate.turn_environment(request)
     assert json.loads(env["CLAUDE_CODE_EXTRA_BODY"]) == {"max_tokens": 5, **fields}
 
 

@@ -21,7 +21,7 @@ from stand_in import Log
 import bridge
 import sessions
 from sessions import Pool, Room, State, Turn
-from translate import ApiError
+from translate import ApiError, CliInfo
 
 # ---------------------------------------------------------------- places, and who waits
 
@@ -177,9 +177,9 @@ def test_of_two_requests_one_takes_the_curious_process_and_one_a_resting_one(
 
     async def use(pool: Pool) -> None:
         await take_turn(pool, "idle")
-        pool.cli.hello = {}
-        curious = asyncio.create_task(pool.hello(gives_way=True))
-        await soon(lambda: pool.resting(State.PROBE))
+        pool.cli.info = CliInfo()
+        curious = asyncio.create_task(pool.inspector.info(gives_way=True))
+        await soon(lambda: pool.in_states(State.PROBE))
         answers = [asyncio.create_task(take_turn(pool, f"PAUSE {number}")) for number in range(2)]
         await soon(lambda: [one.state for one in pool.sessions] == [State.BUSY] * 2)
         open_gate(gate)
@@ -197,8 +197,8 @@ def test_a_curious_process_that_is_being_started_gives_way_to_a_request(
     monkeypatch.setattr(sessions, "PROBE_MODEL", "hang-at-start")
 
     async def use(pool: Pool) -> None:
-        curious = asyncio.create_task(pool.hello(gives_way=True))
-        await soon(pool.room._places.locked)
+        curious = asyncio.create_task(pool.inspector.info(gives_way=True))
+        await soon(lambda: pool.room.is_full)
         _, answer = await take_turn(pool, "hello")
         assert answer == "echo: hello; 1 messages"
         with pytest.raises(ApiError, match="a request took the room"):
@@ -209,8 +209,8 @@ def test_a_curious_process_that_is_being_started_gives_way_to_a_request(
 
 def test_a_spare_that_is_being_started_gives_way_to_a_request_of_another_kind() -> None:
     async def use(pool: Pool) -> None:
-        await soon(pool.room._places.locked)
-        assert not pool.spares
+        await soon(lambda: pool.room.is_full)
+        assert not pool.spares.ready
         _, answer = await take_turn(pool, "hello")
         assert answer == "echo: hello; 1 messages"
 
@@ -226,14 +226,14 @@ def test_of_two_requests_one_gets_the_room_of_a_process_that_ended_and_one_that_
         await take_turn(pool, "one")
         turn, _ = await take_turn(pool, "two")
         asked: list[asyncio.Task[tuple[Turn, str]]] = []
-        release = pool.room._places.release
+        release = pool.room.leave
 
         def release_and_ask() -> None:
             release()
             if not asked:
                 asked.extend(asyncio.create_task(take_turn(pool, f"new {n}")) for n in range(2))
 
-        monkeypatch.setattr(pool.room._places, "release", release_and_ask)
+        monkeypatch.setattr(pool.room, "leave", release_and_ask)
         pool.retire(turn.session, "expired")
         await soon(lambda: asked)
         assert [answer for _, answer in await asyncio.gather(*asked)] == [
@@ -252,7 +252,7 @@ def test_no_room_for_the_bridges_own_question_is_no_warning(
     async def use(pool: Pool) -> None:
         running: Any = SimpleNamespace(config=pool.config, pool=pool)
         curious = asyncio.create_task(bridge.announce(running, ()))
-        await soon(lambda: pool.resting(State.PROBE))
+        await soon(lambda: pool.in_states(State.PROBE))
         await take_turn(pool, "hello")
         await curious
 

@@ -55,7 +55,7 @@ def test_a_port_of_roots_is_refused_by_that() -> None:
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == (
-        "claude-cli-bridge: --listen-addr: 127.0.0.1:80: "
+        "claude-cli-bridge: --listen-addr: cannot listen on 127.0.0.1:80: "
         "only root may listen on a port below 1024\n"
     )
 
@@ -110,7 +110,7 @@ def test_a_unix_socket_in_use_is_refused_and_a_stale_one_is_replaced(
     second = launch(CLAUDE_CLI_LISTEN_ADDR=f"unix:{path}", wait=False)
     assert second.wait() == 2
     wait_until(lambda: second.lines, "a line that says why")
-    assert f"CLAUDE_CLI_LISTEN_ADDR: unix:{path} is already in use" in second.lines[-1]
+    assert f"cannot listen on unix:{path}: already in use" in second.lines[-1]
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
     first.process.terminate()
@@ -224,7 +224,7 @@ def test_who_connected_before_a_restart_behind_an_inherited_socket_is_still_answ
 
         async with bridge.serve(bridge.Config(bin=str(STANDIN), spares=0), listener) as running:
             client.connect(listener.getsockname())
-            await asyncio.to_thread(wait_until, lambda: running._connections, "the connection")
+            await asyncio.to_thread(wait_until, lambda: running.connections, "the connection")
             answer = asyncio.create_task(asyncio.to_thread(ask_late))
         return await answer
 

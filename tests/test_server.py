@@ -305,7 +305,7 @@ def test_a_request_of_an_own_child_is_refused_before_it_starts_another_child(
     words = "this request comes from the claude CLI that this bridge runs"
     assert (answer.status, answer.json["error"]["type"]) == (400, "invalid_request_error")
     assert words in answer.json["error"]["message"]
-    assert "the CLI's address of the API leads to the bridge" in answer.json["error"]["message"]
+    assert "its address of the API leads to the bridge" in answer.json["error"]["message"]
     assert 1 <= started(server) <= 2
     counted = request_body("hi", model="claude-sonnet-5-5", max_tokens=...)
     answer = server.call("POST", "/v1/messages/count_tokens", counted)
@@ -321,7 +321,7 @@ def test_a_connection_too_many_gets_503_and_the_others_go_on(serve: Serve) -> No
     held = [server.connect() for _ in range(3)]
     assert server.bridge
     # Type: ignore[union-attr].
-    wait_until(lambda: len(server.bridge._connections) == 3, "the connections")
+    wait_until(lambda: len(server.bridge.connections) == 3, "the connections")
     answer = server.call("GET", "/healthz")
     assert error_of(answer) == (503, "api_error")
     assert answer.headers["retry-after"] == "1"
@@ -330,7 +330,7 @@ def test_a_connection_too_many_gets_503_and_the_others_go_on(serve: Serve) -> No
         client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert client.recv(4096).startswith(b"HTTP/1.1 200")
         client.close()
-    wait_until(lambda: not server.bridge._connections, "their ends")  # type: ignore[union-attr]
+    wait_until(lambda: not server.bridge.connections, "their ends")  # type: ignore[union-attr]
     assert server.post().status == 200
 
 
@@ -381,7 +381,7 @@ def test_a_deep_look_says_why_nothing_can_be_answered(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, model: str, words: str
 ) -> None:
     if model == "hang-at-start":
-        monkeypatch.setattr(bridge, "HELLO_SECS", 0.5)
+        monkeypatch.setattr(bridge, "INFO_SECS", 0.5)
     monkeypatch.delenv("ANTHROPIC_API_KEY")
     monkeypatch.setattr(sessions, "PROBE_MODEL", model)
     server = serve()
@@ -462,7 +462,7 @@ def test_a_deep_look_finds_that_a_cli_that_worked_works_no_more(
     cli.unlink()
     assert deep(server) == (200, "ok")  # for a while
     assert server.bridge
-    server.bridge._problem_until = 0
+    server.bridge.health.forget()
     assert deep(server)[0] == 503
 
 

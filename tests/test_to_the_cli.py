@@ -88,7 +88,7 @@ def test_lines_keep_all_digits_of_64_bits_and_longer_integers_are_floats_as_for_
 
 
 # Conversations as the CLI reads them with --resume; no result in them is one that
-# `written_result` changes.
+# `cli_result` changes.
 PASTS: dict[str, list[Any]] = {
     "none": [],
     "question": user(text("a")),
@@ -205,7 +205,7 @@ def test_a_result_is_written_into_a_transcript_as_the_cli_writes_it_in_place(
 ) -> None:
     """The prompt cache compares bytes."""
     given: Any = block
-    assert json.dumps(translate.written_result(given)) == json.dumps(written)
+    assert json.dumps(translate.cli_result(given)) == json.dumps(written)
     _, row, _ = translate.transcript([role("user", [block, text("a"), block])], "m")
     assert read(row)["message"]["content"] == [written, text("a"), written]
 
@@ -298,7 +298,7 @@ def test_settings_are_environment_variables_of_the_cli() -> None:
 
 
 def extra_body(request: translate.Request, *, listed: bool = False) -> Any:
-    env = translate.turn_settings(request, has_listed_tools=listed)
+    env = translate.turn_environment(request, has_listed_tools=listed)
     return json.loads(env["CLAUDE_CODE_EXTRA_BODY"])
 
 
@@ -317,8 +317,8 @@ def test_the_settings_of_a_turn_hold_the_fields_of_its_body_as_sent() -> None:
 
 
 def test_the_settings_of_a_turn_take_back_those_of_the_one_before() -> None:
-    first = translate.turn_settings(parsed(user(PAGE | CACHED, text("a")), header="b", top_k=1))
-    second = translate.turn_settings(parsed())
+    first = translate.turn_environment(parsed(user(PAGE | CACHED, text("a")), header="b", top_k=1))
+    second = translate.turn_environment(parsed())
     assert first.keys() == second.keys()
     assert (first["ANTHROPIC_BETAS"], first["DISABLE_PROMPT_CACHING"]) == ("b", "1")
     assert second == {
@@ -337,7 +337,7 @@ def test_the_settings_of_a_turn_say_how_long_the_clis_breakpoints_are_kept() -> 
         (text("a", **CACHED), "1", ""),
         (text("a", **hour), "", "1"),
     ):
-        settings = translate.turn_settings(parsed(user(message)))
+        settings = translate.turn_environment(parsed(user(message)))
         assert settings["FORCE_PROMPT_CACHING_5M"] == forced
         assert settings["ENABLE_PROMPT_CACHING_1H"] == enabled
         assert settings["DISABLE_PROMPT_CACHING"] == ""
@@ -452,7 +452,7 @@ def test_names_that_the_conversation_has_called_are_listed_if_there_are_tools() 
         (None, []),
     ):
         request = parsed(called, tools=tools)
-        assert translate.listed_tools(request) == [translate.listed_tool(name) for name in names]
+        assert translate.tools_for_turn(request) == [translate.listed_tool(name) for name in names]
 
 
 def test_a_tool_is_listed_for_a_count_as_it_is() -> None:
@@ -462,10 +462,10 @@ def test_a_tool_is_listed_for_a_count_as_it_is() -> None:
         {"name": "b", "description": None, "input_schema": 5},
         {"type": "mcp_toolset", "mcp_server_name": "x"},
     ]
-    first, second = translate.described_tools(parsed(tools=tools))
+    first, second = translate.tools_for_count(parsed(tools=tools))
     assert (first["name"], first["description"], first["inputSchema"]) == ("a", "d", schema)
     assert second == translate.listed_tool("b") | {"description": ""}
-    assert translate.described_tools(parsed(tools=None)) == []
+    assert translate.tools_for_count(parsed(tools=None)) == []
 
 
 # ---------------------------------------------------------------- results of tools
@@ -574,4 +574,4 @@ def test_a_line_of_blanks_in_a_written_file_is_looked_at_once() -> None:
     """Or it would take hours."""
     content = "a" + " " * 1_000_000 + "b \n"
     call: Any = {**USE, "name": "Write", "input": {"file_path": "/x", "content": content}}
-    assert translate.written_input(call)["content"] == content[:-2] + "\n"
+    assert translate.cli_input(call)["content"] == content[:-2] + "\n"

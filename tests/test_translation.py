@@ -42,7 +42,7 @@ from messages import (
 )
 
 import translate
-from translate import NEXT, ApiError, State, Translator, decode, usage
+from translate import NEXT, AnswerState, ApiError, Translator, decode
 
 Json = dict[str, Any]
 
@@ -111,7 +111,7 @@ def test_every_recorded_turn_ends_as_its_scenario_says(name: str) -> None:
     for turn, (how, words, kinds) in zip(RECORDINGS[name], ends, strict=True):
         played = turn.play()
         if played.error:
-            assert (played.error.status, played.error.kind) == (how, words)
+            assert (played.error.status, played.error.error_type) == (how, words)
             assert played.error.message.startswith(kinds)
             continue
         message = played.message
@@ -147,7 +147,7 @@ def test_a_turn_rests_after_a_text_that_the_model_ended_or_a_call_of_a_listed_to
         rests = translator.stop_reason == "end_turn" and visible
         if translator.stop_reason == "tool_use":
             rests = turn.scenario != "unlisted_tool"
-        assert translator.rests == rests
+        assert translator.process_waits == rests
 
 
 def test_the_thinking_of_an_answer_comes_whole_with_its_signature() -> None:
@@ -177,16 +177,16 @@ def test_a_recorded_turn_is_left_out_where_another_was_asked_for() -> None:
 
 # ---------------------------------------------------------------- the order of events
 
-# State -> events that lead there, in an agent's turn.
+# AnswerState -> events that lead there, in an agent's turn.
 AGENTS_CALL = (start(), opened(**CALL | {"name": "Read"}))
 LEADING = {
-    State.WAITING: (),
-    State.OPEN: TEXT[:4],
-    State.BLOCK: (start(), opened()),
-    State.HIDDEN: AGENTS_CALL,
-    State.ENDED: TEXT[:5],
-    State.WORKING: (*AGENTS_CALL, closed(), finish("tool_use")),
-    State.DONE: TEXT,
+    AnswerState.WAITING: (),
+    AnswerState.OPEN: TEXT[:4],
+    AnswerState.BLOCK: (start(), opened()),
+    AnswerState.HIDDEN: AGENTS_CALL,
+    AnswerState.ENDED: TEXT[:5],
+    AnswerState.WORKING: (*AGENTS_CALL, closed(), finish("tool_use")),
+    AnswerState.DONE: TEXT,
 }
 EVENTS: dict[str, Json] = {
     "message_start": start(id="msg_2"),
@@ -198,9 +198,9 @@ EVENTS: dict[str, Json] = {
 }
 
 
-@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("state", AnswerState)
 @pytest.mark.parametrize("kind", EVENTS)
-def test_an_event_leads_to_the_next_state_or_fails_the_turn(state: State, kind: str) -> None:
+def test_an_event_leads_to_the_next_state_or_fails_the_turn(state: AnswerState, kind: str) -> None:
     """All but what stands before the answer, or behind it: that is left out."""
     translator = Translator(agent=True)
     for line in stream(*LEADING[state]):
@@ -210,7 +210,7 @@ def test_an_event_leads_to_the_next_state_or_fails_the_turn(state: State, kind: 
     if kind in NEXT[state]:
         translator.feed(line)
         assert translator.state is NEXT[state][kind]
-    elif state in (State.WAITING, State.DONE):
+    elif state in (AnswerState.WAITING, AnswerState.DONE):
         assert translator.feed(line) == []
         assert translator.state is state
     else:
@@ -256,7 +256,11 @@ def test_an_answer_out_of_order_ends_in_an_error(events: tuple[Json, ...]) -> No
 
 def test_an_error_in_the_stream_keeps_its_type_and_text() -> None:
     error = failure(stream(*BROKEN["error"]))
-    assert (error.status, error.kind, error.message) == (502, "overloaded_error", "Overloaded")
+    assert (error.status, error.error_type, error.message) == (
+        529,
+        "overloaded_error",
+        "Overloaded",
+    )
 
 
 def test_a_call_that_was_cut_off_ends_and_the_stop_reason_decides_whether_it_is_an_error() -> None:
@@ -323,7 +327,7 @@ def test_a_message_stop_that_got_lost_comes_with_the_result_even_if_that_is_an_e
 def test_a_refused_control_request_fails_the_turn() -> None:
     refused = LATE["refused control request"]
     error = failure([refused])
-    assert (error.status, error.kind) == (502, "claude_cli_error")
+    assert (error.status, error.error_type) == (502, "claude_cli_error")
 
 
 # ---------------------------------------------------------------- the model that answers
@@ -345,7 +349,7 @@ def test_an_answer_of_another_model_fails_before_anything_is_sent() -> None:
     answer = stream(start(model=SONNET), *TEXT[1:])
     played = play(answer, model=OPUS)
     assert played.error
-    assert (played.error.status, played.error.kind) == (502, "claude_cli_error")
+    assert (played.error.status, played.error.error_type) == (502, "claude_cli_error")
     assert played.error.message == f"the claude CLI used {SONNET} instead of {OPUS}"
     assert (played.emitted, played.message) == ([], {})
 
@@ -368,8 +372,9 @@ def test_a_recorded_answer_is_of_the_model_that_the_cli_lists() -> None:
     for scenario in ("text", "client_tool"):
         for version, turn in first_turns(scenario).items():
             events: list[Any] = turn.events
-            hellos = [translate.control_result(event, "initialize") for event in events]
-            model = translate.listed_model(next(filter(None, hellos)), "sonnet")
+            answers = [translate.control_result(event, "initialize") for event in events]
+            info = translate.read_info(next(filter(None, answers)))
+            model = info.full_name("sonnet")
             played = play(turn.events, turn_id=turn.turn_id, model=model)
             assert checked(played)["model"] == model, (version, scenario)
             other = play(turn.events, turn_id=turn.turn_id, model=OPUS)
@@ -421,20 +426,20 @@ def test_every_call_is_the_clients_but_a_process_rests_only_where_it_can_hand_it
         call = opened(**CALL | {"name": name})
         played = play(stream(start(), call, closed(), finish("tool_use"), STOP))
         assert checked(played)["content"][0]["name"] == name
-        assert (played.translator.calls, played.translator.rests) == (["toolu_1"], rests)
+        assert (played.translator.calls, played.translator.process_waits) == (["toolu_1"], rests)
 
 
 def test_one_call_that_cannot_be_handed_over_is_enough_for_a_process_not_to_rest() -> None:
     other = opened(1, **CALL | {"id": "toolu_2", "name": "Bash"})
     calls = (opened(**CALL), closed(), other, closed(1))
-    assert not play(stream(start(), *calls, finish("tool_use"), STOP)).translator.rests
+    assert not play(stream(start(), *calls, finish("tool_use"), STOP)).translator.process_waits
 
 
 def test_an_answer_of_calls_that_did_not_end_for_them_does_not_rest() -> None:
     for reason in ("end_turn", "pause_turn", "max_tokens"):
         events = (*TEXT[:4], opened(1, **CALL), closed(1), finish(reason), STOP)
-        assert not play(stream(*events)).translator.rests
-    assert not play(stream(*TEXT[:4], finish("tool_use"), STOP)).translator.rests
+        assert not play(stream(*events)).translator.process_waits
+    assert not play(stream(*TEXT[:4], finish("tool_use"), STOP)).translator.process_waits
 
 
 READ = (
@@ -459,10 +464,10 @@ def test_an_agent_is_working_between_its_messages() -> None:
     translator = Translator(agent=True)
     for line in BEFORE:
         translator.feed(line)
-    assert (translator.working, translator.done, translator.rests) == (True, False, False)
+    assert (translator.working, translator.done, translator.process_waits) == (True, False, False)
     for line in (ITS_RESULT, *AFTER):
         translator.feed(line)
-    assert (translator.working, translator.done, translator.rests) == (False, True, True)
+    assert (translator.working, translator.done, translator.process_waits) == (False, True, True)
 
 
 def test_an_agents_answer_counts_the_tokens_of_all_its_messages() -> None:
@@ -510,7 +515,7 @@ def test_the_answer_ends_at_its_stop_reason_unless_the_cli_rests_there(reason: s
         translator.feed(line)
     kinds = [event["type"] for event in translator.feed(*stream(finish(reason)))]
     assert kinds == (["message_delta"] if REST[reason] else ["message_delta", "message_stop"])
-    assert (translator.rests, translator.done) == (REST[reason], not REST[reason])
+    assert (translator.process_waits, translator.done) == (REST[reason], not REST[reason])
 
 
 @pytest.mark.parametrize(
@@ -531,7 +536,7 @@ def test_an_answer_without_a_visible_text_is_complete_and_does_not_rest(
 ) -> None:
     played = play(stream(start(), *events, finish()))
     checked(played)
-    assert not played.translator.rests
+    assert not played.translator.process_waits
 
 
 def test_a_stop_sequence_is_named() -> None:
@@ -832,7 +837,7 @@ USAGES: list[tuple[Any, Json]] = [
 
 @pytest.mark.parametrize(("came", "passed"), USAGES, ids=repr)
 def test_a_usage_has_the_two_main_counts_and_no_null(came: Any, passed: Json) -> None:
-    assert usage(came) == LEAST | passed
+    assert play(stream(start(usage=came))).message["usage"] == LEAST | passed
     for events in ((start(usage=came), *TEXT[1:]), (*TEXT[:4], {**finish(), "usage": came}, STOP)):
         checked(play(stream(*events)))
 
@@ -1164,16 +1169,19 @@ UNKNOWN_SHAPES = {
 def test_an_event_of_an_unknown_shape_is_a_502(events: list[Json]) -> None:
     error = play(events).error
     assert error
-    assert (error.status, error.kind) == (502, "claude_cli_error")
+    assert (error.status, error.error_type) == (502, "claude_cli_error")
     words = "the claude CLI printed an event of an unknown shape ("
     assert error.message.startswith(words)
     assert error.message.endswith("Error)")
 
 
-def test_an_input_of_200_levels_arrives_whole_and_a_deeper_one_fails_the_turn() -> None:
-    value = json.loads(nested(200))
-    assert checked(play(call_of(nested(200))))["content"][0]["input"] == value
-    for levels in (201, 300, 1000):
+def test_an_input_whose_echo_is_a_good_request_arrives_whole_and_a_deeper_one_fails_the_turn() -> (
+    None
+):
+    most = translate.MAX_DEPTH // 2
+    value = json.loads(nested(most))
+    assert checked(play(call_of(nested(most))))["content"][0]["input"] == value
+    for levels in (most + 1, 300, 1000):
         error = play(call_of(nested(levels))).error
         assert error
         assert "nested too deeply" in error.message
@@ -1259,7 +1267,7 @@ def test_a_mutated_turn_ends_in_a_message_or_an_error_in_the_order_of_the_gramma
 def test_a_turn_hands_on_what_the_event_before_its_failure_says() -> None:
     event = synthetic(api_error_type="tool_error", api_error_code="bad_tool")
     error = failure([event, failed(api_error_status=400, result="API Error: 400 no")])
-    assert (error.status, error.kind, error.message) == (400, "tool_error", "no")
+    assert (error.status, error.error_type, error.message) == (400, "tool_error", "no")
     assert error.details == {"error_code": "bad_tool"}
 
 
