@@ -571,7 +571,7 @@ class Reads:
     def fail(self, error: ApiError) -> None:
         pass
 
-    def keep(self, events: list[Any]) -> None:
+    def put_back(self, events: list[Any]) -> None:
         """What comes behind a turn is not what is tried here."""
 
     async def read(self) -> list[Any]:
