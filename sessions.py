@@ -317,7 +317,7 @@ class Kind:
     """What a process is started for."""
 
     # Its --model; empty: it takes the one of the conversation that it is given
-    # (`translate.takes_from_conversation`), so it will do for many models.
+    # (`CliInfo.takes_from_conversation`), so it will do for many models.
     model: str = ""
     # It has the CLI's own tools.
     agent: bool = False
@@ -937,7 +937,7 @@ class Cli:
     info: CliInfo = field(default_factory=CliInfo)
     # Answers of `Counter.count`.
     counts: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
-    # By model, account and day, what it announces (`Pool._announced`).
+    # By model, account and day, what it announces (`Inspector.announced`).
     announced: OrderedDict[Any, list[Json]] = field(default_factory=OrderedDict)
 
     def take_in(self, info: CliInfo) -> None:

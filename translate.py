@@ -1,8 +1,9 @@
 """Pure rules between the Messages API and the claude CLI: no I/O, no clock.
 
 After errors and JSON, the file follows the order of a turn: a request, its messages, their
-fingerprint, what is written to the CLI, what is read from it, the translation of its
-events into those of a Messages stream, frames, and the headers of rate limits.
+fingerprint, what is written to the CLI, what is read from it, what it reports of itself,
+the translation of its events into those of a Messages stream, frames, and the headers of
+rate limits.
 
 "API" names a rule of the Messages API.  A name after "recording" is a file in
 tests/fixtures that shows the rule.
@@ -1585,42 +1586,6 @@ def tools_for_turn(request: Request) -> list[Json]:
     return [listed_tool(name) for name in dict.fromkeys(names)]
 
 
-def is_custom(tool: Json) -> bool:
-    """Whether a client defines the tool itself."""
-    return tool.get("type") in (None, "custom")
-
-
-def tools_for_count(request: Request) -> list[Json]:
-    """The tools of a request as the CLI lists them for a count of tokens, which counts
-    exactly what is listed."""
-    described = []
-    for tool in filter(is_custom, request.fields.get("tools") or []):
-        listed = listed_tool(get_str(tool, "name"))
-        listed["description"] = get_str(tool, "description")
-        if isinstance(tool.get("input_schema"), dict):
-            listed["inputSchema"] = tool["input_schema"]
-        described.append(listed)
-    return described
-
-
-# Characters of a tool's description that every CLI counts: 2.1.197 so many, 2.1.332 twice
-# as many.
-MAX_COUNTED_DESCRIPTION = 2048
-
-
-def not_counted(request: Request) -> list[str]:
-    """The fields and places of a request that a count leaves out: the CLI counts
-    messages, the system prompt, and tools that a client defines."""
-    names = ("container", "mcp_servers", "output_config")
-    left_out = [name for name in names if request.fields.get(name)]
-    for number, tool in enumerate(request.fields.get("tools") or []):
-        if not is_custom(tool):
-            left_out.append(f"tools.{number}")
-        elif js_length(get_str(tool, "description")) > MAX_COUNTED_DESCRIPTION:
-            left_out.append(f"tools.{number}.description")
-    return left_out
-
-
 # Characters of a tool result that the CLI passes on whole with room to spare: its limit
 # is 500,000.
 MAX_RESULT = 400_000
@@ -2380,3 +2345,42 @@ def quota_headers(limits: Mapping[str, RateLimit]) -> list[tuple[str, str]]:
         for name, value in headers.items()
         if HEADER_WORD.fullmatch(value)
     ]
+
+
+# ------------------------------------------------------------ appendix: counting
+
+
+def is_custom(tool: Json) -> bool:
+    """Whether a client defines the tool itself."""
+    return tool.get("type") in (None, "custom")
+
+
+def tools_for_count(request: Request) -> list[Json]:
+    """The tools of a request as the CLI lists them for a count of tokens, which counts
+    exactly what is listed."""
+    described = []
+    for tool in filter(is_custom, request.fields.get("tools") or []):
+        listed = listed_tool(get_str(tool, "name"))
+        listed["description"] = get_str(tool, "description")
+        if isinstance(tool.get("input_schema"), dict):
+            listed["inputSchema"] = tool["input_schema"]
+        described.append(listed)
+    return described
+
+
+# Characters of a tool's description that every CLI counts: 2.1.197 so many, 2.1.332 twice
+# as many.
+MAX_COUNTED_DESCRIPTION = 2048
+
+
+def not_counted(request: Request) -> list[str]:
+    """The fields and places of a request that a count leaves out: the CLI counts
+    messages, the system prompt, and tools that a client defines."""
+    names = ("container", "mcp_servers", "output_config")
+    left_out = [name for name in names if request.fields.get(name)]
+    for number, tool in enumerate(request.fields.get("tools") or []):
+        if not is_custom(tool):
+            left_out.append(f"tools.{number}")
+        elif js_length(get_str(tool, "description")) > MAX_COUNTED_DESCRIPTION:
+            left_out.append(f"tools.{number}.description")
+    return left_out
