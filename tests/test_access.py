@@ -1,5 +1,6 @@
 """Who may talk to the port: the names in Host, the origins of web pages, the API key."""
 
+import re
 from contextlib import closing
 from pathlib import Path
 
@@ -54,6 +55,17 @@ KEY = "sk-bridge-0123456789"
 def test_loopback_names_and_allowed_hosts_are_served(serve: Serve, host: str) -> None:
     server = serve(allowed_hosts=("bridge.example", "192.0.2.7", "2001:db8::7"))
     assert let_in(ask(server, f"Host: {host}"))
+
+
+def test_the_refusal_of_an_ipv6_address_names_a_value_that_allows_it(serve: Serve) -> None:
+    host = "Host: [fd00::1]:14001"
+    refused = ask(serve(), host)
+    assert_refused(refused, 403, "permission_error")
+    named = re.search("CLAUDE_CLI_ALLOWED_HOSTS=([^ ]+) ", refused.json["error"]["message"])
+    assert named
+    for value in (named[1], "[fd00::1]"):
+        config = bridge.Config.read({"CLAUDE_CLI_ALLOWED_HOSTS": value}, {})
+        assert let_in(ask(serve(allowed_hosts=config.allowed_hosts), host))
 
 
 @pytest.mark.parametrize("name", ["db", "cafe", "a", "d0", "bad.face", "deadbeef"])
@@ -389,6 +401,7 @@ def locked(serve: Serve) -> Server:
         [f"authorization: Bearer {KEY}", f"x-api-key: {KEY}"],
         [f"authorization: Bearer {KEY}", "x-api-key: another"],
         ["authorization: Bearer another", f"x-api-key: {KEY}"],
+        ["authorization: word", f"x-api-key: {KEY}"],
     ],
 )
 def test_the_key_may_come_in_either_header(locked: Server, lines: list[str]) -> None:
@@ -529,6 +542,33 @@ def test_a_key_without_its_scheme_is_told_so(serve: Serve, line: str) -> None:
     answer = ask(serve(api_key="sesame"), "Host: localhost", line)
     assert answer.status == 401
     assert answer.json["error"]["message"] == "Authorization takes the word Bearer before the key"
+
+
+def test_a_wrong_key_beside_a_key_without_its_scheme_is_told_of_the_scheme(locked: Server) -> None:
+    answer = ask(locked, "Host: localhost", "Authorization: word", "x-api-key: another")
+    assert_refused(answer, 401, "authentication_error")
+    assert answer.json["error"]["message"] == "Authorization takes the word Bearer before the key"
+
+
+@pytest.mark.parametrize("count", [2, 1000])
+def test_headers_of_one_name_are_joined_and_empty_ones_are_left_out(
+    serve: Serve, count: int
+) -> None:
+    """RFC 9110, 5.3.  The key shows what became of them."""
+    server = serve(api_key=", ".join(["a", *["b"] * count]))
+    lines = ["x-api-key: a", *["x-api-key:", "x-api-key: b"] * count, "x-api-key:"]
+    assert let_in(ask(server, "Host: localhost", *lines))
+    assert not let_in(ask(server, "Host: localhost", *lines, "x-api-key: b"))
+
+
+def test_an_empty_host_is_refused_where_none_is_needed(serve: Serve) -> None:
+    """A client of HTTP/1.0 need not send one."""
+    server = serve()
+    old = "POST /v1/messages HTTP/1.0"
+    assert let_in(ask(server, request=old))
+    answer = ask(server, "Host:", request=old)
+    assert_refused(answer, 403, "permission_error")
+    assert "Host '' is not allowed" in answer.json["error"]["message"]
 
 
 # ---------------------------------------------------------------- routes

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +14,7 @@ from client import request_body
 from host import STANDIN, wait_until
 from servers import Serve, Server
 from stand_in import Log
-from wire import ask
+from wire import GET, Wire, ask, post
 
 import bridge
 from bridge import user_name
@@ -162,6 +163,45 @@ def test_the_page_shows_the_last_twenty_requests(serve: Serve) -> None:
         server.call("GET", f"/nope{number}")
     said = page(server, HTML)
     assert re.findall(r"/nope(\d+) ", said) == [str(number) for number in range(24, 4, -1)]
+
+
+def test_what_clients_without_the_key_sent_is_not_on_the_page(
+    serve: Serve, connect: Callable[[Server], Wire]
+) -> None:
+    """They cannot push others off it."""
+    server = serve(api_key=KEY["x-api-key"], send_secs=1)
+    requests = {
+        b"bad\r\n\r\n": 400,
+        post()[:40]: 408,
+        post(b"", b"x: " + b"x" * 70_000): 431,
+        post(b"").replace(b"Content-Length: 0", b"Content-Length: 99999999"): 401,
+        GET.replace(b"GET", b"POST"): 405,
+    }
+    for data, status in requests.items():
+        wire = connect(server)
+        wire.send(data)
+        assert wire.answer().status == status
+    assert "Last requests none" in re.sub(r"\s+", " ", page(server, {}, **KEY))
+
+
+def test_the_refusals_of_clients_with_the_key_are_on_the_page(
+    serve: Serve, connect: Callable[[Server], Wire]
+) -> None:
+    server = serve(api_key=KEY["x-api-key"], send_secs=1)
+    key = b"x-api-key: " + KEY["x-api-key"].encode()
+    requests = {
+        post(b"{", key): 400,
+        post(b"{", key)[:-1]: 408,
+        post(b"", key).replace(b"Content-Length: 0", b"Content-Length: 99999999"): 413,
+        post(b"", key, path="/nope"): 404,
+        post(b"", key).replace(b"POST", b"PUT"): 405,
+    }
+    for data, status in requests.items():
+        wire = connect(server)
+        wire.send(data)
+        assert wire.answer().status == status
+    shown = re.findall(r"\d\d /\S+ +(\d+)", page(server, {}, **KEY))
+    assert list(map(int, reversed(shown))) == list(requests.values())
 
 
 def test_the_page_is_refreshed_without_a_script(serve: Serve) -> None:

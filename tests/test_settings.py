@@ -167,6 +167,11 @@ def test_a_variable_that_everybody_tries_is_answered_with_a_variable(launch: Lau
     printed(program, "CLAUDE_CLI_DEBUG is no setting; use CLAUDE_CLI_LOG_LEVEL=debug")
 
 
+def test_a_kept_variable_that_is_not_set_is_none_of_the_bridges_words() -> None:
+    warnings = Config(keep_env=("DEBUG",)).warnings({})
+    assert warnings == ["CLAUDE_CLI_KEEP_ENV: DEBUG is not set"]
+
+
 def test_mistyped_variables_are_warned_of_at_the_start(launch: Launch) -> None:
     program = launch(
         CLAUDE_CLI_MAX_SESSION="3",
@@ -262,6 +267,13 @@ def test_to_listen_beyond_loopback_takes_a_key(address: str) -> None:
     bridge.Config(listen_addr=address, bin=str(STANDIN), api_key=KEY).checked()
 
 
+@pytest.mark.parametrize("address", [":::1", "[::]:1", "0.0.0.0:1"])
+def test_who_listens_on_all_addresses_is_told_of_allowed_hosts(address: str) -> None:
+    [said] = Config(listen_addr=address).warnings({})
+    assert "get 403 until CLAUDE_CLI_ALLOWED_HOSTS holds that name or address" in said
+    assert Config(listen_addr=address, allowed_hosts=("bridge.example",)).warnings({}) == []
+
+
 @pytest.mark.parametrize(
     "address",
     [
@@ -313,3 +325,16 @@ def test_an_address_of_the_api_that_is_the_bridges_own_is_refused_at_the_start(
     # What the CLI does not get does no harm.
     kept = [name for name in KEEP if name != "ANTHROPIC_BASE_URL"]
     assert serve(listen_addr=f"127.0.0.1:{port}", keep_env=kept).post().status == 200
+
+
+@pytest.mark.parametrize(
+    ("address", "url", "leads_here"),
+    [
+        ("127.0.0.1:80", "http://127.0.0.1", True),
+        ("127.0.0.1:80", "http://localhost/v1", True),
+        ("127.0.0.1:80", "http://127.0.0.1:14001", False),
+        ("127.0.0.1:14001", "http://127.0.0.1", False),
+    ],
+)
+def test_a_url_without_a_port_leads_to_port_80(address: str, url: str, leads_here: bool) -> None:
+    assert Config(listen_addr=address).leads_here(url) == leads_here
