@@ -17,14 +17,17 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
+import h11
 import pytest
 from client import error_of, request_body
 from host import open_files, wait_until
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from messages import DONE
 from processes import FLOOD, is_held_up, read_all, reaped, send
 from servers import Launch, Serve, Server, printed
 from stand_in import Log
+from test_metrics import measure
 from wire import (
     GET,
     HOST,
@@ -538,6 +541,20 @@ def test_a_failure_before_the_first_event_is_a_status(wire: Wire) -> None:
     assert wire.answer().body == b"ok"
 
 
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+def test_an_error_event_before_the_first_byte_is_a_status(
+    wire: Wire, tmp_path: Path, stream: bool
+) -> None:
+    error = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+    lines = [{"type": "stream_event", "event": error, "parent_tool_use_id": None}, DONE]
+    rows = [json.dumps({"t": 0, "dir": "out", "line": line}) for line in lines]
+    (tmp_path / "error.ndjson").write_text("\n".join(rows))
+    wire.send(post(f"REPLAY {tmp_path}/error", stream=stream))
+    answer = wire.answer()
+    assert_error(answer, 529, "overloaded_error")
+    assert said(answer) == "Overloaded"
+
+
 def test_a_failure_in_mid_stream_is_an_error_event_and_the_connection_stays(wire: Wire) -> None:
     wire.send(post("DIE 3", stream=True) + GET)
     answer = wire.answer()
@@ -692,6 +709,33 @@ def test_a_client_that_leaves_at_any_point_leaves_nothing_behind(
     wait_until(lambda: not server.processes(), "the end of all processes")
     wait_until(lambda: open_files() == files, "closed descriptors")
     assert server.call("GET", "/healthz").status == 200
+
+
+RESET = pytest.param(
+    "reset",
+    marks=pytest.mark.xfail(strict=True, reason="a reset in a body leaves no line in the log"),
+)
+
+
+@pytest.mark.parametrize("way", ["close", RESET, "finish"])
+@pytest.mark.parametrize("half", [post()[:-9], chunked(PROBE_BODY)[:-20]], ids=["length", "chunks"])
+def test_an_upload_that_breaks_off_is_logged_and_counted(
+    serve: Serve, caplog: pytest.LogCaptureFixture, half: bytes, way: str
+) -> None:
+    caplog.set_level(logging.INFO, "claude_cli_bridge")
+    server = serve()
+    with contextlib.closing(Wire(server)) as wire:
+        wire.send(half)
+        assert server.bridge
+        connections = server.bridge.connections
+        is_read = {h11.SEND_BODY}
+        wait_until(
+            lambda: {item.http.their_state for item in connections.values()} == is_read, "the head"
+        )
+        getattr(wire, way)()
+        wait_until(lambda: not connections, "the end of the connection")
+    assert "route=/v1/messages status=499 error=client_left " in caplog.text
+    assert measure(server)("errors_total", type="client_left") == 1
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,25 @@ def test_after_each_stop_a_host_program_has_the_tasks_children_and_files_it_had_
         run(host(config))
 
 
+def test_on_any_loop_as_many_connections_are_served_as_there_may_be(run: Run[list[bytes]]) -> None:
+    """All of them are there when the loop looks."""
+
+    def answer_to(client: socket.socket) -> bytes:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        return client.recv(12)
+
+    async def program() -> list[bytes]:
+        sock = socket.create_server(("127.0.0.1", 0))
+        with contextlib.ExitStack() as stack:
+            async with serve(Config(bin=str(STANDIN), max_connections=5), sock):
+                clients = [socket.create_connection(sock.getsockname()) for _ in range(8)]
+                for client in clients:
+                    stack.enter_context(client)
+                return [await asyncio.to_thread(answer_to, client) for client in clients]
+
+    assert sorted(run(program())) == [b"HTTP/1.1 200"] * 5 + [b"HTTP/1.1 503"] * 3
+
+
 @pytest.mark.parametrize("steps", range(30))
 def test_serve_that_is_cancelled_at_any_step_leaves_nothing(run: Run[None], steps: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -1,5 +1,7 @@
 """The bridge as a program: its words, its start, its signals, its log."""
 
+import contextlib
+import ctypes
 import dataclasses
 import fcntl
 import json
@@ -266,6 +268,15 @@ def test_a_tool_that_the_cli_does_not_have_is_warned_of(
     assert since() == []
 
 
+def test_a_tool_is_no_command_and_a_comma_at_the_end_of_tools_names_none(
+    launch: Launch, cli: Path
+) -> None:
+    program = launch("--tools", "Run, Bash,", "--bin", str(cli))
+    printed(program, "has no tool")
+    said = [line.partition(": the CLI ")[2] for line in program.lines if "has no tool" in line]
+    assert said == ["has no tool Run\n"]
+
+
 def test_an_mcp_server_that_cannot_start_is_warned_of(
     launch: Launch, cli: Path, tmp_path: Path, since: Callable[[], list[Json]]
 ) -> None:
@@ -275,6 +286,30 @@ def test_an_mcp_server_that_cannot_start_is_warned_of(
     printed(program, "the MCP server broken is not there: failed")
     assert not [line for line in program.lines if "has no tool" in line]
     assert since() == []
+
+
+def test_large_blocks_are_given_back_where_the_c_library_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Library:
+        """One that notes what it is told."""
+
+        def __init__(self) -> None:
+            self.told: list[tuple[int, int]] = []
+
+        def mallopt(self, name: int, value: int) -> int:
+            self.told.append((name, value))
+            return 1
+
+    library = Library()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    bridge.give_back_memory()
+    bridge.give_back_memory()
+    m_mmap_threshold = -3  # mallopt(3)
+    assert library.told == [(m_mmap_threshold, 256 << 10)] * 2
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    bridge.give_back_memory()
+    bridge.give_back_memory()
 
 
 @linux
@@ -313,6 +348,33 @@ def test_a_socket_of_a_service_manager_that_is_none_is_one_line_and_status_2() -
     said = [line for line in done.stderr.splitlines() if "LISTEN_FDS" in line]
     assert (done.returncode, len(said)) == (2, 1)
     assert "Traceback" not in done.stderr
+
+
+CONNECTED = pytest.param(
+    "connected",
+    marks=pytest.mark.xfail(strict=True, reason="the failure of listen() is a traceback"),
+)
+
+
+@pytest.mark.parametrize("kind", ["datagram", "datagram at a path", CONNECTED])
+def test_a_socket_of_a_service_manager_that_cannot_listen_is_one_line_and_status_2(
+    tmp_path: Path, kind: str
+) -> None:
+    with contextlib.ExitStack() as stack:
+        if kind == "connected":
+            sock, other = socket.socketpair()
+            stack.enter_context(other)
+        elif kind == "datagram":
+            sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            sock.bind(("127.0.0.1", 0))
+        else:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            sock.bind(str(tmp_path / "socket"))
+        stack.enter_context(sock)
+        program = activate(sock)
+        _, said = program.communicate(timeout=30)
+    assert (program.returncode, len(said.splitlines())) == (2, 1), said
+    assert said.startswith("claude-cli-bridge: CLAUDE_CLI_LISTEN_ADDR: cannot listen on ")
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -334,6 +335,40 @@ def test_a_connection_too_many_gets_503_and_the_others_go_on(serve: Serve) -> No
     assert server.post().status == 200
 
 
+def at_once(server: Server, connect: Callable[[Server], Wire]) -> list[tuple[int, Wire]]:
+    """Eight clients, all of them there when the bridge looks, and how each is answered; those that
+    are served come first."""
+    assert server.loop
+    are_there = threading.Event()
+    server.loop.call_soon_threadsafe(partial(are_there.wait, 10))
+    clients = [connect(server) for _ in range(8)]
+    are_there.set()
+    for client in clients:
+        client.send(GET)
+    answered = [(client.answer().status, client) for client in clients]
+    return sorted(answered, key=lambda pair: pair[0])
+
+
+def test_of_clients_that_connect_at_once_as_many_are_served_as_there_may_be(
+    serve: Serve, connect: Callable[[Server], Wire]
+) -> None:
+    statuses = [status for status, _ in at_once(serve(max_connections=5), connect)]
+    assert statuses == [200] * 5 + [503] * 3
+
+
+def test_a_refused_client_that_lingers_takes_no_place(
+    serve: Serve, connect: Callable[[Server], Wire], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge, "LINGER_SECS", 1000)
+    server = serve(max_connections=5)
+    clients = at_once(server, connect)
+    clients[0][1].close()
+    wait_until(lambda: server.call("GET", "/healthz").status == 200, "the place")
+    assert server.bridge
+    refused = [item for item in server.bridge.connections.values() if item.is_surplus]
+    assert len(refused) >= 3
+
+
 def test_a_clock_that_jumps_disturbs_nobody(
     serve: Serve,
     gate: Path,
@@ -464,6 +499,16 @@ def test_a_deep_look_finds_that_a_cli_that_worked_works_no_more(
     assert server.bridge
     server.bridge.health.forget()
     assert deep(server)[0] == 503
+
+
+def test_a_401_of_the_api_makes_a_deep_look_ask_the_cli_again(serve: Serve, log: Log) -> None:
+    server = serve()
+    assert deep(server) == deep(server) == (200, "ok")
+    assert len(log.started()) == 1
+    assert server.post(model="not-logged-in").status == 401
+    before = len(log.started())
+    assert deep(server) == (200, "ok")
+    assert len(log.started()) == before + 1
 
 
 @pytest.mark.parametrize("query", ["deep=1", "x=1"])
