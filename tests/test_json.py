@@ -11,7 +11,17 @@ import translate
 
 @pytest.mark.parametrize(
     ("value", "is_blank"),
-    [("", True), (" \n\t\u00a0\u2003", True), ("\ufeff", True), (" a ", False), ("\u200b", False)],
+    [
+        ("", True),
+        (" \n\t\u00a0\u2003", True),
+        ("\u2003\n", True),
+        ("\ufeff", True),
+        (" a ", False),
+        ("\u200b", False),
+        # White space in Python alone.
+        ("\x1f", False),
+        ("\x85", False),
+    ],
 )
 def test_white_space_is_what_javascript_takes_for_it(value: str, is_blank: bool) -> None:
     assert translate.is_blank(value) == is_blank

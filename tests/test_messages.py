@@ -4,6 +4,7 @@ breakpoints they have."""
 import base64
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ from messages import (
     user,
 )
 
-from translate import CANNOT_CONTINUE, ApiError
+from translate import CANNOT_CONTINUE, ApiError, MessageReader
 
 Json = dict[str, Any]
 
@@ -216,6 +217,16 @@ def test_what_the_bridge_reads_of_the_messages_is_checked_in_the_apis_words(
     messages: Any, words: str
 ) -> None:
     check_refused(words, messages)
+
+
+@pytest.mark.parametrize("value", ["\x1f", "\x85"])
+def test_a_text_that_is_white_space_in_python_alone_passes_as_sent(value: str) -> None:
+    assert parsed(value).messages == [role("user", [text(value)])]
+
+
+@pytest.mark.parametrize("value", ["\ufeff", "\u2003\n"])
+def test_a_text_that_is_white_space_in_javascript_is_refused(value: str) -> None:
+    check_refused("messages: text content blocks must contain non-whitespace text", value)
 
 
 @pytest.mark.parametrize("more", [0, 4])
@@ -610,6 +621,24 @@ def test_other_breakpoints_are_the_clients(messages: Any, fields: Json, is_lossy
     assert request.not_sent == ["cache_control"] * is_lossy
 
 
+def test_a_breakpoint_before_a_message_that_is_left_out_is_inside_its_message() -> None:
+    """API: what stands on both sides of it is one message."""
+    thought = role("assistant", [THOUGHT])
+    request = parsed([*user(text("a", **CACHED)), thought, role("user", "b")])
+    assert (request.caching, request.ttl) == ("client", "")
+    assert request.messages == [role("user", [text("a", **CACHED), text("b")])]
+    assert request.not_sent == ["messages.1"]
+    answered_between = parsed([*user(text("a", **CACHED)), "yes", role("user", "b")])
+    assert answered_between.caching == "cli"
+
+
+def test_a_breakpoint_on_a_call_is_lost_beside_those_of_the_client() -> None:
+    inside = user(PAGE | CACHED, text("b"))
+    request = parsed([*inside, role("assistant", [text("a"), USE | CACHED]), *user(RESULT)])
+    assert request.caching == "client"
+    assert request.not_sent == ["messages.1.content.1.cache_control"]
+
+
 def test_the_breakpoints_of_tools_and_of_the_whole_request_go_to_the_api() -> None:
     for fields in ({"tools": [TOOL | CACHED]}, CACHED):
         assert parsed(**fields).fields == {"max_tokens": 1024, **fields}
@@ -730,6 +759,31 @@ LOST: dict[str, tuple[Any, Json, list[str]]] = {
         ["cache_control"],
     ),
 }
+
+
+class Watched(list[str]):
+    """A list that counts how many of its items were looked at."""
+
+    looked_at = 0
+
+    def __iter__(self) -> Iterator[str]:
+        self.looked_at += len(self)
+        return super().__iter__()
+
+    def __contains__(self, item: object) -> bool:
+        self.looked_at += len(self)
+        return super().__contains__(item)
+
+
+def test_a_last_message_of_many_parts_that_are_left_out_takes_linear_work() -> None:
+    for count in (20, 20_000):
+        not_sent = Watched()
+        reader = MessageReader(not_sent)
+        reader.read([role("user"), role("assistant", [FALLBACK] * count + [text("a")])])
+        with pytest.raises(ApiError, match="cannot continue this message"):
+            reader.finish(keep_breakpoints=False)
+        assert len(not_sent) == count
+        assert not_sent.looked_at <= 2 * count
 
 
 @pytest.mark.parametrize(("messages", "fields", "not_sent"), LOST.values(), ids=LOST.keys())

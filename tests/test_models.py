@@ -1,10 +1,13 @@
 """The models that a CLI lists, and which of them one process takes."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from client import Json
+from host import STANDIN
 from processes import pool_of
 from servers import Serve, Server
 
@@ -70,6 +73,43 @@ def test_a_model_is_listed_under_its_full_id_and_under_its_alias_and_once() -> N
     ]
     assert [model["claude_cli"] for model in found.values()] == [{}, {}, {"supportsEffort": True}]
     assert model_list(read_info({})) == {}
+
+
+GOOD = {"value": "opus", "resolvedModel": "claude-opus-5"}
+
+
+@pytest.mark.parametrize(
+    ("models", "names"),
+    [
+        (None, []),
+        ([GOOD, {"value": "odd"}], ["claude-opus-5", "claude-cli/opus"]),
+        (
+            [{"resolvedModel": "claude-odd-1"}, {"value": None, "resolvedModel": "x"}, GOOD, 5],
+            ["claude-opus-5", "claude-cli/opus"],
+        ),
+        ([{"value": "odd", "resolvedModel": None}], []),
+    ],
+    ids=["null", "no full name", "no name", "null as full name"],
+)
+def test_a_model_without_its_names_is_left_out_of_the_list(
+    serve: Serve, tmp_path: Path, models: Any, names: list[str]
+) -> None:
+    cli = tmp_path / "claude"
+    lines = [
+        f"#!{sys.executable}",
+        "import sys",
+        f"sys.path.insert(0, {str(STANDIN.parent)!r})",
+        "import stand_in",
+        f"stand_in.MODELS = {models!r}",
+        "stand_in.main()",
+    ]
+    cli.write_text("\n".join(lines))
+    cli.chmod(0o755)
+    page = serve(bin=cli).call("GET", "/v1/models")
+    assert page.status == 200
+    assert [model["id"] for model in page.json["data"]] == names
+    ends = (names[0], names[-1]) if names else (None, None)
+    assert (page.json["first_id"], page.json["last_id"]) == ends
 
 
 # ---------------------------------------------------------------- one process for many

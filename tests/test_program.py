@@ -21,10 +21,11 @@ import psutil
 import pytest
 from client import Client, Json, error_of
 from host import ROOT, STANDIN, wait_until
-from processes import HEADER, alive
+from processes import HEADER, alive, in_pool
 from servers import (
     ADDRESS,
     BRIDGE,
+    KEEP,
     Launch,
     Program,
     activate,
@@ -41,6 +42,7 @@ from wire import GET
 
 import bridge
 from bridge import ConfigError, read_flags
+from sessions import Pool
 from translate import digest
 
 formats = pytest.mark.parametrize("log_format", ["text", "json"])
@@ -268,13 +270,12 @@ def test_a_tool_that_the_cli_does_not_have_is_warned_of(
     assert since() == []
 
 
-def test_a_tool_is_no_command_and_a_comma_at_the_end_of_tools_names_none(
-    launch: Launch, cli: Path
-) -> None:
-    program = launch("--tools", "Run, Bash,", "--bin", str(cli))
-    printed(program, "has no tool")
-    said = [line.partition(": the CLI ")[2] for line in program.lines if "has no tool" in line]
-    assert said == ["has no tool Run\n"]
+def test_a_tool_is_no_command_and_a_comma_at_the_end_of_tools_names_none(cli: Path) -> None:
+    async def use(pool: Pool) -> None:
+        [said] = await bridge.missing_from_agent(pool)
+        assert said == "CLAUDE_CLI_TOOLS: the CLI has no tool Run"
+
+    in_pool(use, bin=str(cli), tools="Run, Bash,", keep_env=KEEP)
 
 
 def test_an_mcp_server_that_cannot_start_is_warned_of(

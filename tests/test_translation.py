@@ -263,6 +263,24 @@ def test_an_error_in_the_stream_keeps_its_type_and_text() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "status", "kind"),
+    [
+        ("overloaded_error", 529, "overloaded_error"),
+        ("invalid_request_error", 400, "invalid_request_error"),
+        ("rate_limit_error", 429, "rate_limit_error"),
+        ("brand_new_error", 502, "brand_new_error"),
+        (None, 502, "api_error"),
+    ],
+)
+def test_an_error_in_the_stream_has_the_status_of_its_type(
+    given: str | None, status: int, kind: str
+) -> None:
+    error = translate.stream_error({"type": given, "message": "no"})
+    assert (error.status, error.error_type, error.message) == (status, kind, "no")
+    assert error.is_from_api
+
+
 def test_a_call_that_was_cut_off_ends_and_the_stop_reason_decides_whether_it_is_an_error() -> None:
     cut = BROKEN["input that is not JSON"]
     assert play(stream(*cut)).emitted == list(cut)
@@ -486,6 +504,32 @@ def test_an_agents_answer_counts_the_tokens_of_all_its_messages() -> None:
         "cache_read_input_tokens": 15,
         "cache_creation_input_tokens": 0,
     }
+
+
+def test_of_the_usage_of_an_agents_messages_only_counts_of_tokens_are_kept() -> None:
+    other = {"service_tier": "standard", "cache_creation": {"ephemeral_5m_input_tokens": 3}}
+    first = {"input_tokens": 10, "output_tokens": 1, **other}
+    read = {**finish("tool_use"), "usage": {"output_tokens": 30, "server_tool_use": {"n": 1}}}
+    end = {**finish(), "usage": {"output_tokens": 17, "cache_read_input_tokens": 5, **other}}
+    events = [
+        *stream(start(usage=first), *TEXT[1:4], *READ, read, STOP),
+        *stream(start(id="msg_2", usage=first), *TEXT[1:4], end, STOP),
+    ]
+    assert checked(play(events, agent=True))["usage"] == {
+        "input_tokens": 10 + 10,
+        "output_tokens": 30 + 17,
+        "cache_read_input_tokens": 5,
+        "cache_creation_input_tokens": 0,
+    }
+
+
+def test_a_refused_call_of_a_subagent_does_not_fail_the_answer_and_one_of_the_answer_does() -> None:
+    refused = {"type": "api_call", "subtype": "message", "response": 400}
+    played = play([*BEFORE, refused, ITS_RESULT, *AFTER], agent=True)
+    assert checked(played)["content"] == [text("Hi"), text(" there")]
+    alone = play([refused, *stream(*TEXT)]).error
+    assert alone
+    assert (alone.status, alone.error_type) == (400, "invalid_request_error")
 
 
 def test_new_events_inside_an_agents_call_are_its_own_business() -> None:
@@ -995,6 +1039,13 @@ def test_a_delta_of_another_turn_is_left_out() -> None:
             assert len(translator.feed(found)) == kept
         for found in translate.decode(text_line(b"b")):  # names none: of the one named last
             assert len(translator.feed(found)) == kept
+
+
+def test_a_delta_in_an_event_of_another_type_is_not_passed_on() -> None:
+    note: Any = {"type": "note", "event": piece(text="no"), "parent_tool_use_id": None}
+    played = play([*stream(*TEXT[:2]), note, *stream(*TEXT[2:])])
+    assert played.emitted == GOOD
+    assert checked(played)["content"] == [text("Hi")]
 
 
 # ---------------------------------------------------------------- odd events, and mutations
