@@ -166,9 +166,10 @@ def test_the_page_shows_the_last_twenty_requests(serve: Serve) -> None:
 
 
 def test_what_clients_without_the_key_sent_is_not_on_the_page(
-    serve: Serve, connect: Callable[[Server], Wire]
+    serve: Serve, connect: Callable[[Server], Wire], caplog: pytest.LogCaptureFixture
 ) -> None:
     """They cannot push others off it."""
+    caplog.set_level("INFO", "claude_cli_bridge")
     server = serve(api_key=KEY["x-api-key"], send_secs=1)
     requests = {
         b"bad\r\n\r\n": 400,
@@ -181,12 +182,14 @@ def test_what_clients_without_the_key_sent_is_not_on_the_page(
         wire = connect(server)
         wire.send(data)
         assert wire.answer().status == status
+    wait_until(lambda: caplog.text.count("request_id=") == len(requests), "the lines")
     assert "Last requests none" in re.sub(r"\s+", " ", page(server, {}, **KEY))
 
 
 def test_the_refusals_of_clients_with_the_key_are_on_the_page(
-    serve: Serve, connect: Callable[[Server], Wire]
+    serve: Serve, connect: Callable[[Server], Wire], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "claude_cli_bridge")
     server = serve(api_key=KEY["x-api-key"], send_secs=1)
     key = b"x-api-key: " + KEY["x-api-key"].encode()
     requests = {
@@ -200,6 +203,7 @@ def test_the_refusals_of_clients_with_the_key_are_on_the_page(
         wire = connect(server)
         wire.send(data)
         assert wire.answer().status == status
+    wait_until(lambda: caplog.text.count("request_id=") == len(requests), "the lines")
     shown = re.findall(r"\d\d /\S+ +(\d+)", page(server, {}, **KEY))
     assert list(map(int, reversed(shown))) == list(requests.values())
 
