@@ -511,6 +511,25 @@ def test_a_401_of_the_api_makes_a_deep_look_ask_the_cli_again(serve: Serve, log:
     assert len(log.started()) == before + 1
 
 
+@pytest.mark.xfail(strict=True, reason="what was asked before is kept")
+def test_a_deep_look_that_is_to_be_forgotten_while_it_asks_is_not_kept(
+    serve: Serve,
+    gate: Path,
+    log: Log,
+    background: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sessions, "PROBE_MODEL", "slow-start")
+    server = serve()
+    asked = background.submit(deep, server)
+    wait_until(log.started, "the question")
+    assert server.bridge
+    server.bridge.health.forget()
+    gate.touch()
+    assert asked.result() == deep(server) == (200, "ok")
+    assert len(log.started()) == 2
+
+
 @pytest.mark.parametrize("query", ["deep=1", "x=1"])
 def test_the_questions_to_health_are_not_open_to_all(serve: Serve, query: str) -> None:
     server = serve(api_key=KEY["x-api-key"])
