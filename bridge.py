@@ -2095,8 +2095,8 @@ def execute(flags: Mapping[str, str]) -> None:
     config = Config.read(os.environ, flags)
     command = flags.get("command")
     path = flags.get("config", os.environ.get(variable("config"), ""))
-    reset_inherited_state()
     if command == "check":
+        reset_inherited_state()
         sys.exit(0 if asyncio.run(check(config, flags)) else 1)
     if command == "login":
         program = find_cli(config.bin)
@@ -2120,6 +2120,7 @@ def execute(flags: Mapping[str, str]) -> None:
     if path and not any(map(is_claude_cli, providers)):
         log.info("there is no claude-cli provider in %s: nothing to do", path)
         return
+    reset_inherited_state()
     # A thread that reads a large request gives way to the event loop sooner (5 ms by
     # default): tests/bench/hostile.py.
     sys.setswitchinterval(0.001)

@@ -398,7 +398,7 @@ class Request:
     # Fields and places that cannot arrive as sent (header x-bridge-not-sent).  Whatever
     # reads a part of the body adds to it.
     not_sent: list[str]
-    # The places of texts after a tool call, which versions before 2.1.266 put before it.
+    # The places of what follows a tool call, which versions before 2.1.266 put before it.
     misplaced: list[str]
     # Bytes of the request as it came.
     size: int
@@ -715,7 +715,7 @@ class MessageReader:
             if not keep_breakpoints:
                 message.blocks = list(map(without_breakpoints, message.blocks))
             self.not_sent += dropped_parts(message)
-            self.misplaced += texts_after_calls(message)
+            self.misplaced += blocks_after_calls(message)
         newest, dropped = self.messages[-1], set(self.not_sent)
         # Whole blocks, not keys of them.
         lost = [place for place in newest.places if place in dropped]
@@ -828,13 +828,14 @@ def dropped_parts(message: PlacedMessage) -> list[str]:
     return lost
 
 
-def texts_after_calls(message: PlacedMessage) -> list[str]:
-    """The places of the texts that follow a tool call in their message."""
+def blocks_after_calls(message: PlacedMessage) -> list[str]:
+    """The places of what follows a tool call in its message, but for other calls."""
     found = []
     has_call = False
     for block, place in zip(message.blocks, message.places, strict=True):
-        has_call = has_call or block["type"] == "tool_use"
-        if has_call and block["type"] == "text":
+        is_call = block["type"] == "tool_use"
+        has_call = has_call or is_call
+        if has_call and not is_call:
             found.append(place)
     return found
 

@@ -49,7 +49,7 @@ DIFFERENCES = {
     "system role": "a system message becomes a <system-reminder> in the user message beside it",
     "result": "a tool result of text is a list of blocks, or one text if it is an error; is_error of false is left out",
     "temperature": "a model without adaptive thinking is asked for a temperature of 1, the API's default",
-    "order": "a CLI older than 2.1.266 puts the texts of an assistant message before its tool calls",
+    "order": "a CLI older than 2.1.266 puts the tool calls of an assistant message at its end",
     "inputs": "in a history, inputs of tools named Edit, Write and ExitPlanMode are written as the CLI writes its own",
     "call keys": "2.1.197 keeps only type, id, name and input of a tool call",
     "thinking alone": "an assistant message that has only thinking is left out",
