@@ -876,9 +876,10 @@ class Connection:
                 is_whole = await self.read_request(exchange)
         except TimeoutError:
             error = ApiError(408, "the request was not sent in time")
-        except Disconnected:
-            exchange.failure = "client_left"
-            report(exchange)
+        except (Disconnected, ConnectionError):
+            if exchange.method:
+                exchange.failure = "client_left"
+                report(exchange)
             raise
         except h11.RemoteProtocolError as fault:
             # What follows quotes the line, which the log must not hold.
@@ -1418,11 +1419,13 @@ class Health:
         # What was wrong when it was asked last, and until when that is good.
         self._problem = ""
         self._good_until = 0.0
+        self._is_forgotten = False
         self._asking = asyncio.Lock()
 
     def forget(self) -> None:
-        """Ask anew the next time."""
+        """Ask anew the next time, even if it is being asked now."""
         self._good_until = 0.0
+        self._is_forgotten = True
 
     async def problem(self) -> str:
         """Empty: there is none."""
@@ -1433,6 +1436,7 @@ class Health:
             if time.monotonic() < self._good_until:
                 return self._problem
             problem = ""
+            self._is_forgotten = False
             try:
                 async with asyncio.timeout(INFO_SECS):
                     info = await pool.inspector.info(anew=True)
@@ -1443,7 +1447,8 @@ class Health:
             except TimeoutError:
                 problem = f"the claude CLI did not answer within {INFO_SECS:g} seconds"
             seconds = PROBLEM_SECS if problem else HEALTHY_SECS
-            self._good_until = time.monotonic() + seconds
+            if not self._is_forgotten:
+                self._good_until = time.monotonic() + seconds
             self._problem = problem
             return problem
 
@@ -1639,11 +1644,11 @@ async def serve(
     try:
         try:
             server = await listen(bridge, sock)
+            own_socket = None if sock else identify_file(config.unix_path)
+            stack.push_async_callback(stop, bridge, server, own_socket)
+            await server.start_serving()
         except (OSError, ValueError) as error:
             raise config_error("listen_addr", cannot_listen(config, error)) from error
-        own_socket = None if sock else identify_file(config.unix_path)
-        stack.push_async_callback(stop, bridge, server, own_socket)
-        await server.start_serving()
         yield bridge
     finally:
         await finish_despite_cancel(stack.aclose(), bridge.cancel_answers)

@@ -351,13 +351,7 @@ def test_a_socket_of_a_service_manager_that_is_none_is_one_line_and_status_2() -
     assert "Traceback" not in done.stderr
 
 
-CONNECTED = pytest.param(
-    "connected",
-    marks=pytest.mark.xfail(strict=True, reason="the failure of listen() is a traceback"),
-)
-
-
-@pytest.mark.parametrize("kind", ["datagram", "datagram at a path", CONNECTED])
+@pytest.mark.parametrize("kind", ["datagram", "datagram at a path", "connected"])
 def test_a_socket_of_a_service_manager_that_cannot_listen_is_one_line_and_status_2(
     tmp_path: Path, kind: str
 ) -> None:

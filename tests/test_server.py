@@ -511,7 +511,6 @@ def test_a_401_of_the_api_makes_a_deep_look_ask_the_cli_again(serve: Serve, log:
     assert len(log.started()) == before + 1
 
 
-@pytest.mark.xfail(strict=True, reason="what was asked before is kept")
 def test_a_deep_look_that_is_to_be_forgotten_while_it_asks_is_not_kept(
     serve: Serve,
     gate: Path,

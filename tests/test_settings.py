@@ -3,7 +3,6 @@
 import asyncio
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 from host import STANDIN, wait_until
@@ -134,15 +133,11 @@ def test_a_secret_in_place_of_a_name_is_refused_and_not_printed(
     assert "SECRET" not in said
 
 
-def test_a_config_is_not_changed_and_its_types_are_checked() -> None:
+def test_a_config_is_not_changed() -> None:
     async def program() -> None:
         config = Config(bin="true", listen_addr="127.0.0.1:0", spares=0)
         async with bridge.serve(config):
             assert config.bin == "true"
-        wrong: Any = "4"
-        with pytest.raises(bridge.ConfigError, match="CLAUDE_CLI_MAX_IDLE"):
-            async with bridge.serve(Config(bin="true", max_idle=wrong)):
-                pass
 
     asyncio.run(program())
 
