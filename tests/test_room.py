@@ -326,3 +326,75 @@ def test_a_place_is_free_again_when_its_process_is_reaped_and_no_sooner() -> Non
         assert (seen, room.ending) == ([(True, 1), (True, 0)], set())
 
     in_room(use)
+
+
+async def waiting_tasks(room: Room, count: int) -> list[asyncio.Task[None]]:
+    """Tasks that wait, one after another, for the only place, which is taken."""
+    await room.enter(lambda: None)
+    tasks = [asyncio.create_task(room.enter(lambda: None)) for _ in range(count)]
+    await soon(lambda: room.shortfall == count)
+    return tasks
+
+
+def test_a_place_that_is_freed_is_the_first_waiting_ones_in_one_step() -> None:
+    """Otherwise one warm process more than is needed would be ended for it."""
+
+    async def use(room: Room) -> None:
+        first, second = await waiting_tasks(room, 2)
+        room.leave()
+        assert (room.shortfall, room.is_full, first.done()) == (1, True, False)
+        room.leave()
+        assert (room.shortfall, room.is_full, second.done()) == (0, True, False)
+        await asyncio.gather(first, second)
+        room.leave()
+        assert not room.is_full
+
+    in_room(use)
+
+
+def test_who_is_cancelled_after_it_was_given_a_place_gives_it_to_the_next() -> None:
+    async def use(room: Room) -> None:
+        first, second = await waiting_tasks(room, 2)
+        room.leave()
+        first.cancel()
+        await second
+        assert (first.cancelled(), room.is_full, room.shortfall) == (True, True, 0)
+
+    in_room(use)
+
+
+def test_who_is_cancelled_after_it_was_given_a_place_frees_it_if_nobody_waits() -> None:
+    async def use(room: Room) -> None:
+        [only] = await waiting_tasks(room, 1)
+        room.leave()
+        only.cancel()
+        await asyncio.wait({only})
+        assert (only.cancelled(), room.is_full, room.shortfall) == (True, False, 0)
+
+    in_room(use)
+
+
+def test_who_is_cancelled_before_it_was_given_a_place_is_skipped_and_frees_none() -> None:
+    async def use(room: Room) -> None:
+        first, second = await waiting_tasks(room, 2)
+        first.cancel()
+        room.leave()  # before the first one has run
+        await second
+        assert (first.cancelled(), room.is_full, room.shortfall) == (True, True, 0)
+        room.leave()
+        assert not room.is_full
+
+    in_room(use)
+
+
+def test_thousands_who_are_cancelled_at_once_are_skipped() -> None:
+    async def use(room: Room) -> None:
+        *cancelled, last = await waiting_tasks(room, 2001)
+        for task in cancelled:
+            task.cancel()
+        room.leave()
+        await last
+        assert (room.is_full, room.shortfall) == (True, 0)
+        assert all(task.cancelled() for task in cancelled)
+
+    in_room(use)
