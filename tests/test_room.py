@@ -150,7 +150,9 @@ def test_who_may_not_start_a_process_in_time_gets_529() -> None:
     async def use(pool: Pool) -> None:
         await take_starts(pool)
         turns = [asyncio.create_task(take_turn(pool, f"{n}")) for n in range(3)]
-        for failed in await asyncio.gather(*turns, return_exceptions=True):
+        async with asyncio.timeout(10):
+            ended = await asyncio.gather(*turns, return_exceptions=True)
+        for failed in ended:
             assert isinstance(failed, ApiError)
             assert (failed.status, "other processes did not start" in failed.message) == (529, True)
         assert (pool.queued, pool.sessions) == (0, set())
