@@ -204,6 +204,8 @@ def test_text_beside_results_that_a_pinned_conversation_waits_for_does_not_end_i
     [call] = asked.message["content"]
     refused = server.post([user(result(call), text("and?"))], session="s", tools=[PROBE])
     assert error_of(refused) == (400, "invalid_request_error")
+    # As the API words it: its call is not in the request.
+    assert "unexpected `tool_use_id`" in refused.json["error"]["message"]
     whole = ["PROBE", {"role": "assistant", "content": [call]}, user(result(call))]
     answer = server.post(whole, session="s", tools=[PROBE])
     assert (answer.session, pid(answer)) == ("hot", pid(asked))
