@@ -1,5 +1,7 @@
 """A child process as bytes: its start, its lines, its pace, its end."""
 
+import asyncio
+import logging
 import os
 import resource
 import shutil
@@ -24,10 +26,11 @@ from processes import (
     send,
     written,
 )
-from servers import BRIDGE, Launch, Program, Serve, both, is_up, linux
+from servers import BRIDGE, Launch, Program, Serve, both, is_up, linux, plain_cli
 from stand_in import Log
 
 import sessions
+from sessions import Cli, Process
 
 # ---------------------------------------------------------------- its start
 
@@ -85,6 +88,23 @@ def test_a_client_that_does_not_read_holds_up_its_own_process_and_nothing_else(
     ]
     assert deltas == [f"{n} " for n in range(80000)]
     assert answer.events[-1] == {"type": "message_stop"}
+
+
+def test_a_line_of_stderr_is_one_line_of_the_log_and_a_key_that_comes_in_two_reads_is_masked(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def use() -> None:
+        process = Process(Cli())
+        process.pid = 7
+        process.pipe_data_received(2, b"the key sk-ant-ap")
+        assert caplog.records == []
+        process.pipe_data_received(2, b"i03-SECRETSECRET is no\none\n\nmo")
+        process.pipe_data_received(2, b"re\n")
+
+    with caplog.at_level(logging.DEBUG, "claude_cli_bridge"):
+        asyncio.run(use())
+    words = ["the key sk-ant-*** is no", "one", "more"]
+    assert caplog.messages == [f"process 7 prints: {line}" for line in words]
 
 
 # ---------------------------------------------------------------- its end
@@ -161,3 +181,41 @@ def test_of_the_dead_process_1_leaves_its_own_children_to_asyncio() -> None:
         [sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == "0 4\n"
+
+
+TWO_POOLS = """
+import asyncio, os, sys
+import sessions
+from sessions import Child, Kind, Pool, PoolConfig, State
+
+
+async def main():
+    config = PoolConfig(bin=sys.argv[1], spares=0)
+    async with Pool(config) as one, Pool(config) as two:
+        processes = [(await pool.spawn(Kind("m"), State.BUSY)).process for pool in (one, two)]
+        for process in processes:
+            process.write(b"now\\n")
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        for _ in processes:
+            sessions.reap_orphans(Child.pids)
+        print(*[await process.exited for process in processes])
+
+
+sessions.watch_without_threads()
+asyncio.run(main())
+"""
+
+
+@linux
+def test_process_1_leaves_the_children_of_all_pools_to_asyncio(tmp_path: Path) -> None:
+    program = plain_cli(tmp_path / "claude", "read; exit 5")
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_POOLS, str(program)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+    )
+    # asyncio has 255 for a child that somebody else has reaped.
+    assert done.stdout == "5 5\n"

@@ -1,6 +1,7 @@
 """The version of the CLI: one that is too old or new, and one that takes the place of another while
 the bridge runs."""
 
+import asyncio
 import json
 import os
 from collections.abc import Callable
@@ -10,12 +11,12 @@ import pytest
 from client import Json, request_body
 from host import STANDIN, wait_until
 from installed import CLIS
-from processes import pool_of
+from processes import in_pool, open_gate, pool_of, soon
 from servers import Launch, Program, Serve, Server, printed
 from stand_in import Log
 from test_check import check
 
-from sessions import NEWEST_TESTED, OLDEST, State, dotted
+from sessions import ANNOUNCES, NEWEST_TESTED, OLDEST, Kind, Pool, State, dotted
 
 TOO_OLD = (
     f"the claude CLI is version 2.1.100, and {dotted(OLDEST)} or newer is needed: run `claude "
@@ -220,6 +221,48 @@ def test_after_a_downgrade_of_the_real_cli_no_other_model_answers(
     assert {row["body"]["model"].partition("-2")[0] for row in rows} == {model}
     agents = [json.dumps(row["headers"]) for row in rows]
     assert [pool.cli.version in agent for agent in agents] == [False, False, True, True]
+
+
+# ---------------------------------------------------------------- what it announces
+
+
+def asked_for(log: Log, model: str) -> int:
+    """How many processes were asked what the CLI announces to a model."""
+    found = [row["argv"] for row in log.started().values()]
+    return sum(model in argv and "--no-session-persistence" not in argv for argv in found)
+
+
+@pytest.mark.parametrize(
+    ("model", "processes"), [("claude-opus-5-5", 1), ("asked.exit", 2)], ids=["came", "did not"]
+)
+def test_that_the_cli_announces_nothing_is_remembered_only_if_it_said_so(
+    tmp_path: Path, log: Log, model: str, processes: int
+) -> None:
+    async def use(pool: Pool) -> None:
+        await pool.inspector.look()
+        for _ in range(2):
+            assert await pool.inspector.announced(model, Kind()) == []
+        assert asked_for(log, model) == processes
+
+    in_pool(use, bin=str(versioned(tmp_path, dotted(ANNOUNCES))))
+
+
+def test_what_is_announced_to_a_model_is_known_while_another_is_asked_about(
+    tmp_path: Path, log: Log, gate: Path
+) -> None:
+    async def use(pool: Pool) -> None:
+        await pool.inspector.look()
+        await pool.inspector.announced("claude-opus-5-5", Kind())
+        other = asyncio.create_task(pool.inspector.announced("slow-start", Kind()))
+        await soon(lambda: asked_for(log, "slow-start"))
+        async with asyncio.timeout(10):
+            await pool.inspector.announced("claude-opus-5-5", Kind())
+        assert not other.done()
+        open_gate(gate)
+        await other
+        assert asked_for(log, "claude-opus-5-5") == 1
+
+    in_pool(use, bin=str(versioned(tmp_path, dotted(ANNOUNCES))), queue_secs=60)
 
 
 # ---------------------------------------------------------------- what is none

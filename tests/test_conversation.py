@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client import IMAGE, Answer, Json, arrived, request_body
+from client import IMAGE, Answer, Json, arrived, error_of, request_body, text
 from host import wait_until
-from processes import HEADER, check_own, in_work, kill, pid, talk
+from processes import HEADER, PROBE, check_own, in_work, kill, pid, talk
 from servers import Serve, Server, both
 from stand_in import Log
 from test_tools import CALL, TOOL, result, start, user
 from test_tools import TOOL as WEATHER
 from test_tools import result as tool_result
 
-from sessions import State
+from sessions import NOT_ADDED, State
 from translate import listed_tool
 
 # ---------------------------------------------------------------- turn by turn
@@ -180,11 +180,35 @@ def test_user_messages_alone_after_the_pinned_session_is_gone_are_refused(
 
 
 def test_an_image_after_a_pinned_conversation_needs_the_whole_conversation(serve: Serve) -> None:
-    """Only a fresh process takes it, and that does not know what was said before."""
+    """Only a fresh process takes it, and that does not know what was said before.  The process that
+    does know it stays."""
     server = serve()
-    talk(server, "hello", session="s")
-    image = [{"role": "user", "content": [IMAGE]}]
-    assert server.post(image, session="s").status == 400
+    first = server.post("hello", session="s")
+    image = user(IMAGE, text("what is it?"))
+    refused = server.post([image], session="s")
+    assert error_of(refused) == (400, "invalid_request_error")
+    assert refused.json["error"]["message"] == NOT_ADDED
+    second = server.post("more", session="s")
+    assert (second.session, pid(second)) == ("hot", pid(first))
+    whole = ["hello", first.text, "more", second.text, image]
+    answer = server.post(whole, session="s")
+    assert (answer.status, answer.session) == (200, "rebuilt; reason=images")
+    assert answer.text == "echo: what is it?; 5 messages"
+
+
+def test_text_beside_results_that_a_pinned_conversation_waits_for_does_not_end_it(
+    serve: Serve,
+) -> None:
+    server = serve()
+    asked = server.post("PROBE", session="s", tools=[PROBE])
+    [call] = asked.message["content"]
+    refused = server.post([user(result(call), text("and?"))], session="s", tools=[PROBE])
+    assert error_of(refused) == (400, "invalid_request_error")
+    # As the API words it: its call is not in the request.
+    assert "unexpected `tool_use_id`" in refused.json["error"]["message"]
+    whole = ["PROBE", {"role": "assistant", "content": [call]}, user(result(call))]
+    answer = server.post(whole, session="s", tools=[PROBE])
+    assert (answer.session, pid(answer)) == ("hot", pid(asked))
 
 
 def test_requests_of_one_session_header_run_one_after_another(

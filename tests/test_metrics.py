@@ -11,6 +11,7 @@ import pytest
 import readme
 from client import Client, request_body
 from host import wait_until
+from processes import send
 from prometheus_client.parser import text_string_to_metric_families
 from servers import Launch, Serve
 from stand_in import Log
@@ -149,6 +150,21 @@ def test_a_client_that_leaves_and_a_stream_that_breaks_off_are_errors_whatever_t
     assert found("requests_total", route="/v1/messages", status="499") == (not begun)
     assert found("errors_total", type="claude_cli_error") == 1
     assert found("errors_total") == 2
+
+
+def test_a_client_that_leaves_while_a_process_is_given_its_conversation_interrupts_it(
+    serve: Serve, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process did not fail."""
+    monkeypatch.setattr(sessions, "FIRST_OUTPUT_SECS", 3600)
+    server = serve()
+    with send(server, "hello", model="hang-at-start"):
+        wait_until(lambda: log.got("hello"), "the conversation")
+    wait_until(lambda: not server.processes(), "the end of the process")
+    found = measure(server)
+    assert found("processes_ended_total", reason="interrupted") == 1
+    assert found("processes_ended_total") == 1
+    assert found("process_restarts_total") == 0
 
 
 @pytest.mark.parametrize("reason", ['a"b', "a\\", "two\nlines"])

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from servers import Serve, Server
 from stand_in import Log
 
 import sessions
-from sessions import Pool
+from sessions import Pool, Session
 from translate import ApiError
 
 # ---------------------------------------------------------------- who gets which
@@ -63,6 +64,18 @@ def test_an_agents_conversation_that_could_be_anothers_is_never_hot(
     wait_until(lambda: not server.processes(), "the end of both")
     for _ in range(2):
         assert server.post(["hello", first.text, "and now"]).session.startswith("rebuilt")
+
+
+def test_agents_with_system_prompts_of_their_own_do_not_end_each_others_process(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """Their first exchange is the same, and yet no request could be meant for both."""
+    server = serve(tools="default", cwd=str(tmp_path))
+    answers = {system: server.post("hello", system=system) for system in ("one", "two")}
+    assert len({answer.text for answer in answers.values()}) == 1
+    for system, first in answers.items():
+        again = server.post(["hello", first.text, "and now"], system=system)
+        assert (again.session, pid(again)) == ("hot", pid(first))
 
 
 def test_an_agents_conversation_that_another_has_had_before_is_not_hot(
@@ -150,6 +163,69 @@ def test_a_request_need_not_wait_behind_large_ones_which_wait_in_a_line() -> Non
         await soon(lambda: not pool.queued)
 
     in_pool(use, queue_secs=0.05)
+
+
+@pytest.mark.parametrize("end", ["cancelled", "529"])
+def test_a_session_whose_request_ends_in_the_line_of_large_ones_is_on_file_again(
+    log: Log, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Nothing was written to its process."""
+    queue_secs = 0.05 if end == "529" else 60
+
+    async def use(pool: Pool) -> None:
+        turn, first = await take_turn(pool, "one")
+        lines = log.lines(turn.process.pid)
+        monkeypatch.setattr(sessions, "THREAD_SIZE", 0)
+        monkeypatch.setattr(sessions, "LARGE_SIZE", 0)
+        await pool._lanes[1].acquire()
+        second = asyncio.create_task(take_turn(pool, "one", first, "two"))
+        await soon(lambda: pool.queued)
+        assert not pool.on_file
+        if end == "cancelled":
+            second.cancel()
+        [ended] = await asyncio.gather(second, return_exceptions=True)
+        if end == "529":
+            assert isinstance(ended, ApiError)
+            assert ended.status == 529
+        else:
+            assert isinstance(ended, asyncio.CancelledError)
+        assert pool.on_file == [turn.session]
+        assert log.lines(turn.process.pid) == lines
+        pool._lanes[1].release()
+        again, answer = await take_turn(pool, "one", first, "two")
+        assert (again.origin, again.session) == ("hot", turn.session)
+        assert answer == "echo: two; 3 messages"
+        assert len(pool.sessions) == 1
+
+    in_pool(use, queue_secs=queue_secs)
+
+
+def test_a_thread_whose_request_is_cancelled_keeps_the_lane_until_it_is_done() -> None:
+    may_end = threading.Event()
+
+    async def use(pool: Pool) -> None:
+        has_begun = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def block() -> None:
+            loop.call_soon_threadsafe(has_begun.set)
+            may_end.wait()
+
+        try:
+            left = asyncio.create_task(pool.compute(sessions.LARGE_SIZE, block))
+            await has_begun.wait()
+            left.cancel()
+            await asyncio.wait({left})
+            assert left.cancelled()
+            following = asyncio.create_task(pool.compute(sessions.LARGE_SIZE, lambda: 7))
+            await soon(lambda: pool.queued)  # it is not even handed to the thread
+            assert pool._lanes[1].locked()
+        finally:
+            may_end.set()
+        assert await following == 7
+        assert not pool._lanes[1].locked()
+
+    in_pool(use, queue_secs=60)
 
 
 def test_the_log_says_which_process_was_chosen_and_what_it_printed_on_stderr(
@@ -334,3 +410,26 @@ def test_with_max_idle_of_zero_no_process_stays(serve: Serve) -> None:
     answer = server.post("hello")
     assert answer.status == 200
     wait_until(lambda: not server.processes(), "the end of the process")
+
+
+# ---------------------------------------------------------------- the sweep
+
+
+def test_a_bug_in_the_sweep_is_logged_and_it_goes_on(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    look_after = sessions.look_after
+    raised: list[ZeroDivisionError] = []
+
+    def fail_once(pool: Pool, session: Session) -> None:
+        if not raised:
+            raised.append(ZeroDivisionError("secret"))
+            raise raised[0]
+        look_after(pool, session)
+
+    monkeypatch.setattr(sessions, "look_after", fail_once)
+    monkeypatch.setattr(sessions, "SWEEP_SECS", 0.1)
+    answer = serve(watchdog_secs=1).post("HANG-START")
+    assert (answer.status, answer.json["error"]["type"]) == (504, "timeout_error")
+    errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert errors == ["bug in the sweep: ZeroDivisionError"]

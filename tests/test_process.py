@@ -1,9 +1,11 @@
 """The CLI's protocol on a process: late results, faults, silence, and what it says unasked."""
 
+import asyncio
+import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,11 @@ from processes import (
 )
 from servers import Launch, Serve, Server, both, linux
 from stand_in import UNASKED, Log
+from test_metrics import measure
 from test_spares import spare
 
 import sessions
-from sessions import State
+from sessions import Cli, Process, State
 
 kinds = pytest.mark.parametrize("kind", UNASKED)
 
@@ -73,6 +76,55 @@ def test_the_rest_of_a_turn_that_comes_late_and_in_one_read_is_no_fault(
     answer = server.post(conversation)
     assert (answer.session, answer.text) == ("hot", "echo: and now; 3 messages")
     assert pid(answer) == pid(first)
+
+
+def test_a_process_that_ends_behind_its_answer_is_not_waited_for(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its result can come no more."""
+    monkeypatch.setattr(sessions, "LATE_SECS", 3600)
+    server = serve()
+    conversation, first = talk(server, "hello", model="stopped.exit")
+    assert first.text == "echo: hello; 1 messages"
+    again = server.post(conversation, model="stopped.exit")
+    assert (again.session, again.text) == ("rebuilt; reason=died", "echo: and now; 3 messages")
+
+
+def in_process(use: Callable[[Process], Coroutine[Any, Any, None]]) -> None:
+    """With a process that is only told what it has printed."""
+
+    async def program() -> None:
+        async with asyncio.timeout(10):
+            await use(Process(Cli()))
+
+    asyncio.run(program())
+
+
+def line_of(**fields: object) -> bytes:
+    return json.dumps(fields).encode()
+
+
+RESULT = line_of(type="result", is_error=False)
+ERROR = line_of(type="result", is_error=True)
+
+
+@pytest.mark.parametrize(("line", "is_good"), [(RESULT, True), (ERROR, False)])
+@pytest.mark.parametrize("when", ["read", "unread", "late"])
+def test_an_error_as_the_result_of_an_answer_ends_the_process_whenever_it_comes(
+    line: bytes, is_good: bool, when: str
+) -> None:
+    async def use(process: Process) -> None:
+        process.begin_turn()
+        if when != "late":
+            process.lines_received([line], len(line))
+        [result] = await process.read() if when == "read" else [None]
+        is_quiet = process.end_turn(result)
+        if when == "late":
+            process.lines_received([line], len(line))
+            is_quiet = await process.is_ready()
+        assert is_quiet == is_good
+
+    in_process(use)
 
 
 # ---------------------------------------------------------------- faults, and what is none
@@ -394,3 +446,56 @@ def test_what_comes_with_the_end_of_an_answer_is_no_part_of_it_and_of_no_other(
     check_own(answer, "echo: and now; 3 messages", stream=stream)
     assert answer.session == "rebuilt; reason=unasked"
     assert pid(answer) != pid(first)
+
+
+DEEP = b'{"type":"brand_new","data":' + b"[" * 400 + b"]" * 400 + b"}"
+
+
+@pytest.mark.parametrize(
+    ("printed", "reason"),
+    [
+        (RESULT + b"\n", "unasked"),
+        (DEEP + b"\n", "failed"),
+        (b"x" * 2000, "failed"),
+        (b'{"type":"stream_event","event":{"type":\n', "failed"),
+    ],
+    ids=["result", "deep", "long", "damaged"],
+)
+def test_what_a_resting_process_prints_is_unasked_or_a_failure(
+    monkeypatch: pytest.MonkeyPatch, printed: bytes, reason: str
+) -> None:
+    monkeypatch.setattr(sessions, "MAX_LINE", 1000)
+    reasons: list[str] = []
+
+    async def use(process: Process) -> None:
+        process.on_fault = reasons.append
+        process.begin_turn()
+        process.end_turn(None)
+        process.lines_received([RESULT], len(RESULT))
+        assert (await process.is_ready(), reasons) == (True, [])
+        process.pipe_data_received(1, printed)
+        assert (process.is_unusable, reasons) == (True, [reason])
+
+    in_process(use)
+
+
+def test_a_second_result_of_a_turn_is_counted_as_unasked(serve: Serve) -> None:
+    server = serve()
+    assert server.post("TWORESULTS").status == 200
+    wait_until(
+        lambda: measure(server)("processes_ended_total", reason="unasked") == 1,
+        "the end of the process",
+    )
+
+
+def test_a_line_without_an_end_behind_an_answer_is_counted_as_a_failure(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "MAX_LINE", 1 << 20)
+    server = serve()
+    assert server.post(model="stopped.endless").text == "echo: hello; 1 messages"
+    wait_until(
+        lambda: measure(server)("processes_ended_total", reason="failed") == 1,
+        "the end of the process",
+    )
+    assert measure(server)("processes_ended_total", reason="unasked") == 0

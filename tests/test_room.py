@@ -138,6 +138,48 @@ def test_a_queue_that_is_full_gets_529_at_once(
     assert [request.result().status for request in requests] == [200] * 3
 
 
+async def take_starts(pool: Pool) -> None:
+    """Take all permits to start a process, as requests do that wait for room with them."""
+    while not pool._starts.locked():
+        await pool._starts.acquire()
+
+
+def test_who_may_not_start_a_process_in_time_gets_529() -> None:
+    """It waits for its start as long as for a place, and no longer."""
+
+    async def use(pool: Pool) -> None:
+        await take_starts(pool)
+        turns = [asyncio.create_task(take_turn(pool, f"{n}")) for n in range(3)]
+        async with asyncio.timeout(10):
+            ended = await asyncio.gather(*turns, return_exceptions=True)
+        for failed in ended:
+            assert isinstance(failed, ApiError)
+            assert (failed.status, "other processes did not start" in failed.message) == (529, True)
+        assert (pool.queued, pool.sessions) == (0, set())
+        pool._starts.release()
+        assert (await take_turn(pool, "next"))[1] == "echo: next; 1 messages"
+
+    in_pool(use, queue_secs=0.1)
+
+
+def test_those_who_wait_for_their_start_are_in_the_line_that_can_be_full(gate: Path) -> None:
+    async def use(pool: Pool) -> None:
+        busy = asyncio.create_task(take_turn(pool, "PAUSE"))
+        await soon(lambda: pool.in_states(State.BUSY))
+        turns = [asyncio.create_task(take_turn(pool, f"{n}")) for n in range(2 * sessions.CORES)]
+        await soon(pool._starts.locked)  # each waits for the only place
+        turns += [asyncio.create_task(take_turn(pool, f"more {n}")) for n in range(2)]
+        await soon(lambda: pool.queued == len(turns))
+        with pytest.raises(ApiError, match="requests wait for room already") as caught:
+            await take_turn(pool, "one too many")
+        assert caught.value.status == 529
+        open_gate(gate)
+        answers = await asyncio.gather(busy, *turns)
+        assert len({answer for _, answer in answers}) == len(answers)
+
+    in_pool(use, max_sessions=1, max_queue=2 * sessions.CORES + 2, queue_secs=60)
+
+
 # ---------------------------------------------------------------- who gives way
 
 
@@ -324,5 +366,77 @@ def test_a_place_is_free_again_when_its_process_is_reaped_and_no_sooner() -> Non
         room.leave_after(end(), lambda: seen.append((room.is_full, room.shortfall)))
         await soon(lambda: not room.is_full)
         assert (seen, room.ending) == ([(True, 1), (True, 0)], set())
+
+    in_room(use)
+
+
+async def waiting_tasks(room: Room, count: int) -> list[asyncio.Task[None]]:
+    """Tasks that wait, one after another, for the only place, which is taken."""
+    await room.enter(lambda: None)
+    tasks = [asyncio.create_task(room.enter(lambda: None)) for _ in range(count)]
+    await soon(lambda: room.shortfall == count)
+    return tasks
+
+
+def test_a_place_that_is_freed_is_the_first_waiting_ones_in_one_step() -> None:
+    """Otherwise one warm process more than is needed would be ended for it."""
+
+    async def use(room: Room) -> None:
+        first, second = await waiting_tasks(room, 2)
+        room.leave()
+        assert (room.shortfall, room.is_full, first.done()) == (1, True, False)
+        room.leave()
+        assert (room.shortfall, room.is_full, second.done()) == (0, True, False)
+        await asyncio.gather(first, second)
+        room.leave()
+        assert not room.is_full
+
+    in_room(use)
+
+
+def test_who_is_cancelled_after_it_was_given_a_place_gives_it_to_the_next() -> None:
+    async def use(room: Room) -> None:
+        first, second = await waiting_tasks(room, 2)
+        room.leave()
+        first.cancel()
+        await second
+        assert (first.cancelled(), room.is_full, room.shortfall) == (True, True, 0)
+
+    in_room(use)
+
+
+def test_who_is_cancelled_after_it_was_given_a_place_frees_it_if_nobody_waits() -> None:
+    async def use(room: Room) -> None:
+        [only] = await waiting_tasks(room, 1)
+        room.leave()
+        only.cancel()
+        await asyncio.wait({only})
+        assert (only.cancelled(), room.is_full, room.shortfall) == (True, False, 0)
+
+    in_room(use)
+
+
+def test_who_is_cancelled_before_it_was_given_a_place_is_skipped_and_frees_none() -> None:
+    async def use(room: Room) -> None:
+        first, second = await waiting_tasks(room, 2)
+        first.cancel()
+        room.leave()  # before the first one has run
+        await second
+        assert (first.cancelled(), room.is_full, room.shortfall) == (True, True, 0)
+        room.leave()
+        assert not room.is_full
+
+    in_room(use)
+
+
+def test_thousands_who_are_cancelled_at_once_are_skipped() -> None:
+    async def use(room: Room) -> None:
+        *cancelled, last = await waiting_tasks(room, 2001)
+        for task in cancelled:
+            task.cancel()
+        room.leave()
+        await last
+        assert (room.is_full, room.shortfall) == (True, 0)
+        assert all(task.cancelled() for task in cancelled)
 
     in_room(use)

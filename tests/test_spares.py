@@ -1,6 +1,8 @@
 """Processes that are started ahead of need: for whom, how many, and for how long."""
 
+import asyncio
 import os
+import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,7 @@ from processes import alive, in_pool, kill, pid, soon, take_turn
 from servers import Launch, Serve, Server, plain_cli
 from stand_in import Log
 
-from sessions import Cli, Kind, Pool, State
+from sessions import Cli, Kind, Pool, State, identify_file
 
 
 def ready(server: Server) -> list[int]:
@@ -356,3 +358,26 @@ def test_spares_that_start_as_the_cli_is_looked_at_evict_no_conversation(tmp_pat
         assert len(pool.spares.ready) == 1
 
     in_pool(use, bin=str(program), spares=2, max_sessions=3)
+
+
+def test_a_spare_that_was_being_started_as_the_cli_was_replaced_is_given_to_nobody(
+    tmp_path: Path,
+) -> None:
+    """It may be the old program."""
+    program = tmp_path / "claude"
+    shutil.copy(plain_cli(tmp_path / "old", 'exec "$STANDIN" "$@"'), program)
+
+    async def use(pool: Pool) -> None:
+        await soon(lambda: pool.room.is_full)
+        assert not pool.sessions  # not yet
+        shutil.copy(program, tmp_path / "new")
+        os.replace(tmp_path / "new", program)
+        pool.inspector.cli = Cli(files=(identify_file(str(program)),))
+        starting = list(pool.spares.starting)
+        await asyncio.wait(starting)
+        assert not pool.spares.ready
+        assert [one.state for one in pool.sessions] == [State.RETIRED]
+        turn, answer = await take_turn(pool, "hello")
+        assert (answer, turn.session.was_spare) == ("echo: hello; 1 messages", False)
+
+    in_pool(use, bin=str(program), spares=1, max_sessions=1)
