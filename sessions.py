@@ -158,12 +158,10 @@ LOST_NAME = (
     "messages: the process that held the conversation of this name is gone; send the whole "
     "conversation, or start over with a new name"
 )
-NOT_ADDED = (
-    "messages: an image, or text beside tool results, cannot be added to a conversation "
-    "that is known by its name alone; send the whole conversation"
+NO_IMAGE = (
+    "messages: an image cannot be added to a conversation that is known by its name alone; "
+    "send the whole conversation"
 )
-# Why a process cannot take a message that another message may follow.
-KEPT_REASONS = ("images", "tool-results")
 NO_START = "the claude CLI did not start"
 # Why a conversation is rebuilt that no session is known to have held.
 UNKNOWN_HISTORY = "unknown-history"
@@ -701,8 +699,9 @@ class Child(asyncio.SubprocessProtocol):
     A subclass takes the lines (`lines_received`, `output_ended`, `fail`).
     """
 
-    # Of all children that were not reaped yet, of all pools.
+    # Of all pools: the children that were not reaped yet, and how many are being started.
     pids: ClassVar[set[int]] = set()
+    starting: ClassVar[int] = 0
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -746,6 +745,7 @@ class Child(asyncio.SubprocessProtocol):
             end = os.fdopen(writing, "wb", 0)
             gate = await self.loop.connect_write_pipe(lambda: Gate(writing), end)
             self._gate: asyncio.WriteTransport = gate[0]
+            Child.starting += 1
             try:
                 self._gate_path = gate_path(reading)
                 await self.loop.subprocess_exec(
@@ -767,6 +767,8 @@ class Child(asyncio.SubprocessProtocol):
                 if isinstance(error, RuntimeError):
                     raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
                 raise
+            finally:
+                Child.starting -= 1
 
     # The gate
 
@@ -1371,11 +1373,14 @@ class Session:
         self.id = self.own_id
         self.was_spare = self.state is State.SPARE
 
+    @property
+    def identity(self) -> bytes:
+        """What a request may find it by.  A client may leave out thinking."""
+        return self.unthinking_chain + b"".join(self.parts.values())
+
     def is_like(self, other: "Session") -> bool:
-        """Whether a request could find either of the two.  A client may leave out
-        thinking, so to be alike without it is enough."""
-        mine = (self.unthinking_chain, self.parts)
-        is_same = mine == (other.unthinking_chain, other.parts)
+        """Whether a request could find either of the two."""
+        is_same = self.identity == other.identity
         return is_same and not self.pin and not other.pin
 
     def matches(self, request: Request) -> bool:
@@ -1880,8 +1885,8 @@ class Pool:
         """Let a fresh process take a request that its session cannot take.  Raises ApiError
         400 if only that session knows what was said before."""
         is_whole = session.matches(request)
-        if not is_whole and reason in KEPT_REASONS:
-            raise ApiError(400, NOT_ADDED)
+        if not is_whole and reason == "images":
+            raise ApiError(400, NO_IMAGE)
         self.retire(session, reason)
         if not is_whole:
             raise ApiError(400, LOST_NAME)
@@ -2084,8 +2089,7 @@ class Pool:
     def _file(self, session: Session) -> None:
         same = [other for other in self.on_file if other.is_like(session)]
         is_unnamed_agent = session.kind.agent and not session.pin
-        parts, _ = self._outcomes.get(session.unthinking_chain, ({}, ""))
-        if is_unnamed_agent and parts == session.parts:
+        if is_unnamed_agent and session.identity in self._outcomes:
             # Another agent has had this conversation.  What its tools have seen does not
             # follow from that, so neither may answer for the other.
             for other in [session, *same]:
@@ -2127,7 +2131,10 @@ class Pool:
     def _record_outcome(self, session: Session, reason: str) -> None:
         if not session.turns:
             return
-        for key in (session.chain, session.unthinking_chain, session.pin):
+        keys = [session.chain, session.unthinking_chain, session.pin]
+        if session.kind.agent:
+            keys.append(session.identity)
+        for key in keys:
             if key:
                 cache_put(self._outcomes, key, (session.parts, reason), MAX_PAST)
 
@@ -2377,7 +2384,8 @@ async def sweep(pool: Pool) -> None:
             for session in pool.in_states(*State):
                 look_after(pool, session)
             # `ask_version` has a child of its own.
-            if os.getpid() == 1 and not pool.inspector.is_looking:
+            is_starting = Child.starting or pool.inspector.is_looking
+            if os.getpid() == 1 and not is_starting:
                 reap_orphans(Child.pids)
         except Exception as bug:  # noqa: BLE001 - without the sweep no turn would time out
             log.error("bug in the sweep: %s", type(bug).__name__)

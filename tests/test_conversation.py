@@ -19,7 +19,7 @@ from test_tools import CALL, TOOL, result, start, user
 from test_tools import TOOL as WEATHER
 from test_tools import result as tool_result
 
-from sessions import NOT_ADDED, State
+from sessions import NO_IMAGE, State
 from translate import listed_tool
 
 # ---------------------------------------------------------------- turn by turn
@@ -187,7 +187,7 @@ def test_an_image_after_a_pinned_conversation_needs_the_whole_conversation(serve
     image = user(IMAGE, text("what is it?"))
     refused = server.post([image], session="s")
     assert error_of(refused) == (400, "invalid_request_error")
-    assert refused.json["error"]["message"] == NOT_ADDED
+    assert refused.json["error"]["message"] == NO_IMAGE
     second = server.post("more", session="s")
     assert (second.session, pid(second)) == ("hot", pid(first))
     whole = ["hello", first.text, "more", second.text, image]

@@ -433,3 +433,13 @@ def test_a_bug_in_the_sweep_is_logged_and_it_goes_on(
     assert (answer.status, answer.json["error"]["type"]) == (504, "timeout_error")
     errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert errors == ["bug in the sweep: ZeroDivisionError"]
+
+
+def test_an_agents_conversation_is_anothers_also_if_a_third_has_begun_alike_meanwhile(
+    serve: Serve, tmp_path: Path
+) -> None:
+    server = serve(tools="default", cwd=str(tmp_path))
+    for system in ("one", "two", "one"):
+        first = server.post("hello", system=system)
+    again = server.post(["hello", first.text, "and now"], system="one")
+    assert again.session == "rebuilt; reason=ambiguous"
