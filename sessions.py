@@ -1974,19 +1974,23 @@ class Pool:
                     await start.enter_async_context(permit)
                 session = spare or await self.spawn(kind, State.BUSY)
                 session.adopt(request, tools, trace)
-                await self._give_conversation(session, request, announced)
+                await self._give_conversation(session, request, announced, query)
             if spare and session.process.failed_silently:
                 self.retire(session, "failed")  # it asked nothing, so another one can
-            elif await self._runs_model(session, request):
-                session.ask(query)
+                continue
+            if not session.turn_id:
+                await self._wait_for_info(session)
+                if self._runs_model(session, request):
+                    session.ask(query)
+            if session.turn_id:
                 return session
-            else:
-                self.retire(session, "model")
+            self.retire(session, "model")
 
     async def _give_conversation(
-        self, session: Session, request: Request, announced: list[Json]
+        self, session: Session, request: Request, announced: list[Json], query: bool
     ) -> None:
-        """Give a process its conversation, and wait for its first output."""
+        """Give a process its conversation, start a turn on it if it is known to run the
+        model, and wait for its first output."""
         make_rows = partial(
             translate.transcript,
             request.messages,
@@ -1997,17 +2001,21 @@ class Pool:
         with self._retired_on_failure(session):
             rows = await self.compute(request.size, make_rows)
             session.set_up(request, rows)
+            is_known = session.process.cli.info.is_known
+            if is_known and self._runs_model(session, request):
+                session.ask(query)
             await session.process.wait_for_output()
 
-    async def _runs_model(self, session: Session, request: Request) -> bool:
-        """Whether a process runs the model of the request, as it turns out when the CLI has
-        listed its models.  Raises ApiError."""
-        process, kind = session.process, session.kind
+    async def _wait_for_info(self, session: Session) -> None:
+        """Wait until the CLI has listed its models.  Raises ApiError."""
         with self._retired_on_failure(session):
-            if not process.cli.info.is_known:
+            if not session.process.cli.info.is_known:
                 is_listed = partial(control_result, request_id="initialize")
-                await process.read_until(is_listed)
-        return bool(kind.model) or self.inspector.kind(request) == kind
+                await session.process.read_until(is_listed)
+
+    def _runs_model(self, session: Session, request: Request) -> bool:
+        """Whether a process runs the model of the request, as far as it is known."""
+        return bool(session.kind.model) or self.inspector.kind(request) == session.kind
 
     @contextlib.contextmanager
     def _retired_on_failure(self, session: Session) -> Iterator[None]:

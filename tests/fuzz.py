@@ -330,8 +330,9 @@ def check_settings(request: Request, body: Json, *, has_listed_tools: bool) -> N
     for number, tool in enumerate(wanted.get("tools") or []):
         if f"tools.{number}.defer_loading" in request.not_sent:
             del tool["defer_loading"]
-    if has_listed_tools and not wanted.get("tools"):
-        wanted["tools"] = []
+    if not wanted.get("tools"):  # null, or none
+        wanted.pop("tools", None)
+        wanted |= {"tools": []} if has_listed_tools else {}
     assert json.loads(settings["CLAUDE_CODE_EXTRA_BODY"]) == wanted
 
 
@@ -543,6 +544,8 @@ def mutate_lines(lines: list[bytes], steps: list[tuple[str, int, int]]) -> list[
             with contextlib.suppress(ValueError):
                 event = json.loads(lines[at])
                 found = places(event)
+                if not found:
+                    continue
                 container, key = found[other % len(found)]
                 source = JUNK if what == "retype" else [holder[name] for holder, name in found]
                 container[key] = copy.deepcopy(source[other // 7 % len(source)])
