@@ -1140,6 +1140,8 @@ class Bridge:
         # inherited listener, where no client may be refused.
         self.grace_secs = 0.0
         self.connections: dict[asyncio.Task[None], Connection] = {}
+        # Those of them that are no surplus.
+        self._served = 0
         # Requests that are being answered.
         self._answers: set[asyncio.Task[None]] = set()
         self.health = Health(self)
@@ -1162,12 +1164,15 @@ class Bridge:
         if self.closing and not self.grace_secs:
             writer.transport.abort()  # accepted while the server was being closed
             return
-        served = [item for item in self.connections.values() if not item.is_surplus]
-        is_surplus = len(served) >= self.config.max_connections
+        is_surplus = self._served >= self.config.max_connections
+        self._served += not is_surplus
         connection = Connection(self, reader, writer, is_surplus=is_surplus)
         task = asyncio.get_running_loop().create_task(connection.serve())
         self.connections[task] = connection
-        task.add_done_callback(self.connections.pop)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._served -= not self.connections.pop(task).is_surplus
 
     async def close(self) -> None:
         """End all connections: idle ones now, running answers when they are done or

@@ -7,6 +7,7 @@ session whose fingerprint is its own history, if there is one.  A session in use
 two requests never share one; whatever goes wrong in it retires it alone.
 
     SPARE ──a conversation──> BUSY ──answer complete──> IDLE ──its next message──> BUSY
+                                BUSY ──nothing written──> as it was
                                 BUSY ──client tools called──> PARKED ──their results──> BUSY
     PROBE ──a question about the CLI that gives way──> RETIRED
     any of them ──fault, disconnect, TTL, LRU, shutdown──> RETIRED, until its group is reaped
@@ -831,7 +832,7 @@ class Child(asyncio.SubprocessProtocol):
         if fd == 2:
             *complaints, rest = (self._stderr + data).split(b"\n")
             self._stderr = rest[:MAX_COMPLAINT]
-            for complaint in filter(None, complaints):
+            for complaint in filter(None, map(bytes.strip, complaints)):
                 text = translate.masked(complaint.decode(errors="replace"))
                 self._complaint = text[:MAX_LOGGED]
                 log.debug("process %s prints: %s", self.pid, self._complaint)
@@ -1000,7 +1001,8 @@ def identify_file(path: str) -> FileIdentity | None:
 async def ask_version(program: str, environment: Mapping[str, str], secs: float) -> str:
     """What `claude --version` prints first, such as 2.1.332; empty: nothing, within
     this time."""
-    text = b""
+    text, has_ended = b"", False
+    Child.starting += 1
     spawning = asyncio.create_task(
         asyncio.create_subprocess_exec(
             program,
@@ -1019,10 +1021,12 @@ async def ask_version(program: str, environment: Mapping[str, str], secs: float)
             process = await asyncio.shield(spawning)
             async with asyncio.timeout(secs):
                 text, _ = await process.communicate()
+                has_ended = True
         finally:
             # uvloop leaves a child behind if its start is cancelled.
             await asyncio.wait({spawning})
-            if not spawning.exception() and spawning.result().returncode is None:
+            Child.starting -= 1
+            if not spawning.exception() and not has_ended:
                 process = spawning.result()
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -1100,12 +1104,12 @@ class Process(Child):
         self._expected_calls = frozenset()
         self._alive_at = self.loop.time()
 
-    def end_turn(self, result: CliEvent | None, calls: Iterable[str] = ()) -> bool:
+    def end_turn(self, result: CliEvent | None, calls: Iterable[str] = ()) -> str:
         """End a turn whose answer called the client tools `calls`.
 
         Either its `result` was read, or it is among the events that were not, or it is
-        still to come, or the calls wait.  Returns False when it is an error, or when
-        the process printed something after it.
+        still to come, or the calls wait.  Returns why the process cannot go on: "failed"
+        if it is an error, "unasked" if the process printed something after it, else "".
         """
         self._is_in_turn = False
         self._expected_calls = frozenset(calls)
@@ -1118,13 +1122,15 @@ class Process(Child):
         self.resume()
         if not (result or self._expected_calls or self.is_unusable):
             self._ended_well = self.loop.create_future()
-        return is_quiet and not (result and result.get("is_error"))
+        if result and result.get("is_error"):
+            return "failed"
+        return "" if is_quiet else "unasked"
 
     async def is_ready(self) -> bool:
         """Whether it is done with its last turn, and has printed nothing since."""
         try:
             async with asyncio.timeout(LATE_SECS):
-                is_good = await self._ended_well
+                is_good = await asyncio.shield(self._ended_well)
         except TimeoutError:
             return False
         await read_pipes()
@@ -1332,7 +1338,7 @@ TRANSITIONS = {
     State.SPARE: {State.BUSY, State.RETIRED},
     State.IDLE: {State.BUSY, State.RETIRED},
     State.PARKED: {State.BUSY, State.RETIRED},
-    State.BUSY: {State.IDLE, State.PARKED, State.RETIRED},
+    State.BUSY: {State.SPARE, State.IDLE, State.PARKED, State.RETIRED},
     State.RETIRED: set(),
 }
 
@@ -1652,6 +1658,7 @@ class Pool:
         # Every process that is not reaped.
         self.sessions: set[Session] = set()
         self.room = Room(config.max_sessions)
+        self.no_room = f"all {config.max_sessions} processes were busy, none got free"
         self.spares = Spares(self)
         self.inspector = Inspector(self)
         # Limits of the account by type, the one reported last at the end.
@@ -1824,7 +1831,11 @@ class Pool:
         is_large = size >= LARGE_SIZE
         lane, thread = self._lanes[is_large], self._threads[is_large]
         await self.queue(lane.acquire, "other large requests were not read")
-        future = asyncio.get_running_loop().run_in_executor(thread, function)
+        try:
+            future = asyncio.get_running_loop().run_in_executor(thread, function)
+        except RuntimeError:  # there is no thread left
+            lane.release()
+            raise
 
         def release(future: asyncio.Future[T]) -> None:
             lane.release()
@@ -1858,6 +1869,7 @@ class Pool:
         if reason:
             self._give_up(session, request, reason)
             return None
+        before = session.state
         session.move(State.BUSY)
         self._record_outcome(session, "busy")
         try:
@@ -1869,9 +1881,7 @@ class Pool:
                 lines.append(await self.compute(request.size, make_line))
             is_ready = await process.is_ready()
         except BaseException:
-            # Nothing was written to it.
-            if session.state is State.BUSY:
-                self._file(session)
+            self._put_back(session, before)
             raise
         if not is_ready:
             self._give_up(session, request, "failed")
@@ -1880,6 +1890,16 @@ class Pool:
         session.go_on(request, turn_id, lines)
         process.hand_over(results or {})
         return Turn(request, session, "hot" if session.turns else "new")
+
+    def _put_back(self, session: Session, state: State) -> None:
+        """Let a session rest again that was written nothing."""
+        is_outdated = state is State.SPARE and session.process.cli is not self.cli
+        if is_outdated:
+            self.retire(session, "unwanted")
+        elif session.state is State.BUSY:
+            session.move(state)
+            self._record_outcome(session, "pinned")
+            self.make_room()
 
     def _give_up(self, session: Session, request: Request, reason: str) -> None:
         """Let a fresh process take a request that its session cannot take.  Raises ApiError
@@ -1970,6 +1990,8 @@ class Pool:
                 if not spare:
                     # Many starts at once would slow each other down.
                     message = "other processes did not start"
+                    if self.room.is_full:
+                        message = self.no_room
                     permit = self.held(self._starts, message, is_timed=False)
                     await start.enter_async_context(permit)
                 session = spare or await self.spawn(kind, State.BUSY)
@@ -2032,8 +2054,7 @@ class Pool:
     async def spawn(self, kind: Kind, state: State) -> Session:
         """Start a process, which waits at its gate."""
         enter = partial(self.room.enter, self.make_room)
-        message = f"all {self.config.max_sessions} processes were busy, none got free"
-        await self.queue(enter, message, is_timed=state is not State.SPARE)
+        await self.queue(enter, self.no_room, is_timed=state is not State.SPARE)
         process = Process(self.cli)
         # One that announces its folder to the model works in one that never changes; an
         # older one would list all files in it.
@@ -2077,8 +2098,7 @@ class Pool:
         # The history that it had is found no more.
         self._record_outcome(session, "continued")
         session.extend(turn.request, translator.message, translator.calls)
-        is_quiet = process.end_turn(translator.result, session.calls)
-        reason = ""
+        reason = process.end_turn(translator.result, session.calls)
         if not turn.rests:
             reason = "half" if turn.request.continues else translator.stop_reason
             is_word = reason.isascii() and reason.isidentifier()
@@ -2087,8 +2107,6 @@ class Pool:
             reason = "failed"
         elif session.turns >= self.config.max_turns and not session.calls:
             reason = "max_turns"
-        elif not is_quiet:
-            reason = "unasked"
         if reason:
             self.retire(session, reason)
         else:
@@ -2167,10 +2185,6 @@ class Inspector:
         self._looking = asyncio.Lock()
         self._asking = asyncio.Lock()
         self._announcing = asyncio.Lock()
-
-    @property
-    def is_looking(self) -> bool:
-        return self._looking.locked()
 
     async def look(self) -> Cli:
         """The CLI that is installed now.  Raises ApiError when it is too old."""
@@ -2391,9 +2405,7 @@ async def sweep(pool: Pool) -> None:
             await read_pipes()
             for session in pool.in_states(*State):
                 look_after(pool, session)
-            # `ask_version` has a child of its own.
-            is_starting = Child.starting or pool.inspector.is_looking
-            if os.getpid() == 1 and not is_starting:
+            if os.getpid() == 1 and not Child.starting:
                 reap_orphans(Child.pids)
         except Exception as bug:  # noqa: BLE001 - without the sweep no turn would time out
             log.error("bug in the sweep: %s", type(bug).__name__)

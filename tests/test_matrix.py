@@ -323,7 +323,7 @@ def check_answer(
         # that.
         spoke = fault == "disorder" and answer.session != "hot"
         rebuilt = fault in (*DEAD, "endless") or spoke
-        reason = "died" if fault in DEAD else "unasked"
+        reason = "died" if fault in DEAD else "unasked" if spoke else "failed"
         assert answer.session == (f"rebuilt; reason={reason}" if rebuilt else "hot")
         assert answer.text == ("echo: 18C; 3 messages" if rebuilt else "echo: 18C; 1 messages")
     else:
@@ -338,7 +338,7 @@ def check_next(made: Bench, conversation: list[Any], fault: str, **fields: Any) 
     sound."""
     (pid,) = made.log.reached(fields["model"])
     answer = made.server.post(conversation, **fields)
-    reason = {"endless": "unasked"}.get(fault, "died" if fault in DEAD else "failed")
+    reason = "died" if fault in DEAD else "failed"
     # What speaks when the turn is over is lost; in the read of its end it still belongs to that.
     spoke = fault == "disorder" and answer.session == "rebuilt; reason=unasked"
     sound = fault in GARBAGE and not spoke

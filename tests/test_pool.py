@@ -443,3 +443,23 @@ def test_an_agents_conversation_is_anothers_also_if_a_third_has_begun_alike_mean
         first = server.post("hello", system=system)
     again = server.post(["hello", first.text, "and now"], system="one")
     assert again.session == "rebuilt; reason=ambiguous"
+
+
+def test_a_request_that_is_cancelled_as_it_waits_for_the_last_result_disturbs_no_other(
+    gate: Path,
+) -> None:
+    async def use(pool: Pool) -> None:
+        turn, first = await take_turn(pool, "LATE one")
+        left = asyncio.create_task(take_turn(pool, "LATE one", first, "two"))
+        await soon(lambda: turn.session not in pool.on_file)
+        left.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await left
+        assert turn.session in pool.on_file
+        again = asyncio.create_task(take_turn(pool, "LATE one", first, "two"))
+        await soon(lambda: turn.session not in pool.on_file)
+        open_gate(gate)
+        following, answer = await again
+        assert (following.origin, answer) == ("hot", "echo: two; 3 messages")
+
+    in_pool(use)

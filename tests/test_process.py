@@ -62,7 +62,7 @@ def test_a_result_that_came_behind_the_answer_in_the_same_read_is_the_end_of_the
     wait_until(lambda: process._ended_well.done(), "its first result")
     process.begin_turn()
     process._events.append({"type": "result"})
-    process.end_turn(False)
+    process.end_turn(None)
     assert process._ended_well.done()
     assert server.post(conversation).session == "hot"
 
@@ -118,7 +118,7 @@ def test_an_error_as_the_result_of_an_answer_ends_the_process_whenever_it_comes(
         if when != "late":
             process.lines_received([line], len(line))
         [result] = await process.read() if when == "read" else [None]
-        is_quiet = process.end_turn(result)
+        is_quiet = not process.end_turn(result)
         if when == "late":
             process.lines_received([line], len(line))
             is_quiet = await process.is_ready()
