@@ -463,3 +463,17 @@ def test_a_request_that_is_cancelled_as_it_waits_for_the_last_result_disturbs_no
         assert (following.origin, answer) == ("hot", "echo: two; 3 messages")
 
     in_pool(use)
+
+
+def test_a_lane_whose_thread_cannot_start_is_free_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use(pool: Pool) -> None:
+        def submit(*_: object) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pool._threads[1], "submit", submit)
+            with pytest.raises(RuntimeError):
+                await pool.compute(sessions.LARGE_SIZE, int)
+        assert await pool.compute(sessions.LARGE_SIZE, lambda: 5) == 5
+
+    in_pool(use)
