@@ -302,6 +302,46 @@ def without_empties(value: Json) -> Json:
     return {key: inner for key, inner in value.items() if inner not in (None, {}, [])}
 
 
+# Bounds of a request: levels of JSON, of which each costs a call in Python, and values of
+# JSON, of which each can take a hundred times its bytes.
+MAX_DEPTH = 200
+MAX_VALUES = 100_000
+# A part of a JSON text, of at most a megabyte, that cuts no escape in two: a thread that
+# reads the whole at once would not let others go on.
+PIECE = re.compile(rb"(?:[^\\]{1,1000}+|\\.?){1,1000}+", re.DOTALL)
+
+
+def has_more_values(body: bytes) -> bool:
+    """Whether a JSON text holds more than about MAX_VALUES values."""
+    if len(body) <= MAX_VALUES:
+        return False
+    marks = 0
+    is_in_string = False
+    for match in PIECE.finditer(body):
+        piece = match[0].replace(b"\\\\", b"").replace(b'\\"', b"")
+        parts = piece.split(b'"')
+        marks += sum(map(count_marks, parts[is_in_string::2]))
+        if marks > MAX_VALUES:
+            return True
+        has_odd_quotes = len(parts) % 2 == 0
+        is_in_string = is_in_string != has_odd_quotes
+    return False
+
+
+def count_marks(text: bytes) -> int:
+    """How many commas and opening brackets there are: about one for each value."""
+    return text.count(b",") + text.count(b"[") + text.count(b"{")
+
+
+def is_deeper(value: Any, levels: int) -> bool:
+    """Whether a JSON value is nested more than so many levels deep."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        return False
+    return not levels or any(is_deeper(item, levels - 1) for item in value)
+
+
 # ------------------------------------------------------------ requests
 
 # A model name can end up in the CLI's argv, where a leading dash would make it a flag.
@@ -480,12 +520,6 @@ def check_fields(data: Json, counting: bool) -> None:
             check_type(data[name], kind, name)
 
 
-# Bounds of a request: levels of JSON, of which each costs a call in Python, and values of
-# JSON, of which each can take a hundred times its bytes.
-MAX_DEPTH = 200
-MAX_VALUES = 100_000
-
-
 def read_object(body: bytes) -> Json:
     if has_more_values(body):
         raise bad_request("body", f"more than {MAX_VALUES} JSON values")
@@ -499,42 +533,6 @@ def read_object(body: bytes) -> Json:
     if not isinstance(data, dict):
         raise ApiError(400, "The request body is not a JSON object.")
     return data
-
-
-# A part of a JSON text, of at most a megabyte, that cuts no escape in two: a thread that
-# reads the whole at once would not let others go on.
-PIECE = re.compile(rb"(?:[^\\]{1,1000}+|\\.?){1,1000}+", re.DOTALL)
-
-
-def has_more_values(body: bytes) -> bool:
-    """Whether a JSON text holds more than about MAX_VALUES values."""
-    if len(body) <= MAX_VALUES:
-        return False
-    marks = 0
-    is_in_string = False
-    for match in PIECE.finditer(body):
-        piece = match[0].replace(b"\\\\", b"").replace(b'\\"', b"")
-        parts = piece.split(b'"')
-        marks += sum(map(count_marks, parts[is_in_string::2]))
-        if marks > MAX_VALUES:
-            return True
-        has_odd_quotes = len(parts) % 2 == 0
-        is_in_string = is_in_string != has_odd_quotes
-    return False
-
-
-def count_marks(text: bytes) -> int:
-    """How many commas and opening brackets there are: about one for each value."""
-    return text.count(b",") + text.count(b"[") + text.count(b"{")
-
-
-def is_deeper(value: Any, levels: int) -> bool:
-    """Whether a JSON value is nested more than so many levels deep."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if not isinstance(value, list):
-        return False
-    return not levels or any(is_deeper(item, levels - 1) for item in value)
 
 
 def check_type(value: Any, kind: type, place: str) -> Any:
