@@ -21,10 +21,9 @@ An answer needs these sections of the three files, in this order:
     sessions.py   the pool         and the process rests, or is ended
 
 With the small ones between them (a request and its answer, room, frames) they are less than
-4,000 of 7,500 lines.  All else is told to the core by a setting, asked for in one line, or
-comes after it: errors and JSON, the settings and the environment of a process, what is known
-of the CLI, spares and the sweep, other routes and the log, `serve` and the program, and what
-is called an appendix.
+4,000 of 7,500 lines.  Nobody needs the rest to follow an answer: errors and JSON, settings,
+the command line and environment of a process, what is known of the CLI, spares, the sweep,
+other routes, the log, `serve`, the program, and what is called an appendix.
 """
 
 import asyncio
@@ -1134,10 +1133,10 @@ class Bridge:
         self.closing = False
         # The last requests: when, and what was logged; the newest first.
         self.recent: deque[tuple[str, Json]] = deque(maxlen=RECENT)
-        # As clients reach it: host:port or unix:/path.
+        # Written by `listen`.  As clients reach it: host:port or unix:/path.
         self.addresses: list[str] = []
-        # Seconds at shutdown for connections that have sent nothing yet; only with an
-        # inherited listener, where no client may be refused.
+        # Written by `listen`.  Seconds at shutdown for connections that have sent nothing
+        # yet; only with an inherited listener, where no client may be refused.
         self.grace_secs = 0.0
         self.connections: dict[asyncio.Task[None], Connection] = {}
         # Those of them that are no surplus.

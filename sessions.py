@@ -124,13 +124,13 @@ ENDING = (
 # Seconds to wait for the first output of a process that was given its conversation, in case
 # it dies and another one must take its place; 0.1 was measured for a spare.
 FIRST_OUTPUT_SECS = 2.0
-# Seconds after which its turn fails if it has not printed anything: the gate did not reach
-# the CLI; 0.5 was measured for 1,000 messages.
+# Seconds after which the turn of a process fails that has printed nothing: the gate did not
+# reach the CLI; 0.5 was measured for 1,000 messages.
 GATE_SECS = 30.0
-# Seconds after the answer within which its `result` must come, 0.02 were measured, and after
-# the end of its input within which a process must end.
+# Seconds within which the `result` must come after an answer (0.02 was measured), and within
+# which a process must end after its input has.
 LATE_SECS = 5.0
-# Seconds for a count of tokens, and for the question what the CLI announces; 0.5 was measured.
+# Seconds for a count of tokens, and to ask what the CLI announces; 0.5 was measured.
 COUNT_SECS = 20.0
 # Requests of this many bytes or more are read and written in a thread: a megabyte takes
 # 10 to 100 ms.
@@ -180,9 +180,9 @@ CLOSED_GATE = (
     "the claude CLI said nothing after its start: it may not have the pipe that it was "
     "given, as when CLAUDE_CLI_BIN is a program that closes the descriptors that it inherits"
 )
-# Events that a process prints only when a turn asked for them, and those of an answer of the
-# model.
+# Events that a process prints only when a turn asked for them.
 ANSWERS = {"stream_event", "assistant", "user", "result"}
+# Those with which the model begins another answer.
 STREAMED = {"stream_event"}
 CORES = os.cpu_count() or 1
 PRCTL: Any = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
@@ -1892,7 +1892,7 @@ class Pool:
         return Turn(request, session, "hot" if session.turns else "new")
 
     def _put_back(self, session: Session, state: State) -> None:
-        """Let a session rest again that was written nothing."""
+        """Put a session back as it was: nothing was written to its process."""
         is_outdated = state is State.SPARE and session.process.cli is not self.cli
         if is_outdated:
             self.retire(session, "unwanted")

@@ -73,6 +73,29 @@ def test_an_input_of_a_tool_that_the_cli_takes_for_its_own_arrives_alike_and_is_
         assert is_told == (content[-1]["input"] != written)
 
 
+def test_a_breakpoint_on_a_call_does_not_arrive_and_is_told(
+    serve: Serve, cli: Path, since: Since
+) -> None:
+    """The other ones of a client that sets its own do."""
+    mark = {"cache_control": {"type": "ephemeral"}}
+    call = {"type": "tool_use", "id": "toolu_1", "name": "t", "input": {}}
+    history = [
+        user({**text("a page"), **mark}, text("a question")),
+        {"role": "assistant", "content": [call | mark]},
+        user(result(call) | mark),
+    ]
+    tool = {"name": "t", "input_schema": {"type": "object"}}
+    answer = serve(bin=cli).post(history, tools=[tool])
+    assert answer.headers["x-bridge-not-sent"] == "messages.1.content.0.cache_control"
+    marked = [
+        block["type"]
+        for message in since()[-1]["body"]["messages"]
+        for block in message["content"]
+        if "cache_control" in block
+    ]
+    assert marked == ["text", "tool_result"]
+
+
 @pytest.mark.parametrize("words", ["USE_TOOL unknown INPUT={}END", "MAXTOK"])
 def test_the_model_is_not_asked_again_by_the_cli(
     serve: Serve, cli: Path, since: Since, words: str
