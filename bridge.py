@@ -452,7 +452,10 @@ def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
     message = f"must be one of {', '.join(choices)}, got {value!r}"
     require(not choices or value in choices, name, message)
     if type(item.default) in (int, float):
-        message = f"must be a number of at least {least}, got {value}"
+        bound = f"at least {least}"
+        if value > MAX_NUMBER:
+            bound = f"at most {MAX_NUMBER:g}"
+        message = f"must be a number of {bound}, got {value}"
         require(least <= value <= MAX_NUMBER, name, message)
 
 

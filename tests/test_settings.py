@@ -333,3 +333,9 @@ def test_an_address_of_the_api_that_is_the_bridges_own_is_refused_at_the_start(
 )
 def test_a_url_without_a_port_leads_to_port_80(address: str, url: str, leads_here: bool) -> None:
     assert Config(listen_addr=address).leads_here(url) == leads_here
+
+
+@pytest.mark.parametrize("value", [10**20, 10**400])
+def test_a_number_that_is_too_large_for_anything_is_refused_with_its_bound(value: int) -> None:
+    with pytest.raises(bridge.ConfigError, match="a number of at most 1e"):
+        Config(bin="true", spares=value).checked()
