@@ -127,7 +127,15 @@ class Program(Client):
         return self.process.wait(30)
 
     def children(self) -> list[psutil.Process]:
-        return children(self.process.pid)
+        """Its children that run a program of their own: one that was forked just now still is the
+        bridge itself, with the bridge's arguments and environment."""
+        found = []
+        for child in children(self.process.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                bridge = psutil.Process(self.process.pid)
+                if child.cmdline() != bridge.cmdline():
+                    found.append(child)
+        return found
 
 
 def plain_cli(path: Path, lines: str) -> Path:
