@@ -1371,7 +1371,7 @@ class Bridge:
             counting=counting,
             agent=bool(self.config.tools),
         )
-        request = await self.pool.compute(len(body), parse)
+        request = await self.pool.threads.run(len(body), parse)
         asking = exchange.header("x-claude-code-session-id")
         if self.pool.is_own_process(asking, request.user_id):
             message = "this request comes from the claude CLI that this bridge runs"
@@ -1872,7 +1872,7 @@ async def missing_from_agent(pool: Pool) -> list[str]:
     if not pool.config.tools:
         return []
     request = translate.parse_request(EMPTY_REQUEST, counting=True, agent=True)
-    session = await pool.fresh_session(request, [], query=False)
+    session = await pool.starter.fresh_session(request, [], query=False)
     try:
         init = await session.process.read_until(
             lambda event: event.get("subtype") == "init" and event

@@ -1633,7 +1633,101 @@ class Room:
         task.add_done_callback(leave)
 
 
-# ------------------------------------------------------------ the pool
+# ------------------------------------------------------------ queue and threads
+
+
+class Queue:
+    """The queue in which requests wait: for a lock, a count or a process."""
+
+    def __init__(self, config: PoolConfig, metrics: "Metrics") -> None:
+        self._config = config
+        self._metrics = metrics
+        # How many requests wait.
+        self.length = 0
+
+    async def wait(
+        self,
+        acquire: Callable[[], Awaitable[object]],
+        problem: str,
+        *,
+        is_timed: bool = True,
+    ) -> None:
+        """Wait for what is acquired, in a queue of at most `max_queue` requests and for at
+        most `queue_secs`.  Raises ApiError 529, which names the `problem`."""
+        timeout = self._config.queue_secs
+        message = f"{problem} within {timeout:g} seconds"
+        if self.length >= self._config.max_queue:
+            timeout = 0  # it may still be had at once
+            message = f"{self.length} requests wait for room already"
+        self.length += 1
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(timeout):
+                await acquire()
+        except TimeoutError:
+            after = max(1, round(self._config.queue_secs))
+            message += "; try again later"
+            raise ApiError(529, message, retry_after=after) from None
+        finally:
+            self.length -= 1
+            if is_timed:
+                self._metrics.time("queue_seconds", time.monotonic() - began)
+
+    @contextlib.asynccontextmanager
+    async def held(
+        self,
+        lock: asyncio.Lock | asyncio.Semaphore,
+        problem: str,
+        *,
+        is_timed: bool = True,
+    ) -> AsyncIterator[None]:
+        """Hold a lock, after the wait for it in the queue.  Raises ApiError 529."""
+        await self.wait(lock.acquire, problem, is_timed=is_timed)
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+class Threads:
+    """Two threads for large requests: one for the largest, for which the others need not
+    wait.  One request at a time is in each."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+        self._threads = (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
+        self._lanes = (asyncio.Semaphore(1), asyncio.Semaphore(1))
+
+    def close(self) -> None:
+        for thread in self._threads:
+            thread.shutdown()
+
+    async def run(self, size: int, function: Callable[[], T]) -> T:
+        """Run what takes time in proportion to a request of `size` bytes: a large one
+        in a thread, one after another, so that others are served meanwhile.  Raises
+        ApiError 529 when its turn does not come."""
+        if size < THREAD_SIZE:
+            return function()
+        is_large = size >= LARGE_SIZE
+        lane, thread = self._lanes[is_large], self._threads[is_large]
+        await self._queue.wait(lane.acquire, "other large requests were not read")
+        try:
+            future = asyncio.get_running_loop().run_in_executor(thread, function)
+        except RuntimeError:  # there is no thread left
+            lane.release()
+            raise
+
+        def release(future: asyncio.Future[T]) -> None:
+            lane.release()
+            if not future.cancelled():
+                future.exception()  # nobody asks for it if the client has left
+
+        # The thread goes on when its request is cancelled, and keeps the lane.
+        future.add_done_callback(release)
+        return await asyncio.shield(future)
+
+
+# ------------------------------------------------------------ past conversations
 
 
 def cache_put(
@@ -1644,6 +1738,47 @@ def cache_put(
     cache.move_to_end(key)
     if len(cache) > most:
         cache.popitem(last=False)
+
+
+class Outcomes:
+    """What became of the conversations of the past, to say why one is rebuilt."""
+
+    def __init__(self) -> None:
+        # By fingerprint and by pin, the parts of the session that held a conversation
+        # last, and why a request may not find it there.
+        self._found: OrderedDict[bytes | str, tuple[Digests, str]] = OrderedDict()
+
+    def __contains__(self, key: bytes | str) -> bool:
+        return key in self._found
+
+    def record(self, session: Session, reason: str) -> None:
+        """Why a request will not find the session, from now on."""
+        if not session.turns:
+            return
+        keys = [session.chain, session.unthinking_chain, session.pin]
+        if session.kind.agent:
+            keys.append(session.identity)
+        for key in keys:
+            if key:
+                cache_put(self._found, key, (session.parts, reason), MAX_PAST)
+
+    def rebuild_reason(self, request: Request, pin: str) -> str:
+        """Why a conversation is rebuilt, such that its user can act on it; empty: it is
+        new."""
+        wanted = request.fingerprint
+        outcome = self._found.get(wanted.past) or self._found.get(pin)
+        if request.continues:
+            return "prefill"
+        if not outcome:
+            return UNKNOWN_HISTORY if wanted.past else ""
+        parts, reason = outcome
+        for name, digest in wanted.parts.items():
+            if parts.get(name) != digest:
+                return f"{name}-changed"
+        return reason
+
+
+# ------------------------------------------------------------ the pool
 
 
 class Pool:
@@ -1658,26 +1793,18 @@ class Pool:
         # Every process that is not reaped.
         self.sessions: set[Session] = set()
         self.room = Room(config.max_sessions)
-        self.no_room = f"all {config.max_sessions} processes were busy, none got free"
+        self.queue = Queue(config, self.metrics)
+        self.threads = Threads(self.queue)
+        self.starter = Starter(self)
         self.spares = Spares(self)
         self.inspector = Inspector(self)
+        self._outcomes = Outcomes()
         # Limits of the account by type, the one reported last at the end.
         self.rate_limits: dict[str, RateLimit] = {}
-        # Requests in `queue`: they wait for a lock, a count or a process.
-        self.queued = 0
-        # Fresh processes that start for a request.
-        self._starts = asyncio.Semaphore(2 * CORES)
         # A lock for each session header in use: its requests run one after another.
         self._pins: weakref.WeakValueDictionary[str, asyncio.Lock] = (
             weakref.WeakValueDictionary()
         )
-        # By fingerprint and by pin, the parts of the session that held a conversation
-        # last, and why a request may not find it there.
-        self._outcomes: OrderedDict[bytes | str, tuple[Digests, str]] = OrderedDict()
-        # A thread for large requests, and one for the largest, for which the others need
-        # not wait: one request at a time is in each.
-        self._threads = (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
-        self._lanes = (asyncio.Semaphore(1), asyncio.Semaphore(1))
 
     async def __aenter__(self) -> "Pool":
         self._sweeper = asyncio.create_task(sweep(self))
@@ -1692,8 +1819,7 @@ class Pool:
             self.retire(session, "shutdown")
         while self.room.ending:
             await asyncio.wait(self.room.ending)
-        for thread in self._threads:
-            thread.shutdown()
+        self.threads.close()
 
     def in_states(self, *states: State) -> list[Session]:
         """The sessions in these states, in the order in which they give way."""
@@ -1776,75 +1902,8 @@ class Pool:
             return
         pin = f"{session_id(token)} {key_digest}"
         lock = self._pins.setdefault(pin, asyncio.Lock())
-        async with self.held(lock, "the session's other requests did not end"):
+        async with self.queue.held(lock, "the session's other requests did not end"):
             yield pin
-
-    async def queue(
-        self,
-        acquire: Callable[[], Awaitable[object]],
-        problem: str,
-        *,
-        is_timed: bool = True,
-    ) -> None:
-        """Wait for what is acquired, in a line of at most `max_queue` requests and for at
-        most `queue_secs`.  Raises ApiError 529, which names the `problem`."""
-        timeout = self.config.queue_secs
-        message = f"{problem} within {timeout:g} seconds"
-        if self.queued >= self.config.max_queue:
-            timeout = 0  # it may still be had at once
-            message = f"{self.queued} requests wait for room already"
-        self.queued += 1
-        began = time.monotonic()
-        try:
-            async with asyncio.timeout(timeout):
-                await acquire()
-        except TimeoutError:
-            after = max(1, round(self.config.queue_secs))
-            message += "; try again later"
-            raise ApiError(529, message, retry_after=after) from None
-        finally:
-            self.queued -= 1
-            if is_timed:
-                self.metrics.time("queue_seconds", time.monotonic() - began)
-
-    @contextlib.asynccontextmanager
-    async def held(
-        self,
-        lock: asyncio.Lock | asyncio.Semaphore,
-        problem: str,
-        *,
-        is_timed: bool = True,
-    ) -> AsyncIterator[None]:
-        """Hold a lock, after the wait for it in the line.  Raises ApiError 529."""
-        await self.queue(lock.acquire, problem, is_timed=is_timed)
-        try:
-            yield
-        finally:
-            lock.release()
-
-    async def compute(self, size: int, function: Callable[[], T]) -> T:
-        """Run what takes time in proportion to a request of `size` bytes: a large one
-        in a thread, one after another, so that others are served meanwhile.  Raises
-        ApiError 529 when its turn does not come."""
-        if size < THREAD_SIZE:
-            return function()
-        is_large = size >= LARGE_SIZE
-        lane, thread = self._lanes[is_large], self._threads[is_large]
-        await self.queue(lane.acquire, "other large requests were not read")
-        try:
-            future = asyncio.get_running_loop().run_in_executor(thread, function)
-        except RuntimeError:  # there is no thread left
-            lane.release()
-            raise
-
-        def release(future: asyncio.Future[T]) -> None:
-            lane.release()
-            if not future.cancelled():
-                future.exception()  # nobody asks for it if the client has left
-
-        # The thread goes on when its request is cancelled, and keeps the lane.
-        future.add_done_callback(release)
-        return await asyncio.shield(future)
 
     # Hot
 
@@ -1871,14 +1930,14 @@ class Pool:
             return None
         before = session.state
         session.move(State.BUSY)
-        self._record_outcome(session, "busy")
+        self._outcomes.record(session, "busy")
         try:
             turn_id = ""
             lines = []
             if results is None:
                 turn_id = str(uuid.uuid4())
                 make_line = partial(translate.user_line, content, turn_id)
-                lines.append(await self.compute(request.size, make_line))
+                lines.append(await self.threads.run(request.size, make_line))
             is_ready = await process.is_ready()
         except BaseException:
             self._put_back(session, before)
@@ -1898,7 +1957,7 @@ class Pool:
             self.retire(session, "unwanted")
         elif session.state is State.BUSY:
             session.move(state)
-            self._record_outcome(session, "pinned")
+            self._outcomes.record(session, "pinned")
             self.make_room()
 
     def _give_up(self, session: Session, request: Request, reason: str) -> None:
@@ -1940,147 +1999,12 @@ class Pool:
     async def _fresh_turn(
         self, request: Request, pin: str, token: str | None, trace: Trace
     ) -> Turn:
-        reason = self._rebuild_reason(request, pin)
+        reason = self._outcomes.rebuild_reason(request, pin)
         tools = translate.tools_for_turn(request)
-        session = await self.fresh_session(request, tools, trace)
+        session = await self.starter.fresh_session(request, tools, trace)
         if token:
             session.take_name(session_id(token), pin)
         return Turn(request, session, "rebuilt" if reason else "new", reason)
-
-    def _rebuild_reason(self, request: Request, pin: str) -> str:
-        """Why a conversation is rebuilt, such that its user can act on it; empty: it is
-        new."""
-        wanted = request.fingerprint
-        outcome = self._outcomes.get(wanted.past) or self._outcomes.get(pin)
-        if request.continues:
-            return "prefill"
-        if not outcome:
-            return UNKNOWN_HISTORY if wanted.past else ""
-        parts, reason = outcome
-        for name, digest in wanted.parts.items():
-            if parts.get(name) != digest:
-                return f"{name}-changed"
-        return reason
-
-    async def fresh_session(
-        self,
-        request: Request,
-        tools: list[Json],
-        trace: Trace | None = None,
-        *,
-        query: bool = True,
-    ) -> Session:
-        """A process that was given the conversation of the request, and has begun to
-        answer it; without `query` it only counts it."""
-        cli = self.cli
-        if request.continues and not cli.is_at_least(CONTINUES):
-            message = "a conversation that ends with an assistant message needs Claude"
-            message += f" Code {dotted(CONTINUES)} or newer; this is {cli.version}"
-            raise translate.bad_request("messages", message)
-        # Thinking is kept only beside the full name of the model, and only the CLI
-        # knows what login is in its settings.
-        needs_info = request.fingerprint.has_thinking or self.config.setting_sources
-        if needs_info and not cli.info.is_known:
-            await self.inspector.info()
-        while True:
-            kind = self.inspector.kind(request)
-            announced = await self.inspector.announced(request.model, kind)
-            spare = await self.spares.take(kind)
-            async with contextlib.AsyncExitStack() as start:
-                if not spare:
-                    # Many starts at once would slow each other down.
-                    message = "other processes did not start"
-                    if self.room.is_full:
-                        message = self.no_room
-                    permit = self.held(self._starts, message, is_timed=False)
-                    await start.enter_async_context(permit)
-                session = spare or await self.spawn(kind, State.BUSY)
-                session.adopt(request, tools, trace)
-                await self._give_conversation(session, request, announced, query)
-            if spare and session.process.failed_silently:
-                self.retire(session, "failed")  # it asked nothing, so another one can
-                continue
-            if not session.turn_id:
-                await self._wait_for_info(session)
-                if self._runs_model(session, request):
-                    session.ask(query)
-            if session.turn_id:
-                return session
-            self.retire(session, "model")
-
-    async def _give_conversation(
-        self, session: Session, request: Request, announced: list[Json], query: bool
-    ) -> None:
-        """Give a process its conversation, start a turn on it if it is known to run the
-        model, and wait for its first output."""
-        make_rows = partial(
-            translate.transcript,
-            request.messages,
-            session.model,
-            announced,
-            session.own_id,
-        )
-        with self._retired_on_failure(session):
-            rows = await self.compute(request.size, make_rows)
-            session.set_up(request, rows)
-            is_known = session.process.cli.info.is_known
-            if is_known and self._runs_model(session, request):
-                session.ask(query)
-            await session.process.wait_for_output()
-
-    async def _wait_for_info(self, session: Session) -> None:
-        """Wait until the CLI has listed its models.  Raises ApiError."""
-        with self._retired_on_failure(session):
-            if not session.process.cli.info.is_known:
-                is_listed = partial(control_result, request_id="initialize")
-                await session.process.read_until(is_listed)
-
-    def _runs_model(self, session: Session, request: Request) -> bool:
-        """Whether a process runs the model of the request, as far as it is known."""
-        return bool(session.kind.model) or self.inspector.kind(request) == session.kind
-
-    @contextlib.contextmanager
-    def _retired_on_failure(self, session: Session) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            process = session.process
-            process.interrupt()
-            self.retire(session, "failed" if process.is_unusable else "interrupted")
-            raise
-
-    # Processes
-
-    async def spawn(self, kind: Kind, state: State) -> Session:
-        """Start a process, which waits at its gate."""
-        enter = partial(self.room.enter, self.make_room)
-        await self.queue(enter, self.no_room, is_timed=state is not State.SPARE)
-        process = Process(self.cli)
-        # One that announces its folder to the model works in one that never changes; an
-        # older one would list all files in it.
-        cwd = "/" if self.cli.is_at_least(ANNOUNCES) else ""
-        if kind.agent:
-            cwd = self.config.cwd or "."
-        try:
-            await process.spawn(
-                arguments(self.config, kind, settings_file(self.inspector.environment)),
-                child_environment(self.config, self.environ, kind),
-                cwd,
-            )
-        except BaseException as error:
-            self.room.leave()
-            if isinstance(error, OSError):
-                message = f"the claude CLI cannot be started: {error.strerror}"
-                where = f": {error.filename}" if error.filename else ""
-                raise cli_error(message + where) from error
-            raise
-        session = Session(process, kind, state)
-        process.on_fault = lambda reason: self.retire(session, reason)
-        process.on_limits = self._record_limits
-        self.sessions.add(session)
-        self.metrics.add("processes_started_total")
-        self.make_room()  # somebody may wait for a place by now
-        return session
 
     # What becomes of a session
 
@@ -2092,11 +2016,10 @@ class Pool:
         if session.state is not State.BUSY:
             return
         if not translator.done:
-            process.interrupt()
-            self.retire(session, "failed" if process.is_unusable else "interrupted")
+            self.cut_short(session)
             return
         # The history that it had is found no more.
-        self._record_outcome(session, "continued")
+        self._outcomes.record(session, "continued")
         session.extend(turn.request, translator.message, translator.calls)
         reason = process.end_turn(translator.result, session.calls)
         if not turn.rests:
@@ -2125,12 +2048,18 @@ class Pool:
             self.retire(other, "duplicate")
         # Recorded in case a request misses it because only one of the two has a session
         # header.
-        self._record_outcome(session, "pinned")
+        self._outcomes.record(session, "pinned")
         session.move(State.PARKED if session.calls else State.IDLE)
         idle = self.in_states(State.IDLE)
         if len(idle) > self.config.max_idle:
             self.retire(idle[0], "evicted")
         self.make_room()
+
+    def cut_short(self, session: Session) -> None:
+        """End a session in the middle of a turn."""
+        process = session.process
+        process.interrupt()
+        self.retire(session, "failed" if process.is_unusable else "interrupted")
 
     def make_room(self) -> None:
         """End as many resting processes as there are requests that wait for nothing
@@ -2149,25 +2078,150 @@ class Pool:
             self.metrics.add("process_restarts_total")
         log.debug("process %s ends: %s", session.process.pid, reason)
         session.move(State.RETIRED)
-        self._record_outcome(session, reason)
+        self._outcomes.record(session, reason)
         self.metrics.add("processes_ended_total", reason=reason)
         forget = partial(self.sessions.remove, session)
         self.room.leave_after(session.process.stop(), forget)
 
-    def _record_outcome(self, session: Session, reason: str) -> None:
-        if not session.turns:
-            return
-        keys = [session.chain, session.unthinking_chain, session.pin]
-        if session.kind.agent:
-            keys.append(session.identity)
-        for key in keys:
-            if key:
-                cache_put(self._outcomes, key, (session.parts, reason), MAX_PAST)
-
-    def _record_limits(self, limits: dict[str, RateLimit]) -> None:
+    def record_limits(self, limits: dict[str, RateLimit]) -> None:
         for name in limits:
             self.rate_limits.pop(name, None)  # so that it moves to the end
         self.rate_limits |= limits
+
+
+# ------------------------------------------------------------ a fresh process
+
+
+class Starter:
+    """Starts the processes of a pool, and gives them conversations."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        most = pool.config.max_sessions
+        self._no_room = f"all {most} processes were busy, none got free"
+        # Fresh processes that start for a request.
+        self._starts = asyncio.Semaphore(2 * CORES)
+
+    async def fresh_session(
+        self,
+        request: Request,
+        tools: list[Json],
+        trace: Trace | None = None,
+        *,
+        query: bool = True,
+    ) -> Session:
+        """A process that was given the conversation of the request, and has begun to
+        answer it; without `query` it only counts it."""
+        pool, cli = self._pool, self._pool.cli
+        if request.continues and not cli.is_at_least(CONTINUES):
+            message = "a conversation that ends with an assistant message needs Claude"
+            message += f" Code {dotted(CONTINUES)} or newer; this is {cli.version}"
+            raise translate.bad_request("messages", message)
+        # Thinking is kept only beside the full name of the model, and only the CLI
+        # knows what login is in its settings.
+        needs_info = request.fingerprint.has_thinking or pool.config.setting_sources
+        if needs_info and not cli.info.is_known:
+            await pool.inspector.info()
+        while True:
+            kind = pool.inspector.kind(request)
+            announced = await pool.inspector.announced(request.model, kind)
+            spare = await pool.spares.take(kind)
+            async with contextlib.AsyncExitStack() as start:
+                if not spare:
+                    # Many starts at once would slow each other down.
+                    message = "other processes did not start"
+                    if pool.room.is_full:
+                        message = self._no_room
+                    permit = pool.queue.held(self._starts, message, is_timed=False)
+                    await start.enter_async_context(permit)
+                session = spare or await self.spawn(kind, State.BUSY)
+                session.adopt(request, tools, trace)
+                await self._give_conversation(session, request, announced, query)
+            if spare and session.process.failed_silently:
+                # It asked nothing, so another one can.
+                pool.retire(session, "failed")
+                continue
+            if not session.turn_id:
+                await self._wait_for_info(session)
+                if self._runs_model(session, request):
+                    session.ask(query)
+            if session.turn_id:
+                return session
+            pool.retire(session, "model")
+
+    async def _give_conversation(
+        self, session: Session, request: Request, announced: list[Json], query: bool
+    ) -> None:
+        """Give a process its conversation, start a turn on it if it is known to run the
+        model, and wait for its first output."""
+        make_rows = partial(
+            translate.transcript,
+            request.messages,
+            session.model,
+            announced,
+            session.own_id,
+        )
+        with self._retired_on_failure(session):
+            rows = await self._pool.threads.run(request.size, make_rows)
+            session.set_up(request, rows)
+            is_known = session.process.cli.info.is_known
+            if is_known and self._runs_model(session, request):
+                session.ask(query)
+            await session.process.wait_for_output()
+
+    async def _wait_for_info(self, session: Session) -> None:
+        """Wait until the CLI has listed its models.  Raises ApiError."""
+        with self._retired_on_failure(session):
+            if not session.process.cli.info.is_known:
+                is_listed = partial(control_result, request_id="initialize")
+                await session.process.read_until(is_listed)
+
+    def _runs_model(self, session: Session, request: Request) -> bool:
+        """Whether a process runs the model of the request, as far as it is known."""
+        is_same_kind = session.kind == self._pool.inspector.kind(request)
+        return bool(session.kind.model) or is_same_kind
+
+    @contextlib.contextmanager
+    def _retired_on_failure(self, session: Session) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._pool.cut_short(session)
+            raise
+
+    async def spawn(self, kind: Kind, state: State) -> Session:
+        """Start a process, which waits at its gate."""
+        pool, config = self._pool, self._pool.config
+        enter = partial(pool.room.enter, pool.make_room)
+        is_timed = state is not State.SPARE
+        await pool.queue.wait(enter, self._no_room, is_timed=is_timed)
+        process = Process(pool.cli)
+        # One that announces its folder to the model works in one that never changes; an
+        # older one would list all files in it.
+        cwd = "/" if pool.cli.is_at_least(ANNOUNCES) else ""
+        if kind.agent:
+            cwd = config.cwd or "."
+        try:
+            settings = settings_file(pool.inspector.environment)
+            await process.spawn(
+                arguments(config, kind, settings),
+                child_environment(config, pool.environ, kind),
+                cwd,
+            )
+        except BaseException as error:
+            pool.room.leave()
+            if isinstance(error, OSError):
+                message = f"the claude CLI cannot be started: {error.strerror}"
+                where = f": {error.filename}" if error.filename else ""
+                raise cli_error(message + where) from error
+            raise
+        session = Session(process, kind, state)
+        process.on_fault = lambda reason: pool.retire(session, reason)
+        process.on_limits = pool.record_limits
+        pool.sessions.add(session)
+        pool.metrics.add("processes_started_total")
+        pool.make_room()  # somebody may wait for a place by now
+        return session
 
 
 # ------------------------------------------------------------ what is known of the CLI
@@ -2217,7 +2271,7 @@ class Inspector:
         room.  Otherwise a process is started for it, which may give way to any request.
         Raises ApiError when the CLI does not work.
         """
-        async with self._pool.held(self._asking, NO_START):
+        async with self._pool.queue.held(self._asking, NO_START):
             cli = await self.look()
             if not cli.info.is_known or (anew and not self._pool.room.is_full):
                 kind = Kind(PROBE_MODEL, bare=self.is_bare())
@@ -2229,7 +2283,7 @@ class Inspector:
     @contextlib.asynccontextmanager
     async def _asked(self, kind: Kind, state: State) -> AsyncIterator[Process]:
         """A process without a conversation that has reported its models and account."""
-        session = await self._pool.spawn(kind, state)
+        session = await self._pool.starter.spawn(kind, state)
         process = session.process
         try:
             process.begin_turn()
@@ -2261,7 +2315,7 @@ class Inspector:
 
         if key() in cli.announced:
             return cli.announced[key()]
-        async with self._pool.held(self._announcing, NO_START):
+        async with self._pool.queue.held(self._announcing, NO_START):
             if key() in cli.announced:
                 return cli.announced[key()]  # another request has asked meanwhile
             is_answered = False
@@ -2365,7 +2419,7 @@ class Spares:
             return  # nobody makes room for a spare
         with contextlib.suppress(ApiError):  # the next request will report it
             cli = self._pool.cli
-            spare = await self._pool.spawn(kind, State.SPARE)
+            spare = await self._pool.starter.spawn(kind, State.SPARE)
             if cli is not self._pool.cli:
                 self._pool.retire(spare, "unwanted")  # it may be the old program
             if like:
@@ -2444,13 +2498,13 @@ class Counter:
         failures.  The CLI passes off an estimate as a count when the API does not
         count, so its log is watched for the API's answers.
         """
-        key = await self._pool.compute(
+        key = await self._pool.threads.run(
             request.size, lambda: translate.request_digest(request)
         )
         counts = (await self._pool.inspector.look()).counts
         if key in counts:
             return counts[key]
-        await self._pool.queue(self._lane.acquire, "other counts did not end")
+        await self._pool.queue.wait(self._lane.acquire, "other counts did not end")
         trace = Trace(self._pool.config.trace_dir, request_id)
         try:
             tokens = await self._count(request, trace)
@@ -2466,7 +2520,9 @@ class Counter:
 
     async def _count(self, request: Request, trace: Trace) -> int:
         tools = translate.tools_for_count(request)
-        session = await self._pool.fresh_session(request, tools, trace, query=False)
+        session = await self._pool.starter.fresh_session(
+            request, tools, trace, query=False
+        )
         try:
             # The wait for a process is not the CLI's.
             async with asyncio.timeout(COUNT_SECS):
@@ -2612,7 +2668,7 @@ class Metrics:
         states = [session.state for session in pool.sessions]
         for state in State:
             self.set("processes", states.count(state), state=state.value)
-        self.set("waiting_requests", pool.queued)
+        self.set("waiting_requests", pool.queue.length)
 
     def text(self) -> str:
         lines = []

@@ -68,7 +68,7 @@ HOSTILE = (
     BODY % b",".join([USER % b'{"type":"tool_result","tool_use_id":"t"}'] * 5_000),
     b"\xff" * 3_000_000,
 )
-# The loop's, the log's, and two that read large requests (sessions.Pool.compute), once one came.
+# The loop's, the log's, and two that read large requests (sessions.Threads), once one came.
 THREADS = 4
 # Two versions of the stand-in: with announcements and a bare mode, and without.
 VERSIONS = ("2.1.332", "2.1.260")

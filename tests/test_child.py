@@ -192,7 +192,7 @@ from sessions import Child, Kind, Pool, PoolConfig, State
 async def main():
     config = PoolConfig(bin=sys.argv[1], spares=0)
     async with Pool(config) as one, Pool(config) as two:
-        processes = [(await pool.spawn(Kind("m"), State.BUSY)).process for pool in (one, two)]
+        processes = [(await pool.starter.spawn(Kind("m"), State.BUSY)).process for pool in (one, two)]
         for process in processes:
             process.write(b"now\\n")
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)

@@ -1,27 +1,22 @@
-"""Which process a request gets, why a conversation is rebuilt, and who goes first.  The stand-in is
+"""Which process a request gets, how long one stays, and who goes first.  The stand-in is
 the CLI."""
 
 import asyncio
-import json
 import logging
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from client import Answer, request_body
 from host import wait_until
 from processes import alive, in_pool, in_work, kill, open_gate, pid, soon, take_turn, talk
-from servers import Serve, Server
+from servers import Serve
 from stand_in import Log
 
 import sessions
 from sessions import Pool, Session
-from translate import ApiError
 
 # ---------------------------------------------------------------- who gets which
 
@@ -151,83 +146,6 @@ def test_a_shutdown_ends_every_process(
     assert running.result().status == 503
 
 
-def test_a_request_need_not_wait_behind_large_ones_which_wait_in_a_line() -> None:
-    async def use(pool: Pool) -> None:
-        await pool._lanes[1].acquire()
-        assert await pool.compute(sessions.THREAD_SIZE, lambda: 7) == 7
-        with pytest.raises(ApiError, match="other large requests") as caught:
-            await pool.compute(sessions.LARGE_SIZE, lambda: 7)
-        assert caught.value.status == 529
-        pool._lanes[1].release()
-        assert await pool.compute(sessions.LARGE_SIZE, lambda: 7) == 7
-        await soon(lambda: not pool.queued)
-
-    in_pool(use, queue_secs=0.05)
-
-
-@pytest.mark.parametrize("end", ["cancelled", "529"])
-def test_a_session_whose_request_ends_in_the_line_of_large_ones_is_on_file_again(
-    log: Log, monkeypatch: pytest.MonkeyPatch, end: str
-) -> None:
-    """Nothing was written to its process."""
-    queue_secs = 0.05 if end == "529" else 60
-
-    async def use(pool: Pool) -> None:
-        turn, first = await take_turn(pool, "one")
-        lines = log.lines(turn.process.pid)
-        monkeypatch.setattr(sessions, "THREAD_SIZE", 0)
-        monkeypatch.setattr(sessions, "LARGE_SIZE", 0)
-        await pool._lanes[1].acquire()
-        second = asyncio.create_task(take_turn(pool, "one", first, "two"))
-        await soon(lambda: pool.queued)
-        assert not pool.on_file
-        if end == "cancelled":
-            second.cancel()
-        [ended] = await asyncio.gather(second, return_exceptions=True)
-        if end == "529":
-            assert isinstance(ended, ApiError)
-            assert ended.status == 529
-        else:
-            assert isinstance(ended, asyncio.CancelledError)
-        assert pool.on_file == [turn.session]
-        assert log.lines(turn.process.pid) == lines
-        pool._lanes[1].release()
-        again, answer = await take_turn(pool, "one", first, "two")
-        assert (again.origin, again.session) == ("hot", turn.session)
-        assert answer == "echo: two; 3 messages"
-        assert len(pool.sessions) == 1
-
-    in_pool(use, queue_secs=queue_secs)
-
-
-def test_a_thread_whose_request_is_cancelled_keeps_the_lane_until_it_is_done() -> None:
-    may_end = threading.Event()
-
-    async def use(pool: Pool) -> None:
-        has_begun = asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        def block() -> None:
-            loop.call_soon_threadsafe(has_begun.set)
-            may_end.wait()
-
-        try:
-            left = asyncio.create_task(pool.compute(sessions.LARGE_SIZE, block))
-            await has_begun.wait()
-            left.cancel()
-            await asyncio.wait({left})
-            assert left.cancelled()
-            following = asyncio.create_task(pool.compute(sessions.LARGE_SIZE, lambda: 7))
-            await soon(lambda: pool.queued)  # it is not even handed to the thread
-            assert pool._lanes[1].locked()
-        finally:
-            may_end.set()
-        assert await following == 7
-        assert not pool._lanes[1].locked()
-
-    in_pool(use, queue_secs=60)
-
-
 def test_the_log_says_which_process_was_chosen_and_what_it_printed_on_stderr(
     serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -248,123 +166,6 @@ def test_the_log_says_which_process_was_chosen_and_what_it_printed_on_stderr(
     assert "secret" not in "".join(words)
 
 
-# ---------------------------------------------------------------- why a conversation was rebuilt
-
-
-def unknown(server: Server) -> Answer:
-    return server.post(["hello", "yes", "and now"])
-
-
-def expired(server: Server) -> Answer:
-    conversation, answer = talk(server, "hello")
-    wait_until(lambda: not alive(pid(answer)), "the end of the process")
-    return server.post(conversation)
-
-
-def evicted(server: Server) -> Answer:
-    conversation, _ = talk(server, "hello")
-    talk(server, "another")
-    return server.post(conversation)
-
-
-def died(server: Server) -> Answer:
-    conversation, answer = talk(server, "hello")
-    kill(pid(answer))
-    return server.post(conversation)
-
-
-def system_changed(server: Server) -> Answer:
-    conversation, _ = talk(server, "hello")
-    return server.post(conversation, system="be brief")
-
-
-def model_changed(server: Server) -> Answer:
-    conversation, _ = talk(server, "hello")
-    return server.post(conversation, model="opus")
-
-
-def pinned_system_changed(server: Server) -> Answer:
-    conversation, _ = talk(server, "hello", session="s")
-    return server.post(conversation, session="s", system="be brief")
-
-
-def fault_in_a_turn(server: Server) -> Answer:
-    conversation, _ = talk(server, "hello")
-    assert server.post([*conversation[:2], "DIE 1"]).status == 502
-    return server.post(conversation)
-
-
-def client_left(server: Server) -> Answer:
-    conversation, _ = talk(server, "hello")
-    body = json.dumps(request_body([*conversation[:2], "PAUSE"], stream=True)).encode()
-    with server.connect() as client:
-        head = (
-            f"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
-        )
-        client.sendall(head.encode() + body)
-        assert client.recv(65536)
-    wait_until(lambda: not server.processes(), "the end of the process")
-    return server.post(conversation)
-
-
-def continued(server: Server) -> Answer:
-    conversation, _ = talk(server, "hello")
-    assert server.post(conversation).session == "hot"
-    return server.post(conversation)
-
-
-def edited(server: Server) -> Answer:
-    conversation, _ = talk(server, "hello")
-    return server.post(["hallo", *conversation[1:]])
-
-
-def edited_pinned(server: Server) -> Answer:
-    conversation, _ = talk(server, "hello", session="s")
-    return server.post(["hallo", *conversation[1:]], session="s")
-
-
-def pinned(server: Server) -> Answer:
-    conversation, _ = talk(server, "hello", session="s")
-    return server.post(conversation)
-
-
-def max_tokens(server: Server) -> Answer:
-    conversation, _ = talk(server, "REPLAY 2.1.330/max_tokens")
-    return server.post(conversation)
-
-
-@pytest.mark.parametrize(
-    ("reason", "lose", "settings"),
-    [
-        ("unknown-history", unknown, {}),
-        ("unknown-history", edited, {}),
-        ("unknown-history", edited_pinned, {}),
-        ("expired", expired, {"session_ttl_secs": 0.1}),
-        ("evicted", evicted, {"max_idle": 1}),
-        ("evicted", evicted, {"max_sessions": 1}),
-        ("died", died, {}),
-        ("system-changed", system_changed, {}),
-        ("system-changed", pinned_system_changed, {}),
-        ("model-changed", model_changed, {}),
-        ("died", fault_in_a_turn, {}),
-        ("interrupted", client_left, {}),
-        ("continued", continued, {}),
-        ("pinned", pinned, {}),
-        ("max_tokens", max_tokens, {}),
-    ],
-)
-def test_a_lost_session_is_rebuilt_and_the_reason_is_said(
-    serve: Serve,
-    reason: str,
-    lose: Callable[[Server], Answer],
-    settings: dict[str, float],
-    gate: Path,
-) -> None:
-    answer = lose(serve(**settings))
-    assert answer.session == f"rebuilt; reason={reason}"
-    assert answer.text == "echo: and now; 3 messages"
-
-
 # ---------------------------------------------------------------- how long and how many
 
 
@@ -374,7 +175,8 @@ def test_a_busy_process_does_not_expire(
     server = serve(session_ttl_secs=0.1)
     running = background.submit(server.post, "PAUSE")
     wait_until(lambda: log.got("PAUSE"), "the turn")
-    expired(server)
+    _, answer = talk(server, "hello")
+    wait_until(lambda: not alive(pid(answer)), "the end of a process that rests")
     gate.touch()
     assert running.result().text == "echo: PAUSE; 1 messages"
 
@@ -461,19 +263,5 @@ def test_a_request_that_is_cancelled_as_it_waits_for_the_last_result_disturbs_no
         open_gate(gate)
         following, answer = await again
         assert (following.origin, answer) == ("hot", "echo: two; 3 messages")
-
-    in_pool(use)
-
-
-def test_a_lane_whose_thread_cannot_start_is_free_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def use(pool: Pool) -> None:
-        def submit(*_: object) -> None:
-            raise RuntimeError("can't start new thread")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(pool._threads[1], "submit", submit)
-            with pytest.raises(RuntimeError):
-                await pool.compute(sessions.LARGE_SIZE, int)
-        assert await pool.compute(sessions.LARGE_SIZE, lambda: 5) == 5
 
     in_pool(use)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from client import Answer, error_of
+from client import Answer
 from host import wait_until
 from processes import in_pool, in_work, open_gate, soon, take_turn, talk
 from servers import Serve
@@ -121,63 +121,6 @@ def test_a_request_that_finds_no_room_in_time_gets_529(
     assert busy.result().status == 200
     assert not log.got("never")
     assert server.post("next", session=session).status == 200
-
-
-def test_a_queue_that_is_full_gets_529_at_once(
-    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
-) -> None:
-    server = serve(max_sessions=1, max_queue=2)
-    requests = [background.submit(server.post, "PAUSE")]
-    wait_until(lambda: log.got("PAUSE"), "the first")
-    requests += [background.submit(server.post, f"{number}") for number in range(2)]
-    in_work(server, 3)
-    answer = server.post("one too many")
-    assert error_of(answer) == (529, "overloaded_error")
-    assert "2 requests wait for room already" in answer.json["error"]["message"]
-    gate.touch()
-    assert [request.result().status for request in requests] == [200] * 3
-
-
-async def take_starts(pool: Pool) -> None:
-    """Take all permits to start a process, as requests do that wait for room with them."""
-    while not pool._starts.locked():
-        await pool._starts.acquire()
-
-
-def test_who_may_not_start_a_process_in_time_gets_529() -> None:
-    """It waits for its start as long as for a place, and no longer."""
-
-    async def use(pool: Pool) -> None:
-        await take_starts(pool)
-        turns = [asyncio.create_task(take_turn(pool, f"{n}")) for n in range(3)]
-        async with asyncio.timeout(10):
-            ended = await asyncio.gather(*turns, return_exceptions=True)
-        for failed in ended:
-            assert isinstance(failed, ApiError)
-            assert (failed.status, "other processes did not start" in failed.message) == (529, True)
-        assert (pool.queued, pool.sessions) == (0, set())
-        pool._starts.release()
-        assert (await take_turn(pool, "next"))[1] == "echo: next; 1 messages"
-
-    in_pool(use, queue_secs=0.1)
-
-
-def test_those_who_wait_for_their_start_are_in_the_line_that_can_be_full(gate: Path) -> None:
-    async def use(pool: Pool) -> None:
-        busy = asyncio.create_task(take_turn(pool, "PAUSE"))
-        await soon(lambda: pool.in_states(State.BUSY))
-        turns = [asyncio.create_task(take_turn(pool, f"{n}")) for n in range(2 * sessions.CORES)]
-        await soon(pool._starts.locked)  # each waits for the only place
-        turns += [asyncio.create_task(take_turn(pool, f"more {n}")) for n in range(2)]
-        await soon(lambda: pool.queued == len(turns))
-        with pytest.raises(ApiError, match="requests wait for room already") as caught:
-            await take_turn(pool, "one too many")
-        assert caught.value.status == 529
-        open_gate(gate)
-        answers = await asyncio.gather(busy, *turns)
-        assert len({answer for _, answer in answers}) == len(answers)
-
-    in_pool(use, max_sessions=1, max_queue=2 * sessions.CORES + 2, queue_secs=60)
 
 
 # ---------------------------------------------------------------- who gives way
