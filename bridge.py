@@ -10,7 +10,8 @@ An answer needs these sections of the three files, in this order:
     translate.py  requests         a body becomes a Request
                   messages         what the API or the CLI would not take as it is
                   fingerprints     by which a process is found that holds the history
-    sessions.py   the pool         such a process, or a fresh one
+    sessions.py   the pool         such a process
+                  a fresh process  or a new one
                   a conversation   what it is asked
     translate.py  to the CLI       as lines, and as rows of a transcript
     sessions.py   a child          which are written to it
@@ -20,10 +21,11 @@ An answer needs these sections of the three files, in this order:
     bridge.py     a connection     that go to the client
     sessions.py   the pool         and the process rests, or is ended
 
-With the small ones between them (a request and its answer, room, frames) they are less than
-4,000 of 7,500 lines.  Nobody needs the rest to follow an answer: errors and JSON, settings,
-the command line and environment of a process, what is known of the CLI, spares, the sweep,
-other routes, the log, `serve`, the program, and what is called an appendix.
+With the small ones between them (a request and its answer, room, queue and threads, past
+conversations, frames) they are less than 4,000 of 7,400 lines.  Nobody needs the rest to
+follow an answer: errors and JSON, settings, the command line and environment of a process,
+what is known of the CLI, spares, the sweep, other routes, the log, `serve`, the program, and
+what is called an appendix.
 """
 
 import asyncio
@@ -34,11 +36,9 @@ import dataclasses
 import difflib
 import email.utils
 import errno
-import hashlib
 import hmac
 import html
 import http.client
-import importlib
 import importlib.util
 import ipaddress
 import json
@@ -71,7 +71,6 @@ from collections.abc import (
     Mapping,
 )
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -89,6 +88,7 @@ if TYPE_CHECKING or not __package__:
         Counter,
         Pool,
         PoolConfig,
+        State,
         Turn,
         identify_file,
         login_folder,
@@ -106,6 +106,7 @@ else:  # copied into a package
         Counter,
         Pool,
         PoolConfig,
+        State,
         Turn,
         identify_file,
         login_folder,
@@ -234,22 +235,19 @@ class Config(PoolConfig):
             is_name = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name)
             message = "takes names of variables, with commas between, and no values"
             require(is_name, "keep_env", message)
+            leads_back = self.leads_here(os.environ.get(name, ""))
+            message = f"{name} is the bridge's own address, where its clients ask;"
+            require(not leads_back, "keep_env", f"{message} leave the name out")
         is_header = self.api_key.isprintable() and self.api_key == self.api_key.strip()
         message = "must be one line of UTF-8 without spaces at its ends"
         require(is_header, "api_key", message)
         message = "null is the origin of any page in a sandbox, and is never allowed"
         require("null" not in self.allowed_origins, "allowed_origins", message)
-        if not self.unix_path and not self.api_key:
+        if not self.unix_path:
             host, _ = self.address
             message = f"{host} can be reached from other machines: set"
             message += f" {variable('api_key')}"
-            require(is_loopback(host), "listen_addr", message)
-        for name in API_ADDRESSES:
-            leads_back = name in self.keep_env and self.leads_here(
-                os.environ.get(name, "")
-            )
-            message = f"{name} is the bridge's own address, where its clients ask;"
-            require(not leads_back, "keep_env", f"{message} leave the name out")
+            require(self.api_key or is_loopback(host), "listen_addr", message)
         check_system(self.trace_dir)
         return dataclasses.replace(
             self,
@@ -275,26 +273,25 @@ class Config(PoolConfig):
     def unix_path(self) -> str:
         """The path of a Unix socket; empty: it is an address."""
         scheme, _, path = self.listen_addr.partition(":")
-        return path if scheme == "unix" else ""
+        return os.path.expanduser(path) if scheme == "unix" else ""
 
     @property
     def address(self) -> tuple[str, int]:
         """Host and port.  Raises ConfigError."""
-        host, _, port = self.listen_addr.rpartition(":")
-        is_address = (
-            host.strip("[]") and re.fullmatch("[0-9]{1,9}", port) and "/" not in host
-        )
-        message = "expected host:port or unix:/path, such as 127.0.0.1:8080"
-        require(is_address, "listen_addr", f"{message}; got {self.listen_addr!r}")
+        match = re.fullmatch(r"\[?([^/\[\]]+)\]?:([0-9]{1,9})", self.listen_addr)
+        if not match:
+            message = "expected host:port or unix:/path, such as 127.0.0.1:8080"
+            raise config_error("listen_addr", f"{message}; got {self.listen_addr!r}")
+        port = int(match[2])
         message = f"a port is at most {MAX_PORT}; got {port}"
-        require(int(port) <= MAX_PORT, "listen_addr", message)
-        return host.strip("[]").lower(), int(port)
+        require(port <= MAX_PORT, "listen_addr", message)
+        return match[1].lower(), port
 
     @property
     def base_url(self) -> str:
         """Where a gateway on this machine reaches the bridge."""
         if self.unix_path:
-            return self.listen_addr
+            return f"unix:{self.unix_path}"
         return local_url(host_and_port(*self.address))
 
     def warnings(self, environ: Mapping[str, str]) -> list[str]:
@@ -330,7 +327,7 @@ class Config(PoolConfig):
             return [
                 f"{variable(item.name)} has no effect without {variable('tools')}"
                 for item in dataclasses.fields(self)
-                if item.metadata["group"] == "agent"
+                if item.metadata["group"] == "agent mode"
                 and getattr(self, item.name) != item.default
             ]
         who = "any program of this user" if self.unix_path else "any local program"
@@ -362,13 +359,6 @@ def require(condition: object, name: str, message: str) -> None:
         raise config_error(name, message)
 
 
-# Where the CLI may be told to find the API.
-API_ADDRESSES = (
-    "ANTHROPIC_BASE_URL",
-    "ANTHROPIC_BEDROCK_BASE_URL",
-    "ANTHROPIC_FOUNDRY_BASE_URL",
-    "ANTHROPIC_VERTEX_BASE_URL",
-)
 # Words that everybody tries, and what to use instead.
 SYNONYMS = {
     "port": "CLAUDE_CLI_LISTEN_ADDR=127.0.0.1:PORT",
@@ -429,10 +419,7 @@ def parse_setting(name: str, kind: type, text: str) -> Any:
     if kind is tuple:
         return tuple(text.replace(",", " ").split())
     if kind is str:
-        # The home in place of ~, also after unix:.
-        scheme = "unix:" if text.startswith("unix:") else ""
-        path = os.path.expanduser(text.removeprefix(scheme))
-        return text if name == "api_key" else scheme + path
+        return text if name == "api_key" else os.path.expanduser(text)
     try:
         return kind(text)
     except ValueError:
@@ -452,10 +439,7 @@ def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
     message = f"must be one of {', '.join(choices)}, got {value!r}"
     require(not choices or value in choices, name, message)
     if type(item.default) in (int, float):
-        bound = f"at least {least}"
-        if value > MAX_NUMBER:
-            bound = f"at most {MAX_NUMBER:g}"
-        message = f"must be a number of {bound}, got {value}"
+        message = f"must be a number from {least} to {MAX_NUMBER:g}, got {value}"
         require(least <= value <= MAX_NUMBER, name, message)
 
 
@@ -556,28 +540,24 @@ LOGIN_VARIABLES = (
 )
 
 
-def login_cure(config: Config, environ: Mapping[str, str]) -> str:
-    """Whose login was looked for, and what to do when nobody is logged in."""
-    found = f"no login of {login_place()}"
+def login_state(config: Config, info: CliInfo) -> str:
+    """Who the CLI is logged in as, or whose login was looked for and what to do, for
+    people to read."""
+    if info.login:
+        return f"{info.login} ({login_place()})"
+    found = f"nobody is logged in: no login of {login_place()}"
     # What is set for clients of the bridge in the same shell is no login.
     no_logins = ("", KEY_OF_CLIENTS, config.api_key)
-    is_for_clients = config.leads_here(environ.get("ANTHROPIC_BASE_URL", ""))
+    is_for_clients = config.leads_here(os.environ.get("ANTHROPIC_BASE_URL", ""))
     for name in LOGIN_VARIABLES:
-        is_login = environ.get(name, "") not in no_logins and not is_for_clients
+        is_login = os.environ.get(name, "") not in no_logins and not is_for_clients
         if is_login and name not in config.keep_env:
             found = f"{found}; {name} is set, but not passed on to the CLI"
             return f"{found}: {variable('keep_env')}={name} passes it on"
-    if os.path.isfile(settings_file(environ)) and not config.setting_sources:
+    if os.path.isfile(settings_file(os.environ)) and not config.setting_sources:
         cure = f"{variable('setting_sources')}=user"
         found += f" ({cure} if the login is in its settings.json)"
     return f"{found}; `{shlex.quote(config.bin)} auth login` logs in"
-
-
-def login_state(config: Config, info: CliInfo) -> str:
-    """Who the CLI is logged in as, or what to do, for people to read."""
-    if info.login:
-        return f"{info.login} ({login_place()})"
-    return f"nobody is logged in: {login_cure(config, os.environ)}"
 
 
 def login_place() -> str:
@@ -609,7 +589,7 @@ class Exchange:
     target: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
-    # Written by `check_access`: its client may ask.
+    # Written by `check_access`: its client has passed the checks.
     is_allowed: bool = False
     # Written by the connection.  The connection ends with this answer.
     last: bool = False
@@ -632,23 +612,14 @@ class Exchange:
         """Several headers of one name are joined by commas (RFC 9110, 5.3)."""
         self.method = request.method.decode()
         self.target = request.target.decode()
-        values: dict[str, list[str]] = {}
         for name, value in request.headers:
-            values.setdefault(name.decode(), []).append(value.decode("latin-1"))
-        self.headers = {
-            name: ", ".join(filter(None, given)) for name, given in values.items()
-        }
+            key = name.decode()
+            given = [self.header(key), value.decode("latin-1")]
+            self.headers[key] = ", ".join(filter(None, given))
 
     def header(self, name: str) -> str:
         """The value of a header; `name` in lower case.  Empty: there is none."""
         return self.headers.get(name, "")
-
-    @property
-    def key_digest(self) -> str:
-        """A digest of the key that the client sent: two clients may use one session
-        name."""
-        given = f"{self.header('x-api-key')} {self.header('authorization')}"
-        return hashlib.blake2b(given.encode("latin-1"), digest_size=16).hexdigest()
 
     @property
     def has_body(self) -> bool:
@@ -770,13 +741,12 @@ def check_key(exchange: Exchange, config: Config) -> None:
             pair = base64.b64decode(token).decode("latin-1")
             given.append(pair.partition(":")[2])
     expected = config.api_key.encode()
-    matches = [hmac.compare_digest(item.encode("latin-1"), expected) for item in given]
-    if any(matches):
+    if any(hmac.compare_digest(item.encode("latin-1"), expected) for item in given):
         return
     if authorization and not token:
         raise ApiError(401, "Authorization takes the word Bearer before the key")
-    message = "the key sent does not match this bridge's"
-    raise ApiError(401, f"{message} {variable('api_key')}")
+    message = f"the key sent does not match this bridge's {variable('api_key')}"
+    raise ApiError(401, message)
 
 
 def is_loopback(host: str) -> bool:
@@ -813,7 +783,7 @@ PING_SECS = 10.0
 SESSION_HEADER = "x-arch-claude-cli-session"
 
 
-class Disconnected(Exception):
+class Disconnected(ConnectionError):
     """The connection ends without more answers: mostly, the client is gone."""
 
 
@@ -828,7 +798,7 @@ class Connection:
         *,
         is_surplus: bool,
     ) -> None:
-        # It came when there were too many: all it gets is a 503.
+        # More than `max_connections` were open: all it gets is a 503.
         self.is_surplus = is_surplus
         self.bridge = bridge
         self.config = bridge.config
@@ -838,9 +808,9 @@ class Connection:
         self.http = h11.Connection(
             h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES
         )
-        # A request is being answered; written by `Bridge.handle`.
+        # A request of it is being answered; written by `Bridge.handle`.
         self.answering = False
-        # One has been answered.
+        # A request of it has been answered; written by `serve`, read at shutdown.
         self.answered = False
         # When something was written last, in the loop's time.
         self.wrote_at = 0.0
@@ -858,7 +828,7 @@ class Connection:
                 if states != {h11.DONE} or self.bridge.closing:
                     break
                 self.http.start_next_cycle()
-        except (Disconnected, OSError):
+        except OSError:
             pass  # the client is gone, or sent nothing in time
         finally:
             await self.close()
@@ -878,7 +848,7 @@ class Connection:
                 is_whole = await self.read_request(exchange)
         except TimeoutError:
             error = ApiError(408, "the request was not sent in time")
-        except (Disconnected, ConnectionError):
+        except ConnectionError:
             if exchange.method:
                 exchange.failure = "client_left"
                 report(exchange)
@@ -973,6 +943,7 @@ class Connection:
     async def finish(self) -> None:
         """End an answer: it has ended when the system has all of it."""
         self.write(h11.EndOfMessage())
+        # So that `drain` waits for all of it.
         self.transport.set_write_buffer_limits(0)
         await self.drain()
 
@@ -1145,7 +1116,7 @@ class Bridge:
         # Those of them that are no surplus.
         self._served = 0
         # Requests that are being answered.
-        self._answers: set[asyncio.Task[None]] = set()
+        self.answers: set[asyncio.Task[None]] = set()
         self.health = Health(self)
 
     # Connections
@@ -1154,11 +1125,6 @@ class Bridge:
     def url(self) -> str:
         """The base URL for clients on this machine."""
         return local_url(self.addresses[0])
-
-    @property
-    def running(self) -> int:
-        """How many requests are being answered."""
-        return len(self._answers)
 
     def accept(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -1193,8 +1159,8 @@ class Bridge:
         # A first cancel becomes a 503; where that cannot be sent in time, the next one
         # ends it.
         for seconds in (self.config.drain_secs, GRACE_SECS):
-            if self._answers:
-                await asyncio.wait(self._answers, timeout=seconds)
+            if self.answers:
+                await asyncio.wait(self.answers, timeout=seconds)
             self.cancel_answers()
         for connection in self.connections.values():
             connection.abort()  # its client still has not read the answer
@@ -1204,7 +1170,7 @@ class Bridge:
     def cancel_answers(self) -> None:
         """Cut running answers short; no new ones are begun."""
         self.closing = True
-        for answer in self._answers:
+        for answer in self.answers:
             answer.cancel()
 
     async def handle(self, exchange: Exchange) -> None:
@@ -1213,16 +1179,15 @@ class Bridge:
         connection = exchange.connection
         answer = asyncio.create_task(self.answer(exchange))
         gone = asyncio.create_task(connection.wait_for_disconnect())
-        self._answers.add(answer)
+        self.answers.add(answer)
         connection.answering = True
         try:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-            has_left = not answer.done()
         finally:
             gone.cancel()
             answer.cancel()
             await asyncio.wait({answer, gone})
-            self._answers.discard(answer)
+            self.answers.discard(answer)
             connection.answering = False
             # By its client that left, or by a shutdown that waits no longer.
             was_cut_short = answer.cancelled()
@@ -1232,7 +1197,7 @@ class Bridge:
             report(exchange)
         if error and exchange.failure != "client_left":
             log.error("bug in request %s: %s", exchange.id, type(error).__name__)
-        if has_left or was_cut_short or error:
+        if was_cut_short or error:
             # Raising `error` itself would keep this frame, and with it the turn, alive.
             raise Disconnected
 
@@ -1251,7 +1216,7 @@ class Bridge:
         except ApiError as failure:
             # Its traceback would keep this frame, and with it the turn, alive.
             error = failure.with_traceback(None)
-            self.explain(error, exchange)
+            self.add_advice(error, exchange)
         except Disconnected:
             raise
         except Exception as bug:  # noqa: BLE001 - it must end as a 500 of this request alone
@@ -1262,14 +1227,15 @@ class Bridge:
             error = ApiError(500, "internal error of the bridge")
         await connection.fail(exchange, error)
 
-    def explain(self, error: ApiError, exchange: Exchange) -> None:
+    def add_advice(self, error: ApiError, exchange: Exchange) -> None:
         """Log what helps against an error of the API, whose words stay as they are, and
         tell the client what helps when nobody is logged in; deep health asks anew."""
         advice = ""
         if error.status == 401:
-            self.health.forget()  # the last word on the login is no longer good
+            # The last word on the login is no longer good, nor one being asked for.
+            self.health = Health(self)
         if translate.LOGIN_CURE in error.message:
-            cure = f"nobody is logged in: {login_cure(self.config, os.environ)}"
+            cure = login_state(self.config, CliInfo())
             error.message = error.message.replace(translate.LOGIN_CURE, cure)
         elif "or newer is required" in error.message:
             advice = update_cure(self.pool.cli.program)
@@ -1286,10 +1252,10 @@ class Bridge:
             reason = f"; reason={turn.reason}" if turn.reason else ""
             found[SESSION_HEADER] = turn.session.id
             found["x-bridge-session"] = turn.origin + reason
-            found["x-bridge-not-sent"] = ", ".join(limited(turn.not_sent))
+            found["x-bridge-not-sent"] = limited(turn.not_sent)
             found["x-bridge-api-calls"] = str(calls) if calls > 1 else ""
             found.update(translate.quota_headers(self.pool.rate_limits))
-        found["x-bridge-not-counted"] = ", ".join(limited(exchange.not_counted))
+        found["x-bridge-not-counted"] = limited(exchange.not_counted)
         origin = exchange.header("origin")
         if origin in self.config.allowed_origins:
             found["access-control-allow-origin"] = origin
@@ -1344,8 +1310,10 @@ class Bridge:
             return not connection.is_slow
 
         token = exchange.headers.get(SESSION_HEADER)
-        key = exchange.key_digest
-        async with self.pool.turn(request, token, key, exchange.id) as turn:
+        # Two clients may use one session name.
+        key = exchange.header("x-api-key"), exchange.header("authorization")
+        key_digest = translate.digest(key).hex()
+        async with self.pool.turn(request, token, key_digest, exchange.id) as turn:
             exchange.turn = turn
             ping = request.stream and asyncio.create_task(connection.ping(exchange))
             try:
@@ -1364,16 +1332,17 @@ class Bridge:
         body = exchange.body
         # So that it is freed once it is parsed.
         exchange.body = b""
-        parse = partial(
-            translate.parse_request,
-            body,
-            exchange.header("anthropic-beta"),
-            counting=counting,
-            agent=bool(self.config.tools),
+        request = await self.pool.threads.run(
+            len(body),
+            lambda: translate.parse_request(
+                body,
+                exchange.header("anthropic-beta"),
+                counting=counting,
+                agent=bool(self.config.tools),
+            ),
         )
-        request = await self.pool.threads.run(len(body), parse)
         asking = exchange.header("x-claude-code-session-id")
-        if self.pool.is_own_process(asking, request.user_id):
+        if self.pool.is_own_process(f"{asking} {request.user_id}"):
             message = "this request comes from the claude CLI that this bridge runs"
             raise ApiError(
                 400, f"{message}: its address of the API leads to the bridge"
@@ -1396,12 +1365,12 @@ def dropped_headers(exchange: Exchange) -> list[str]:
     return lost
 
 
-def limited(places: list[str]) -> list[str]:
+def limited(places: list[str]) -> str:
     """The first of many places: clients take 16 KiB of headers (Node), 64 KiB a line
     (Python)."""
     more = len(places) - MAX_PLACES
     rest = [f"and-{more}-more"] if more > 0 else []
-    return [place[:MAX_PLACE] for place in places[:MAX_PLACES]] + rest
+    return ", ".join([place[:MAX_PLACE] for place in places[:MAX_PLACES]] + rest)
 
 
 # ------------------------------------------------------------ other routes
@@ -1418,21 +1387,15 @@ PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'n
 
 
 class Health:
-    """What keeps a bridge from answering, as the CLI says that it starts for it: it makes
-    no model call."""
+    """Whether the bridge could answer: it starts a CLI and asks who is logged in, which
+    makes no model call."""
 
     def __init__(self, bridge: Bridge) -> None:
         self._bridge = bridge
         # What was wrong when it was asked last, and until when that is good.
         self._problem = ""
         self._good_until = 0.0
-        self._is_forgotten = False
         self._asking = asyncio.Lock()
-
-    def forget(self) -> None:
-        """Ask anew the next time, even if it is being asked now."""
-        self._good_until = 0.0
-        self._is_forgotten = True
 
     async def problem(self) -> str:
         """Empty: there is none."""
@@ -1443,7 +1406,6 @@ class Health:
             if time.monotonic() < self._good_until:
                 return self._problem
             problem = ""
-            self._is_forgotten = False
             try:
                 async with asyncio.timeout(INFO_SECS):
                     info = await pool.inspector.info(anew=True)
@@ -1454,8 +1416,7 @@ class Health:
             except TimeoutError:
                 problem = f"the claude CLI did not answer within {INFO_SECS:g} seconds"
             seconds = PROBLEM_SECS if problem else HEALTHY_SECS
-            if not self._is_forgotten:
-                self._good_until = time.monotonic() + seconds
+            self._good_until = time.monotonic() + seconds
             self._problem = problem
             return problem
 
@@ -1499,10 +1460,8 @@ async def count_tokens(bridge: Bridge, exchange: Exchange) -> Reply:
 async def models(bridge: Bridge, exchange: Exchange) -> Reply:
     """One model, by id or alias, with or without claude-cli/, or all of them as one
     page (API: "List models")."""
-    models, prefix = (
-        model_list(await bridge.pool.inspector.info()),
-        translate.MODEL_PREFIX,
-    )
+    models = model_list(await bridge.pool.inspector.info())
+    prefix = translate.MODEL_PREFIX
     name = unquote(exchange.path.removeprefix(MODELS)).lstrip("/")
     for wanted in (name, prefix + name, name.removeprefix(prefix)):
         if wanted in models:
@@ -1599,7 +1558,7 @@ def log_row(exchange: Exchange) -> Json:
             "conversation": turn.origin,
             "reason": turn.reason or None,
             "model": turn.request.model,
-            "not_sent": ",".join(limited(turn.not_sent)) or None,
+            "not_sent": limited(turn.not_sent) or None,
             "api_calls": calls if calls > 1 else None,
         }
     # nginx's number for a client that left before there was a status.
@@ -1651,8 +1610,8 @@ async def serve(
     try:
         try:
             server = await listen(bridge, sock)
-            own_socket = None if sock else identify_file(config.unix_path)
-            stack.push_async_callback(stop, bridge, server, own_socket)
+            socket_file = None if sock else identify_file(config.unix_path)
+            stack.push_async_callback(stop, bridge, server, socket_file)
             await server.start_serving()
         except (OSError, ValueError) as error:
             raise config_error("listen_addr", cannot_listen(config, error)) from error
@@ -1662,22 +1621,17 @@ async def serve(
 
 
 async def listen(bridge: Bridge, sock: socket.socket | None) -> asyncio.Server:
-    """A server that does not serve yet.  Raises OSError when the address is taken, or
-    cannot be had."""
+    """A server that does not serve yet; sets the addresses and `grace_secs` of the
+    bridge.  Raises OSError when the address is taken, or cannot be had."""
     bridge.grace_secs = GRACE_SECS if sock else 0.0
     if not sock and bridge.config.unix_path:
         sock = bind_unix(bridge.config.unix_path)
     options: dict[str, Any] = {"sock": sock}
-    start: Any = asyncio.start_server
     if not sock:
         host, port = bridge.config.address
         options = {"host": host, "port": port}
-    elif sock.family == socket.AF_UNIX:
-        start = asyncio.start_unix_server
-        # Since 3.13 asyncio would unlink the path of a service manager's socket.
-        if sys.version_info >= (3, 13):
-            options["cleanup_socket"] = False
-    server: asyncio.Server = await start(bridge.accept, start_serving=False, **options)
+    # `start_unix_server` would unlink a service manager's path at its end (3.13).
+    server = await asyncio.start_server(bridge.accept, start_serving=False, **options)
     for listener in server.sockets:
         name = listener.getsockname()
         if listener.family == socket.AF_UNIX:
@@ -1713,9 +1667,9 @@ def bind_unix(path: str) -> socket.socket:
     return sock
 
 
-async def stop(bridge: Bridge, server: asyncio.Server, own_socket: object) -> None:
+async def stop(bridge: Bridge, server: asyncio.Server, socket_file: object) -> None:
     """Accept nothing more, let the bridge end its answers and connections, and remove its
-    Unix socket if the file there is `own_socket`."""
+    Unix socket if the file there is `socket_file`."""
     loop = asyncio.get_running_loop()
     for listener in server.sockets:
         loop.remove_reader(listener.fileno())
@@ -1726,7 +1680,7 @@ async def stop(bridge: Bridge, server: asyncio.Server, own_socket: object) -> No
     server.close()
     await bridge.close()
     # Not the socket of another bridge that has taken the path meanwhile.
-    if own_socket and identify_file(bridge.config.unix_path) == own_socket:
+    if socket_file and identify_file(bridge.config.unix_path) == socket_file:
         os.unlink(bridge.config.unix_path)
 
 
@@ -1835,9 +1789,7 @@ TOOLS = (
     "Write",
 )
 TOOL_NAMES = {"Agent": "Task"}
-EMPTY_REQUEST = (
-    b"""{"model": "sonnet", "messages": [{"role": "user", "content": "-"}]}"""
-)
+EMPTY_REQUEST = b'{"model": "sonnet", "messages": [{"role": "user", "content": "-"}]}'
 
 
 async def announce(bridge: Bridge, flags: Iterable[str]) -> None:
@@ -1930,8 +1882,8 @@ async def run(config: Config, flags: Iterable[str]) -> None:
         announcing = asyncio.create_task(announce(bridge, flags))
         await stopping.wait()
         message = "shutting down"
-        if bridge.running:
-            message += f"; running answers: {bridge.running}, which get"
+        if answers := len(bridge.answers):
+            message += f"; running answers: {answers}, which get"
             message += f" {config.drain_secs:g} s (Ctrl-C again stops them)"
         log.info("%s", message)
         announcing.cancel()
@@ -1979,19 +1931,13 @@ Each setting is also an environment variable: --max-idle is CLAUDE_CLI_MAX_IDLE.
 CLAUDE_CLI_API_KEY has no flag: all users can see a command line.
 """
 VALUE_HINT = "; a value with spaces needs quotes; see --help"
-GROUPS = {
-    "everyday": "Everyday",
-    "access": "Access",
-    "processes": "Processes",
-    "agent": "Agent mode",
-    "limits": "Limits",
-}
+GROUPS = ("everyday", "access", "processes", "agent mode", "limits")
 
 
 def help_text() -> str:
     lines = [HELP]
-    for group, title in GROUPS.items():
-        lines.append(f"{title}:")
+    for group in GROUPS:
+        lines.append(f"{group.capitalize()}:")
         for item in dataclasses.fields(Config):
             if item.metadata["group"] == group and item.repr:
                 default = f" [{item.default}]" if item.default else ""
@@ -2206,8 +2152,8 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
         ],
         "Last requests": list(map(request_row, bridge.recent)),
         "Processes": [
-            (state.value, f"for {seconds:.0f} s; turns: {turns}")
-            for state, turns, seconds in pool.processes()
+            (item.state.value, f"for {item.state_secs:.0f} s; turns: {item.turns}")
+            for item in pool.in_states(*State)
         ],
         "Quota of the account": quota,
     }
@@ -2322,10 +2268,9 @@ def load_yaml(data: bytes) -> Any:
 def is_claude_cli(entry: Json) -> bool:
     """Whether a provider is a claude-cli one: by its model or name, or by its
     interface."""
-    if entry.get("provider_interface") == INTERFACE:
-        return True
     named = [str(entry.get("model")), str(entry.get("name"))]
-    return any(name.startswith(translate.MODEL_PREFIX) for name in named)
+    is_named = any(name.startswith(translate.MODEL_PREFIX) for name in named)
+    return is_named or entry.get("provider_interface") == INTERFACE
 
 
 def complete_entry(entry: Json, config: Config) -> Json:
@@ -2356,24 +2301,25 @@ FEATURES = {
     "tools": "hands over calls of a client's tools",
     "interrupt": "stops when the client leaves",
 }
-# The two questions of the rehearsal.  An administrator's settings can name another API:
-# none has this model, so it costs nothing.
-REQUEST = """{
+# The two questions of the rehearsal; the second one adds RESULT.  An administrator's
+# settings can name another API: none has this model, so it costs nothing.
+REQUEST = b"""{
     "model": "no-such-model", "max_tokens": 99, "temperature": 0.5, "system": "white",
-    "tools": [{"name": "probe", "input_schema": {"type": "object"}}]
+    "tools": [{"name": "probe", "input_schema": {"type": "object"}}],
+    "messages": [%b]
 }"""
-HISTORY = """[
+HISTORY = b"""
     {"role": "user", "content": "red"},
     {"role": "assistant", "content": "green"},
     {"role": "user", "content": "blue"}
-]"""
-RESULT = """[
+"""
+RESULT = b""",
     {"role": "assistant", "content": [
         {"type": "tool_use", "id": "toolu_1", "name": "probe", "input": {}}]},
     {"role": "user", "content": [
         {"type": "tool_result", "tool_use_id": "toolu_1", "content": "violet"}]}
-]"""
-# The answers: the first one calls a tool, the second one is held back.
+"""
+# The answers: the first one is BEGIN and CALL, the second one BEGIN, and then nothing.
 BEGIN = b"""\
 event: message_start
 data: {"type": "message_start", "message": {"id": "msg_1", "type": "message",
@@ -2401,7 +2347,8 @@ data: {"type": "message_stop"}
 
 class FakeApi(Bridge):
     """The fake API that `check` starts on loopback; it costs nothing.  It notes which
-    FEATURES the CLI has.  Its pool is never used."""
+    FEATURES the CLI has.  The CLI that asks it is of another pool; its own is never
+    used."""
 
     def __init__(self) -> None:
         config = Config(listen_addr="127.0.0.1:0", api_key=uuid.uuid4().hex)
@@ -2436,12 +2383,11 @@ class FakeApi(Bridge):
 
     async def run_scenario(self, pool: Pool) -> None:
         """Raises ApiError when a turn fails."""
-        body = orjson.loads(REQUEST)
-        body["messages"] = orjson.loads(HISTORY)
-        async with pool.turn(translate.parse_request(orjson.dumps(body)), None) as turn:
+        request = translate.parse_request(REQUEST % HISTORY)
+        async with pool.turn(request, None) as turn:
             await turn.relay(lambda _: True, self.never_wait)
-        body["messages"] += orjson.loads(RESULT)
-        async with pool.turn(translate.parse_request(orjson.dumps(body)), None) as turn:
+        request = translate.parse_request(REQUEST % (HISTORY + RESULT))
+        async with pool.turn(request, None) as turn:
             relay = asyncio.create_task(turn.relay(lambda _: True, self.never_wait))
             relay.add_done_callback(lambda _: self.held.set())  # it failed
             try:
@@ -2475,9 +2421,8 @@ async def rehearse(config: Config, api: FakeApi) -> None:
         environ = os.environ | kept
         environ |= dict.fromkeys(("HOME", "CLAUDE_CONFIG_DIR"), home)
         environ |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
-        names = tuple(kept)
         config = dataclasses.replace(
-            config, keep_env=names, setting_sources="", tools=""
+            config, keep_env=tuple(kept), setting_sources="", tools=""
         )
         try:
             async with Pool(config, environ) as pool:

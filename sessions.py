@@ -39,7 +39,6 @@ import contextlib
 import ctypes
 import dataclasses
 import enum
-import errno
 import itertools
 import logging
 import math
@@ -147,7 +146,7 @@ MAX_PAST = 4096
 # The model of a process that is asked about the CLI itself.
 PROBE_MODEL = "sonnet"
 # Seconds between two looks at all processes.
-SWEEP_SECS = 5.0
+SWEEP_SECS = 1.0
 # How many counts of tokens, and announcements, are remembered: Claude Code's /context
 # asks for 24 counts, some of them twice.
 MAX_COUNTS = 256
@@ -166,24 +165,15 @@ NO_IMAGE = (
 NO_START = "the claude CLI did not start"
 # Why a conversation is rebuilt that no session is known to have held.
 UNKNOWN_HISTORY = "unknown-history"
-# Only these show that a turn is alive; status lines and keep-alives come from a
-# half-open stream as well.
-SIGNS_OF_LIFE = {
-    "stream_event",
-    "assistant",
-    "user",
-    "result",
-    "control_request",
-    "control_response",
-}
 CLOSED_GATE = (
     "the claude CLI said nothing after its start: it may not have the pipe that it was "
     "given, as when CLAUDE_CLI_BIN is a program that closes the descriptors that it inherits"
 )
 # Events that a process prints only when a turn asked for them.
 ANSWERS = {"stream_event", "assistant", "user", "result"}
-# Those with which the model begins another answer.
-STREAMED = {"stream_event"}
+# Only these show that a turn is alive; status lines and keep-alives come from a
+# half-open stream as well.
+SIGNS_OF_LIFE = ANSWERS | {"control_request", "control_response"}
 CORES = os.cpu_count() or 1
 PRCTL: Any = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
@@ -262,6 +252,7 @@ class PoolConfig:
     max_queue: int = setting(
         1000,
         "most requests that may wait for room; more get 529 at once",
+        least=1,
     )
     retries: int = setting(
         0,
@@ -270,12 +261,12 @@ class PoolConfig:
     tools: str = setting(
         "",
         "agent mode: `default`, or a list of the CLI's own tools; empty: no tools but the client's",
-        "agent",
+        "agent mode",
     )
     permission_mode: str = setting(
         "default",
         "the CLI's permission mode in agent mode",
-        "agent",
+        "agent mode",
         choices=(
             "default",
             "acceptEdits",
@@ -288,12 +279,12 @@ class PoolConfig:
     cwd: str = setting(
         "",
         "working directory of agent mode; by default the bridge's own",
-        "agent",
+        "agent mode",
     )
     mcp_config: str = setting(
         "",
         "agent mode: a file with the MCP servers that the CLI may use, in the CLI's own format",
-        "agent",
+        "agent mode",
     )
     setting_sources: str = setting(
         "",
@@ -337,10 +328,24 @@ MANAGED_MCP = (
 def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
     """The command line of a process: no settings, nothing on disk; in model mode no
     tools but the client's.  `settings` is the user's own file of them."""
-    argv = [config.bin, "-p", "--verbose"]
-    argv += ["--input-format", "stream-json"]
-    argv += ["--output-format", "stream-json", "--include-partial-messages"]
-    argv += ["--setting-sources", config.setting_sources, "--disable-slash-commands"]
+    argv = [
+        config.bin,
+        "-p",
+        "--verbose",
+        "--input-format",
+        "stream-json",
+        "--output-format",
+        "stream-json",
+        "--include-partial-messages",
+        "--setting-sources",
+        config.setting_sources,
+        "--disable-slash-commands",
+        "--allowedTools",
+        f"mcp__{translate.MCP_SERVER}__*",
+        # The API's default; without the flag 2.1.330 asks for less.
+        "--effort",
+        "high",
+    ]
     if kind.is_kept:  # over the env block of the user's settings
         argv += ["--settings", orjson.dumps({"env": UNREACHABLE}).decode()]
     else:
@@ -351,7 +356,6 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
     # The CLI refuses the flag beside an administrator's list, which excludes others.
     if not any(map(os.path.exists, MANAGED_MCP)):
         argv += ["--strict-mcp-config"]
-    argv += ["--allowedTools", f"mcp__{translate.MCP_SERVER}__*"]
     if kind.agent:
         argv += ["--tools", config.tools, "--permission-mode", config.permission_mode]
         # These go on after an answer, or promise to; CHILD_DEFAULTS do not stop them.
@@ -360,8 +364,6 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
             argv += ["--mcp-config", os.path.abspath(config.mcp_config)]
     else:
         argv += ["--tools", "", "--permission-mode", "default"]
-    # The API's default; without the flag 2.1.330 asks for less.
-    argv += ["--effort", "high"]
     if kind.model:
         argv += ["--model", kind.model]
     return argv
@@ -586,19 +588,6 @@ def die_with_parent() -> None:
     PRCTL(1, signal.SIGKILL)
 
 
-def reap_orphans(own: set[int]) -> None:
-    """Reap the children of others, which process 1 inherits (wait(2)); `own` are left to
-    asyncio."""
-    if sys.platform != "linux":
-        return
-    options = os.WEXITED | os.WNOHANG
-    with contextlib.suppress(ChildProcessError):
-        while found := os.waitid(os.P_ALL, 0, options | os.WNOWAIT):
-            if found.si_pid in own:
-                return
-            os.waitid(os.P_PID, found.si_pid, options)
-
-
 # ------------------------------------------------------------ gates and traces
 
 
@@ -700,10 +689,6 @@ class Child(asyncio.SubprocessProtocol):
     A subclass takes the lines (`lines_received`, `output_ended`, `fail`).
     """
 
-    # Of all pools: the children that were not reaped yet, and how many are being started.
-    pids: ClassVar[set[int]] = set()
-    starting: ClassVar[int] = 0
-
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self.loop.create_future()
@@ -746,7 +731,6 @@ class Child(asyncio.SubprocessProtocol):
             end = os.fdopen(writing, "wb", 0)
             gate = await self.loop.connect_write_pipe(lambda: Gate(writing), end)
             self._gate: asyncio.WriteTransport = gate[0]
-            Child.starting += 1
             try:
                 self._gate_path = gate_path(reading)
                 await self.loop.subprocess_exec(
@@ -760,16 +744,11 @@ class Child(asyncio.SubprocessProtocol):
                     start_new_session=True,
                     preexec_fn=die_with_parent if PRCTL else None,
                 )
-            except BaseException as error:
+            except BaseException:
                 self._spawn_failed = True
                 self._gate.close()
                 self._remove_gate()
-                # There is no thread left that could wait for its end.
-                if isinstance(error, RuntimeError):
-                    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
                 raise
-            finally:
-                Child.starting -= 1
 
     # The gate
 
@@ -777,7 +756,7 @@ class Child(asyncio.SubprocessProtocol):
         """Give the waiting child its conversation (`translate.transcript`); it goes
         through as the child reads."""
         self.trace.add("to", rows)
-        self.opened_at = self.loop.time()
+        self.opened_at = time.monotonic()
         if not self._gate.is_closing():
             self._gate.writelines(rows)
             self._gate.close()
@@ -820,13 +799,8 @@ class Child(asyncio.SubprocessProtocol):
         process: Any = transport
         self._transport = process
         self.pid: int = process.get_pid()
-        self.pids.add(self.pid)
         if self._spawn_failed:
-            # There was no thread left to wait for it.
             self._transport.close()  # kills it
-            with contextlib.suppress(ChildProcessError):  # it had ended by itself
-                os.waitpid(self.pid, 0)
-            self.pids.discard(self.pid)
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         if fd == 2:
@@ -835,7 +809,9 @@ class Child(asyncio.SubprocessProtocol):
             for complaint in filter(None, map(bytes.strip, complaints)):
                 text = translate.masked(complaint.decode(errors="replace"))
                 self._complaint = text[:MAX_LOGGED]
-                log.debug("process %s prints: %s", self.pid, self._complaint)
+                # What follows a brace can be a line that it was sent.
+                words = self._complaint.partition("{")[0]
+                log.debug("process %s prints: %s", self.pid, words)
             return
         self.has_spoken = True
         *lines, rest = data.split(b"\n")
@@ -859,7 +835,6 @@ class Child(asyncio.SubprocessProtocol):
         # What it left behind in its group; `kill` does nothing after `exited`.
         self.kill(signal.SIGKILL)
         self._gate.close()
-        self.pids.discard(self.pid)
         if not self.exited.done():
             self.exited.set_result(self._transport.get_returncode() or 0)
 
@@ -889,15 +864,13 @@ class Child(asyncio.SubprocessProtocol):
     async def end(self, *, at_once: bool = False) -> None:
         """End it and its group, and wait until it is reaped."""
         self._gate.close()
-        if not at_once:
-            self._transport.get_pipe_transport(0).close()
-        steps = ENDING[-1:] if at_once else ENDING
-        for number, seconds in steps:
+        for number, seconds in ENDING[-1:] if at_once else ENDING:
             if number:
                 self.kill(number)
+            else:
+                self._transport.get_pipe_transport(0).close()
+            # Once it has exited, this and `kill` do nothing.
             await asyncio.wait({self.exited}, timeout=seconds)
-            if self.exited.done():
-                break
         self._transport.close()
         self._remove_gate()
 
@@ -998,11 +971,10 @@ def identify_file(path: str) -> FileIdentity | None:
     return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
-async def ask_version(program: str, environment: Mapping[str, str], secs: float) -> str:
+async def ask_version(program: str, environment: Mapping[str, str]) -> str:
     """What `claude --version` prints first, such as 2.1.332; empty: nothing, within
     this time."""
     text, has_ended = b"", False
-    Child.starting += 1
     spawning = asyncio.create_task(
         asyncio.create_subprocess_exec(
             program,
@@ -1019,13 +991,12 @@ async def ask_version(program: str, environment: Mapping[str, str], secs: float)
     with contextlib.suppress(OSError, RuntimeError):
         try:
             process = await asyncio.shield(spawning)
-            async with asyncio.timeout(secs):
+            async with asyncio.timeout(VERSION_SECS):
                 text, _ = await process.communicate()
                 has_ended = True
         finally:
             # uvloop leaves a child behind if its start is cancelled.
             await asyncio.wait({spawning})
-            Child.starting -= 1
             if not spawning.exception() and not has_ended:
                 process = spawning.result()
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -1061,9 +1032,9 @@ class Process(Child):
         self.on_limits: Callable[[dict[str, RateLimit]], None] | None = None
         # A turn is running: events are kept for it.
         self._is_in_turn = False
-        # Whether the last turn's `result` is no error; not done until it has come.
-        self._ended_well: asyncio.Future[bool] = self.loop.create_future()
-        self._ended_well.set_result(True)
+        # Set unless the last turn's `result` is still to come.
+        self._settled = asyncio.Event()
+        self._settled.set()
         # By id, the tool calls that wait for a result.
         self._calls: dict[str, CliEvent] = {}
         # By id, the results that wait for their call: the CLI may call one by one.
@@ -1071,13 +1042,13 @@ class Process(Child):
         # Ids of the tool calls in the last answer: the calls themselves may come later.
         self._expected_calls: frozenset[str] = frozenset()
         # When the last sign of life came, or will come after an announced retry.
-        self._alive_at = self.loop.time()
+        self._alive_at = time.monotonic()
         self._events: list[CliEvent] = []
         # Bytes that have come since _events was empty.
         self._unread = 0
-        # Not done while somebody waits for an event.
-        self._waiter: asyncio.Future[None] = self.loop.create_future()
-        self._waiter.set_result(None)
+        # Not set while somebody waits for an event.
+        self._news = asyncio.Event()
+        self._news.set()
         self._failure: ApiError | None = None
 
     @property
@@ -1090,11 +1061,6 @@ class Process(Child):
         """It cannot take another turn: it failed or ended."""
         return self._failure is not None or self.ended
 
-    @property
-    def failed_silently(self) -> bool:
-        """It failed or ended before it printed anything."""
-        return self.is_unusable and not self.has_spoken
-
     # Turns
 
     def begin_turn(self, trace: Trace | None = None) -> None:
@@ -1102,7 +1068,7 @@ class Process(Child):
         self.trace = trace or self.trace
         self._is_in_turn = True
         self._expected_calls = frozenset()
-        self._alive_at = self.loop.time()
+        self._alive_at = time.monotonic()
 
     def end_turn(self, result: CliEvent | None, calls: Iterable[str] = ()) -> str:
         """End a turn whose answer called the client tools `calls`.
@@ -1119,22 +1085,20 @@ class Process(Child):
             if event["type"] == "result":
                 result = event
         self._events.clear()
-        self.resume()
+        self._resume_reading()
         if not (result or self._expected_calls or self.is_unusable):
-            self._ended_well = self.loop.create_future()
+            self._settled.clear()
         if result and result.get("is_error"):
             return "failed"
         return "" if is_quiet else "unasked"
 
     async def is_ready(self) -> bool:
         """Whether it is done with its last turn, and has printed nothing since."""
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LATE_SECS):
-                is_good = await asyncio.shield(self._ended_well)
-        except TimeoutError:
-            return False
+                await self._settled.wait()
         await read_pipes()
-        return is_good and not self.is_unusable
+        return self._settled.is_set() and not self.is_unusable
 
     def hand_over(self, results: dict[str, Json]) -> None:
         """Answer tool calls with their results, by id: whichever of call and result comes
@@ -1171,8 +1135,8 @@ class Process(Child):
     async def _wait(self) -> None:
         """Wait for an event, a failure or the end of its output."""
         self._resume_reading()  # all that was read is the beginning of a line
-        self._waiter = self.loop.create_future()
-        await self._waiter
+        self._news.clear()
+        await self._news.wait()
 
     async def wait_for_output(self) -> None:
         """Wait for its first output or its end, but not for long."""
@@ -1188,9 +1152,9 @@ class Process(Child):
     def check_silence(self, watchdog_secs: float) -> bool:
         """Fail a turn that has waited for too long.  Returns whether the watchdog failed
         it, and not the gate's limit."""
-        if not self._is_in_turn or self._waiter.done():
+        if not self._is_in_turn or self._news.is_set():
             return False  # nobody waits: the client may be slow
-        now = self.loop.time()
+        now = time.monotonic()
         if not self.has_spoken and now >= self.opened_at + GATE_SECS:
             self.fail(cli_error(CLOSED_GATE))
         elif not self.working and now >= self._alive_at + watchdog_secs:
@@ -1210,14 +1174,10 @@ class Process(Child):
                 found = found or find(event)
         return found
 
-    def _wake(self) -> None:
-        if not self._waiter.done():
-            self._waiter.set_result(None)
-
     def _resume_reading(self) -> None:
         self._unread = 0
         if self.is_paused:
-            self._alive_at = self.loop.time()  # the silence was the client's
+            self._alive_at = time.monotonic()  # the silence was the client's
             self.resume()
 
     # What a child reports
@@ -1237,7 +1197,7 @@ class Process(Child):
             self.fail(error)
         if self._events:
             self._unread += size
-            self._wake()
+            self._news.set()
         if self._unread > MAX_UNREAD:
             self.pause()
 
@@ -1252,15 +1212,15 @@ class Process(Child):
 
     def _wake_all(self) -> None:
         """Wake those who wait for its last `result`, or for events."""
-        if not self._ended_well.done():
-            self._ended_well.set_result(False)
-        self._wake()
+        self._settled.set()
+        self._news.set()
 
     def is_unasked(self, event: CliEvent) -> bool:
         """Whether an event outside a turn shows that the process goes on by itself.  Until
         the last turn's `result` has come, it may belong to that turn, unless it is of
         another answer of the model, or calls a tool that was not expected."""
-        unasked = ANSWERS if self._ended_well.done() else STREAMED
+        # A stream event begins another answer.
+        unasked = ANSWERS if self._settled.is_set() else {"stream_event"}
         call = translate.tool_call_id(event)
         is_unexpected_call = bool(call) and call not in self._expected_calls
         return event["type"] in unasked or is_unexpected_call
@@ -1269,7 +1229,7 @@ class Process(Child):
         """Act on an event at once: answer control requests, note signs of life."""
         kind = event["type"]
         if kind in SIGNS_OF_LIFE:
-            self._alive_at = self.loop.time()
+            self._alive_at = time.monotonic()
         if kind == "stream_event":
             return  # most are
         if kind == "control_request":
@@ -1280,11 +1240,13 @@ class Process(Child):
         elif kind == "rate_limit_event" and self.on_limits:
             self.on_limits(translate.rate_limits(event))
         elif kind == "result" and not self._is_in_turn:
-            self._ended_well.set_result(not event.get("is_error"))
+            self._settled.set()
+            if event.get("is_error"):
+                raise cli_error("the claude CLI ended its last turn with an error")
         elif event.get("subtype") == "api_retry":
             delay = event.get("retry_delay_ms")
             if isinstance(delay, int | float):
-                self._alive_at = self.loop.time() + delay / 1000
+                self._alive_at = time.monotonic() + delay / 1000
 
     def _answer_control(self, event: CliEvent) -> None:
         call = translate.tool_call_id(event)
@@ -1315,8 +1277,8 @@ async def read_pipes() -> None:
 
 
 class State(enum.Enum):
-    """The state of a session.  In the first four it rests, and gives way to a request
-    that needs room, in this order."""
+    """The state of a session.  In the first four it gives way to a request that needs
+    room, in this order."""
 
     # Asked who is logged in, only for the bridge's own log.
     PROBE = "probe"
@@ -1352,8 +1314,6 @@ class Session:
     state: State
     # The id under which the CLI asks the API, a UUID.
     own_id: str = field(default_factory=lambda: str(uuid.uuid4()))
-    # As clients see it.
-    id: str = ""
     # The name that the client gave it by header, with its owner; empty: none.
     pin: str = ""
     # Digests of what it cannot change.
@@ -1376,18 +1336,22 @@ class Session:
     state_since: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.id = self.own_id
         self.was_spare = self.state is State.SPARE
+
+    @property
+    def id(self) -> str:
+        """As clients see it: that of their session header, or its own."""
+        return self.pin.partition(" ")[0] or self.own_id
+
+    @property
+    def state_secs(self) -> float:
+        """Seconds since its last change of state."""
+        return time.monotonic() - self.state_since
 
     @property
     def identity(self) -> bytes:
         """What a request may find it by.  A client may leave out thinking."""
         return self.unthinking_chain + b"".join(self.parts.values())
-
-    def is_like(self, other: "Session") -> bool:
-        """Whether a request could find either of the two."""
-        is_same = self.identity == other.identity
-        return is_same and not self.pin and not other.pin
 
     def matches(self, request: Request) -> bool:
         """Whether it has the request's history, and all that cannot change."""
@@ -1403,9 +1367,8 @@ class Session:
 
     # A first turn
 
-    def take_name(self, name: str, pin: str) -> None:
+    def take_name(self, pin: str) -> None:
         """Go by the name that the client gave it: requests find it by nothing else."""
-        self.id = name
         self.pin = pin
 
     def adopt(self, request: Request, tools: list[Json], trace: Trace | None) -> None:
@@ -1443,7 +1406,8 @@ class Session:
             return []
         if not before:  # later an empty value takes back that of the last request
             settings = {name: value for name, value in settings.items() if value}
-        return [translate.settings_line(settings)]
+        fields = {"settings": {"env": settings}}
+        return [translate.control_line("settings", "apply_flag_settings", **fields)]
 
     # Later turns
 
@@ -1654,24 +1618,24 @@ class Queue:
     ) -> None:
         """Wait for what is acquired, in a queue of at most `max_queue` requests and for at
         most `queue_secs`.  Raises ApiError 529, which names the `problem`."""
-        timeout = self._config.queue_secs
-        message = f"{problem} within {timeout:g} seconds"
         if self.length >= self._config.max_queue:
-            timeout = 0  # it may still be had at once
-            message = f"{self.length} requests wait for room already"
+            raise self._overloaded(f"{self.length} requests wait for room already")
         self.length += 1
         began = time.monotonic()
+        secs = self._config.queue_secs
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(secs):
                 await acquire()
         except TimeoutError:
-            after = max(1, round(self._config.queue_secs))
-            message += "; try again later"
-            raise ApiError(529, message, retry_after=after) from None
+            raise self._overloaded(f"{problem} within {secs:g} seconds") from None
         finally:
             self.length -= 1
             if is_timed:
                 self._metrics.time("queue_seconds", time.monotonic() - began)
+
+    def _overloaded(self, problem: str) -> ApiError:
+        after = max(1, round(self._config.queue_secs))
+        return ApiError(529, f"{problem}; try again later", retry_after=after)
 
     @contextlib.asynccontextmanager
     async def held(
@@ -1690,13 +1654,11 @@ class Queue:
 
 
 class Threads:
-    """Two threads for large requests: one for the largest, for which the others need not
-    wait.  One request at a time is in each."""
+    """Two threads for large requests, one for the largest of them: others need not wait
+    for those."""
 
-    def __init__(self, queue: Queue) -> None:
-        self._queue = queue
+    def __init__(self) -> None:
         self._threads = (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
-        self._lanes = (asyncio.Semaphore(1), asyncio.Semaphore(1))
 
     def close(self) -> None:
         for thread in self._threads:
@@ -1704,27 +1666,11 @@ class Threads:
 
     async def run(self, size: int, function: Callable[[], T]) -> T:
         """Run what takes time in proportion to a request of `size` bytes: a large one
-        in a thread, one after another, so that others are served meanwhile.  Raises
-        ApiError 529 when its turn does not come."""
+        in a thread, one after another, so that others are served meanwhile."""
         if size < THREAD_SIZE:
             return function()
-        is_large = size >= LARGE_SIZE
-        lane, thread = self._lanes[is_large], self._threads[is_large]
-        await self._queue.wait(lane.acquire, "other large requests were not read")
-        try:
-            future = asyncio.get_running_loop().run_in_executor(thread, function)
-        except RuntimeError:  # there is no thread left
-            lane.release()
-            raise
-
-        def release(future: asyncio.Future[T]) -> None:
-            lane.release()
-            if not future.cancelled():
-                future.exception()  # nobody asks for it if the client has left
-
-        # The thread goes on when its request is cancelled, and keeps the lane.
-        future.add_done_callback(release)
-        return await asyncio.shield(future)
+        thread = self._threads[size >= LARGE_SIZE]
+        return await asyncio.get_running_loop().run_in_executor(thread, function)
 
 
 # ------------------------------------------------------------ past conversations
@@ -1794,7 +1740,7 @@ class Pool:
         self.sessions: set[Session] = set()
         self.room = Room(config.max_sessions)
         self.queue = Queue(config, self.metrics)
-        self.threads = Threads(self.queue)
+        self.threads = Threads()
         self.starter = Starter(self)
         self.spares = Spares(self)
         self.inspector = Inspector(self)
@@ -1845,19 +1791,10 @@ class Pool:
         has_place = not self.room.is_full or self.room.shortfall < 0
         return has_place or bool(self.in_states(*GIVES_WAY))
 
-    def processes(self) -> list[tuple[State, int, float]]:
-        """State, answers given and seconds in that state of each process."""
-        now = time.monotonic()
-        return [
-            (session.state, session.turns, now - session.state_since)
-            for session in self.in_states(*State)
-        ]
-
-    def is_own_process(self, session_id: str, user_id: str) -> bool:
-        """Whether a request comes from a process of this pool, by the id in its header
-        or in its `metadata.user_id`."""
-        ids = [session.own_id for session in self.sessions]
-        return session_id in ids or any(own_id in user_id for own_id in ids)
+    def is_own_process(self, names: str) -> bool:
+        """Whether a request comes from a process of this pool, by the id that is in its
+        header or in its `metadata.user_id`."""
+        return any(session.own_id in names for session in self.sessions)
 
     # A turn
 
@@ -1882,7 +1819,7 @@ class Pool:
             with contextlib.closing(Trace(self.config.trace_dir, request_id)) as trace:
                 turn = await self._warm_turn(request, pin, trace)
                 if not turn:
-                    turn = await self._fresh_turn(request, pin, token, trace)
+                    turn = await self._fresh_turn(request, pin, trace)
                 if turn.origin != "hot":
                     like = request if turn.origin == "new" else None
                     turn.on_begun = lambda: self.spares.refill(
@@ -1916,7 +1853,7 @@ class Pool:
         process = session.process
         content = request.messages[-1]["content"]
         is_parked = session.state is State.PARKED
-        results = translate.tool_results(content, session.calls) if is_parked else None
+        results = translate.tool_results(content) if is_parked else None
         reason = ""
         if session.kind.bare and process.cli.files[1:] != self.cli.files[1:]:
             # It reads no subscription's login, and there may be one now.
@@ -1996,14 +1933,11 @@ class Pool:
 
     # Fresh
 
-    async def _fresh_turn(
-        self, request: Request, pin: str, token: str | None, trace: Trace
-    ) -> Turn:
+    async def _fresh_turn(self, request: Request, pin: str, trace: Trace) -> Turn:
         reason = self._outcomes.rebuild_reason(request, pin)
         tools = translate.tools_for_turn(request)
         session = await self.starter.fresh_session(request, tools, trace)
-        if token:
-            session.take_name(session_id(token), pin)
+        session.take_name(pin)
         return Turn(request, session, "rebuilt" if reason else "new", reason)
 
     # What becomes of a session
@@ -2036,7 +1970,12 @@ class Pool:
             self._file(session)
 
     def _file(self, session: Session) -> None:
-        same = [other for other in self.on_file if other.is_like(session)]
+        # A request could find any of these.
+        same = [
+            other
+            for other in self.on_file
+            if other.identity == session.identity and not (other.pin or session.pin)
+        ]
         is_unnamed_agent = session.kind.agent and not session.pin
         if is_unnamed_agent and session.identity in self._outcomes:
             # Another agent has had this conversation.  What its tools have seen does not
@@ -2137,7 +2076,8 @@ class Starter:
                 session = spare or await self.spawn(kind, State.BUSY)
                 session.adopt(request, tools, trace)
                 await self._give_conversation(session, request, announced, query)
-            if spare and session.process.failed_silently:
+            process = session.process
+            if spare and process.is_unusable and not process.has_spoken:
                 # It asked nothing, so another one can.
                 pool.retire(session, "failed")
                 continue
@@ -2248,10 +2188,7 @@ class Inspector:
         async with self._looking:
             files = tuple(map(identify_file, paths))
             if files != self.cli.files:
-                secs = min(VERSION_SECS, self._pool.config.watchdog_secs)
-                version = await ask_version(
-                    self._pool.config.bin, self.environment, secs
-                )
+                version = await ask_version(self._pool.config.bin, self.environment)
                 is_same_program = files[:1] == self.cli.files[:1]
                 self.cli = Cli(self._pool.config.bin, files, version)
                 for spare in self._pool.spares.ready:
@@ -2405,7 +2342,8 @@ class Spares:
             if preparing in missing:
                 missing.remove(preparing)
         for spare in self.ready:
-            if spare.kind in missing:
+            is_stale = like and spare.parts and not spare.matches(like)
+            if spare.kind in missing and not is_stale:
                 missing.remove(spare.kind)
             else:
                 self._pool.retire(spare, "unwanted")
@@ -2444,8 +2382,6 @@ class Spares:
 
 async def sweep(pool: Pool) -> None:
     """Start the first spares, and look after all processes, again and again."""
-    ttl, watchdog = pool.config.session_ttl_secs, pool.config.watchdog_secs
-    shortest = min(ttl or watchdog, watchdog)
     while True:
         try:
             # One at a time: a second one would slow down a first request that comes at
@@ -2454,13 +2390,11 @@ async def sweep(pool: Pool) -> None:
                 with contextlib.suppress(ApiError):  # the first request will report it
                     await pool.inspector.look()
                     pool.spares.refill(Kind(bare=pool.inspector.is_bare()))
-            await asyncio.sleep(max(0.05, min(shortest / 4, SWEEP_SECS)))
+            await asyncio.sleep(SWEEP_SECS)
             # If the bridge was stopped, what came in that time is still in the pipes.
             await read_pipes()
             for session in pool.in_states(*State):
                 look_after(pool, session)
-            if os.getpid() == 1 and not Child.starting:
-                reap_orphans(Child.pids)
         except Exception as bug:  # noqa: BLE001 - without the sweep no turn would time out
             log.error("bug in the sweep: %s", type(bug).__name__)
             await asyncio.sleep(SWEEP_SECS)
@@ -2473,7 +2407,7 @@ def look_after(pool: Pool, session: Session) -> None:
     is_resting = session.state in (State.SPARE, State.IDLE, State.PARKED)
     if is_resting and process.is_unusable:
         pool.retire(session, "failed")
-    elif is_resting and ttl and time.monotonic() - session.state_since >= ttl:
+    elif is_resting and ttl and session.state_secs >= ttl:
         pool.retire(session, "expired")
     elif process.check_silence(pool.config.watchdog_secs):
         pool.metrics.add("watchdog_fires_total")
@@ -2504,17 +2438,16 @@ class Counter:
         counts = (await self._pool.inspector.look()).counts
         if key in counts:
             return counts[key]
-        await self._pool.queue.wait(self._lane.acquire, "other counts did not end")
-        trace = Trace(self._pool.config.trace_dir, request_id)
-        try:
-            tokens = await self._count(request, trace)
-        except TimeoutError:
-            message = f"the claude CLI did not count within {COUNT_SECS:g} seconds"
-            raise ApiError(504, message) from None
-        finally:
-            trace.close()
-            self._lane.release()
-            self._pool.spares.refill(self._pool.inspector.kind(request))
+        async with self._pool.queue.held(self._lane, "other counts did not end"):
+            trace = Trace(self._pool.config.trace_dir, request_id)
+            try:
+                tokens = await self._count(request, trace)
+            except TimeoutError:
+                message = f"the claude CLI did not count within {COUNT_SECS:g} seconds"
+                raise ApiError(504, message) from None
+            finally:
+                trace.close()
+                self._pool.spares.refill(self._pool.inspector.kind(request))
         cache_put(counts, key, tokens, MAX_COUNTS)
         return tokens
 

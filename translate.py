@@ -3,7 +3,7 @@
 After errors and JSON, the file follows the order of a turn: a request, its messages, their
 fingerprint, what is written to the CLI, what is read from it, what it reports of itself,
 the translation of its events into those of a Messages stream, frames, and the headers of
-rate limits.
+rate limits.  What only a count of tokens needs comes last.
 
 "API" names a rule of the Messages API.  A name after "recording" is a file in
 tests/fixtures that shows the rule.
@@ -106,12 +106,14 @@ class ApiError(Exception):
 
     def body(self, request_id: str) -> Json:
         """The API's error envelope; as a stream event it is the `error` event."""
-        error: Json = {"type": self.error_type, "message": self.message}
-        if self.details:
-            error["details"] = self.details
+        error = {
+            "type": self.error_type,
+            "message": self.message,
+            "details": self.details,
+        }
         return {
             "type": "error",
-            "error": error,
+            "error": without_empties(error),
             "request_id": request_id,
         }
 
@@ -193,7 +195,7 @@ def result_error(
         error_type = error_type or "api_error"  # a proxy in front of the API
     if message.startswith(TOO_LONG):
         # The API's spelling, by which clients know it.
-        message = message[0].lower() + message[1:]
+        message = "p" + message[1:]
     if message.startswith(NOT_LOGGED_IN):
         message = f"{message} ({LOGIN_CURE})"
     code = get_str(synthetic, "api_error_code")
@@ -251,7 +253,7 @@ def json_line(value: Json) -> bytes:
 
 def get_str(value: Any, key: str) -> str:
     """The string under a key of an object; empty if there is none."""
-    text = value.get(key) if isinstance(value, dict) else None
+    text = as_object(value).get(key)
     return text if isinstance(text, str) else ""
 
 
@@ -285,6 +287,10 @@ def as_blocks(content: Any) -> list[Any]:
 
 def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+def as_object(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
 
 
 def without(value: Mapping[str, Any], keys: Collection[str]) -> Json:
@@ -351,23 +357,20 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,255}")
 MODEL_PREFIX = "claude-cli/"
 # How full names begin; aliases (sonnet, opus[1m]) do not.
 FULL_NAME = "claude-"
-# What can stand in a header's list with commas: visible ASCII without a comma.
-HEADER_WORD = re.compile(r"[\x21-\x2b\x2d-\x7e]+")
+# What cannot stand in a header's list with commas: all but visible ASCII without a comma.
 NOT_IN_HEADER = re.compile(r"[^\x21-\x2b\x2d-\x7e]")
 # Betas that 2.1.332 reserves for itself: it sends them for no client.
-UNSENT_BETAS = frozenset(
-    {
-        "afk-mode-2026-01-31",
-        "inline-tools-2026-09-15",
-        "mid-conversation-system-2026-04-07",
-        "mid-conversation-tool-changes-2026-07-01",
-        "tool-provenance-2026-10-26",
-    }
-)
+UNSENT_BETAS = {
+    "afk-mode-2026-01-31",
+    "inline-tools-2026-09-15",
+    "mid-conversation-system-2026-04-07",
+    "mid-conversation-tool-changes-2026-07-01",
+    "tool-provenance-2026-10-26",
+}
 # Fields that the bridge passes on in another way, or leaves to the CLI.  All others go
 # to the API as sent.  `betas` would replace the CLI's own list, which an OAuth login
 # needs; `metadata` identifies the CLI.
-OWN_FIELDS = frozenset({"model", "messages", "system", "stream", "metadata", "betas"})
+OWN_FIELDS = {"model", "messages", "system", "stream", "metadata", "betas"}
 # Claude Code's first system block: a hash that changes with every request, and that the
 # CLI writes itself.
 BILLING_LINE = "x-anthropic-billing-header:"
@@ -430,11 +433,9 @@ class Request:
     fields: Json
     # The client's anthropic-beta, sorted.
     betas: str
-    # Who sets the cache breakpoints of the messages: "cli" or "client".
+    # Who sets the cache breakpoints of the messages: "client", or the CLI, which keeps its
+    # own for "5m", "1h", or "" for as long as it chooses.
     caching: str
-    # For how long the CLI's own breakpoints are kept: "5m", "1h", or "" for its own
-    # choice.
-    ttl: str
     # Fields and places that cannot arrive as sent (header x-bridge-not-sent).  Whatever
     # reads a part of the body adds to it.
     not_sent: list[str]
@@ -475,7 +476,7 @@ def parse_request(
     betas = read_betas(betas, is_agent, not_sent)
     reader = MessageReader(not_sent)
     reader.read(data["messages"])
-    caching, ttl = read_breakpoints(reader.messages, tools, data, is_agent, not_sent)
+    caching = read_breakpoints(reader.messages, tools, data, is_agent, not_sent)
     messages = reader.finish(keep_breakpoints=caching == "client")
     fields = read_fields(data, reader.loaded, is_agent, not_sent)
     parts: Json = {
@@ -484,7 +485,7 @@ def parse_request(
         # All else about tools is said with each turn.
         "tools": None if is_agent else sorted(names),
         "betas": betas,
-        "caching": caching,
+        "caching": caching == "client",
     }
     return Request(
         model=parts["model"],
@@ -495,7 +496,6 @@ def parse_request(
         fields=fields,
         betas=betas,
         caching=caching,
-        ttl=ttl,
         not_sent=list(dict.fromkeys(not_sent)),
         misplaced=reader.misplaced,
         size=len(body),
@@ -556,7 +556,7 @@ def read_betas(header: str, is_agent: bool, not_sent: list[str]) -> str:
     all of an agent's, are added to `not_sent`."""
     names = {name.strip() for name in header.split(",")} - {""}
     for name in names:
-        if not HEADER_WORD.fullmatch(name):
+        if printable(name) != name:
             message = "names are visible ASCII characters, separated by commas"
             raise bad_request("anthropic-beta", message)
     lost = names if is_agent else names & UNSENT_BETAS
@@ -625,39 +625,29 @@ def read_fields(
     and no more: they reach the API by the environment of the CLI, where the commands that
     an agent runs could read them.  What does not go is added to `not_sent`."""
     fields = without(data, OWN_FIELDS)
-    tools = fields.pop("tools", None)
+    tools = fields.pop("tools", None) or []
     if is_agent:
-        not_sent += [printable(key) for key in fields if key != "thinking"]
-        return {key: fields[key] for key in fields if key == "thinking"}
-    if tools:
-        fields["tools"] = without_deferring(tools, loaded, not_sent)
-    return fields
-
-
-def without_deferring(
-    tools: list[Any], loaded: set[str], not_sent: list[str]
-) -> list[Any]:
-    """The tools, without the `defer_loading` of those that a `tool_reference` has
-    loaded: the CLI drops the reference, so the model would never see them."""
-    kept = tools.copy()
+        lost = [key for key in fields if key != "thinking"]
+        not_sent += map(printable, lost)
+        return without(fields, lost)
     for number, tool in enumerate(tools):
+        # The CLI drops the reference that loads a tool: the model would never see it.
         if tool.get("defer_loading") and tool.get("name") in loaded:
             not_sent.append(f"tools.{number}.defer_loading")
-            kept[number] = without(tool, {"defer_loading"})
-    return kept
+            tool = without(tool, {"defer_loading"})
+        fields.setdefault("tools", []).append(tool)
+    return fields
 
 
 # ------------------------------------------------------------ messages
 
 # Clients drop thinking, or echo a part of it: there is a second digest without it.
-THINKING_BLOCKS = frozenset({"thinking", "redacted_thinking"})
+THINKING_BLOCKS = {"thinking", "redacted_thinking"}
 # Blocks that are no answer if an assistant message holds nothing else.
 NON_ANSWER_TYPES = THINKING_BLOCKS | {"fallback"}
 CANNOT_CONTINUE = (
     "the claude CLI cannot continue this message, as it leaves out this part"
 )
-# How deep blocks may stand in blocks: in a tool_result, and in a document there (API).
-INNER_LEVELS = 2
 
 
 @dataclass
@@ -671,7 +661,8 @@ class PlacedMessage:
 
 
 class MessageReader:
-    """Reads messages into block lists of alternating roles."""
+    """Reads messages into block lists of alternating roles: `read` once, then `finish`
+    once.  Between them it is decided whose the cache breakpoints are."""
 
     def __init__(self, not_sent: list[str]) -> None:
         self.messages: list[PlacedMessage] = []
@@ -849,9 +840,11 @@ def read_message(message: Any, place: str) -> tuple[str, list[Block]]:
         raise bad_request(f"{place}.content", "Field required")
     # A system message may hold settings alone (beta per-turn-control).
     if content in ("", []) and role != "system":
-        reason = "all messages must have non-empty content"
-        reason += " except for the optional final assistant message"
-        raise bad_request(place, reason)
+        raise bad_request(
+            place,
+            "all messages must have non-empty content"
+            " except for the optional final assistant message",
+        )
     if not isinstance(content, str):
         check_type(content, list, f"{place}.content")
     blocks: list[Block] = as_blocks(content)
@@ -860,19 +853,24 @@ def read_message(message: Any, place: str) -> tuple[str, list[Block]]:
     return role, blocks
 
 
+# The role of the messages that may hold such a block (API).
+ROLE_OF_TYPE = {"tool_use": "assistant", "tool_result": "user"}
+
+
 def check_block(block: Any, role: str, message_place: str, place: str) -> None:
     """Check what is read of a block; all else in it is the API's to judge."""
     check_type(block, dict, place)
     kind = check_type(block.get("type"), str, f"{place}.type")
+    wanted = ROLE_OF_TYPE.get(kind, role)
+    if role != wanted:
+        raise bad_request(place, f"`{kind}` blocks can only be in `{wanted}` messages")
     if kind == "text":
         check_text(block, message_place, place)
     elif kind == "image":
         check_image(block, place)
     elif kind == "tool_use":
-        check_role(role, "assistant", kind, place)
         check_call(block, f"{place}.tool_use")
     elif kind == "tool_result":
-        check_role(role, "user", kind, place)
         check_type(block.get("tool_use_id"), str, f"{place}.tool_result.tool_use_id")
         for number, inner in enumerate(as_list(block.get("content"))):
             if get_str(inner, "type") == "image":
@@ -938,32 +936,32 @@ def check_image(block: Block, place: str) -> None:
         raise bad_request(f"{place}.data", "Input should be valid base64") from None
     for signature, kind in IMAGE_SIGNATURES.items():
         if data.startswith(signature) and declared != kind:
-            message = f"The image was specified using the {declared} media type,"
-            message += f" but appears to be {kind}"
-            raise bad_request(f"{place}.media_type", message, quotes_client=True)
-
-
-def check_role(role: str, wanted: str, kind: str, place: str) -> None:
-    if role != wanted:
-        raise bad_request(place, f"`{kind}` blocks can only be in `{wanted}` messages")
+            raise bad_request(
+                f"{place}.media_type",
+                f"The image was specified using the {declared} media type,"
+                f" but appears to be {kind}",
+                quotes_client=True,
+            )
 
 
 def check_system_place(messages: list[Any], number: int) -> None:
     """API: a system message follows a user turn, and precedes an assistant turn or ends
     the array."""
     if number == 0:
-        message = (
+        raise bad_request(
+            "messages",
             'Unexpected role "system". The Messages API accepts a top-level `system`'
+            ' parameter, not "system" as an input message role.',
         )
-        message += ' parameter, not "system" as an input message role.'
-        raise bad_request("messages", message)
     before = messages[number - 1]["role"]
     is_last = number == len(messages) - 1
     is_before_answer = is_last or get_str(messages[number + 1], "role") == "assistant"
     if before != "user" or not is_before_answer:
-        message = "role 'system' must follow a user turn,"
-        message += " and precede an 'assistant' message or end the array"
-        raise bad_request(f"messages.{number}", message)
+        raise bad_request(
+            f"messages.{number}",
+            "role 'system' must follow a user turn,"
+            " and precede an 'assistant' message or end the array",
+        )
 
 
 def check_pairs(messages: list[PlacedMessage]) -> None:
@@ -983,8 +981,23 @@ def check_pairs(messages: list[PlacedMessage]) -> None:
                     raise bad_request("messages", "`tool_use` ids must be unique")
                 seen.add(block["id"])
             elif block["type"] == "tool_result":
-                check_result(block["tool_use_id"], waiting, results, place)
-                results.add(block["tool_use_id"])
+                call = block["tool_use_id"]
+                if call in results:
+                    raise bad_request(
+                        place,
+                        "each tool_use must have a single result. Found multiple"
+                        f" `tool_result` blocks with id: {call}",
+                        quotes_client=True,
+                    )
+                if call not in waiting:
+                    raise bad_request(
+                        place,
+                        f"unexpected `tool_use_id` found in `tool_result` blocks: {call}."
+                        " Each `tool_result` block must have a corresponding `tool_use`"
+                        " block in the previous message.",
+                        quotes_client=True,
+                    )
+                results.add(call)
         if waiting - results:
             raise unanswered(waiting - results, message.places[0])
         waiting = calls
@@ -992,29 +1005,16 @@ def check_pairs(messages: list[PlacedMessage]) -> None:
         raise unanswered(waiting, messages[-1].places[0])
 
 
-def check_result(call: str, waiting: set[str], results: set[str], place: str) -> None:
-    """Check the id of a result against the calls that wait for one, and against the
-    `results` of its message so far."""
-    if call in results:
-        message = "each tool_use must have a single result. Found multiple"
-        message += f" `tool_result` blocks with id: {call}"
-        raise bad_request(place, message, quotes_client=True)
-    if call not in waiting:
-        message = f"unexpected `tool_use_id` found in `tool_result` blocks: {call}."
-        message += " Each `tool_result` block must have a corresponding `tool_use`"
-        message += " block in the previous message."
-        raise bad_request(place, message, quotes_client=True)
-
-
 def unanswered(calls: Iterable[str], place: str) -> ApiError:
     """The error for calls without results, to be raised; `place` is in the message that
     is reported."""
-    message = (
-        "`tool_use` ids were found without `tool_result` blocks immediately after: "
+    return bad_request(
+        place.partition(".content.")[0],
+        "`tool_use` ids were found without `tool_result` blocks immediately after:"
+        f" {', '.join(sorted(calls))}. Each `tool_use` block must have"
+        " a corresponding `tool_result` block in the next message.",
+        quotes_client=True,
     )
-    message += f"{', '.join(sorted(calls))}. Each `tool_use` block must have"
-    message += " a corresponding `tool_result` block in the next message."
-    return bad_request(place.partition(".content.")[0], message, quotes_client=True)
 
 
 # The API takes four cache breakpoints.  The CLI sets three of its own: two on the
@@ -1029,9 +1029,9 @@ def read_breakpoints(
     data: Json,
     is_agent: bool,
     not_sent: list[str],
-) -> tuple[str, str]:
-    """Who sets the breakpoints of the messages, and for how long the CLI's own are kept,
-    as in `Request`.  "cache_control" is added to `not_sent` if that loses any.
+) -> str:
+    """Who sets the breakpoints of the messages, as in `Request.caching`.
+    "cache_control" is added to `not_sent` if that loses any.
 
     The CLI's own are at the end of the system prompt and of the newest message, so
     they replace a client's there, and those that it has left at the ends of earlier
@@ -1039,12 +1039,13 @@ def read_breakpoints(
     or more on tools than the CLI leaves room for, makes them all the client's.
     """
     system = as_list(data.get("system"))
-    on_system = breakpoints_on(system)
     # That of the whole request is one of them.
     on_tools = breakpoints_on([*tools, data])
-    # Where the CLI sets its own; inside a message; where neither can be.
+    # Where the CLI sets its own.
     at_ends = breakpoints_on(system[-1:])
+    # Inside a message: only the client's own can be there.
     inside: list[Any] = []
+    # Where neither can be.
     elsewhere = breakpoints_on(system[:-1])
     for message in messages:
         blocks = message.blocks
@@ -1058,9 +1059,9 @@ def read_breakpoints(
             elsewhere += breakpoints_on(blocks_in(block))
     needs_clients = bool(inside) or len(on_tools) > FREE_BREAKPOINTS
     if needs_clients and not is_agent:
-        if on_system:
+        if breakpoints_on(system):
             not_sent.append("cache_control")
-        return "client", ""
+        return "client"
     controls = [*on_tools, *at_ends, *elsewhere]
     ttl = ""
     if controls and not is_agent:
@@ -1069,13 +1070,16 @@ def read_breakpoints(
     is_shorter = ttl == "5m" and any(map(is_for_an_hour, at_ends))
     if elsewhere or is_shorter or needs_clients:
         not_sent.append("cache_control")
-    return "cli", ttl
+    return ttl
 
 
 def breakpoints_on(values: list[Any]) -> list[Any]:
     """The `cache_control` of those objects that have one."""
-    found = [value.get("cache_control") for value in values if isinstance(value, dict)]
-    return [control for control in found if control is not None]
+    return [
+        value["cache_control"]
+        for value in values
+        if isinstance(value, dict) and value.get("cache_control") is not None
+    ]
 
 
 def is_for_an_hour(control: Any) -> bool:
@@ -1092,28 +1096,26 @@ def ending_start(blocks: list[Block]) -> int:
     return min(start + 1, last)
 
 
-def blocks_in(block: Any, levels: int = INNER_LEVELS) -> list[Any]:
+def blocks_in(block: Any) -> list[Any]:
     """The blocks in a tool result or a document, and those in them."""
-    if not levels or not isinstance(block, dict):
+    if not isinstance(block, dict):
         return []
     source = block.get("source")
     holder = source if isinstance(source, dict) else block
     found = as_list(holder.get("content"))
-    return found + [inner for item in found for inner in blocks_in(item, levels - 1)]
+    return found + [inner for item in found for inner in blocks_in(item)]
 
 
-def without_breakpoints(block: Any, levels: int = INNER_LEVELS) -> Any:
+def without_breakpoints(block: Any) -> Any:
     """A block, and the blocks in it, without `cache_control`."""
-    kept: Json = without(block, {"cache_control"})
+    if not isinstance(block, dict):
+        return block
+    kept = without(block, {"cache_control"})
     holder = kept
     if isinstance(kept.get("source"), dict):
         holder = kept["source"] = dict(kept["source"])
-    inner = holder.get("content")
-    if levels and isinstance(inner, list):
-        holder["content"] = [
-            without_breakpoints(item, levels - 1) if isinstance(item, dict) else item
-            for item in inner
-        ]
+    if isinstance(holder.get("content"), list):
+        holder["content"] = list(map(without_breakpoints, holder["content"]))
     return kept
 
 
@@ -1217,14 +1219,9 @@ def canonical_block(block: Any) -> Json:
         kept[key] = value
     if "input" in kept:
         kept["input"] = with_plain_numbers(cli_input(block))
-    if "content" in kept and get_str(kept, "type").endswith("tool_result"):
-        kept["content"] = canonical_content(kept["content"])
-    if isinstance(kept.get("citations"), list):
-        kept["citations"] = canonical_content(kept["citations"])
-    source = kept.get("source")
-    if isinstance(source, dict) and "content" in source:
-        content = canonical_content(source["content"])
-        kept["source"] = source | {"content": content}
+    for key in ("content", "citations", "source"):
+        if key in kept:
+            kept[key] = canonical(kept[key])
     return kept
 
 
@@ -1240,14 +1237,13 @@ def plain_number(text: str) -> float:
     return int(number) if is_exact else number
 
 
-def canonical_content(content: Any) -> Any:
-    """The content of a tool_result or a document: a string is one text block (API)."""
-    if not isinstance(content, str | list):
-        return content
-    return [
-        canonical_block(block) if isinstance(block, dict) else block
-        for block in as_blocks(content)
-    ]
+def canonical(value: Any) -> Any:
+    """What stands in a block in its canonical form: a string is one text block (API)."""
+    if isinstance(value, dict):
+        return canonical_block(value)
+    if isinstance(value, str | list):
+        return list(map(canonical, as_blocks(value)))
+    return value
 
 
 # ------------------------------------------------------------ to the CLI
@@ -1317,38 +1313,49 @@ def transcript(
     and finds no turn that was interrupted.  The CLI takes over the `session_id`, a
     UUID, and names it in its requests to the API.
     """
-    rows: list[bytes] = []
-
-    def add(row: Json) -> None:
-        number = len(rows)
+    rows: list[Json] = [{"type": "system", "subtype": "informational", "content": ""}]
+    rows += [{"type": "attachment", "attachment": item} for item in announced]
+    for message in messages:
+        content = list(map(as_cli_sends, message["content"]))
+        if message["role"] == "user":
+            rows.append(
+                {"type": "user", "message": {"role": "user", "content": content}}
+            )
+        else:
+            # With apiBlockIndex, and CLAUDE_CODE_STELLAR_DRIFT, 2.1.330 keeps the order
+            # of texts and tool calls.
+            past = past_message(content, model, len(rows))
+            rows.append({"type": "assistant", "apiBlockIndex": 0, "message": past})
+    last = past_message([text_block("-")], model, len(rows))
+    rows.append({"type": "assistant", "isVirtual": True, "message": last})
+    for number, row in enumerate(rows):
         row["uuid"] = str(uuid.UUID(int=number + 1))
         row["parentUuid"] = str(uuid.UUID(int=number)) if number else None
         row["isSidechain"] = False
         if session_id:
             row["sessionId"] = session_id
         row["timestamp"] = ROW_TIME
-        rows.append(json_line(row))
-
-    add({"type": "system", "subtype": "informational", "content": ""})
-    for attachment in announced:
-        add({"type": "attachment", "attachment": attachment})
-    for message in messages:
-        if message["role"] == "user":
-            content = [cli_result(block) for block in message["content"]]
-            add({"type": "user", "message": {"role": "user", "content": content}})
-        else:
-            # With apiBlockIndex, and CLAUDE_CODE_STELLAR_DRIFT, 2.1.330 keeps the order
-            # of texts and tool calls.
-            content = [cli_call(block) for block in message["content"]]
-            past = past_message(content, model, len(rows))
-            add({"type": "assistant", "apiBlockIndex": 0, "message": past})
-    last = past_message([text_block("-")], model, len(rows))
-    add({"type": "assistant", "isVirtual": True, "message": last})
-    return rows
+    return list(map(json_line, rows))
 
 
-# What the CLI takes out of the end of each line that is written to a file.  Without what
-# stands before it, each blank of a run would be tried in turn, in quadratic time.
+def past_message(content: list[Block], model: str, number: int) -> Json:
+    """An earlier assistant message.  The CLI merges messages that share an id, so
+    `number` must differ; it drops the thinking of a message whose model is not its
+    own."""
+    return {
+        "id": f"msg_past_{number}",
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "content": content,
+        "stop_reason": "end_turn",
+        "stop_sequence": None,
+        "usage": {"input_tokens": 0, "output_tokens": 0},
+    }
+
+
+# The blanks at the end of a line, which the CLI takes out of what is written to a file.
+# The lookbehind is for speed: without it each blank of a run would be tried in turn.
 TRAILING_BLANKS = re.compile(f"(?<![{BLANKS}])[{BLANKS}]++(?=[\r\n]|\\Z)")
 # What else an Edit may hold, as JSON: in Python 1 is True.
 EDIT_OPTIONS = (b"{}", b'{"replace_all":false}', b'{"replace_all":true}')
@@ -1381,47 +1388,25 @@ def cli_input(call: Block) -> Any:
     return given
 
 
-def cli_result(block: Block) -> Block:
-    """A tool result as the CLI itself sends it to the API, when a waiting call gets it: the
-    prompt cache compares bytes.  Other blocks stay as they are."""
+def as_cli_sends(block: Block) -> Block:
+    """A tool call, and the result of one, as the CLI itself sends them to the API when it
+    made the call: the prompt cache compares bytes.  Other blocks stay as they are."""
+    if block["type"] == "tool_use":
+        return block | {"input": cli_input(block)}
     result = mcp_result(block)
     if result is None:
         return block
-    call_id = get_str(block, "tool_use_id")
     if result["isError"]:
         return {
             "type": "tool_result",
             "content": result["content"][0]["text"],
             "is_error": True,
-            "tool_use_id": call_id,
+            "tool_use_id": block["tool_use_id"],
         }
     return {
-        "tool_use_id": call_id,
+        "tool_use_id": block["tool_use_id"],
         "type": "tool_result",
         "content": result["content"],
-    }
-
-
-def cli_call(block: Block) -> Block:
-    """A tool call with the input that the CLI sends; other blocks stay as they are."""
-    if block["type"] != "tool_use":
-        return block
-    return block | {"input": cli_input(block)}
-
-
-def past_message(content: list[Block], model: str, number: int) -> Json:
-    """An earlier assistant message.  The CLI merges messages that share an id, so
-    `number` must differ; it drops the thinking of a message whose model is not its
-    own."""
-    return {
-        "id": f"msg_past_{number}",
-        "type": "message",
-        "role": "assistant",
-        "model": model,
-        "content": content,
-        "stop_reason": "end_turn",
-        "stop_sequence": None,
-        "usage": {"input_tokens": 0, "output_tokens": 0},
     }
 
 
@@ -1453,8 +1438,8 @@ def has_images(blocks: list[Block]) -> bool:
 
 
 def is_base64_image(block: Any) -> bool:
-    source = block.get("source") if isinstance(block, dict) else None
-    return get_str(block, "type") == "image" and get_str(source, "type") == "base64"
+    is_image = get_str(block, "type") == "image"
+    return is_image and get_str(block.get("source"), "type") == "base64"
 
 
 def control_line(request_id: str, subtype: str, **fields: Any) -> bytes:
@@ -1478,12 +1463,6 @@ def initialize_line(
     if has_tools:
         fields["sdkMcpServers"] = [MCP_SERVER]
     return control_line("initialize", "initialize", **fields)
-
-
-def settings_line(env: dict[str, str]) -> bytes:
-    """Environment settings of a running CLI, from its next API call on (recording
-    turn_settings)."""
-    return control_line("settings", "apply_flag_settings", settings={"env": env})
 
 
 # Types of `thinking` that ask for it (API).
@@ -1511,8 +1490,8 @@ def turn_environment(
         "CLAUDE_CODE_EXTRA_BODY": orjson.dumps(body).decode(),
         "ANTHROPIC_BETAS": request.betas,
         "DISABLE_PROMPT_CACHING": "1" if request.caching == "client" else "",
-        "FORCE_PROMPT_CACHING_5M": "1" if request.ttl == "5m" else "",
-        "ENABLE_PROMPT_CACHING_1H": "1" if request.ttl == "1h" else "",
+        "FORCE_PROMPT_CACHING_5M": "1" if request.caching == "5m" else "",
+        "ENABLE_PROMPT_CACHING_1H": "1" if request.caching == "1h" else "",
     }
 
 
@@ -1543,7 +1522,6 @@ def control_answer(
     """The answer to a control request of the CLI.  An MCP request gets the tool's
     `result`, or what a server of `tools` says of itself (recording client_tool), or an
     empty result; any other request is refused."""
-    response: Json = {"request_id": event.get("request_id")}
     match event.get("request"):
         case {"message": {"method": "initialize", "params": {**given}}}:
             result = {
@@ -1553,14 +1531,14 @@ def control_answer(
             }
         case {"message": {"method": "tools/list"}}:
             result = {"tools": tools}
-        case {"message": {}}:
-            result = result or {}
+    response: Json = {"request_id": event.get("request_id")}
+    match event.get("request"):
+        case {"message": {**message}}:
+            number = message.get("id", 0)
+            answer = {"jsonrpc": "2.0", "id": number, "result": result or {}}
+            response |= {"subtype": "success", "response": {"mcp_response": answer}}
         case _:
             response |= {"subtype": "error", "error": "not supported"}
-            return json_line({"type": "control_response", "response": response})
-    number = event["request"]["message"].get("id", 0)
-    answer = {"jsonrpc": "2.0", "id": number, "result": result}
-    response |= {"subtype": "success", "response": {"mcp_response": answer}}
     return json_line({"type": "control_response", "response": response})
 
 
@@ -1590,8 +1568,9 @@ def tools_for_turn(request: Request) -> list[Json]:
 MAX_RESULT = 400_000
 
 
-def tool_results(content: list[Block], calls: list[str]) -> dict[str, Json] | None:
-    """The results that answer `calls` in their process, by id, as MCP gives them; None:
+def tool_results(content: list[Block]) -> dict[str, Json] | None:
+    """The results in a user message, by call id, as MCP has them (`check_pairs` and the
+    digests have shown that they answer the calls of the process); None:
     only a fresh process can carry what the user message holds (text beside the results,
     a document, a result that is too long)."""
     results: dict[str, Json] = {}
@@ -1600,8 +1579,6 @@ def tool_results(content: list[Block], calls: list[str]) -> dict[str, Json] | No
         if result is None:
             return None
         results[get_str(block, "tool_use_id")] = result
-    if len(content) != len(results) or results.keys() != set(calls):
-        return None
     return results
 
 
@@ -1614,23 +1591,18 @@ def mcp_result(block: Block) -> Json | None:
         return None
     if type(is_error) is not bool or not isinstance(content, str | list):
         return None
-    parts = [mcp_part(part) for part in as_blocks(content)]
-    texts = [part["text"] for part in parts if part]
-    # The CLI says in its own words that a result is empty, and joins the texts of an error.
-    if not texts or len(texts) < len(parts) or any(map(is_blank, texts)):
+    given = as_blocks(content)
+    texts = [get_str(part, "text") for part in given]
+    parts = list(map(text_block, texts))
+    # MCP has no place for other keys, and the CLI would scale other blocks.
+    if [without_nulls(part) for part in given if isinstance(part, dict)] != parts:
         return None
-    if (is_error and len(texts) > 1) or sum(map(js_length, texts)) > MAX_RESULT:
+    # The CLI says in its own words that a result is empty, and joins the texts of an error.
+    if not texts or any(map(is_blank, texts)) or (is_error and len(texts) > 1):
+        return None
+    if sum(map(js_length, texts)) > MAX_RESULT:
         return None
     return {"content": parts, "isError": is_error}
-
-
-def mcp_part(block: Any) -> Json | None:
-    """A block of a tool result as MCP has it, which is a text; None: MCP has no place
-    for all that it holds, or the CLI would scale it."""
-    if not isinstance(block, dict):
-        return None
-    part: Json = {"type": "text", "text": get_str(block, "text")}
-    return part if without_nulls(block) == part else None
 
 
 # ------------------------------------------------------------ from the CLI
@@ -1641,9 +1613,6 @@ STREAM_EVENT = b'{"type":"stream_event","event":'
 API_CALL = re.compile(
     rb"\[log_[^]]*\] post \S+/v1/messages(/count_tokens)?\S* \w+(?: with status (\d{3}))?"
 )
-
-
-DAMAGED_LINE = "the claude CLI wrote a damaged line"
 
 
 def decode(text: bytes) -> list[CliEvent]:
@@ -1663,7 +1632,7 @@ def decode(text: bytes) -> list[CliEvent]:
             return [{"type": "api_call", "subtype": kind, "response": status}]
         value = with_whole_characters(text)
         if not value and text.startswith(STREAM_EVENT):
-            raise cli_error(DAMAGED_LINE) from None
+            raise cli_error("the claude CLI wrote a damaged line") from None
     if len(text) > 2 * MAX_DEPTH and is_deeper(value, MAX_DEPTH):
         raise cli_error("the claude CLI wrote JSON that is nested too deeply")
     return [value] if get_str(value, "type") else []
@@ -1762,13 +1731,11 @@ class CliInfo:
 
 
 def read_info(answer: Json) -> CliInfo:
-    given: Any = answer.get("account")
-    account: Json = given if isinstance(given, dict) else {}
-    key, token = get_str(account, "apiKeySource"), get_str(account, "tokenSource")
-    provider, plan = (
-        get_str(account, "apiProvider"),
-        get_str(account, "subscriptionType"),
-    )
+    account = as_object(answer.get("account"))
+    key = get_str(account, "apiKeySource")
+    token = get_str(account, "tokenSource")
+    provider = get_str(account, "apiProvider")
+    plan = get_str(account, "subscriptionType")
     has_api_key = key not in ("", "none")
     is_cloud = provider not in ("", "firstParty")
     login = plan or token or "claude.ai"
@@ -1798,19 +1765,15 @@ class AnswerState(enum.Enum):
     """Where an answer stands."""
 
     # Nothing of it has come.
-    WAITING = enum.auto()
-    # Between the blocks of a message.
-    OPEN = enum.auto()
-    # Inside a block.
-    BLOCK = enum.auto()
-    # Inside a block that is the CLI's own business.
-    HIDDEN = enum.auto()
+    WAITING = "nothing of it has come"
+    OPEN = "between the blocks of a message"
+    BLOCK = "inside a block"
+    HIDDEN = "inside a block that is the CLI's own business"
     # The message has its stop_reason, but not its message_stop.
-    ENDED = enum.auto()
+    ENDED = "ended"
     # The CLI runs a tool of its own, and goes on in another message.
-    WORKING = enum.auto()
-    # Complete.
-    DONE = enum.auto()
+    WORKING = "working"
+    DONE = "complete"
 
 
 # What may follow, by the grammar of the API's stream ("Streaming").  An event that a
@@ -1863,9 +1826,6 @@ CHANGED_RETRY_STATUSES = (400, 404, 413, 422)
 WAITING_REASONS = ("end_turn", "stop_sequence", "pause_turn")
 
 
-NOT_STREAMED = "The API refused to stream its answer."
-
-
 class Translator:
     """The events of one turn of the CLI in, the events of one Messages stream out.
 
@@ -1902,7 +1862,8 @@ class Translator:
         self._model = model
         # The last of CHANGED_RETRY_STATUSES that a call of the turn got; 0: none.
         self._refused = 0
-        # Whether the events that come now answer the line with this turn's UUID.
+        # Whether the events that come now are of this turn: 2.1.330 names the user lines
+        # that each answers, and older versions name none.
         self._is_ours = True
         self._tool_names = frozenset(tool_names)
         # A delta of a new type came: the CLI may not know how to add it to its block.
@@ -2020,27 +1981,18 @@ class Translator:
             return []  # of a message that began before the turn
         if kind not in self.HANDLERS:
             # Passed on unread, if its type can stand in a line of the stream.
-            is_seen = self.state in (
-                AnswerState.OPEN,
-                AnswerState.BLOCK,
-                AnswerState.ENDED,
-            )
+            is_seen = self.state not in (AnswerState.HIDDEN, AnswerState.WORKING)
             return [event] if is_seen and kind.isprintable() else []
         if kind == "message_delta" and not get_str(event.get("delta"), "stop_reason"):
             return []  # an interrupted answer ends so (recording interrupt of 2.1.330)
-        is_inside = self.state in (
-            AnswerState.OPEN,
-            AnswerState.BLOCK,
-            AnswerState.HIDDEN,
-        )
-        if kind == "message_stop" and is_inside:
+        following = NEXT[self.state].get(kind)
+        if following is None:
+            if kind != "message_stop":
+                raise cli_error(f"the claude CLI sent a {kind} out of place")
             if self._synthetic:
                 return []  # the `result` has the API's message (recording mid_stream_error)
             message = "The API ended the answer before it was complete."
-            raise ApiError(502, message, error_type="api_error")
-        following = NEXT[self.state].get(kind)
-        if following is None:
-            raise cli_error(f"the claude CLI sent a {kind} out of place")
+            raise ApiError(502, message, "api_error")
         before, self.state = self.state, following
         if before is AnswerState.HIDDEN:
             return []
@@ -2074,18 +2026,17 @@ class Translator:
         """Raises ApiError for an answer that the CLI got when it asked again, without
         something of the conversation or of the parameters."""
         if self._refused:
-            message = (
+            raise ApiError(
+                self._refused,
                 "the API refused the request, and the claude CLI sent it again with"
+                " changes, as it does for thinking signatures and efforts",
             )
-            message += " changes, as it does for thinking signatures and efforts"
-            raise ApiError(self._refused, message)
 
     def _block_start(self, event: Json) -> list[StreamEvent]:
         if self._input_error:
             raise self._input_error
         given = event["content_block"]
-        kind = given["type"]
-        if kind == "tool_use" and self._agent:
+        if given["type"] == "tool_use" and self._agent:
             self.state = AnswerState.HIDDEN
             return []
         block = without_nulls(given)
@@ -2096,17 +2047,14 @@ class Translator:
 
     def _block_delta(self, event: Json) -> list[StreamEvent]:
         delta = event["delta"]
-        kind = delta["type"]
         block = self.message["content"][-1]
-        key, name = DELTAS.get(kind, ("", ""))
+        key, name = DELTAS.get(delta["type"], ("", ""))
         if key:
             self._pieces.setdefault(key, []).append(delta[name])
         else:  # a delta of a new type: its keys are the block's
             block |= without(delta, {"type"})
             self._has_new_delta = True
-        index = len(self.message["content"]) - 1
-        is_same = event.get("index") == index
-        return [event if is_same else event | {"index": index}]
+        return [event | {"index": len(self.message["content"]) - 1}]
 
     def _block_stop(self, event: Json) -> list[StreamEvent]:
         block = self.message["content"][-1]
@@ -2122,7 +2070,6 @@ class Translator:
                     block[key] = tool_input(text)
                 except ApiError as error:
                     self._input_error = error
-        self._pieces = {}
         return [event | {"index": len(self.message["content"]) - 1}]
 
     def _message_delta(self, event: Json) -> list[StreamEvent]:
@@ -2183,7 +2130,7 @@ class Translator:
             and identity != self._message_id
         ):
             self._check_refused()
-            raise ApiError(502, NOT_STREAMED, error_type="api_error")
+            raise ApiError(502, "The API refused to stream its answer.", "api_error")
 
     HANDLERS: ClassVar = {
         "message_start": _message_start,
@@ -2255,8 +2202,6 @@ def frame(event: StreamEvent) -> bytes:
 
 def escape_line_breaks(data: bytes) -> bytes:
     """Escape U+2028, U+2029 and U+0085: some clients split lines at them (LiteLLM)."""
-    if data.isascii():
-        return data
     data = data.replace(b"\xe2\x80\xa8", b"\\u2028")
     data = data.replace(b"\xe2\x80\xa9", b"\\u2029")
     return data.replace(b"\xc2\x85", b"\\u0085")
@@ -2294,24 +2239,21 @@ class RateLimit:
 def rate_limits(event: CliEvent) -> dict[str, RateLimit]:
     """The limits that a `rate_limit_event` reports, by name; the one that it is about
     comes last (recordings quota_allowed, quota_warning, quota_rejected)."""
-    info: Any = event.get("rate_limit_info")
-    if event["type"] != "rate_limit_event" or not isinstance(info, dict):
+    info = as_object(event.get("rate_limit_info"))
+    if event["type"] != "rate_limit_event" or not info:
         return {}
-    windows: Any = info.get("unifiedWindows")
-    limits: dict[str, Json] = {}
-    if isinstance(windows, dict):
-        limits = {key: value for key, value in windows.items() if type(value) is dict}
+    windows = as_object(info.get("unifiedWindows"))
+    limits = {key: value for key, value in windows.items() if isinstance(value, dict)}
     name = get_str(info, "rateLimitType") or "unknown"
     limits[name] = limits.pop(name, {}) | info
-    return {key: read_limit(window) for key, window in limits.items()}
-
-
-def read_limit(window: Json) -> RateLimit:
-    return RateLimit(
-        status=get_str(window, "status"),
-        resets_at=get_number(window, "resetsAt"),
-        utilization=get_number(window, "utilization"),
-    )
+    return {
+        key: RateLimit(
+            status=get_str(window, "status"),
+            resets_at=get_number(window, "resetsAt"),
+            utilization=get_number(window, "utilization"),
+        )
+        for key, window in limits.items()
+    }
 
 
 def get_number(value: Json, key: str) -> float | None:
@@ -2342,7 +2284,7 @@ def quota_headers(limits: Mapping[str, RateLimit]) -> list[tuple[str, str]]:
     return [
         (f"anthropic-ratelimit-unified-{name}", value)
         for name, value in headers.items()
-        if HEADER_WORD.fullmatch(value)
+        if printable(value) == value
     ]
 
 
@@ -2357,14 +2299,14 @@ def is_custom(tool: Json) -> bool:
 def tools_for_count(request: Request) -> list[Json]:
     """The tools of a request as the CLI lists them for a count of tokens, which counts
     exactly what is listed."""
-    described = []
-    for tool in filter(is_custom, request.fields.get("tools") or []):
-        listed = listed_tool(get_str(tool, "name"))
-        listed["description"] = get_str(tool, "description")
-        if isinstance(tool.get("input_schema"), dict):
-            listed["inputSchema"] = tool["input_schema"]
-        described.append(listed)
-    return described
+    return [
+        listed_tool(get_str(tool, "name"))
+        | {
+            "description": get_str(tool, "description"),
+            "inputSchema": as_object(tool.get("input_schema")) or {"type": "object"},
+        }
+        for tool in filter(is_custom, request.fields.get("tools") or [])
+    ]
 
 
 # Characters of a tool's description that every CLI counts: 2.1.197 so many, 2.1.332 twice

@@ -324,7 +324,7 @@ def check_settings(request: Request, body: Json, *, has_listed_tools: bool) -> N
     """All fields but the bridge's own go to the API as sent, but for what is said not to."""
     settings = translate.turn_environment(request, has_listed_tools=has_listed_tools)
     assert all(isinstance(value, str) for value in settings.values())
-    check_json_lines([translate.settings_line(settings)])
+    check_json_lines([translate.control_line("s", "x", env=settings)])
     fields = {name: value for name, value in body.items() if name not in translate.OWN_FIELDS}
     wanted = json.loads(json.dumps(fields), parse_int=read_integer)
     for number, tool in enumerate(wanted.get("tools") or []):
@@ -366,10 +366,8 @@ def check_lines_in(request: Request) -> None:
         lines.append(translate.control_answer(asked, tools))
     for message in request.messages:
         blocks = message["content"]
-        results = [block for block in blocks if block["type"] == "tool_result"]
-        ids = [block["tool_use_id"] for block in results]
         called: Any = {"type": "", "request": {"message": {}}}
-        for result in (translate.tool_results(blocks, ids) or {}).values():
+        for result in (translate.tool_results(blocks) or {}).values():
             lines.append(translate.control_answer(called, [], result))
     check_json_lines(lines)
 

@@ -47,7 +47,7 @@ def kill(number: int) -> None:
 def in_work(server: Server, count: int) -> None:
     """Wait until the bridge works on this many requests, those that wait for room included."""
     wait_until(
-        lambda: server.bridge and len(server.bridge._answers) == count, f"{count} requests in work"
+        lambda: server.bridge and len(server.bridge.answers) == count, f"{count} requests in work"
     )
 
 

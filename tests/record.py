@@ -154,7 +154,9 @@ class Recorder:
         rows = translate.transcript(request.messages, self.model, self.announced, self.own_id)
         self.open_gate(rows)
         self.send(translate.initialize_line(system, has_tools=has_tools, agent=self.agent))
-        self.send(translate.settings_line(given))
+        self.send(
+            translate.control_line("settings", "apply_flag_settings", settings={"env": given})
+        )
         return [translate.user_line([], str(uuid.uuid4()), query=query)]
 
     def ask(self, request: Request) -> None:

@@ -4,16 +4,12 @@ import asyncio
 import logging
 import os
 import resource
-import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
 from client import error_of
-from host import ROOT, STANDIN, wait_until
+from host import wait_until
 from processes import (
     DIED,
     FLOOD,
@@ -26,7 +22,7 @@ from processes import (
     send,
     written,
 )
-from servers import BRIDGE, Launch, Program, Serve, both, is_up, linux, plain_cli
+from servers import Launch, Serve, both
 from stand_in import Log
 
 import sessions
@@ -130,92 +126,3 @@ def test_what_a_process_leaves_behind_is_killed_with_it(serve: Serve) -> None:
     answer = serve(max_idle=0).post("ORPHAN")
     wait_until(lambda: not psutil.pid_exists(pid(answer)), "the end of the process")
     wait_until(lambda: not alive(int(answer.text.split()[-1])), "the end of its child")
-
-
-@linux
-def test_a_bridge_that_is_process_1_reaps_what_its_children_leave_and_sees_how_they_end() -> None:
-    """As in a container without an init."""
-    command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
-    if not shutil.which("unshare") or subprocess.run([*command, "true"], check=False).returncode:
-        pytest.skip("only root can have a pid namespace")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    settings = {"CLAUDE_CLI_BIN": str(STANDIN), "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{port}"}
-    # It looks for orphans four times in this time.
-    settings |= {"CLAUDE_CLI_SESSION_TTL_SECS": "0.4", "CLAUDE_CLI_SPARES": "0"}
-    command += BRIDGE
-    with subprocess.Popen(
-        command, env={**os.environ, **settings}, stderr=subprocess.DEVNULL
-    ) as process:
-        program = Program("127.0.0.1", port, process=process)  # type: ignore[arg-type]
-        try:
-            wait_until(lambda: is_up(program), "the bridge")
-            [one] = psutil.Process(process.pid).children()
-            assert program.post("ORPHAN").status == 200
-            for _ in range(3):
-                died = program.post("DIE 3").json
-                assert "exited with status 3" in died["error"]["message"]
-            # With those that ended and that nobody has reaped.
-            wait_until(lambda: not one.children(recursive=True), "no child, not even a dead one")
-            first = program.post("hello")
-            assert program.post(["hello", first.text, "more"]).status == 200
-            one.terminate()
-            assert process.wait(30) == 0
-        finally:
-            process.kill()
-
-
-@linux
-def test_of_the_dead_process_1_leaves_its_own_children_to_asyncio() -> None:
-    lines = "import os, subprocess, sessions\n"
-    lines += "def ended(status):\n"
-    lines += "    child = subprocess.Popen(['sh', '-c', f'exit {status}'])\n"
-    lines += "    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)\n"
-    lines += "    return child\n"
-    lines += "others, own = ended(3), ended(4)\n"
-    lines += "sessions.reap_orphans({own.pid})\n"
-    lines += "sessions.reap_orphans({own.pid})\n"
-    # Python has 0 for a child that somebody else has reaped.
-    lines += "print(others.wait(), own.wait())"
-    done = subprocess.run(
-        [sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "0 4\n"
-
-
-TWO_POOLS = """
-import asyncio, os, sys
-import sessions
-from sessions import Child, Kind, Pool, PoolConfig, State
-
-
-async def main():
-    config = PoolConfig(bin=sys.argv[1], spares=0)
-    async with Pool(config) as one, Pool(config) as two:
-        processes = [(await pool.starter.spawn(Kind("m"), State.BUSY)).process for pool in (one, two)]
-        for process in processes:
-            process.write(b"now\\n")
-            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        for _ in processes:
-            sessions.reap_orphans(Child.pids)
-        print(*[await process.exited for process in processes])
-
-
-sessions.watch_without_threads()
-asyncio.run(main())
-"""
-
-
-@linux
-def test_process_1_leaves_the_children_of_all_pools_to_asyncio(tmp_path: Path) -> None:
-    program = plain_cli(tmp_path / "claude", "read; exit 5")
-    done = subprocess.run(
-        [sys.executable, "-c", TWO_POOLS, str(program)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=20,
-    )
-    # asyncio has 255 for a child that somebody else has reaped.
-    assert done.stdout == "5 5\n"

@@ -805,7 +805,7 @@ def test_a_client_that_leaves_while_its_request_waits_takes_no_room(
         header = f"x-arch-claude-cli-session: {session}\r\n" if session else ""
         head = f"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\n{header}content-length: {len(body)}\r\n\r\n"
         client.sendall(head.encode() + body)
-        wait_until(lambda: server.bridge and len(server.bridge._answers) == 2, "a second request")
+        wait_until(lambda: server.bridge and len(server.bridge.answers) == 2, "a second request")
     wait_until(lambda: "status=499" in caplog.text, "the log line of a client that left")
     gate.touch()
     assert first.result().text == "echo: PAUSE; 1 messages"

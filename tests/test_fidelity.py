@@ -278,7 +278,7 @@ class Comparison:
             self.explain(True, "call keys")
             sent = {key: sent[key] for key in arrived}
         if sent["type"] == "tool_use":
-            written = translate.cli_call(sent)
+            written = translate.as_cli_sends(sent)
             self.explain(written != sent, "inputs")
             sent = written
         is_uncited = "citations" in sent and "citations" not in arrived

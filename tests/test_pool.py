@@ -95,7 +95,7 @@ def test_what_a_process_said_before_it_is_given_a_turn_is_not_the_turns_answer(
     async def use(pool: Pool) -> None:
         turn, first = await take_turn(pool, "one")
         process = turn.process
-        await soon(lambda: process._ended_well.done())
+        await soon(lambda: process._settled.is_set())
         os.kill(process.pid, signal.SIGUSR1)
         end = time.monotonic() + 10
         while process.pid not in log.reached("unasked"):  # the loop stands still
@@ -110,11 +110,12 @@ def test_what_a_process_said_before_it_is_given_a_turn_is_not_the_turns_answer(
 def test_a_client_that_leaves_as_the_last_turn_ends_gets_no_turn(gate: Path) -> None:
     async def use(pool: Pool) -> None:
         turn, first = await take_turn(pool, "LATE one")
-        settled = turn.process._ended_well
-        assert not settled.done()
+        settled = turn.process._settled
+        assert not settled.is_set()
         second = asyncio.create_task(take_turn(pool, "LATE one", first, "two"))
         await soon(lambda: turn.session not in pool.on_file)
-        settled.add_done_callback(lambda _: second.cancel())
+        settling = asyncio.create_task(settled.wait())
+        settling.add_done_callback(lambda _: second.cancel())
         open_gate(gate)
         with pytest.raises(asyncio.CancelledError):
             await second
@@ -230,7 +231,6 @@ def test_a_bug_in_the_sweep_is_logged_and_it_goes_on(
         look_after(pool, session)
 
     monkeypatch.setattr(sessions, "look_after", fail_once)
-    monkeypatch.setattr(sessions, "SWEEP_SECS", 0.1)
     answer = serve(watchdog_secs=1).post("HANG-START")
     assert (answer.status, answer.json["error"]["type"]) == (504, "timeout_error")
     errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]

@@ -59,11 +59,11 @@ def test_a_result_that_came_behind_the_answer_in_the_same_read_is_the_end_of_the
     conversation, _ = talk(server, "hello")
     (session,) = server.bridge.pool.sessions
     process = session.process
-    wait_until(lambda: process._ended_well.done(), "its first result")
+    wait_until(lambda: process._settled.is_set(), "its first result")
     process.begin_turn()
     process._events.append({"type": "result"})
     process.end_turn(None)
-    assert process._ended_well.done()
+    assert process._settled.is_set()
     assert server.post(conversation).session == "hot"
 
 
@@ -333,7 +333,7 @@ def test_a_spare_that_speaks_is_given_to_nobody(
 def settled(server: Server, number: int) -> None:
     """Wait for the end of a turn: until then a process may still say the rest of it."""
     process = session_of(server, number).process
-    wait_until(lambda: process._ended_well.done(), "the result")
+    wait_until(lambda: process._settled.is_set(), "the result")
 
 
 @both

@@ -101,8 +101,8 @@ def test_help_says_all_there_is_in_lines_of_80_characters(word: str) -> None:
     assert len(first) == len(set(first))
     assert "[127.0.0.1:14001]" in done.stdout
     assert "CLAUDE_CLI_API_KEY has no flag" in done.stdout
-    for group in bridge.GROUPS.values():
-        assert f"{group}:" in lines
+    for group in bridge.GROUPS:
+        assert f"{group.capitalize()}:" in lines
 
 
 def test_version_is_printed() -> None:

@@ -77,92 +77,65 @@ def test_those_who_wait_for_their_start_are_in_the_line_that_can_be_full(gate: P
 # ---------------------------------------------------------------- threads
 
 
-def test_a_request_need_not_wait_behind_large_ones_which_wait_in_a_line() -> None:
+def test_a_request_need_not_wait_for_larger_ones_which_are_read_one_after_another() -> None:
+    may_end = threading.Event()
+
     async def use(pool: Pool) -> None:
-        await pool.threads._lanes[1].acquire()
-        assert await pool.threads.run(sessions.THREAD_SIZE, lambda: 7) == 7
-        with pytest.raises(ApiError, match="other large requests") as caught:
-            await pool.threads.run(sessions.LARGE_SIZE, lambda: 7)
-        assert caught.value.status == 529
-        pool.threads._lanes[1].release()
-        assert await pool.threads.run(sessions.LARGE_SIZE, lambda: 7) == 7
-        await soon(lambda: not pool.queue.length)
+        first = asyncio.create_task(pool.threads.run(sessions.LARGE_SIZE, may_end.wait))
+        second = asyncio.create_task(pool.threads.run(sessions.LARGE_SIZE, may_end.is_set))
+        try:
+            assert await pool.threads.run(sessions.THREAD_SIZE, lambda: 7) == 7
+            assert not first.done()
+        finally:
+            may_end.set()
+        assert await second
 
-    in_pool(use, queue_secs=0.05)
+    in_pool(use)
 
 
-@pytest.mark.parametrize("end", ["cancelled", "529"])
-def test_a_session_whose_request_ends_in_the_line_of_large_ones_is_on_file_again(
-    log: Log, monkeypatch: pytest.MonkeyPatch, end: str
+def test_a_session_whose_request_is_cancelled_before_it_is_read_is_on_file_again(
+    log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing was written to its process."""
-    queue_secs = 0.05 if end == "529" else 60
+    may_end = threading.Event()
 
     async def use(pool: Pool) -> None:
         turn, first = await take_turn(pool, "one")
         lines = log.lines(turn.process.pid)
         monkeypatch.setattr(sessions, "THREAD_SIZE", 0)
         monkeypatch.setattr(sessions, "LARGE_SIZE", 0)
-        await pool.threads._lanes[1].acquire()
+        other = asyncio.create_task(pool.threads.run(sessions.LARGE_SIZE, may_end.wait))
         second = asyncio.create_task(take_turn(pool, "one", first, "two"))
-        await soon(lambda: pool.queue.length)
-        assert not pool.on_file
-        if end == "cancelled":
-            second.cancel()
-        [ended] = await asyncio.gather(second, return_exceptions=True)
-        if end == "529":
-            assert isinstance(ended, ApiError)
-            assert ended.status == 529
-        else:
-            assert isinstance(ended, asyncio.CancelledError)
+        await soon(lambda: not pool.on_file)
+        second.cancel()
+        await asyncio.wait({second})
+        assert second.cancelled()
         assert pool.on_file == [turn.session]
         assert log.lines(turn.process.pid) == lines
-        pool.threads._lanes[1].release()
+        may_end.set()
+        await other
         again, answer = await take_turn(pool, "one", first, "two")
         assert (again.origin, again.session) == ("hot", turn.session)
         assert answer == "echo: two; 3 messages"
         assert len(pool.sessions) == 1
 
-    in_pool(use, queue_secs=queue_secs)
+    try:
+        in_pool(use)
+    finally:
+        may_end.set()
 
 
-def test_a_thread_whose_request_is_cancelled_keeps_the_lane_until_it_is_done() -> None:
-    may_end = threading.Event()
+def test_of_a_request_that_is_cancelled_before_it_is_read_nothing_is_read() -> None:
+    may_end, was_read = threading.Event(), threading.Event()
 
     async def use(pool: Pool) -> None:
-        has_begun = asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        def block() -> None:
-            loop.call_soon_threadsafe(has_begun.set)
-            may_end.wait()
-
-        try:
-            left = asyncio.create_task(pool.threads.run(sessions.LARGE_SIZE, block))
-            await has_begun.wait()
-            left.cancel()
-            await asyncio.wait({left})
-            assert left.cancelled()
-            following = asyncio.create_task(pool.threads.run(sessions.LARGE_SIZE, lambda: 7))
-            await soon(lambda: pool.queue.length)  # it is not even handed to the thread
-            assert pool.threads._lanes[1].locked()
-        finally:
-            may_end.set()
-        assert await following == 7
-        assert not pool.threads._lanes[1].locked()
-
-    in_pool(use, queue_secs=60)
-
-
-def test_a_lane_whose_thread_cannot_start_is_free_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def use(pool: Pool) -> None:
-        def submit(*_: object) -> None:
-            raise RuntimeError("can't start new thread")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(pool.threads._threads[1], "submit", submit)
-            with pytest.raises(RuntimeError):
-                await pool.threads.run(sessions.LARGE_SIZE, int)
-        assert await pool.threads.run(sessions.LARGE_SIZE, lambda: 5) == 5
+        other = asyncio.create_task(pool.threads.run(sessions.LARGE_SIZE, may_end.wait))
+        left = asyncio.create_task(pool.threads.run(sessions.LARGE_SIZE, was_read.set))
+        await asyncio.sleep(0)
+        left.cancel()
+        may_end.set()
+        await asyncio.wait({other, left})
+        assert await pool.threads.run(sessions.LARGE_SIZE, lambda: 7) == 7
 
     in_pool(use)
+    assert not was_read.is_set()

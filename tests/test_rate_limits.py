@@ -180,7 +180,7 @@ def test_a_report_has_the_limit_that_it_is_about_last_and_whole() -> None:
 def test_any_other_event_reports_none_and_an_odd_one_nothing_of_its_limit() -> None:
     for junk in JUNK:
         event: Any = {"type": "rate_limit_event", "rate_limit_info": junk}
-        nothing = {"unknown": RateLimit("", None, None)} if isinstance(junk, dict) else {}
+        nothing = {"unknown": RateLimit("", None, None)} if junk and type(junk) is dict else {}
         assert rate_limits(event) == nothing
         assert rate_limits({**event, "type": "result"}) == {}
 

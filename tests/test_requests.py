@@ -437,7 +437,6 @@ def use_whole(body: bytes, betas: str = "") -> None:
     assert all(before["role"] != after["role"] for before, after in pairs)
     settings = translate.turn_environment(request, has_listed_tools=True)
     assert json.loads(settings["CLAUDE_CODE_EXTRA_BODY"])["tools"] is not None
-    translate.settings_line(settings)
     translate.initialize_line(request.system, has_tools=bool(request.tool_names))
     list(map(translate.listed_tool, request.tool_names))
     translate.tools_for_count(request)
@@ -445,7 +444,7 @@ def use_whole(body: bytes, betas: str = "") -> None:
     newest = request.messages[-1]["content"]
     translate.user_line(newest, "id")
     translate.has_images(newest)
-    translate.tool_results(newest, ["t1", "t2"])
+    translate.tool_results(newest)
 
 
 def test_the_body_that_is_mutated_is_valid() -> None:

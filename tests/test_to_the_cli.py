@@ -69,7 +69,6 @@ def test_no_line_to_the_cli_holds_a_line_break() -> None:
         translate.user_line(content, "x"),
         translate.user_line([], "x"),
         translate.control_line("r", "x", a="\n"),
-        translate.settings_line({"A": "\n"}),
         translate.initialize_line(["a\nb"], has_tools=True),
         *translate.transcript(
             [role("user", content), role("assistant", content)], "m", [{"type": "a\n"}], "\n"
@@ -88,7 +87,7 @@ def test_lines_keep_all_digits_of_64_bits_and_longer_integers_are_floats_as_for_
 
 
 # Conversations as the CLI reads them with --resume; no result in them is one that
-# `cli_result` changes.
+# `as_cli_sends` changes.
 PASTS: dict[str, list[Any]] = {
     "none": [],
     "question": user(text("a")),
@@ -205,7 +204,7 @@ def test_a_result_is_written_into_a_transcript_as_the_cli_writes_it_in_place(
 ) -> None:
     """The prompt cache compares bytes."""
     given: Any = block
-    assert json.dumps(translate.cli_result(given)) == json.dumps(written)
+    assert json.dumps(translate.as_cli_sends(given)) == json.dumps(written)
     _, row, _ = translate.transcript([role("user", [block, text("a"), block])], "m")
     assert read(row)["message"]["content"] == [written, text("a"), written]
 
@@ -288,13 +287,6 @@ def test_an_agent_keeps_its_own_system_prompt_before_the_clients() -> None:
 def test_initialize_names_the_server_of_the_clients_tools_if_there_are_any() -> None:
     request = read(translate.initialize_line([], has_tools=True))["request"]
     assert request["sdkMcpServers"] == ["client"]
-
-
-def test_settings_are_environment_variables_of_the_cli() -> None:
-    assert read(translate.settings_line({"A": "1"}))["request"] == {
-        "subtype": "apply_flag_settings",
-        "settings": {"env": {"A": "1"}},
-    }
 
 
 def extra_body(request: translate.Request, *, listed: bool = False) -> Any:
@@ -471,10 +463,6 @@ def test_a_tool_is_listed_for_a_count_as_it_is() -> None:
 # ---------------------------------------------------------------- results of tools
 
 
-def handed_over(*blocks: Any, calls: tuple[str, ...] = ("t1",)) -> Any:
-    return translate.tool_results(list(blocks), list(calls))
-
-
 SUNNY = {"content": [text("sunny")], "isError": False}
 # A result -> as MCP gives it.
 RESULTS: dict[str, tuple[Json, Json]] = {
@@ -501,73 +489,61 @@ RESULTS: dict[str, tuple[Json, Json]] = {
 
 @pytest.mark.parametrize(("block", "result"), RESULTS.values(), ids=RESULTS.keys())
 def test_a_result_is_handed_over_in_its_process(block: Json, result: Json) -> None:
-    assert handed_over(block) == {"t1": result}
+    assert translate.tool_results([block]) == {"t1": result}
 
 
-# What only a fresh process can carry: (blocks, ids of the calls).
-NOT_HANDED_OVER: dict[str, tuple[list[Any], tuple[str, ...]]] = {
-    "text beside": ([RESULT, text("a")], ("t1",)),
-    "text alone": ([text("a")], ("t1",)),
-    "one of two": ([RESULT], ("t1", "t2")),
-    "none": ([], ("t1",)),
-    "one too many": ([RESULT, RESULT_2], ("t1",)),
-    "another": ([RESULT_2], ("t1",)),
-    "twice": ([RESULT, RESULT], ("t1",)),
-    "document": ([RESULT | {"content": [PAGE]}], ("t1",)),
-    "search result": ([RESULT | {"content": [FOUND]}], ("t1",)),
-    "image": ([RESULT | {"content": [text("a"), IMAGE]}], ("t1",)),
-    "image by URL": ([RESULT | {"content": [URL_IMAGE]}], ("t1",)),
-    "nothing": ([{"type": "tool_result", "tool_use_id": "t1"}], ("t1",)),
-    "content of null": ([RESULT | {"content": None}], ("t1",)),
-    "empty string": ([RESULT | {"content": ""}], ("t1",)),
-    "no blocks": ([RESULT | {"content": []}], ("t1",)),
-    "white space": ([RESULT | {"content": " \n"}], ("t1",)),
-    "empty text": ([RESULT | {"content": [text("")]}], ("t1",)),
-    "white space among texts": ([RESULT | {"content": [text("a"), text(" ")]}], ("t1",)),
-    "error of several texts": (
-        [RESULT | {"is_error": True, "content": [text("a"), text("b")]}],
-        ("t1",),
-    ),
-    "error that says nothing": ([RESULT | {"is_error": True, "content": ""}], ("t1",)),
-    "new block": ([RESULT | {"content": [{"type": "new"}]}], ("t1",)),
-    "no block": ([RESULT | {"content": [5]}], ("t1",)),
-    "odd content": ([RESULT | {"content": 5}], ("t1",)),
-    "odd text": ([RESULT | {"content": [{"type": "text", "text": 5}]}], ("t1",)),
-    "too long": ([RESULT | {"content": "x" * 400_001}], ("t1",)),
-    "too long for JavaScript": ([RESULT | {"content": "\U0001f600" * 200_001}], ("t1",)),
-    "too long together": ([RESULT | {"content": [text("x" * 200_001)] * 2}], ("t1",)),
-    "new key": ([RESULT | {"new": 1}], ("t1",)),
-    "breakpoint of the client": ([RESULT | CACHED, RESULT_2], ("t1", "t2")),
-    "new key of a text": ([RESULT | {"content": [text("a", new=1)]}], ("t1",)),
-    "breakpoint inside": ([RESULT | {"content": [text("a", **CACHED)]}], ("t1",)),
-    "new key of an image": ([RESULT | {"content": [IMAGE | {"new": 1}]}], ("t1",)),
-    "new key of a source": (
-        [RESULT | {"content": [IMAGE | {"source": IMAGE["source"] | {"new": 1}}]}],
-        ("t1",),
-    ),
-    "odd error": ([RESULT | {"is_error": "no"}], ("t1",)),
+# What only a fresh process can carry.
+NOT_HANDED_OVER: dict[str, list[Any]] = {
+    "text beside": [RESULT, text("a")],
+    "text alone": [text("a")],
+    "document": [RESULT | {"content": [PAGE]}],
+    "search result": [RESULT | {"content": [FOUND]}],
+    "image": [RESULT | {"content": [text("a"), IMAGE]}],
+    "image by URL": [RESULT | {"content": [URL_IMAGE]}],
+    "nothing": [{"type": "tool_result", "tool_use_id": "t1"}],
+    "content of null": [RESULT | {"content": None}],
+    "empty string": [RESULT | {"content": ""}],
+    "no blocks": [RESULT | {"content": []}],
+    "white space": [RESULT | {"content": " \n"}],
+    "empty text": [RESULT | {"content": [text("")]}],
+    "white space among texts": [RESULT | {"content": [text("a"), text(" ")]}],
+    "error of several texts": [RESULT | {"is_error": True, "content": [text("a"), text("b")]}],
+    "error that says nothing": [RESULT | {"is_error": True, "content": ""}],
+    "new block": [RESULT | {"content": [{"type": "new"}]}],
+    "no block": [RESULT | {"content": [5]}],
+    "odd content": [RESULT | {"content": 5}],
+    "odd text": [RESULT | {"content": [{"type": "text", "text": 5}]}],
+    "too long": [RESULT | {"content": "x" * 400_001}],
+    "too long for JavaScript": [RESULT | {"content": "\U0001f600" * 200_001}],
+    "too long together": [RESULT | {"content": [text("x" * 200_001)] * 2}],
+    "new key": [RESULT | {"new": 1}],
+    "breakpoint of the client": [RESULT | CACHED, RESULT_2],
+    "new key of a text": [RESULT | {"content": [text("a", new=1)]}],
+    "breakpoint inside": [RESULT | {"content": [text("a", **CACHED)]}],
+    "new key of an image": [RESULT | {"content": [IMAGE | {"new": 1}]}],
+    "new key of a source": [
+        RESULT | {"content": [IMAGE | {"source": IMAGE["source"] | {"new": 1}}]}
+    ],
+    "odd error": [RESULT | {"is_error": "no"}],
 }
 
 
-@pytest.mark.parametrize(("blocks", "calls"), NOT_HANDED_OVER.values(), ids=NOT_HANDED_OVER.keys())
-def test_what_mcp_cannot_carry_is_not_handed_over(
-    blocks: list[Any], calls: tuple[str, ...]
-) -> None:
-    assert handed_over(*blocks, calls=calls) is None
+@pytest.mark.parametrize("blocks", NOT_HANDED_OVER.values(), ids=NOT_HANDED_OVER.keys())
+def test_what_mcp_cannot_carry_is_not_handed_over(blocks: list[Any]) -> None:
+    assert translate.tool_results(blocks) is None
 
 
 def test_a_result_that_mcp_cannot_carry_stands_in_a_transcript_as_it_is() -> None:
-    alone = [blocks for blocks, calls in NOT_HANDED_OVER.values() if len(blocks) == len(calls) == 1]
-    others = [blocks for blocks in alone if blocks not in ([RESULT_2], [RESULT])]
-    assert len(others) > 20
-    for blocks in others:
+    alone = [blocks for blocks in NOT_HANDED_OVER.values() if len(blocks) == 1]
+    assert len(alone) > 20
+    for blocks in alone:
         _, row, _ = translate.transcript([role("user", blocks)], "m")
         assert read(row)["message"]["content"] == blocks
 
 
 def test_parallel_results_may_come_in_any_order() -> None:
     for blocks in ([RESULT, RESULT_2], [RESULT_2, RESULT]):
-        assert handed_over(*blocks, calls=("t1", "t2")) == {"t1": SUNNY, "t2": SUNNY}
+        assert translate.tool_results(blocks) == {"t1": SUNNY, "t2": SUNNY}
 
 
 def test_a_line_of_blanks_in_a_written_file_is_looked_at_once() -> None:
