@@ -299,6 +299,7 @@ class Client:
         self.fresh()
 
     def fresh(self) -> None:
+        self.conversation = object()
         self.messages: list[Json] = []
         self.tools = random.random() < 0.3
         self.pin = str(uuid.uuid4()) if random.random() < 0.25 else ""
@@ -403,10 +404,9 @@ class Client:
         self, messages: list[Json], *, leave: bool = False, only_new: bool = False
     ) -> None:
         """One request; its complete answer is checked, and the conversation goes on from it."""
-        stream, tools = (
-            random.random() < 0.5,
-            self.tools,
-        )  # a twin that dies may begin afresh meanwhile
+        # A twin that dies may begin another conversation meanwhile.
+        conversation, tools = self.conversation, self.tools
+        stream = random.random() < 0.5
         body: Json = {
             "model": "sonnet",
             "max_tokens": 999,
@@ -452,7 +452,8 @@ class Client:
         counts["only what is new"] += only_new
         await self.check(message, messages, str(how), tools=tools)
         counts["complete"] += 1
-        self.messages = [*messages, {"role": "assistant", "content": message["content"]}]
+        if conversation is self.conversation:
+            self.messages = [*messages, {"role": "assistant", "content": message["content"]}]
 
     async def leave(self, answer: aiohttp.ClientResponse, stream: bool) -> None:
         if stream and random.random() < 0.8:
