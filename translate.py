@@ -10,7 +10,6 @@ tests/fixtures that shows the rule.
 """
 
 import binascii
-import enum
 import hashlib
 import itertools
 import json
@@ -18,7 +17,7 @@ import re
 import uuid
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import orjson
 
@@ -181,11 +180,9 @@ def result_error(
     which 2.1.330 keeps the API's error.type and error_code.  `resets_at` is that of a
     rate limit.
     """
-    errors = result.get("errors")
-    text = result.get("result")
-    if not text and isinstance(errors, list):
-        text = "; ".join(map(str, errors))
-    text = str(text or "the claude CLI ended the turn with an error")
+    errors = "; ".join(map(str, as_list(result.get("errors"))))
+    usual = "the claude CLI ended the turn with an error"
+    text = str(result.get("result") or errors or usual)
     message, error_type = api_message(text, get_str(synthetic, "api_error_type"))
     api_status: Any = result.get("api_error_status")
     is_from_api = isinstance(api_status, int) and 400 <= api_status <= 599
@@ -209,6 +206,7 @@ def result_error(
         details,
         resets_at=resets_at,
         is_from_api=is_from_api,
+        log_reason="",
     )
 
 
@@ -232,16 +230,9 @@ def api_message(text: str, error_type: str) -> tuple[str, str]:
     if not match:
         return text, error_type
     message = match[1].partition(ADVICE)[0]
-    try:
-        error = orjson.loads(message)["error"]
-        inner, inner_type = error["message"], error.get("type")
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return message or text, error_type
-    if isinstance(inner_type, str):
-        error_type = error_type or inner_type
-    if isinstance(inner, str) and inner:
-        message = inner
-    return message, error_type
+    error = as_object(parsed(message)).get("error")
+    message = get_str(error, "message") or message or text
+    return message, error_type or get_str(error, "type")
 
 
 # ------------------------------------------------------------ JSON
@@ -249,6 +240,14 @@ def api_message(text: str, error_type: str) -> tuple[str, str]:
 
 def json_line(value: Json) -> bytes:
     return orjson.dumps(value) + b"\n"
+
+
+def parsed(text: str | bytes) -> Any:
+    """The value of a JSON text; None if it is none."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return None
 
 
 def get_str(value: Any, key: str) -> str:
@@ -260,13 +259,15 @@ def get_str(value: Any, key: str) -> str:
 # White space as JavaScript has it (ECMA-262, "White Space" and "Line Terminators"), but
 # for line feed and carriage return.  Python's has control characters too, and not the byte
 # order mark.
-BLANKS = "\t\v\f \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
-IS_BLANK = re.compile(f"[{BLANKS}\r\n]*")
+BLANKS = (
+    "\t\v\f \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000\ufeff"
+)
 
 
 def is_blank(text: str) -> bool:
     """Whether it is white space alone."""
-    return IS_BLANK.fullmatch(text) is not None
+    return not text.strip(BLANKS + "\r\n")
 
 
 def js_length(text: str) -> int:
@@ -326,17 +327,14 @@ def has_more_values(body: bytes) -> bool:
     for match in PIECE.finditer(body):
         piece = match[0].replace(b"\\\\", b"").replace(b'\\"', b"")
         parts = piece.split(b'"')
-        marks += sum(map(count_marks, parts[is_in_string::2]))
+        # About one for each value.
+        outside = b"".join(parts[is_in_string::2])
+        marks += sum(map(outside.count, b",[{"))
         if marks > MAX_VALUES:
             return True
         has_odd_quotes = len(parts) % 2 == 0
         is_in_string = is_in_string != has_odd_quotes
     return False
-
-
-def count_marks(text: bytes) -> int:
-    """How many commas and opening brackets there are: about one for each value."""
-    return text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
 def is_deeper(value: Any, levels: int) -> bool:
@@ -474,11 +472,15 @@ def parse_request(
     is_agent = agent and not tools
     names = read_tool_names(tools)
     betas = read_betas(betas, is_agent, not_sent)
-    reader = MessageReader(not_sent)
-    reader.read(data["messages"])
-    caching = read_breakpoints(reader.messages, tools, data, is_agent, not_sent)
-    messages = reader.finish(keep_breakpoints=caching == "client")
-    fields = read_fields(data, reader.loaded, is_agent, not_sent)
+    loaded: set[str] = set()
+    placed = read_messages(data["messages"], not_sent, loaded)
+    messages = [{"role": each.role, "content": each.blocks} for each in placed]
+    caching = read_breakpoints(messages, tools, data, is_agent, not_sent)
+    if caching != "client":
+        remove_breakpoints(messages)
+    not_sent += [place for message in placed for place in dropped_parts(message)]
+    check_ending(placed[-1], not_sent)
+    fields = read_fields(data, loaded, is_agent, not_sent)
     parts: Json = {
         "model": read_model(data["model"]),
         "system": system,
@@ -497,7 +499,7 @@ def parse_request(
         betas=betas,
         caching=caching,
         not_sent=list(dict.fromkeys(not_sent)),
-        misplaced=reader.misplaced,
+        misplaced=blocks_after_calls(placed),
         size=len(body),
         user_id=get_str(data.get("metadata"), "user_id"),
         is_agent=is_agent,
@@ -628,7 +630,7 @@ def read_fields(
     tools = fields.pop("tools", None) or []
     if is_agent:
         lost = [key for key in fields if key != "thinking"]
-        not_sent += map(printable, lost)
+        not_sent += [printable(key) for key in lost if fields[key] is not None]
         return without(fields, lost)
     for number, tool in enumerate(tools):
         # The CLI drops the reference that loads a tool: the model would never see it.
@@ -655,122 +657,111 @@ class PlacedMessage:
     """A message while it is read."""
 
     role: str
-    blocks: list[Block] = field(default_factory=list)
-    # Where the client has each block.
-    places: list[str] = field(default_factory=list)
+    # Its blocks, each after the place where the client has it.
+    parts: list[tuple[str, Block]] = field(default_factory=list)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for _, block in self.parts]
 
 
-class MessageReader:
-    """Reads messages into block lists of alternating roles: `read` once, then `finish`
-    once.  Between them it is decided whose the cache breakpoints are."""
+def read_messages(
+    raw: list[Any], not_sent: list[str], loaded: set[str]
+) -> list[PlacedMessage]:
+    """Messages as block lists of alternating roles.  The places of what the CLI leaves
+    out are added to `not_sent`, the names of tools that a tool_reference loads to `loaded`.
 
-    def __init__(self, not_sent: list[str]) -> None:
-        self.messages: list[PlacedMessage] = []
-        # Places of what the CLI leaves out are added to it.
-        self.not_sent = not_sent
-        # As in `Request`.
-        self.misplaced: list[str] = []
-        # Names of the tools that a tool_reference has loaded.
-        self.loaded: set[str] = set()
-
-    def read(self, raw: list[Any]) -> None:
-        """Raises ApiError 400 in the API's wording, with the index of the message as
-        the client numbered it."""
-        last = len(raw) - 1
-        for number, message in enumerate(raw):
-            place = f"messages.{number}"
-            if number and number == last and is_empty_ending(message):
-                self.not_sent.append(place)  # the API takes it for none
-                break
-            role, blocks = read_message(message, place)
-            if role == "system":
-                check_system_place(raw, number)
-                role, blocks = "user", self._as_reminder(message, blocks, place)
-            has_answer = any(block["type"] not in NON_ANSWER_TYPES for block in blocks)
-            if role == "assistant" and not has_answer:
-                if number == last:
-                    raise bad_request(place, CANNOT_CONTINUE)
-                self.not_sent.append(place)
-            elif blocks:
-                self._add(role, blocks, place)
-        if not self.messages:
-            raise bad_request("messages", "at least one message is required")
-        check_pairs(self.messages)
-
-    def finish(self, *, keep_breakpoints: bool) -> list[Message]:
-        """The messages that were read.  Raises ApiError 400 if the answer would continue
-        a part that the CLI leaves out."""
-        for message in self.messages:
-            if not keep_breakpoints:
-                message.blocks = list(map(without_breakpoints, message.blocks))
-            self.not_sent += dropped_parts(message)
-            self.misplaced += blocks_after_calls(message)
-        newest, dropped = self.messages[-1], set(self.not_sent)
-        # Whole blocks, not keys of them.
-        lost = [place for place in newest.places if place in dropped]
-        if newest.blocks[-1]["type"] in THINKING_BLOCKS:
-            lost.append(newest.places[-1])
-        if newest.role == "assistant" and lost:
-            raise bad_request(lost[0], CANNOT_CONTINUE)
-        return [
-            {"role": message.role, "content": message.blocks}
-            for message in self.messages
-        ]
-
-    def _add(self, role: str, blocks: list[Block], message_place: str) -> None:
+    Raises ApiError 400 in the API's wording, with the index of the message as the client
+    numbered it.
+    """
+    messages: list[PlacedMessage] = []
+    last = len(raw) - 1
+    if last > 0 and is_empty_ending(raw[last]):
+        not_sent.append(f"messages.{last}")  # the API takes it for none
+        last -= 1
+    for number, message in enumerate(raw[: last + 1]):
+        place = f"messages.{number}"
+        role, blocks = read_message(message, place)
+        if role == "system":
+            check_system_place(raw, number)
+            role, blocks = "user", as_reminder(message, blocks, place, not_sent)
+        has_answer = any(block["type"] not in NON_ANSWER_TYPES for block in blocks)
+        if role == "assistant" and not has_answer:
+            if number == last:
+                raise bad_request(place, CANNOT_CONTINUE)
+            not_sent.append(place)
+            continue
         # API: consecutive messages of one role are one message.
-        if not self.messages or self.messages[-1].role != role:
-            self.messages.append(PlacedMessage(role))
-        message = self.messages[-1]
-        for index, block in enumerate(blocks):
-            place = f"{message_place}.content.{index}"
-            if block["type"] == "tool_result":
-                block = self._read_result(block, place)
-            message.blocks.append(block)
-            message.places.append(place)
-
-    def _as_reminder(
-        self, message: Json, blocks: list[Block], place: str
-    ) -> list[Block]:
-        """A system message as a text of the user's, written as the CLI's own reminders
-        are: its input knows the user's and the assistant's messages only.  The rest of it
-        is added to `not_sent`."""
-        self.not_sent.append(f"{place}.role")
-        # Such as the settings of a turn (beta per-turn-control).
-        other = without(without_nulls(message), {"role", "content"})
-        self.not_sent += [f"{place}.{printable(key)}" for key in other]
-        texts = []
+        if blocks and (not messages or messages[-1].role != role):
+            messages.append(PlacedMessage(role))
         for index, block in enumerate(blocks):
             where = f"{place}.content.{index}"
-            if block["type"] != "text":
-                self.not_sent.append(where)
-                continue
-            texts.append(block["text"])
-            if block.get("cache_control"):
-                self.not_sent.append(f"{where}.cache_control")
-        text = "\n".join(texts)
-        reminder = f"<system-reminder>\n{text}\n</system-reminder>"
-        return [text_block(reminder)] if texts else []
+            if block["type"] == "tool_result":
+                block = read_result(block, where, not_sent, loaded)
+            messages[-1].parts.append((where, block))
+    if not messages:
+        raise bad_request("messages", "at least one message is required")
+    check_pairs(messages)
+    return messages
 
-    def _read_result(self, block: Block, place: str) -> Block:
-        """A tool_result without what the CLI drops, which is added to `not_sent`: tool
-        references, whose tools are then `loaded`, and all but text in an error."""
-        if not isinstance(block.get("content"), list):
-            return block
-        kept: list[Any] = []
-        for index, inner in enumerate(block["content"]):
-            kind = get_str(inner, "type")
-            is_reference = kind == "tool_reference"
-            is_lost = is_reference or (block.get("is_error") and kind != "text")
-            if is_lost:
-                self.not_sent.append(f"{place}.content.{index}")
-            else:
-                kept.append(inner)
-            if is_reference:
-                name = get_str(inner, "tool_name")
-                self.loaded.add(name)
-                kept.append(text_block(f"Tool loaded: {name}"))
-        return block | {"content": kept}
+
+def check_ending(newest: PlacedMessage, not_sent: list[str]) -> None:
+    """Raises ApiError 400 if the answer would continue a part that the CLI leaves out."""
+    dropped = set(not_sent)
+    # Whole blocks, not keys of them.
+    lost = [place for place, _ in newest.parts if place in dropped]
+    place, block = newest.parts[-1]
+    if block["type"] in THINKING_BLOCKS:
+        lost.append(place)
+    if newest.role == "assistant" and lost:
+        raise bad_request(lost[0], CANNOT_CONTINUE)
+
+
+def as_reminder(
+    message: Json, blocks: list[Block], place: str, not_sent: list[str]
+) -> list[Block]:
+    """A system message as a text of the user's, written as the CLI's own reminders
+    are: its input knows the user's and the assistant's messages only.  The rest of it
+    is added to `not_sent`."""
+    not_sent.append(f"{place}.role")
+    # Such as the settings of a turn (beta per-turn-control).
+    other = without(without_nulls(message), {"role", "content"})
+    not_sent += [f"{place}.{printable(key)}" for key in other]
+    texts = []
+    for index, block in enumerate(blocks):
+        where = f"{place}.content.{index}"
+        if block["type"] != "text":
+            not_sent.append(where)
+            continue
+        texts.append(block["text"])
+        if block.get("cache_control"):
+            not_sent.append(f"{where}.cache_control")
+    text = "\n".join(texts)
+    reminder = f"<system-reminder>\n{text}\n</system-reminder>"
+    return [text_block(reminder)] if texts else []
+
+
+def read_result(
+    block: Block, place: str, not_sent: list[str], loaded: set[str]
+) -> Block:
+    """A tool_result without what the CLI drops, which is added to `not_sent`: tool
+    references, whose tools are then `loaded`, and all but text in an error."""
+    if not isinstance(block.get("content"), list):
+        return block
+    kept: list[Any] = []
+    for index, inner in enumerate(block["content"]):
+        kind = get_str(inner, "type")
+        is_reference = kind == "tool_reference"
+        is_lost = is_reference or (block.get("is_error") and kind != "text")
+        if is_lost:
+            not_sent.append(f"{place}.content.{index}")
+        else:
+            kept.append(inner)
+        if is_reference:
+            name = get_str(inner, "tool_name")
+            loaded.add(name)
+            kept.append(text_block(f"Tool loaded: {name}"))
+    return block | {"content": kept}
 
 
 def is_empty_ending(message: Any) -> bool:
@@ -794,7 +785,7 @@ def dropped_parts(message: PlacedMessage) -> list[str]:
         return []
     answered = {get_str(block, "tool_use_id") for block in message.blocks}
     lost = []
-    for block, place in zip(message.blocks, message.places, strict=True):
+    for place, block in message.parts:
         kind = block["type"]
         is_server_call = kind in ("server_tool_use", "mcp_tool_use")
         is_pending = is_server_call and get_str(block, "id") not in answered
@@ -802,7 +793,7 @@ def dropped_parts(message: PlacedMessage) -> list[str]:
         if kind in ("fallback", "advisor_tool_result") or is_pending or is_advisor:
             lost.append(place)
         elif kind == "tool_use":
-            extra = [key for key in canonical_block(block) if key not in CALL_KEYS]
+            extra = list(without(canonical_block(block), CALL_KEYS))
             if cli_input(block) != block["input"]:
                 extra.append("input")
             lost += [f"{place}.{printable(key)}" for key in extra]
@@ -817,15 +808,16 @@ def dropped_parts(message: PlacedMessage) -> list[str]:
     return lost
 
 
-def blocks_after_calls(message: PlacedMessage) -> list[str]:
+def blocks_after_calls(messages: list[PlacedMessage]) -> list[str]:
     """The places of what follows a tool call in its message, but for other calls."""
     found = []
-    has_call = False
-    for block, place in zip(message.blocks, message.places, strict=True):
-        is_call = block["type"] == "tool_use"
-        has_call = has_call or is_call
-        if has_call and not is_call:
-            found.append(place)
+    for message in messages:
+        has_call = False
+        for place, block in message.parts:
+            is_call = block["type"] == "tool_use"
+            has_call = has_call or is_call
+            if has_call and not is_call:
+                found.append(place)
     return found
 
 
@@ -853,6 +845,8 @@ def read_message(message: Any, place: str) -> tuple[str, list[Block]]:
     return role, blocks
 
 
+# Characters of a tool's name (API); the CLI would cut a longer one.
+MAX_TOOL_NAME = 200
 # The role of the messages that may hold such a block (API).
 ROLE_OF_TYPE = {"tool_use": "assistant", "tool_result": "user"}
 
@@ -865,40 +859,27 @@ def check_block(block: Any, role: str, message_place: str, place: str) -> None:
     if role != wanted:
         raise bad_request(place, f"`{kind}` blocks can only be in `{wanted}` messages")
     if kind == "text":
-        check_text(block, message_place, place)
+        # The CLI would drop a blank text, and its message if that has nothing else.
+        text = check_type(block.get("text"), str, f"{place}.text.text")
+        if is_blank(text):
+            fault = "contain non-whitespace text" if text else "be non-empty"
+            message = f"text content blocks must {fault} ({message_place})"
+            raise bad_request("messages", message)
     elif kind == "image":
         check_image(block, place)
     elif kind == "tool_use":
-        check_call(block, f"{place}.tool_use")
+        place = f"{place}.tool_use"
+        check_type(block.get("id"), str, f"{place}.id")
+        name = check_type(block.get("name"), str, f"{place}.name")
+        if len(name) > MAX_TOOL_NAME:
+            message = f"String should have at most {MAX_TOOL_NAME} characters"
+            raise bad_request(f"{place}.name", message)
+        check_type(block.get("input"), dict, f"{place}.input")
     elif kind == "tool_result":
         check_type(block.get("tool_use_id"), str, f"{place}.tool_result.tool_use_id")
         for number, inner in enumerate(as_list(block.get("content"))):
             if get_str(inner, "type") == "image":
                 check_image(inner, f"{place}.tool_result.content.{number}")
-
-
-def check_text(block: Block, message_place: str, place: str) -> None:
-    """Refuse a blank text: the CLI would drop it, and its message if that has nothing
-    else."""
-    text = check_type(block.get("text"), str, f"{place}.text.text")
-    if is_blank(text):
-        message = "contain non-whitespace text" if text else "be non-empty"
-        raise bad_request(
-            "messages", f"text content blocks must {message} ({message_place})"
-        )
-
-
-# Characters of a tool's name (API); the CLI would cut a longer one.
-MAX_TOOL_NAME = 200
-
-
-def check_call(block: Block, place: str) -> None:
-    check_type(block.get("id"), str, f"{place}.id")
-    name = check_type(block.get("name"), str, f"{place}.name")
-    if len(name) > MAX_TOOL_NAME:
-        message = f"String should have at most {MAX_TOOL_NAME} characters"
-        raise bad_request(f"{place}.name", message)
-    check_type(block.get("input"), dict, f"{place}.input")
 
 
 # How the base64 of an image begins.
@@ -974,7 +955,7 @@ def check_pairs(messages: list[PlacedMessage]) -> None:
     for message in messages:
         calls: set[str] = set()
         results: set[str] = set()
-        for block, place in zip(message.blocks, message.places, strict=True):
+        for place, block in message.parts:
             if block["type"] == "tool_use":
                 calls.add(block["id"])
                 if block["id"] in seen:
@@ -999,10 +980,10 @@ def check_pairs(messages: list[PlacedMessage]) -> None:
                     )
                 results.add(call)
         if waiting - results:
-            raise unanswered(waiting - results, message.places[0])
+            raise unanswered(waiting - results, message.parts[0][0])
         waiting = calls
     if waiting:
-        raise unanswered(waiting, messages[-1].places[0])
+        raise unanswered(waiting, messages[-1].parts[0][0])
 
 
 def unanswered(calls: Iterable[str], place: str) -> ApiError:
@@ -1024,7 +1005,7 @@ FREE_BREAKPOINTS = 1
 
 
 def read_breakpoints(
-    messages: list[PlacedMessage],
+    messages: list[Message],
     tools: list[Any],
     data: Json,
     is_agent: bool,
@@ -1048,9 +1029,11 @@ def read_breakpoints(
     # Where neither can be.
     elsewhere = breakpoints_on(system[:-1])
     for message in messages:
-        blocks = message.blocks
-        if message.role == "user":
-            end = ending_start(blocks)
+        blocks = message["content"]
+        if message["role"] == "user":
+            # Clients mark any of the tool results that end a message.
+            results = list(itertools.takewhile(is_result, reversed(blocks)))
+            end = -len(results) or -1
             inside += breakpoints_on(blocks[:end])
             at_ends += breakpoints_on(blocks[end:])
         else:
@@ -1086,14 +1069,8 @@ def is_for_an_hour(control: Any) -> bool:
     return get_str(control, "ttl") == "1h"
 
 
-def ending_start(blocks: list[Block]) -> int:
-    """The index of the last block, or of the first of the tool results that end a
-    message: clients mark any of them."""
-    last = len(blocks) - 1
-    start = last
-    while start >= 0 and blocks[start]["type"] == "tool_result":
-        start -= 1
-    return min(start + 1, last)
+def is_result(block: Block) -> bool:
+    return bool(block["type"] == "tool_result")
 
 
 def blocks_in(block: Any) -> list[Any]:
@@ -1106,17 +1083,11 @@ def blocks_in(block: Any) -> list[Any]:
     return found + [inner for item in found for inner in blocks_in(item)]
 
 
-def without_breakpoints(block: Any) -> Any:
-    """A block, and the blocks in it, without `cache_control`."""
-    if not isinstance(block, dict):
-        return block
-    kept = without(block, {"cache_control"})
-    holder = kept
-    if isinstance(kept.get("source"), dict):
-        holder = kept["source"] = dict(kept["source"])
-    if isinstance(holder.get("content"), list):
-        holder["content"] = list(map(without_breakpoints, holder["content"]))
-    return kept
+def remove_breakpoints(messages: list[Message]) -> None:
+    """Take `cache_control` out of all blocks, also of those in them."""
+    for message in messages:
+        for block in blocks_in(message):
+            as_object(block).pop("cache_control", None)
 
 
 # ------------------------------------------------------------ fingerprints
@@ -1128,7 +1099,6 @@ IGNORED_KEYS = ("parsed_output",)
 DEFAULTS = {
     "is_error": (b"false",),
     "citations": (b"[]", b'{"enabled":false}'),
-    "content": (b'""', b"[]"),
     "caller": (b'{"type":"direct"}',),
 }
 
@@ -1170,8 +1140,8 @@ def fingerprint(parts: Json, data: Json, messages: list[Message]) -> Fingerprint
     unsent = {name for name in ("system", "tools") if data.get(name) is None}
     past = chain_of(messages[:-1])
     past_without_thinking = past
-    thoughts = blocks_of(messages, THINKING_BLOCKS)
-    if thoughts:
+    has_thinking = bool(blocks_of(messages, THINKING_BLOCKS))
+    if has_thinking:
         past_without_thinking = chain_of(messages[:-1], thinking=False)
     return Fingerprint(
         parts=digests,
@@ -1179,7 +1149,7 @@ def fingerprint(parts: Json, data: Json, messages: list[Message]) -> Fingerprint
         past=past,
         past_without_thinking=past_without_thinking,
         newest=message_digest(messages[-1]),
-        has_thinking=bool(thoughts),
+        has_thinking=has_thinking,
     )
 
 
@@ -1206,7 +1176,7 @@ def canonical_blocks(role: str, blocks: list[Block]) -> list[Block]:
 
 
 def is_plain_text(block: Block) -> bool:
-    return block["type"] == "text" and set(block) == {"type", "text"}
+    return block == text_block(get_str(block, "text"))
 
 
 def canonical_block(block: Any) -> Json:
@@ -1222,6 +1192,8 @@ def canonical_block(block: Any) -> Json:
     for key in ("content", "citations", "source"):
         if key in kept:
             kept[key] = canonical(kept[key])
+    if kept.get("content") == []:
+        del kept["content"]
     return kept
 
 
@@ -1433,13 +1405,11 @@ def has_images(blocks: list[Block]) -> bool:
     """Whether there is an image by value, in a message or in a tool result of it.  The
     CLI scales those that come in a line or as a tool's result, and keeps those of a
     transcript as they are."""
-    inner = [part for block in blocks for part in blocks_in(block)]
-    return any(map(is_base64_image, [*blocks, *inner]))
-
-
-def is_base64_image(block: Any) -> bool:
-    is_image = get_str(block, "type") == "image"
-    return is_image and get_str(block.get("source"), "type") == "base64"
+    return any(
+        get_str(block, "type") == "image"
+        and get_str(block.get("source"), "type") == "base64"
+        for block in blocks_in({"content": blocks})
+    )
 
 
 def control_line(request_id: str, subtype: str, **fields: Any) -> bytes:
@@ -1495,24 +1465,24 @@ def turn_environment(
     }
 
 
-def tool_call_id(event: CliEvent) -> str:
-    """The tool_use id of a control request that calls a client tool; else ""."""
-    match event.get("request"):
-        case {
-            "message": {
-                "method": "tools/call",
-                "params": {"_meta": {"claudecode/toolUseId": str(call)}},
-            }
-        }:
-            return call
-    return ""
+def mcp_message(event: CliEvent) -> Json:
+    """The message of a control request for the MCP server; else empty."""
+    return as_object(as_object(event.get("request")).get("message"))
 
 
 def mcp_method(event: CliEvent) -> str:
     """The method of a control request for the MCP server; else ""."""
-    match event.get("request"):
-        case {"message": {"method": str(method)}}:
-            return method
+    return get_str(mcp_message(event), "method")
+
+
+def tool_call_id(event: CliEvent) -> str:
+    """The tool_use id of a control request that calls a client tool; else ""."""
+    match mcp_message(event):
+        case {
+            "method": "tools/call",
+            "params": {"_meta": {"claudecode/toolUseId": str(call)}},
+        }:
+            return call
     return ""
 
 
@@ -1522,23 +1492,23 @@ def control_answer(
     """The answer to a control request of the CLI.  An MCP request gets the tool's
     `result`, or what a server of `tools` says of itself (recording client_tool), or an
     empty result; any other request is refused."""
-    match event.get("request"):
-        case {"message": {"method": "initialize", "params": {**given}}}:
+    message = mcp_message(event)
+    match message:
+        case {"method": "initialize", "params": {**given}}:
             result = {
                 "protocolVersion": given.get("protocolVersion"),
                 "capabilities": {"tools": {}},
                 "serverInfo": {"name": MCP_SERVER, "version": "1"},
             }
-        case {"message": {"method": "tools/list"}}:
+        case {"method": "tools/list"}:
             result = {"tools": tools}
     response: Json = {"request_id": event.get("request_id")}
-    match event.get("request"):
-        case {"message": {**message}}:
-            number = message.get("id", 0)
-            answer = {"jsonrpc": "2.0", "id": number, "result": result or {}}
-            response |= {"subtype": "success", "response": {"mcp_response": answer}}
-        case _:
-            response |= {"subtype": "error", "error": "not supported"}
+    if message:
+        number = message.get("id", 0)
+        answer = {"jsonrpc": "2.0", "id": number, "result": result or {}}
+        response |= {"subtype": "success", "response": {"mcp_response": answer}}
+    else:
+        response |= {"subtype": "error", "error": "not supported"}
     return json_line({"type": "control_response", "response": response})
 
 
@@ -1595,7 +1565,7 @@ def mcp_result(block: Block) -> Json | None:
     texts = [get_str(part, "text") for part in given]
     parts = list(map(text_block, texts))
     # MCP has no place for other keys, and the CLI would scale other blocks.
-    if [without_nulls(part) for part in given if isinstance(part, dict)] != parts:
+    if [without_nulls(as_object(part)) for part in given] != parts:
         return None
     # The CLI says in its own words that a result is empty, and joins the texts of an error.
     if not texts or any(map(is_blank, texts)) or (is_error and len(texts) > 1):
@@ -1622,17 +1592,15 @@ def decode(text: bytes) -> list[CliEvent]:
 
     Raises ApiError when a part of the answer is lost.
     """
-    value: Any
-    try:
-        value = orjson.loads(text)
-    except orjson.JSONDecodeError:
+    value = parsed(text)
+    if value is None:
         if call := API_CALL.match(text):
             kind = "count" if call[1] else "message"
             status = int(call[2] or 502)
             return [{"type": "api_call", "subtype": kind, "response": status}]
         value = with_whole_characters(text)
         if not value and text.startswith(STREAM_EVENT):
-            raise cli_error("the claude CLI wrote a damaged line") from None
+            raise cli_error("the claude CLI wrote a damaged line")
     if len(text) > 2 * MAX_DEPTH and is_deeper(value, MAX_DEPTH):
         raise cli_error("the claude CLI wrote JSON that is nested too deeply")
     return [value] if get_str(value, "type") else []
@@ -1667,9 +1635,8 @@ NAME_ENDING = re.compile(r"([-@]\d{8}|-latest|-0)?(\[.*\])?$")
 def may_answer(answered: str, asked: str) -> bool:
     """Whether an answer may come from the model that was asked for.  Aliases, and the
     names that clouds have of their own, are not compared."""
-    names = [NAME_ENDING.sub("", name, count=1) for name in (asked, answered)]
-    are_full = all(name.startswith(FULL_NAME) for name in names)
-    return not are_full or names[0] == names[1]
+    names = {NAME_ENDING.sub("", name) for name in (asked, answered)}
+    return len(names) == 1 or not all(name.startswith(FULL_NAME) for name in names)
 
 
 # ------------------------------------------------------------ what the CLI reports of itself
@@ -1761,45 +1728,40 @@ def read_info(answer: Json) -> CliInfo:
 # ------------------------------------------------------------ translation
 
 
-class AnswerState(enum.Enum):
-    """Where an answer stands."""
-
-    # Nothing of it has come.
-    WAITING = "nothing of it has come"
-    OPEN = "between the blocks of a message"
-    BLOCK = "inside a block"
-    HIDDEN = "inside a block that is the CLI's own business"
-    # The message has its stop_reason, but not its message_stop.
-    ENDED = "ended"
-    # The CLI runs a tool of its own, and goes on in another message.
-    WORKING = "working"
-    DONE = "complete"
-
-
+# Where an answer stands.
+AnswerState = Literal[
+    "waiting",  # nothing of it has come
+    "open",  # between the blocks of a message
+    "block",  # inside a block
+    "hidden",  # inside a block that is the CLI's own business
+    "ended",  # the message has its stop_reason, but not its message_stop
+    "working",  # the CLI runs a tool of its own, and goes on in another message
+    "done",
+]
 # What may follow, by the grammar of the API's stream ("Streaming").  An event that a
 # state does not have is out of place, and fails the turn: the client gets a correct
-# stream, or an error.  Handlers of the Translator put HIDDEN in place of BLOCK, and WORKING
-# or DONE in place of ENDED.
-NEXT = {
-    AnswerState.WAITING: {"message_start": AnswerState.OPEN},
-    AnswerState.OPEN: {
-        "content_block_start": AnswerState.BLOCK,
-        "message_delta": AnswerState.ENDED,
+# stream, or an error.  Handlers of the Translator put "hidden" in place of "block", and
+# "working" or "done" in place of "ended".
+NEXT: dict[AnswerState, dict[str, AnswerState]] = {
+    "waiting": {"message_start": "open"},
+    "open": {
+        "content_block_start": "block",
+        "message_delta": "ended",
     },
-    AnswerState.BLOCK: {
-        "content_block_delta": AnswerState.BLOCK,
-        "content_block_stop": AnswerState.OPEN,
+    "block": {
+        "content_block_delta": "block",
+        "content_block_stop": "open",
     },
-    AnswerState.HIDDEN: {
-        "content_block_delta": AnswerState.HIDDEN,
-        "content_block_stop": AnswerState.OPEN,
+    "hidden": {
+        "content_block_delta": "hidden",
+        "content_block_stop": "open",
     },
-    AnswerState.ENDED: {"message_stop": AnswerState.DONE},
-    AnswerState.WORKING: {
-        "message_stop": AnswerState.WORKING,
-        "message_start": AnswerState.OPEN,
+    "ended": {"message_stop": "done"},
+    "working": {
+        "message_stop": "working",
+        "message_start": "open",
     },
-    AnswerState.DONE: {},
+    "done": {},
 }
 
 # Counts of tokens that add up over the API calls of an agent's turn.
@@ -1843,7 +1805,7 @@ class Translator:
         turn_id: str = "",
         model: str = "",
     ) -> None:
-        self.state = AnswerState.WAITING
+        self.state: AnswerState = "waiting"
         # What a client has assembled so far; filled by the first message_start.
         self.message: Json = {}
         # Set by the message_delta that ends the answer.
@@ -1883,12 +1845,12 @@ class Translator:
 
     @property
     def done(self) -> bool:
-        return self.state is AnswerState.DONE
+        return self.state == "done"
 
     @property
     def working(self) -> bool:
         """Whether the CLI runs a tool of its own: it may be silent."""
-        return self.state is AnswerState.WORKING
+        return self.state == "working"
 
     @property
     def calls(self) -> list[str]:
@@ -1912,12 +1874,7 @@ class Translator:
     def feed(self, event: CliEvent) -> list[StreamEvent]:
         """Translate one event of the CLI; the list may be empty."""
         try:
-            if self._is_next_delta(event):
-                return self._block_delta(event["event"])
             return self._dispatch(event)
-        except ApiError as error:
-            error.log_reason = ""
-            raise
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             message = "the claude CLI printed an event of an unknown shape"
             raise cli_error(f"{message} ({type(error).__name__})") from error
@@ -1957,32 +1914,18 @@ class Translator:
                 raise cli_error(f"the claude CLI refused a control request: {reason}")
         return []
 
-    def _is_next_delta(self, event: CliEvent) -> bool:
-        """Whether it is the usual event, another piece of the open block.  `_dispatch`
-        would do the same with it, for three times the time (tests/bench/relay.py)."""
-        inner: Any = event.get("event")
-        return (
-            self.state is AnswerState.BLOCK
-            and self._is_ours
-            and event["type"] == "stream_event"
-            and isinstance(inner, dict)
-            and inner.get("type") == "content_block_delta"
-            and event.get("parent_tool_use_id") is None
-            and "user_message_uuids" not in event
-        )
-
     # The events of a stream
 
     def _stream_event(self, event: Json) -> list[StreamEvent]:
         kind = event["type"]
         if kind == "error":
             raise stream_error(event.get("error"))
-        if self.state is AnswerState.WAITING and kind != "message_start":
+        if self.state == "waiting" and kind != "message_start":
             return []  # of a message that began before the turn
         if kind not in self.HANDLERS:
             # Passed on unread, if its type can stand in a line of the stream.
-            is_seen = self.state not in (AnswerState.HIDDEN, AnswerState.WORKING)
-            return [event] if is_seen and kind.isprintable() else []
+            is_seen = self.state not in ("hidden", "working")
+            return [event] if is_seen and kind and kind.isprintable() else []
         if kind == "message_delta" and not get_str(event.get("delta"), "stop_reason"):
             return []  # an interrupted answer ends so (recording interrupt of 2.1.330)
         following = NEXT[self.state].get(kind)
@@ -1994,7 +1937,7 @@ class Translator:
             message = "The API ended the answer before it was complete."
             raise ApiError(502, message, "api_error")
         before, self.state = self.state, following
-        if before is AnswerState.HIDDEN:
+        if before == "hidden":
             return []
         return self.HANDLERS[kind](self, event)
 
@@ -2037,7 +1980,7 @@ class Translator:
             raise self._input_error
         given = event["content_block"]
         if given["type"] == "tool_use" and self._agent:
-            self.state = AnswerState.HIDDEN
+            self.state = "hidden"
             return []
         block = without_nulls(given)
         self.message["content"].append(block.copy())
@@ -2066,10 +2009,13 @@ class Translator:
             elif key != "input":
                 block[key] = block.get(key, "") + "".join(pieces)
             elif text := "".join(pieces):
-                try:
-                    block[key] = tool_input(text)
-                except ApiError as error:
-                    self._input_error = error
+                given = parsed(text)
+                if isinstance(given, dict) and not is_deeper(given, MAX_DEPTH // 2):
+                    block[key] = given
+                else:
+                    self._input_error = cli_error(
+                        "the model's tool input is not a JSON object, or is nested too deeply"
+                    )
         return [event | {"index": len(self.message["content"]) - 1}]
 
     def _message_delta(self, event: Json) -> list[StreamEvent]:
@@ -2080,7 +2026,7 @@ class Translator:
             raise self._input_error
         counts = self._add_usage(event.get("usage"))
         if reason == "tool_use" and self._agent:
-            self.state = AnswerState.WORKING
+            self.state = "working"
             return []
         other = without_empties(without(event, {"type", "delta", "usage"}))
         self.stop_reason = reason
@@ -2094,7 +2040,7 @@ class Translator:
         if self.process_waits:
             return [last]
         # The CLI would call the API once more: the answer ends here.
-        self.state = AnswerState.DONE
+        self.state = "done"
         return [last, {"type": "message_stop"}]
 
     def _message_stop(self, event: Json) -> list[StreamEvent]:
@@ -2122,13 +2068,10 @@ class Translator:
             blocks = as_blocks(message.get("content"))
             text = "".join(get_str(block, "text") for block in blocks)
             if removal := REMOVAL.match(text):
-                raise ApiError(400, removal[1])
+                raise ApiError(400, removal[1], log_reason="")
             if get_str(event, "api_error") == "media_removed":
-                raise ApiError(400, text.removeprefix("API Error: "))
-        elif (
-            self.state in (AnswerState.WAITING, AnswerState.WORKING)
-            and identity != self._message_id
-        ):
+                raise ApiError(400, text.removeprefix("API Error: "), log_reason="")
+        elif self.state in ("waiting", "working") and identity != self._message_id:
             self._check_refused()
             raise ApiError(502, "The API refused to stream its answer.", "api_error")
 
@@ -2147,9 +2090,9 @@ class Translator:
         if self.done:
             self.result = self.result or result
             return []
-        if self.state is AnswerState.ENDED:  # only the message_stop got lost
+        if self.state == "ended":  # only the message_stop got lost
             self.result = result
-            self.state = AnswerState.DONE
+            self.state = "done"
             return [{"type": "message_stop"}]
         if result.get("is_error"):
             raise result_error(result, self._synthetic, self._resets_at())
@@ -2172,21 +2115,13 @@ def stream_error(error: Any) -> ApiError:
     message = get_str(error, "message") or "The API ended the answer with an error."
     error_type = get_str(error, "type")
     status = STATUS_OF_TYPE.get(error_type, 502)
-    return ApiError(status, message, error_type or "api_error", is_from_api=True)
-
-
-def tool_input(text: str) -> Json:
-    """The input of a tool call, from its pieces.  Raises ApiError when it is no JSON
-    object."""
-    try:
-        value = orjson.loads(text)
-    except orjson.JSONDecodeError:
-        value = None
-    if not isinstance(value, dict) or is_deeper(value, MAX_DEPTH // 2):
-        raise cli_error(
-            "the model's tool input is not a JSON object, or is nested too deeply"
-        )
-    return value
+    return ApiError(
+        status,
+        message,
+        error_type or "api_error",
+        is_from_api=True,
+        log_reason="",
+    )
 
 
 # ------------------------------------------------------------ frames

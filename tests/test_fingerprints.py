@@ -29,7 +29,7 @@ from messages import (
 )
 
 import translate
-from translate import extend_chain, message_digest, request_digest, without_breakpoints
+from translate import extend_chain, message_digest, remove_breakpoints, request_digest
 
 Json = dict[str, Any]
 
@@ -49,8 +49,8 @@ def raw_chain(messages: list[Any], *, keep: bool = False, thinking: bool = True)
     digest = b""
     for message in messages:
         if not keep:
-            content = list(map(without_breakpoints, message["content"]))
-            message = message | {"content": content}
+            message = copy.deepcopy(message)
+            remove_breakpoints([message])
         digest = extend_chain(digest, message_digest(message, thinking=thinking))
     return digest
 

@@ -41,7 +41,7 @@ from messages import (
     user,
 )
 
-from translate import CANNOT_CONTINUE, ApiError, MessageReader
+from translate import CANNOT_CONTINUE, ApiError, check_ending, dropped_parts, read_messages
 
 Json = dict[str, Any]
 
@@ -778,10 +778,11 @@ class Watched(list[str]):
 def test_a_last_message_of_many_parts_that_are_left_out_takes_linear_work() -> None:
     for count in (20, 20_000):
         not_sent = Watched()
-        reader = MessageReader(not_sent)
-        reader.read([role("user"), role("assistant", [FALLBACK] * count + [text("a")])])
+        raw = [role("user"), role("assistant", [FALLBACK] * count + [text("a")])]
+        newest = read_messages(raw, not_sent, set())[-1]
+        not_sent += dropped_parts(newest)
         with pytest.raises(ApiError, match="cannot continue this message"):
-            reader.finish(keep_breakpoints=False)
+            check_ending(newest, not_sent)
         assert len(not_sent) == count
         assert not_sent.looked_at <= 2 * count
 
