@@ -18,7 +18,7 @@ An answer needs these sections of the three files, in this order:
                   a process        what it prints is read, its control requests answered
     translate.py  from the CLI     lines become events
                   translation      which become those of a Messages stream
-    bridge.py     a connection     that go to the client
+    bridge.py     a request        that go to the client
     sessions.py   the pool         and the process rests, or is ended
 
 With the small ones between them (a request and its answer, room, queue and threads, past
@@ -81,40 +81,13 @@ import orjson
 if sys.platform == "win32":
     sys.exit("claude-cli-bridge runs on Linux and macOS; on Windows use WSL")
 if TYPE_CHECKING or not __package__:
+    import sessions
     import translate
-    from sessions import (
-        MAX_LOGGED,
-        Cli,
-        Counter,
-        Pool,
-        PoolConfig,
-        State,
-        Turn,
-        identify_file,
-        login_folder,
-        setting,
-        settings_file,
-        update_cure,
-        watch_without_threads,
-    )
+    from sessions import Pool, setting
     from translate import ApiError, CliInfo, Json
 else:  # copied into a package
-    from . import translate
-    from .sessions import (
-        MAX_LOGGED,
-        Cli,
-        Counter,
-        Pool,
-        PoolConfig,
-        State,
-        Turn,
-        identify_file,
-        login_folder,
-        setting,
-        settings_file,
-        update_cure,
-        watch_without_threads,
-    )
+    from . import sessions, translate
+    from .sessions import Pool, setting
     from .translate import ApiError, CliInfo, Json
 
 __version__ = "0.2.0"
@@ -133,7 +106,7 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(PoolConfig):
+class Config(sessions.PoolConfig):
     """All settings.
 
     The environment variable CLAUDE_CLI_MAX_IDLE, the flag --max-idle and the field
@@ -554,7 +527,8 @@ def login_state(config: Config, info: CliInfo) -> str:
         if is_login and name not in config.keep_env:
             found = f"{found}; {name} is set, but not passed on to the CLI"
             return f"{found}: {variable('keep_env')}={name} passes it on"
-    if os.path.isfile(settings_file(os.environ)) and not config.setting_sources:
+    has_settings = os.path.isfile(sessions.settings_file(os.environ))
+    if has_settings and not config.setting_sources:
         cure = f"{variable('setting_sources')}=user"
         found += f" ({cure} if the login is in its settings.json)"
     return f"{found}; `{shlex.quote(config.bin)} auth login` logs in"
@@ -562,7 +536,7 @@ def login_state(config: Config, info: CliInfo) -> str:
 
 def login_place() -> str:
     """Whose login the CLI looks for, and where."""
-    return f"user {user_name()} in {login_folder(os.environ)}"
+    return f"user {user_name()} in {sessions.login_folder(os.environ)}"
 
 
 def user_name() -> str:
@@ -577,6 +551,18 @@ def user_name() -> str:
 
 # RFC 9112, 3.2.2: a target in absolute form.
 ABSOLUTE = re.compile("^https?://([^/?]*)", re.I)
+# Seconds between two pings of a stream; proxies time out after 30 to 60.
+PING_SECS = 10.0
+
+
+@dataclass
+class Reply:
+    """A whole answer: its body, content type, status and other headers."""
+
+    body: bytes
+    kind: str = "application/json"
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -591,31 +577,31 @@ class Exchange:
     body: bytes = b""
     # Written by `check_access`: its client has passed the checks.
     is_allowed: bool = False
-    # Written by the connection.  The connection ends with this answer.
+    # Written by the connection, which ends with this answer.
     last: bool = False
+    # Written as it is answered; the failure is `error.type`, and what the log says of it.
     id: str = field(default_factory=lambda: "req_" + uuid.uuid4().hex)
     began: float = field(default_factory=time.monotonic)
     # 0: nothing was answered.
     status: int = 0
-    # error.type of a failure, and what the log says of it.
     failure: str = ""
     message: str = ""
     # Written by the routes.  Monotonic time at which the CLI began to answer.
     first_byte: float = 0
     # The methods of the route, for 405.
     allow: str = ""
-    turn: Turn | None = None
-    # What a count of tokens leaves out.
-    not_counted: list[str] = field(default_factory=list)
+    turn: sessions.Turn | None = None
 
     def take(self, request: h11.Request) -> None:
         """Several headers of one name are joined by commas (RFC 9110, 5.3)."""
         self.method = request.method.decode()
         self.target = request.target.decode()
+        values: dict[str, list[str]] = {}
         for name, value in request.headers:
-            key = name.decode()
-            given = [self.header(key), value.decode("latin-1")]
-            self.headers[key] = ", ".join(filter(None, given))
+            values.setdefault(name.decode(), []).append(value.decode("latin-1"))
+        self.headers = {
+            name: ", ".join(filter(None, given)) for name, given in values.items()
+        }
 
     def header(self, name: str) -> str:
         """The value of a header; `name` in lower case.  Empty: there is none."""
@@ -647,15 +633,80 @@ class Exchange:
         """Whether it asks for the page for people."""
         return self.route == "/" and self.method in ("GET", "HEAD")
 
+    # The answer
 
-@dataclass
-class Reply:
-    """A whole answer: its body, content type, status and other headers."""
+    def begin(self, reply: Reply) -> None:
+        """Write the head of an answer, with a Date (RFC 9110, 6.6.1) and a reason phrase
+        (RFC 9112, 4)."""
+        self.status = status = reply.status
+        headers = {"date": email.utils.formatdate(usegmt=True)}
+        headers |= {"content-type": reply.kind} | self.connection.bridge.headers(self)
+        headers |= reply.headers
+        unknown = "Overloaded" if status == 529 else ""
+        reason = http.client.responses.get(status, unknown)
+        head = [(name, value) for name, value in headers.items() if value]
+        self.connection.transport.set_write_buffer_limits()  # `finish` has set it to 0
+        self.connection.write(
+            h11.Response(status_code=status, headers=head, reason=reason)
+        )
 
-    body: bytes
-    kind: str = "application/json"
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
+    async def respond(self, reply: Reply) -> None:
+        """Send a whole answer."""
+        if reply.status != 204:
+            reply.headers["content-length"] = str(len(reply.body))
+        self.begin(reply)
+        if self.method != "HEAD":
+            self.connection.write(h11.Data(data=reply.body))
+        await self.connection.finish()
+
+    def stream(self, frames: bytes) -> None:
+        """Write a piece of a stream; the first call writes the head of the answer too."""
+        if self.connection.http.our_state is h11.SEND_RESPONSE:
+            # nginx must not hold the stream back.
+            headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+            self.begin(Reply(b"", "text/event-stream", headers=headers))
+        self.connection.write(h11.Data(data=frames))
+
+    async def ping(self) -> None:
+        """Fill the silences of a stream, until it is cancelled.  As in the API's own
+        streams, pings come between other events too."""
+        while True:
+            await asyncio.sleep(PING_SECS)
+            self.stream(translate.PING)
+
+    async def fail(self, error: ApiError) -> None:
+        """Send an error as a whole answer, or as the last event of a stream that has
+        begun."""
+        self.failure = error.error_type
+        reason = error.message if error.log_reason is None else error.log_reason
+        self.message = reason[: sessions.MAX_LOGGED]
+        body = error.body(self.id)
+        state = self.connection.http.our_state
+        if state is h11.SEND_BODY:
+            self.stream(translate.frame(body))
+            await self.connection.finish()
+        elif state in (h11.IDLE, h11.SEND_RESPONSE):
+            headers = error_headers(error)
+            if error.status == 401:
+                basic = 'Basic realm="the password is the key"'
+                headers["www-authenticate"] = basic if self.is_page else "Bearer"
+            data = orjson.dumps(body)
+            reply = Reply(data, status=error.status, headers=headers)
+            await self.respond(reply)
+
+
+def error_headers(error: ApiError) -> dict[str, str]:
+    """What an error says of another try."""
+    headers = {}
+    after = error.retry_after
+    if error.resets_at is not None:
+        after = max(1, round(error.resets_at - time.time()))
+    if after is not None:
+        headers["retry-after"] = str(after)
+    # SDKs wait for any retry-after: a limit that resets in an hour is the user's to see.
+    if not error.can_retry or (after or 0) > 60:
+        headers["x-should-retry"] = "false"
+    return headers
 
 
 # ------------------------------------------------------------ access
@@ -778,8 +829,6 @@ CHUNKS_AT_ONCE = 50
 # Seconds to go on reading a refused body, and to flush a closing connection, so that
 # the client gets the answer and not a reset.
 LINGER_SECS = 5.0
-# Seconds of silence before a ping is sent; proxies time out after 30 to 60.
-PING_SECS = 10.0
 SESSION_HEADER = "x-arch-claude-cli-session"
 
 
@@ -787,33 +836,26 @@ class Disconnected(ConnectionError):
     """The connection ends without more answers: mostly, the client is gone."""
 
 
+@dataclass(eq=False)
 class Connection:
     """One client: its socket and its h11 state."""
 
-    def __init__(
-        self,
-        bridge: "Bridge",
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        *,
-        is_surplus: bool,
-    ) -> None:
-        # More than `max_connections` were open: all it gets is a 503.
-        self.is_surplus = is_surplus
-        self.bridge = bridge
-        self.config = bridge.config
-        self.reader = reader
-        self.writer = writer
-        self.transport = writer.transport
+    bridge: "Bridge"
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    # More than `max_connections` were open: all it gets is a 503.
+    is_surplus: bool
+    # A request of it is being answered; written by `Bridge.handle`.
+    answering: bool = False
+    # A request of it has been answered; written by `serve`, read at shutdown.
+    answered: bool = False
+
+    def __post_init__(self) -> None:
+        self.config = self.bridge.config
+        self.transport = self.writer.transport
         self.http = h11.Connection(
             h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES
         )
-        # A request of it is being answered; written by `Bridge.handle`.
-        self.answering = False
-        # A request of it has been answered; written by `serve`, read at shutdown.
-        self.answered = False
-        # When something was written last, in the loop's time.
-        self.wrote_at = 0.0
 
     async def serve(self) -> None:
         """Requests in order until either side ends the connection."""
@@ -927,62 +969,12 @@ class Connection:
         if data and not self.writer.is_closing():
             self.writer.write(data)
 
-    def begin(self, exchange: Exchange, reply: Reply) -> None:
-        """Write the head of an answer, with a Date (RFC 9110, 6.6.1) and a reason phrase
-        (RFC 9112, 4)."""
-        exchange.status = status = reply.status
-        headers = {"date": email.utils.formatdate(usegmt=True)}
-        headers |= {"content-type": reply.kind} | self.bridge.headers(exchange)
-        headers |= reply.headers
-        unknown = "Overloaded" if status == 529 else ""
-        reason = http.client.responses.get(status, unknown)
-        head = [(name, value) for name, value in headers.items() if value]
-        self.transport.set_write_buffer_limits()  # `finish` has set it to 0
-        self.write(h11.Response(status_code=status, headers=head, reason=reason))
-
     async def finish(self) -> None:
         """End an answer: it has ended when the system has all of it."""
         self.write(h11.EndOfMessage())
         # So that `drain` waits for all of it.
         self.transport.set_write_buffer_limits(0)
         await self.drain()
-
-    async def respond(self, exchange: Exchange, reply: Reply) -> None:
-        """Send a whole answer."""
-        if reply.status != 204:
-            reply.headers["content-length"] = str(len(reply.body))
-        self.begin(exchange, reply)
-        if exchange.method != "HEAD":
-            self.write(h11.Data(data=reply.body))
-        await self.finish()
-
-    def stream(self, exchange: Exchange, frames: bytes) -> None:
-        """Write a piece of a stream; the first call writes the head of the answer too."""
-        if self.http.our_state is h11.SEND_RESPONSE:
-            # nginx must not hold the stream back.
-            headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-            self.begin(exchange, Reply(b"", "text/event-stream", headers=headers))
-        self.write(h11.Data(data=frames))
-        self.wrote_at = asyncio.get_running_loop().time()
-
-    async def ping(self, exchange: Exchange) -> None:
-        """Fill the silences of a stream, until it is cancelled."""
-        loop = asyncio.get_running_loop()
-        self.wrote_at = loop.time()
-        while True:
-            silent = loop.time() - self.wrote_at
-            if silent >= PING_SECS:
-                self.stream(exchange, translate.PING)
-                silent = 0
-            await asyncio.sleep(PING_SECS - silent)
-
-    @property
-    def is_slow(self) -> bool:
-        """Whether the client does not read what was written, or is gone: the next `drain`
-        waits, or raises Disconnected."""
-        _, limit = self.transport.get_write_buffer_limits()
-        is_full = self.transport.get_write_buffer_size() > limit
-        return is_full or self.transport.is_closing()
 
     async def drain(self) -> None:
         """Wait while the client is slow to read, as long as it reads anything in each
@@ -997,31 +989,12 @@ class Connection:
                         return
         raise Disconnected
 
-    async def fail(self, exchange: Exchange, error: ApiError) -> None:
-        """Send an error as a whole answer, or as the last event of a stream that has
-        begun."""
-        exchange.failure = error.error_type
-        reason = error.message if error.log_reason is None else error.log_reason
-        exchange.message = reason[:MAX_LOGGED]
-        body = error.body(exchange.id)
-        if self.http.our_state is h11.SEND_BODY:
-            self.stream(exchange, translate.frame(body))
-            await self.finish()
-        elif self.http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            headers = error_headers(error)
-            if error.status == 401:
-                basic = 'Basic realm="the password is the key"'
-                headers["www-authenticate"] = basic if exchange.is_page else "Bearer"
-            data = orjson.dumps(body)
-            reply = Reply(data, status=error.status, headers=headers)
-            await self.respond(exchange, reply)
-
     async def refuse(self, exchange: Exchange, error: ApiError) -> None:
         """Answer a request that is not read to its end, then read on for a moment:
         closing on unread bytes is a reset, which can overtake the answer."""
         exchange.last = True
         try:
-            await self.fail(exchange, error)
+            await exchange.fail(error)
         finally:
             report(exchange)
         async with asyncio.timeout(LINGER_SECS):
@@ -1059,20 +1032,6 @@ class Connection:
             self.transport.abort()
 
 
-def error_headers(error: ApiError) -> dict[str, str]:
-    """What an error says of another try."""
-    headers = {}
-    after = error.retry_after
-    if error.resets_at is not None:
-        after = max(1, round(error.resets_at - time.time()))
-    if after is not None:
-        headers["retry-after"] = str(after)
-    # SDKs wait for any retry-after: a limit that resets in an hour is the user's to see.
-    if not error.can_retry or (after or 0) > 60:
-        headers["x-should-retry"] = "false"
-    return headers
-
-
 # ------------------------------------------------------------ the server
 
 # Seconds to send the error of answers that a shutdown cuts short, and for new
@@ -1103,7 +1062,7 @@ class Bridge:
     def __init__(self, config: Config, pool: Pool) -> None:
         self.config = config
         self.pool = pool
-        self.counter = Counter(pool)
+        self.counter = sessions.Counter(pool)
         self.closing = False
         # The last requests: when, and what was logged; the newest first.
         self.recent: deque[tuple[str, Json]] = deque(maxlen=RECENT)
@@ -1113,8 +1072,6 @@ class Bridge:
         # yet; only with an inherited listener, where no client may be refused.
         self.grace_secs = 0.0
         self.connections: dict[asyncio.Task[None], Connection] = {}
-        # Those of them that are no surplus.
-        self._served = 0
         # Requests that are being answered.
         self.answers: set[asyncio.Task[None]] = set()
         self.health = Health(self)
@@ -1132,15 +1089,12 @@ class Bridge:
         if self.closing and not self.grace_secs:
             writer.transport.abort()  # accepted while the server was being closed
             return
-        is_surplus = self._served >= self.config.max_connections
-        self._served += not is_surplus
-        connection = Connection(self, reader, writer, is_surplus=is_surplus)
+        served = sum(not item.is_surplus for item in self.connections.values())
+        is_surplus = served >= self.config.max_connections
+        connection = Connection(self, reader, writer, is_surplus)
         task = asyncio.get_running_loop().create_task(connection.serve())
         self.connections[task] = connection
-        task.add_done_callback(self._forget)
-
-    def _forget(self, task: asyncio.Task[None]) -> None:
-        self._served -= not self.connections.pop(task).is_surplus
+        task.add_done_callback(self.connections.pop)
 
     async def close(self) -> None:
         """End all connections: idle ones now, running answers when they are done or
@@ -1203,16 +1157,14 @@ class Bridge:
 
     async def answer(self, exchange: Exchange) -> None:
         """Route a request, and turn every failure into an answer."""
-        connection = exchange.connection
         try:
             if reply := await self.dispatch(exchange):
-                await connection.respond(exchange, reply)
+                await exchange.respond(reply)
             return
         except asyncio.CancelledError:
             if not self.closing:
                 raise
-            message = "the bridge is shutting down; send the request again"
-            error = ApiError(503, message)
+            error = ApiError(503, "the bridge is shutting down; send the request again")
         except ApiError as failure:
             # Its traceback would keep this frame, and with it the turn, alive.
             error = failure.with_traceback(None)
@@ -1225,7 +1177,7 @@ class Bridge:
             kind = type(bug).__name__
             log.error("bug in request %s: %s\n%s", exchange.id, kind, where)
             error = ApiError(500, "internal error of the bridge")
-        await connection.fail(exchange, error)
+        await exchange.fail(error)
 
     def add_advice(self, error: ApiError, exchange: Exchange) -> None:
         """Log what helps against an error of the API, whose words stay as they are, and
@@ -1238,7 +1190,7 @@ class Bridge:
             cure = login_state(self.config, CliInfo())
             error.message = error.message.replace(translate.LOGIN_CURE, cure)
         elif "or newer is required" in error.message:
-            advice = update_cure(self.pool.cli.program)
+            advice = sessions.update_cure(self.pool.cli.program)
         elif error.is_from_api:
             advice = HINTS.get(error.status, "")
         if advice:
@@ -1250,17 +1202,20 @@ class Bridge:
         if turn := exchange.turn:
             calls = turn.translator.api_calls
             reason = f"; reason={turn.reason}" if turn.reason else ""
-            found[SESSION_HEADER] = turn.session.id
-            found["x-bridge-session"] = turn.origin + reason
-            found["x-bridge-not-sent"] = limited(turn.not_sent)
-            found["x-bridge-api-calls"] = str(calls) if calls > 1 else ""
-            found.update(translate.quota_headers(self.pool.rate_limits))
-        found["x-bridge-not-counted"] = limited(exchange.not_counted)
+            found |= {
+                SESSION_HEADER: turn.session.id,
+                "x-bridge-session": turn.origin + reason,
+                "x-bridge-not-sent": limited(turn.not_sent),
+                "x-bridge-api-calls": str(calls) if calls > 1 else "",
+            }
+            found |= translate.quota_headers(self.pool.rate_limits)
         origin = exchange.header("origin")
         if origin in self.config.allowed_origins:
-            found["access-control-allow-origin"] = origin
-            found["access-control-expose-headers"] = "*"
-            found["vary"] = "origin"
+            found |= {
+                "access-control-allow-origin": origin,
+                "access-control-expose-headers": "*",
+                "vary": "origin",
+            }
         if self.closing or exchange.last:
             found["connection"] = "close"
         return found
@@ -1299,30 +1254,24 @@ class Bridge:
 
     async def messages(self, exchange: Exchange) -> Reply | None:
         request = await self.parse(exchange)
-        connection = exchange.connection
-
-        def send(frames: bytes) -> bool:
-            """Write frames in one write; False when the client is too slow to read
-            them."""
-            exchange.first_byte = exchange.first_byte or time.monotonic()
-            if frames:
-                connection.stream(exchange, frames)
-            return not connection.is_slow
-
         token = exchange.headers.get(SESSION_HEADER)
         # Two clients may use one session name.
         key = exchange.header("x-api-key"), exchange.header("authorization")
         key_digest = translate.digest(key).hex()
         async with self.pool.turn(request, token, key_digest, exchange.id) as turn:
             exchange.turn = turn
-            ping = request.stream and asyncio.create_task(connection.ping(exchange))
+            ping = request.stream and asyncio.create_task(exchange.ping())
             try:
-                await turn.relay(send, connection.drain)
+                async for frames in turn.relay():
+                    exchange.first_byte = exchange.first_byte or time.monotonic()
+                    if frames:
+                        exchange.stream(frames)
+                    await exchange.connection.drain()
             finally:
                 if ping:
                     ping.cancel()
         if request.stream:
-            await connection.finish()
+            await exchange.connection.finish()
             return None
         return Reply(orjson.dumps(turn.translator.message))
 
@@ -1427,7 +1376,7 @@ async def health(bridge: Bridge, exchange: Exchange) -> Reply:
     is_deep = "deep=1" in query.split("&")
     problem = await bridge.health.problem() if is_deep else ""
     if problem:
-        exchange.failure, exchange.message = "unhealthy", problem[:MAX_LOGGED]
+        exchange.failure, exchange.message = "unhealthy", problem[: sessions.MAX_LOGGED]
     body = (problem or "ok").encode(errors="replace")
     return Reply(body, "text/plain", 503 if problem else 200)
 
@@ -1453,8 +1402,8 @@ async def root(bridge: Bridge, exchange: Exchange) -> Reply:
 async def count_tokens(bridge: Bridge, exchange: Exchange) -> Reply:
     request = await bridge.parse(exchange, counting=True)
     found = {"input_tokens": await bridge.counter.count(request, exchange.id)}
-    exchange.not_counted = translate.not_counted(request)
-    return Reply(orjson.dumps(found))
+    headers = {"x-bridge-not-counted": limited(translate.not_counted(request))}
+    return Reply(orjson.dumps(found), headers=headers)
 
 
 async def models(bridge: Bridge, exchange: Exchange) -> Reply:
@@ -1600,17 +1549,16 @@ async def serve(
     cannot be bound.  At the end no new request is taken, running answers get
     `config.drain_secs`, and no child is left.
     """
-    if sock and sock.family != socket.AF_UNIX:
+    if sock:
         # Its address is the one that a Host may have.
-        where = host_and_port(*sock.getsockname()[:2])
-        config = dataclasses.replace(config, listen_addr=where)
+        config = dataclasses.replace(config, listen_addr=address_of(sock))
     config = config.checked()
     stack = contextlib.AsyncExitStack()
     bridge = Bridge(config, await stack.enter_async_context(Pool(config)))
     try:
         try:
             server = await listen(bridge, sock)
-            socket_file = None if sock else identify_file(config.unix_path)
+            socket_file = None if sock else sessions.identify_file(config.unix_path)
             stack.push_async_callback(stop, bridge, server, socket_file)
             await server.start_serving()
         except (OSError, ValueError) as error:
@@ -1632,15 +1580,17 @@ async def listen(bridge: Bridge, sock: socket.socket | None) -> asyncio.Server:
         options = {"host": host, "port": port}
     # `start_unix_server` would unlink a service manager's path at its end (3.13).
     server = await asyncio.start_server(bridge.accept, start_serving=False, **options)
-    for listener in server.sockets:
-        name = listener.getsockname()
-        if listener.family == socket.AF_UNIX:
-            # Of an abstract name (unix(7)) the first byte is NUL.
-            path = os.fsencode(name).decode(errors="replace")
-            bridge.addresses.append("unix:" + path.replace("\0", "@"))
-        else:
-            bridge.addresses.append(host_and_port(*name[:2]))
+    bridge.addresses += map(address_of, server.sockets)
     return server
+
+
+def address_of(listener: socket.socket) -> str:
+    """As clients reach it: host:port or unix:/path."""
+    name = listener.getsockname()
+    if listener.family != socket.AF_UNIX:
+        return host_and_port(*name[:2])
+    # Of an abstract name (unix(7)) the first byte is NUL.
+    return "unix:" + os.fsdecode(name).replace("\0", "@")
 
 
 def bind_unix(path: str) -> socket.socket:
@@ -1655,7 +1605,7 @@ def bind_unix(path: str) -> socket.socket:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.setblocking(False)
             if probe.connect_ex(path) != errno.ECONNREFUSED:
-                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+                raise OSError(errno.EADDRINUSE, "")  # see `cannot_listen`
         os.unlink(path)
     sock = socket.socket(socket.AF_UNIX)
     try:
@@ -1680,7 +1630,7 @@ async def stop(bridge: Bridge, server: asyncio.Server, socket_file: object) -> N
     server.close()
     await bridge.close()
     # Not the socket of another bridge that has taken the path meanwhile.
-    if socket_file and identify_file(bridge.config.unix_path) == socket_file:
+    if socket_file and sessions.identify_file(bridge.config.unix_path) == socket_file:
         os.unlink(bridge.config.unix_path)
 
 
@@ -1803,7 +1753,7 @@ async def announce(bridge: Bridge, flags: Iterable[str]) -> None:
         if cli.warning:
             log.warning("%s", cli.warning)
         await asyncio.sleep(LOGIN_PROBE_SECS)
-        info = await pool.inspector.info(gives_way=True)
+        info = await pool.inspector.info()
         state = login_state(config, info)
         if info.login:
             log.info("the claude CLI is logged in: %s", state)
@@ -1994,7 +1944,7 @@ WANTED_FILES = 65_536
 def reset_inherited_state() -> None:
     """Undo what a launcher may have set for its children: blocked or ignored signals,
     without which no child is waited for, and a low limit of open files."""
-    watch_without_threads()
+    sessions.watch_without_threads()
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -2153,13 +2103,13 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
         "Last requests": list(map(request_row, bridge.recent)),
         "Processes": [
             (item.state.value, f"for {item.state_secs:.0f} s; turns: {item.turns}")
-            for item in pool.in_states(*State)
+            for item in pool.in_states(*sessions.State)
         ],
         "Quota of the account": quota,
     }
 
 
-def version_of(cli: Cli, unknown: str) -> str:
+def version_of(cli: sessions.Cli, unknown: str) -> str:
     """The version of the CLI, and what is to be said of it."""
     remark = cli.problem or cli.warning
     return (cli.version or unknown) + (f" ({remark})" if remark else "")
@@ -2354,57 +2304,43 @@ class FakeApi(Bridge):
         config = Config(listen_addr="127.0.0.1:0", api_key=uuid.uuid4().hex)
         super().__init__(config, Pool(config))
         self.found = dict.fromkeys(FEATURES, False)
-        # The second answer has begun; its client is gone.
-        self.held = asyncio.Event()
+        # The client of the second answer is gone.
         self.left = asyncio.Event()
 
     async def dispatch(self, exchange: Exchange) -> Reply | None:
         if exchange.route != "/v1/messages":
             return Reply(b"{}")
-        connection, asked = exchange.connection, orjson.loads(exchange.body)
+        asked = orjson.loads(exchange.body)
         messages = str(asked["messages"])
         if "toolu_1" in messages:
             self.found["tools"] = "violet" in messages
-            connection.stream(exchange, BEGIN)
-            self.held.set()
+            exchange.stream(BEGIN)
             try:
-                await (
-                    asyncio.Event().wait()
-                )  # until its client leaves: it never returns
+                await asyncio.Event().wait()  # it never returns: its client leaves
             finally:
                 self.left.set()
         words = re.findall("'(red|green|blue)'", messages)
         self.found["history"] = words == ["red", "green", "blue"]
         has_system = "white" in str(asked.get("system"))
         self.found["settings"] = has_system and asked.get("temperature") == 0.5
-        connection.stream(exchange, BEGIN + CALL)
-        await connection.finish()
+        exchange.stream(BEGIN + CALL)
+        await exchange.connection.finish()
         return None
 
     async def run_scenario(self, pool: Pool) -> None:
         """Raises ApiError when a turn fails."""
         request = translate.parse_request(REQUEST % HISTORY)
         async with pool.turn(request, None) as turn:
-            await turn.relay(lambda _: True, self.never_wait)
+            async for _ in turn.relay():
+                pass
         request = translate.parse_request(REQUEST % (HISTORY + RESULT))
         async with pool.turn(request, None) as turn:
-            relay = asyncio.create_task(turn.relay(lambda _: True, self.never_wait))
-            relay.add_done_callback(lambda _: self.held.set())  # it failed
-            try:
-                await self.held.wait()
-                if relay.done():
-                    relay.result()
-                # A turn that is not hot got the result as part of a new conversation.
-                self.found["tools"] &= turn.origin == "hot"
-                turn.process.interrupt()
-                await self.left.wait()
-                self.found["interrupt"] = not turn.process.ended
-            finally:
-                relay.cancel()
-                await asyncio.gather(relay, return_exceptions=True)
-
-    async def never_wait(self) -> None:
-        """Nothing holds this client up."""
+            await anext(turn.relay(), None)  # the second answer has begun
+            # A turn that is not hot got the result as part of a new conversation.
+            self.found["tools"] &= turn.origin == "hot"
+            turn.process.interrupt()
+            await self.left.wait()
+            self.found["interrupt"] = not turn.process.ended
 
 
 async def rehearse(config: Config, api: FakeApi) -> None:
@@ -2419,8 +2355,8 @@ async def rehearse(config: Config, api: FakeApi) -> None:
     }
     with tempfile.TemporaryDirectory() as home:
         environ = os.environ | kept
-        environ |= dict.fromkeys(("HOME", "CLAUDE_CONFIG_DIR"), home)
-        environ |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
+        environ |= {"HOME": home, "CLAUDE_CONFIG_DIR": home}
+        environ |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
         config = dataclasses.replace(
             config, keep_env=tuple(kept), setting_sources="", tools=""
         )

@@ -9,7 +9,6 @@ two requests never share one; whatever goes wrong in it retires it alone.
     SPARE ──a conversation──> BUSY ──answer complete──> IDLE ──its next message──> BUSY
                                 BUSY ──nothing written──> as it was
                                 BUSY ──client tools called──> PARKED ──their results──> BUSY
-    PROBE ──a question about the CLI that gives way──> RETIRED
     any of them ──fault, disconnect, TTL, LRU, shutdown──> RETIRED, until its group is reaped
 
 `Session.move` is the only place that changes a state, and TRANSITIONS is what it allows.
@@ -604,9 +603,7 @@ def gate_path(descriptor: int) -> str:
         # The folder that Python chose at its start is gone.
         tempfile.tempdir = None
         own = tempfile.mkdtemp(prefix="claude-cli-bridge-")
-    path = os.path.join(own, f"{descriptor}.jsonl")
-    os.symlink(f"/dev/fd/{descriptor}", path)
-    return path
+    return os.path.join(own, f"{descriptor}.jsonl")
 
 
 class Gate(asyncio.BaseProtocol):
@@ -620,7 +617,9 @@ class Gate(asyncio.BaseProtocol):
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self.descriptors.add(descriptor)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.descriptors.add(self._descriptor)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.descriptors.discard(self._descriptor)
@@ -686,7 +685,7 @@ def as_json(line: bytes) -> bytes:
 class Child(asyncio.SubprocessProtocol):
     """A child process as bytes: its gate, its lines in and out, its end.
 
-    A subclass takes the lines (`lines_received`, `output_ended`, `fail`).
+    A subclass takes the lines (`lines_received`, `wake_all`, `fail`).
     """
 
     def __init__(self) -> None:
@@ -704,7 +703,6 @@ class Child(asyncio.SubprocessProtocol):
         # The last line that it wrote to stderr, and the beginning of the next.
         self._complaint = ""
         self._stderr = b""
-        self.is_paused = False
         # The spawn failed: connection_made must kill and reap it.
         self._spawn_failed = False
         self._gate_path = ""
@@ -713,8 +711,8 @@ class Child(asyncio.SubprocessProtocol):
         """Called with the whole lines of a read of `size` bytes."""
         raise NotImplementedError
 
-    def output_ended(self) -> None:
-        """Called at the end of its output."""
+    def wake_all(self) -> None:
+        """Called at the end of its output: wake those who wait for it."""
         raise NotImplementedError
 
     def fail(self, error: ApiError) -> None:
@@ -733,6 +731,7 @@ class Child(asyncio.SubprocessProtocol):
             self._gate: asyncio.WriteTransport = gate[0]
             try:
                 self._gate_path = gate_path(reading)
+                os.symlink(f"/dev/fd/{reading}", self._gate_path)
                 await self.loop.subprocess_exec(
                     lambda: self,
                     *argv,
@@ -782,17 +781,6 @@ class Child(asyncio.SubprocessProtocol):
         if not stdin.is_closing():
             stdin.writelines(lines)
 
-    def pause(self) -> None:
-        """Read nothing more until `resume`."""
-        if not self.is_paused:
-            self.is_paused = True
-            self._transport.get_pipe_transport(1).pause_reading()
-
-    def resume(self) -> None:
-        if self.is_paused and not self.eof:
-            self._transport.get_pipe_transport(1).resume_reading()
-        self.is_paused = False
-
     # asyncio's callbacks
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -829,7 +817,7 @@ class Child(asyncio.SubprocessProtocol):
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
         if fd == 1:
             self.eof = True
-            self.output_ended()
+            self.wake_all()
 
     def process_exited(self) -> None:
         # What it left behind in its group; `kill` does nothing after `exited`.
@@ -1039,13 +1027,16 @@ class Process(Child):
         self._calls: dict[str, CliEvent] = {}
         # By id, the results that wait for their call: the CLI may call one by one.
         self._results: dict[str, Json] = {}
-        # Ids of the tool calls in the last answer: the calls themselves may come later.
-        self._expected_calls: frozenset[str] = frozenset()
+        # Ids of the client tools that the last answer called: the CLI's calls of them may
+        # come later.
+        self.expected_calls: frozenset[str] = frozenset()
         # When the last sign of life came, or will come after an announced retry.
         self._alive_at = time.monotonic()
-        self._events: list[CliEvent] = []
-        # Bytes that have come since _events was empty.
+        self._events: deque[CliEvent] = deque()
+        # Bytes that have come since the last `read`.
         self._unread = 0
+        # So many of them that its output is not read meanwhile.
+        self._is_paused = False
         # Not set while somebody waits for an event.
         self._news = asyncio.Event()
         self._news.set()
@@ -1067,7 +1058,7 @@ class Process(Child):
         """Keep events from now on, and trace all lines."""
         self.trace = trace or self.trace
         self._is_in_turn = True
-        self._expected_calls = frozenset()
+        self.expected_calls = frozenset()
         self._alive_at = time.monotonic()
 
     def end_turn(self, result: CliEvent | None, calls: Iterable[str] = ()) -> str:
@@ -1078,19 +1069,20 @@ class Process(Child):
         if it is an error, "unasked" if the process printed something after it, else "".
         """
         self._is_in_turn = False
-        self._expected_calls = frozenset(calls)
-        is_quiet = True
+        self.expected_calls = frozenset(calls)
+        reason = ""
         for event in self._events:
-            is_quiet = is_quiet and not (result and self.is_unasked(event))
+            if result and self.is_unasked(event):
+                reason = "unasked"
             if event["type"] == "result":
                 result = event
         self._events.clear()
         self._resume_reading()
-        if not (result or self._expected_calls or self.is_unusable):
+        if not (result or self.expected_calls or self.is_unusable):
             self._settled.clear()
         if result and result.get("is_error"):
-            return "failed"
-        return "" if is_quiet else "unasked"
+            reason = "failed"
+        return reason
 
     async def is_ready(self) -> bool:
         """Whether it is done with its last turn, and has printed nothing since."""
@@ -1101,23 +1093,21 @@ class Process(Child):
         return self._settled.is_set() and not self.is_unusable
 
     def hand_over(self, results: dict[str, Json]) -> None:
-        """Answer tool calls with their results, by id: whichever of call and result comes
-        second."""
+        """Answer tool calls with their results, by id: now those that have come, the others
+        as they come."""
         self._results |= results
-        for call in results.keys() & self._calls.keys():
-            self._answer_call(self._calls.pop(call), call)
+        self._answer_calls()
 
-    def _answer_call(self, event: CliEvent, call: str) -> None:
-        if call in self._results:
-            result = self._results.pop(call)
+    def _answer_calls(self) -> None:
+        for call in self._calls.keys() & self._results.keys():
+            event, result = self._calls.pop(call), self._results.pop(call)
             self.write(translate.control_answer(event, self.tools, result))
-        else:
-            self._calls[call] = event
 
     # Reading
 
-    async def read(self) -> list[CliEvent]:
-        """The events that have come since the last call, at least one.
+    async def read(self) -> deque[CliEvent]:
+        """Wait for events, and return all that have come.  The caller takes out those that
+        it handles; the others are there at the next call.
 
         Raises ApiError: 504 when it was silent for too long (`check_silence`), 502 when
         it failed or ended.
@@ -1128,9 +1118,8 @@ class Process(Child):
             if self.eof:
                 raise await self.death()
             await self._wait()
-        events, self._events = self._events, []
         self._resume_reading()
-        return events
+        return self._events
 
     async def _wait(self) -> None:
         """Wait for an event, a failure or the end of its output."""
@@ -1144,10 +1133,6 @@ class Process(Child):
             async with asyncio.timeout(FIRST_OUTPUT_SECS):
                 while not self._events and not self.is_unusable:
                     await self._wait()
-
-    def put_back(self, events: list[CliEvent]) -> None:
-        """Take back events that were read too early."""
-        self._events = events
 
     def check_silence(self, watchdog_secs: float) -> bool:
         """Fail a turn that has waited for too long.  Returns whether the watchdog failed
@@ -1169,16 +1154,18 @@ class Process(Child):
         translator = Translator()  # it raises failures
         found = None
         while not found:
-            for event in await self.read():
-                translator.feed(event)
-                found = found or find(event)
+            event = (await self.read()).popleft()
+            translator.feed(event)
+            found = find(event)
         return found
 
     def _resume_reading(self) -> None:
         self._unread = 0
-        if self.is_paused:
+        if self._is_paused:
+            self._is_paused = False
             self._alive_at = time.monotonic()  # the silence was the client's
-            self.resume()
+            if not self.eof:
+                self._transport.get_pipe_transport(1).resume_reading()
 
     # What a child reports
 
@@ -1198,19 +1185,17 @@ class Process(Child):
         if self._events:
             self._unread += size
             self._news.set()
-        if self._unread > MAX_UNREAD:
-            self.pause()
+        if self._unread > MAX_UNREAD and not self._is_paused:
+            self._is_paused = True
+            self._transport.get_pipe_transport(1).pause_reading()
 
     def fail(self, error: ApiError, reason: str = "failed") -> None:
         self._failure = error
-        self._wake_all()
+        self.wake_all()
         if self.on_fault and not self._is_in_turn:
             self.on_fault(reason)
 
-    def output_ended(self) -> None:
-        self._wake_all()
-
-    def _wake_all(self) -> None:
+    def wake_all(self) -> None:
         """Wake those who wait for its last `result`, or for events."""
         self._settled.set()
         self._news.set()
@@ -1222,7 +1207,7 @@ class Process(Child):
         # A stream event begins another answer.
         unasked = ANSWERS if self._settled.is_set() else {"stream_event"}
         call = translate.tool_call_id(event)
-        is_unexpected_call = bool(call) and call not in self._expected_calls
+        is_unexpected_call = bool(call) and call not in self.expected_calls
         return event["type"] in unasked or is_unexpected_call
 
     def _act_on(self, event: CliEvent) -> None:
@@ -1251,7 +1236,8 @@ class Process(Child):
     def _answer_control(self, event: CliEvent) -> None:
         call = translate.tool_call_id(event)
         if call:
-            self._answer_call(event, call)
+            self._calls[call] = event
+            self._answer_calls()
             return
         self.write(translate.control_answer(event, self.tools))
         if translate.mcp_method(event) == "tools/list":
@@ -1264,7 +1250,7 @@ class Process(Child):
     async def stop(self) -> None:
         """End it.  One that waits for a tool result is killed: 2.1.330 calls the API
         once more when its stdin closes."""
-        await self.end(at_once=bool(self._calls or self._expected_calls))
+        await self.end(at_once=bool(self._calls or self.expected_calls))
 
 
 async def read_pipes() -> None:
@@ -1277,11 +1263,9 @@ async def read_pipes() -> None:
 
 
 class State(enum.Enum):
-    """The state of a session.  In the first four it gives way to a request that needs
+    """The state of a session.  In the first three it gives way to a request that needs
     room, in this order."""
 
-    # Asked who is logged in, only for the bridge's own log.
-    PROBE = "probe"
     # Started, without a conversation yet.
     SPARE = "spare"
     # On file: it waits for the next message of its conversation.
@@ -1294,9 +1278,8 @@ class State(enum.Enum):
     RETIRED = "retired"
 
 
-GIVES_WAY = [*State][:4]
+GIVES_WAY = (State.SPARE, State.IDLE, State.PARKED)
 TRANSITIONS = {
-    State.PROBE: {State.RETIRED},
     State.SPARE: {State.BUSY, State.RETIRED},
     State.IDLE: {State.BUSY, State.RETIRED},
     State.PARKED: {State.BUSY, State.RETIRED},
@@ -1326,8 +1309,6 @@ class Session:
     model: str = ""
     # Digest of the settings that it was given last.
     settings: bytes = b""
-    # Ids of the client tools that its last answer called.
-    calls: list[str] = field(default_factory=list)
     # Answers that it has given.
     turns: int = 0
     # The UUID of the user line that started its last turn.
@@ -1417,17 +1398,13 @@ class Session:
         self.turn_id = turn_id
         self.process.write(*self._changed_settings(request), *lines)
 
-    def extend(self, request: Request, answer: Json, calls: list[str]) -> None:
+    def extend(self, request: Request, answer: Json) -> None:
         """Add the question and the answer of a turn to what it holds."""
-
-        def extended(chain: bytes, *, thinking: bool) -> bytes:
-            chain = translate.extend_chain(chain, request.fingerprint.newest)
-            digest = translate.message_digest(answer, thinking=thinking)
-            return translate.extend_chain(chain, digest)
-
-        self.chain = extended(self.chain, thinking=True)
-        self.unthinking_chain = extended(self.unthinking_chain, thinking=False)
-        self.calls = calls
+        extend, newest = translate.extend_chain, request.fingerprint.newest
+        whole = translate.message_digest(answer)
+        self.chain = extend(extend(self.chain, newest), whole)
+        spoken = translate.message_digest(answer, thinking=False)
+        self.unthinking_chain = extend(extend(self.unthinking_chain, newest), spoken)
         self.turns += 1
 
 
@@ -1480,43 +1457,31 @@ class Turn:
             lost += self.request.misplaced
         return lost
 
-    async def relay(
-        self, send: Callable[[bytes], bool], drain: Callable[[], Awaitable[None]]
-    ) -> None:
-        """Pass the frames of the answer to `send`, one call for each read; b"" unless
-        the request streams.  When `send` returns False, `drain` is awaited, and the
-        child is not read meanwhile.
+    async def relay(self) -> AsyncIterator[bytes]:
+        """The frames of the answer, those of one read at a time; b"" unless the request
+        streams.  The child is not read until the next ones are asked for.
 
-        Raises ApiError when the turn fails; what was sent before stays a correct
-        beginning.
+        Raises ApiError when the turn fails; what came before stays a correct beginning.
         """
         while not self.translator.done:
             events = await self.process.read()
             frames: list[bytes] = []
-            is_ready = True
             try:
-                self._translate(events, frames)
+                while events and not self.translator.done:
+                    event = events.popleft()
+                    frames += map(translate.frame, self.translator.feed(event))
             except ApiError as error:
                 self.process.fail(error)
                 raise
             finally:  # what came before a fault is sent
+                self.process.working = self.translator.working
                 if self.translator.message:
-                    is_ready = send(b"".join(frames) if self.request.stream else b"")
                     self.report_begun()
-            self.process.working = self.translator.working
-            if not is_ready:
-                await drain()
+                    yield b"".join(frames) if self.request.stream else b""
         if not self.rests:
             # The CLI goes on by itself here, and nothing more may be billed: it is
             # killed before it can ask.
             self.process.kill(signal.SIGKILL)
-
-    def _translate(self, events: list[CliEvent], frames: list[bytes]) -> None:
-        for number, event in enumerate(events):
-            if self.translator.done:
-                self.process.put_back(events[number:])
-                return
-            frames += map(translate.frame, self.translator.feed(event))
 
     def report_begun(self) -> None:
         if self.on_begun:
@@ -1540,61 +1505,51 @@ class Room:
     """Places for processes.  A place is free again when its process is reaped."""
 
     def __init__(self, places: int) -> None:
-        self._free = places
-        # Those who wait for a place; the first one gets the next.
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._places = asyncio.Semaphore(places)
+        # How many wait for a place; the first one gets the next.
+        self._waiting = 0
         # The tasks that end processes, which keep their places until then.
         self.ending: set[asyncio.Task[None]] = set()
 
     @property
     def is_full(self) -> bool:
-        return self._free == 0
+        return self._places.locked()
 
     @property
     def shortfall(self) -> int:
         """How many places are still to be freed for those who wait; negative: more
         processes are being ended than that."""
-        return len(self._waiting) - len(self.ending)
+        return self._waiting - len(self.ending)
 
     async def enter(self, make_room: Callable[[], None]) -> None:
         """Take a place.  When there is none, `make_room` is called."""
-        if self._free:
-            self._free -= 1
-            return
-        place = asyncio.get_running_loop().create_future()
-        self._waiting.append(place)
-        make_room()
+        self._waiting += 1
         try:
-            await place
-        except asyncio.CancelledError:
-            if not place.cancelled():
-                self.leave()  # it was given a place meanwhile
-            elif place in self._waiting:
-                self._waiting.remove(place)
-            raise
+            if self.is_full:
+                make_room()
+            await self._places.acquire()
+        finally:
+            self._waiting -= 1
 
     def leave(self) -> None:
-        """Give a place to the first who waits, in one step: it is never free meanwhile."""
-        while self._waiting:
-            place = self._waiting.popleft()
-            if not place.cancelled():
-                place.set_result(None)
-                return
-        self._free += 1
+        self._places.release()
 
     def leave_after(
         self, end: Coroutine[Any, Any, None], then: Callable[[], None]
     ) -> None:
         """Give a place back at the end of its process."""
-        task = asyncio.create_task(end)
+
+        async def leave() -> None:
+            try:
+                await end
+            finally:
+                then()
+                self.leave()
+
+        task = asyncio.create_task(leave())
         self.ending.add(task)
-
-        def leave(task: asyncio.Task[None]) -> None:
-            self.ending.discard(task)
-            then()
-            self.leave()
-
-        task.add_done_callback(leave)
+        # Once whoever got the place is counted no more: `shortfall` has neither or both.
+        task.add_done_callback(self.ending.discard)
 
 
 # ------------------------------------------------------------ queue and threads
@@ -1617,7 +1572,8 @@ class Queue:
         is_timed: bool = True,
     ) -> None:
         """Wait for what is acquired, in a queue of at most `max_queue` requests and for at
-        most `queue_secs`.  Raises ApiError 529, which names the `problem`."""
+        most `queue_secs`.  Raises ApiError 529, which names the `problem`; when the queue
+        is full, also for what is free."""
         if self.length >= self._config.max_queue:
             raise self._overloaded(f"{self.length} requests wait for room already")
         self.length += 1
@@ -1692,10 +1648,10 @@ class Outcomes:
     def __init__(self) -> None:
         # By fingerprint and by pin, the parts of the session that held a conversation
         # last, and why a request may not find it there.
-        self._found: OrderedDict[bytes | str, tuple[Digests, str]] = OrderedDict()
+        self._last_seen: OrderedDict[bytes | str, tuple[Digests, str]] = OrderedDict()
 
     def __contains__(self, key: bytes | str) -> bool:
-        return key in self._found
+        return key in self._last_seen
 
     def record(self, session: Session, reason: str) -> None:
         """Why a request will not find the session, from now on."""
@@ -1706,13 +1662,13 @@ class Outcomes:
             keys.append(session.identity)
         for key in keys:
             if key:
-                cache_put(self._found, key, (session.parts, reason), MAX_PAST)
+                cache_put(self._last_seen, key, (session.parts, reason), MAX_PAST)
 
     def rebuild_reason(self, request: Request, pin: str) -> str:
         """Why a conversation is rebuilt, such that its user can act on it; empty: it is
         new."""
         wanted = request.fingerprint
-        outcome = self._found.get(wanted.past) or self._found.get(pin)
+        outcome = self._last_seen.get(wanted.past) or self._last_seen.get(pin)
         if request.continues:
             return "prefill"
         if not outcome:
@@ -1768,12 +1724,9 @@ class Pool:
         self.threads.close()
 
     def in_states(self, *states: State) -> list[Session]:
-        """The sessions in these states, in the order in which they give way."""
-        found = [session for session in self.sessions if session.state in states]
-        order = [*State]
-        return sorted(
-            found, key=lambda item: (order.index(item.state), item.state_since)
-        )
+        """The sessions in these states: state by state, the longest in it first."""
+        by_age = sorted(self.sessions, key=lambda item: item.state_since)
+        return [item for state in states for item in by_age if item.state is state]
 
     @property
     def on_file(self) -> list[Session]:
@@ -1817,9 +1770,8 @@ class Pool:
         await self.inspector.look()
         async with self._pinned(token, key_digest) as pin:
             with contextlib.closing(Trace(self.config.trace_dir, request_id)) as trace:
-                turn = await self._warm_turn(request, pin, trace)
-                if not turn:
-                    turn = await self._fresh_turn(request, pin, trace)
+                warm = await self._warm_turn(request, pin, trace)
+                turn = warm or await self._fresh_turn(request, pin, trace)
                 if turn.origin != "hot":
                     like = request if turn.origin == "new" else None
                     turn.on_begun = lambda: self.spares.refill(
@@ -1928,7 +1880,7 @@ class Pool:
             self.retire(session, UNKNOWN_HISTORY)
             return None
         if session.state is State.PARKED and not wanted.past:
-            raise translate.unanswered(session.calls, "messages.0")
+            raise translate.unanswered(session.process.expected_calls, "messages.0")
         return session
 
     # Fresh
@@ -1954,15 +1906,15 @@ class Pool:
             return
         # The history that it had is found no more.
         self._outcomes.record(session, "continued")
-        session.extend(turn.request, translator.message, translator.calls)
-        reason = process.end_turn(translator.result, session.calls)
+        session.extend(turn.request, translator.message)
+        reason = process.end_turn(translator.result, translator.calls)
         if not turn.rests:
             reason = "half" if turn.request.continues else translator.stop_reason
             is_word = reason.isascii() and reason.isidentifier()
             reason = reason if is_word else "other"
         elif process.is_unusable:
             reason = "failed"
-        elif session.turns >= self.config.max_turns and not session.calls:
+        elif session.turns >= self.config.max_turns and not translator.calls:
             reason = "max_turns"
         if reason:
             self.retire(session, reason)
@@ -1988,7 +1940,8 @@ class Pool:
         # Recorded in case a request misses it because only one of the two has a session
         # header.
         self._outcomes.record(session, "pinned")
-        session.move(State.PARKED if session.calls else State.IDLE)
+        is_parked = bool(session.process.expected_calls)
+        session.move(State.PARKED if is_parked else State.IDLE)
         idle = self.in_states(State.IDLE)
         if len(idle) > self.config.max_idle:
             self.retire(idle[0], "evicted")
@@ -2201,26 +2154,24 @@ class Inspector:
             raise cli_error(self.cli.problem)
         return self.cli
 
-    async def info(self, *, anew: bool = False, gives_way: bool = False) -> CliInfo:
+    async def info(self, *, anew: bool = False) -> CliInfo:
         """What the CLI reports of itself, without a model call.
 
         The last report of any process will do, unless it is asked `anew` and there is
-        room.  Otherwise a process is started for it, which may give way to any request.
-        Raises ApiError when the CLI does not work.
+        room.  Otherwise a process is started for it.  Raises ApiError when the CLI does not work.
         """
         async with self._pool.queue.held(self._asking, NO_START):
             cli = await self.look()
             if not cli.info.is_known or (anew and not self._pool.room.is_full):
                 kind = Kind(PROBE_MODEL, bare=self.is_bare())
-                state = State.PROBE if gives_way else State.BUSY
-                async with self._asked(kind, state) as process:
+                async with self._asked(kind) as process:
                     cli = process.cli
             return cli.info
 
     @contextlib.asynccontextmanager
-    async def _asked(self, kind: Kind, state: State) -> AsyncIterator[Process]:
+    async def _asked(self, kind: Kind) -> AsyncIterator[Process]:
         """A process without a conversation that has reported its models and account."""
-        session = await self._pool.starter.spawn(kind, state)
+        session = await self._pool.starter.spawn(kind, State.BUSY)
         process = session.process
         try:
             process.begin_turn()
@@ -2228,11 +2179,6 @@ class Inspector:
             process.write(translate.initialize_line([], has_tools=False))
             await process.read_until(lambda event: control_result(event, "initialize"))
             yield process
-        except ApiError:
-            if session.state is not State.RETIRED:
-                raise
-            message = "a request took the room of the process that was asked"
-            raise ApiError(529, message) from None
         finally:
             self._pool.retire(session, "probe")
 
@@ -2256,15 +2202,15 @@ class Inspector:
             if key() in cli.announced:
                 return cli.announced[key()]  # another request has asked meanwhile
             is_answered = False
-            async with self._asked(Kind(model, is_kept=True), State.BUSY) as asked:
+            async with self._asked(Kind(model, is_kept=True)) as asked:
                 question = [translate.text_block("-")]
                 asked.write(translate.user_line(question, str(uuid.uuid4())))
                 with contextlib.suppress(ApiError, TimeoutError):
                     async with asyncio.timeout(COUNT_SECS):
                         # It is an error, as nobody answers.
                         while not is_answered:
-                            events = await asked.read()
-                            is_answered = any(e["type"] == "result" for e in events)
+                            event = (await asked.read()).popleft()
+                            is_answered = event["type"] == "result"
                 found = translate.announcements(await asked.kept_rows())
             if is_answered:
                 cache_put(cli.announced, key(), found, MAX_COUNTS)
@@ -2356,9 +2302,8 @@ class Spares:
         if self._pool.room.is_full:
             return  # nobody makes room for a spare
         with contextlib.suppress(ApiError):  # the next request will report it
-            cli = self._pool.cli
             spare = await self._pool.starter.spawn(kind, State.SPARE)
-            if cli is not self._pool.cli:
+            if spare.process.cli is not self._pool.cli:
                 self._pool.retire(spare, "unwanted")  # it may be the old program
             if like:
                 await self._set_up_ahead(like)

@@ -1442,7 +1442,8 @@ THINKING_MODES = ("adaptive", "enabled")
 def turn_environment(
     request: Request, *, has_listed_tools: bool = False
 ) -> dict[str, str]:
-    """What `settings_line` sets for a request.
+    """What `apply_flag_settings` sets for a request, from the next API call on (recording
+    turn_settings).
 
     The CLI merges CLAUDE_CODE_EXTRA_BODY into the body of each API call, so the
     client's fields arrive as sent; the next value replaces them.  It adds

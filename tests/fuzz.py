@@ -16,6 +16,7 @@ import socket
 import struct
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -572,13 +573,10 @@ class Reads:
     def fail(self, error: ApiError) -> None:
         pass
 
-    def put_back(self, events: list[Any]) -> None:
-        """What comes behind a turn is not what is tried here."""
-
-    async def read(self) -> list[Any]:
+    async def read(self) -> deque[Any]:
         if self.failure:
             raise self.failure
-        events: list[Any] = []
+        events: deque[Any] = deque()
         try:
             for line in next(self.reads):
                 events += translate.decode(line)
@@ -603,17 +601,17 @@ def relayed(
     """
     sent: list[bytes] = []
 
-    def send(frames: bytes) -> bool:
-        sent.append(frames)
-        return True
-
     process: Any = Reads(reads)
     session: Any = SimpleNamespace(kind=Kind(), process=process, turn_id=turn_id, model="")
     turn = Turn(REQUEST, session, "hot")
-    never: Any = None  # it is ready at all times
+
+    async def relay() -> None:
+        async for frames in turn.relay():
+            sent.append(frames)
+
     failure = None
     try:
-        turn.relay(send, never).send(None)
+        relay().send(None)  # nothing in it waits
     except StopIteration:
         pass
     except ApiError as error:

@@ -72,13 +72,10 @@ def in_pool(use: Callable[[Pool], Coroutine[Any, Any, None]], **settings: Any) -
 
 async def take_turn(pool: Pool, *texts: str) -> tuple[Turn, str]:
     """A turn, and its answer."""
-
-    async def drain() -> None:
-        pass
-
     request = parse_request(json.dumps(request_body(list(texts))).encode())
     async with pool.turn(request, None) as turn:
-        await turn.relay(lambda _: True, drain)
+        async for _ in turn.relay():
+            pass
     return turn, "".join(block["text"] for block in turn.translator.message["content"])
 
 

@@ -422,7 +422,7 @@ def session_of(case: Json) -> Session | None:
             session.parts = request.fingerprint.parts
             session.chain = request.fingerprint.past
             session.unthinking_chain = request.fingerprint.past_without_thinking
-        session.extend(request, answer, [])
+        session.extend(request, answer)
     return session
 
 

@@ -117,7 +117,7 @@ def test_an_error_as_the_result_of_an_answer_ends_the_process_whenever_it_comes(
         process.begin_turn()
         if when != "late":
             process.lines_received([line], len(line))
-        [result] = await process.read() if when == "read" else [None]
+        result = (await process.read()).popleft() if when == "read" else None
         is_quiet = not process.end_turn(result)
         if when == "late":
             process.lines_received([line], len(line))

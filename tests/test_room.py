@@ -20,8 +20,8 @@ from stand_in import Log
 
 import bridge
 import sessions
-from sessions import Pool, Room, State, Turn
-from translate import ApiError, CliInfo
+from sessions import Pool, Room, Turn
+from translate import CliInfo
 
 # ---------------------------------------------------------------- places, and who waits
 
@@ -155,43 +155,6 @@ def test_a_question_who_is_logged_in_gives_way_to_no_request_that_came_later(
     assert answer.result().text == "echo: hello; 1 messages"
 
 
-def test_of_two_requests_one_takes_the_curious_process_and_one_a_resting_one(
-    gate: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sessions, "PROBE_MODEL", "hang-at-start")
-
-    async def use(pool: Pool) -> None:
-        await take_turn(pool, "idle")
-        pool.cli.info = CliInfo()
-        curious = asyncio.create_task(pool.inspector.info(gives_way=True))
-        await soon(lambda: pool.in_states(State.PROBE))
-        answers = [asyncio.create_task(take_turn(pool, f"PAUSE {number}")) for number in range(2)]
-        await soon(lambda: [one.state for one in pool.sessions] == [State.BUSY] * 2)
-        open_gate(gate)
-        for number, (_, answer) in enumerate(await asyncio.gather(*answers)):
-            assert answer == f"echo: PAUSE {number}; 1 messages"
-        with pytest.raises(ApiError, match="a request took the room"):
-            await curious
-
-    in_pool(use, max_sessions=2)
-
-
-def test_a_curious_process_that_is_being_started_gives_way_to_a_request(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(sessions, "PROBE_MODEL", "hang-at-start")
-
-    async def use(pool: Pool) -> None:
-        curious = asyncio.create_task(pool.inspector.info(gives_way=True))
-        await soon(lambda: pool.room.is_full)
-        _, answer = await take_turn(pool, "hello")
-        assert answer == "echo: hello; 1 messages"
-        with pytest.raises(ApiError, match="a request took the room"):
-            await curious
-
-    in_pool(use, max_sessions=1)
-
-
 def test_a_spare_that_is_being_started_gives_way_to_a_request_of_another_kind() -> None:
     async def use(pool: Pool) -> None:
         await soon(lambda: pool.room.is_full)
@@ -229,20 +192,21 @@ def test_of_two_requests_one_gets_the_room_of_a_process_that_ended_and_one_that_
 
 
 def test_no_room_for_the_bridges_own_question_is_no_warning(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, gate: Path
 ) -> None:
     monkeypatch.setattr(bridge, "LOGIN_PROBE_SECS", 0)
-    monkeypatch.setattr(sessions, "PROBE_MODEL", "hang-at-start")
 
     async def use(pool: Pool) -> None:
         running: Any = SimpleNamespace(config=pool.config, pool=pool)
-        curious = asyncio.create_task(bridge.announce(running, ()))
-        await soon(lambda: pool.in_states(State.PROBE))
-        await take_turn(pool, "hello")
-        await curious
+        busy = asyncio.create_task(take_turn(pool, "PAUSE"))
+        await soon(lambda: pool.room.is_full)
+        pool.cli.info = CliInfo()
+        await bridge.announce(running, ())
+        open_gate(gate)
+        await busy
 
     with caplog.at_level(logging.WARNING):
-        in_pool(use, max_sessions=1)
+        in_pool(use, max_sessions=1, queue_secs=0.05)
     assert caplog.records == []
 
 
@@ -305,10 +269,10 @@ def test_a_place_is_free_again_when_its_process_is_reaped_and_no_sooner() -> Non
         assert not next_one.done()
         reaped.set()
         await next_one
-        assert (seen, room.is_full, room.ending) == ([(True, 1)], True, set())
+        assert (seen, room.is_full, room.ending) == ([(True, 0)], True, set())
         room.leave_after(end(), lambda: seen.append((room.is_full, room.shortfall)))
-        await soon(lambda: not room.is_full)
-        assert (seen, room.ending) == ([(True, 1), (True, 0)], set())
+        await soon(lambda: not room.ending)
+        assert (seen, room.is_full) == ([(True, 0), (True, -1)], False)
 
     in_room(use)
 
@@ -321,20 +285,38 @@ async def waiting_tasks(room: Room, count: int) -> list[asyncio.Task[None]]:
     return tasks
 
 
-def test_a_place_that_is_freed_is_the_first_waiting_ones_in_one_step() -> None:
-    """Otherwise one warm process more than is needed would be ended for it."""
-
+def test_a_place_that_is_freed_is_the_first_waiting_ones() -> None:
     async def use(room: Room) -> None:
         first, second = await waiting_tasks(room, 2)
         room.leave()
-        assert (room.shortfall, room.is_full, first.done()) == (1, True, False)
+        assert room.is_full
+        await first
+        assert (room.shortfall, room.is_full, second.done()) == (1, True, False)
         room.leave()
-        assert (room.shortfall, room.is_full, second.done()) == (0, True, False)
-        await asyncio.gather(first, second)
+        await second
+        assert (room.shortfall, room.is_full) == (0, True)
         room.leave()
         assert not room.is_full
 
     in_room(use)
+
+
+def test_of_a_place_that_is_given_on_either_both_are_counted_or_neither() -> None:
+    """Otherwise one warm process more than is needed would be ended for it."""
+    seen: set[int] = set()
+
+    async def use(room: Room) -> None:
+        _, second = await waiting_tasks(room, 2)
+        room.leave_after(asyncio.sleep(0), lambda: None)
+        while room.ending:
+            seen.add(room.shortfall)
+            await asyncio.sleep(0)
+        assert (room.shortfall, second.done()) == (1, False)
+        second.cancel()
+        await asyncio.wait({second})
+
+    in_room(use)
+    assert seen == {1}
 
 
 def test_who_is_cancelled_after_it_was_given_a_place_gives_it_to_the_next() -> None:
