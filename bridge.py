@@ -1393,7 +1393,7 @@ async def root(bridge: Bridge, exchange: Exchange) -> Reply:
     """The page for people; Claude Code as a client asks HEAD / first."""
     kind, page = "plain", page_text(bridge)
     if "text/html" in exchange.header("accept"):
-        kind, page = "html", page_html(bridge)
+        kind, page = "html", PAGE.format(html.escape(page))
     headers = {"content-security-policy": PAGE_POLICY}
     body = page.encode(errors="replace")
     return Reply(body, f"text/{kind}; charset=utf-8", headers=headers)
@@ -2046,18 +2046,11 @@ PAGE = """\
 <meta http-equiv="refresh" content="10">
 <title>claude-cli-bridge</title>
 <style>
-  :root { color-scheme: light dark }
-  body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem }
-  body { margin: 2rem auto; padding: 0 1rem }
-  h2 { font-size: 1.1rem; margin: 1.5rem 0 .3rem }
-  p { border-top: 1px solid #8884; display: flex; gap: .8rem; margin: 0 }
-  span { flex: 3; padding: .2rem 0; overflow-wrap: anywhere }
-  span:first-child { flex: 2 }
-  pre { background: #8882; padding: .8rem; font-size: .85rem }
-  pre { white-space: pre-wrap; overflow-wrap: anywhere }
+  :root {{ color-scheme: light dark }}
+  pre {{ font-size: 15px; white-space: pre-wrap; overflow-wrap: anywhere }}
 </style>
-<h1>claude-cli-bridge</h1>
-<h2>Connect</h2>
+<pre>{}</pre>
+</html>
 """
 EXPORTS = """\
 export ANTHROPIC_BASE_URL={url}
@@ -2125,27 +2118,14 @@ def request_row(entry: tuple[str, Json]) -> tuple[str, str]:
     return f"{clock} {path}", text
 
 
-def render(bridge: Bridge, heading: str, row: str, escape: Callable[[str], str]) -> str:
-    """The sections of the page in a format."""
-    parts = []
-    for title, rows in page_sections(bridge).items():
-        parts.append(heading.format(title))
-        for item in rows or [("none", "")]:
-            parts.append(row.format(*map(escape, item)))
-    return "".join(parts)
-
-
 def page_text(bridge: Bridge) -> str:
     connect = textwrap.indent(connect_lines(bridge), "  ")
-    sections = render(bridge, "\n{}\n", "  {:36} {}\n", escaped)
-    return f"claude-cli-bridge\n\nConnect\n{connect}{sections}"
-
-
-def page_html(bridge: Bridge) -> str:
-    connect = html.escape(connect_lines(bridge))
-    row = "<p><span>{}</span><span>{}</span></p>\n"
-    sections = render(bridge, "<h2>{}</h2>\n", row, html.escape)
-    return f"{PAGE}<pre>{connect}</pre>\n{sections}</html>\n"
+    parts = [f"claude-cli-bridge\n\nConnect\n{connect}"]
+    for title, rows in page_sections(bridge).items():
+        parts.append(f"\n{title}\n")
+        for name, value in rows or [("none", "")]:
+            parts.append(f"  {escaped(name):36} {escaped(value)}\n")
+    return "".join(parts)
 
 
 # ------------------------------------------------------------ appendix: providers

@@ -39,7 +39,6 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.text += " " if tag == "span" else ""
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -98,7 +97,7 @@ def test_the_page_is_html_for_a_browser_and_runs_and_loads_nothing(serve: Serve)
     answer = serve().call("GET", "/", None, HTML)
     assert answer.headers["content-security-policy"].startswith("default-src 'none'")
     tags = set(Reader(answer.body.decode()).tags)
-    assert {"title", "h1", "h2", "p", "pre"} <= tags
+    assert {"title", "pre"} <= tags
     assert not tags & {"script", "img", "link", "iframe", "form"}
 
 
@@ -249,5 +248,5 @@ def test_what_the_page_shows_is_escaped(serve: Serve, tmp_path: Path) -> None:
     server = serve(bin=strange)
     answer = server.call("GET", "/", None, HTML)
     assert b"<script>" not in answer.body
-    assert str(strange) in Reader(answer.body.decode()).text
-    assert json.dumps(str(strange))[1:-1] in page(server, {})
+    for accept in ({}, HTML):
+        assert json.dumps(str(strange))[1:-1] in page(server, accept)
