@@ -18,14 +18,13 @@ An answer needs these sections of the three files, in this order:
                   a process        what it prints is read, its control requests answered
     translate.py  from the CLI     lines become events
                   translation      which become those of a Messages stream
-    bridge.py     a request        that go to the client
+    bridge.py     a request and its answer: those go to the client
     sessions.py   the pool         and the process rests, or is ended
 
-With the small ones between them (a request and its answer, room, queue and threads, past
-conversations, frames) they are less than 4,000 of 7,400 lines.  Nobody needs the rest to
-follow an answer: errors and JSON, settings, the command line and environment of a process,
-what is known of the CLI, spares, the sweep, other routes, the log, `serve`, the program, and
-what is called an appendix.
+With the small ones between them (room, queue and threads, past conversations, frames) they
+are less than 3,800 of 7,200 lines.  Nobody needs the rest to follow an answer: errors and
+JSON, settings, the command line and environment of a process, what is known of the CLI,
+spares, the sweep, other routes, the log, `serve`, the program, and what is called an appendix.
 """
 
 import asyncio

@@ -146,6 +146,8 @@ MAX_PAST = 4096
 PROBE_MODEL = "sonnet"
 # Seconds between two looks at all processes.
 SWEEP_SECS = 1.0
+# Seconds between the starts of two spares that no request asked for.
+CALM_SECS = 5.0
 # How many counts of tokens, and announcements, are remembered: Claude Code's /context
 # asks for 24 counts, some of them twice.
 MAX_COUNTS = 256
@@ -2264,8 +2266,10 @@ class Spares:
 
     @property
     def is_short(self) -> bool:
-        """Whether too few requests have come to say what all of them should be."""
-        return len(self._kinds) < self._pool.config.spares
+        """Whether to start another before requests say what it should be: one at a time,
+        or a first request that comes at once would be slowed down."""
+        is_calm = all(spare.state_secs >= CALM_SECS for spare in self.ready)
+        return is_calm and len(self._kinds) < self._pool.config.spares
 
     async def take(self, kind: Kind) -> Session | None:
         """A spare, even one that is not at its gate yet."""
@@ -2329,8 +2333,6 @@ async def sweep(pool: Pool) -> None:
     """Start the first spares, and look after all processes, again and again."""
     while True:
         try:
-            # One at a time: a second one would slow down a first request that comes at
-            # once.
             if pool.spares.is_short:
                 with contextlib.suppress(ApiError):  # the first request will report it
                     await pool.inspector.look()

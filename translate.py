@@ -1179,6 +1179,11 @@ def is_plain_text(block: Block) -> bool:
     return block == text_block(get_str(block, "text"))
 
 
+# Types of what may hold a string in place of one text block: a tool's result, and the
+# source of a document (API).
+STRING_HOLDERS = ("tool_result", "content")
+
+
 def canonical_block(block: Any) -> Json:
     kept = {}
     for key, value in block.items():
@@ -1189,10 +1194,12 @@ def canonical_block(block: Any) -> Json:
         kept[key] = value
     if "input" in kept:
         kept["input"] = with_plain_numbers(cli_input(block))
+    if kept.get("type") in STRING_HOLDERS and isinstance(kept.get("content"), str):
+        kept["content"] = as_blocks(kept["content"])
     for key in ("content", "citations", "source"):
         if key in kept:
             kept[key] = canonical(kept[key])
-    if kept.get("content") == []:
+    if kept.get("content") in ("", []):
         del kept["content"]
     return kept
 
@@ -1210,11 +1217,11 @@ def plain_number(text: str) -> float:
 
 
 def canonical(value: Any) -> Any:
-    """What stands in a block in its canonical form: a string is one text block (API)."""
+    """What stands in a block in its canonical form."""
     if isinstance(value, dict):
         return canonical_block(value)
-    if isinstance(value, str | list):
-        return list(map(canonical, as_blocks(value)))
+    if isinstance(value, list):
+        return list(map(canonical, value))
     return value
 
 

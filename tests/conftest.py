@@ -177,8 +177,9 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stub: "Stub") -
     # A fork of this large process takes 50 ms; without `die_with_parent` there is none.  Bridges
     # that are programs (`launch`) do fork.
     monkeypatch.setattr(sessions, "PRCTL", None)
-    # Nobody waits a second for the end of a short time.
+    # So that no test waits for them.
     monkeypatch.setattr(sessions, "SWEEP_SECS", 0.1)
+    monkeypatch.setattr(sessions, "CALM_SECS", 0)
     monkeypatch.setattr(sessions, "ALLOWED", (*sessions.ALLOWED, "STANDIN"))
     return home
 

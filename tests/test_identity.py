@@ -81,17 +81,14 @@ def marked(value: Any) -> bool:
 
 
 def known_blocks(case: Json) -> Iterator[Json]:
-    """The blocks of messages, of tools' results, of documents, and citations."""
+    """The blocks of messages, and what is in them: results, sources, citations."""
 
-    def walk(content: Any) -> Iterator[Json]:
-        for block in listed(content):
+    def walk(value: Any) -> Iterator[Json]:
+        for block in value if isinstance(value, list) else [value]:
             if isinstance(block, dict):
                 yield block
-                if str(block.get("type")).endswith("tool_result"):
-                    yield from walk(block.get("content"))
-                yield from walk(block.get("citations"))
-                if isinstance(block.get("source"), dict):
-                    yield from walk(block["source"].get("content"))
+                for key in ("content", "citations", "source"):
+                    yield from walk(block.get(key))
 
     for message in case["body"]["messages"]:
         yield from walk(message["content"])
@@ -108,7 +105,8 @@ def same_betas(case: Json) -> None:
 def same_marks(case: Json) -> None:
     body = case["body"]
     are_own = sum(map(marked, [*(body.get("tools") or []), body])) > 1
-    for message, following in zip_longest(body["messages"], body["messages"][1:]):
+    messages = [message for message in body["messages"] if not is_unsaid(message)]
+    for message, following in zip_longest(messages, messages[1:]):
         content = listed(message["content"])
         after = [block["type"] == "tool_result" for block in content]
         goes_on = following is not None and following["role"] in ("user", "system")
@@ -164,11 +162,8 @@ def same_strings(case: Json) -> None:
     for message in case["body"]["messages"]:
         message["content"] = as_list(message["content"])
     for block in known_blocks(case):
-        if block.get("type") == "tool_result" and "content" in block:
+        if block.get("type") in ("tool_result", "content") and "content" in block:
             block["content"] = as_list(block["content"])
-        source = block.get("source")
-        if isinstance(source, dict) and "content" in source:
-            source["content"] = as_list(source["content"])
 
 
 def same_reminder(case: Json) -> None:
@@ -179,13 +174,15 @@ def same_reminder(case: Json) -> None:
             message.update(role("user", [text(words)] if texts else []))
 
 
+def is_unsaid(message: Json) -> bool:
+    """Whether it is an assistant message that has only thinking."""
+    kinds = {block["type"] for block in listed(message["content"])}
+    return message["role"] == "assistant" and bool(kinds) and kinds <= {*NON_ANSWER_TYPES}
+
+
 def same_unsaid(case: Json) -> None:
-    case["body"]["messages"] = [
-        message
-        for message in case["body"]["messages"]
-        if message["role"] == "user"
-        or not all(block["type"] in NON_ANSWER_TYPES for block in message["content"])
-    ]
+    messages = case["body"]["messages"]
+    messages[:] = [message for message in messages if not is_unsaid(message)]
 
 
 def same_roles(case: Json) -> None:
