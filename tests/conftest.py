@@ -109,15 +109,17 @@ IN_TURN = (
     "test_fidelity",
     "test_gate",
     "test_js_clients",
+    "test_logins",
     "test_models",
     "test_real",
+    "test_rebuilt",
     "test_repairs",
     "test_server",
     "test_stand_in",
     "test_tools",
 )
 # These with both: what arrives of any request is what differs most between versions.
-WITH_BOTH = ("test_generated_requests", "test_a_text_after_a_call")
+WITH_BOTH = ("test_generated_requests", "test_a_text_after_a_call", "test_whether_continued")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from client import Client, Json, request_body
 from host import wait_until
-from installed import CLI_PARAMS
 from servers import KEEP, Launch, Program, Serve
 from stubs import Stub
 from test_check import FEATURES, check
@@ -183,17 +182,7 @@ def login_headers(row: Json) -> dict[str, str]:
     return {key: found[key] for key in ("x-api-key", "authorization") if key in found}
 
 
-# With an older CLI the main ones, unless the user asks for more.
-MAIN = ("subscription", "key", "key-helper", "nobody")
-TABLE = [
-    (cli, name)
-    for cli in CLI_PARAMS
-    for name in LOGINS
-    if cli != "npm" or name in MAIN or os.environ.get("CLIS")
-]
-
-
-@pytest.mark.parametrize(("cli", "name"), TABLE, indirect=["cli"])
+@pytest.mark.parametrize("name", LOGINS)
 def test_a_login_is_one_at_the_start_for_check_on_the_page_for_health_and_at_the_api(
     launch: Launch,
     cli: Path,
