@@ -605,7 +605,9 @@ def gate_path(descriptor: int) -> str:
         # The folder that Python chose at its start is gone.
         tempfile.tempdir = None
         own = tempfile.mkdtemp(prefix="claude-cli-bridge-")
-    return os.path.join(own, f"{descriptor}.jsonl")
+    path = os.path.join(own, f"{descriptor}.jsonl")
+    os.symlink(f"/dev/fd/{descriptor}", path)
+    return path
 
 
 class Gate(asyncio.BaseProtocol):
@@ -733,7 +735,6 @@ class Child(asyncio.SubprocessProtocol):
             self._gate: asyncio.WriteTransport = gate[0]
             try:
                 self._gate_path = gate_path(reading)
-                os.symlink(f"/dev/fd/{reading}", self._gate_path)
                 await self.loop.subprocess_exec(
                     lambda: self,
                     *argv,

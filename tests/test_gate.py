@@ -1,5 +1,6 @@
 """The gate: the pipe through which a conversation reaches a process, and nothing but a pipe."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -211,6 +212,8 @@ def test_the_path_of_a_gate_leads_to_its_pipe_and_has_a_folder_of_its_own() -> N
 def test_what_forks_closes_the_gates_that_are_open_and_no_other_file() -> None:
     pipes = [os.pipe() for _ in range(3)]
     gates = [Gate(writing) for _, writing in pipes]
+    for gate in gates:
+        gate.connection_made(asyncio.BaseTransport())
     gates[2].connection_lost(None)  # whoever closes the pipe says so
     Gate.close_all()
     ends = [os.read(reading, 1) for reading, _ in pipes[:2]]
