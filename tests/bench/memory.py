@@ -28,11 +28,12 @@ def private(process: psutil.Process) -> float:
 
 def processes(program: Program, count: int) -> list[psutil.Process]:
     """The processes of the CLI, once there are so many and they rest."""
-    program.rest()
-    while len(found := program.psutil.children()) != count:
-        time.sleep(0.1)
-    program.rest()
-    return list(found)
+    found: list[psutil.Process] = []
+    # One that is asked who is logged in ends again.
+    while len(found) != count or found != program.psutil.children():
+        found = list(program.psutil.children())
+        program.rest()
+    return found
 
 
 def cpu(program: Program) -> float:
