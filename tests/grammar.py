@@ -192,8 +192,9 @@ class Client:
             self._add(self._block, copied(event["delta"]), at)
         else:
             if self._input:
-                self._block["input"] = parsed_input(self._input)
-                self._is_cut = self._block["input"] is None
+                whole = parsed_input(self._input)
+                self._is_cut = whole is None
+                self._block["input"] = whole or {}
             self._block = None
 
     def _add(self, block: Json, delta: Json, at: str) -> None:
