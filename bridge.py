@@ -207,7 +207,8 @@ class Config(sessions.PoolConfig):
             is_name = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name)
             message = "takes names of variables, with commas between, and no values"
             require(is_name, "keep_env", message)
-            leads_back = self.leads_here(os.environ.get(name, ""))
+            is_address = name.endswith("_BASE_URL")
+            leads_back = is_address and self.leads_here(os.environ.get(name, ""))
             message = f"{name} is the bridge's own address, where its clients ask;"
             require(not leads_back, "keep_env", f"{message} leave the name out")
         is_header = self.api_key.isprintable() and self.api_key == self.api_key.strip()
@@ -302,7 +303,9 @@ class Config(sessions.PoolConfig):
                 if item.metadata["group"] == "agent mode"
                 and getattr(self, item.name) != item.default
             ]
-        who = "any program of this user" if self.unix_path else "any local program"
+        who = "any local program"
+        if self.unix_path:
+            who = "any program that may connect to the socket"
         if self.api_key:
             who = "any client with the key"
         where = f"as user {user_name()}, in {os.path.abspath(self.cwd)}"
@@ -513,8 +516,8 @@ LOGIN_VARIABLES = (
 
 
 def login_state(config: Config, info: CliInfo) -> str:
-    """Who the CLI is logged in as, or whose login was looked for and what to do, for
-    people to read."""
+    """Who the CLI is logged in as; if nobody, where it looked and what to do.  For people
+    to read."""
     if info.login:
         return f"{info.login} ({login_place()})"
     found = f"nobody is logged in: no login of {login_place()}"
@@ -576,7 +579,7 @@ class Exchange:
     body: bytes = b""
     # Written by `check_access`: its client has passed the checks.
     is_allowed: bool = False
-    # Written by the connection, which ends with this answer.
+    # Set by the connection: it closes after this answer.
     last: bool = False
     # Written as it is answered; the failure is `error.type`, and what the log says of it.
     id: str = field(default_factory=lambda: "req_" + uuid.uuid4().hex)
@@ -667,8 +670,8 @@ class Exchange:
         self.connection.write(h11.Data(data=frames))
 
     async def ping(self) -> None:
-        """Fill the silences of a stream, until it is cancelled.  As in the API's own
-        streams, pings come between other events too."""
+        """Send a ping every PING_SECS, until it is cancelled; as in the API's own streams,
+        also between other events."""
         while True:
             await asyncio.sleep(PING_SECS)
             self.stream(translate.PING)
@@ -842,11 +845,11 @@ class Connection:
     bridge: "Bridge"
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
-    # More than `max_connections` were open: all it gets is a 503.
+    # `max_connections` were open already: all it gets is a 503.
     is_surplus: bool
-    # A request of it is being answered; written by `Bridge.handle`.
+    # One of its requests is being answered; written by `Bridge.handle`.
     answering: bool = False
-    # A request of it has been answered; written by `serve`, read at shutdown.
+    # One of its requests has been answered; written by `serve`, read at shutdown.
     answered: bool = False
 
     def __post_init__(self) -> None:
@@ -1071,6 +1074,8 @@ class Bridge:
         # yet; only with an inherited listener, where no client may be refused.
         self.grace_secs = 0.0
         self.connections: dict[asyncio.Task[None], Connection] = {}
+        # Those of them that are no surplus.
+        self._served = 0
         # Requests that are being answered.
         self.answers: set[asyncio.Task[None]] = set()
         self.health = Health(self)
@@ -1088,12 +1093,15 @@ class Bridge:
         if self.closing and not self.grace_secs:
             writer.transport.abort()  # accepted while the server was being closed
             return
-        served = sum(not item.is_surplus for item in self.connections.values())
-        is_surplus = served >= self.config.max_connections
+        is_surplus = self._served >= self.config.max_connections
+        self._served += not is_surplus
         connection = Connection(self, reader, writer, is_surplus)
         task = asyncio.get_running_loop().create_task(connection.serve())
         self.connections[task] = connection
-        task.add_done_callback(self.connections.pop)
+        task.add_done_callback(self._remove)
+
+    def _remove(self, task: asyncio.Task[None]) -> None:
+        self._served -= not self.connections.pop(task).is_surplus
 
     async def close(self) -> None:
         """End all connections: idle ones now, running answers when they are done or
@@ -1183,7 +1191,8 @@ class Bridge:
         tell the client what helps when nobody is logged in; deep health asks anew."""
         advice = ""
         if error.status == 401:
-            # The last word on the login is no longer good, nor one being asked for.
+            # What was last heard about the login is out of date, and so is any answer
+            # that is still on its way.
             self.health = Health(self)
         if translate.LOGIN_CURE in error.message:
             cure = login_state(self.config, CliInfo())
@@ -1263,6 +1272,8 @@ class Bridge:
             try:
                 async for frames in turn.relay():
                     exchange.first_byte = exchange.first_byte or time.monotonic()
+                    if ping and turn.translator.done:
+                        ping.cancel()  # nothing comes after message_stop
                     if frames:
                         exchange.stream(frames)
                     await exchange.connection.drain()
@@ -1335,8 +1346,8 @@ PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'n
 
 
 class Health:
-    """Whether the bridge could answer: it starts a CLI and asks who is logged in, which
-    makes no model call."""
+    """Whether the bridge could answer.  To find out, it starts a CLI and asks who is
+    logged in; no model is called."""
 
     def __init__(self, bridge: Bridge) -> None:
         self._bridge = bridge
@@ -1506,7 +1517,7 @@ def log_row(exchange: Exchange) -> Json:
             "conversation": turn.origin,
             "reason": turn.reason or None,
             "model": turn.request.model,
-            "not_sent": limited(turn.not_sent) or None,
+            "not_sent": limited(turn.not_sent).replace(", ", ",") or None,
             "api_calls": calls if calls > 1 else None,
         }
     # nginx's number for a client that left before there was a status.
@@ -1549,7 +1560,7 @@ async def serve(
     `config.drain_secs`, and no child is left.
     """
     if sock:
-        # Its address is the one that a Host may have.
+        # Clients may name its address as their Host.
         config = dataclasses.replace(config, listen_addr=address_of(sock))
     config = config.checked()
     stack = contextlib.AsyncExitStack()
@@ -2276,8 +2287,8 @@ data: {"type": "message_stop"}
 
 class FakeApi(Bridge):
     """The fake API that `check` starts on loopback; it costs nothing.  It notes which
-    FEATURES the CLI has.  The CLI that asks it is of another pool; its own is never
-    used."""
+    FEATURES the CLI has.  The CLI that calls it belongs to another pool; its own pool is
+    never used."""
 
     def __init__(self) -> None:
         config = Config(listen_addr="127.0.0.1:0", api_key=uuid.uuid4().hex)

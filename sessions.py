@@ -146,7 +146,8 @@ MAX_PAST = 4096
 PROBE_MODEL = "sonnet"
 # Seconds between two looks at all processes.
 SWEEP_SECS = 1.0
-# Seconds between the starts of two spares that no request asked for.
+# At least so many seconds are between two spares that no request asked for, and so long
+# a spare is kept that was set up for another conversation than the newest.
 CALM_SECS = 5.0
 # How many counts of tokens, and announcements, are remembered: Claude Code's /context
 # asks for 24 counts, some of them twice.
@@ -253,7 +254,6 @@ class PoolConfig:
     max_queue: int = setting(
         1000,
         "most requests that may wait for room; more get 529 at once",
-        least=1,
     )
     retries: int = setting(
         0,
@@ -860,7 +860,7 @@ class Child(asyncio.SubprocessProtocol):
                 self.kill(number)
             else:
                 self._transport.get_pipe_transport(0).close()
-            # Once it has exited, this and `kill` do nothing.
+            # Once it has exited, this returns at once, and `kill` does nothing.
             await asyncio.wait({self.exited}, timeout=seconds)
         self._transport.close()
         self._remove_gate()
@@ -963,8 +963,8 @@ def identify_file(path: str) -> FileIdentity | None:
 
 
 async def ask_version(program: str, environment: Mapping[str, str]) -> str:
-    """What `claude --version` prints first, such as 2.1.332; empty: nothing, within
-    this time."""
+    """What `claude --version` prints first, such as 2.1.332; empty: it printed none within
+    VERSION_SECS."""
     text, has_ended = b"", False
     spawning = asyncio.create_task(
         asyncio.create_subprocess_exec(
@@ -1038,7 +1038,7 @@ class Process(Child):
         self._events: deque[CliEvent] = deque()
         # Bytes that have come since the last `read`.
         self._unread = 0
-        # So many of them that its output is not read meanwhile.
+        # Its output is not read for now: too much of it is unread.
         self._is_paused = False
         # Not set while somebody waits for an event.
         self._news = asyncio.Event()
@@ -1096,8 +1096,8 @@ class Process(Child):
         return self._settled.is_set() and not self.is_unusable
 
     def hand_over(self, results: dict[str, Json]) -> None:
-        """Answer tool calls with their results, by id: now those that have come, the others
-        as they come."""
+        """Answer tool calls with their results, by id: calls that have come are answered
+        now, the others when they come."""
         self._results |= results
         self._answer_calls()
 
@@ -1128,7 +1128,10 @@ class Process(Child):
         """Wait for an event, a failure or the end of its output."""
         self._resume_reading()  # all that was read is the beginning of a line
         self._news.clear()
-        await self._news.wait()
+        try:
+            await self._news.wait()
+        finally:  # also for one who waits no longer
+            self._news.set()
 
     async def wait_for_output(self) -> None:
         """Wait for its first output or its end, but not for long."""
@@ -1461,8 +1464,8 @@ class Turn:
         return lost
 
     async def relay(self) -> AsyncIterator[bytes]:
-        """The frames of the answer, those of one read at a time; b"" unless the request
-        streams.  The child is not read until the next ones are asked for.
+        """The frames of the answer, joined read by read; b"" if the request does not
+        stream.  The child is not read until the next ones are asked for.
 
         Raises ApiError when the turn fails; what came before stays a correct beginning.
         """
@@ -1478,13 +1481,13 @@ class Turn:
                 raise
             finally:  # what came before a fault is sent
                 self.process.working = self.translator.working
+                if self.translator.done and not self.rests:
+                    # The CLI would go on by itself here, and nothing more may be billed:
+                    # it is killed before it can ask.
+                    self.process.kill(signal.SIGKILL)
                 if self.translator.message:
                     self.report_begun()
                     yield b"".join(frames) if self.request.stream else b""
-        if not self.rests:
-            # The CLI goes on by itself here, and nothing more may be billed: it is
-            # killed before it can ask.
-            self.process.kill(signal.SIGKILL)
 
     def report_begun(self) -> None:
         if self.on_begun:
@@ -1520,8 +1523,8 @@ class Room:
 
     @property
     def shortfall(self) -> int:
-        """How many places are still to be freed for those who wait; negative: more
-        processes are being ended than that."""
+        """How many places are still to be freed for those who wait; negative: more places
+        are on their way than anyone waits for."""
         return self._waiting - len(self.ending)
 
     async def enter(self, make_room: Callable[[], None]) -> None:
@@ -1548,10 +1551,13 @@ class Room:
             finally:
                 then()
                 self.leave()
+                if not self._waiting:
+                    self.ending.discard(task)
 
         task = asyncio.create_task(leave())
         self.ending.add(task)
-        # Once whoever got the place is counted no more: `shortfall` has neither or both.
+        # Only after whoever got the place has stopped counting as one who waits, so that
+        # `shortfall` counts both or neither.
         task.add_done_callback(self.ending.discard)
 
 
@@ -1559,7 +1565,7 @@ class Room:
 
 
 class Queue:
-    """The queue in which requests wait: for a lock, a count or a process."""
+    """The queue in which requests wait: for a lock, a count, a process or its start."""
 
     def __init__(self, config: PoolConfig, metrics: "Metrics") -> None:
         self._config = config
@@ -1574,27 +1580,26 @@ class Queue:
         *,
         is_timed: bool = True,
     ) -> None:
-        """Wait for what is acquired, in a queue of at most `max_queue` requests and for at
-        most `queue_secs`.  Raises ApiError 529, which names the `problem`; when the queue
-        is full, also for what is free."""
+        """Call `acquire` and wait for it, in a queue of at most `max_queue` requests and for
+        at most `queue_secs`.  Raises ApiError 529, which names the `problem`."""
+        secs = self._config.queue_secs
+        message = f"{problem} within {secs:g} seconds"
         if self.length >= self._config.max_queue:
-            raise self._overloaded(f"{self.length} requests wait for room already")
+            secs = 0  # it may still be had at once
+            message = f"{self.length} requests wait for room already"
         self.length += 1
         began = time.monotonic()
-        secs = self._config.queue_secs
         try:
             async with asyncio.timeout(secs):
                 await acquire()
         except TimeoutError:
-            raise self._overloaded(f"{problem} within {secs:g} seconds") from None
+            after = max(1, round(self._config.queue_secs))
+            message += "; try again later"
+            raise ApiError(529, message, retry_after=after) from None
         finally:
             self.length -= 1
             if is_timed:
                 self._metrics.time("queue_seconds", time.monotonic() - began)
-
-    def _overloaded(self, problem: str) -> ApiError:
-        after = max(1, round(self._config.queue_secs))
-        return ApiError(529, f"{problem}; try again later", retry_after=after)
 
     @contextlib.asynccontextmanager
     async def held(
@@ -1613,8 +1618,8 @@ class Queue:
 
 
 class Threads:
-    """Two threads for large requests, one for the largest of them: others need not wait
-    for those."""
+    """Two threads for large requests.  One takes only the largest, so the others need not
+    wait for them."""
 
     def __init__(self) -> None:
         self._threads = (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
@@ -1649,8 +1654,8 @@ class Outcomes:
     """What became of the conversations of the past, to say why one is rebuilt."""
 
     def __init__(self) -> None:
-        # By fingerprint and by pin, the parts of the session that held a conversation
-        # last, and why a request may not find it there.
+        # By fingerprint and by pin, the parts of the session that held the conversation
+        # last, and why a request may miss it.
         self._last_seen: OrderedDict[bytes | str, tuple[Digests, str]] = OrderedDict()
 
     def __contains__(self, key: bytes | str) -> bool:
@@ -2267,8 +2272,8 @@ class Spares:
 
     @property
     def is_short(self) -> bool:
-        """Whether to start another before requests say what it should be: one at a time,
-        or a first request that comes at once would be slowed down."""
+        """Whether to start another spare before requests show which kind is wanted.  Only
+        one at a time: a request that comes right away must not be slowed down."""
         is_calm = all(spare.state_secs >= CALM_SECS for spare in self.ready)
         return is_calm and len(self._kinds) < self._pool.config.spares
 
@@ -2293,7 +2298,8 @@ class Spares:
             if preparing in missing:
                 missing.remove(preparing)
         for spare in self.ready:
-            is_stale = like and spare.parts and not spare.matches(like)
+            is_calm = spare.state_secs >= CALM_SECS
+            is_stale = is_calm and like and spare.parts and not spare.matches(like)
             if spare.kind in missing and not is_stale:
                 missing.remove(spare.kind)
             else:

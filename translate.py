@@ -322,12 +322,12 @@ def has_more_values(body: bytes) -> bool:
     """Whether a JSON text holds more than about MAX_VALUES values."""
     if len(body) <= MAX_VALUES:
         return False
+    # There is about one mark for each value.
     marks = 0
     is_in_string = False
     for match in PIECE.finditer(body):
         piece = match[0].replace(b"\\\\", b"").replace(b'\\"', b"")
         parts = piece.split(b'"')
-        # About one for each value.
         outside = b"".join(parts[is_in_string::2])
         marks += sum(map(outside.count, b",[{"))
         if marks > MAX_VALUES:
@@ -355,7 +355,7 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,255}")
 MODEL_PREFIX = "claude-cli/"
 # How full names begin; aliases (sonnet, opus[1m]) do not.
 FULL_NAME = "claude-"
-# What cannot stand in a header's list with commas: all but visible ASCII without a comma.
+# What cannot stand in a header's list: commas, and all but visible ASCII.
 NOT_IN_HEADER = re.compile(r"[^\x21-\x2b\x2d-\x7e]")
 # Betas that 2.1.332 reserves for itself: it sends them for no client.
 UNSENT_BETAS = {
@@ -431,8 +431,8 @@ class Request:
     fields: Json
     # The client's anthropic-beta, sorted.
     betas: str
-    # Who sets the cache breakpoints of the messages: "client", or the CLI, which keeps its
-    # own for "5m", "1h", or "" for as long as it chooses.
+    # Who sets the cache breakpoints of the messages: "client", or else the CLI, with the
+    # time for which it keeps its own: "5m", "1h", or "" (its choice).
     caching: str
     # Fields and places that cannot arrive as sent (header x-bridge-not-sent).  Whatever
     # reads a part of the body adds to it.
@@ -631,9 +631,10 @@ def read_fields(
     if is_agent:
         lost = [key for key in fields if key != "thinking"]
         not_sent += [printable(key) for key in lost if fields[key] is not None]
-        return without(fields, lost)
+        return {key: fields[key] for key in fields if key == "thinking"}
     for number, tool in enumerate(tools):
-        # The CLI drops the reference that loads a tool: the model would never see it.
+        # The CLI drops the reference that loads a tool, so the model would never see the
+        # tool.
         if tool.get("defer_loading") and tool.get("name") in loaded:
             not_sent.append(f"tools.{number}.defer_loading")
             tool = without(tool, {"defer_loading"})
@@ -1074,7 +1075,7 @@ def is_result(block: Block) -> bool:
 
 
 def blocks_in(block: Any) -> list[Any]:
-    """The blocks in a tool result or a document, and those in them."""
+    """The blocks in a message, a tool result or a document, and those in them."""
     if not isinstance(block, dict):
         return []
     source = block.get("source")
@@ -1179,9 +1180,9 @@ def is_plain_text(block: Block) -> bool:
     return block == text_block(get_str(block, "text"))
 
 
-# Types of what may hold a string in place of one text block: a tool's result, and the
+# Types of what may hold a string in place of one text block: results of tools, and the
 # source of a document (API).
-STRING_HOLDERS = ("tool_result", "content")
+STRING_HOLDERS = ("tool_result", "mcp_tool_result", "content")
 
 
 def canonical_block(block: Any) -> Json:
@@ -1217,7 +1218,7 @@ def plain_number(text: str) -> float:
 
 
 def canonical(value: Any) -> Any:
-    """What stands in a block in its canonical form."""
+    """The canonical form of a value inside a block."""
     if isinstance(value, dict):
         return canonical_block(value)
     if isinstance(value, list):
@@ -1449,8 +1450,8 @@ THINKING_MODES = ("adaptive", "enabled")
 def turn_environment(
     request: Request, *, has_listed_tools: bool = False
 ) -> dict[str, str]:
-    """What `apply_flag_settings` sets for a request, from the next API call on (recording
-    turn_settings).
+    """The environment that `apply_flag_settings` sets for a request; it counts from the
+    next API call on (recording turn_settings).
 
     The CLI merges CLAUDE_CODE_EXTRA_BODY into the body of each API call, so the
     client's fields arrive as sent; the next value replaces them.  It adds
@@ -1547,10 +1548,9 @@ MAX_RESULT = 400_000
 
 
 def tool_results(content: list[Block]) -> dict[str, Json] | None:
-    """The results in a user message, by call id, as MCP has them (`check_pairs` and the
-    digests have shown that they answer the calls of the process); None:
-    only a fresh process can carry what the user message holds (text beside the results,
-    a document, a result that is too long)."""
+    """The results in a user message, by call id, as MCP has them; None if only a fresh
+    process can carry it (text beside the results, a document, a result that is too long).
+    `check_pairs` and the digests have shown that they answer the calls of the process."""
     results: dict[str, Json] = {}
     for block in content:
         result = mcp_result(block)
@@ -1832,8 +1832,8 @@ class Translator:
         self._model = model
         # The last of CHANGED_RETRY_STATUSES that a call of the turn got; 0: none.
         self._refused = 0
-        # Whether the events that come now are of this turn: 2.1.330 names the user lines
-        # that each answers, and older versions name none.
+        # Whether the events that come now are of this turn: from 2.1.330 on they name the
+        # user lines that they answer; older versions name none.
         self._is_ours = True
         self._tool_names = frozenset(tool_names)
         # A delta of a new type came: the CLI may not know how to add it to its block.
@@ -1891,12 +1891,12 @@ class Translator:
 
     def _is_next_delta(self, event: CliEvent) -> bool:
         """Whether it is the usual event, another piece of the open block.  `_dispatch`
-        would do the same with it, for three times the time (tests/bench/relay.py)."""
+        would do the same with it, in twice the time (tests/bench/relay.py)."""
         return (
             self.state == "block"
             and self._is_ours
             and event["type"] == "stream_event"
-            and event["event"]["type"] == "content_block_delta"
+            and get_str(event.get("event"), "type") == "content_block_delta"
             and event.get("parent_tool_use_id") is None
             and "user_message_uuids" not in event
         )
@@ -1932,8 +1932,9 @@ class Translator:
         if kind == "control_response":
             given: Any = event.get("response")
             if get_str(given, "subtype") == "error":
-                reason = given.get("error")
-                raise cli_error(f"the claude CLI refused a control request: {reason}")
+                message = "the claude CLI refused a control request"
+                reason = f"{message}: {given.get('error')}"
+                raise ApiError(502, reason, log_reason=message)
         return []
 
     # The events of a stream

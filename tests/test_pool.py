@@ -2,6 +2,7 @@
 the CLI."""
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from client import request_body
 from host import wait_until
 from processes import alive, in_pool, in_work, kill, open_gate, pid, soon, take_turn, talk
 from servers import Serve
@@ -17,6 +19,7 @@ from stand_in import Log
 
 import sessions
 from sessions import Pool, Session
+from translate import parse_request
 
 # ---------------------------------------------------------------- who gets which
 
@@ -263,5 +266,18 @@ def test_a_request_that_is_cancelled_as_it_waits_for_the_last_result_disturbs_no
         open_gate(gate)
         following, answer = await again
         assert (following.origin, answer) == ("hot", "echo: two; 3 messages")
+
+    in_pool(use)
+
+
+def test_a_process_that_would_go_on_is_killed_before_its_answer_is_taken() -> None:
+    """A client may be slow, or gone by then."""
+
+    async def use(pool: Pool) -> None:
+        body = json.dumps(request_body('STOP-REASON "max_tokens"')).encode()
+        async with pool.turn(parse_request(body), None) as turn:
+            async for _ in turn.relay():
+                if turn.translator.done:
+                    await soon(turn.process.exited.done)
 
     in_pool(use)

@@ -133,8 +133,10 @@ def test_of_a_request_that_is_cancelled_before_it_is_read_nothing_is_read() -> N
         left = asyncio.create_task(pool.threads.run(sessions.LARGE_SIZE, was_read.set))
         await asyncio.sleep(0)
         left.cancel()
+        await asyncio.wait({left})
+        await asyncio.sleep(0)  # the thread is told
         may_end.set()
-        await asyncio.wait({other, left})
+        await other
         assert await pool.threads.run(sessions.LARGE_SIZE, lambda: 7) == 7
 
     in_pool(use)

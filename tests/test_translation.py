@@ -1333,3 +1333,11 @@ def test_a_turn_in_which_the_cli_removes_what_the_api_refused_fails_with_the_api
     for odd in (None, 5, [5], [{"type": "text"}], said[:40]):
         event = synthetic(message={"model": "<synthetic>", "content": odd})
         assert play([event, *stream(*TEXT)]).emitted == GOOD
+
+
+def test_why_a_control_request_is_refused_is_not_logged() -> None:
+    """It can quote the system prompt or a field of the request."""
+    refusal = {"subtype": "error", "error": "sesame"}
+    with pytest.raises(ApiError, match="sesame") as caught:
+        Translator().feed({"type": "control_response", "response": refusal})
+    assert caught.value.log_reason == "the claude CLI refused a control request"
