@@ -581,11 +581,13 @@ class Exchange:
     is_allowed: bool = False
     # Set by the connection: it closes after this answer.
     last: bool = False
-    # Written as it is answered; the failure is `error.type`, and what the log says of it.
+    # By which the client and the log call it.
     id: str = field(default_factory=lambda: "req_" + uuid.uuid4().hex)
+    # Monotonic time at which it began to come.
     began: float = field(default_factory=time.monotonic)
     # 0: nothing was answered.
     status: int = 0
+    # error.type of a failure, and what the log says of it.
     failure: str = ""
     message: str = ""
     # Written by the routes.  Monotonic time at which the CLI began to answer.
@@ -595,7 +597,8 @@ class Exchange:
     turn: sessions.Turn | None = None
 
     def take(self, request: h11.Request) -> None:
-        """Several headers of one name are joined by commas (RFC 9110, 5.3)."""
+        """Fill it from the head of a request.  Several headers of one name are joined by
+        commas (RFC 9110, 5.3)."""
         self.method = request.method.decode()
         self.target = request.target.decode()
         values: dict[str, list[str]] = {}
