@@ -195,38 +195,55 @@ class Config(sessions.PoolConfig):
         for item in dataclasses.fields(self):
             check_bounds(item, getattr(self, item.name))
         bypasses = self.tools and self.permission_mode == "bypassPermissions"
-        is_root = os.geteuid() == 0
-        message = "the CLI refuses bypassPermissions when it runs as root"
-        require(not (bypasses and is_root), "permission_mode", message)
-        is_folder = os.path.isdir(self.cwd or ".")
-        require(is_folder or not self.tools, "cwd", f"{self.cwd!r} is not a directory")
+        if bypasses and os.geteuid() == 0:
+            raise config_error(
+                "permission_mode",
+                "the CLI refuses bypassPermissions when it runs as root",
+            )
+        if self.tools and not os.path.isdir(self.cwd or "."):
+            raise config_error("cwd", f"{self.cwd!r} is not a directory")
         if self.mcp_config:
             check_mcp_config(self.mcp_config)
-        for name in self.keep_env:
-            # It is not printed: it may be a secret.
-            is_name = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name)
-            message = "takes names of variables, with commas between, and no values"
-            require(is_name, "keep_env", message)
-            is_address = name.endswith("_BASE_URL")
-            leads_back = is_address and self.leads_here(os.environ.get(name, ""))
-            message = f"{name} is the bridge's own address, where its clients ask;"
-            require(not leads_back, "keep_env", f"{message} leave the name out")
-        is_header = self.api_key.isprintable() and self.api_key == self.api_key.strip()
-        message = "must be one line of UTF-8 without spaces at its ends"
-        require(is_header, "api_key", message)
-        message = "null is the origin of any page in a sandbox, and is never allowed"
-        require("null" not in self.allowed_origins, "allowed_origins", message)
+        self.check_keep_env()
+        if not self.api_key.isprintable() or self.api_key != self.api_key.strip():
+            raise config_error(
+                "api_key", "must be one line of UTF-8 without spaces at its ends"
+            )
+        if "null" in self.allowed_origins:
+            raise config_error(
+                "allowed_origins",
+                "null is the origin of any page in a sandbox, and is never allowed",
+            )
         if not self.unix_path:
             host, _ = self.address
-            message = f"{host} can be reached from other machines: set"
-            message += f" {variable('api_key')}"
-            require(self.api_key or is_loopback(host), "listen_addr", message)
+            if not self.api_key and not is_loopback(host):
+                raise config_error(
+                    "listen_addr",
+                    f"{host} can be reached from other machines: set {variable('api_key')}",
+                )
         check_system(self.trace_dir)
         return dataclasses.replace(
             self,
             bin=find_cli(self.bin),
             trace_dir=self.trace_dir and os.path.abspath(self.trace_dir),
         )
+
+    def check_keep_env(self) -> None:
+        """Raises ConfigError for a name that is none, or that leads the CLI back here."""
+        for name in self.keep_env:
+            if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+                # It is not printed: it may be a secret.
+                raise config_error(
+                    "keep_env",
+                    "takes names of variables, with commas between, and no values",
+                )
+            is_address = name.endswith("_BASE_URL")
+            if is_address and self.leads_here(os.environ.get(name, "")):
+                raise config_error(
+                    "keep_env",
+                    f"{name} is the bridge's own address, where its clients ask;"
+                    " leave the name out",
+                )
 
     def leads_here(self, url: str) -> bool:
         """Whether a URL leads to the address that the bridge listens on."""
@@ -256,8 +273,10 @@ class Config(sessions.PoolConfig):
             message = "expected host:port or unix:/path, such as 127.0.0.1:8080"
             raise config_error("listen_addr", f"{message}; got {self.listen_addr!r}")
         port = int(match[2])
-        message = f"a port is at most {MAX_PORT}; got {port}"
-        require(port <= MAX_PORT, "listen_addr", message)
+        if port > MAX_PORT:
+            raise config_error(
+                "listen_addr", f"a port is at most {MAX_PORT}; got {port}"
+            )
         return match[1].lower(), port
 
     @property
@@ -328,12 +347,6 @@ def config_error(name: str, message: str) -> ConfigError:
     return ConfigError(f"{variable(name)}: {message}")
 
 
-def require(condition: object, name: str, message: str) -> None:
-    """Raises ConfigError for a setting unless the condition holds."""
-    if not condition:
-        raise config_error(name, message)
-
-
 # Words that everybody tries, and what to use instead.
 SYNONYMS = {
     "port": "CLAUDE_CLI_LISTEN_ADDR=127.0.0.1:PORT",
@@ -389,8 +402,8 @@ UNITS = {
 
 def parse_setting(name: str, kind: type, text: str) -> Any:
     """A setting from its text.  Raises ConfigError."""
-    is_quoted = re.fullmatch("(['\"]).*\\1", text, re.DOTALL)
-    require(not is_quoted, name, "leave out the quotes around the value")
+    if re.fullmatch("(['\"]).*\\1", text, re.DOTALL):
+        raise config_error(name, "leave out the quotes around the value")
     if kind is tuple:
         return tuple(text.replace(",", " ").split())
     if kind is str:
@@ -411,11 +424,13 @@ MAX_NUMBER = 1e12
 def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
     """Raises ConfigError for a value that its field does not allow."""
     name, choices, least = item.name, item.metadata["choices"], item.metadata["least"]
-    message = f"must be one of {', '.join(choices)}, got {value!r}"
-    require(not choices or value in choices, name, message)
-    if type(item.default) in (int, float):
+    if choices and value not in choices:
+        message = f"must be one of {', '.join(choices)}, got {value!r}"
+        raise config_error(name, message)
+    is_number = type(item.default) in (int, float)
+    if is_number and not least <= value <= MAX_NUMBER:
         message = f"must be a number from {least} to {MAX_NUMBER:g}, got {value}"
-        require(least <= value <= MAX_NUMBER, name, message)
+        raise config_error(name, message)
 
 
 def check_mcp_config(path: str) -> None:
@@ -427,8 +442,9 @@ def check_mcp_config(path: str) -> None:
         raise config_error("mcp_config", f"{path}: {error.strerror}") from None
     except (ValueError, LookupError, TypeError):
         pass  # it is no such object
-    message = f"{path} must hold a JSON object with `mcpServers`"
-    require(isinstance(servers, dict), "mcp_config", message)
+    if not isinstance(servers, dict):
+        message = f"{path} must hold a JSON object with `mcpServers`"
+        raise config_error("mcp_config", message)
 
 
 def check_system(trace_dir: str) -> None:
@@ -501,8 +517,9 @@ def check_interpreter(path: str) -> None:
         first = file.readline(256)
     if match := re.match(rb"#!\s*(\S+)", first):
         name = os.fsdecode(match[1])
-        message = f"{path!r} is a script for {name}, which is not there"
-        require(os.access(name, os.X_OK), "bin", message)
+        if not os.access(name, os.X_OK):
+            message = f"{path!r} is a script for {name}, which is not there"
+            raise config_error("bin", message)
 
 
 # What clients send that need a key where the bridge has none (README).
@@ -2022,14 +2039,12 @@ def execute(flags: Mapping[str, str]) -> None:
     if command == "login":
         program = find_cli(config.bin)
         os.execv(program, [program, "auth", "login"])
-    is_asked = command == "providers"
-    require(
-        path or not is_asked,
-        "config",
-        "providers needs a gateway's file: --config FILE",
-    )
+    prints_providers = command == "providers"
+    if prints_providers and not path:
+        message = "providers needs a gateway's file: --config FILE"
+        raise config_error("config", message)
     providers = read_providers(path, config) if path else []
-    if is_asked:
+    if prints_providers:
         print(orjson.dumps(providers, option=orjson.OPT_INDENT_2).decode())
         return
     writer = LogWriter()
@@ -2171,10 +2186,11 @@ def read_providers(path: str, config: Config) -> list[Json]:
         raise config_error("config", f"{path}: {error.strerror}") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise config_error("config", f"{path} cannot be read: {error}") from None
-    require(lists, "config", f"{path} has no {NO_PROVIDERS}")
-    are_tables = all(isinstance(entry, dict) for entry in entries)
-    message = f"{path}: model_providers must be a list of tables"
-    require(are_tables, "config", message)
+    if not lists:
+        raise config_error("config", f"{path} has no {NO_PROVIDERS}")
+    if not all(isinstance(entry, dict) for entry in entries):
+        message = f"{path}: model_providers must be a list of tables"
+        raise config_error("config", message)
     return [
         complete_entry(entry, config) if is_claude_cli(entry) else entry
         for entry in entries
