@@ -1892,11 +1892,13 @@ class Translator:
     def _is_next_delta(self, event: CliEvent) -> bool:
         """Whether it is the usual event, another piece of the open block.  `_dispatch`
         would do the same with it, in twice the time (tests/bench/relay.py)."""
+        inner: Any = event.get("event")
         return (
             self.state == "block"
             and self._is_ours
             and event["type"] == "stream_event"
-            and get_str(event.get("event"), "type") == "content_block_delta"
+            and isinstance(inner, dict)
+            and inner.get("type") == "content_block_delta"
             and event.get("parent_tool_use_id") is None
             and "user_message_uuids" not in event
         )
