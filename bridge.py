@@ -1619,8 +1619,8 @@ def address_of(listener: socket.socket) -> str:
     name = listener.getsockname()
     if listener.family != socket.AF_UNIX:
         return host_and_port(*name[:2])
-    # Of an abstract name (unix(7)) the first byte is NUL.
-    return "unix:" + os.fsdecode(name).replace("\0", "@")
+    # Of an abstract name (unix(7)) the first byte is NUL; a socket may have no name.
+    return "unix:" + (os.fsdecode(name).replace("\0", "@") or "@")
 
 
 def bind_unix(path: str) -> socket.socket:

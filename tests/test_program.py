@@ -369,7 +369,7 @@ def test_a_socket_of_a_service_manager_that_cannot_listen_is_one_line_and_status
         program = activate(sock)
         _, said = program.communicate(timeout=30)
     assert (program.returncode, len(said.splitlines())) == (2, 1), said
-    assert said.startswith("claude-cli-bridge: CLAUDE_CLI_LISTEN_ADDR: ")
+    assert said.startswith("claude-cli-bridge: CLAUDE_CLI_LISTEN_ADDR: cannot listen on ")
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
