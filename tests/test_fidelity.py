@@ -45,6 +45,7 @@ DIFFERENCES = {
     "content": "a string is written as a text block, or one text block as a string",
     "roles": "neighbouring messages of one role are joined",
     "breakpoints": "the CLI sets the cache breakpoints, unless the client sets one inside a message",
+    "ends": "a breakpoint at the end of an earlier message gives way to the CLI's own, at the end of the newest",
     "context": "the CLI adds a message about its environment and the date, but not with an API key and 2.1.300 or newer",
     "system role": "a system message becomes a <system-reminder> in the user message beside it",
     "result": "a tool result of text is a list of blocks, or one text if it is an error; is_error of false is left out",
@@ -172,6 +173,13 @@ class Comparison:
     def check_messages(self, sent: list[Json], arrived: list[Json]) -> None:
         sent = self.one_form(sent)
         arrived = self.without_context(arrived)
+        if self.keeps_breakpoints and self.are_at_ends(sent):
+            # The CLI's own is alone in its place.
+            marked = [block for block in arrived[-1]["content"] if "cache_control" in block]
+            assert marked == arrived[-1]["content"][-1:]
+            assert json.dumps(arrived).count('"cache_control"') == 1
+            self.explain(True, "ends")
+            sent, arrived = map(without_breakpoints, (sent, arrived))
         roles = [message["role"] for message in sent]
         assert roles == [message["role"] for message in arrived], arrived[0]
         for number, (ours, theirs) in enumerate(zip(sent, arrived, strict=True)):
@@ -184,6 +192,21 @@ class Comparison:
             assert len(left) == len(right), f"{place}: {left} {right}"
             for index, (one, other) in enumerate(zip(left, right, strict=True)):
                 self.check_block(one, other, f"{place}.{index}")
+
+    def are_at_ends(self, messages: list[Json]) -> bool:
+        """Whether all breakpoints stand where the CLI sets its own: at the ends of the user's
+        messages, on the last block or on any of the tool results there."""
+        ends = 0
+        for message in messages:
+            if message["role"] == "user":
+                blocks = message["content"]
+                results = [block["type"] == "tool_result" for block in blocks]
+                ends += sum(
+                    "cache_control" in block
+                    for number, block in enumerate(blocks)
+                    if number == len(blocks) - 1 or all(results[number:])
+                )
+        return json.dumps(messages).count('"cache_control"') == ends
 
     def one_form(self, messages: list[Json]) -> list[Json]:
         """The messages as they are documented to be changed."""
@@ -596,6 +619,13 @@ WRITTEN: dict[str, Json] = {
                 "role": "user",
                 "content": [{**text("long"), **CACHED}, text("question"), text(RECORD)],
             }
+        ]
+    },
+    "a breakpoint at the end of an earlier message": {
+        "messages": [
+            {"role": "user", "content": [{**text("long"), **CACHED}]},
+            {"role": "assistant", "content": "one"},
+            {"role": "user", "content": RECORD},
         ]
     },
     "a system message": {
