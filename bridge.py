@@ -72,7 +72,7 @@ from collections.abc import (
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import h11
 import orjson
@@ -204,7 +204,12 @@ class Config(sessions.PoolConfig):
             raise config_error("cwd", f"{self.cwd!r} is not a directory")
         if self.mcp_config:
             check_mcp_config(self.mcp_config)
-        self.check_keep_env()
+        if not all(re.fullmatch(r"[^\W\d]\w*", name, re.A) for name in self.keep_env):
+            # It is not printed: it may be a secret.
+            raise config_error(
+                "keep_env",
+                "takes names of variables, with commas between, and no values",
+            )
         if not self.api_key.isprintable() or self.api_key != self.api_key.strip():
             raise config_error(
                 "api_key", "must be one line of UTF-8 without spaces at its ends"
@@ -227,37 +232,6 @@ class Config(sessions.PoolConfig):
             bin=find_cli(self.bin),
             trace_dir=self.trace_dir and os.path.abspath(self.trace_dir),
         )
-
-    def check_keep_env(self) -> None:
-        """Raises ConfigError for a name that is none, or that leads the CLI back here."""
-        for name in self.keep_env:
-            if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
-                # It is not printed: it may be a secret.
-                raise config_error(
-                    "keep_env",
-                    "takes names of variables, with commas between, and no values",
-                )
-            is_address = name.endswith("_BASE_URL")
-            if is_address and self.leads_here(os.environ.get(name, "")):
-                raise config_error(
-                    "keep_env",
-                    f"{name} is the bridge's own address, where its clients ask;"
-                    " leave the name out",
-                )
-
-    def leads_here(self, url: str) -> bool:
-        """Whether a URL leads to the address that the bridge listens on."""
-        if self.unix_path:
-            return False
-        try:
-            parts = urlsplit(url)
-            name, port = parts.hostname or "", parts.port
-        except ValueError:
-            return False
-        host, own_port = self.address
-        is_local = is_loopback(host) or host in WILDCARDS
-        is_here = name == host or (is_loopback(name) and is_local)
-        return (port or 80) == own_port and is_here
 
     @property
     def unix_path(self) -> str:
@@ -538,12 +512,12 @@ def login_state(config: Config, info: CliInfo) -> str:
     if info.login:
         return f"{info.login} ({login_place()})"
     found = f"nobody is logged in: no login of {login_place()}"
-    # What is set for clients of the bridge in the same shell is no login.
+    # What is set for clients of the bridge, or for another address, is no login.
     no_logins = ("", KEY_OF_CLIENTS, config.api_key)
-    is_for_clients = config.leads_here(os.environ.get("ANTHROPIC_BASE_URL", ""))
-    for name in LOGIN_VARIABLES:
-        is_login = os.environ.get(name, "") not in no_logins and not is_for_clients
-        if is_login and name not in config.keep_env:
+    unpassed = os.environ.keys() - set(config.keep_env)
+    for name in sorted(unpassed.intersection(LOGIN_VARIABLES)):
+        is_login = os.environ[name] not in no_logins
+        if is_login and "ANTHROPIC_BASE_URL" not in unpassed:
             found = f"{found}; {name} is set, but not passed on to the CLI"
             return f"{found}: {variable('keep_env')}={name} passes it on"
     has_settings = os.path.isfile(sessions.settings_file(os.environ))

@@ -11,7 +11,7 @@ two requests never share one; whatever goes wrong in it retires it alone.
                                 BUSY ──client tools called──> PARKED ──their results──> BUSY
     any of them ──fault, disconnect, TTL, LRU, shutdown──> RETIRED, until its group is reaped
 
-`Session.move` is the only place that changes a state, and TRANSITIONS is what it allows.
+`Session.move` is the only place that changes a state.
 
     model mode   the CLI has no tools but the client's: the default
     agent mode   the CLI runs tools of its own
@@ -146,8 +146,7 @@ MAX_PAST = 4096
 PROBE_MODEL = "sonnet"
 # Seconds between two looks at all processes.
 SWEEP_SECS = 1.0
-# At least so many seconds are between two spares that no request asked for, and so long
-# a spare is kept that was set up for another conversation than the newest.
+# So many seconds a spare is kept that was set up for another conversation than the newest.
 CALM_SECS = 5.0
 # How many counts of tokens, and announcements, are remembered: Claude Code's /context
 # asks for 24 counts, some of them twice.
@@ -307,9 +306,8 @@ class PoolConfig:
 class Kind:
     """What a process is started for."""
 
-    # Its --model; empty: it takes the one of the conversation that it is given
-    # (`CliInfo.takes_from_conversation`), so it will do for many models.
-    model: str = ""
+    # Its --model, as a client named it.
+    model: str
     # It has the CLI's own tools.
     agent: bool = False
     # It runs in the CLI's bare mode, in which the CLI adds nothing to a conversation, and
@@ -331,6 +329,8 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
     tools but the client's.  `settings` is the user's own file of them."""
     argv = [
         config.bin,
+        "--model",
+        kind.model,
         "-p",
         "--verbose",
         "--input-format",
@@ -365,8 +365,6 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
             argv += ["--mcp-config", os.path.abspath(config.mcp_config)]
     else:
         argv += ["--tools", "", "--permission-mode", "default"]
-    if kind.model:
-        argv += ["--model", kind.model]
     return argv
 
 
@@ -1285,13 +1283,6 @@ class State(enum.Enum):
 
 
 GIVES_WAY = (State.SPARE, State.IDLE, State.PARKED)
-TRANSITIONS = {
-    State.SPARE: {State.BUSY, State.RETIRED},
-    State.IDLE: {State.BUSY, State.RETIRED},
-    State.PARKED: {State.BUSY, State.RETIRED},
-    State.BUSY: {State.SPARE, State.IDLE, State.PARKED, State.RETIRED},
-    State.RETIRED: set(),
-}
 
 
 @dataclass(eq=False)
@@ -1347,8 +1338,6 @@ class Session:
         return (chain, self.parts) == (wanted.past, wanted.parts)
 
     def move(self, state: State) -> None:
-        if state not in TRANSITIONS[self.state]:
-            raise RuntimeError(f"a session cannot go from {self.state} to {state}")
         self.state = state
         self.state_since = time.monotonic()
 
@@ -2022,9 +2011,9 @@ class Starter:
         needs_info = request.fingerprint.has_thinking or pool.config.setting_sources
         if needs_info and not cli.info.is_known:
             await pool.inspector.info()
+        kind = pool.inspector.kind(request)
+        announced = await pool.inspector.announced(kind)
         while True:
-            kind = pool.inspector.kind(request)
-            announced = await pool.inspector.announced(request.model, kind)
             spare = await pool.spares.take(kind)
             async with contextlib.AsyncExitStack() as start:
                 if not spare:
@@ -2038,23 +2027,16 @@ class Starter:
                 session.adopt(request, tools, trace)
                 await self._give_conversation(session, request, announced, query)
             process = session.process
-            if spare and process.is_unusable and not process.has_spoken:
-                # It asked nothing, so another one can.
-                pool.retire(session, "failed")
-                continue
-            if not session.turn_id:
-                await self._wait_for_info(session)
-                if self._runs_model(session, request):
-                    session.ask(query)
-            if session.turn_id:
+            if not spare or process.has_spoken or not process.is_unusable:
                 return session
-            pool.retire(session, "model")
+            # It asked nothing, so another one can.
+            pool.retire(session, "failed")
 
     async def _give_conversation(
         self, session: Session, request: Request, announced: list[Json], query: bool
     ) -> None:
-        """Give a process its conversation, start a turn on it if it is known to run the
-        model, and wait for its first output."""
+        """Give a process its conversation, start a turn on it, and wait for its first
+        output."""
         make_rows = partial(
             translate.transcript,
             request.messages,
@@ -2062,30 +2044,11 @@ class Starter:
             announced,
             session.own_id,
         )
-        with self._retired_on_failure(session):
+        try:
             rows = await self._pool.threads.run(request.size, make_rows)
             session.set_up(request, rows)
-            is_known = session.process.cli.info.is_known
-            if is_known and self._runs_model(session, request):
-                session.ask(query)
+            session.ask(query)
             await session.process.wait_for_output()
-
-    async def _wait_for_info(self, session: Session) -> None:
-        """Wait until the CLI has listed its models.  Raises ApiError."""
-        with self._retired_on_failure(session):
-            if not session.process.cli.info.is_known:
-                is_listed = partial(control_result, request_id="initialize")
-                await session.process.read_until(is_listed)
-
-    def _runs_model(self, session: Session, request: Request) -> bool:
-        """Whether a process runs the model of the request, as far as it is known."""
-        is_same_kind = session.kind == self._pool.inspector.kind(request)
-        return bool(session.kind.model) or is_same_kind
-
-    @contextlib.contextmanager
-    def _retired_on_failure(self, session: Session) -> Iterator[None]:
-        try:
-            yield
         except BaseException:
             self._pool.cut_short(session)
             raise
@@ -2134,7 +2097,9 @@ class Inspector:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self.cli = Cli()
-        self.environment = child_environment(pool.config, pool.environ, Kind())
+        self.environment = child_environment(
+            pool.config, pool.environ, Kind(PROBE_MODEL)
+        )
         # One task at a time looks at the files, one asks for the models and the account,
         # and one for the announcements.
         self._looking = asyncio.Lock()
@@ -2190,8 +2155,8 @@ class Inspector:
         finally:
             self._pool.retire(session, "probe")
 
-    async def announced(self, model: str, kind: Kind) -> list[Json]:
-        """What the CLI announces to a model today.
+    async def announced(self, kind: Kind) -> list[Json]:
+        """What the CLI announces today to the model of a kind.
 
         A process that writes its conversation to a file is asked; its question reaches
         no API.
@@ -2202,15 +2167,17 @@ class Inspector:
         today = time.strftime("%Y-%m-%d")
 
         def key() -> tuple[str, bytes, str]:
-            return model, translate.digest(cli.info.account), today
+            return kind.model, translate.digest(cli.info.account), today
 
         if key() in cli.announced:
             return cli.announced[key()]
         async with self._pool.queue.held(self._announcing, NO_START):
             if key() in cli.announced:
                 return cli.announced[key()]  # another request has asked meanwhile
+            # What will answer starts meanwhile.
+            self._pool.spares.refill(kind)
             is_answered = False
-            async with self._asked(Kind(model, is_kept=True)) as asked:
+            async with self._asked(Kind(kind.model, is_kept=True)) as asked:
                 question = [translate.text_block("-")]
                 asked.write(translate.user_line(question, str(uuid.uuid4())))
                 with contextlib.suppress(ApiError, TimeoutError):
@@ -2225,14 +2192,9 @@ class Inspector:
             return found
 
     def kind(self, request: Request) -> Kind:
-        """The kind of process that a request needs.  Until the CLI has listed its models,
-        one without --model is expected to run any full name."""
-        info = self.cli.info
-        takes_it = info.takes_from_conversation(request.model)
-        if not info.is_known:
-            takes_it = request.model.startswith(translate.FULL_NAME)
-        model = "" if takes_it else request.model
-        return Kind(model, request.is_agent, not request.is_agent and self.is_bare())
+        """The kind of process that a request needs."""
+        is_bare = not request.is_agent and self.is_bare()
+        return Kind(request.model, request.is_agent, is_bare)
 
     def is_bare(self) -> bool:
         """Whether the CLI finds its login in its bare mode."""
@@ -2269,13 +2231,6 @@ class Spares:
     @property
     def ready(self) -> list[Session]:
         return self._pool.in_states(State.SPARE)
-
-    @property
-    def is_short(self) -> bool:
-        """Whether to start another spare before requests show which kind is wanted.  Only
-        one at a time: a request that comes right away must not be slowed down."""
-        is_calm = all(spare.state_secs >= CALM_SECS for spare in self.ready)
-        return is_calm and len(self._kinds) < self._pool.config.spares
 
     async def take(self, kind: Kind) -> Session | None:
         """A spare, even one that is not at its gate yet."""
@@ -2323,7 +2278,7 @@ class Spares:
         """Set up one of two spares as for a request without messages: the next
         conversation that begins alike finds it as good as hot (tests/bench)."""
         kind = self._pool.inspector.kind(request)
-        announced = await self._pool.inspector.announced(request.model, kind)
+        announced = await self._pool.inspector.announced(kind)
         same = [spare for spare in self.ready if spare.kind == kind and not spare.parts]
         if len(same) > 1:
             spare = same[0]
@@ -2337,13 +2292,9 @@ class Spares:
 
 
 async def sweep(pool: Pool) -> None:
-    """Start the first spares, and look after all processes, again and again."""
+    """Look after all processes, again and again."""
     while True:
         try:
-            if pool.spares.is_short:
-                with contextlib.suppress(ApiError):  # the first request will report it
-                    await pool.inspector.look()
-                    pool.spares.refill(Kind(bare=pool.inspector.is_bare()))
             await asyncio.sleep(SWEEP_SECS)
             # If the bridge was stopped, what came in that time is still in the pipes.
             await read_pipes()
@@ -2351,7 +2302,6 @@ async def sweep(pool: Pool) -> None:
                 look_after(pool, session)
         except Exception as bug:  # noqa: BLE001 - without the sweep no turn would time out
             log.error("bug in the sweep: %s", type(bug).__name__)
-            await asyncio.sleep(SWEEP_SECS)
 
 
 def look_after(pool: Pool, session: Session) -> None:

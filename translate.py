@@ -1288,10 +1288,9 @@ def transcript(
     The first row is one that the API does not see: without it the CLI refuses a
     conversation that has no message.  What the CLI has `announced` follows, so that it
     stands after the first message, in every request of a conversation.  The last row
-    is an assistant message that the API does not see either (`isVirtual`): a process
-    that was started without --model takes the `model` of the last assistant message,
-    and finds no turn that was interrupted.  The CLI takes over the `session_id`, a
-    UUID, and names it in its requests to the API.
+    is an assistant message that the API does not see either (`isVirtual`), so that the
+    CLI finds no turn that was interrupted.  The CLI takes over the `session_id`, a UUID,
+    and names it in its requests to the API.
     """
     rows: list[Json] = [{"type": "system", "subtype": "informational", "content": ""}]
     rows += [{"type": "attachment", "attachment": item} for item in announced]
@@ -1671,8 +1670,6 @@ class CliInfo:
     login: str = ""
     # It has an API key, of whatever source.
     has_api_key: bool = False
-    # The API that it asks is a cloud's.
-    is_cloud: bool = False
     # All that it reports of the account.
     account: Json = field(default_factory=dict)
     models: tuple[Model, ...] = ()
@@ -1689,21 +1686,6 @@ class CliInfo:
                 return model.full_name
         return name
 
-    def takes_from_conversation(self, name: str) -> bool:
-        """Whether a process that was started without --model runs this model, if it is
-        the one of the conversation that it resumes; otherwise it silently runs its
-        default.
-
-        It does with all models that the CLI lists under an alias, unless the login is a
-        cloud's (2.1.197, .285, .330 and .332).  A process that runs a model of the user's
-        lists it under its full name alone.
-        """
-        return not self.is_cloud and any(
-            name in (model.name, model.full_name)
-            for model in self.models
-            if model.name != model.full_name
-        )
-
 
 def read_info(answer: Json) -> CliInfo:
     account = as_object(answer.get("account"))
@@ -1712,11 +1694,10 @@ def read_info(answer: Json) -> CliInfo:
     provider = get_str(account, "apiProvider")
     plan = get_str(account, "subscriptionType")
     has_api_key = key not in ("", "none")
-    is_cloud = provider not in ("", "firstParty")
     login = plan or token or "claude.ai"
     if has_api_key:
         login = key
-    elif is_cloud:
+    elif provider not in ("", "firstParty"):  # a cloud
         login = provider
     elif not account or login == "none":
         login = ""
@@ -1730,7 +1711,7 @@ def read_info(answer: Json) -> CliInfo:
         for model in as_list(answer.get("models"))
         if get_str(model, "value") and get_str(model, "resolvedModel")
     )
-    return CliInfo(login, has_api_key, is_cloud, account, models)
+    return CliInfo(login, has_api_key, account, models)
 
 
 # ------------------------------------------------------------ translation

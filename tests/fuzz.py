@@ -602,7 +602,7 @@ def relayed(
     sent: list[bytes] = []
 
     process: Any = Reads(reads)
-    session: Any = SimpleNamespace(kind=Kind(), process=process, turn_id=turn_id, model="")
+    session: Any = SimpleNamespace(kind=Kind("sonnet"), process=process, turn_id=turn_id, model="")
     turn = Turn(REQUEST, session, "hot")
 
     async def relay() -> None:

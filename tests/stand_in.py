@@ -100,8 +100,6 @@ USAGE = {
     "output_tokens": 1,
 }
 SPOKEN = {"output_tokens": 1}
-# A process that was started without --model, for a conversation whose model it does not know.
-DEFAULT_MODEL = "claude-opus-5-5"
 MODELS = [
     {
         "value": name,
@@ -359,7 +357,7 @@ class Standin:
         rows = [json.loads(row) for row in text.split("\n")[:-1]]
         if not rows:
             sys.exit("No conversation found with session ID: stand-in")
-        parent, model = None, ""
+        parent = None
         for row in rows:
             if row["parentUuid"] != parent or not row["timestamp"]:
                 sys.exit("stand-in: a row of the conversation does not follow the one before it")
@@ -368,16 +366,8 @@ class Standin:
                 self.messages.append(row["message"])
             if row["type"] == "assistant":
                 self.ids.append(row["message"]["id"])
-                model = row["message"]["model"]
         if self.ids and len(set(self.ids)) != len(self.ids):
             sys.exit("stand-in: two assistant messages have one id")
-        if not self.model:
-            takes = (
-                []
-                if "STANDIN_DEAF_TO_MODELS" in os.environ
-                else [entry["resolvedModel"] for entry in MODELS]
-            )
-            self.model = model if model in takes else DEFAULT_MODEL
         # The newest message asks, once a line starts the turn.
         past = str(self.messages[:-1])
         if "DIE-PAST" in past:
@@ -859,7 +849,9 @@ def main() -> None:
         return
     flags = dict(itertools.pairwise(sys.argv))
     conversation = flags.get("--resume")
-    model = flags.get("--model", "" if conversation else "sonnet")
+    model = flags.get("--model", "sonnet")
+    if "STANDIN_DEAF_TO_MODELS" in os.environ:
+        model = "claude-opus-5-5"
     if model == "sonnet":
         model = os.environ.get("STANDIN_SONNET", model)
     if model == "ignore-sigterm":

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from client import Json, request_body
+from client import Json, prime, request_body
 from host import STANDIN, wait_until
 from installed import CLIS
 from processes import in_pool, open_gate, pool_of, soon
@@ -127,7 +127,6 @@ def test_what_was_learnt_of_a_cli_is_forgotten_when_another_takes_its_place(
     link.symlink_to(versioned(tmp_path / "old", "2.1.260"))
     server = serve(bin=link, spares=1)
     pool = pool_of(server)
-    wait_until(lambda: pool.spares.ready, "a spare")
     for model in ("claude-opus-5-5", "sonnet"):
         assert server.post(model=model).status == 200
     counted = request_body("hi", max_tokens=...)
@@ -161,6 +160,7 @@ def test_a_cli_that_is_replaced_at_its_own_path_ends_the_spares_of_before(
     os.replace(versioned(tmp_path / "old", "2.1.260"), program)
     server = serve(bin=program, spares=1)
     pool = pool_of(server)
+    prime(server)
     wait_until(lambda: pool.spares.ready, "a spare")
     [spare] = pool.spares.ready
     os.replace(versioned(tmp_path / "new", "2.1.261"), program)
@@ -241,7 +241,7 @@ def test_that_the_cli_announces_nothing_is_remembered_only_if_it_said_so(
     async def use(pool: Pool) -> None:
         await pool.inspector.look()
         for _ in range(2):
-            assert await pool.inspector.announced(model, Kind()) == []
+            assert await pool.inspector.announced(Kind(model)) == []
         assert asked_for(log, model) == processes
 
     in_pool(use, bin=str(versioned(tmp_path, dotted(ANNOUNCES))))
@@ -252,11 +252,11 @@ def test_what_is_announced_to_a_model_is_known_while_another_is_asked_about(
 ) -> None:
     async def use(pool: Pool) -> None:
         await pool.inspector.look()
-        await pool.inspector.announced("claude-opus-5-5", Kind())
-        other = asyncio.create_task(pool.inspector.announced("slow-start", Kind()))
+        await pool.inspector.announced(Kind("claude-opus-5-5"))
+        other = asyncio.create_task(pool.inspector.announced(Kind("slow-start")))
         await soon(lambda: asked_for(log, "slow-start"))
         async with asyncio.timeout(10):
-            await pool.inspector.announced("claude-opus-5-5", Kind())
+            await pool.inspector.announced(Kind("claude-opus-5-5"))
         assert not other.done()
         open_gate(gate)
         await other

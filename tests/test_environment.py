@@ -63,7 +63,7 @@ def test_a_child_gets_what_any_program_may_have_and_nothing_that_is_the_clis_own
     names = names_read_by(cli)
     assert len(names) > 500
     assert {"HOME", "CLAUDE_CONFIG_DIR", "MCP_TOOL_TIMEOUT", "ENABLE_PROMPT_CACHING_1H"} <= names
-    got = given(PoolConfig(), Kind(), names | {"HTTPS_PROXY", "https_proxy", "TMPDIR"})
+    got = given(PoolConfig(), Kind("sonnet"), names | {"HTTPS_PROXY", "https_proxy", "TMPDIR"})
     folders = {"CLAUDE_CONFIG_DIR", "CLAUDE_SECURESTORAGE_CONFIG_DIR"}
     asked_for = folders | set(OPT_OUTS)
     assert {name for name in got - asked_for if not ANYBODYS.fullmatch(name.upper())} == set()
@@ -78,7 +78,7 @@ OF_A_SHELL = {"EDITOR", "GH_TOKEN", "GIT_SSH_COMMAND", "JAVA_HOME", "NODE_OPTION
 def test_an_agents_commands_and_a_key_helper_get_what_the_users_shell_has(is_agent: bool) -> None:
     config = PoolConfig(setting_sources="" if is_agent else "user")
     names = OF_A_SHELL | {"ANTHROPIC_API_KEY", "CLAUDECODE", "MCP_TIMEOUT", "OTEL_LOGS_EXPORTER"}
-    assert given(config, Kind(agent=is_agent), names) == OF_A_SHELL
+    assert given(config, Kind("sonnet", agent=is_agent), names) == OF_A_SHELL
 
 
 def test_a_child_gets_no_variable_that_changes_its_account_unless_it_is_kept(
@@ -162,7 +162,7 @@ def test_a_login_in_another_folder_is_found(
 def test_the_folder_of_a_login_is_absolute_for_children(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     for given, wanted in (("~/x", "/home/somebody/x"), ("x", f"{os.getcwd()}/x"), ("/x", "/x")):
-        child = child_environment(PoolConfig(), {"CLAUDE_CONFIG_DIR": given}, Kind())
+        child = child_environment(PoolConfig(), {"CLAUDE_CONFIG_DIR": given}, Kind("sonnet"))
         assert child["CLAUDE_CONFIG_DIR"] == wanted
 
 

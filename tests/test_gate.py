@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from client import Json
+from client import Json, prime
 from host import wait_until
 from processes import alive
 from servers import Launch, Program, Serve, linux, plain_cli
@@ -69,13 +69,14 @@ def test_a_fork_of_the_host_program_does_not_hold_a_gate(serve: Serve) -> None:
     server = serve(spares=1, watchdog_secs=10)
     assert server.bridge
     pool = server.bridge.pool
+    prime(server)
     wait_until(lambda: pool.spares.ready, "the spare")
     child = os.fork()
     if not child:
         signal.pause()
         os._exit(0)
     try:
-        assert server.post("hello", model="claude-sonnet-5-5").status == 200
+        assert server.post("hello").status == 200
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -85,7 +86,8 @@ def test_a_fork_of_the_host_program_does_not_hold_a_gate(serve: Serve) -> None:
 
 
 def waiting_spare(program: Program, log: Log, run: Run) -> None:
-    wait_until(log.started, "the spare")
+    prime(program)
+    wait_until(lambda: len(log.started()) == 2, "the spare")
 
 
 def half_through_the_gate(program: Program, log: Log, run: Run) -> None:

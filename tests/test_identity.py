@@ -415,7 +415,7 @@ def session_of(case: Json) -> Session | None:
         request = read(case, messages[:number])
         if not session or not session.matches(request):
             none: Any = None
-            session = Session(none, Kind(), State.BUSY)
+            session = Session(none, Kind("sonnet"), State.BUSY)
             session.parts = request.fingerprint.parts
             session.chain = request.fingerprint.past
             session.unthinking_chain = request.fingerprint.past_without_thinking

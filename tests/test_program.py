@@ -547,6 +547,7 @@ def test_a_restart_behind_an_inherited_socket_refuses_no_connection(
                 f"listening on {'unix:' if isinstance(address, str) else 'http://'}{where}" in said
             )
         program = activate(listener)
+        answers.append(executor.submit(ask))  # by then it takes signals
         assert [answer.result() for answer in answers] == ["HTTP/1.1 200 OK"] * len(answers)
         program.terminate()
         assert program.stderr

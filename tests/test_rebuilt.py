@@ -187,7 +187,7 @@ def test_a_spare_that_is_set_up_as_the_last_conversation_began_asks_what_a_fresh
     server = bridges.start(spares=2)
     assert server.bridge
     pool = server.bridge.pool
-    for number in range(2):  # until the CLI has listed its models, no spare is of this kind
+    for number in range(2):
         bridges.body(server.post(f"SAY {number}", **fields), "new")
         wait_until(lambda: len(pool.spares.ready) == 2, "the spares")
     wait_until(lambda: any(spare.parts for spare in pool.spares.ready), "a spare that is set up")

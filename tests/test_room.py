@@ -20,7 +20,7 @@ from stand_in import Log
 
 import bridge
 import sessions
-from sessions import Pool, Room, Turn
+from sessions import Kind, Pool, Room, Turn
 from translate import CliInfo
 
 # ---------------------------------------------------------------- places, and who waits
@@ -157,6 +157,8 @@ def test_a_question_who_is_logged_in_gives_way_to_no_request_that_came_later(
 
 def test_a_spare_that_is_being_started_gives_way_to_a_request_of_another_kind() -> None:
     async def use(pool: Pool) -> None:
+        await pool.inspector.look()
+        pool.spares.refill(Kind("opus"))
         await soon(lambda: pool.room.is_full)
         assert not pool.spares.ready
         _, answer = await take_turn(pool, "hello")

@@ -553,7 +553,7 @@ def test_head_of_health_has_no_body(serve: Serve, query: str) -> None:
 def test_a_client_gets_the_cure_that_the_log_has(launch: Launch) -> None:
     program = launch(
         STANDIN_SONNET="not-logged-in",
-        CLAUDE_CLI_KEEP_ENV="STANDIN_SONNET",
+        CLAUDE_CLI_KEEP_ENV="ANTHROPIC_BASE_URL,STANDIN_SONNET",
         ANTHROPIC_API_KEY="sk-x",
     )
     cure = "CLAUDE_CLI_KEEP_ENV=ANTHROPIC_API_KEY passes it on"

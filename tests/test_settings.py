@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from host import STANDIN, wait_until
-from servers import ADDRESS, KEEP, Launch, Serve, printed, refusal, run
+from servers import ADDRESS, Launch, Serve, printed, refusal, run
 from test_access import KEY
 
 import bridge
@@ -306,33 +306,6 @@ def test_the_bridge_does_not_start_beyond_loopback_without_a_key(
 ) -> None:
     with pytest.raises(bridge.ConfigError, match="CLAUDE_CLI_API_KEY"):
         serve(listen_addr="0.0.0.0:0")
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
-def test_an_address_of_the_api_that_is_the_bridges_own_is_refused_at_the_start(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch, host: str
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    monkeypatch.setenv("ANTHROPIC_BASE_URL", f"http://{host}:{port}/")
-    with pytest.raises(ConfigError, match="ANTHROPIC_BASE_URL is the bridge's own address"):
-        serve(listen_addr=f"127.0.0.1:{port}")
-    # What the CLI does not get does no harm.
-    kept = [name for name in KEEP if name != "ANTHROPIC_BASE_URL"]
-    assert serve(listen_addr=f"127.0.0.1:{port}", keep_env=kept).post().status == 200
-
-
-@pytest.mark.parametrize(
-    ("address", "url", "leads_here"),
-    [
-        ("127.0.0.1:80", "http://127.0.0.1", True),
-        ("127.0.0.1:80", "http://localhost/v1", True),
-        ("127.0.0.1:80", "http://127.0.0.1:14001", False),
-        ("127.0.0.1:14001", "http://127.0.0.1", False),
-    ],
-)
-def test_a_url_without_a_port_leads_to_port_80(address: str, url: str, leads_here: bool) -> None:
-    assert Config(listen_addr=address).leads_here(url) == leads_here
 
 
 @pytest.mark.parametrize("value", [10**20, 10**400])

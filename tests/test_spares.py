@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client import Answer
+from client import Answer, prime
 from host import STANDIN, wait_until
 from processes import alive, in_pool, kill, pid, soon, take_turn
 from servers import Launch, Serve, Server, plain_cli
@@ -32,98 +32,90 @@ def spare(server: Server, *but: int) -> int:
 
 
 def model(log: Log, number: int) -> str:
-    """What a process was started with; empty: it takes any."""
+    """What a process was started with."""
     wait_until(lambda: number in log.started(), "its start")
     argv: list[str] = log.started()[number]["argv"]
-    return argv[argv.index("--model") + 1] if "--model" in argv else ""
+    return argv[argv.index("--model") + 1]
+
+
+def started(server: Server) -> None:
+    """Wait until the spares are there that were asked for, and unwanted processes are gone."""
+    assert server.bridge
+    pool = server.bridge.pool
+    wait_until(lambda: not pool.spares.starting and not pool.room.ending, "the spares")
 
 
 @pytest.fixture
-def known(serve: Serve) -> Serve:
-    """Bridges that know the models of their CLI."""
+def primed(serve: Serve) -> Serve:
+    """Bridges that have been asked for a model, and have started all spares for it."""
 
     def start(**settings: Any) -> Server:
         server = serve(**settings)
-        assert server.call("GET", "/v1/models").status == 200
-        wait_until(
-            lambda: server.bridge and not server.bridge.pool.room.ending,
-            "the end of the process that was asked",
-        )
+        for _ in range(settings["spares"]):
+            prime(server)
+            started(server)
         return server
 
     return start
 
 
-def test_the_first_spare_starts_with_the_bridge_and_taking_it_starts_the_next(
-    known: Serve, log: Log
+def test_no_process_is_started_before_it_is_known_which_one_is_wanted(launch: Launch) -> None:
+    program = launch(CLAUDE_CLI_SPARES="2")
+    wait_until(lambda: any("logged in" in line for line in program.lines), "the login state")
+    wait_until(lambda: not program.children(), "the end of the process that was asked")
+
+
+def test_a_request_starts_a_spare_like_it_and_taking_it_starts_the_next(
+    serve: Serve, log: Log
 ) -> None:
-    server = known(spares=1)
-    first = spare(server)
-    answer = server.post(model="haiku", system="be brief")
-    assert (pid(answer), answer.session, model(log, first)) == (first, "new", "")
+    server = serve(spares=1)
+    used = pid(server.post(model="haiku"))
+    first = spare(server, used)
+    answer = server.post("two", model="haiku", system="be brief")
+    assert (pid(answer), answer.session, model(log, first)) == (first, "new", "haiku")
     assert log.lines(first)[0]["request"]["systemPrompt"] == ["be brief"]
-    second = spare(server, first)
+    second = spare(server, used, first)
     assert pid(server.post("another", model="haiku")) == second
 
 
-def test_one_spare_serves_every_model_of_the_cli(known: Serve, log: Log) -> None:
-    server = known(spares=1)
-    used: list[int] = []
-    for name in ("opus", "haiku", "claude-sonnet-5-5", "opus"):
-        waiting = spare(server, *used)
-        answer = server.post(f"hi {len(used)}", model=name)
-        assert (pid(answer), answer.message["model"]) == (
-            waiting,
-            f"claude-{name.removeprefix('claude-').split('-')[0]}-5-5",
-        )
-        assert model(log, waiting) == ""
-        used.append(waiting)
-
-
-def test_a_model_that_the_cli_does_not_list_gets_spares_of_its_own(known: Serve, log: Log) -> None:
-    server = known(spares=1)
-    first = spare(server)
+def test_another_model_gets_no_spare_of_the_last_one(primed: Serve, log: Log) -> None:
+    server = primed(spares=1)
+    [first] = ready(server)
     answer = server.post(model="claude-old-1")
-    assert (answer.status, pid(answer) == first, model(log, pid(answer))) == (
-        200,
-        False,
-        "claude-old-1",
-    )
+    assert (answer.status, pid(answer) == first) == (200, False)
+    assert model(log, pid(answer)) == "claude-old-1"
     second = spare(server, first)
     assert model(log, second) == "claude-old-1"
     assert pid(server.post("another", model="claude-old-1")) == second
 
 
 def test_no_other_model_answers_than_the_one_that_was_asked(
-    known: Serve, monkeypatch: pytest.MonkeyPatch
+    primed: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CLI that lists a model, and runs its default in place of it, in silence."""
     monkeypatch.setenv("STANDIN_DEAF_TO_MODELS", "1")
-    answer = known(spares=1).post(model="haiku")
+    answer = primed(spares=1).post(model="haiku")
     assert answer.status == 502
     assert answer.json["error"]["message"].endswith("instead of claude-haiku-5-5")
 
 
-def test_a_rebuilt_conversation_takes_the_spare(known: Serve, log: Log) -> None:
-    server = known(spares=1)
-    waiting = spare(server)
+def test_a_rebuilt_conversation_takes_the_spare(primed: Serve, log: Log) -> None:
+    server = primed(spares=1)
+    [waiting] = ready(server)
     answer = server.post(["one", "two", "three"])
     assert (pid(answer), answer.text) == (waiting, "echo: three; 3 messages")
 
 
-def test_counting_and_agents_take_the_spare_of_their_mode(
-    serve: Serve, log: Log, tmp_path: Path
-) -> None:
+def test_agents_take_the_spare_of_their_mode(serve: Serve, log: Log, tmp_path: Path) -> None:
     server = serve(spares=2, tools="default", cwd=str(tmp_path))
-    wait_until(lambda: len(ready(server)) == 2, "the first ones, which are for a plain model")
-    first = ready(server)
-    assert pid(server.post()) not in first
-    agent = spare(server, *first)
     tool = {"name": "t", "input_schema": {"type": "object"}}
-    # A client that brings tools gets a plain model.
-    assert pid(server.post("tools", tools=[tool])) in first
+    prime(server, tools=[tool])  # a client that brings tools gets a plain model
+    plain = spare(server)
+    assert pid(server.post()) != plain
+    agent = spare(server, plain)
     wait_until(lambda: agent in log.started(), "what the agent was started with")
     assert "default" in log.started()[agent]["argv"]
+    assert pid(server.post("tools", tools=[tool])) == plain
     assert pid(server.post("another")) == agent
 
 
@@ -135,36 +127,28 @@ def test_a_hot_turn_takes_no_spare(serve: Serve) -> None:
     assert ready(server) == [waiting]
 
 
-def test_spares_follow_the_models_that_are_asked_for(known: Serve, log: Log) -> None:
-    server = known(spares=1)
-    default = spare(server)
+def test_spares_follow_the_models_that_are_asked_for(primed: Serve, log: Log) -> None:
+    server = primed(spares=1)
+    [first] = ready(server)
     server.post(model="old-1")
-    other = spare(server, default)
-    wait_until(lambda: not alive(default), "the end of the spare that nobody asked for")
+    other = spare(server, first)
+    wait_until(lambda: not alive(first), "the end of the spare that nobody asked for")
     assert model(log, other) == "old-1"
     assert pid(server.post("2", model="old-1")) == other
 
 
-def test_several_spares_are_shared_among_the_models(known: Serve, log: Log) -> None:
-    server = known(spares=2)
+def test_several_spares_are_shared_among_the_models(serve: Serve, log: Log) -> None:
+    server = serve(spares=2)
     for number in range(2):
         for name in ("old-1", "haiku"):
             server.post(f"{number}", model=name)
-            wait_until(
-                lambda: (
-                    len(ready(server)) == 2 and server.bridge and not server.bridge.pool.room.ending
-                ),
-                "the spares",
-            )
-    wait_until(
-        lambda: sorted(model(log, number) for number in ready(server)) == ["", "old-1"],
-        "one of each",
-    )
+            started(server)
+    assert sorted(model(log, number) for number in ready(server)) == ["haiku", "old-1"]
 
 
-def test_a_spare_that_died_is_given_to_nobody(serve: Serve) -> None:
-    server = serve(spares=1)
-    dead = spare(server)
+def test_a_spare_that_died_is_given_to_nobody(primed: Serve) -> None:
+    server = primed(spares=1)
+    [dead] = ready(server)
     kill(dead)
     answer = server.post()
     assert (answer.status, answer.session) == (200, "new")
@@ -172,33 +156,32 @@ def test_a_spare_that_died_is_given_to_nobody(serve: Serve) -> None:
     assert spare(server, dead)
 
 
-def test_a_cli_that_does_not_start_is_not_started_again_and_again(serve: Serve, log: Log) -> None:
-    server = serve(spares=1, session_ttl_secs=0.2)
-    first = spare(server)
-    kill(first)
+def test_a_spare_that_ended_comes_back_only_for_a_request(primed: Serve, log: Log) -> None:
+    server = primed(spares=1)
+    kill(spare(server))
+    started = set(log.started())
     wait_until(lambda: not ready(server), "the end of the spare")
     wait_until(lambda: server.bridge and not server.bridge.pool.sessions, "its reaping")
-    assert set(log.started()) <= {first}
+    assert set(log.started()) == started
 
 
 def test_a_spare_that_aged_out_comes_back_only_for_a_new_conversation(
-    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
+    primed: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
 ) -> None:
-    server = serve(spares=2, session_ttl_secs=2)
-    assert server.call("GET", "/v1/models").status == 200
-    wait_until(lambda: len(ready(server)) == 2, "the spares")
+    server = primed(spares=2, session_ttl_secs=60)
     running = background.submit(server.post, "PAUSE-START")
     wait_until(lambda: log.got("PAUSE-START"), "the turn")
     assert server.bridge
     pool = server.bridge.pool
+    started(server)
     (left,) = pool.spares.ready
-    left.state_since -= 2
+    left.state_since -= 60
     wait_until(lambda: not alive(left.process.pid), "its end")
     gate.touch()
     first = running.result()
     wait_until(lambda: len(ready(server)) == 2, "those that the new conversation asks for")
     for waiting in pool.spares.ready:
-        waiting.state_since -= 2
+        waiting.state_since -= 60
     wait_until(lambda: not pool.spares.ready, "their end")
     assert server.post(["PAUSE-START", first.text, "more"]).session == "hot"
     assert not [*pool.spares.ready, *pool.spares.starting]
@@ -208,10 +191,12 @@ def test_nobody_makes_room_for_a_spare(
     serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
 ) -> None:
     server = serve(spares=3, max_sessions=2)
-    wait_until(lambda: len(ready(server)) == 2, "as many spares as there is room for")
     first = server.post("one")
+    waiting = spare(server)
     busy = background.submit(server.post, "PAUSE")
     wait_until(lambda: log.got("PAUSE"), "the second")
+    assert log.got("PAUSE") == waiting
+    started(server)
     assert len(server.processes()) == 2
     assert server.post(["one", first.text, "more"]).session == "hot"
     gate.touch()
@@ -219,23 +204,24 @@ def test_nobody_makes_room_for_a_spare(
 
 
 @pytest.mark.parametrize("asked", ["sonnet", "old-1"])
-def test_a_spare_makes_room_for_a_request(serve: Serve, asked: str) -> None:
-    server = serve(spares=1, max_sessions=2)
-    assert server.call("GET", "/v1/models").status == 200
-    waiting = spare(server)
-    answer = server.post(model=asked)
-    assert (answer.status, answer.session, pid(answer) == waiting) == (
-        200,
-        "new",
-        asked == "sonnet",
-    )
+def test_a_spare_makes_room_for_a_request_and_no_conversation_does(
+    primed: Serve, asked: str
+) -> None:
+    server = primed(spares=2, max_sessions=3)
+    first = server.post("one")
+    started(server)
+    waiting = ready(server)
+    assert len(waiting) == 2
+    answer = server.post("two", model=asked)
+    assert (answer.status, answer.session) == (200, "new")
+    assert (pid(answer) in waiting) == (asked == "sonnet")
+    assert server.post(["one", first.text, "more"]).session == "hot"
 
 
 def test_a_spare_that_is_being_started_makes_room_for_a_request(
-    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
+    primed: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
 ) -> None:
-    server = serve(spares=1, max_sessions=2)
-    spare(server)
+    server = primed(spares=1, max_sessions=2)
     assert server.bridge
     pool = server.bridge.pool
     busy = background.submit(server.post, "PAUSE", stream=True)
@@ -257,37 +243,25 @@ def test_with_room_for_one_process_the_start_still_finds_out_who_is_logged_in(
     )
 
 
-def test_a_spare_goes_before_a_conversation(serve: Serve) -> None:
-    server = serve(spares=1, max_sessions=2)
-    first = server.post("one")
+def test_spares_that_are_still_starting_end_with_the_bridge(serve: Serve, gate: Path) -> None:
+    server = serve(spares=3)
+    prime(server)
+    server.close()
+    assert not server.processes()
+    server = serve(spares=3)
+    prime(server)
     spare(server)
-    assert server.post("two", model="opus").status == 200
-    assert server.post(["one", first.text, "more"]).session == "hot"
-
-
-def test_spares_that_are_still_starting_end_with_the_bridge(
-    serve: Serve, gate: Path, log: Log
-) -> None:
-    server = serve(spares=3)
-    server.close()
-    assert not server.processes()
-    server = serve(spares=3)
-    wait_until(lambda: server.processes(), "a process")
     server.close()
     assert not server.processes()
 
 
-def test_a_request_takes_a_spare_that_is_still_starting(
-    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
-) -> None:
-    server = serve(spares=1)
-    assert server.call("GET", "/v1/models").status == 200
-    waiting = spare(server)
+def test_a_request_takes_a_spare_that_is_still_starting(primed: Serve) -> None:
+    server = primed(spares=1)
     assert server.bridge
-    (session,) = server.bridge.pool.spares.ready
+    [session] = server.bridge.pool.spares.ready
     # It has said nothing, and will not before it has its conversation.
     assert not session.process.has_spoken
-    assert pid(server.post()) == waiting
+    assert pid(server.post()) == session.process.pid
 
 
 def test_processes_that_never_answer_do_not_hold_up_the_start_of_others(
@@ -304,21 +278,24 @@ def test_processes_that_never_answer_do_not_hold_up_the_start_of_others(
 def test_the_program_has_two_spares_by_default(launch: Launch, log: Log) -> None:
     program = launch(CLAUDE_CLI_SPARES="")
     wait_until(lambda: any("logged in" in line for line in program.lines), "the login state")
-    wait_until(lambda: len(program.children()) == 2, "the end of the process that was asked")
-    answer: Answer = program.post()
-    assert pid(answer) in log.started()
-    assert len(log.started()) <= 4  # the one asked, the first spares, the next
+    used = []
+    for words in ("one", "two"):
+        answer: Answer = program.post(words)
+        used.append(pid(answer))
+    wait_until(lambda: len(program.children()) == len({*used}) + 2, "two spares")
 
 
 def test_a_spare_that_dies_while_it_is_set_up_costs_no_request(
     serve: Serve, tmp_path: Path
 ) -> None:
-    first = 'if mkdir "$0.first" 2>/dev/null; then read line; exit 1; fi; exec "$STANDIN" "$@"'
-    server = serve(bin=plain_cli(tmp_path / "claude", first), spares=1)
-    assert server.bridge
-    pool = server.bridge.pool
-    wait_until(lambda: pool.spares.ready, "the spare")
-    assert server.post("hello", model="claude-sonnet-5-5").text == "echo: hello; 1 messages"
+    """The first process with a gate is well, the second one dies at it."""
+    dies = 'if [ "$1" != --version ] && ! mkdir "$0.first" 2>/dev/null && mkdir "$0.second" 2>/dev/null; '
+    dies += 'then read line; exit 1; fi; exec "$STANDIN" "$@"'
+    server = serve(bin=plain_cli(tmp_path / "claude", dies), spares=1)
+    prime(server)
+    spare(server)
+    assert server.post("hello").text == "echo: hello; 1 messages"
+    assert (tmp_path / "claude.second").exists()
 
 
 def test_a_spare_whose_end_nobody_has_seen_costs_no_request() -> None:
@@ -351,7 +328,7 @@ def test_spares_that_start_as_the_cli_is_looked_at_evict_no_conversation(tmp_pat
         await soon(lambda: not pool.room.ending)
         pool.inspector.cli = Cli()
         for _ in range(2):
-            pool.spares.refill(Kind())
+            pool.spares.refill(Kind("sonnet"))
         for task in list(pool.spares.starting):
             await task
         assert [turn.session.state for turn in turns] == [State.IDLE] * 2
@@ -368,6 +345,8 @@ def test_a_spare_that_was_being_started_as_the_cli_was_replaced_is_given_to_nobo
     shutil.copy(plain_cli(tmp_path / "old", 'exec "$STANDIN" "$@"'), program)
 
     async def use(pool: Pool) -> None:
+        await pool.inspector.look()
+        pool.spares.refill(Kind("sonnet"))
         await soon(lambda: pool.room.is_full)
         assert not pool.sessions  # not yet
         shutil.copy(program, tmp_path / "new")

@@ -65,8 +65,9 @@ class BareCli:
     """The CLI as a program that drives it by itself would start it."""
 
     def __init__(self, config: sessions.PoolConfig, cwd: str) -> None:
-        command = sessions.arguments(config, sessions.Kind("sonnet"), "")
-        environ = sessions.child_environment(config, os.environ, sessions.Kind())
+        kind = sessions.Kind("sonnet")
+        command = sessions.arguments(config, kind, "")
+        environ = sessions.child_environment(config, os.environ, kind)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, env=environ, cwd=cwd, **pipes)
         self.write(translate.initialize_line([SYSTEM], has_tools=False))
