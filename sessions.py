@@ -368,9 +368,17 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
     return argv
 
 
-# The beginnings of the names of variables that a process in model mode gets.  None of
-# them changes what the CLI asks of the model; what a new version reads does not get in.
+# Where a login is, and where its tokens are if they are elsewhere.
+LOGIN_FOLDERS = ("CLAUDE_CONFIG_DIR", "CLAUDE_SECURESTORAGE_CONFIG_DIR")
+# The beginnings of the names of variables that every process gets.  None of them changes
+# what the CLI asks of the model; what a new version reads does not get in.
 ALLOWED = (
+    *LOGIN_FOLDERS,
+    # What a user sets so that the CLI sends no reports.
+    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
+    "DISABLE_ERROR_REPORTING",
+    "DISABLE_TELEMETRY",
+    "DO_NOT_TRACK",
     # Where it runs, and as whom.
     "DBUS_SESSION_BUS_ADDRESS",
     "HOME",
@@ -425,7 +433,7 @@ ALLOWED = (
     "VERTEX_REGION_",
 )
 # In agent mode commands need the variables of the user's shell, and so does an
-# apiKeyHelper in the user's settings.  Such processes get all but these.
+# apiKeyHelper in the user's settings.  Such processes get all others but these, too.
 SCRUBBED = (
     "ANTHROPIC_",
     "API_",
@@ -440,8 +448,6 @@ SCRUBBED = (
     "OTEL_",
     "USE_",
 )
-# Where a login is, and where its tokens are if they are elsewhere.
-LOGIN_FOLDERS = ("CLAUDE_CONFIG_DIR", "CLAUDE_SECURESTORAGE_CONFIG_DIR")
 CHILD_DEFAULTS = {
     # Tools keep the names that the client gave them, in the API's requests and in its
     # answers.
@@ -482,13 +488,6 @@ CHILD_DEFAULTS = {
     "ENABLE_CLAUDEAI_MCP_SERVERS": "0",
     "ENABLE_TOOL_SEARCH": "false",
 }
-# What a user sets so that the CLI sends no reports; it is passed on.
-OPT_OUTS = (
-    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
-    "DISABLE_ERROR_REPORTING",
-    "DISABLE_TELEMETRY",
-    "DO_NOT_TRACK",
-)
 # Logins that the CLI also finds in its bare mode, by the variable that holds them or
 # asks for them.
 BARE_LOGINS = (
@@ -509,6 +508,7 @@ NOWHERE = "http://127.0.0.1:9"
 # settings.
 UNREACHABLE = {
     "ANTHROPIC_BASE_URL": NOWHERE,
+    "CLAUDE_CODE_MAX_RETRIES": "0",
     "HTTP_PROXY": NOWHERE,
     "HTTPS_PROXY": NOWHERE,
     "NO_PROXY": "",
@@ -524,23 +524,17 @@ def child_environment(
     """The environment of a process: those variables of `environ` that do not change
     what the CLI does, and those that the bridge sets."""
     has_users_shell = kind.agent or config.setting_sources
-    child = {}
+    child = CHILD_DEFAULTS | {"CLAUDE_CODE_MAX_RETRIES": str(config.retries)}
     for name, value in environ.items():
-        if has_users_shell:
-            is_passed = not name.startswith(SCRUBBED)
-        else:  # proxies are also set in lower case
-            is_passed = name.upper().startswith(ALLOWED)
-        if is_passed or name in (*LOGIN_FOLDERS, *OPT_OUTS):
-            child[name] = value
-    child.update(CHILD_DEFAULTS)
-    child["CLAUDE_CODE_MAX_RETRIES"] = "0" if kind.is_kept else str(config.retries)
-    for name in config.keep_env:
+        # Proxies are also set in lower case.
+        is_allowed = name.upper().startswith(ALLOWED)
+        is_of_shell = has_users_shell and not name.startswith(SCRUBBED)
         # Never the bridge's own, such as its key.
-        if name in environ and not name.startswith("CLAUDE_CLI_"):
-            child[name] = environ[name]
-    for name in LOGIN_FOLDERS:
-        if child.get(name):  # children have another working directory
-            child[name] = os.path.abspath(os.path.expanduser(child[name]))
+        is_wanted = name in config.keep_env and not name.startswith("CLAUDE_CLI_")
+        if is_allowed or is_of_shell or is_wanted:
+            child[name] = value
+        if name in LOGIN_FOLDERS and value:  # children have another working directory
+            child[name] = os.path.abspath(os.path.expanduser(value))
     if not kind.agent:
         child.update(MODEL_MODE)
     if kind.bare:

@@ -20,7 +20,7 @@ from servers import KEEP, Serve, Server, linux
 from stand_in import Log
 from test_tools import TOOL, result, start, user
 
-from sessions import OPT_OUTS, Kind, PoolConfig, child_environment
+from sessions import Kind, PoolConfig, child_environment
 
 # ---------------------------------------------------------------- variables
 
@@ -65,7 +65,13 @@ def test_a_child_gets_what_any_program_may_have_and_nothing_that_is_the_clis_own
     assert {"HOME", "CLAUDE_CONFIG_DIR", "MCP_TOOL_TIMEOUT", "ENABLE_PROMPT_CACHING_1H"} <= names
     got = given(PoolConfig(), Kind("sonnet"), names | {"HTTPS_PROXY", "https_proxy", "TMPDIR"})
     folders = {"CLAUDE_CONFIG_DIR", "CLAUDE_SECURESTORAGE_CONFIG_DIR"}
-    asked_for = folders | set(OPT_OUTS)
+    opt_outs = {
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
+        "DISABLE_ERROR_REPORTING",
+        "DISABLE_TELEMETRY",
+        "DO_NOT_TRACK",
+    }
+    asked_for = folders | opt_outs
     assert {name for name in got - asked_for if not ANYBODYS.fullmatch(name.upper())} == set()
     assert {"HOME", "PATH", "HTTPS_PROXY", "https_proxy", "TMPDIR", "AWS_REGION"} <= got
 
