@@ -864,16 +864,16 @@ class Child(asyncio.SubprocessProtocol):
 # each).  One older than this lists no full names of models, without which it keeps no
 # thinking of the past; with still older ones the API gets another request than the
 # client's.
-OLDEST = (2, 1, 197)
-NEWEST_TESTED = (2, 1, 332)
+OLDEST = "2.1.197"
+NEWEST_TESTED = "2.1.332"
 # The CLI announces things to the model (`translate.ANNOUNCEMENTS`) from a version between
 # 2.1.267 and .285 on, and from one between .286 and .300 on not in its bare mode.
-ANNOUNCES = (2, 1, 267)
-HAS_BARE_MODE = (2, 1, 300)
+ANNOUNCES = "2.1.267"
+HAS_BARE_MODE = "2.1.300"
 # From here on it keeps a text after a tool call there.
-KEEPS_ORDER = (2, 1, 266)
+KEEPS_ORDER = "2.1.266"
 # From here on a conversation can end with an assistant message.
-CONTINUES = (2, 1, 300)
+CONTINUES = "2.1.300"
 # Seconds for `claude --version`; 0.1 was measured.
 VERSION_SECS = 5.0
 
@@ -906,36 +906,35 @@ class Cli:
             info = dataclasses.replace(info, models=self.info.models)
         self.info = info
 
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """The version, to be compared; empty: unknown."""
-        return tuple(map(int, re.findall(r"\d+", self.version)[:3]))
-
-    def is_at_least(self, version: tuple[int, ...]) -> bool:
+    def is_at_least(self, version: str) -> bool:
         """Whether it is this version or newer; an unknown version counts as newer."""
-        return not self.numbers or self.numbers >= version
+        known = numbers(self.version)
+        return not known or known >= numbers(version)
 
     @property
     def problem(self) -> str:
         """Why it cannot be used; empty: it can."""
         if self.is_at_least(OLDEST):
             return ""
-        needed = f"{dotted(OLDEST)} or newer is needed"
-        message = f"the claude CLI is version {self.version}, and {needed}"
-        return f"{message}: {update_cure(self.program)}"
+        return (
+            f"the claude CLI is version {self.version}, and {OLDEST} or newer is needed: "
+            f"{update_cure(self.program)}"
+        )
 
     @property
     def warning(self) -> str:
         """What to do about a version that was not tested; empty: nothing."""
-        if self.numbers <= NEWEST_TESTED:
+        if numbers(self.version) <= numbers(NEWEST_TESTED):
             return ""
-        newest = f"{dotted(NEWEST_TESTED)}, the newest that was tested"
-        cure = "`claude-cli-bridge check` tries it"
-        return f"the claude CLI {self.version} is newer than {newest}: {cure}"
+        return (
+            f"the claude CLI {self.version} is newer than {NEWEST_TESTED}, the newest that "
+            "was tested: `claude-cli-bridge check` tries it"
+        )
 
 
-def dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
+def numbers(version: str) -> tuple[int, ...]:
+    """A version, to be compared; empty: unknown."""
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
 
 
 def update_cure(program: str) -> str:
@@ -1998,7 +1997,7 @@ class Starter:
         pool, cli = self._pool, self._pool.cli
         if request.continues and not cli.is_at_least(CONTINUES):
             message = "a conversation that ends with an assistant message needs Claude"
-            message += f" Code {dotted(CONTINUES)} or newer; this is {cli.version}"
+            message += f" Code {CONTINUES} or newer; this is {cli.version}"
             raise translate.bad_request("messages", message)
         # Thinking is kept only beside the full name of the model, and only the CLI
         # knows what login is in its settings.

@@ -16,13 +16,13 @@ from servers import Launch, Program, Serve, Server, printed
 from stand_in import Log
 from test_check import check
 
-from sessions import ANNOUNCES, NEWEST_TESTED, OLDEST, Kind, Pool, State, dotted
+from sessions import ANNOUNCES, NEWEST_TESTED, OLDEST, Kind, Pool, State
 
 TOO_OLD = (
-    f"the claude CLI is version 2.1.100, and {dotted(OLDEST)} or newer is needed: run `claude "
+    f"the claude CLI is version 2.1.100, and {OLDEST} or newer is needed: run `claude "
     "update`, or install Claude Code anew"
 )
-TOO_NEW = f"the claude CLI 9.9.9 is newer than {dotted(NEWEST_TESTED)}, the newest that was tested"
+TOO_NEW = f"the claude CLI 9.9.9 is newer than {NEWEST_TESTED}, the newest that was tested"
 TRIES_IT = "`claude-cli-bridge check` tries it"
 
 
@@ -74,8 +74,8 @@ def test_the_cure_for_the_cli_of_the_wheel_is_pip(serve: Serve, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("version", "is_taken"),
     [
-        (dotted(OLDEST), True),
-        (f"{OLDEST[0]}.{OLDEST[1]}.{OLDEST[2] - 1}", False),
+        (OLDEST, True),
+        ("2.1.196", False),
         ("2.0.999", False),
         ("3.0.0", True),
         ("unknown", True),
@@ -104,8 +104,8 @@ def test_a_cli_that_is_newer_than_the_tested_ones_works_with_a_warning_that_name
 
 
 def test_the_newest_tested_version_is_no_reason_to_warn(launch: Launch, tmp_path: Path) -> None:
-    program = launch(CLAUDE_CLI_BIN=str(versioned(tmp_path, dotted(NEWEST_TESTED))))
-    words = f"version {dotted(NEWEST_TESTED)}\n"
+    program = launch(CLAUDE_CLI_BIN=str(versioned(tmp_path, NEWEST_TESTED)))
+    words = f"version {NEWEST_TESTED}\n"
     wait_until(lambda: any(line.endswith(words) for line in program.lines), "the version")
     assert not [line for line in program.lines if "newer than" in line]
 
@@ -244,7 +244,7 @@ def test_that_the_cli_announces_nothing_is_remembered_only_if_it_said_so(
             assert await pool.inspector.announced(Kind(model)) == []
         assert asked_for(log, model) == processes
 
-    in_pool(use, bin=str(versioned(tmp_path, dotted(ANNOUNCES))))
+    in_pool(use, bin=str(versioned(tmp_path, ANNOUNCES)))
 
 
 def test_what_is_announced_to_a_model_is_known_while_another_is_asked_about(
@@ -262,7 +262,7 @@ def test_what_is_announced_to_a_model_is_known_while_another_is_asked_about(
         await other
         assert asked_for(log, "claude-opus-5-5") == 1
 
-    in_pool(use, bin=str(versioned(tmp_path, dotted(ANNOUNCES))), queue_secs=60)
+    in_pool(use, bin=str(versioned(tmp_path, ANNOUNCES)), queue_secs=60)
 
 
 # ---------------------------------------------------------------- what is none

@@ -10,7 +10,7 @@ from installed import ASKED_FOR, CLIS
 from servers import Serve
 from test_logins import LOGINS, log_in
 
-from sessions import CONTINUES, Cli, dotted
+from sessions import CONTINUES, Cli
 
 BEGUN = {"role": "assistant", "content": [text("It is")]}
 
@@ -109,7 +109,7 @@ def test_an_older_cli_refuses_an_assistant_message_at_the_end_in_words_and_asks_
     ]
     words = (
         "a conversation that ends with an assistant message needs Claude Code "
-        f"{dotted(CONTINUES)} or newer; this is {version}"
+        f"{CONTINUES} or newer; this is {version}"
     )
     for answer in refused:
         assert answer.status == 400

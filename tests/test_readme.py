@@ -28,7 +28,7 @@ from stubs import Stub
 from test_fidelity import DIFFERENCES, TOLD
 
 from bridge import COMMANDS, Config, variable
-from sessions import METRICS, NEWEST_TESTED, OLDEST, dotted
+from sessions import METRICS, NEWEST_TESTED, OLDEST
 
 INSTALL = readme.block(".venv/bin/pip install '.[cli]'")
 CHECK = readme.block("claude-cli-bridge check")
@@ -157,7 +157,7 @@ def test_each_file_of_tests_is_in_a_table_of_what_they_prove() -> None:
 
 @pytest.mark.parametrize("path", [readme.README, readme.EVIDENCE], ids=["README", "tests/README"])
 def test_the_versions_of_the_cli_are_those_that_the_code_takes_as_tested(path: Path) -> None:
-    assert f"{dotted(OLDEST)} to {dotted(NEWEST_TESTED)}" in path.read_text()
+    assert f"{OLDEST} to {NEWEST_TESTED}" in path.read_text()
 
 
 def test_the_readme_names_ten_differences() -> None:
