@@ -64,7 +64,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import orjson
 
@@ -602,31 +602,18 @@ def gate_path(descriptor: int) -> str:
     return path
 
 
-class Gate(asyncio.BaseProtocol):
-    """The writing end of a gate.
-
-    A program that embeds the bridge may fork.  The fork inherits the descriptor, and a
-    pipe ends only when all its writers have closed it, so the fork closes its own.
-    """
-
-    descriptors: ClassVar[set[int]] = set()
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.descriptors.add(self._descriptor)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.descriptors.discard(self._descriptor)
-
-    @classmethod
-    def close_all(cls) -> None:
-        while cls.descriptors:
-            os.close(cls.descriptors.pop())
+# The writing ends of all gates.  A program that embeds the bridge may fork.  The fork
+# inherits them, and a pipe ends only when all its writers have closed it, so the fork
+# closes its own.
+GATES: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()
 
 
-os.register_at_fork(after_in_child=Gate.close_all)
+def close_gates() -> None:
+    for gate in GATES:
+        gate.close()
+
+
+os.register_at_fork(after_in_child=close_gates)
 
 
 class Trace:
@@ -723,8 +710,9 @@ class Child(asyncio.SubprocessProtocol):
         reading, writing = os.pipe()
         with os.fdopen(reading):
             end = os.fdopen(writing, "wb", 0)
-            gate = await self.loop.connect_write_pipe(lambda: Gate(writing), end)
-            self._gate: asyncio.WriteTransport = gate[0]
+            GATES.add(end)
+            connecting = self.loop.connect_write_pipe(asyncio.BaseProtocol, end)
+            self._gate, _ = await connecting
             try:
                 self._gate_path = gate_path(reading)
                 await self.loop.subprocess_exec(

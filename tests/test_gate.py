@@ -1,6 +1,5 @@
 """The gate: the pipe through which a conversation reaches a process, and nothing but a pipe."""
 
-import asyncio
 import contextlib
 import os
 import signal
@@ -20,7 +19,7 @@ from servers import Launch, Program, Serve, linux, plain_cli
 from stand_in import Log
 
 import sessions
-from sessions import Gate
+from sessions import GATES, close_gates
 
 Run = Callable[..., None]  # post in the background
 SECRET = "a heron that nobody else is to read of"
@@ -213,13 +212,13 @@ def test_the_path_of_a_gate_leads_to_its_pipe_and_has_a_folder_of_its_own() -> N
 
 def test_what_forks_closes_the_gates_that_are_open_and_no_other_file() -> None:
     pipes = [os.pipe() for _ in range(3)]
-    gates = [Gate(writing) for _, writing in pipes]
-    for gate in gates:
-        gate.connection_made(asyncio.BaseTransport())
-    gates[2].connection_lost(None)  # whoever closes the pipe says so
-    Gate.close_all()
-    ends = [os.read(reading, 1) for reading, _ in pipes[:2]]
-    os.write(pipes[2][1], b"x")
-    assert (ends, os.read(pipes[2][0], 1)) == ([b"", b""], b"x")
-    for descriptor in (*(reading for reading, _ in pipes), pipes[2][1]):
+    gates = [os.fdopen(writing, "wb", 0) for _, writing in pipes]
+    GATES.update(gates)
+    gates[2].close()
+    other = os.dup(pipes[2][0])  # another file in the place of a gate that is closed
+    assert other == pipes[2][1]
+    close_gates()
+    assert [os.read(reading, 1) for reading, _ in pipes] == [b""] * 3
+    os.fstat(other)
+    for descriptor in (*(reading for reading, _ in pipes), other):
         os.close(descriptor)
