@@ -57,7 +57,6 @@ from collections.abc import (
     Callable,
     Coroutine,
     Iterable,
-    Iterator,
     Mapping,
 )
 from concurrent.futures import ThreadPoolExecutor
@@ -624,42 +623,25 @@ class Trace:
     """
 
     def __init__(self, folder: str, request_id: str) -> None:
-        self._file: IO[bytes] | None = None
+        # Empty: nothing is written, or no more.
+        self._path = ""
         if folder and request_id:
-            path = os.path.join(folder, f"{request_id}.jsonl")
-            opener = partial(os.open, mode=0o600)
-            with self._no_failure():
-                self._file = open(path, "xb", buffering=0, opener=opener)  # noqa: SIM115
+            self._path = os.path.join(folder, f"{request_id}.jsonl")
 
     def add(self, direction: str, lines: Iterable[bytes]) -> None:
-        if self._file:
-            with self._no_failure():
-                for line in lines:
-                    self._file.write(
-                        b'{"%b": %b}\n' % (direction.encode(), as_json(line))
-                    )
-
-    @contextlib.contextmanager
-    def _no_failure(self) -> Iterator[None]:
+        if not self._path:
+            return
+        opener = partial(os.open, mode=0o600)
         try:
-            yield
+            with open(self._path, "ab", opener=opener) as file:
+                for line in lines:
+                    value: object = line.decode(errors="replace")
+                    if translate.parsed(line) is not None:
+                        value = orjson.Fragment(line.strip())
+                    file.write(translate.json_line({direction: value}))
         except OSError as error:
             log.warning("the trace of a request is incomplete: %s", error)
-            self.close()
-
-    def close(self) -> None:
-        if self._file:
-            self._file.close()
-        self._file = None
-
-
-def as_json(line: bytes) -> bytes:
-    """A line as a JSON value: the line itself, or a string of it."""
-    try:
-        orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return orjson.dumps(line.decode(errors="replace"))
-    return line.strip()
+            self._path = ""
 
 
 # ------------------------------------------------------------ a child
@@ -1746,20 +1728,20 @@ class Pool:
         otherwise.
         """
         await self.inspector.look()
+        trace = Trace(self.config.trace_dir, request_id)
         async with self._pinned(token, key_digest) as pin:
-            with contextlib.closing(Trace(self.config.trace_dir, request_id)) as trace:
-                warm = await self._warm_turn(request, pin, trace)
-                turn = warm or await self._fresh_turn(request, pin, trace)
-                if turn.origin != "hot":
-                    like = request if turn.origin == "new" else None
-                    turn.on_begun = lambda: self.spares.refill(
-                        self.inspector.kind(request), like
-                    )
-                log.debug("request %s: %s", request_id, turn.decision)
-                try:
-                    yield turn
-                finally:
-                    self._finish(turn)
+            warm = await self._warm_turn(request, pin, trace)
+            turn = warm or await self._fresh_turn(request, pin, trace)
+            if turn.origin != "hot":
+                like = request if turn.origin == "new" else None
+                turn.on_begun = lambda: self.spares.refill(
+                    self.inspector.kind(request), like
+                )
+            log.debug("request %s: %s", request_id, turn.decision)
+            try:
+                yield turn
+            finally:
+                self._finish(turn)
 
     @contextlib.asynccontextmanager
     async def _pinned(self, token: str | None, key_digest: str) -> AsyncIterator[str]:
@@ -2331,7 +2313,6 @@ class Counter:
                 message = f"the claude CLI did not count within {COUNT_SECS:g} seconds"
                 raise ApiError(504, message) from None
             finally:
-                trace.close()
                 self._pool.spares.refill(self._pool.inspector.kind(request))
         cache_put(counts, key, tokens, MAX_COUNTS)
         return tokens
