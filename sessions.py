@@ -107,8 +107,6 @@ MAX_LINE = 64 << 20
 # Bytes of events at which a pipe is no longer read: a slow client stalls only its own
 # child.
 MAX_UNREAD = 1 << 20
-# Bytes of a line of stderr that are kept, to say why a process died.
-MAX_COMPLAINT = 2048
 # Characters of a line of stderr that are logged, or quoted in an error.
 MAX_LOGGED = 300
 # How a process is ended: each signal, and the seconds it then gets; None: only its stdin
@@ -668,9 +666,8 @@ class Child(asyncio.SubprocessProtocol):
         # The last line that it wrote to stderr, and the beginning of the next.
         self._complaint = ""
         self._stderr = b""
-        # The spawn failed: connection_made must kill and reap it.
-        self._spawn_failed = False
-        self._gate_path = ""
+        # The folder of its gate; empty: there is none to remove.
+        self._folder = ""
 
     def lines_received(self, lines: list[bytes], size: int) -> None:
         """Called with the whole lines of a read of `size` bytes."""
@@ -696,22 +693,22 @@ class Child(asyncio.SubprocessProtocol):
             connecting = self.loop.connect_write_pipe(asyncio.BaseProtocol, end)
             self._gate, _ = await connecting
             try:
-                self._gate_path = gate_path(reading)
+                path = gate_path(reading)
+                self._folder = os.path.dirname(path)
                 await self.loop.subprocess_exec(
                     lambda: self,
                     *argv,
                     "--resume",
-                    self._gate_path,
+                    path,
                     env=environment,
-                    cwd=cwd or os.path.dirname(self._gate_path),
+                    cwd=cwd or self._folder,
                     pass_fds=(reading,),
                     start_new_session=True,
                     preexec_fn=die_with_parent if PRCTL else None,
                 )
             except BaseException:
-                self._spawn_failed = True
                 self._gate.close()
-                self._remove_gate()
+                self._remove_folder()
                 raise
 
     # The gate
@@ -725,40 +722,39 @@ class Child(asyncio.SubprocessProtocol):
             self._gate.writelines(rows)
             self._gate.close()
 
-    def _remove_gate(self) -> None:
-        if self._gate_path:
-            shutil.rmtree(os.path.dirname(self._gate_path), ignore_errors=True)
+    def _remove_folder(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     async def kept_rows(self) -> bytes:
         """What it has written of its conversation, beside its gate: its input is closed,
         and it ends by itself."""
-        self._transport.get_pipe_transport(0).close()
+        self._stdin.close()
         await asyncio.wait({self.exited}, timeout=LATE_SECS)
         # The CLI names the file by a UUID.
-        files = Path(self._gate_path).parent.glob("*-*.jsonl")
+        files = Path(self._folder).glob("*-*.jsonl")  # noqa: ASYNC240 - a small file
         return b"".join(path.read_bytes() for path in files)
 
     # Lines
 
     def write(self, *lines: bytes) -> None:
         self.trace.add("to", lines)
-        stdin: Any = self._transport.get_pipe_transport(0)
-        if not stdin.is_closing():
-            stdin.writelines(lines)
+        if not self._stdin.is_closing():
+            self._stdin.writelines(lines)
 
     # asyncio's callbacks
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        process: Any = transport
-        self._transport = process
-        self.pid: int = process.get_pid()
-        if self._spawn_failed:
-            self._transport.close()  # kills it
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        self._stdin = transport.get_pipe_transport(0)
+        self._stdout = transport.get_pipe_transport(1)
+        self.pid: int = transport.get_pid()
+        if self._gate.is_closing():  # its spawn has failed meanwhile (uvloop)
+            transport.close()  # kills it, and reaps it
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         if fd == 2:
             *complaints, rest = (self._stderr + data).split(b"\n")
-            self._stderr = rest[:MAX_COMPLAINT]
+            self._stderr = rest[:MAX_LOGGED]
             for complaint in filter(None, map(bytes.strip, complaints)):
                 text = translate.masked(complaint.decode(errors="replace"))
                 self._complaint = text[:MAX_LOGGED]
@@ -788,8 +784,7 @@ class Child(asyncio.SubprocessProtocol):
         # What it left behind in its group; `kill` does nothing after `exited`.
         self.kill(signal.SIGKILL)
         self._gate.close()
-        if not self.exited.done():
-            self.exited.set_result(self._transport.get_returncode() or 0)
+        self.exited.set_result(self._transport.get_returncode())
 
     # The end
 
@@ -809,9 +804,9 @@ class Child(asyncio.SubprocessProtocol):
         if self.exited.done():
             message = f"the claude CLI exited with status {self.exited.result()}"
         reason = message  # what it printed can quote a prompt
-        complaint = self._stderr.decode(errors="replace").strip() or self._complaint
-        if complaint:
-            message = f"{message}: {complaint[:MAX_LOGGED]}"
+        self.pipe_data_received(2, b"\n")  # its last line may have no end
+        if self._complaint:
+            message = f"{message}: {self._complaint}"
         return ApiError(502, message, log_reason=reason)
 
     async def end(self, *, at_once: bool = False) -> None:
@@ -821,11 +816,11 @@ class Child(asyncio.SubprocessProtocol):
             if number:
                 self.kill(number)
             else:
-                self._transport.get_pipe_transport(0).close()
+                self._stdin.close()
             # Once it has exited, this returns at once, and `kill` does nothing.
             await asyncio.wait({self.exited}, timeout=seconds)
         self._transport.close()
-        self._remove_gate()
+        self._remove_folder()
 
 
 # ------------------------------------------------------------ the CLI
@@ -997,10 +992,8 @@ class Process(Child):
         # When the last sign of life came, or will come after an announced retry.
         self._alive_at = time.monotonic()
         self._events: deque[CliEvent] = deque()
-        # Bytes that have come since the last `read`.
+        # Bytes that have come since the last `read`; beyond MAX_UNREAD no more are read.
         self._unread = 0
-        # Its output is not read for now: too much of it is unread.
-        self._is_paused = False
         # Not set while somebody waits for an event.
         self._news = asyncio.Event()
         self._news.set()
@@ -1127,12 +1120,12 @@ class Process(Child):
         return found
 
     def _resume_reading(self) -> None:
+        is_paused = self._unread > MAX_UNREAD
         self._unread = 0
-        if self._is_paused:
-            self._is_paused = False
+        if is_paused:
             self._alive_at = time.monotonic()  # the silence was the client's
             if not self.eof:
-                self._transport.get_pipe_transport(1).resume_reading()
+                self._stdout.resume_reading()
 
     # What a child reports
 
@@ -1152,9 +1145,8 @@ class Process(Child):
         if self._events:
             self._unread += size
             self._news.set()
-        if self._unread > MAX_UNREAD and not self._is_paused:
-            self._is_paused = True
-            self._transport.get_pipe_transport(1).pause_reading()
+        if self._unread > MAX_UNREAD:
+            self._stdout.pause_reading()
 
     def fail(self, error: ApiError, reason: str = "failed") -> None:
         self._failure = error
