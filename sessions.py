@@ -45,6 +45,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -921,36 +922,30 @@ def identify_file(path: str) -> FileIdentity | None:
 async def ask_version(program: str, environment: Mapping[str, str]) -> str:
     """What `claude --version` prints first, such as 2.1.332; empty: it printed none within
     VERSION_SECS."""
-    text, has_ended = b"", False
-    spawning = asyncio.create_task(
-        asyncio.create_subprocess_exec(
-            program,
-            "--version",
-            env=environment,
-            cwd="/",
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    )
+    text = b""
     # The first conversation reports a CLI that does not start.
     with contextlib.suppress(OSError, RuntimeError):
-        try:
-            process = await asyncio.shield(spawning)
-            async with asyncio.timeout(VERSION_SECS):
-                text, _ = await process.communicate()
-                has_ended = True
-        finally:
-            # uvloop leaves a child behind if its start is cancelled.
-            await asyncio.wait({spawning})
-            if not spawning.exception() and not has_ended:
-                process = spawning.result()
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
+        text = await asyncio.to_thread(print_version, program, environment)
     match = re.match(rb"\d+\.\d\S*", text)
     return match[0].decode() if match else ""
+
+
+def print_version(program: str, environment: Mapping[str, str]) -> bytes:
+    """What `claude --version` prints.  It takes its time, but no longer than that."""
+    with subprocess.Popen(
+        [program, "--version"],
+        env=environment,
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
+        try:
+            return process.communicate(timeout=VERSION_SECS)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return b""
 
 
 # ------------------------------------------------------------ a process
