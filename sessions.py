@@ -922,30 +922,22 @@ def identify_file(path: str) -> FileIdentity | None:
 async def ask_version(program: str, environment: Mapping[str, str]) -> str:
     """What `claude --version` prints first, such as 2.1.332; empty: it printed none within
     VERSION_SECS."""
-    text = b""
-    # The first conversation reports a CLI that does not start.
-    with contextlib.suppress(OSError, RuntimeError):
-        text = await asyncio.to_thread(print_version, program, environment)
-    match = re.match(rb"\d+\.\d\S*", text)
-    return match[0].decode() if match else ""
-
-
-def print_version(program: str, environment: Mapping[str, str]) -> bytes:
-    """What `claude --version` prints.  It takes its time, but no longer than that."""
-    with subprocess.Popen(
-        [program, "--version"],
-        env=environment,
-        cwd="/",
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as process:
-        try:
-            return process.communicate(timeout=VERSION_SECS)[0]
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return b""
+    try:
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [program, "--version"],
+            env=environment,
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            errors="replace",
+            timeout=VERSION_SECS,
+            start_new_session=True,
+        )
+    except (OSError, RuntimeError, subprocess.TimeoutExpired):
+        return ""  # the first conversation reports a CLI that does not start
+    match = re.match(r"\d+\.\d\S*", done.stdout)
+    return match[0] if match else ""
 
 
 # ------------------------------------------------------------ a process
