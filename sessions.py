@@ -38,7 +38,6 @@ import contextlib
 import ctypes
 import dataclasses
 import enum
-import itertools
 import logging
 import math
 import os
@@ -164,10 +163,6 @@ NO_IMAGE = (
 NO_START = "the claude CLI did not start"
 # Why a conversation is rebuilt that no session is known to have held.
 UNKNOWN_HISTORY = "unknown-history"
-CLOSED_GATE = (
-    "the claude CLI said nothing after its start: it may not have the pipe that it was "
-    "given, as when CLAUDE_CLI_BIN is a program that closes the descriptors that it inherits"
-)
 # Events that a process prints only when a turn asked for them.
 ANSWERS = {"stream_event", "assistant", "user", "result"}
 # Only these show that a turn is alive; status lines and keep-alives come from a
@@ -1061,25 +1056,20 @@ class Process(Child):
                 raise self._failure
             if self.eof:
                 raise await self.death()
-            await self._wait()
+            self._resume_reading()  # all that was read is the beginning of a line
+            self._news.clear()
+            try:
+                await self._news.wait()
+            finally:  # also for one who waits no longer
+                self._news.set()
         self._resume_reading()
         return self._events
 
-    async def _wait(self) -> None:
-        """Wait for an event, a failure or the end of its output."""
-        self._resume_reading()  # all that was read is the beginning of a line
-        self._news.clear()
-        try:
-            await self._news.wait()
-        finally:  # also for one who waits no longer
-            self._news.set()
-
     async def wait_for_output(self) -> None:
         """Wait for its first output or its end, but not for long."""
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(ApiError, TimeoutError):
             async with asyncio.timeout(FIRST_OUTPUT_SECS):
-                while not self._events and not self.is_unusable:
-                    await self._wait()
+                await self.read()
 
     def check_silence(self, watchdog_secs: float) -> bool:
         """Fail a turn that has waited for too long.  Returns whether the watchdog failed
@@ -1088,10 +1078,15 @@ class Process(Child):
             return False  # nobody waits: the client may be slow
         now = time.monotonic()
         if not self.has_spoken and now >= self.opened_at + GATE_SECS:
-            self.fail(cli_error(CLOSED_GATE))
+            self.fail(
+                cli_error(
+                    "the claude CLI said nothing after its start: CLAUDE_CLI_BIN may be a "
+                    "program that closes the descriptors that it inherits"
+                )
+            )
         elif not self.working and now >= self._alive_at + watchdog_secs:
-            seconds = f"{watchdog_secs:g} seconds"
-            self.fail(ApiError(504, f"the claude CLI was silent for {seconds}"))
+            message = f"the claude CLI was silent for {watchdog_secs:g} seconds"
+            self.fail(ApiError(504, message))
             return True
         return False
 
@@ -1099,12 +1094,11 @@ class Process(Child):
         """Read until `find` returns something for an event, and return that.  Raises
         ApiError: as `read`, and that of a failed turn."""
         translator = Translator()  # it raises failures
-        found = None
-        while not found:
+        while True:
             event = (await self.read()).popleft()
             translator.feed(event)
-            found = find(event)
-        return found
+            if found := find(event):
+                return found
 
     def _resume_reading(self) -> None:
         is_paused = self._unread > MAX_UNREAD
@@ -1120,13 +1114,14 @@ class Process(Child):
         if self._failure:
             return  # it is not used again
         try:
-            for event in itertools.chain.from_iterable(map(translate.decode, lines)):
-                if self._is_in_turn:
-                    self._events.append(event)
-                elif self.is_unasked(event):
-                    self.fail(cli_error("the claude CLI spoke unasked"), "unasked")
-                    return
-                self._act_on(event)
+            for line in lines:
+                for event in translate.decode(line):
+                    if self._is_in_turn:
+                        self._events.append(event)
+                    elif self.is_unasked(event):
+                        self.fail(cli_error("the claude CLI spoke unasked"), "unasked")
+                        return
+                    self._act_on(event)
         except ApiError as error:
             self.fail(error)
         if self._events:
@@ -1161,8 +1156,6 @@ class Process(Child):
         kind = event["type"]
         if kind in SIGNS_OF_LIFE:
             self._alive_at = time.monotonic()
-        if kind == "stream_event":
-            return  # most are
         if kind == "control_request":
             self._answer_control(event)
         elif kind == "control_response":
@@ -1175,9 +1168,8 @@ class Process(Child):
             if event.get("is_error"):
                 raise cli_error("the claude CLI ended its last turn with an error")
         elif event.get("subtype") == "api_retry":
-            delay = event.get("retry_delay_ms")
-            if isinstance(delay, int | float):
-                self._alive_at = time.monotonic() + delay / 1000
+            delay = translate.get_number(event, "retry_delay_ms") or 0
+            self._alive_at = time.monotonic() + delay / 1000
 
     def _answer_control(self, event: CliEvent) -> None:
         call = translate.tool_call_id(event)
