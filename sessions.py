@@ -122,8 +122,8 @@ FIRST_OUTPUT_SECS = 2.0
 # Seconds after which the turn of a process fails that has printed nothing: the gate did not
 # reach the CLI; 0.5 was measured for 1,000 messages.
 GATE_SECS = 30.0
-# Seconds within which the `result` must come after an answer (0.02 was measured), and within
-# which a process must end after its input has.
+# Seconds within which the `result` must come after an answer (0.02 was measured), within which
+# a process must end after its input has, and for `claude --version` (0.1 was measured).
 LATE_SECS = 5.0
 # Seconds for a count of tokens, and to ask what the CLI announces; 0.5 was measured.
 COUNT_SECS = 20.0
@@ -136,18 +136,15 @@ LARGE_SIZE = 1 << 20
 # pipe, one reads it, one handles what was read, and two more handle its end (asyncio's
 # call_soon).
 READ_ROUNDS = 5
-# How many fingerprints of past sessions are remembered, to explain why a conversation is
-# rebuilt.
-MAX_PAST = 4096
+# How many entries a cache has: fingerprints of past sessions, to explain why a conversation
+# is rebuilt, counts of tokens, and announcements.
+MAX_CACHED = 4096
 # The model of a process that is asked about the CLI itself.
 PROBE_MODEL = "sonnet"
 # Seconds between two looks at all processes.
 SWEEP_SECS = 1.0
 # So many seconds a spare is kept that was set up for another conversation than the newest.
 CALM_SECS = 5.0
-# How many counts of tokens, and announcements, are remembered: Claude Code's /context
-# asks for 24 counts, some of them twice.
-MAX_COUNTS = 256
 # Tokens of the prompt that the API adds for tools: the CLI subtracts them, so they are
 # added back.
 TOOLS_PROMPT_TOKENS = 500
@@ -835,8 +832,6 @@ HAS_BARE_MODE = "2.1.300"
 KEEPS_ORDER = "2.1.266"
 # From here on a conversation can end with an assistant message.
 CONTINUES = "2.1.300"
-# Seconds for `claude --version`; 0.1 was measured.
-VERSION_SECS = 5.0
 
 # A file: device, inode, and time of change.
 FileIdentity = tuple[int, int, int]
@@ -916,7 +911,7 @@ def identify_file(path: str) -> FileIdentity | None:
 
 async def ask_version(program: str, environment: Mapping[str, str]) -> str:
     """What `claude --version` prints first, such as 2.1.332; empty: it printed none within
-    VERSION_SECS."""
+    LATE_SECS."""
     try:
         done = await asyncio.to_thread(
             subprocess.run,
@@ -926,7 +921,7 @@ async def ask_version(program: str, environment: Mapping[str, str]) -> str:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             errors="replace",
-            timeout=VERSION_SECS,
+            timeout=LATE_SECS,
             start_new_session=True,
         )
     except (OSError, RuntimeError, subprocess.TimeoutExpired):
@@ -1563,13 +1558,11 @@ class Threads:
 # ------------------------------------------------------------ past conversations
 
 
-def cache_put(
-    cache: OrderedDict[Any, Any], key: object, value: object, most: int
-) -> None:
-    """Add an entry to a cache, and drop the oldest beyond `most`."""
+def cache_put(cache: OrderedDict[Any, Any], key: object, value: object) -> None:
+    """Add an entry to a cache, and drop the oldest beyond MAX_CACHED."""
     cache[key] = value
     cache.move_to_end(key)
-    if len(cache) > most:
+    if len(cache) > MAX_CACHED:
         cache.popitem(last=False)
 
 
@@ -1593,7 +1586,7 @@ class Outcomes:
             keys.append(session.identity)
         for key in keys:
             if key:
-                cache_put(self._last_seen, key, (session.parts, reason), MAX_PAST)
+                cache_put(self._last_seen, key, (session.parts, reason))
 
     def rebuild_reason(self, request: Request, pin: str) -> str:
         """Why a conversation is rebuilt, such that its user can act on it; empty: it is
@@ -2122,7 +2115,7 @@ class Inspector:
                             is_answered = event["type"] == "result"
                 found = translate.announcements(await asked.kept_rows())
             if is_answered:
-                cache_put(cli.announced, key(), found, MAX_COUNTS)
+                cache_put(cli.announced, key(), found)
             return found
 
     def kind(self, request: Request) -> Kind:
@@ -2285,7 +2278,7 @@ class Counter:
                 raise ApiError(504, message) from None
             finally:
                 self._pool.spares.refill(self._pool.inspector.kind(request))
-        cache_put(counts, key, tokens, MAX_COUNTS)
+        cache_put(counts, key, tokens)
         return tokens
 
     async def _count(self, request: Request, trace: Trace) -> int:

@@ -49,10 +49,10 @@ Json = dict[str, Any]
 WARM_UP = 2.0  # minutes
 RESTARTS = 4  # in the last part
 CLEAN_SECS = 15.0  # what is older in TMPDIR is removed
-# Bytes of memory: lost conversations that are remembered (sessions.MAX_PAST), and the allocator.
+# Bytes of memory: lost conversations that are remembered (sessions.MAX_CACHED), and the allocator.
 GROWTH_IN_ALL = 8 << 20
 # Bytes of memory in the second half, when as many lost conversations are remembered as ever
-# (sessions.MAX_PAST): what an allocator keeps, and some for each answer.  A leak of 1 KiB a request
+# (sessions.MAX_CACHED): what an allocator keeps, and some for each answer.  A leak of 1 KiB a request
 # is more after 2,048 answers.
 GROWTH, GROWTH_PER_ANSWER = 1 << 20, 512
 TOOL = {"name": "t", "input_schema": {"type": "object"}}
