@@ -50,7 +50,7 @@ import tempfile
 import time
 import uuid
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -2322,64 +2322,31 @@ class Counter:
 
 # ------------------------------------------------------------ appendix: metrics
 
-# The metrics, by their names after claude_cli_bridge_: type and help.
+# The metrics by type: their names after claude_cli_bridge_, and their help.
 METRICS = {
-    "requests_total": (
-        "counter",
-        "HTTP requests by route and status; 499: the client left before there was one",
-    ),
-    "errors_total": (
-        "counter",
-        "Requests that failed, by error.type; client_left: before the end of the answer",
-    ),
-    "turns_total": (
-        "counter",
-        "Turns by conversation (hot, new, rebuilt) and the reason of a rebuild",
-    ),
-    "first_byte_seconds": (
-        "histogram",
-        "From a request for a message to the first event of its answer",
-    ),
-    "turn_seconds": (
-        "histogram",
-        "From a request for a message to the end of its answer",
-    ),
-    "queue_seconds": (
-        "histogram",
-        "Time requests waited in a line: for a process, a count, or others of their session",
-    ),
-    "tokens_total": (
-        "counter",
-        "Tokens by kind, as the API counted them in complete and broken answers",
-    ),
-    "processes": ("gauge", "Processes of the CLI by state"),
-    "processes_started_total": ("counter", "Processes of the CLI that were started"),
-    "processes_ended_total": (
-        "counter",
-        "Processes of the CLI that were retired, by reason",
-    ),
-    "process_restarts_total": (
-        "counter",
-        "Processes of the CLI that ended by themselves; the next turn starts one",
-    ),
-    "watchdog_fires_total": ("counter", "Turns that failed as the CLI was silent"),
-    "waiting_requests": (
-        "gauge",
-        "Requests that wait for a process, or for others of their session",
-    ),
-    "connections": ("gauge", "Open connections of clients"),
-    "log_lines_lost_total": (
-        "counter",
-        "Log lines that were lost because nobody read them",
-    ),
-    "quota_utilization_ratio": (
-        "gauge",
-        "How much of a limit of the account is used, by the CLI",
-    ),
-    "quota_resets_at_seconds": (
-        "gauge",
-        "When a limit of the account is reset, in epoch seconds",
-    ),
+    "counter": {
+        "requests_total": "HTTP requests by route and status; 499: the client left before it",
+        "errors_total": "Failed requests by error.type; client_left: before the answer's end",
+        "turns_total": "Turns by conversation (hot, new, rebuilt) and the reason of a rebuild",
+        "tokens_total": "Tokens by kind, as the API counted them, also in broken answers",
+        "processes_started_total": "Processes of the CLI that were started",
+        "processes_ended_total": "Processes of the CLI that were retired, by reason",
+        "process_restarts_total": "Processes that ended by themselves; the next turn starts one",
+        "watchdog_fires_total": "Turns that failed as the CLI was silent",
+        "log_lines_lost_total": "Log lines that were lost because nobody read them",
+    },
+    "histogram": {
+        "first_byte_seconds": "From a request for a message to the first event of its answer",
+        "turn_seconds": "From a request for a message to the end of its answer",
+        "queue_seconds": "Waits for a process, for a count, or for others of a session",
+    },
+    "gauge": {
+        "processes": "Processes of the CLI by state",
+        "waiting_requests": "Requests that wait for a process, or for others of their session",
+        "connections": "Open connections of clients",
+        "quota_utilization_ratio": "How much of a limit of the account is used, by the CLI",
+        "quota_resets_at_seconds": "When a limit of the account is reset, in epoch seconds",
+    },
 }
 # Seconds: a hot turn to a long answer.
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -2393,10 +2360,9 @@ class Metrics:
 
     def __init__(self) -> None:
         # By name, then by the rest of the name and the labels.
-        self._samples: dict[str, dict[str, float]] = {name: {} for name in METRICS}
-        for name, (kind, _) in METRICS.items():
-            if kind == "histogram":
-                self.time(name, 0, count=0)
+        self._samples: defaultdict[str, dict[str, float]] = defaultdict(dict)
+        for name in METRICS["histogram"]:
+            self.time(name, 0, count=0)
         for name in (
             "processes_started_total",
             "process_restarts_total",
@@ -2435,14 +2401,12 @@ class Metrics:
 
     def text(self) -> str:
         lines = []
-        for name, samples in self._samples.items():
-            kind, words = METRICS[name]
-            lines.append(f"# HELP claude_cli_bridge_{name} {words}")
-            lines.append(f"# TYPE claude_cli_bridge_{name} {kind}")
-            lines += [
-                f"claude_cli_bridge_{name}{rest} {value}"
-                for rest, value in samples.items()
-            ]
+        for kind, metrics in METRICS.items():
+            for name, words in metrics.items():
+                lines.append(f"# HELP claude_cli_bridge_{name} {words}")
+                lines.append(f"# TYPE claude_cli_bridge_{name} {kind}")
+                for rest, value in self._samples[name].items():
+                    lines.append(f"claude_cli_bridge_{name}{rest} {value}")
         return "\n".join([*lines, ""])
 
 
