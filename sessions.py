@@ -1196,8 +1196,8 @@ async def read_pipes() -> None:
 
 
 class State(enum.Enum):
-    """The state of a session.  In the first three it gives way to a request that needs
-    room, in this order."""
+    """The state of a session.  In the first three it rests, and gives way to a request
+    that needs room, in this order."""
 
     # Started, without a conversation yet.
     SPARE = "spare"
@@ -1211,7 +1211,7 @@ class State(enum.Enum):
     RETIRED = "retired"
 
 
-GIVES_WAY = (State.SPARE, State.IDLE, State.PARKED)
+RESTING = (State.SPARE, State.IDLE, State.PARKED)
 
 
 @dataclass(eq=False)
@@ -1572,10 +1572,7 @@ class Outcomes:
     def __init__(self) -> None:
         # By fingerprint and by pin, the parts of the session that held the conversation
         # last, and why a request may miss it.
-        self._last_seen: OrderedDict[bytes | str, tuple[Digests, str]] = OrderedDict()
-
-    def __contains__(self, key: bytes | str) -> bool:
-        return key in self._last_seen
+        self.last_seen: OrderedDict[bytes | str, tuple[Digests, str]] = OrderedDict()
 
     def record(self, session: Session, reason: str) -> None:
         """Why a request will not find the session, from now on."""
@@ -1586,13 +1583,13 @@ class Outcomes:
             keys.append(session.identity)
         for key in keys:
             if key:
-                cache_put(self._last_seen, key, (session.parts, reason))
+                cache_put(self.last_seen, key, (session.parts, reason))
 
     def rebuild_reason(self, request: Request, pin: str) -> str:
         """Why a conversation is rebuilt, such that its user can act on it; empty: it is
         new."""
         wanted = request.fingerprint
-        outcome = self._last_seen.get(wanted.past) or self._last_seen.get(pin)
+        outcome = self.last_seen.get(wanted.past) or self.last_seen.get(pin)
         if request.continues:
             return "prefill"
         if not outcome:
@@ -1666,7 +1663,7 @@ class Pool:
         """Whether a request would get a process, if need be the place of a resting one
         or of one that is being ended."""
         has_place = not self.room.is_full or self.room.shortfall < 0
-        return has_place or bool(self.in_states(*GIVES_WAY))
+        return has_place or bool(self.in_states(*RESTING))
 
     def is_own_process(self, names: str) -> bool:
         """Whether a request comes from a process of this pool, by the id that is in its
@@ -1723,7 +1720,7 @@ class Pool:
     async def _warm_turn(self, request: Request, pin: str, trace: Trace) -> Turn | None:
         """A turn of the warm session that holds the request's history, if there is
         one."""
-        session = self._find_pinned(request, pin) if pin else self._find(request)
+        session = self._find(request, pin)
         if not session:
             return None
         process = session.process
@@ -1783,29 +1780,24 @@ class Pool:
         if not is_whole:
             raise ApiError(400, LOST_NAME)
 
-    def _find(self, request: Request) -> Session | None:
-        for session in [*self.on_file, *self.spares.ready]:
-            if session.matches(request) and not session.pin:
-                return session
-        return None
-
-    def _find_pinned(self, request: Request, pin: str) -> Session | None:
+    def _find(self, request: Request, pin: str) -> Session | None:
+        """The resting session that can take a request: that of its name, or one that has no
+        name either."""
         wanted = request.fingerprint
-        session = next((item for item in self.on_file if item.pin == pin), None)
-        if not session:
-            if not wanted.past and pin in self._outcomes:
-                raise ApiError(400, LOST_NAME)
-            return None
         # A client that names its conversation may leave out what it said before.
-        only_what_is_new = (
-            not wanted.past and session.parts.items() >= wanted.sent_parts.items()
-        )
-        if not session.matches(request) and not only_what_is_new:
-            self.retire(session, UNKNOWN_HISTORY)
-            return None
-        if session.state is State.PARKED and not wanted.past:
-            raise translate.unanswered(session.process.expected_calls, "messages.0")
-        return session
+        is_by_name = pin and not wanted.past
+        found = [item for item in self.in_states(*RESTING) if item.pin == pin]
+        for session in found:
+            fits = is_by_name and session.parts.items() >= wanted.sent_parts.items()
+            if fits and session.state is State.PARKED:
+                raise translate.unanswered(session.process.expected_calls, "messages.0")
+            if fits or session.matches(request):
+                return session
+            if pin:
+                self.retire(session, UNKNOWN_HISTORY)
+        if is_by_name and not found and pin in self._outcomes.last_seen:
+            raise ApiError(400, LOST_NAME)
+        return None
 
     # Fresh
 
@@ -1853,7 +1845,7 @@ class Pool:
             if other.identity == session.identity and not (other.pin or session.pin)
         ]
         is_unnamed_agent = session.kind.agent and not session.pin
-        if is_unnamed_agent and session.identity in self._outcomes:
+        if is_unnamed_agent and session.identity in self._outcomes.last_seen:
             # Another agent has had this conversation.  What its tools have seen does not
             # follow from that, so neither may answer for the other.
             for other in [session, *same]:
@@ -1880,7 +1872,7 @@ class Pool:
     def make_room(self) -> None:
         """End as many resting processes as there are requests that wait for nothing
         else."""
-        resting = self.in_states(*GIVES_WAY)
+        resting = self.in_states(*RESTING)
         for session in resting[: max(0, self.room.shortfall)]:
             self.retire(session, "evicted")
 
@@ -2235,7 +2227,7 @@ def look_after(pool: Pool, session: Session) -> None:
     """Retire a resting session that died or whose time is up, and fail a turn that is
     silent for too long."""
     process, ttl = session.process, pool.config.session_ttl_secs
-    is_resting = session.state in (State.SPARE, State.IDLE, State.PARKED)
+    is_resting = session.state in RESTING
     if is_resting and process.is_unusable:
         pool.retire(session, "failed")
     elif is_resting and ttl and session.state_secs >= ttl:
