@@ -1723,38 +1723,34 @@ class Pool:
         session = self._find(request, pin)
         if not session:
             return None
-        process = session.process
+        process, before = session.process, session.state
         content = request.messages[-1]["content"]
-        is_parked = session.state is State.PARKED
-        results = translate.tool_results(content) if is_parked else None
-        reason = ""
-        if session.kind.bare and process.cli.files[1:] != self.cli.files[1:]:
-            # It reads no subscription's login, and there may be one now.
-            reason = "login"
-        elif translate.has_images(content):
-            reason = "images"  # only a transcript keeps them as they are
-        elif is_parked and results is None:
-            reason = "tool-results"
-        if reason:
-            self._give_up(session, request, reason)
-            return None
-        before = session.state
+        is_parked = before is State.PARKED
+        results = translate.tool_results(content) if is_parked else {}
+        reason = turn_id = ""
+        lines = []
         session.move(State.BUSY)
         self._outcomes.record(session, "busy")
         try:
-            turn_id = ""
-            lines = []
-            if results is None:
-                turn_id = str(uuid.uuid4())
-                make_line = partial(translate.user_line, content, turn_id)
-                lines.append(await self.threads.run(request.size, make_line))
-            is_ready = await process.is_ready()
+            if session.kind.bare and process.cli.files[1:] != self.cli.files[1:]:
+                # It reads no subscription's login, and there may be one now.
+                reason = "login"
+            elif translate.has_images(content):
+                reason = "images"  # only a transcript keeps them as they are
+            elif results is None:
+                reason = "tool-results"
+            else:
+                if not is_parked:
+                    turn_id = str(uuid.uuid4())
+                    make_line = partial(translate.user_line, content, turn_id)
+                    lines.append(await self.threads.run(request.size, make_line))
+                reason = "" if await process.is_ready() else "failed"
+            if reason:
+                self._give_up(session, request, reason)
+                return None
         except BaseException:
             self._put_back(session, before)
             raise
-        if not is_ready:
-            self._give_up(session, request, "failed")
-            return None
         process.begin_turn(trace)
         session.go_on(request, turn_id, lines)
         process.hand_over(results or {})
