@@ -1216,14 +1216,16 @@ RESTING = (State.SPARE, State.IDLE, State.PARKED)
 
 @dataclass(eq=False)
 class Session:
-    """A process and the conversation in it; the only writer of its own fields."""
+    """A process and the conversation in it; the only writer of its own fields, but for
+    the name that the pool gives it."""
 
     process: Process
     kind: Kind
     state: State
     # The id under which the CLI asks the API, a UUID.
     own_id: str = field(default_factory=lambda: str(uuid.uuid4()))
-    # The name that the client gave it by header, with its owner; empty: none.
+    # The name that the client gave it by header, with its owner: requests find it by
+    # nothing else; empty: none.
     pin: str = ""
     # Digests of what it cannot change.
     parts: Digests = field(default_factory=dict)
@@ -1272,14 +1274,13 @@ class Session:
 
     # A first turn
 
-    def take_name(self, pin: str) -> None:
-        """Go by the name that the client gave it: requests find it by nothing else."""
-        self.pin = pin
-
-    def adopt(self, request: Request, tools: list[Json], trace: Trace | None) -> None:
-        """Take on a request's conversation."""
+    def adopt(
+        self, request: Request, trace: Trace | None = None, *, query: bool = True
+    ) -> None:
+        """Take on a request's conversation; without `query` only to count it."""
+        list_tools = translate.tools_for_turn if query else translate.tools_for_count
+        self.process.tools = list_tools(request)
         self.process.begin_turn(trace)
-        self.process.tools = tools
         wanted = request.fingerprint
         self.parts = wanted.parts
         self.chain = wanted.past
@@ -1297,10 +1298,13 @@ class Session:
             *self._changed_settings(request),
         )
 
-    def ask(self, query: bool) -> None:
-        """Start a turn on the conversation; without `query` it is only counted."""
-        self.turn_id = str(uuid.uuid4())
-        self.process.write(translate.user_line([], self.turn_id, query=query))
+    # Turns
+
+    def ask(self, request: Request, turn_id: str, lines: list[bytes]) -> None:
+        """Start a turn: write the settings that changed, and the `lines` with what is new
+        in the request, of that UUID."""
+        self.turn_id = turn_id
+        self.process.write(*self._changed_settings(request), *lines)
 
     def _changed_settings(self, request: Request) -> list[bytes]:
         """The line with a request's settings, unless the last request had the same."""
@@ -1313,14 +1317,6 @@ class Session:
             settings = {name: value for name, value in settings.items() if value}
         fields = {"settings": {"env": settings}}
         return [translate.control_line("settings", "apply_flag_settings", **fields)]
-
-    # Later turns
-
-    def go_on(self, request: Request, turn_id: str, lines: list[bytes]) -> None:
-        """Write what is new in a request: the settings that changed, and the `lines` with
-        its message, of that UUID."""
-        self.turn_id = turn_id
-        self.process.write(*self._changed_settings(request), *lines)
 
     def extend(self, request: Request, answer: Json) -> None:
         """Add the question and the answer of a turn to what it holds."""
@@ -1752,7 +1748,7 @@ class Pool:
             self._put_back(session, before)
             raise
         process.begin_turn(trace)
-        session.go_on(request, turn_id, lines)
+        session.ask(request, turn_id, lines)
         process.hand_over(results or {})
         return Turn(request, session, "hot" if session.turns else "new")
 
@@ -1799,9 +1795,8 @@ class Pool:
 
     async def _fresh_turn(self, request: Request, pin: str, trace: Trace) -> Turn:
         reason = self._outcomes.rebuild_reason(request, pin)
-        tools = translate.tools_for_turn(request)
-        session = await self.starter.fresh_session(request, tools, trace)
-        session.take_name(pin)
+        session = await self.starter.fresh_session(request, trace)
+        session.pin = pin
         return Turn(request, session, "rebuilt" if reason else "new", reason)
 
     # What becomes of a session
@@ -1909,7 +1904,6 @@ class Starter:
     async def fresh_session(
         self,
         request: Request,
-        tools: list[Json],
         trace: Trace | None = None,
         *,
         query: bool = True,
@@ -1928,30 +1922,33 @@ class Starter:
             await pool.inspector.info()
         kind = pool.inspector.kind(request)
         announced = await pool.inspector.announced(kind)
-        while True:
-            spare = await pool.spares.take(kind)
-            async with contextlib.AsyncExitStack() as start:
-                if not spare:
-                    # Many starts at once would slow each other down.
-                    message = "other processes did not start"
-                    if pool.room.is_full:
-                        message = self._no_room
-                    permit = pool.queue.held(self._starts, message, is_timed=False)
-                    await start.enter_async_context(permit)
-                session = spare or await self.spawn(kind, State.BUSY)
-                session.adopt(request, tools, trace)
-                await self._give_conversation(session, request, announced, query)
-            process = session.process
-            if not spare or process.has_spoken or not process.is_unusable:
-                return session
+        begin = partial(self._begin, request, announced, trace, query)
+        while spare := await pool.spares.take(kind):
+            await begin(spare)
+            if spare.process.has_spoken or not spare.process.is_unusable:
+                return spare
             # It asked nothing, so another one can.
-            pool.retire(session, "failed")
+            pool.retire(spare, "failed")
+        message = "other processes did not start"
+        if pool.room.is_full:
+            message = self._no_room
+        # Many starts at once would slow each other down.
+        async with pool.queue.held(self._starts, message, is_timed=False):
+            session = await self.spawn(kind, State.BUSY)
+            await begin(session)
+        return session
 
-    async def _give_conversation(
-        self, session: Session, request: Request, announced: list[Json], query: bool
+    async def _begin(
+        self,
+        request: Request,
+        announced: list[Json],
+        trace: Trace | None,
+        query: bool,
+        session: Session,
     ) -> None:
         """Give a process its conversation, start a turn on it, and wait for its first
         output."""
+        session.adopt(request, trace, query=query)
         make_rows = partial(
             translate.transcript,
             request.messages,
@@ -1959,10 +1956,12 @@ class Starter:
             announced,
             session.own_id,
         )
+        turn_id = str(uuid.uuid4())
         try:
             rows = await self._pool.threads.run(request.size, make_rows)
             session.set_up(request, rows)
-            session.ask(query)
+            question = translate.user_line([], turn_id, query=query)
+            session.ask(request, turn_id, [question])
             await session.process.wait_for_output()
         except BaseException:
             self._pool.cut_short(session)
@@ -2197,7 +2196,7 @@ class Spares:
         same = [spare for spare in self.ready if spare.kind == kind and not spare.parts]
         if len(same) > 1:
             spare = same[0]
-            spare.adopt(request, translate.tools_for_turn(request), None)
+            spare.adopt(request)
             rows = translate.transcript([], spare.model, announced, spare.own_id)
             spare.set_up(request, rows)
             spare.process.end_turn({"type": "result"})
@@ -2270,10 +2269,7 @@ class Counter:
         return tokens
 
     async def _count(self, request: Request, trace: Trace) -> int:
-        tools = translate.tools_for_count(request)
-        session = await self._pool.starter.fresh_session(
-            request, tools, trace, query=False
-        )
+        session = await self._pool.starter.fresh_session(request, trace, query=False)
         try:
             # The wait for a process is not the CLI's.
             async with asyncio.timeout(COUNT_SECS):
