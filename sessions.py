@@ -2250,48 +2250,26 @@ class Counter:
         failures.  The CLI passes off an estimate as a count when the API does not
         count, so its log is watched for the API's answers.
         """
-        key = await self._pool.threads.run(
-            request.size, lambda: translate.request_digest(request)
-        )
-        counts = (await self._pool.inspector.look()).counts
+        pool = self._pool
+        make_key = partial(translate.request_digest, request)
+        key = await pool.threads.run(request.size, make_key)
+        counts = (await pool.inspector.look()).counts
         if key in counts:
             return counts[key]
-        async with self._pool.queue.held(self._lane, "other counts did not end"):
-            trace = Trace(self._pool.config.trace_dir, request_id)
+        async with pool.queue.held(self._lane, "other counts did not end"):
             try:
+                trace = Trace(pool.config.trace_dir, request_id)
                 tokens = await self._count(request, trace)
-            except TimeoutError:
-                message = f"the claude CLI did not count within {COUNT_SECS:g} seconds"
-                raise ApiError(504, message) from None
             finally:
-                self._pool.spares.refill(self._pool.inspector.kind(request))
+                pool.spares.refill(pool.inspector.kind(request))
         cache_put(counts, key, tokens)
         return tokens
 
     async def _count(self, request: Request, trace: Trace) -> int:
-        session = await self._pool.starter.fresh_session(request, trace, query=False)
-        try:
-            # The wait for a process is not the CLI's.
-            async with asyncio.timeout(COUNT_SECS):
-                usage, statuses = await self._ask_usage(session.process)
-        except BaseException:
-            self._pool.retire(session, "failed")
-            raise
-        self._pool.retire(session, "counted")
-        worst = max(statuses, default=0)
-        if worst >= 400:
-            raise ApiError(worst, f"the API did not count: status {worst}")
-        if not statuses and not session.process.cli.info.login:
-            message = f"the claude CLI is not logged in: {translate.LOGIN_CURE}"
-            raise ApiError(401, message)
-        if not statuses:
-            raise cli_error("the API did not answer the claude CLI's count")
-        tokens = int(usage.get("totalTokens") or 0)
-        return tokens + TOOLS_PROMPT_TOKENS if request.tool_names else tokens
-
-    async def _ask_usage(self, process: Process) -> tuple[Json, list[int]]:
-        """What a process reports of its context, and the statuses with which the API
-        answered its counts."""
+        pool = self._pool
+        session = await pool.starter.fresh_session(request, trace, query=False)
+        process = session.process
+        # Those with which the API answers its counts.
         statuses: list[int] = []
 
         def find(event: CliEvent) -> Json:
@@ -2299,9 +2277,29 @@ class Counter:
                 statuses.append(event["response"])
             return control_result(event, "usage")
 
-        await process.read_until(lambda event: event["type"] == "result")
-        process.write(translate.control_line("usage", "get_context_usage"))
-        return await process.read_until(find), statuses
+        try:
+            # The wait for a process is not the CLI's.
+            async with asyncio.timeout(COUNT_SECS):
+                await process.read_until(lambda event: event["type"] == "result")
+                process.write(translate.control_line("usage", "get_context_usage"))
+                usage = await process.read_until(find)
+        except BaseException as error:
+            pool.retire(session, "failed")
+            if isinstance(error, TimeoutError):
+                message = f"the claude CLI did not count within {COUNT_SECS:g} seconds"
+                raise ApiError(504, message) from None
+            raise
+        pool.retire(session, "counted")
+        worst = max(statuses, default=0)
+        if worst >= 400:
+            raise ApiError(worst, f"the API did not count: status {worst}")
+        if not statuses and not process.cli.info.login:
+            message = f"the claude CLI is not logged in: {translate.LOGIN_CURE}"
+            raise ApiError(401, message)
+        if not statuses:
+            raise cli_error("the API did not answer the claude CLI's count")
+        tokens = int(usage.get("totalTokens") or 0)
+        return tokens + TOOLS_PROMPT_TOKENS if request.tool_names else tokens
 
 
 # ------------------------------------------------------------ appendix: metrics
