@@ -1634,7 +1634,7 @@ class Pool:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-        for session in list(self.sessions):
+        for session in self.sessions:
             self.retire(session, "shutdown")
         while self.room.ending:
             await asyncio.wait(self.room.ending)
@@ -1883,9 +1883,8 @@ class Pool:
         self.room.leave_after(session.process.stop(), forget)
 
     def record_limits(self, limits: dict[str, RateLimit]) -> None:
-        for name in limits:
-            self.rate_limits.pop(name, None)  # so that it moves to the end
-        self.rate_limits |= limits
+        # What is new moves to the end.
+        self.rate_limits = translate.without(self.rate_limits, limits) | limits
 
 
 # ------------------------------------------------------------ a fresh process
@@ -1994,7 +1993,7 @@ class Starter:
                 raise cli_error(message + where) from error
             raise
         session = Session(process, kind, state)
-        process.on_fault = lambda reason: pool.retire(session, reason)
+        process.on_fault = partial(pool.retire, session)
         process.on_limits = pool.record_limits
         pool.sessions.add(session)
         pool.metrics.add("processes_started_total")
@@ -2022,15 +2021,15 @@ class Inspector:
 
     async def look(self) -> Cli:
         """The CLI that is installed now.  Raises ApiError when it is too old."""
-        folder = login_folder(self.environment)
-        settings, login = settings_file(self.environment), ".credentials.json"
-        paths = (self._pool.config.bin, settings, os.path.join(folder, login))
+        program, environment = self._pool.config.bin, self.environment
+        credentials = os.path.join(login_folder(environment), ".credentials.json")
+        paths = (program, settings_file(environment), credentials)
         async with self._looking:
             files = tuple(map(identify_file, paths))
             if files != self.cli.files:
-                version = await ask_version(self._pool.config.bin, self.environment)
+                version = await ask_version(program, environment)
                 is_same_program = files[:1] == self.cli.files[:1]
-                self.cli = Cli(self._pool.config.bin, files, version)
+                self.cli = Cli(program, files, version)
                 for spare in self._pool.spares.ready:
                     # One at its gate looks for its login later.
                     if is_same_program and not spare.parts:
@@ -2112,13 +2111,10 @@ class Inspector:
 
     def is_bare(self) -> bool:
         """Whether the CLI finds its login in its bare mode."""
-        if not self.cli.is_at_least(HAS_BARE_MODE):
-            return False
-        if any(self.environment.get(name) for name in BARE_LOGINS):
-            return True
         # A key in the user's settings, as the CLI reported.
-        has_settings = bool(self._pool.config.setting_sources)
-        return has_settings and self.cli.info.has_api_key
+        has_key = self._pool.config.setting_sources and self.cli.info.has_api_key
+        has_login = has_key or any(map(self.environment.get, BARE_LOGINS))
+        return bool(has_login) and self.cli.is_at_least(HAS_BARE_MODE)
 
     def record_version(self, turn: Turn) -> None:
         """Note the version that the CLI itself reports: a script may start another one than
@@ -2179,27 +2175,27 @@ class Spares:
             task.add_done_callback(self.starting.pop)
 
     async def _prepare(self, kind: Kind, like: Request | None) -> None:
-        if self._pool.room.is_full:
+        """Start a spare.  If that makes two of a kind, one is set up as for a request
+        without messages: the next conversation that begins alike finds it as good as hot
+        (tests/bench)."""
+        pool = self._pool
+        if pool.room.is_full:
             return  # nobody makes room for a spare
         with contextlib.suppress(ApiError):  # the next request will report it
-            spare = await self._pool.starter.spawn(kind, State.SPARE)
-            if spare.process.cli is not self._pool.cli:
-                self._pool.retire(spare, "unwanted")  # it may be the old program
-            if like:
-                await self._set_up_ahead(like)
-
-    async def _set_up_ahead(self, request: Request) -> None:
-        """Set up one of two spares as for a request without messages: the next
-        conversation that begins alike finds it as good as hot (tests/bench)."""
-        kind = self._pool.inspector.kind(request)
-        announced = await self._pool.inspector.announced(kind)
-        same = [spare for spare in self.ready if spare.kind == kind and not spare.parts]
-        if len(same) > 1:
-            spare = same[0]
-            spare.adopt(request)
-            rows = translate.transcript([], spare.model, announced, spare.own_id)
-            spare.set_up(request, rows)
-            spare.process.end_turn({"type": "result"})
+            spare = await pool.starter.spawn(kind, State.SPARE)
+            if spare.process.cli is not pool.cli:
+                pool.retire(spare, "unwanted")  # it may be the old program
+            if not like:
+                return
+            kind = pool.inspector.kind(like)
+            announced = await pool.inspector.announced(kind)
+            same = [item for item in self.ready if item.kind == kind and not item.parts]
+            if len(same) > 1:
+                spare = same[0]
+                spare.adopt(like)
+                rows = translate.transcript([], spare.model, announced, spare.own_id)
+                spare.set_up(like, rows)
+                spare.process.end_turn({"type": "result"})
 
 
 # ------------------------------------------------------------ the sweep
@@ -2221,14 +2217,15 @@ async def sweep(pool: Pool) -> None:
 def look_after(pool: Pool, session: Session) -> None:
     """Retire a resting session that died or whose time is up, and fail a turn that is
     silent for too long."""
-    process, ttl = session.process, pool.config.session_ttl_secs
-    is_resting = session.state in RESTING
-    if is_resting and process.is_unusable:
-        pool.retire(session, "failed")
-    elif is_resting and ttl and session.state_secs >= ttl:
-        pool.retire(session, "expired")
-    elif process.check_silence(pool.config.watchdog_secs):
+    ttl = pool.config.session_ttl_secs
+    if session.process.check_silence(pool.config.watchdog_secs):
         pool.metrics.add("watchdog_fires_total")
+    elif session.state not in RESTING:
+        return
+    elif session.process.is_unusable:
+        pool.retire(session, "failed")
+    elif ttl and session.state_secs >= ttl:
+        pool.retire(session, "expired")
 
 
 # ------------------------------------------------------------ appendix: counting
