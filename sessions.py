@@ -158,6 +158,7 @@ NO_IMAGE = (
     "send the whole conversation"
 )
 NO_START = "the claude CLI did not start"
+NO_ROOM = "all processes were busy or starting, none got free"
 # Why a conversation is rebuilt that no session is known to have held.
 UNKNOWN_HISTORY = "unknown-history"
 # Events that a process prints only when a turn asked for them.
@@ -1895,8 +1896,6 @@ class Starter:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        most = pool.config.max_sessions
-        self._no_room = f"all {most} processes were busy, none got free"
         # Fresh processes that start for a request.
         self._starts = asyncio.Semaphore(2 * CORES)
 
@@ -1928,11 +1927,8 @@ class Starter:
                 return spare
             # It asked nothing, so another one can.
             pool.retire(spare, "failed")
-        message = "other processes did not start"
-        if pool.room.is_full:
-            message = self._no_room
         # Many starts at once would slow each other down.
-        async with pool.queue.held(self._starts, message, is_timed=False):
+        async with pool.queue.held(self._starts, NO_ROOM, is_timed=False):
             session = await self.spawn(kind, State.BUSY)
             await begin(session)
         return session
@@ -1971,7 +1967,7 @@ class Starter:
         pool, config = self._pool, self._pool.config
         enter = partial(pool.room.enter, pool.make_room)
         is_timed = state is not State.SPARE
-        await pool.queue.wait(enter, self._no_room, is_timed=is_timed)
+        await pool.queue.wait(enter, NO_ROOM, is_timed=is_timed)
         process = Process(pool.cli)
         # One that announces its folder to the model works in one that never changes; an
         # older one would list all files in it.

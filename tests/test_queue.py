@@ -48,7 +48,7 @@ def test_who_may_not_start_a_process_in_time_gets_529() -> None:
             ended = await asyncio.gather(*turns, return_exceptions=True)
         for failed in ended:
             assert isinstance(failed, ApiError)
-            assert (failed.status, "other processes did not start" in failed.message) == (529, True)
+            assert (failed.status, "none got free" in failed.message) == (529, True)
         assert (pool.queue.length, pool.sessions) == (0, set())
         pool.starter._starts.release()
         assert (await take_turn(pool, "next"))[1] == "echo: next; 1 messages"
