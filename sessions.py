@@ -1984,9 +1984,7 @@ class Starter:
         except BaseException as error:
             pool.room.leave()
             if isinstance(error, OSError):
-                message = f"the claude CLI cannot be started: {error.strerror}"
-                where = f": {error.filename}" if error.filename else ""
-                raise cli_error(message + where) from error
+                raise cli_error(f"the claude CLI cannot be started: {error}") from error
             raise
         session = Session(process, kind, state)
         process.on_fault = partial(pool.retire, session)

@@ -38,7 +38,10 @@ def test_a_cli_that_cannot_be_started_is_502(serve: Serve, tmp_path: Path) -> No
     server = serve(bin=program, max_sessions=1)
     for _ in range(2):  # its slot is free again
         check_failure(
-            server.post(), begun=False, **DIED, words="cannot be started: Exec format error"
+            server.post(),
+            begun=False,
+            **DIED,
+            words="cannot be started: [Errno 8] Exec format error",
         )
 
 

@@ -36,7 +36,7 @@ def test_a_temporary_folder_that_cannot_be_written_fails_the_request_and_is_name
     server = serve(spares=1)
     answer = server.post()
     assert (answer.status, answer.json["error"]["type"]) == (502, "claude_cli_error")
-    assert f"cannot be started: Not a directory: {tmp_path}/file" in answer.json["error"]["message"]
+    assert f"Not a directory: '{tmp_path}/file" in answer.json["error"]["message"]
     (tmp_path / "file").unlink()
     (tmp_path / "file").mkdir()
     assert server.post().status == 200
