@@ -2140,9 +2140,7 @@ class Spares:
         """A spare, even one that is not at its gate yet."""
         await read_pipes()
         for spare in self.ready:
-            if spare.process.is_unusable:
-                self._pool.retire(spare, "failed")
-            elif spare.kind == kind and not spare.parts:
+            if spare.kind == kind and not spare.parts:
                 spare.move(State.BUSY)
                 return spare
         return None
