@@ -1339,8 +1339,8 @@ class Turn:
     origin: str
     # Why it was rebuilt; empty otherwise.
     reason: str = ""
-    # Called once, when the answer has begun or will not.
-    on_begun: Callable[[], None] | None = None
+    # What is to be done once the answer has begun, or will not: it is closed then.
+    on_begun: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __post_init__(self) -> None:
         session = self.session
@@ -1401,13 +1401,8 @@ class Turn:
                     # it is killed before it can ask.
                     self.process.kill(signal.SIGKILL)
                 if self.translator.message:
-                    self.report_begun()
+                    self.on_begun.close()
                     yield b"".join(frames) if self.request.stream else b""
-
-    def report_begun(self) -> None:
-        if self.on_begun:
-            self.on_begun()
-        self.on_begun = None
 
     @property
     def rests(self) -> bool:
@@ -1692,8 +1687,8 @@ class Pool:
             turn = warm or await self._fresh_turn(request, pin, trace)
             if turn.origin != "hot":
                 like = request if turn.origin == "new" else None
-                turn.on_begun = lambda: self.spares.refill(
-                    self.inspector.kind(request), like
+                turn.on_begun.callback(
+                    lambda: self.spares.refill(self.inspector.kind(request), like)
                 )
             log.debug("request %s: %s", request_id, turn.decision)
             try:
@@ -1806,7 +1801,7 @@ class Pool:
         """File the session of a turn, or retire it."""
         session, process, translator = turn.session, turn.process, turn.translator
         self.inspector.record_version(turn)
-        turn.report_begun()
+        turn.on_begun.close()
         if session.state is not State.BUSY:
             return
         if not translator.done:
