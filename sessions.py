@@ -2267,13 +2267,11 @@ class Counter:
                 await process.read_until(lambda event: event["type"] == "result")
                 process.write(translate.control_line("usage", "get_context_usage"))
                 usage = await process.read_until(find)
-        except BaseException as error:
-            pool.retire(session, "failed")
-            if isinstance(error, TimeoutError):
-                message = f"the claude CLI did not count within {COUNT_SECS:g} seconds"
-                raise ApiError(504, message) from None
-            raise
-        pool.retire(session, "counted")
+        except TimeoutError:
+            message = f"the claude CLI did not count within {COUNT_SECS:g} seconds"
+            raise ApiError(504, message) from None
+        finally:
+            pool.retire(session, "failed" if process.is_unusable else "counted")
         worst = max(statuses, default=0)
         if worst >= 400:
             raise ApiError(worst, f"the API did not count: status {worst}")
