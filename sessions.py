@@ -1710,8 +1710,8 @@ class Pool:
     # Hot
 
     async def _warm_turn(self, request: Request, pin: str, trace: Trace) -> Turn | None:
-        """A turn of the warm session that holds the request's history, if there is
-        one."""
+        """A turn of the warm session that holds the request's history, if there is one
+        and it can take the request."""
         session = self._find(request, pin)
         if not session:
             return None
@@ -1738,7 +1738,13 @@ class Pool:
                     lines.append(await self.threads.run(request.size, make_line))
                 reason = "" if await process.is_ready() else "failed"
             if reason:
-                self._give_up(session, request, reason)
+                # Only this session may know what was said before.
+                is_whole = session.matches(request)
+                if not is_whole and reason == "images":
+                    raise ApiError(400, NO_IMAGE)
+                self.retire(session, reason)
+                if not is_whole:
+                    raise ApiError(400, LOST_NAME)
                 return None
         except BaseException:
             self._put_back(session, before)
@@ -1757,16 +1763,6 @@ class Pool:
             session.move(state)
             self._outcomes.record(session, "pinned")
             self.make_room()
-
-    def _give_up(self, session: Session, request: Request, reason: str) -> None:
-        """Let a fresh process take a request that its session cannot take.  Raises ApiError
-        400 if only that session knows what was said before."""
-        is_whole = session.matches(request)
-        if not is_whole and reason == "images":
-            raise ApiError(400, NO_IMAGE)
-        self.retire(session, reason)
-        if not is_whole:
-            raise ApiError(400, LOST_NAME)
 
     def _find(self, request: Request, pin: str) -> Session | None:
         """The resting session that can take a request: that of its name, or one that has no
@@ -1903,7 +1899,8 @@ class Starter:
     ) -> Session:
         """A process that was given the conversation of the request, and has begun to
         answer it; without `query` it only counts it."""
-        pool, cli = self._pool, self._pool.cli
+        pool = self._pool
+        cli = pool.cli
         if request.continues and not cli.is_at_least(CONTINUES):
             message = "a conversation that ends with an assistant message needs Claude"
             message += f" Code {CONTINUES} or newer; this is {cli.version}"
@@ -1970,9 +1967,8 @@ class Starter:
         if kind.agent:
             cwd = config.cwd or "."
         try:
-            settings = settings_file(pool.inspector.environment)
             await process.spawn(
-                arguments(config, kind, settings),
+                arguments(config, kind, settings_file(pool.inspector.environment)),
                 child_environment(config, pool.environ, kind),
                 cwd,
             )
@@ -2341,8 +2337,9 @@ class Metrics:
         key = part + labelled(labels)
         samples[key] = samples.get(key, 0) + amount
 
-    def set(self, name: str, value: float, **labels: object) -> None:
-        self._samples[name][labelled(labels)] = value
+    def set(self, name: str, value: float | None, **labels: object) -> None:
+        if value is not None:  # it is known
+            self._samples[name][labelled(labels)] = value
 
     def time(self, name: str, seconds: float, count: int = 1) -> None:
         for bound in (*BUCKETS, "+Inf"):
@@ -2354,10 +2351,8 @@ class Metrics:
     def observe(self, pool: Pool) -> None:
         """Set the gauges of a pool."""
         for name, limit in pool.rate_limits.items():
-            if limit.utilization is not None:
-                self.set("quota_utilization_ratio", limit.utilization, limit=name)
-            if limit.resets_at is not None:
-                self.set("quota_resets_at_seconds", limit.resets_at, limit=name)
+            self.set("quota_utilization_ratio", limit.utilization, limit=name)
+            self.set("quota_resets_at_seconds", limit.resets_at, limit=name)
         states = [session.state for session in pool.sessions]
         for state in State:
             self.set("processes", states.count(state), state=state.value)
