@@ -7,7 +7,7 @@ session whose fingerprint is its own history, if there is one.  A session in use
 two requests never share one; whatever goes wrong in it retires it alone.
 
     SPARE ──a conversation──> BUSY ──answer complete──> IDLE ──its next message──> BUSY
-                                BUSY ──nothing written──> as it was
+                                BUSY ──nothing written──> as it was; a spare ends
                                 BUSY ──client tools called──> PARKED ──their results──> BUSY
     any of them ──fault, disconnect, TTL, LRU, shutdown──> RETIRED, until its group is reaped
 
@@ -1756,8 +1756,7 @@ class Pool:
 
     def _put_back(self, session: Session, state: State) -> None:
         """Put a session back as it was: nothing was written to its process."""
-        is_outdated = state is State.SPARE and session.process.cli is not self.cli
-        if is_outdated:
+        if state is State.SPARE:
             self.retire(session, "unwanted")
         elif session.state is State.BUSY:
             session.move(state)
