@@ -943,7 +943,7 @@ class Process(Child):
 
     def __init__(self, cli: Cli) -> None:
         super().__init__()
-        # The CLI that it runs; the inspector replaces it while it waits at its gate.
+        # The CLI that it runs.
         self.cli = cli
         # The client's tools, for the CLI to list; from the session.
         self.tools: list[Json] = []
@@ -2012,14 +2012,9 @@ class Inspector:
             files = tuple(map(identify_file, paths))
             if files != self.cli.files:
                 version = await ask_version(program, environment)
-                is_same_program = files[:1] == self.cli.files[:1]
                 self.cli = Cli(program, files, version)
                 for spare in self._pool.spares.ready:
-                    # One at its gate looks for its login later.
-                    if is_same_program and not spare.parts:
-                        spare.process.cli = self.cli
-                    else:
-                        self._pool.retire(spare, "unwanted")
+                    self._pool.retire(spare, "unwanted")
         if self.cli.problem:
             raise cli_error(self.cli.problem)
         return self.cli
