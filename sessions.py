@@ -1316,8 +1316,11 @@ class Session:
             return []
         if not before:  # later an empty value takes back that of the last request
             settings = {name: value for name, value in settings.items() if value}
-        fields = {"settings": {"env": settings}}
-        return [translate.control_line("settings", "apply_flag_settings", **fields)]
+        return [
+            translate.control_line(
+                "settings", "apply_flag_settings", settings={"env": settings}
+            )
+        ]
 
     def extend(self, request: Request, answer: Json) -> None:
         """Add the question and the answer of a turn to what it holds."""
@@ -1808,8 +1811,8 @@ class Pool:
         reason = process.end_turn(translator.result, translator.calls)
         if not turn.rests:
             reason = "half" if turn.request.continues else translator.stop_reason
-            is_word = reason.isascii() and reason.isidentifier()
-            reason = reason if is_word else "other"
+            if not re.fullmatch("[A-Za-z_]+", reason):
+                reason = "other"
         elif process.is_unusable:
             reason = "failed"
         elif session.turns >= self.config.max_turns and not translator.calls:
@@ -2265,11 +2268,11 @@ class Counter:
         worst = max(statuses, default=0)
         if worst >= 400:
             raise ApiError(worst, f"the API did not count: status {worst}")
-        if not statuses and not process.cli.info.login:
+        if not statuses:
+            if process.cli.info.login:
+                raise cli_error("the API did not answer the claude CLI's count")
             message = f"the claude CLI is not logged in: {translate.LOGIN_CURE}"
             raise ApiError(401, message)
-        if not statuses:
-            raise cli_error("the API did not answer the claude CLI's count")
         tokens = int(usage.get("totalTokens") or 0)
         return tokens + TOOLS_PROMPT_TOKENS if request.tool_names else tokens
 
@@ -2347,9 +2350,9 @@ class Metrics:
         for name, limit in pool.rate_limits.items():
             self.set("quota_utilization_ratio", limit.utilization, limit=name)
             self.set("quota_resets_at_seconds", limit.resets_at, limit=name)
-        states = [session.state for session in pool.sessions]
         for state in State:
-            self.set("processes", states.count(state), state=state.value)
+            number = len(pool.in_states(state))
+            self.set("processes", number, state=state.value)
         self.set("waiting_requests", pool.queue.length)
 
     def text(self) -> str:
