@@ -204,7 +204,7 @@ class Config(sessions.PoolConfig):
             raise config_error("cwd", f"{self.cwd!r} is not a directory")
         if self.mcp_config:
             check_mcp_config(self.mcp_config)
-        if not all(re.fullmatch(r"[^\W\d]\w*", name, re.A) for name in self.keep_env):
+        if not all(map(str.isidentifier, self.keep_env)):
             # It is not printed: it may be a secret.
             raise config_error(
                 "keep_env",
@@ -219,13 +219,12 @@ class Config(sessions.PoolConfig):
                 "allowed_origins",
                 "null is the origin of any page in a sandbox, and is never allowed",
             )
-        if not self.unix_path:
-            host, _ = self.address
-            if not self.api_key and not is_loopback(host):
-                raise config_error(
-                    "listen_addr",
-                    f"{host} can be reached from other machines: set {variable('api_key')}",
-                )
+        host, _ = self.address
+        if not self.api_key and not is_loopback(host):
+            raise config_error(
+                "listen_addr",
+                f"{host} can be reached from other machines: set {variable('api_key')}",
+            )
         check_system(self.trace_dir)
         return dataclasses.replace(
             self,
@@ -241,7 +240,10 @@ class Config(sessions.PoolConfig):
 
     @property
     def address(self) -> tuple[str, int]:
-        """Host and port.  Raises ConfigError."""
+        """Host and port; those of a Unix socket are nominal, and as local as it is.
+        Raises ConfigError."""
+        if self.unix_path:
+            return "localhost", 0
         match = re.fullmatch(r"\[?([^/\[\]]+)\]?:([0-9]{1,9})", self.listen_addr)
         if not match:
             message = "expected host:port or unix:/path, such as 127.0.0.1:8080"
@@ -262,24 +264,21 @@ class Config(sessions.PoolConfig):
 
     def warnings(self, environ: Mapping[str, str]) -> list[str]:
         """Settings that are probably mistakes, and those that open something up."""
-        names = [item.name for item in dataclasses.fields(self)]
-        known = list(map(variable, [*names, "config"]))
+        known = [variable(item.name) for item in dataclasses.fields(self)]
+        known.append(variable("config"))
         found = [
             f"{name} is no setting{suggestion(name, known)}"
             for name in environ
             if name.startswith(ENVIRONMENT_PREFIX) and name not in known
         ]
         for name in self.keep_env:
-            fault = ""
+            place = f"{variable('keep_env')}: {name}"
             if name not in environ:
-                fault = f"is not set{did_you_mean(name, environ)}"
+                found.append(f"{place} is not set{did_you_mean(name, environ)}")
             elif environ[name] == KEY_OF_CLIENTS:
-                fault = f"is {KEY_OF_CLIENTS!r}, a key for clients of the bridge, and"
-                fault += " none of the API's"
-            if fault:
-                found.append(f"{variable('keep_env')}: {name} {fault}")
-        is_wild = not self.unix_path and self.address[0] in WILDCARDS
-        if is_wild and not self.allowed_hosts:
+                fault = f"is {KEY_OF_CLIENTS!r}, a key for clients of the bridge"
+                found.append(f"{place} {fault}, and none of the API's")
+        if self.address[0] in WILDCARDS and not self.allowed_hosts:
             message = "clients that reach this machine by name or address get 403"
             cure = f"until {variable('allowed_hosts')} holds that name or address"
             found.append(f"{message} {cure}")
@@ -356,8 +355,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def bare_word(name: str) -> str:
     """A name without what makes it a flag or a variable."""
-    word = name.removeprefix(ENVIRONMENT_PREFIX).lstrip("-")
-    return word.replace("-", "_").lower()
+    return name.removeprefix(ENVIRONMENT_PREFIX).lstrip("-").replace("-", "_").lower()
 
 
 def as_typed(message: str, flags: Iterable[str]) -> str:
@@ -446,8 +444,7 @@ def as_url(address: str) -> str:
 
 def local_url(address: str) -> str:
     """The URL by which this machine reaches an address that the bridge listens on."""
-    url = as_url(address)
-    url = url.replace("//0.0.0.0:", "//127.0.0.1:")
+    url = as_url(address).replace("//0.0.0.0:", "//127.0.0.1:")
     return url.replace("//[::]:", "//[::1]:")
 
 
@@ -509,15 +506,16 @@ LOGIN_VARIABLES = (
 def login_state(config: Config, info: CliInfo) -> str:
     """Who the CLI is logged in as; if nobody, where it looked and what to do.  For people
     to read."""
+    place = f"user {user_name()} in {sessions.login_folder(os.environ)}"
     if info.login:
-        return f"{info.login} ({login_place()})"
-    found = f"nobody is logged in: no login of {login_place()}"
+        return f"{info.login} ({place})"
+    found = f"nobody is logged in: no login of {place}"
     # What is set for clients of the bridge, or for another address, is no login.
     no_logins = ("", KEY_OF_CLIENTS, config.api_key)
     unpassed = os.environ.keys() - set(config.keep_env)
-    for name in sorted(unpassed.intersection(LOGIN_VARIABLES)):
-        is_login = os.environ[name] not in no_logins
-        if is_login and "ANTHROPIC_BASE_URL" not in unpassed:
+    for name in LOGIN_VARIABLES:
+        is_unpassed = name in unpassed and "ANTHROPIC_BASE_URL" not in unpassed
+        if is_unpassed and os.environ[name] not in no_logins:
             found = f"{found}; {name} is set, but not passed on to the CLI"
             return f"{found}: {variable('keep_env')}={name} passes it on"
     has_settings = os.path.isfile(sessions.settings_file(os.environ))
@@ -525,11 +523,6 @@ def login_state(config: Config, info: CliInfo) -> str:
         cure = f"{variable('setting_sources')}=user"
         found += f" ({cure} if the login is in its settings.json)"
     return f"{found}; `{shlex.quote(config.bin)} auth login` logs in"
-
-
-def login_place() -> str:
-    """Whose login the CLI looks for, and where."""
-    return f"user {user_name()} in {sessions.login_folder(os.environ)}"
 
 
 def user_name() -> str:
@@ -742,8 +735,7 @@ def check_host(exchange: Exchange, config: Config) -> None:
     is_port = match and int(match[2] or 0) <= MAX_PORT
     name = match[1].lower().strip("[]") if match and is_port else ""
     known = {item.lower().strip("[]") for item in config.allowed_hosts}
-    if not config.unix_path:
-        known.add(config.address[0])
+    known.add(config.address[0])
     if not is_loopback(name) and name not in known:
         cure = f"{variable('allowed_hosts')}={name or 'NAME'} allows it (the name only, no port)"
         raise ApiError(403, f"Host {host[:100]!a} is not allowed; {cure}")
