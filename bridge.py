@@ -245,15 +245,10 @@ class Config(sessions.PoolConfig):
         if self.unix_path:
             return "localhost", 0
         match = re.fullmatch(r"\[?([^/\[\]]+)\]?:([0-9]{1,9})", self.listen_addr)
-        if not match:
-            message = "expected host:port or unix:/path, such as 127.0.0.1:8080"
+        if not match or int(match[2]) > MAX_PORT:
+            message = f"expected host:port, with a port up to {MAX_PORT}, or unix:/path"
             raise config_error("listen_addr", f"{message}; got {self.listen_addr!r}")
-        port = int(match[2])
-        if port > MAX_PORT:
-            raise config_error(
-                "listen_addr", f"a port is at most {MAX_PORT}; got {port}"
-            )
-        return match[1].lower(), port
+        return match[1].lower(), int(match[2])
 
     @property
     def base_url(self) -> str:
@@ -365,13 +360,6 @@ def as_typed(message: str, flags: Iterable[str]) -> str:
     return message
 
 
-# What a number is given in, by the end of its setting's name.
-UNITS = {
-    "secs": " of seconds, without a unit",
-    "bytes": " of bytes, without a unit",
-}
-
-
 def parse_setting(name: str, kind: type, text: str) -> Any:
     """A setting from its text.  Raises ConfigError."""
     if re.fullmatch("(['\"]).*\\1", text, re.DOTALL):
@@ -384,8 +372,7 @@ def parse_setting(name: str, kind: type, text: str) -> Any:
         return kind(text)
     except ValueError:
         number = "a whole number" if kind is int else "a number"
-        unit = UNITS.get(name.rpartition("_")[2], "")
-        message = f"must be {number}{unit}, got {text!r}"
+        message = f"must be {number}, without a unit, got {text!r}"
         raise config_error(name, message) from None
 
 
@@ -407,16 +394,16 @@ def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
 
 def check_mcp_config(path: str) -> None:
     """Refuse a file that the CLI would refuse at each request."""
-    servers = None
+    fault: str | None = "must hold a JSON object with `mcpServers`"
     try:
-        servers = orjson.loads(Path(path).read_bytes())["mcpServers"]
+        match orjson.loads(Path(path).read_bytes()):
+            case {"mcpServers": dict()}:
+                return
     except OSError as error:
-        raise config_error("mcp_config", f"{path}: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError):
-        pass  # it is no such object
-    if not isinstance(servers, dict):
-        message = f"{path} must hold a JSON object with `mcpServers`"
-        raise config_error("mcp_config", message)
+        fault = error.strerror
+    except ValueError:
+        pass  # it is no JSON
+    raise config_error("mcp_config", f"{path}: {fault}")
 
 
 def check_system(trace_dir: str) -> None:
@@ -424,18 +411,17 @@ def check_system(trace_dir: str) -> None:
     if not os.path.isdir("/dev/fd"):
         raise ConfigError("there is no /dev/fd, which the CLI needs: is /proc mounted?")
     folders = {
-        variable("trace_dir"): trace_dir,
         "TMPDIR": os.environ.get("TMPDIR", ""),
+        variable("trace_dir"): trace_dir,
     }
     for name, folder in folders.items():
-        is_good = os.path.isdir(folder) and os.access(folder, os.W_OK)
-        if folder and not is_good:
-            raise ConfigError(f"{name}: {folder!r} is not a folder that can be written")
-    try:
-        tempfile.gettempdir()
-    except FileNotFoundError:
-        message = "TMPDIR: no folder for temporary files can be written; name one"
-        raise ConfigError(message) from None
+        try:
+            # If none is named, in the first of the usual folders that can be written.
+            tempfile.TemporaryFile(dir=folder or None).close()
+        except OSError as error:
+            place = folder or "the usual folders for temporary files"
+            message = f"{name}: no file can be written in {place}: {error.strerror}"
+            raise ConfigError(message) from None
 
 
 def as_url(address: str) -> str:
@@ -467,16 +453,10 @@ def find_cli(given: str) -> str:
         if path := shutil.which(os.path.expanduser(place)):
             check_interpreter(path)
             return os.path.abspath(path)  # children have another working directory
-    reason = f"{given!r} does not exist"
-    if os.path.isdir(given):
-        reason = f"{given!r} is a directory: name the program in it"
-    elif os.path.exists(given):
-        reason = f"{given!r} is not executable"
-    elif " " in given:
-        reason += ": name one program; for one with arguments, write a script"
-    elif not given:
-        reason = "the claude CLI was not found: install Claude Code, or `pip install"
-        reason += " claude-agent-sdk`, or name the program here"
+    reason = "the claude CLI was not found: install Claude Code, or `pip install"
+    reason += " claude-agent-sdk`, or name the program here"
+    if given:
+        reason = f"{given!r} is no executable file; arguments take a script of yours"
     raise config_error("bin", reason)
 
 

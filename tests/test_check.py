@@ -91,7 +91,7 @@ def test_a_cli_without_a_feature_fails_and_names_it(
 def test_a_cli_that_is_not_there_fails_and_says_so() -> None:
     status, said = check("/no/such/claude")
     assert status == 1
-    assert "--bin: '/no/such/claude' does not exist" in said["settings"]
+    assert "--bin: '/no/such/claude' is no executable file" in said["settings"]
 
 
 def test_a_cli_that_does_not_start_fails_and_says_why(tmp_path: Path) -> None:

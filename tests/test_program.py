@@ -202,7 +202,7 @@ def test_login_is_the_clis_own_in_this_terminal(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (7, "auth login\ncode", "")
     done = run("login", "--bin", "/no/such")
     assert done.returncode == 2
-    assert done.stderr.startswith("claude-cli-bridge: --bin: '/no/such' does not exist")
+    assert done.stderr.startswith("claude-cli-bridge: --bin: '/no/such' is no executable file")
 
 
 # ---------------------------------------------------------------- the start

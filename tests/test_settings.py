@@ -43,22 +43,38 @@ def test_a_setting_that_cannot_work_ends_the_start_with_one_line_that_names_it(
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("watchdog_secs", "10s", "must be a number of seconds, without a unit, got '10s'"),
-        ("max_body_bytes", "32MB", "must be a whole number of bytes, without a unit, got '32MB'"),
-        ("max_idle", "many", "must be a whole number, got 'many'"),
-        ("listen_addr", "127.0.0.1:99999", "a port is at most 65535; got 99999"),
+        ("watchdog_secs", "10s", "must be a number, without a unit, got '10s'"),
+        ("max_body_bytes", "32MB", "must be a whole number, without a unit, got '32MB'"),
+        ("max_idle", "many", "must be a whole number, without a unit, got 'many'"),
+        (
+            "listen_addr",
+            "127.0.0.1:99999",
+            "expected host:port, with a port up to 65535, or unix:/path; got '127.0.0.1:99999'",
+        ),
         ("listen_addr", "'127.0.0.1:1'", "leave out the quotes around the value"),
         ("log_level", "verbose", "must be one of info, debug, got 'verbose'"),
-        ("bin", "/tmp", "'/tmp' is a directory: name the program in it"),
-        ("bin", "/etc/passwd", "'/etc/passwd' is not executable"),
-        ("bin", "/no/such/claude", "'/no/such/claude' does not exist"),
+        ("bin", "/tmp", "'/tmp' is no executable file; arguments take a script of yours"),
+        (
+            "bin",
+            "/etc/passwd",
+            "'/etc/passwd' is no executable file; arguments take a script of yours",
+        ),
+        (
+            "bin",
+            "/no/such/claude",
+            "'/no/such/claude' is no executable file; arguments take a script of yours",
+        ),
         (
             "bin",
             "npx claude",
-            "'npx claude' does not exist: name one program; for one with arguments, write a script",
+            "'npx claude' is no executable file; arguments take a script of yours",
         ),
         ("mcp_config", "/no/such.json", "/no/such.json: No such file or directory"),
-        ("trace_dir", "/no/such", "'/no/such' is not a folder that can be written"),
+        (
+            "trace_dir",
+            "/no/such",
+            "no file can be written in /no/such: No such file or directory",
+        ),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_by_the_name_that_was_typed(
@@ -89,18 +105,19 @@ def test_a_broken_mcp_file_is_refused_at_the_start(tmp_path: Path, content: str)
     file = tmp_path / "mcp.json"
     file.write_text(content)
     said = refusal("--mcp-config", str(file), "--tools", "Read")
-    assert said == f"--mcp-config: {file} must hold a JSON object with `mcpServers`"
+    assert said == f"--mcp-config: {file}: must hold a JSON object with `mcpServers`"
 
 
 def test_a_temporary_folder_that_is_not_there_is_refused() -> None:
-    assert refusal(TMPDIR="/no/such") == "TMPDIR: '/no/such' is not a folder that can be written"
+    said = refusal(TMPDIR="/no/such")
+    assert said == "TMPDIR: no file can be written in /no/such: No such file or directory"
 
 
 def test_a_system_without_a_temporary_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TMPDIR", raising=False)
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: ["/no/such"])
-    with pytest.raises(ConfigError, match=r"^TMPDIR: no folder"):
+    with pytest.raises(ConfigError, match=r"^TMPDIR: no file can be written in the usual folders"):
         Config(bin=str(STANDIN)).checked()
 
 
