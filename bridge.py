@@ -539,6 +539,10 @@ class Exchange:
     # From the client; empty if what came was no request.
     method: str = ""
     target: str = ""
+    # The path without its query (clients add ?beta=true), and with one slash at its start.
+    path: str = ""
+    # The known route of the path (ROUTES); empty: there is none.
+    route: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     # Written by `check_access`: its client has passed the checks.
@@ -565,12 +569,18 @@ class Exchange:
         commas (RFC 9110, 5.3)."""
         self.method = request.method.decode()
         self.target = request.target.decode()
-        values: dict[str, list[str]] = {}
-        for name, value in request.headers:
-            values.setdefault(name.decode(), []).append(value.decode("latin-1"))
-        self.headers = {
-            name: ", ".join(filter(None, given)) for name, given in values.items()
-        }
+        target = ABSOLUTE.sub("", self.target, 1)
+        self.path = "/" + target.partition("?")[0].lstrip("/")
+        # The base URL may end in /v1 or not, as SDKs add it.
+        route = re.sub("^(/v1/v1)?(?=/messages)", "/v1", self.path)
+        if route.startswith(MODELS + "/"):
+            route = MODELS
+        if route in ROUTES:
+            self.route = route
+        for field_name, value in request.headers:
+            name = field_name.decode()
+            values = [self.header(name), value.decode("latin-1")]
+            self.headers[name] = ", ".join(filter(None, values))
 
     def header(self, name: str) -> str:
         """The value of a header; `name` in lower case.  Empty: there is none."""
@@ -582,22 +592,6 @@ class Exchange:
         return has_length or "transfer-encoding" in self.headers
 
     @property
-    def path(self) -> str:
-        """The path without its query (clients add ?beta=true), and with one slash at
-        its start; empty: there is none."""
-        target = ABSOLUTE.sub("", self.target, 1)
-        path = "/" + target.partition("?")[0].lstrip("/")
-        return path if self.target else ""
-
-    @property
-    def route(self) -> str:
-        """The known route of the path (ROUTES); empty: there is none.  For messages the
-        base URL may end in /v1 or not, as SDKs add it."""
-        path = re.sub("^(/v1/v1)?(?=/messages)", "/v1", self.path)
-        path = MODELS if path.startswith(MODELS + "/") else path
-        return path if path in ROUTES else ""
-
-    @property
     def is_page(self) -> bool:
         """Whether it asks for the page for people."""
         return self.route == "/" and self.method in ("GET", "HEAD")
@@ -607,17 +601,18 @@ class Exchange:
     def begin(self, reply: Reply) -> None:
         """Write the head of an answer, with a Date (RFC 9110, 6.6.1) and a reason phrase
         (RFC 9112, 4)."""
-        self.status = status = reply.status
-        headers = {"date": email.utils.formatdate(usegmt=True)}
-        headers |= {"content-type": reply.kind} | self.connection.bridge.headers(self)
-        headers |= reply.headers
+        status = reply.status
+        own = {
+            "date": email.utils.formatdate(usegmt=True),
+            "content-type": reply.kind,
+        }
+        headers = own | self.connection.bridge.headers(self) | reply.headers
         unknown = "Overloaded" if status == 529 else ""
         reason = http.client.responses.get(status, unknown)
         head = [(name, value) for name, value in headers.items() if value]
-        self.connection.transport.set_write_buffer_limits()  # `finish` has set it to 0
-        self.connection.write(
-            h11.Response(status_code=status, headers=head, reason=reason)
-        )
+        response = h11.Response(status_code=status, headers=head, reason=reason)
+        self.connection.write(response)
+        self.status = status
 
     async def respond(self, reply: Reply) -> None:
         """Send a whole answer."""
@@ -630,7 +625,7 @@ class Exchange:
 
     def stream(self, frames: bytes) -> None:
         """Write a piece of a stream; the first call writes the head of the answer too."""
-        if self.connection.http.our_state is h11.SEND_RESPONSE:
+        if not self.status:
             # nginx must not hold the stream back.
             headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
             self.begin(Reply(b"", "text/event-stream", headers=headers))
@@ -650,32 +645,29 @@ class Exchange:
         reason = error.message if error.log_reason is None else error.log_reason
         self.message = reason[: sessions.MAX_LOGGED]
         body = error.body(self.id)
-        state = self.connection.http.our_state
-        if state is h11.SEND_BODY:
-            self.stream(translate.frame(body))
-            await self.connection.finish()
-        elif state in (h11.IDLE, h11.SEND_RESPONSE):
+        if not self.status:
             headers = error_headers(error)
             if error.status == 401:
                 basic = 'Basic realm="the password is the key"'
                 headers["www-authenticate"] = basic if self.is_page else "Bearer"
             data = orjson.dumps(body)
-            reply = Reply(data, status=error.status, headers=headers)
-            await self.respond(reply)
+            await self.respond(Reply(data, status=error.status, headers=headers))
+        elif self.connection.http.our_state is h11.SEND_BODY:
+            self.stream(translate.frame(body))
+            await self.connection.finish()
 
 
 def error_headers(error: ApiError) -> dict[str, str]:
     """What an error says of another try."""
-    headers = {}
-    after = error.retry_after
-    if error.resets_at is not None:
+    after = error.retry_after or 0
+    if error.resets_at:
         after = max(1, round(error.resets_at - time.time()))
-    if after is not None:
-        headers["retry-after"] = str(after)
     # SDKs wait for any retry-after: a limit that resets in an hour is the user's to see.
-    if not error.can_retry or (after or 0) > 60:
-        headers["x-should-retry"] = "false"
-    return headers
+    can_retry = error.can_retry and after <= 60
+    return {
+        "retry-after": str(after or ""),
+        "x-should-retry": "" if can_retry else "false",
+    }
 
 
 # ------------------------------------------------------------ access
@@ -821,6 +813,7 @@ class Connection:
     def __post_init__(self) -> None:
         self.config = self.bridge.config
         self.transport = self.writer.transport
+        self.transport.set_write_buffer_limits(0)  # so that `drain` waits for all
         self.http = h11.Connection(
             h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES
         )
@@ -940,13 +933,11 @@ class Connection:
     async def finish(self) -> None:
         """End an answer: it has ended when the system has all of it."""
         self.write(h11.EndOfMessage())
-        # So that `drain` waits for all of it.
-        self.transport.set_write_buffer_limits(0)
         await self.drain()
 
     async def drain(self) -> None:
-        """Wait while the client is slow to read, as long as it reads anything in each
-        `idle_secs`.  Raises Disconnected when it is gone, or does not."""
+        """Wait until the system has all that was written, as long as the client reads
+        anything in each `idle_secs`.  Raises Disconnected when it is gone, or does not."""
         unread = math.inf
         with contextlib.suppress(OSError):
             while self.transport.get_write_buffer_size() < unread:
