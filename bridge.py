@@ -587,11 +587,6 @@ class Exchange:
         return self.headers.get(name, "")
 
     @property
-    def has_body(self) -> bool:
-        has_length = int(self.header("content-length") or 0) > 0
-        return has_length or "transfer-encoding" in self.headers
-
-    @property
     def is_page(self) -> bool:
         """Whether it asks for the page for people."""
         return self.route == "/" and self.method in ("GET", "HEAD")
@@ -684,11 +679,16 @@ HOST = re.compile(
 def check_access(exchange: Exchange, config: Config) -> None:
     """Who may talk to this port.  Raises ApiError 401 or 403.  Only /healthz is open to
     all, without a query and without a body."""
-    if exchange.target == "/healthz" and not exchange.has_body:
+    has_length = int(exchange.header("content-length") or 0) > 0
+    has_body = has_length or "transfer-encoding" in exchange.headers
+    if exchange.target == "/healthz" and not has_body:
         return
     check_host(exchange, config)
     check_origin(exchange, config)
-    check_key(exchange, config)
+    # Browsers send a preflight without the key.
+    is_preflight = exchange.method == "OPTIONS" and exchange.header("origin")
+    if config.api_key and (has_body or not is_preflight):
+        check_key(exchange, config.api_key)
     exchange.is_allowed = True
 
 
@@ -706,8 +706,8 @@ def check_host(exchange: Exchange, config: Config) -> None:
     match = HOST.fullmatch(host)
     is_port = match and int(match[2] or 0) <= MAX_PORT
     name = match[1].lower().strip("[]") if match and is_port else ""
-    known = {item.lower().strip("[]") for item in config.allowed_hosts}
-    known.add(config.address[0])
+    allowed = [config.address[0], *config.allowed_hosts]
+    known = {item.lower().strip("[]") for item in allowed}
     if not is_loopback(name) and name not in known:
         cure = f"{variable('allowed_hosts')}={name or 'NAME'} allows it (the name only, no port)"
         raise ApiError(403, f"Host {host[:100]!a} is not allowed; {cure}")
@@ -721,24 +721,19 @@ def check_origin(exchange: Exchange, config: Config) -> None:
     """
     origin = exchange.headers.get("origin")
     site = exchange.header("sec-fetch-site")
-    if origin is None and site in ("cross-site", "same-site"):
-        raise ApiError(403, "pages of other sites may not use this bridge")
-    if origin == "null":  # of any page in a sandbox
-        message = "pages without an origin of their own may not use this bridge"
-        raise ApiError(403, message)
+    is_embedded = origin is None and site in ("cross-site", "same-site")
+    if is_embedded or origin == "null":  # that of any page in a sandbox
+        raise ApiError(
+            403, "pages of other sites, or of no origin, may not use this bridge"
+        )
     if origin is not None and origin not in config.allowed_origins:
         cure = f"{variable('allowed_origins')} allows it, set to exactly that"
         raise ApiError(403, f"Origin {origin[:100]!a} is not allowed; {cure}")
 
 
-def check_key(exchange: Exchange, config: Config) -> None:
-    """The bridge's key, where it has one, as x-api-key, as a Bearer token (RFC 6750,
-    2.1), or, for the page, which a browser opens, as the password of HTTP Basic (RFC
-    7617)."""
-    is_preflight = exchange.method == "OPTIONS" and not exchange.has_body
-    # Browsers send a preflight without the key.
-    if not config.api_key or (is_preflight and exchange.header("origin")):
-        return
+def check_key(exchange: Exchange, expected: str) -> None:
+    """The bridge's key, as x-api-key, as a Bearer token (RFC 6750, 2.1), or, for the
+    page, which a browser opens, as the password of HTTP Basic (RFC 7617)."""
     key, authorization = exchange.header("x-api-key"), exchange.header("authorization")
     if not key and not authorization:
         message = f"this bridge requires a key: send its {variable('api_key')}"
@@ -751,13 +746,10 @@ def check_key(exchange: Exchange, config: Config) -> None:
         with contextlib.suppress(ValueError):  # it is no Base64
             pair = base64.b64decode(token).decode("latin-1")
             given.append(pair.partition(":")[2])
-    expected = config.api_key.encode()
-    if any(hmac.compare_digest(item.encode("latin-1"), expected) for item in given):
-        return
-    if authorization and not token:
-        raise ApiError(401, "Authorization takes the word Bearer before the key")
-    message = f"the key sent does not match this bridge's {variable('api_key')}"
-    raise ApiError(401, message)
+    wanted = expected.encode()
+    if not any(hmac.compare_digest(item.encode("latin-1"), wanted) for item in given):
+        message = f"the key sent does not match this bridge's {variable('api_key')}"
+        raise ApiError(401, f"{message}; Authorization takes the word Bearer before it")
 
 
 def is_loopback(host: str) -> bool:
@@ -766,7 +758,7 @@ def is_loopback(host: str) -> bool:
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 

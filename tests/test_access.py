@@ -465,7 +465,7 @@ def test_a_wrong_key_gets_401_that_does_not_tell_the_key(locked: Server, line: s
     answer = ask(locked, "Host: localhost", line.encode("latin-1"))
     assert_refused(answer, 401, "authentication_error")
     message = answer.json["error"]["message"]
-    assert "does not match" in message or "takes the word Bearer" in message
+    assert "does not match" in message
     assert answer.headers["www-authenticate"] == "Bearer"  # RFC 9110, 15.5.2
     assert KEY.encode() not in answer.body
 
@@ -541,13 +541,13 @@ def test_a_unix_socket_asks_for_the_key_if_there_is_one(serve: Serve, socket_pat
 def test_a_key_without_its_scheme_is_told_so(serve: Serve, line: str) -> None:
     answer = ask(serve(api_key="sesame"), "Host: localhost", line)
     assert answer.status == 401
-    assert answer.json["error"]["message"] == "Authorization takes the word Bearer before the key"
+    assert "Authorization takes the word Bearer before it" in answer.json["error"]["message"]
 
 
 def test_a_wrong_key_beside_a_key_without_its_scheme_is_told_of_the_scheme(locked: Server) -> None:
     answer = ask(locked, "Host: localhost", "Authorization: word", "x-api-key: another")
     assert_refused(answer, 401, "authentication_error")
-    assert answer.json["error"]["message"] == "Authorization takes the word Bearer before the key"
+    assert "Authorization takes the word Bearer before it" in answer.json["error"]["message"]
 
 
 @pytest.mark.parametrize("count", [2, 1000])
