@@ -765,19 +765,16 @@ def is_loopback(host: str) -> bool:
 
 # ------------------------------------------------------------ a connection
 
+# Bytes of one read, and those that are read ahead while an answer is given.
 READ_SIZE = 64 << 10
 # How a client of TLS begins (RFC 8446, 5.1: a handshake record).
 TLS_HELLO = b"\x16\x03"
 # Bytes of a request's target and headers; Node takes 16 KiB, nginx 32.
 MAX_HEADER_BYTES = 64 << 10
-# Bytes that are read ahead while an answer is given.
-MAX_PIPELINED = 64 << 10
 # A body that comes in more than MAX_CHUNKS pieces, chunks or reads, is refused when they
 # average fewer than MIN_CHUNK bytes: each costs 20 us.
 MAX_CHUNKS = 10_000
 MIN_CHUNK = 64
-# Chunks after which other connections have their turn.
-CHUNKS_AT_ONCE = 50
 # Seconds to go on reading a refused body, and to flush a closing connection, so that
 # the client gets the answer and not a reset.
 LINGER_SECS = 5.0
@@ -797,10 +794,9 @@ class Connection:
     writer: asyncio.StreamWriter
     # `max_connections` were open already: all it gets is a 503.
     is_surplus: bool
-    # One of its requests is being answered; written by `Bridge.handle`.
-    answering: bool = False
-    # One of its requests has been answered; written by `serve`, read at shutdown.
-    answered: bool = False
+    # One of its requests is being answered; None: none has been.  Written by
+    # `Bridge.handle`.
+    answering: bool | None = None
 
     def __post_init__(self) -> None:
         self.config = self.bridge.config
@@ -817,19 +813,19 @@ class Connection:
                 error = ApiError(503, "too many connections", retry_after=1)
                 await self.refuse(Exchange(self), error)
                 return
-            while await self.next_request():
-                self.answered = True
-                states = {self.http.our_state, self.http.their_state}
-                if states != {h11.DONE} or self.bridge.closing:
-                    break
+            while True:
+                await self.next_request()
+                # After an answer it is DONE, or MUST_CLOSE if either side wants to end.
+                if self.http.our_state is not h11.DONE or self.bridge.closing:
+                    return
                 self.http.start_next_cycle()
         except OSError:
             pass  # the client is gone, or sent nothing in time
         finally:
             await self.close()
 
-    async def next_request(self) -> bool:
-        """Read a request and answer it; False at the end of the connection.
+    async def next_request(self) -> None:
+        """Read a request and answer it, unless the client closes instead.
 
         What is not HTTP, too large or not allowed is answered without reading on, and
         ends the connection.
@@ -840,7 +836,7 @@ class Connection:
         exchange = Exchange(self)
         try:
             async with asyncio.timeout(self.config.send_secs):
-                is_whole = await self.read_request(exchange)
+                await self.read_request(exchange)
         except TimeoutError:
             error = ApiError(408, "the request was not sent in time")
         except ConnectionError:
@@ -859,14 +855,13 @@ class Connection:
         except ApiError as refusal:
             error = refusal.with_traceback(None)
         else:
-            if is_whole:
+            if exchange.method:
                 await self.bridge.handle(exchange)
-            return is_whole
+            return
         await self.refuse(exchange, error)
-        return False
 
-    async def read_request(self, exchange: Exchange) -> bool:
-        """Fill the exchange; False when the client closed instead."""
+    async def read_request(self, exchange: Exchange) -> None:
+        """Fill the exchange; it stays empty when the client closes instead."""
         body = bytearray()
         chunks = 0
         while True:
@@ -887,11 +882,10 @@ class Connection:
                 self.check_size(len(body))
                 if chunks > MAX_CHUNKS and len(body) < chunks * MIN_CHUNK:
                     raise ApiError(400, "the body comes in pieces that are too small")
-                if chunks % CHUNKS_AT_ONCE == 0:
-                    await asyncio.sleep(0)
+                await asyncio.sleep(0)  # other connections have their turn
             else:
                 exchange.body = bytes(body)
-                return isinstance(event, h11.EndOfMessage)
+                return
 
     def check_head(self, exchange: Exchange, version: bytes) -> None:
         """Raises ApiError 401, 403, 413, 431 or 505, or RemoteProtocolError."""
@@ -949,15 +943,14 @@ class Connection:
         finally:
             report(exchange)
         async with asyncio.timeout(LINGER_SECS):
-            if self.writer.can_write_eof():
-                self.writer.write_eof()
+            self.writer.write_eof()
             while await self.reader.read(READ_SIZE):
                 pass
 
     async def wait_for_disconnect(self) -> None:
         """Return when the client closes its side, even if it would still read; meanwhile
         keep what it sends ahead for the next request."""
-        while len(self.http.trailing_data[0]) < MAX_PIPELINED:
+        while len(self.http.trailing_data[0]) < READ_SIZE:
             data = await self.reader.read(READ_SIZE)
             self.http.receive_data(data)
             if not data:
@@ -1059,7 +1052,7 @@ class Bridge:
         new = [
             task
             for task, connection in self.connections.items()
-            if not connection.answering and not connection.answered
+            if connection.answering is None
         ]
         if new and self.grace_secs:
             await asyncio.wait(new, timeout=self.grace_secs)
