@@ -274,9 +274,10 @@ class Config(sessions.PoolConfig):
                 fault = f"is {KEY_OF_CLIENTS!r}, a key for clients of the bridge"
                 found.append(f"{place} {fault}, and none of the API's")
         if self.address[0] in WILDCARDS and not self.allowed_hosts:
-            message = "clients that reach this machine by name or address get 403"
-            cure = f"until {variable('allowed_hosts')} holds that name or address"
-            found.append(f"{message} {cure}")
+            found.append(
+                "clients that reach this machine by name or address get 403 "
+                f"until {variable('allowed_hosts')} holds that name or address"
+            )
         if self.trace_dir:
             found.append(f"prompts and answers are written to {self.trace_dir}")
         return found + self.agent_warnings()
@@ -372,8 +373,9 @@ def parse_setting(name: str, kind: type, text: str) -> Any:
         return kind(text)
     except ValueError:
         number = "a whole number" if kind is int else "a number"
-        message = f"must be {number}, without a unit, got {text!r}"
-        raise config_error(name, message) from None
+        raise config_error(
+            name, f"must be {number}, without a unit, got {text!r}"
+        ) from None
 
 
 # More than any number of seconds, bytes or processes.
@@ -384,8 +386,7 @@ def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
     """Raises ConfigError for a value that its field does not allow."""
     name, choices, least = item.name, item.metadata["choices"], item.metadata["least"]
     if choices and value not in choices:
-        message = f"must be one of {', '.join(choices)}, got {value!r}"
-        raise config_error(name, message)
+        raise config_error(name, f"must be one of {', '.join(choices)}, got {value!r}")
     is_number = type(item.default) in (int, float)
     if is_number and not least <= value <= MAX_NUMBER:
         message = f"must be a number from {least} to {MAX_NUMBER:g}, got {value}"
@@ -469,8 +470,9 @@ def check_interpreter(path: str) -> None:
     if match := re.match(rb"#!\s*(\S+)", first):
         name = os.fsdecode(match[1])
         if not os.access(name, os.X_OK):
-            message = f"{path!r} is a script for {name}, which is not there"
-            raise config_error("bin", message)
+            raise config_error(
+                "bin", f"{path!r} is a script for {name}, which is not there"
+            )
 
 
 # What clients send that need a key where the bridge has none (README).
@@ -500,8 +502,7 @@ def login_state(config: Config, info: CliInfo) -> str:
             return f"{found}: {variable('keep_env')}={name} passes it on"
     has_settings = os.path.isfile(sessions.settings_file(os.environ))
     if has_settings and not config.setting_sources:
-        cure = f"{variable('setting_sources')}=user"
-        found += f" ({cure} if the login is in its settings.json)"
+        found += f" ({variable('setting_sources')}=user if the login is in its settings.json)"
     return f"{found}; `{shlex.quote(config.bin)} auth login` logs in"
 
 
@@ -700,9 +701,8 @@ def check_host(exchange: Exchange, config: Config) -> None:
     header (RFC 9112, 3.2.2).
     """
     absolute = ABSOLUTE.match(exchange.target)
-    host = absolute[1] if absolute else exchange.headers.get("host")
-    if host is None:
-        return  # not HTTP/1.1, where h11 requires one; browsers speak that
+    # HTTP/1.0 needs no Host, and is nothing that browsers speak.
+    host = absolute[1] if absolute else exchange.headers.get("host", "localhost")
     match = HOST.fullmatch(host)
     is_port = match and int(match[2] or 0) <= MAX_PORT
     name = match[1].lower().strip("[]") if match and is_port else ""
