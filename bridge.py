@@ -672,7 +672,7 @@ def error_headers(error: ApiError) -> dict[str, str]:
 # port.
 HOST = re.compile(
     r"(\[[0-9a-f:.]+\]|[0-9a-f]*:[0-9a-f]*:[0-9a-f:]*|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*)\.?"
-    r"(?::([0-9]{1,5}))?",
+    r"(?::[0-9]{1,5})?",
     re.I,
 )
 
@@ -704,8 +704,7 @@ def check_host(exchange: Exchange, config: Config) -> None:
     # HTTP/1.0 needs no Host, and is nothing that browsers speak.
     host = absolute[1] if absolute else exchange.headers.get("host", "localhost")
     match = HOST.fullmatch(host)
-    is_port = match and int(match[2] or 0) <= MAX_PORT
-    name = match[1].lower().strip("[]") if match and is_port else ""
+    name = match[1].lower().strip("[]") if match else ""
     allowed = [config.address[0], *config.allowed_hosts]
     known = {item.lower().strip("[]") for item in allowed}
     if not is_loopback(name) and name not in known:
