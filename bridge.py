@@ -587,11 +587,6 @@ class Exchange:
         """The value of a header; `name` in lower case.  Empty: there is none."""
         return self.headers.get(name, "")
 
-    @property
-    def is_page(self) -> bool:
-        """Whether it asks for the page for people."""
-        return self.route == "/" and self.method in ("GET", "HEAD")
-
     # The answer
 
     def begin(self, reply: Reply) -> None:
@@ -645,7 +640,7 @@ class Exchange:
             headers = error_headers(error)
             if error.status == 401:
                 basic = 'Basic realm="the password is the key"'
-                headers["www-authenticate"] = basic if self.is_page else "Bearer"
+                headers["www-authenticate"] = basic if self.route == "/" else "Bearer"
             data = orjson.dumps(body)
             await self.respond(Reply(data, status=error.status, headers=headers))
         elif self.connection.http.our_state is h11.SEND_BODY:
@@ -741,7 +736,7 @@ def check_key(exchange: Exchange, expected: str) -> None:
     given = [key]
     if scheme.lower() == "bearer":
         given.append(token.strip())
-    elif scheme.lower() == "basic" and exchange.is_page:
+    elif scheme.lower() == "basic" and exchange.route == "/":
         with contextlib.suppress(ValueError):  # it is no Base64
             pair = base64.b64decode(token).decode("latin-1")
             given.append(pair.partition(":")[2])
