@@ -763,7 +763,8 @@ def is_loopback(host: str) -> bool:
 READ_SIZE = 64 << 10
 # How a client of TLS begins (RFC 8446, 5.1: a handshake record).
 TLS_HELLO = b"\x16\x03"
-# Bytes of a request's target and headers; Node takes 16 KiB, nginx 32.
+# Bytes of a request's target and headers after which no more of them is read, so up to
+# READ_SIZE more are taken; Node takes 16 KiB, nginx 32.
 MAX_HEADER_BYTES = 64 << 10
 # A body that comes in more than MAX_CHUNKS pieces, chunks or reads, is refused when they
 # average fewer than MIN_CHUNK bytes: each costs 20 us.
@@ -882,11 +883,7 @@ class Connection:
                 return
 
     def check_head(self, exchange: Exchange, version: bytes) -> None:
-        """Raises ApiError 401, 403, 413, 431 or 505, or RemoteProtocolError."""
-        # h11 counts only a head that comes in several reads.
-        parts = [exchange.target, *exchange.headers, *exchange.headers.values()]
-        if sum(map(len, parts)) > MAX_HEADER_BYTES:
-            raise ApiError(431, "the headers are too large")
+        """Raises ApiError 401, 403, 413 or 505, or RemoteProtocolError."""
         length = exchange.header("content-length")
         if length and exchange.header("transfer-encoding"):
             # RFC 9112, 6.1: it could be a smuggled request.
