@@ -190,8 +190,8 @@ class Config(sessions.PoolConfig):
         return cls(**values)
 
     def checked(self) -> "Config":
-        """The same settings, with the whole paths of the CLI and the traces.  Raises
-        ConfigError, which names one that cannot be used."""
+        """The same settings, with the whole path of the CLI.  Raises ConfigError, which
+        names one that cannot be used."""
         for item in dataclasses.fields(self):
             check_bounds(item, getattr(self, item.name))
         bypasses = self.tools and self.permission_mode == "bypassPermissions"
@@ -226,11 +226,7 @@ class Config(sessions.PoolConfig):
                 f"{host} can be reached from other machines: set {variable('api_key')}",
             )
         check_system(self.trace_dir)
-        return dataclasses.replace(
-            self,
-            bin=find_cli(self.bin),
-            trace_dir=self.trace_dir and os.path.abspath(self.trace_dir),
-        )
+        return dataclasses.replace(self, bin=find_cli(self.bin))
 
     @property
     def unix_path(self) -> str:
