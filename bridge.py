@@ -603,8 +603,7 @@ class Exchange:
 
     async def respond(self, reply: Reply) -> None:
         """Send a whole answer."""
-        if reply.status != 204:
-            reply.headers["content-length"] = str(len(reply.body))
+        reply.headers["content-length"] = str(len(reply.body))
         self.begin(reply)
         if self.method != "HEAD":
             self.connection.write(h11.Data(data=reply.body))
@@ -1171,7 +1170,7 @@ class Bridge:
                 "access-control-allow-methods": methods,
                 "access-control-allow-headers": asked if is_clean else "",
             }
-            return Reply(b"", "text/plain", 204, allowed)
+            return Reply(b"", "text/plain", headers=allowed)
         if exchange.method not in methods.split(", "):
             exchange.allow = methods
             raise ApiError(405, f"{exchange.route} takes {methods}")
