@@ -1230,26 +1230,26 @@ class Bridge:
         )
         asking = exchange.header("x-claude-code-session-id")
         if self.pool.is_own_process(f"{asking} {request.user_id}"):
-            message = "this request comes from the claude CLI that this bridge runs"
             raise ApiError(
-                400, f"{message}: its address of the API leads to the bridge"
+                400,
+                "this request comes from the claude CLI that this bridge runs: "
+                "its address of the API leads to the bridge",
             )
-        not_sent = dropped_headers(exchange) + request.not_sent
-        return dataclasses.replace(request, not_sent=not_sent)
+        request.not_sent[:0] = [
+            name
+            for name, sent in REPLACED_HEADERS.items()
+            if exchange.header(name) not in ("", sent)
+        ]
+        return request
 
 
-# Headers of the API that the CLI sets itself, or not at all.
-DROPPED_HEADERS = ("anthropic-user-profile-id", "anthropic-workspace-id")
-# The version of the API that the CLI asks for (all versions that were tested).
-API_VERSION = "2023-06-01"
-
-
-def dropped_headers(exchange: Exchange) -> list[str]:
-    """The headers of a request that mean something to the API, and do not reach it."""
-    lost = [name for name in DROPPED_HEADERS if exchange.header(name)]
-    if exchange.header("anthropic-version") not in ("", API_VERSION):
-        lost.append("anthropic-version")
-    return lost
+# Headers that mean something to the API and do not reach it, and what the CLI sends in
+# their place; empty: nothing.
+REPLACED_HEADERS = {
+    "anthropic-user-profile-id": "",
+    "anthropic-workspace-id": "",
+    "anthropic-version": "2023-06-01",  # all versions that were tested
+}
 
 
 def limited(places: list[str]) -> str:
@@ -1512,12 +1512,11 @@ async def listen(bridge: Bridge, sock: socket.socket | None) -> asyncio.Server:
     bridge.grace_secs = GRACE_SECS if sock else 0.0
     if not sock and bridge.config.unix_path:
         sock = bind_unix(bridge.config.unix_path)
-    options: dict[str, Any] = {"sock": sock}
-    if not sock:
-        host, port = bridge.config.address
-        options = {"host": host, "port": port}
+    host, port = (None, None) if sock else bridge.config.address
     # `start_unix_server` would unlink a service manager's path at its end (3.13).
-    server = await asyncio.start_server(bridge.accept, start_serving=False, **options)
+    server = await asyncio.start_server(
+        bridge.accept, host, port, sock=sock, start_serving=False
+    )
     bridge.addresses += map(address_of, server.sockets)
     return server
 
@@ -1743,26 +1742,24 @@ def inherited_socket() -> socket.socket | None:
         os.set_inheritable(3, False)
         return socket.socket(fileno=3)
     except OSError as error:
-        reason = f"which is no socket: {error.strerror}"
-        raise ConfigError(f"LISTEN_FDS names descriptor 3, {reason}") from error
+        message = f"LISTEN_FDS: descriptor 3 is no socket: {error.strerror}"
+        raise ConfigError(message) from error
 
 
 async def run(config: Config, flags: Iterable[str]) -> None:
     """Serve until SIGTERM, SIGINT or SIGHUP; a second one cuts running answers
     short."""
     stopping = asyncio.Event()
-    bridge: Bridge | None = None
+    async with serve(config, inherited_socket()) as bridge:
 
-    def signalled() -> None:
-        if stopping.is_set() and bridge:
-            bridge.cancel_answers()
-        stopping.set()
+        def signalled() -> None:
+            if stopping.is_set():
+                bridge.cancel_answers()
+            stopping.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
-            asyncio.get_running_loop().add_signal_handler(number, signalled)
-    async with serve(config, inherited_socket()) as started:
-        bridge = started
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+                asyncio.get_running_loop().add_signal_handler(number, signalled)
         for address in bridge.addresses:
             log.info("listening on %s", as_url(address))
         for message in bridge.config.warnings(os.environ):
