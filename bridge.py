@@ -552,8 +552,9 @@ class Exchange:
     began: float = field(default_factory=time.monotonic)
     # 0: nothing was answered.
     status: int = 0
-    # error.type of a failure, and what the log says of it.
+    # error.type of a failure.
     failure: str = ""
+    # Why it failed, or why its conversation was rebuilt, for the log.
     message: str = ""
     # Written by the routes.  Monotonic time at which the CLI began to answer.
     first_byte: float = 0
@@ -994,8 +995,8 @@ class Bridge:
         self.pool = pool
         self.counter = sessions.Counter(pool)
         self.closing = False
-        # The last requests: when, and what was logged; the newest first.
-        self.recent: deque[tuple[str, Json]] = deque(maxlen=RECENT)
+        # The last requests, as the page shows them; the newest first.
+        self.recent: deque[tuple[str, str]] = deque(maxlen=RECENT)
         # Written by `listen`.  As clients reach it: host:port or unix:/path.
         self.addresses: list[str] = []
         # Written by `listen`.  Seconds at shutdown for connections that have sent nothing
@@ -1075,18 +1076,16 @@ class Bridge:
         finally:
             gone.cancel()
             answer.cancel()
-            await asyncio.wait({answer, gone})
+            error, _ = await asyncio.gather(answer, gone, return_exceptions=True)
             self.answers.discard(answer)
             connection.answering = False
-            # By its client that left, or by a shutdown that waits no longer.
-            was_cut_short = answer.cancelled()
-            error = None if was_cut_short else answer.exception()
-            if was_cut_short or isinstance(error, Disconnected):
+            # It is cancelled by its client that left, or by a shutdown that waits no longer.
+            if isinstance(error, (asyncio.CancelledError, Disconnected)):
                 exchange.failure = "client_left"
             report(exchange)
-        if error and exchange.failure != "client_left":
-            log.error("bug in request %s: %s", exchange.id, type(error).__name__)
-        if was_cut_short or error:
+        if error:
+            if exchange.failure != "client_left":
+                log.error("bug in request %s: %s", exchange.id, type(error).__name__)
             # Raising `error` itself would keep this frame, and with it the turn, alive.
             raise Disconnected
 
@@ -1195,7 +1194,7 @@ class Bridge:
         key = exchange.header("x-api-key"), exchange.header("authorization")
         key_digest = translate.digest(key).hex()
         async with self.pool.turn(request, token, key_digest, exchange.id) as turn:
-            exchange.turn = turn
+            exchange.turn, exchange.message = turn, turn.reason
             ping = request.stream and asyncio.create_task(exchange.ping())
             try:
                 async for frames in turn.relay():
@@ -1415,7 +1414,7 @@ def report(exchange: Exchange) -> None:
     is_of_interest = exchange.failure or exchange.route not in QUIET_ROUTES
     # Those who may not ask do not push others off the page.
     if exchange.is_allowed and is_of_interest:
-        bridge.recent.appendleft((time.strftime("%H:%M:%S"), row))
+        bridge.recent.appendleft(request_row(row))
     metrics = bridge.pool.metrics
     route = exchange.route or "none"
     metrics.add("requests_total", route=route, status=row["status"])
@@ -1443,16 +1442,16 @@ def log_row(exchange: Exchange) -> Json:
             # Whoever reads the log cannot go on with the conversation.
             "session": translate.digest(turn.session.id).hex()[:12],
             "conversation": turn.origin,
-            "reason": turn.reason or None,
             "model": turn.request.model,
             "not_sent": limited(turn.not_sent).replace(", ", ",") or None,
             "api_calls": calls if calls > 1 else None,
         }
-    # nginx's number for a client that left before there was a status.
-    row["status"] = exchange.status or 499
-    row["error"] = exchange.failure or None
-    # That of a failure in place of that of a rebuild.
-    row["reason"] = exchange.message or row.get("reason")
+    row |= {
+        # nginx's number for a client that left before there was a status.
+        "status": exchange.status or 499,
+        "error": exchange.failure or None,
+        "reason": exchange.message or None,
+    }
     if exchange.first_byte:
         row["first_byte_secs"] = round(exchange.first_byte - exchange.began, 3)
     row["secs"] = round(time.monotonic() - exchange.began, 3)
@@ -1988,9 +1987,10 @@ PAGE = """\
 EXPORTS = """\
 export ANTHROPIC_BASE_URL={url}
 export ANTHROPIC_API_KEY={key}
+
 """
 CURL = """\
-curl {target}/v1/messages \\
+curl {url}/v1/messages \\
   -H 'content-type: application/json' -H "x-api-key: {key}" \\
   -d '{{"model": "sonnet", "max_tokens": 100,
        "messages": [{{"role": "user", "content": "Say hello."}}]}}'
@@ -2001,11 +2001,10 @@ def connect_lines(bridge: Bridge) -> str:
     """What a shell takes to reach the bridge: two variables for most clients, and a
     first request."""
     key = f"${variable('api_key')}" if bridge.config.api_key else KEY_OF_CLIENTS
-    exports, target = EXPORTS.format(url=bridge.url, key=key) + "\n", bridge.url
-    if target.startswith("unix:"):
-        path = shlex.quote(target.removeprefix("unix:"))
-        exports, target = "", f"--unix-socket {path} http://localhost"
-    return exports + CURL.format(target=target, key=key)
+    if path := bridge.config.unix_path:
+        url = f"--unix-socket {shlex.quote(path)} http://localhost"
+        return CURL.format(url=url, key=key)
+    return (EXPORTS + CURL).format(url=bridge.url, key=key)
 
 
 def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
@@ -2014,41 +2013,37 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
     pool, config = bridge.pool, bridge.config
     cli = pool.cli
     login = login_state(config, cli.info) if cli.info.is_known else "not known yet"
-    quota = []
+    quota = {}
     for name, limit in pool.rate_limits.items():
-        used = limit.utilization
-        share = f", {used:.0%} used" if used is not None else ""
-        quota.append((name, limit.status + share))
+        quota[name] = limit.status
+        if limit.utilization is not None:
+            quota[name] += f", {limit.utilization:.0%} used"
     return {
         "State": [
             ("version", __version__),
             ("claude CLI", config.bin),
-            ("its version", version_of(cli, "not known yet")),
+            (
+                "its version",
+                cli.problem or cli.warning or cli.version or "not known yet",
+            ),
             ("login", login),
         ],
-        "Last requests": list(map(request_row, bridge.recent)),
+        "Last requests": list(bridge.recent),
         "Processes": [
             (item.state.value, f"for {item.state_secs:.0f} s; turns: {item.turns}")
             for item in pool.in_states(*sessions.State)
         ],
-        "Quota of the account": quota,
+        "Quota of the account": list(quota.items()),
     }
 
 
-def version_of(cli: sessions.Cli, unknown: str) -> str:
-    """The version of the CLI, and what is to be said of it."""
-    remark = cli.problem or cli.warning
-    return (cli.version or unknown) + (f" ({remark})" if remark else "")
-
-
-def request_row(entry: tuple[str, Json]) -> tuple[str, str]:
-    """When and where a request came, and what became of it."""
-    clock, row = entry
+def request_row(row: Json) -> tuple[str, str]:
+    """When and where a request came, and what became of it, from what is logged of it."""
     path = row.get("route") or row.get("path", "")
     names = ("model", "conversation", "error", "reason")
     result = [row["status"], f"{row['secs']:.2f} s", *map(row.get, names)]
     text = ", ".join(str(value) for value in result if value)
-    return f"{clock} {path}", text
+    return f"{time.strftime('%H:%M:%S')} {path}", text
 
 
 def page_text(bridge: Bridge) -> str:
@@ -2305,7 +2300,7 @@ async def check(config: Config, flags: Iterable[str]) -> bool:
     for warning in missing:
         print(f"warning: {as_typed(warning, flags)}")
     print(f"login: {login_state(config, info)}")
-    print(f"version: {version_of(cli, NO_VERSION)}", flush=True)
+    print(f"version: {cli.warning or cli.version or NO_VERSION}", flush=True)
     api = FakeApi()
     failure = ""
     try:
