@@ -997,9 +997,9 @@ class Bridge:
         self.closing = False
         # The last requests, as the page shows them; the newest first.
         self.recent: deque[tuple[str, str]] = deque(maxlen=RECENT)
-        # Written by `listen`.  As clients reach it: host:port or unix:/path.
+        # Written by `listening`.  As clients reach it: host:port or unix:/path.
         self.addresses: list[str] = []
-        # Written by `listen`.  Seconds at shutdown for connections that have sent nothing
+        # Written by `listening`.  Seconds at shutdown for connections that have sent nothing
         # yet; only with an inherited listener, where no client may be refused.
         self.grace_secs = 0.0
         self.connections: dict[asyncio.Task[None], Connection] = {}
@@ -1494,10 +1494,7 @@ async def serve(
     bridge = Bridge(config, await stack.enter_async_context(Pool(config)))
     try:
         try:
-            server = await listen(bridge, sock)
-            socket_file = None if sock else sessions.identify_file(config.unix_path)
-            stack.push_async_callback(stop, bridge, server, socket_file)
-            await server.start_serving()
+            await stack.enter_async_context(listening(bridge, sock))
         except (OSError, ValueError) as error:
             raise config_error("listen_addr", cannot_listen(config, error)) from error
         yield bridge
@@ -1505,19 +1502,42 @@ async def serve(
         await finish_despite_cancel(stack.aclose(), bridge.cancel_answers)
 
 
-async def listen(bridge: Bridge, sock: socket.socket | None) -> asyncio.Server:
-    """A server that does not serve yet; sets the addresses and `grace_secs` of the
-    bridge.  Raises OSError when the address is taken, or cannot be had."""
+@contextlib.asynccontextmanager
+async def listening(bridge: Bridge, sock: socket.socket | None) -> AsyncIterator[None]:
+    """Let clients connect until the block ends; then accept nothing more, let the bridge
+    end its answers and connections, and remove its Unix socket.
+
+    Sets the addresses and `grace_secs` of the bridge.  Raises OSError when the address is
+    taken, or cannot be had.
+    """
+    path = bridge.config.unix_path
     bridge.grace_secs = GRACE_SECS if sock else 0.0
-    if not sock and bridge.config.unix_path:
-        sock = bind_unix(bridge.config.unix_path)
+    socket_file = None
+    if not sock and path:
+        sock = bind_unix(path)
+        socket_file = sessions.identify_file(path)
     host, port = (None, None) if sock else bridge.config.address
     # `start_unix_server` would unlink a service manager's path at its end (3.13).
     server = await asyncio.start_server(
         bridge.accept, host, port, sock=sock, start_serving=False
     )
     bridge.addresses += map(address_of, server.sockets)
-    return server
+    try:
+        await server.start_serving()
+        yield
+    finally:
+        loop = asyncio.get_running_loop()
+        for listener in server.sockets:
+            loop.remove_reader(listener.fileno())
+        for _ in range(3):
+            # asyncio needs three loop iterations after accept(): closing sooner drops
+            # the connection.
+            await asyncio.sleep(0)
+        server.close()
+        await bridge.close()
+        # Not the socket of another bridge that has taken the path meanwhile.
+        if socket_file and sessions.identify_file(path) == socket_file:
+            os.unlink(path)
 
 
 def address_of(listener: socket.socket) -> str:
@@ -1551,23 +1571,6 @@ def bind_unix(path: str) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-async def stop(bridge: Bridge, server: asyncio.Server, socket_file: object) -> None:
-    """Accept nothing more, let the bridge end its answers and connections, and remove its
-    Unix socket if the file there is `socket_file`."""
-    loop = asyncio.get_running_loop()
-    for listener in server.sockets:
-        loop.remove_reader(listener.fileno())
-    for _ in range(3):
-        # asyncio needs three loop iterations after accept(): closing sooner drops the
-        # connection.
-        await asyncio.sleep(0)
-    server.close()
-    await bridge.close()
-    # Not the socket of another bridge that has taken the path meanwhile.
-    if socket_file and sessions.identify_file(bridge.config.unix_path) == socket_file:
-        os.unlink(bridge.config.unix_path)
 
 
 async def finish_despite_cancel(
@@ -2255,25 +2258,21 @@ class FakeApi(Bridge):
 async def rehearse(config: Config, api: FakeApi) -> None:
     """Play the scenario of a FakeApi, with an empty home: the user's files must supply
     neither a login nor another address."""
-    server = await listen(api, None)
-    await server.start_serving()
-    kept = {
-        "ANTHROPIC_BASE_URL": api.url,
-        "ANTHROPIC_API_KEY": api.config.api_key,
-        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-    }
     with tempfile.TemporaryDirectory() as home:
-        environ = os.environ | kept
-        environ |= {"HOME": home, "CLAUDE_CONFIG_DIR": home}
-        environ |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-        config = dataclasses.replace(
-            config, keep_env=tuple(kept), setting_sources="", tools=""
-        )
-        try:
+        async with listening(api, None):
+            kept = {
+                "ANTHROPIC_BASE_URL": api.url,
+                "ANTHROPIC_API_KEY": api.config.api_key,
+                "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+            }
+            environ = os.environ | kept
+            environ |= {"HOME": home, "CLAUDE_CONFIG_DIR": home}
+            environ |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+            config = dataclasses.replace(
+                config, keep_env=tuple(kept), setting_sources="", tools=""
+            )
             async with Pool(config, environ) as pool:
                 await api.run_scenario(pool)
-        finally:
-            await stop(api, server, None)
 
 
 async def check(config: Config, flags: Iterable[str]) -> bool:

@@ -58,7 +58,7 @@ def test_a_cli_that_is_too_old_is_refused_with_a_cure_and_never_asked_anything(
         assert answer.json["error"] == {"type": "claude_cli_error", "message": TOO_OLD}
     deep = program.call("GET", "/healthz?deep=1")
     assert (deep.status, TOO_OLD in deep.body.decode()) == (503, True)
-    assert f"2.1.100 ({TOO_OLD})" in page(program)
+    assert TOO_OLD in page(program)
     status, said = check(old)
     assert (status, said["start"]) == (1, f"does not work ({TOO_OLD})")
     assert "version" not in said  # nothing else was tried
@@ -97,7 +97,7 @@ def test_a_cli_that_is_newer_than_the_tested_ones_works_with_a_warning_that_name
     [line] = [line for line in program.lines if TOO_NEW in line]
     assert " WARNING " in line
     assert TRIES_IT in line
-    warned = f"9.9.9 ({TOO_NEW}: {TRIES_IT})"
+    warned = f"{TOO_NEW}: {TRIES_IT}"
     assert warned in page(program)
     _, said = check(new, CLAUDE_CLI_WATCHDOG_SECS="1")  # the stand-in asks no API
     assert said["version"] == warned
