@@ -974,14 +974,6 @@ HINTS = {
     401: "the API refused the CLI's login; `claude-cli-bridge check` says which one it is",
     404: f"GET {MODELS} lists the models that the CLI offers",
 }
-# How paths of the OpenAI API begin.
-OPENAI = (
-    "/v1/chat/",
-    "/v1/responses",
-    "/v1/completions",
-    "/v1/embeddings",
-    "/chat/completions",
-)
 # Places that x-bridge-not-sent names, and bytes of each.
 MAX_PLACES = 50
 MAX_PLACE = 100
@@ -1160,7 +1152,12 @@ class Bridge:
     async def dispatch(self, exchange: Exchange) -> Reply | None:
         """The answer of a route; None: it was streamed."""
         if not exchange.route:
-            raise self.not_found(exchange)
+            path = ascii(exchange.path[:MAX_LOGGED_PATH])
+            raise ApiError(
+                404,
+                f"no route for {path}: this is the Anthropic Messages API, not OpenAI's "
+                f"(LiteLLM can translate); the base URL is {self.url}",
+            )
         methods, handler = ROUTES[exchange.route]
         if exchange.method == "OPTIONS" and exchange.header("origin"):
             asked = exchange.header("access-control-request-headers")
@@ -1177,15 +1174,6 @@ class Bridge:
         if encoding.lower() != "identity":
             raise ApiError(415, "compressed request bodies are not supported")
         return await handler(self, exchange)
-
-    def not_found(self, exchange: Exchange) -> ApiError:
-        message = "this is the Anthropic Messages API"
-        if exchange.path.startswith(OPENAI):
-            message += ", not OpenAI's; LiteLLM can translate, as the README shows"
-            return ApiError(404, message)
-        message += f" (POST /v1/messages); the base URL is {self.url}"
-        path = ascii(exchange.path[:MAX_LOGGED_PATH])
-        return ApiError(404, f"no route for {path}: {message}")
 
     async def messages(self, exchange: Exchange) -> Reply | None:
         request = await self.parse(exchange)

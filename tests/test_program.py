@@ -571,8 +571,8 @@ def rows(program: Program, log_format: str) -> list[dict[str, object]]:
 DIED = "the claude CLI exited with status 1"
 NOT_JSON = "The request body is not valid JSON: unexpected end of data: line 1 column 2 (char 1)"
 NO_ROUTE = (
-    "no route for '/nowhere': this is the Anthropic Messages API (POST /v1/messages); "
-    "the base URL is {}"
+    "no route for '/nowhere': this is the Anthropic Messages API, not OpenAI's (LiteLLM can "
+    "translate); the base URL is {}"
 )
 
 
