@@ -1651,7 +1651,7 @@ class JsonFormatter(logging.Formatter):
 # starts undisturbed, and a first request may make the question needless.
 LOGIN_PROBE_SECS = 2.0
 NO_VERSION = "unknown: `--version` prints none, so it may not be Claude Code"
-# Tools of the CLI that people name, and those that it lists by another name.
+# Tools of the CLI that people name.
 TOOLS = (
     "Agent",
     "Bash",
@@ -1665,7 +1665,6 @@ TOOLS = (
     "WebSearch",
     "Write",
 )
-TOOL_NAMES = {"Agent": "Task"}
 EMPTY_REQUEST = b'{"model": "sonnet", "messages": [{"role": "user", "content": "-"}]}'
 
 
@@ -1708,12 +1707,13 @@ async def missing_from_agent(pool: Pool) -> list[str]:
         )
     finally:
         pool.retire(session, "probe")
-    known = ["default", *init.get("tools", [])]
+    # `default` is all of them, and the CLI lists Agent as Task.
+    known = ["default", "Agent", *init.get("tools", [])]
     found = [
         f"{variable('tools')}: the CLI has no tool {name}"
         + ("" if name in TOOLS else did_you_mean(name, TOOLS))
         for name in re.findall("[^, ]+", pool.config.tools)
-        if TOOL_NAMES.get(name, name) not in known
+        if name not in known
     ]
     for server in init.get("mcp_servers", []):
         name, status = server["name"], server["status"]
