@@ -1484,7 +1484,8 @@ async def serve(
         try:
             await stack.enter_async_context(listening(bridge, sock))
         except (OSError, ValueError) as error:
-            raise config_error("listen_addr", cannot_listen(config, error)) from error
+            message = f"cannot listen on {config.listen_addr}: {error}"
+            raise config_error("listen_addr", message) from error
         yield bridge
     finally:
         await finish_despite_cancel(stack.aclose(), bridge.cancel_answers)
@@ -1545,11 +1546,11 @@ def bind_unix(path: str) -> socket.socket:
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise OSError(errno.EEXIST, "what is there is no socket")
+            raise OSError("what is there is no socket")
         with socket.socket(socket.AF_UNIX) as probe:
             probe.setblocking(False)
             if probe.connect_ex(path) != errno.ECONNREFUSED:
-                raise OSError(errno.EADDRINUSE, "")  # see `cannot_listen`
+                raise OSError("already in use (another bridge?); choose another")
         os.unlink(path)
     sock = socket.socket(socket.AF_UNIX)
     try:
@@ -1577,19 +1578,6 @@ async def finish_despite_cancel(
     task.result()
     if is_cancelled:
         raise asyncio.CancelledError
-
-
-def cannot_listen(config: Config, error: OSError | ValueError) -> str:
-    if isinstance(error, UnicodeError):
-        return f"{config.listen_addr!r} is no name of a host"
-    reason = str(error)
-    if isinstance(error, OSError):
-        reason = error.strerror or reason
-        if error.errno == errno.EADDRINUSE:
-            reason = "already in use (another bridge?); choose another"
-        elif error.errno == errno.EACCES and not config.unix_path:
-            reason = "only root may listen on a port below 1024"
-    return f"cannot listen on {config.listen_addr}: {reason}"
 
 
 # ------------------------------------------------------------ the program
