@@ -987,7 +987,7 @@ class Bridge:
         self.pool = pool
         self.counter = sessions.Counter(pool)
         self.closing = False
-        # The last requests, as the page shows them; the newest first.
+        # The last requests, when and what, as the page shows them; the newest first.
         self.recent: deque[tuple[str, str]] = deque(maxlen=RECENT)
         # Written by `listening`.  As clients reach it: host:port or unix:/path.
         self.addresses: list[str] = []
@@ -1391,6 +1391,17 @@ MAX_LOGGED_PATH = 100
 # Requests that the page shows, but for good ones of these routes.
 RECENT = 20
 QUIET_ROUTES = ("/", "/healthz", "/metrics")
+# What of a line of the log the page shows.
+PAGE_FIELDS = (
+    "route",
+    "path",
+    "status",
+    "secs",
+    "model",
+    "conversation",
+    "error",
+    "reason",
+)
 
 
 def report(exchange: Exchange) -> None:
@@ -1402,7 +1413,8 @@ def report(exchange: Exchange) -> None:
     is_of_interest = exchange.failure or exchange.route not in QUIET_ROUTES
     # Those who may not ask do not push others off the page.
     if exchange.is_allowed and is_of_interest:
-        bridge.recent.appendleft(request_row(row))
+        shown = ", ".join(str(row[name]) for name in PAGE_FIELDS if name in row)
+        bridge.recent.appendleft((time.strftime("%H:%M:%S"), shown))
     metrics = bridge.pool.metrics
     route = exchange.route or "none"
     metrics.add("requests_total", route=route, status=row["status"])
@@ -2014,15 +2026,6 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
         ],
         "Quota of the account": list(quota.items()),
     }
-
-
-def request_row(row: Json) -> tuple[str, str]:
-    """When and where a request came, and what became of it, from what is logged of it."""
-    path = row.get("route") or row.get("path", "")
-    names = ("model", "conversation", "error", "reason")
-    result = [row["status"], f"{row['secs']:.2f} s", *map(row.get, names)]
-    text = ", ".join(str(value) for value in result if value)
-    return f"{time.strftime('%H:%M:%S')} {path}", text
 
 
 def page_text(bridge: Bridge) -> str:
