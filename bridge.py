@@ -2256,12 +2256,8 @@ async def rehearse(config: Config, api: FakeApi) -> None:
 
 async def check(config: Config, flags: Iterable[str]) -> bool:
     """Print in plain words whether the CLI is there, is logged in and does what is
-    needed; True if all is well.  It costs no token."""
-    try:
-        config = dataclasses.replace(config.checked(), spares=0)
-    except ConfigError as error:
-        print(f"settings: {as_typed(str(error), flags)}")
-        return False
+    needed; True if all is well.  It costs no token.  Raises ConfigError."""
+    config = dataclasses.replace(config.checked(), spares=0)
     for warning in config.warnings(os.environ):
         print(f"warning: {as_typed(warning, flags)}")
     limit = min(REHEARSAL_SECS, config.watchdog_secs)

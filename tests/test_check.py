@@ -89,9 +89,9 @@ def test_a_cli_without_a_feature_fails_and_names_it(
 
 
 def test_a_cli_that_is_not_there_fails_and_says_so() -> None:
-    status, said = check("/no/such/claude")
-    assert status == 1
-    assert "--bin: '/no/such/claude' is no executable file" in said["settings"]
+    done = run("check", "--bin", "/no/such/claude")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--bin: '/no/such/claude' is no executable file" in done.stderr
 
 
 def test_a_cli_that_does_not_start_fails_and_says_why(tmp_path: Path) -> None:
@@ -141,4 +141,4 @@ def test_a_mistake_is_said_in_one_line_by_check_and_before_it(words: list[str]) 
     done = run(*words)
     said = (done.stdout + done.stderr).splitlines()
     assert len(said) == 1
-    assert "settings: --listen-addr: " in said[0] or "did you mean check?" in said[0]
+    assert ": --listen-addr: " in said[0] or "did you mean check?" in said[0]
