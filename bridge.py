@@ -1668,7 +1668,7 @@ TOOLS = (
 EMPTY_REQUEST = b'{"model": "sonnet", "messages": [{"role": "user", "content": "-"}]}'
 
 
-async def announce(bridge: Bridge, flags: Iterable[str]) -> None:
+async def announce(bridge: Bridge) -> None:
     """Say which CLI it is, who is logged in, and what of the agent's settings the CLI
     does not have.  Asks the CLI, which makes no model call for it."""
     config, pool = bridge.config, bridge.pool
@@ -1686,7 +1686,7 @@ async def announce(bridge: Bridge, flags: Iterable[str]) -> None:
         else:
             log.warning("%s", state)
         for message in await missing_from_agent(pool):
-            log.warning("%s", as_typed(message, flags))
+            log.warning("%s", message)
     except ApiError as error:
         if error.status == 529:
             return  # there is no room for a question of its own
@@ -1736,7 +1736,7 @@ def inherited_socket() -> socket.socket | None:
         raise ConfigError(message) from error
 
 
-async def run(config: Config, flags: Iterable[str]) -> None:
+async def run(config: Config) -> None:
     """Serve until SIGTERM, SIGINT or SIGHUP; a second one cuts running answers
     short."""
     stopping = asyncio.Event()
@@ -1753,8 +1753,8 @@ async def run(config: Config, flags: Iterable[str]) -> None:
         for address in bridge.addresses:
             log.info("listening on %s", as_url(address))
         for message in bridge.config.warnings(os.environ):
-            log.warning("%s", as_typed(message, flags))
-        announcing = asyncio.create_task(announce(bridge, flags))
+            log.warning("%s", message)
+        announcing = asyncio.create_task(announce(bridge))
         await stopping.wait()
         message = "shutting down"
         if answers := len(bridge.answers):
@@ -1930,7 +1930,7 @@ def execute(flags: Mapping[str, str]) -> None:
     path = flags.get("config", os.environ.get(variable("config"), ""))
     if command == "check":
         reset_inherited_state()
-        sys.exit(0 if asyncio.run(check(config, flags)) else 1)
+        sys.exit(0 if asyncio.run(check(config)) else 1)
     if command == "login":
         program = find_cli(config.bin)
         os.execv(program, [program, "auth", "login"])
@@ -1956,7 +1956,7 @@ def execute(flags: Mapping[str, str]) -> None:
     # default): tests/bench/hostile.py.
     sys.setswitchinterval(0.001)
     give_back_memory()
-    asyncio.run(run(config, flags))
+    asyncio.run(run(config))
 
 
 # ------------------------------------------------------------ appendix: the page
@@ -2254,12 +2254,12 @@ async def rehearse(config: Config, api: FakeApi) -> None:
                 await api.run_scenario(pool)
 
 
-async def check(config: Config, flags: Iterable[str]) -> bool:
+async def check(config: Config) -> bool:
     """Print in plain words whether the CLI is there, is logged in and does what is
     needed; True if all is well.  It costs no token.  Raises ConfigError."""
     config = dataclasses.replace(config.checked(), spares=0)
     for warning in config.warnings(os.environ):
-        print(f"warning: {as_typed(warning, flags)}")
+        print(f"warning: {warning}")
     limit = min(REHEARSAL_SECS, config.watchdog_secs)
     print(f"CLI: {config.bin}")
     print(f"time: up to {2 * limit:g} seconds", flush=True)
@@ -2272,7 +2272,7 @@ async def check(config: Config, flags: Iterable[str]) -> bool:
         print(f"start: does not work ({str(error) or 'no answer in time'})")
         return False
     for warning in missing:
-        print(f"warning: {as_typed(warning, flags)}")
+        print(f"warning: {warning}")
     print(f"login: {login_state(config, info)}")
     print(f"version: {cli.warning or cli.version or NO_VERSION}", flush=True)
     api = FakeApi()

@@ -265,7 +265,7 @@ def test_a_tool_that_the_cli_does_not_have_is_warned_of(
     launch: Launch, cli: Path, since: Callable[[], list[Json]]
 ) -> None:
     program = launch("--tools", "Raed, Grep,Agent", "--bin", str(cli))
-    printed(program, "--tools: the CLI has no tool Raed; did you mean Read?")
+    printed(program, "CLAUDE_CLI_TOOLS: the CLI has no tool Raed; did you mean Read?")
     assert not [line for line in program.lines if "Grep;" in line or "no tool Agent" in line]
     assert since() == []
 

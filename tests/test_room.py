@@ -203,7 +203,7 @@ def test_no_room_for_the_bridges_own_question_is_no_warning(
         busy = asyncio.create_task(take_turn(pool, "PAUSE"))
         await soon(lambda: pool.room.is_full)
         pool.cli.info = CliInfo()
-        await bridge.announce(running, ())
+        await bridge.announce(running)
         open_gate(gate)
         await busy
 

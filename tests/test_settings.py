@@ -228,7 +228,7 @@ def test_agent_settings_without_tools_are_warned_of(launch: Launch, tmp_path: Pa
     file = tmp_path / "mcp.json"
     file.write_text('{"mcpServers": {}}')
     program = launch("--cwd", str(tmp_path), CLAUDE_CLI_MCP_CONFIG=str(file))
-    printed(program, "--cwd has no effect without CLAUDE_CLI_TOOLS")
+    printed(program, "CLAUDE_CLI_CWD has no effect without CLAUDE_CLI_TOOLS")
     printed(program, "CLAUDE_CLI_MCP_CONFIG has no effect without CLAUDE_CLI_TOOLS")
 
 
