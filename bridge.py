@@ -1500,7 +1500,19 @@ async def serve(
             raise config_error("listen_addr", message) from error
         yield bridge
     finally:
-        await finish_despite_cancel(stack.aclose(), bridge.cancel_answers)
+        # This ends even if it is cancelled: each cancel cuts running answers short, and is
+        # raised at the end.
+        ending = asyncio.create_task(stack.aclose())
+        is_cancelled = False
+        while not ending.done():
+            try:
+                await asyncio.wait({ending})
+            except asyncio.CancelledError:
+                is_cancelled = True
+                bridge.cancel_answers()
+        ending.result()
+        if is_cancelled:
+            raise asyncio.CancelledError
 
 
 @contextlib.asynccontextmanager
@@ -1572,24 +1584,6 @@ def bind_unix(path: str) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-async def finish_despite_cancel(
-    work: Coroutine[Any, Any, None], on_cancel: Callable[[], None]
-) -> None:
-    """Finish `work` even if this task is cancelled; each cancel calls `on_cancel`, and
-    is raised at the end."""
-    task = asyncio.create_task(work)
-    is_cancelled = False
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError:
-            is_cancelled = True
-            on_cancel()
-    task.result()
-    if is_cancelled:
-        raise asyncio.CancelledError
 
 
 # ------------------------------------------------------------ the program
