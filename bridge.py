@@ -1750,11 +1750,11 @@ async def run(config: Config) -> None:
             log.warning("%s", message)
         announcing = asyncio.create_task(announce(bridge))
         await stopping.wait()
-        message = "shutting down"
-        if answers := len(bridge.answers):
-            message += f"; running answers: {answers}, which get"
-            message += f" {config.drain_secs:g} s (Ctrl-C again stops them)"
-        log.info("%s", message)
+        log.info(
+            "shutting down; running answers: %d, which get %g s (Ctrl-C again stops them)",
+            len(bridge.answers),
+            config.drain_secs,
+        )
         announcing.cancel()
         await asyncio.wait({announcing})
 
