@@ -1443,7 +1443,7 @@ def log_row(exchange: Exchange) -> Json:
             "session": translate.digest(turn.session.id).hex()[:12],
             "conversation": turn.origin,
             "model": turn.request.model,
-            "not_sent": limited(turn.not_sent).replace(", ", ",") or None,
+            "not_sent": limited(turn.not_sent) or None,
             "api_calls": calls if calls > 1 else None,
         }
     row |= {
