@@ -54,7 +54,9 @@ def test_a_port_of_roots_is_refused_by_that() -> None:
     )
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("claude-cli-bridge: --listen-addr: cannot listen on 127.0.0.1:80: ")
+    assert done.stderr.startswith(
+        "claude-cli-bridge: --listen-addr: cannot listen on 127.0.0.1:80: "
+    )
     assert done.stderr.endswith("permission denied\n")
 
 
