@@ -58,8 +58,6 @@ ERROR_TYPES = {
 }
 # A status for each of them; of two with one type, the later one.
 STATUS_OF_TYPE = {error_type: status for status, error_type in ERROR_TYPES.items()}
-# Statuses where a retry cannot help (header x-should-retry).
-FINAL_STATUSES = {400, 401, 402, 403, 404, 405, 413, 415, 422, 431}
 # A key or token, even with line breaks that were pasted into it; a long word after it may
 # be hidden too.
 SECRET = re.compile(r"(sk-ant-)[A-Za-z0-9_-]+(?:(?:\\[nr]|\s)+[A-Za-z0-9_-]{16,})*")
@@ -78,8 +76,8 @@ class ApiError(Exception):
     message: str
     # `error.type`; by default that of the status.
     error_type: str = ""
-    # `error.details`.
-    details: Json | None = None
+    # `error.details.error_code`.
+    error_code: str = ""
     # Seconds after which a client may try again.
     retry_after: int | None = None
     # Epoch second from which a rate limit allows requests again.
@@ -94,27 +92,20 @@ class ApiError(Exception):
         # Some messages quote what a client or the CLI sent.
         self.message = masked(self.message)
         super().__init__(self.message)
-        default = 500 if self.status >= 500 else 400
-        usual = ERROR_TYPES.get(self.status, ERROR_TYPES[default])
-        self.error_type = self.error_type or usual
+        other = "api_error" if self.status >= 500 else "invalid_request_error"
+        self.error_type = self.error_type or ERROR_TYPES.get(self.status, other)
 
     @property
     def can_retry(self) -> bool:
-        """Whether the same request may succeed later."""
-        return self.status not in FINAL_STATUSES
+        """Whether the same request may succeed later (header x-should-retry)."""
+        return self.status >= 500 or self.status in (408, 409, 429)
 
     def body(self, request_id: str) -> Json:
         """The API's error envelope; as a stream event it is the `error` event."""
-        error = {
-            "type": self.error_type,
-            "message": self.message,
-            "details": self.details,
-        }
-        return {
-            "type": "error",
-            "error": without_empties(error),
-            "request_id": request_id,
-        }
+        error: Json = {"type": self.error_type, "message": self.message}
+        if self.error_code:
+            error["details"] = {"error_code": self.error_code}
+        return {"type": "error", "error": error, "request_id": request_id}
 
 
 def masked(text: str) -> str:
@@ -184,27 +175,22 @@ def result_error(
     usual = "the claude CLI ended the turn with an error"
     text = str(result.get("result") or errors or usual)
     message, error_type = api_message(text, get_str(synthetic, "api_error_type"))
-    api_status: Any = result.get("api_error_status")
-    is_from_api = isinstance(api_status, int) and 400 <= api_status <= 599
-    reason = get_str(result, "terminal_reason")
-    status = api_status if is_from_api else status_of(text, reason, error_type)
+    status: Any = result.get("api_error_status")
+    is_from_api = status in range(400, 600)
+    if not is_from_api:
+        status = status_of(text, get_str(result, "terminal_reason"), error_type)
     if status == 502 and is_from_api:
         error_type = error_type or "api_error"  # a proxy in front of the API
-    if message.startswith(TOO_LONG):
-        # The API's spelling, by which clients know it.
-        message = "p" + message[1:]
+    # The API's spelling, by which clients know it.
+    message = message.replace(TOO_LONG, "prompt is too long")
     if message.startswith(NOT_LOGGED_IN):
         message = f"{message} ({LOGIN_CURE})"
-    code = get_str(synthetic, "api_error_code")
-    details = {"error_code": code} if code else None
-    if status != 429:
-        resets_at = None
     return ApiError(
         status,
         message,
         error_type,
-        details,
-        resets_at=resets_at,
+        get_str(synthetic, "api_error_code"),
+        resets_at=resets_at if status == 429 else None,
         is_from_api=is_from_api,
         log_reason="",
     )
@@ -511,8 +497,11 @@ def check_fields(data: Json, counting: bool) -> None:
     if data.get("thread") is not None:
         # The SDKs send the whole history after this error_code alone (anthropic
         # lib/threads/_thread_state.py).
-        details = {"error_code": "thread_unsupported_request"}
-        raise ApiError(400, "thread: not supported by this bridge", details=details)
+        raise ApiError(
+            400,
+            "thread: not supported by this bridge",
+            error_code="thread_unsupported_request",
+        )
     for name in ("model", "messages", "max_tokens"):
         is_optional = counting and name == "max_tokens"
         if data.get(name) is None and not is_optional:

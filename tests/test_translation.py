@@ -1319,7 +1319,7 @@ def test_a_turn_hands_on_what_the_event_before_its_failure_says() -> None:
     event = synthetic(api_error_type="tool_error", api_error_code="bad_tool")
     error = failure([event, failed(api_error_status=400, result="API Error: 400 no")])
     assert (error.status, error.error_type, error.message) == (400, "tool_error", "no")
-    assert error.details == {"error_code": "bad_tool"}
+    assert error.error_code == "bad_tool"
 
 
 def test_a_turn_in_which_the_cli_removes_what_the_api_refused_fails_with_the_apis_message() -> None:
