@@ -937,43 +937,33 @@ def check_system_place(messages: list[Any], number: int) -> None:
 
 def check_pairs(messages: list[PlacedMessage]) -> None:
     """API: each tool_use is answered in the next message, each tool_result answers a
-    tool_use of the previous one."""
-    # The ids of all calls, of those without a result, and of the calls and results of a
-    # message.
+    tool_use of the previous one.  `check_block` has shown that calls are in the messages
+    of one role, and results in those of the other."""
+    # The ids of all calls, and of those without a result.
     seen: set[str] = set()
     waiting: set[str] = set()
     for message in messages:
-        calls: set[str] = set()
-        results: set[str] = set()
         for place, block in message.parts:
             if block["type"] == "tool_use":
-                calls.add(block["id"])
-                if block["id"] in seen:
+                call = block["id"]
+                if call in seen:
                     raise bad_request("messages", "`tool_use` ids must be unique")
-                seen.add(block["id"])
+                seen.add(call)
+                waiting.add(call)
             elif block["type"] == "tool_result":
                 call = block["tool_use_id"]
-                if call in results:
-                    raise bad_request(
-                        place,
-                        "each tool_use must have a single result. Found multiple"
-                        f" `tool_result` blocks with id: {call}",
-                        quotes_client=True,
-                    )
                 if call not in waiting:
                     raise bad_request(
                         place,
                         f"unexpected `tool_use_id` found in `tool_result` blocks: {call}."
                         " Each `tool_result` block must have a corresponding `tool_use`"
-                        " block in the previous message.",
+                        " block in the previous message, and be the only one for it.",
                         quotes_client=True,
                     )
-                results.add(call)
-        if waiting - results:
-            raise unanswered(waiting - results, message.parts[0][0])
-        waiting = calls
-    if waiting:
-        raise unanswered(waiting, messages[-1].parts[0][0])
+                waiting.remove(call)
+        is_last = message is messages[-1]
+        if waiting and (message.role == "user" or is_last):
+            raise unanswered(waiting, message.parts[0][0])
 
 
 def unanswered(calls: Iterable[str], place: str) -> ApiError:
