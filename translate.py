@@ -354,7 +354,7 @@ UNSENT_BETAS = {
 # Fields that the bridge passes on in another way, or leaves to the CLI.  All others go
 # to the API as sent.  `betas` would replace the CLI's own list, which an OAuth login
 # needs; `metadata` identifies the CLI.
-OWN_FIELDS = {"model", "messages", "system", "stream", "metadata", "betas"}
+OWN_FIELDS = {"model", "messages", "system", "stream", "metadata", "betas", "tools"}
 # Claude Code's first system block: a hash that changes with every request, and that the
 # CLI writes itself.
 BILLING_LINE = "x-anthropic-billing-header:"
@@ -458,15 +458,14 @@ def parse_request(
     is_agent = agent and not tools
     names = read_tool_names(tools)
     betas = read_betas(betas, is_agent, not_sent)
-    loaded: set[str] = set()
-    placed = read_messages(data["messages"], not_sent, loaded)
+    placed = read_messages(data["messages"], not_sent)
     messages = [{"role": each.role, "content": each.blocks} for each in placed]
     caching = read_breakpoints(messages, tools, data, is_agent, not_sent)
     if caching != "client":
         remove_breakpoints(messages)
     not_sent += [place for message in placed for place in dropped_parts(message)]
     check_ending(placed[-1], not_sent)
-    fields = read_fields(data, loaded, is_agent, not_sent)
+    fields = read_fields(data, is_agent, not_sent)
     parts: Json = {
         "model": read_model(data["model"]),
         "system": system,
@@ -609,25 +608,28 @@ def blocks_of(messages: list[Message], kinds: Collection[str]) -> list[Block]:
     ]
 
 
-def read_fields(
-    data: Json, loaded: set[str], is_agent: bool, not_sent: list[str]
-) -> Json:
+def read_fields(data: Json, is_agent: bool, not_sent: list[str]) -> Json:
     """The fields that go to the API as sent.  Of those of an agent it is whether to think,
     and no more: they reach the API by the environment of the CLI, where the commands that
     an agent runs could read them.  What does not go is added to `not_sent`."""
     fields = without(data, OWN_FIELDS)
-    tools = fields.pop("tools", None) or []
     if is_agent:
-        lost = [key for key in fields if key != "thinking"]
-        not_sent += [printable(key) for key in lost if fields[key] is not None]
-        return {key: fields[key] for key in fields if key == "thinking"}
+        lost = without(fields, {"thinking"})
+        not_sent += map(printable, without_nulls(lost))
+        return without(fields, lost)
+    # The CLI drops the reference that loads a tool, so the model would never see the tool.
+    loaded = {
+        get_str(block, "tool_name")
+        for message in data["messages"]
+        for block in blocks_in(message)
+    }
+    tools = data.get("tools") or []
     for number, tool in enumerate(tools):
-        # The CLI drops the reference that loads a tool, so the model would never see the
-        # tool.
         if tool.get("defer_loading") and tool.get("name") in loaded:
             not_sent.append(f"tools.{number}.defer_loading")
-            tool = without(tool, {"defer_loading"})
-        fields.setdefault("tools", []).append(tool)
+            del tool["defer_loading"]
+    if tools:
+        fields["tools"] = tools
     return fields
 
 
@@ -655,11 +657,9 @@ class PlacedMessage:
         return [block for _, block in self.parts]
 
 
-def read_messages(
-    raw: list[Any], not_sent: list[str], loaded: set[str]
-) -> list[PlacedMessage]:
+def read_messages(raw: list[Any], not_sent: list[str]) -> list[PlacedMessage]:
     """Messages as block lists of alternating roles.  The places of what the CLI leaves
-    out are added to `not_sent`, the names of tools that a tool_reference loads to `loaded`.
+    out are added to `not_sent`.
 
     Raises ApiError 400 in the API's wording, with the index of the message as the client
     numbered it.
@@ -687,7 +687,7 @@ def read_messages(
         for index, block in enumerate(blocks):
             where = f"{place}.content.{index}"
             if block["type"] == "tool_result":
-                block = read_result(block, where, not_sent, loaded)
+                block = read_result(block, where, not_sent)
             messages[-1].parts.append((where, block))
     if not messages:
         raise bad_request("messages", "at least one message is required")
@@ -731,11 +731,9 @@ def as_reminder(
     return [text_block(reminder)] if texts else []
 
 
-def read_result(
-    block: Block, place: str, not_sent: list[str], loaded: set[str]
-) -> Block:
+def read_result(block: Block, place: str, not_sent: list[str]) -> Block:
     """A tool_result without what the CLI drops, which is added to `not_sent`: tool
-    references, whose tools are then `loaded`, and all but text in an error."""
+    references, in place of which a text says as much, and all but text in an error."""
     if not isinstance(block.get("content"), list):
         return block
     kept: list[Any] = []
@@ -749,7 +747,6 @@ def read_result(
             kept.append(inner)
         if is_reference:
             name = get_str(inner, "tool_name")
-            loaded.add(name)
             kept.append(text_block(f"Tool loaded: {name}"))
     return block | {"content": kept}
 

@@ -326,7 +326,8 @@ def check_settings(request: Request, body: Json, *, has_listed_tools: bool) -> N
     settings = translate.turn_environment(request, has_listed_tools=has_listed_tools)
     assert all(isinstance(value, str) for value in settings.values())
     check_json_lines([translate.control_line("s", "x", env=settings)])
-    fields = {name: value for name, value in body.items() if name not in translate.OWN_FIELDS}
+    own_fields = translate.OWN_FIELDS - {"tools"}
+    fields = {name: value for name, value in body.items() if name not in own_fields}
     wanted = json.loads(json.dumps(fields), parse_int=read_integer)
     for number, tool in enumerate(wanted.get("tools") or []):
         if f"tools.{number}.defer_loading" in request.not_sent:

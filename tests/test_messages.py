@@ -777,7 +777,7 @@ def test_a_last_message_of_many_parts_that_are_left_out_takes_linear_work() -> N
     for count in (20, 20_000):
         not_sent = Watched()
         raw = [role("user"), role("assistant", [FALLBACK] * count + [text("a")])]
-        newest = read_messages(raw, not_sent, set())[-1]
+        newest = read_messages(raw, not_sent)[-1]
         not_sent += dropped_parts(newest)
         with pytest.raises(ApiError, match="cannot continue this message"):
             check_ending(newest, not_sent)
