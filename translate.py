@@ -665,19 +665,24 @@ def read_messages(raw: list[Any], not_sent: list[str]) -> list[PlacedMessage]:
     numbered it.
     """
     messages: list[PlacedMessage] = []
-    last = len(raw) - 1
-    if last > 0 and is_empty_ending(raw[last]):
-        not_sent.append(f"messages.{last}")  # the API takes it for none
-        last -= 1
-    for number, message in enumerate(raw[: last + 1]):
+    for number, message in enumerate(raw):
         place = f"messages.{number}"
         role, blocks = read_message(message, place)
+        # API: an assistant message that ends a conversation may be empty.
+        is_ending = role == "assistant" and number == len(raw) - 1
         if role == "system":
+            # It may hold settings alone (beta per-turn-control).
             check_system_place(raw, number)
             role, blocks = "user", as_reminder(message, blocks, place, not_sent)
+        elif not blocks and not is_ending:
+            raise bad_request(
+                place,
+                "all messages must have non-empty content"
+                " except for the optional final assistant message",
+            )
         has_answer = any(block["type"] not in NON_ANSWER_TYPES for block in blocks)
         if role == "assistant" and not has_answer:
-            if number == last:
+            if blocks and is_ending:
                 raise bad_request(place, CANNOT_CONTINUE)
             not_sent.append(place)
             continue
@@ -751,12 +756,6 @@ def read_result(block: Block, place: str, not_sent: list[str]) -> Block:
     return block | {"content": kept}
 
 
-def is_empty_ending(message: Any) -> bool:
-    """API: an assistant message without content may end a conversation."""
-    is_empty = isinstance(message, dict) and message.get("content") in ("", [])
-    return is_empty and message.get("role") == "assistant"
-
-
 # The CLI's own text for an empty answer; it drops such a text from a history.
 NO_CONTENT = "(no content)"
 # All that the CLI keeps of a tool_use.
@@ -814,16 +813,9 @@ def read_message(message: Any, place: str) -> tuple[str, list[Block]]:
     role = check_type(message.get("role"), str, f"{place}.role")
     if role not in ("user", "assistant", "system"):
         raise bad_request(f"{place}.role", "Input should be 'user' or 'assistant'")
-    content = message.get("content")
     if "content" not in message:
         raise bad_request(f"{place}.content", "Field required")
-    # A system message may hold settings alone (beta per-turn-control).
-    if content in ("", []) and role != "system":
-        raise bad_request(
-            place,
-            "all messages must have non-empty content"
-            " except for the optional final assistant message",
-        )
+    content = message["content"]
     if not isinstance(content, str):
         check_type(content, list, f"{place}.content")
     blocks: list[Block] = as_blocks(content)
