@@ -994,7 +994,7 @@ def read_breakpoints(
     # Where the CLI sets its own.
     at_ends = breakpoints_on(system[-1:])
     # Inside a message: only the client's own can be there.
-    inside: list[Any] = []
+    inside: list[str] = []
     # Where neither can be.
     elsewhere = breakpoints_on(system[:-1])
     for message in messages:
@@ -1014,28 +1014,24 @@ def read_breakpoints(
         if breakpoints_on(system):
             not_sent.append("cache_control")
         return "client"
-    controls = [*on_tools, *at_ends, *elsewhere]
+    ttls = {*on_tools, *at_ends, *elsewhere}
     ttl = ""
-    if controls and not is_agent:
+    if ttls and not is_agent:
         # API: what is kept for longer comes first.
-        ttl = "1h" if all(map(is_for_an_hour, controls)) else "5m"
-    is_shorter = ttl == "5m" and any(map(is_for_an_hour, at_ends))
+        ttl = "5m" if "5m" in ttls else "1h"
+    is_shorter = ttl == "5m" and "1h" in at_ends
     if elsewhere or is_shorter or needs_clients:
         not_sent.append("cache_control")
     return ttl
 
 
-def breakpoints_on(values: list[Any]) -> list[Any]:
-    """The `cache_control` of those objects that have one."""
+def breakpoints_on(values: list[Any]) -> list[str]:
+    """For how long those of the objects that have a `cache_control` are to be cached."""
     return [
-        value["cache_control"]
+        "1h" if get_str(value["cache_control"], "ttl") == "1h" else "5m"
         for value in values
-        if isinstance(value, dict) and value.get("cache_control") is not None
+        if as_object(value).get("cache_control") is not None
     ]
-
-
-def is_for_an_hour(control: Any) -> bool:
-    return get_str(control, "ttl") == "1h"
 
 
 def is_result(block: Block) -> bool:
@@ -1114,7 +1110,7 @@ def fingerprint(parts: Json, data: Json, messages: list[Message]) -> Fingerprint
         past_without_thinking = chain_of(messages[:-1], thinking=False)
     return Fingerprint(
         parts=digests,
-        sent_parts={name: digests[name] for name in digests.keys() - unsent},
+        sent_parts=without(digests, unsent),
         past=past,
         past_without_thinking=past_without_thinking,
         newest=message_digest(messages[-1]),
@@ -1154,13 +1150,10 @@ STRING_HOLDERS = ("tool_result", "mcp_tool_result", "content")
 
 
 def canonical_block(block: Any) -> Json:
-    kept = {}
-    for key, value in block.items():
-        if value is None or key in IGNORED_KEYS:
-            continue
-        if key in DEFAULTS and orjson.dumps(value) in DEFAULTS[key]:
-            continue
-        kept[key] = value
+    kept = without_nulls(without(block, IGNORED_KEYS))
+    for key, defaults in DEFAULTS.items():
+        if key in kept and orjson.dumps(kept[key]) in defaults:
+            del kept[key]
     if "input" in kept:
         kept["input"] = with_plain_numbers(cli_input(block))
     if kept.get("type") in STRING_HOLDERS and isinstance(kept.get("content"), str):
