@@ -118,11 +118,10 @@ def cli_error(message: str) -> ApiError:
     return ApiError(502, message)
 
 
-def bad_request(place: str, message: str, *, quotes_client: bool = False) -> ApiError:
-    """The API's error for a place of a body.  Of a message that `quotes_client` the log
-    has the place alone."""
-    reason = place if quotes_client else None
-    return ApiError(400, f"{place}: {message}", log_reason=reason)
+def bad_request(place: str, message: str) -> ApiError:
+    """The API's error for a place of a body, with nothing in it that a client wrote: the
+    log has it too."""
+    return ApiError(400, f"{place}: {message}")
 
 
 # How the CLI words an error of the API: an introduction, and the API's own message, as
@@ -883,9 +882,6 @@ def check_image(block: Block, place: str) -> None:
     place = f"{place}.image.source.base64"
     data = check_type(source.get("data"), str, f"{place}.data")
     declared = check_type(source.get("media_type"), str, f"{place}.media_type")
-    if data.startswith("data:"):
-        message = "leave out what comes before the base64, up to its comma"
-        raise bad_request(f"{place}.data", message)
     if len(data) > MAX_IMAGE:
         message = f"image exceeds 5 MB maximum: {len(data)} bytes > {MAX_IMAGE} bytes"
         raise bad_request(place, message)
@@ -893,15 +889,12 @@ def check_image(block: Block, place: str) -> None:
         # Empty base64 is valid, but no image.
         binascii.a2b_base64(data or "-", strict_mode=True)
     except ValueError:
-        raise bad_request(f"{place}.data", "Input should be valid base64") from None
+        message = "Input should be valid base64, without what a data: URL has before it"
+        raise bad_request(f"{place}.data", message) from None
     for signature, kind in IMAGE_SIGNATURES.items():
         if data.startswith(signature) and declared != kind:
-            raise bad_request(
-                f"{place}.media_type",
-                f"The image was specified using the {declared} media type,"
-                f" but appears to be {kind}",
-                quotes_client=True,
-            )
+            message = f"Input should be {kind}, as the image appears to be"
+            raise bad_request(f"{place}.media_type", message)
 
 
 def check_system_place(messages: list[Any], number: int) -> None:
@@ -942,12 +935,13 @@ def check_pairs(messages: list[PlacedMessage]) -> None:
             elif block["type"] == "tool_result":
                 call = block["tool_use_id"]
                 if call not in waiting:
-                    raise bad_request(
-                        place,
-                        f"unexpected `tool_use_id` found in `tool_result` blocks: {call}."
-                        " Each `tool_result` block must have a corresponding `tool_use`"
-                        " block in the previous message, and be the only one for it.",
-                        quotes_client=True,
+                    raise ApiError(
+                        400,
+                        f"{place}: unexpected `tool_use_id` found in `tool_result` blocks:"
+                        f" {call}. Each `tool_result` block must have a corresponding"
+                        " `tool_use` block in the previous message, and be the only one"
+                        " for it.",
+                        log_reason=place,
                     )
                 waiting.remove(call)
         is_last = message is messages[-1]
@@ -958,12 +952,13 @@ def check_pairs(messages: list[PlacedMessage]) -> None:
 def unanswered(calls: Iterable[str], place: str) -> ApiError:
     """The error for calls without results, to be raised; `place` is in the message that
     is reported."""
-    return bad_request(
-        place.partition(".content.")[0],
-        "`tool_use` ids were found without `tool_result` blocks immediately after:"
-        f" {', '.join(sorted(calls))}. Each `tool_use` block must have"
+    place = place.partition(".content.")[0]
+    return ApiError(
+        400,
+        f"{place}: `tool_use` ids were found without `tool_result` blocks immediately"
+        f" after: {', '.join(sorted(calls))}. Each `tool_use` block must have"
         " a corresponding `tool_result` block in the next message.",
-        quotes_client=True,
+        log_reason=place,
     )
 
 

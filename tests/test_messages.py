@@ -131,8 +131,8 @@ REFUSED: list[tuple[Any, str]] = [
     (image(media_type=None), "messages.0.content.0.image.source.base64.media_type: Input"),
     (
         image(data=GIF),
-        "messages.0.content.0.image.source.base64.media_type: The image was specified using the "
-        "image/png media type, but appears to be image/gif",
+        "messages.0.content.0.image.source.base64.media_type: "
+        "Input should be image/gif, as the image appears to be",
     ),
     # calls of tools and their results
     (user(USE), "messages.0.content.0: `tool_use` blocks can only be in `assistant` messages"),
