@@ -1517,21 +1517,18 @@ def tool_results(content: list[Block]) -> dict[str, Json] | None:
 
 def mcp_result(block: Block) -> Json | None:
     """A tool_result as MCP has it; None: MCP has no place for all that it holds."""
-    rest = without_nulls(block)
-    content = rest.pop("content", "")
-    is_error = rest.pop("is_error", False)
-    if rest.keys() != {"type", "tool_use_id"} or rest["type"] != "tool_result":
-        return None
-    if type(is_error) is not bool or not isinstance(content, str | list):
-        return None
-    given = as_blocks(content)
-    texts = [get_str(part, "text") for part in given]
+    given = canonical_block(block)
+    is_error = given.pop("is_error", False)
+    texts = [get_str(part, "text") for part in as_list(given.get("content"))]
     parts = list(map(text_block, texts))
     # MCP has no place for other keys, and the CLI would scale other blocks.
-    if [without_nulls(as_object(part)) for part in given] != parts:
+    call = given.get("tool_use_id")
+    if given != {"type": "tool_result", "tool_use_id": call, "content": parts}:
+        return None
+    if type(is_error) is not bool:
         return None
     # The CLI says in its own words that a result is empty, and joins the texts of an error.
-    if not texts or any(map(is_blank, texts)) or (is_error and len(texts) > 1):
+    if any(map(is_blank, texts)) or (is_error and len(texts) > 1):
         return None
     if sum(map(js_length, texts)) > MAX_RESULT:
         return None
