@@ -1209,6 +1209,13 @@ TOOL_META = {
 }
 # 2.1.197 wants a time in every row of a transcript; any will do.
 ROW_TIME = "2026-01-01T00:00:00.000Z"
+# What the CLI keeps of every answer beside its blocks.
+PAST_ANSWER = {
+    "type": "message",
+    "stop_reason": "end_turn",
+    "stop_sequence": None,
+    "usage": {"input_tokens": 0, "output_tokens": 0},
+}
 
 
 # What the CLI says to the model of its own accord, as attachments of a conversation
@@ -1250,43 +1257,30 @@ def transcript(
     """
     rows: list[Json] = [{"type": "system", "subtype": "informational", "content": ""}]
     rows += [{"type": "attachment", "attachment": item} for item in announced]
-    for message in messages:
-        content = list(map(as_cli_sends, message["content"]))
-        if message["role"] == "user":
-            rows.append(
-                {"type": "user", "message": {"role": "user", "content": content}}
-            )
-        else:
+    last = {"role": "assistant", "content": [text_block("-")]}
+    for message in [*messages, last]:
+        role = message["role"]
+        sent = {"role": role, "content": list(map(as_cli_sends, message["content"]))}
+        row = {"type": role, "message": sent}
+        if role == "assistant":
             # With apiBlockIndex, and CLAUDE_CODE_STELLAR_DRIFT, 2.1.330 keeps the order
             # of texts and tool calls.
-            past = past_message(content, model, len(rows))
-            rows.append({"type": "assistant", "apiBlockIndex": 0, "message": past})
-    last = past_message([text_block("-")], model, len(rows))
-    rows.append({"type": "assistant", "isVirtual": True, "message": last})
-    for number, row in enumerate(rows):
-        row["uuid"] = str(uuid.UUID(int=number + 1))
-        row["parentUuid"] = str(uuid.UUID(int=number)) if number else None
+            row["apiBlockIndex"] = 0
+            # The CLI merges messages that share an id, and drops the thinking of a
+            # message whose model is not its own.
+            sent |= PAST_ANSWER | {"id": f"msg_past_{len(rows)}", "model": model}
+        rows.append(row)
+    rows[-1]["isVirtual"] = True
+    parent = None
+    for number, row in enumerate(rows, start=1):
+        row["uuid"] = str(uuid.UUID(int=number))
+        row["parentUuid"] = parent
         row["isSidechain"] = False
         if session_id:
             row["sessionId"] = session_id
         row["timestamp"] = ROW_TIME
+        parent = row["uuid"]
     return list(map(json_line, rows))
-
-
-def past_message(content: list[Block], model: str, number: int) -> Json:
-    """An earlier assistant message.  The CLI merges messages that share an id, so
-    `number` must differ; it drops the thinking of a message whose model is not its
-    own."""
-    return {
-        "id": f"msg_past_{number}",
-        "type": "message",
-        "role": "assistant",
-        "model": model,
-        "content": content,
-        "stop_reason": "end_turn",
-        "stop_sequence": None,
-        "usage": {"input_tokens": 0, "output_tokens": 0},
-    }
 
 
 # The blanks at the end of a line, which the CLI takes out of what is written to a file.
@@ -1310,12 +1304,13 @@ def cli_input(call: Block) -> Any:
             "new_string": str(new),
             **rest,
         } if orjson.dumps(rest) in EDIT_OPTIONS:
-            return {
-                "replace_all": rest.get("replace_all", False),
+            whole = {
+                "replace_all": False,
                 "file_path": path,
                 "old_string": old,
                 "new_string": new,
             }
+            return whole | rest
         case "Write", {"file_path": str(path), "content": str(content), **rest} if (
             not rest and not path.lower().endswith((".md", ".mdx"))
         ):
@@ -1331,17 +1326,14 @@ def as_cli_sends(block: Block) -> Block:
     result = mcp_result(block)
     if result is None:
         return block
-    if result["isError"]:
-        return {
-            "type": "tool_result",
-            "content": result["content"][0]["text"],
-            "is_error": True,
-            "tool_use_id": block["tool_use_id"],
-        }
+    call, content = block["tool_use_id"], result["content"]
+    if not result["isError"]:
+        return {"tool_use_id": call, "type": "tool_result", "content": content}
     return {
-        "tool_use_id": block["tool_use_id"],
         "type": "tool_result",
-        "content": result["content"],
+        "content": content[0]["text"],
+        "is_error": True,
+        "tool_use_id": call,
     }
 
 
@@ -1458,9 +1450,9 @@ def control_answer(
     empty result; any other request is refused."""
     message = mcp_message(event)
     match message:
-        case {"method": "initialize", "params": {**given}}:
+        case {"method": "initialize", "params": {"protocolVersion": version}}:
             result = {
-                "protocolVersion": given.get("protocolVersion"),
+                "protocolVersion": version,
                 "capabilities": {"tools": {}},
                 "serverInfo": {"name": MCP_SERVER, "version": "1"},
             }
@@ -2088,17 +2080,12 @@ def stream_error(error: Any) -> ApiError:
 
 def frame(event: StreamEvent) -> bytes:
     """One server-sent event."""
-    return b"event: %b\ndata: %b\n\n" % (
-        event["type"].encode(),
-        escape_line_breaks(orjson.dumps(event)),
-    )
-
-
-def escape_line_breaks(data: bytes) -> bytes:
-    """Escape U+2028, U+2029 and U+0085: some clients split lines at them (LiteLLM)."""
+    data = orjson.dumps(event)
+    # Some clients split lines at U+2028, U+2029 and U+0085 (LiteLLM).
     data = data.replace(b"\xe2\x80\xa8", b"\\u2028")
     data = data.replace(b"\xe2\x80\xa9", b"\\u2029")
-    return data.replace(b"\xc2\x85", b"\\u0085")
+    data = data.replace(b"\xc2\x85", b"\\u0085")
+    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), data)
 
 
 PING = frame({"type": "ping"})
@@ -2162,19 +2149,18 @@ def quota_headers(limits: Mapping[str, RateLimit]) -> list[tuple[str, str]]:
     `-representative-claim` speak of.
     """
     headers: dict[str, str] = {}
-    newest: dict[str, str] = {}
     for name, limit in limits.items():
-        newest = {"status": limit.status}
-        if limit.resets_at is not None:
-            newest["reset"] = f"{limit.resets_at:.0f}"
         short = LIMIT_NAMES.get(name)
-        if not short:
-            continue
-        headers |= {f"{short}-{key}": value for key, value in newest.items()}
-        if limit.utilization is not None:
-            headers[f"{short}-utilization"] = f"{limit.utilization:g}"
-        newest["representative-claim"] = name
-    headers |= newest
+        reset = "" if limit.resets_at is None else f"{limit.resets_at:.0f}"
+        used = "" if limit.utilization is None else f"{limit.utilization:g}"
+        headers["status"] = limit.status
+        headers["reset"] = reset
+        headers["representative-claim"] = name if short else ""
+        if short:
+            headers[f"{short}-status"] = limit.status
+            headers[f"{short}-reset"] = reset
+            headers[f"{short}-utilization"] = used
+    # No empty one is sent.
     return [
         (f"anthropic-ratelimit-unified-{name}", value)
         for name, value in headers.items()
