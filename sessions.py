@@ -1398,7 +1398,7 @@ class Turn:
                 self.process.fail(error)
                 raise
             finally:  # what came before a fault is sent
-                self.process.working = self.translator.working
+                self.process.working = self.translator.state == "working"
                 if self.translator.done and not self.rests:
                     # The CLI would go on by itself here, and nothing more may be billed:
                     # it is killed before it can ask.

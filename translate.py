@@ -17,7 +17,7 @@ import re
 import uuid
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import orjson
 
@@ -1271,7 +1271,7 @@ def transcript(
             sent |= PAST_ANSWER | {"id": f"msg_past_{len(rows)}", "model": model}
         rows.append(row)
     rows[-1]["isVirtual"] = True
-    parent = None
+    parent: str | None = None
     for number, row in enumerate(rows, start=1):
         row["uuid"] = str(uuid.UUID(int=number))
         row["parentUuid"] = parent
@@ -1662,35 +1662,31 @@ def read_info(answer: Json) -> CliInfo:
 # ------------------------------------------------------------ translation
 
 
-# Where an answer stands.
-AnswerState = Literal[
-    "waiting",  # nothing of it has come
-    "open",  # between the blocks of a message
-    "block",  # inside a block
-    "hidden",  # inside a block that is the CLI's own business
-    "ended",  # the message has its stop_reason, but not its message_stop
-    "working",  # the CLI runs a tool of its own, and goes on in another message
-    "done",
-]
-# What may follow, by the grammar of the API's stream ("Streaming").  An event that a
-# state does not have is out of place, and fails the turn: the client gets a correct
-# stream, or an error.  Handlers of the Translator put "hidden" in place of "block", and
-# "working" or "done" in place of "ended".
-NEXT: dict[AnswerState, dict[str, AnswerState]] = {
+# Where an answer stands, and what may follow by the grammar of the API's stream
+# ("Streaming").  An event that a state does not have is out of place, and fails the turn:
+# the client gets a correct stream, or an error.  Handlers of the Translator put "hidden" in
+# place of "block", and "working" or "done" in place of "ended".
+NEXT = {
+    # Nothing of it has come.
     "waiting": {"message_start": "open"},
+    # Between the blocks of a message.
     "open": {
         "content_block_start": "block",
         "message_delta": "ended",
     },
+    # Inside a block.
     "block": {
         "content_block_delta": "block",
         "content_block_stop": "open",
     },
+    # Inside a block that is the CLI's own business.
     "hidden": {
         "content_block_delta": "hidden",
         "content_block_stop": "open",
     },
+    # The message has its stop_reason, but not its message_stop.
     "ended": {"message_stop": "done"},
+    # The CLI runs a tool of its own, and goes on in another message.
     "working": {
         "message_stop": "working",
         "message_start": "open",
@@ -1705,13 +1701,11 @@ TOKENS = (
     "cache_creation_input_tokens",
     "cache_read_input_tokens",
 )
-# Delta type -> the key of the block that it extends, and its own key with the piece.
-DELTAS = {
-    "text_delta": ("text", "text"),
-    "thinking_delta": ("thinking", "thinking"),
-    "signature_delta": ("signature", "signature"),
-    "input_json_delta": ("input", "partial_json"),
-    "citations_delta": ("citations", "citation"),
+# Delta type -> its key with a piece of a string.
+PIECES = {
+    "text_delta": "text",
+    "thinking_delta": "thinking",
+    "input_json_delta": "partial_json",
 }
 # Statuses after which the CLI may ask again with a changed request (2.1.332); after others
 # it repeats the request as it is, or gives up.
@@ -1722,87 +1716,75 @@ CHANGED_RETRY_STATUSES = (400, 404, 413, 422)
 WAITING_REASONS = ("end_turn", "stop_sequence", "pause_turn")
 
 
+@dataclass
 class Translator:
     """The events of one turn of the CLI in, the events of one Messages stream out.
 
     `feed` raises ApiError when the turn failed.  What it returned until then obeys the
-    grammar of the API's stream, whatever the CLI printed.  `tool_names` are the
-    client's tools; an `agent` has tools of its own instead, whose calls are left out of
-    the answer.  It fails if another model than `model` answers.
+    grammar of the API's stream, whatever the CLI printed.
     """
 
-    def __init__(
-        self,
-        tool_names: Iterable[str] = (),
-        *,
-        agent: bool = False,
-        turn_id: str = "",
-        model: str = "",
-    ) -> None:
-        self.state: AnswerState = "waiting"
-        # What a client has assembled so far; filled by the first message_start.
-        self.message: Json = {}
-        # Set by the message_delta that ends the answer.
-        self.stop_reason = ""
-        # The turn's `result`, once it came.
-        self.result: CliEvent | None = None
-        # What the CLI reported of the account's limits.
-        self._limits: dict[str, RateLimit] = {}
-        # Calls of the API that the turn has taken.
-        self.api_calls = 0
-        # The version of the CLI, once it has reported it.
-        self.cli_version = ""
-        self._agent = agent
-        self._turn_id = turn_id
-        # The model that must answer; empty: any.
-        self._model = model
-        # The last of CHANGED_RETRY_STATUSES that a call of the turn got; 0: none.
-        self._refused = 0
-        # Whether the events that come now are of this turn: from 2.1.330 on they name the
-        # user lines that they answer; older versions name none.
-        self._is_ours = True
-        self._tool_names = frozenset(tool_names)
-        # A delta of a new type came: the CLI may not know how to add it to its block.
-        self._has_new_delta = False
-        # The API message that is being received: its id and its usage.
-        self._message_id = ""
-        self._usage: Json = {}
-        # Tokens of the API messages before it.
-        self._spent: Json = {}
-        # What the deltas of the open block hold so far, by the key that they fill.
-        self._pieces: dict[str, list[Any]] = {}
-        # The fault of a tool input that is no JSON object.  It is raised by what follows, unless
-        # that says that max_tokens cut it off.
-        self._input_error: ApiError | None = None
-        # The `assistant` event by which the CLI reports a failure.
-        self._synthetic: CliEvent | None = None
+    # The client's tools.
+    tool_names: Collection[str] = ()
+    # It has tools of its own instead, whose calls are left out of the answer.
+    agent: bool = False
+    turn_id: str = ""
+    # The model that must answer; empty: any.
+    model: str = ""
+
+    # What follows is filled while the events come.
+    state: str = "waiting"
+    # What a client has assembled so far; filled by the first message_start.
+    message: Json = field(default_factory=dict)
+    # Set by the message_delta that ends the answer.
+    stop_reason: str = ""
+    # The turn's `result`, once it came.
+    result: CliEvent | None = None
+    # Calls of the API that the turn has taken.
+    api_calls: int = 0
+    # The version of the CLI, once it has reported it.
+    cli_version: str = ""
+    # When the limits that refused requests are reset, in epoch seconds; 0: not known.
+    _resets_at: float = 0
+    # The failure of a turn that goes on after one of CHANGED_RETRY_STATUSES.
+    _refusal: ApiError | None = None
+    # Whether the events that come now are of this turn: from 2.1.330 on they name the
+    # user lines that they answer; older versions name none.
+    _is_ours: bool = True
+    # A delta of a new type came: the CLI may not know how to add it to its block.
+    _has_new_delta: bool = False
+    # The API message that is being received: its id and its usage.
+    _message_id: str = ""
+    _usage: Json = field(default_factory=dict)
+    # Tokens of the API messages before it.
+    _spent: Json = field(default_factory=dict)
+    # The strings of the open block, in pieces, by the key of the delta (PIECES).
+    _pieces: dict[str, list[str]] = field(default_factory=dict)
+    # The fault of a tool input that is no JSON object.  It is raised by what follows, unless
+    # that says that max_tokens cut it off.
+    _input_error: ApiError | None = None
+    # The `assistant` event by which the CLI reports a failure.
+    _synthetic: CliEvent | None = None
 
     @property
     def done(self) -> bool:
         return self.state == "done"
 
     @property
-    def working(self) -> bool:
-        """Whether the CLI runs a tool of its own: it may be silent."""
-        return self.state == "working"
-
-    @property
     def calls(self) -> list[str]:
         """The ids of the client tools that the answer calls."""
-        blocks = self.message.get("content", ())
-        return [block["id"] for block in blocks if block["type"] == "tool_use"]
+        return [call["id"] for call in blocks_of([self.message], {"tool_use"})]
 
     @property
     def process_waits(self) -> bool:
         """Whether the process now waits for tool results or the next user message, and
         holds the same answer as the client."""
-        blocks = self.message.get("content", ())
-        names = {block["name"] for block in blocks if block["type"] == "tool_use"}
         if self._has_new_delta:
             return False
+        names = {call["name"] for call in blocks_of([self.message], {"tool_use"})}
         if self.stop_reason == "tool_use":
-            return bool(names) and names <= self._tool_names
-        visible = any(block.get("text") for block in blocks)
+            return bool(names) and names <= set(self.tool_names)
+        visible = any(block.get("text") for block in self.message["content"])
         return self.stop_reason in WAITING_REASONS and visible and not names
 
     def feed(self, event: CliEvent) -> list[StreamEvent]:
@@ -1832,18 +1814,23 @@ class Translator:
     def _dispatch(self, event: CliEvent) -> list[StreamEvent]:
         kind = event["type"]
         answers_to = event.get("user_message_uuids")
-        if self._turn_id and isinstance(answers_to, list):
-            self._is_ours = self._turn_id in answers_to
+        if self.turn_id and isinstance(answers_to, list):
+            self._is_ours = self.turn_id in answers_to
         is_call = kind == "api_call" and event["subtype"] == "message"
         if is_call and not self.done:
             self.api_calls += 1
+            status = event["response"]
             # A later status does not clear it: the next call may be logged before its
-            # answer begins.
-            is_changed_retry = event["response"] in CHANGED_RETRY_STATUSES
-            # Calls of an agent's own tools say nothing of the answer.
-            if is_changed_retry and not self._agent:
-                self._refused = event["response"]
-        self._limits |= rate_limits(event)
+            # answer begins.  Calls of an agent's own tools say nothing of the answer.
+            if status in CHANGED_RETRY_STATUSES and not self.agent:
+                self._refusal = ApiError(
+                    status,
+                    "the API refused the request, and the claude CLI sent it again with"
+                    " changes, as it does for thinking signatures and efforts",
+                )
+        for limit in rate_limits(event).values():
+            if limit.status == "rejected":
+                self._resets_at = max(self._resets_at, limit.resets_at or 0)
         if event.get("subtype") == "init":
             self.cli_version = get_str(event, "claude_code_version")
         if not self._is_ours:
@@ -1857,12 +1844,11 @@ class Translator:
             return self._stream_event(inner)
         if kind == "assistant":
             self._assistant(event)
-        if kind == "control_response":
-            given: Any = event.get("response")
-            if get_str(given, "subtype") == "error":
-                message = "the claude CLI refused a control request"
-                reason = f"{message}: {given.get('error')}"
-                raise ApiError(502, reason, log_reason=message)
+        answer = as_object(event.get("response"))
+        if answer.get("subtype") == "error":
+            message = "the claude CLI refused a control request"
+            reason = f"{message}: {answer.get('error')}"
+            raise ApiError(502, reason, log_reason=message)
         return []
 
     # The events of a stream
@@ -1898,14 +1884,15 @@ class Translator:
         # SDKs add up its two main counts, so both are there.
         self._usage = {"input_tokens": 0, "output_tokens": 0}
         self._usage |= without_empties(given.get("usage") or {})
-        if self._agent:
+        if self.agent:
             # Only these can be added up.
             self._usage = {name: self._usage.get(name, 0) for name in TOKENS}
-        self._check_refused()
+        if self._refusal:
+            raise self._refusal
         if self.message:  # an agent's answer goes on in another API message
             return []
-        if not may_answer(given["model"], self._model):
-            message = f"the claude CLI used {given['model']} instead of {self._model}"
+        if not may_answer(given["model"], self.model):
+            message = f"the claude CLI used {given['model']} instead of {self.model}"
             raise cli_error(message)
         started = without_empties(given) | {
             "content": [],
@@ -1916,21 +1903,11 @@ class Translator:
         self.message = started | {"content": []}
         return [event | {"message": started}]
 
-    def _check_refused(self) -> None:
-        """Raises ApiError for an answer that the CLI got when it asked again, without
-        something of the conversation or of the parameters."""
-        if self._refused:
-            raise ApiError(
-                self._refused,
-                "the API refused the request, and the claude CLI sent it again with"
-                " changes, as it does for thinking signatures and efforts",
-            )
-
     def _block_start(self, event: Json) -> list[StreamEvent]:
         if self._input_error:
             raise self._input_error
         given = event["content_block"]
-        if given["type"] == "tool_use" and self._agent:
+        if given["type"] == "tool_use" and self.agent:
             self.state = "hidden"
             return []
         block = without_nulls(given)
@@ -1942,27 +1919,26 @@ class Translator:
     def _block_delta(self, event: Json) -> list[StreamEvent]:
         delta = event["delta"]
         block = self.message["content"][-1]
-        key, name = DELTAS.get(delta["type"], ("", ""))
-        if key:
-            self._pieces.setdefault(key, []).append(delta[name])
-        else:  # a delta of a new type: its keys are the block's
+        kind = delta["type"]
+        if name := PIECES.get(kind):
+            self._pieces.setdefault(name, []).append(delta[name])
+        elif kind == "citations_delta":
+            block["citations"] = [*block.get("citations", ()), delta["citation"]]
+        else:  # its keys are the block's, as with signatures: the last one counts (SDK)
             block |= without(delta, {"type"})
-            self._has_new_delta = True
+            self._has_new_delta |= kind != "signature_delta"
         return [event | {"index": len(self.message["content"]) - 1}]
 
     def _block_stop(self, event: Json) -> list[StreamEvent]:
         block = self.message["content"][-1]
-        for key, pieces in self._pieces.items():
-            if key == "signature":
-                block[key] = pieces[-1]  # the last one counts (SDK)
-            elif key == "citations":
-                block[key] = [*block.get(key, ()), *pieces]
-            elif key != "input":
-                block[key] = block.get(key, "") + "".join(pieces)
-            elif text := "".join(pieces):
+        for name, pieces in self._pieces.items():
+            text = "".join(pieces)
+            if name != "partial_json":
+                block[name] = block.get(name, "") + text
+            elif text:
                 given = parsed(text)
                 if isinstance(given, dict) and not is_deeper(given, MAX_DEPTH // 2):
-                    block[key] = given
+                    block["input"] = given
                 else:
                     self._input_error = cli_error(
                         "the model's tool input is not a JSON object, or is nested too deeply"
@@ -1970,24 +1946,24 @@ class Translator:
         return [event | {"index": len(self.message["content"]) - 1}]
 
     def _message_delta(self, event: Json) -> list[StreamEvent]:
-        ends = without_empties(event["delta"])
-        ends.setdefault("stop_sequence", None)
+        ends: Json = {"stop_sequence": None} | without_empties(event["delta"])
         reason = ends["stop_reason"]
         if self._input_error and reason in ("tool_use", *WAITING_REASONS):
             raise self._input_error
-        counts = self._add_usage(event.get("usage"))
-        if reason == "tool_use" and self._agent:
+        # Cumulative over its message (API).
+        counts = without_empties(event.get("usage") or {})
+        counts.setdefault("output_tokens", self._usage["output_tokens"])
+        if self.agent:
+            total = self._usage | counts
+            counts = {name: total[name] + self._spent.get(name, 0) for name in TOKENS}
+            self._spent = counts
+        if reason == "tool_use" and self.agent:
             self.state = "working"
             return []
-        other = without_empties(without(event, {"type", "delta", "usage"}))
+        last = without_empties(event) | {"delta": ends, "usage": counts}
         self.stop_reason = reason
-        self.message |= ends | other
+        self.message |= ends | without(last, {"type", "delta"})
         self.message["usage"] = self._usage | counts
-        last = other | {
-            "type": "message_delta",
-            "delta": ends,
-            "usage": counts,
-        }
         if self.process_waits:
             return [last]
         # The CLI would call the API once more: the answer ends here.
@@ -1996,17 +1972,6 @@ class Translator:
 
     def _message_stop(self, event: Json) -> list[StreamEvent]:
         return [event] if self.done else []
-
-    def _add_usage(self, given: Json | None) -> Json:
-        """Add the usage of a message_delta, which is cumulative over its message (API), to
-        that of an agent's earlier messages; returns what it is now."""
-        counts = without_empties(given or {})
-        counts.setdefault("output_tokens", self._usage["output_tokens"])
-        if not self._agent:
-            return counts
-        counts = self._usage | counts
-        self._spent = {name: counts[name] + self._spent.get(name, 0) for name in TOKENS}
-        return self._spent
 
     def _assistant(self, event: CliEvent) -> None:
         """An `assistant` event repeats content that was streamed.  One that does not is
@@ -2023,8 +1988,8 @@ class Translator:
             if get_str(event, "api_error") == "media_removed":
                 raise ApiError(400, text.removeprefix("API Error: "), log_reason="")
         elif self.state in ("waiting", "working") and identity != self._message_id:
-            self._check_refused()
-            raise ApiError(502, "The API refused to stream its answer.", "api_error")
+            message = "The API refused to stream its answer."
+            raise self._refusal or ApiError(502, message, "api_error")
 
     HANDLERS: ClassVar = {
         "message_start": _message_start,
@@ -2046,19 +2011,10 @@ class Translator:
             self.state = "done"
             return [{"type": "message_stop"}]
         if result.get("is_error"):
-            raise result_error(result, self._synthetic, self._resets_at())
+            raise result_error(result, self._synthetic, self._resets_at or None)
         if not self.message:
             return []  # not this turn's: of a background task, or of a line that asked nothing
         raise cli_error("the claude CLI ended the turn before the answer was complete")
-
-    def _resets_at(self) -> float | None:
-        """When the limits that refuse requests are reset, in epoch seconds."""
-        times = [
-            limit.resets_at or 0
-            for limit in self._limits.values()
-            if limit.status == "rejected"
-        ]
-        return max(times, default=0) or None
 
 
 def stream_error(error: Any) -> ApiError:
