@@ -1179,7 +1179,7 @@ class Process(Child):
 
     def interrupt(self) -> None:
         """End its turn: nothing more may be billed."""
-        self.write(translate.control_line("interrupt", "interrupt"))
+        self.write(translate.control_line("interrupt"))
 
     async def stop(self) -> None:
         """End it.  One that waits for a tool result is killed: 2.1.330 calls the API
@@ -1316,11 +1316,8 @@ class Session:
             return []
         if not before:  # later an empty value takes back that of the last request
             settings = {name: value for name, value in settings.items() if value}
-        return [
-            translate.control_line(
-                "settings", "apply_flag_settings", settings={"env": settings}
-            )
-        ]
+        line = translate.control_line("apply_flag_settings", settings={"env": settings})
+        return [line]
 
     def extend(self, request: Request, answer: Json) -> None:
         """Add the question and the answer of a turn to what it holds."""
@@ -2252,13 +2249,13 @@ class Counter:
         def find(event: CliEvent) -> Json:
             if event["type"] == "api_call":
                 statuses.append(event["response"])
-            return control_result(event, "usage")
+            return control_result(event, "get_context_usage")
 
         try:
             # The wait for a process is not the CLI's.
             async with asyncio.timeout(COUNT_SECS):
                 await process.read_until(lambda event: event["type"] == "result")
-                process.write(translate.control_line("usage", "get_context_usage"))
+                process.write(translate.control_line("get_context_usage"))
                 usage = await process.read_until(find)
         except TimeoutError:
             message = f"the claude CLI did not count within {COUNT_SECS:g} seconds"

@@ -1367,10 +1367,12 @@ def has_images(blocks: list[Block]) -> bool:
     )
 
 
-def control_line(request_id: str, subtype: str, **fields: Any) -> bytes:
+def control_line(subtype: str, **fields: Any) -> bytes:
+    """A request to the CLI itself.  One of each kind waits at a time, so its subtype is its
+    id as well."""
     request = {"subtype": subtype} | fields
     return json_line(
-        {"type": "control_request", "request_id": request_id, "request": request}
+        {"type": "control_request", "request_id": subtype, "request": request}
     )
 
 
@@ -1387,7 +1389,7 @@ def initialize_line(
         fields["systemPrompt"] = system or [""]
     if has_tools:
         fields["sdkMcpServers"] = [MCP_SERVER]
-    return control_line("initialize", "initialize", **fields)
+    return control_line("initialize", **fields)
 
 
 # Types of `thinking` that ask for it (API).
@@ -1570,11 +1572,11 @@ def with_whole_characters(text: bytes) -> Any:
         return None
 
 
-def control_result(event: CliEvent, request_id: str) -> Json:
-    """What the CLI answered to a control request, if the event is that answer; else
-    empty."""
+def control_result(event: CliEvent, subtype: str) -> Json:
+    """What the CLI answered to a control request (`control_line`), if the event is that
+    answer; else empty."""
     match event.get("response"):
-        case {"request_id": given, "response": dict(answer)} if given == request_id:
+        case {"request_id": given, "response": dict(answer)} if given == subtype:
             return answer
     return {}
 

@@ -325,7 +325,7 @@ def check_settings(request: Request, body: Json, *, has_listed_tools: bool) -> N
     """All fields but the bridge's own go to the API as sent, but for what is said not to."""
     settings = translate.turn_environment(request, has_listed_tools=has_listed_tools)
     assert all(isinstance(value, str) for value in settings.values())
-    check_json_lines([translate.control_line("s", "x", env=settings)])
+    check_json_lines([translate.control_line("x", env=settings)])
     own_fields = translate.OWN_FIELDS - {"tools"}
     fields = {name: value for name, value in body.items() if name not in own_fields}
     wanted = json.loads(json.dumps(fields), parse_int=read_integer)

@@ -153,9 +153,7 @@ class Recorder:
         rows = translate.transcript(request.messages, self.model, self.announced, self.own_id)
         self.open_gate(rows)
         self.send(translate.initialize_line(system, has_tools=has_tools, agent=self.agent))
-        self.send(
-            translate.control_line("settings", "apply_flag_settings", settings={"env": given})
-        )
+        self.send(translate.control_line("apply_flag_settings", settings={"env": given}))
         return [translate.user_line([], str(uuid.uuid4()), query=query)]
 
     def ask(self, request: Request) -> None:
@@ -180,7 +178,7 @@ def shortened(event: CliEvent) -> CliEvent:
             hello["agents"] = [{"name": agent["name"]} for agent in hello["agents"]]
         for model in hello["models"]:
             model["description"] = model["displayName"]
-    usage = translate.control_result(event, "usage")
+    usage = translate.control_result(event, "get_context_usage")
     if "gridRows" in usage:
         usage["gridRows"] = []
     return event
@@ -227,7 +225,7 @@ def interrupt(recorder: Recorder, words: str = "SLOW") -> None:
     recorder.ask(asked(words))
     for _ in range(8):
         recorder.until(is_streamed)
-    recorder.send(translate.control_line("interrupt", "interrupt"))
+    recorder.send(translate.control_line("interrupt"))
     recorder.until(is_result)
 
 
@@ -242,8 +240,8 @@ def count(recorder: Recorder) -> None:
     for line in recorder.set_up(request, query=False):
         recorder.send(line)
     recorder.until(is_result)
-    recorder.send(translate.control_line("usage", "get_context_usage"))
-    recorder.until(lambda event: responds(event, "usage"))
+    recorder.send(translate.control_line("get_context_usage"))
+    recorder.until(lambda event: responds(event, "get_context_usage"))
 
 
 def slash_command(recorder: Recorder) -> None:
@@ -256,8 +254,8 @@ def slash_command(recorder: Recorder) -> None:
 
 def refused_control(recorder: Recorder) -> None:
     recorder.set_up(asked("hello"))
-    recorder.send(translate.control_line("unheard", "unheard_of"))
-    recorder.until(lambda event: responds(event, "unheard"))
+    recorder.send(translate.control_line("unheard_of"))
+    recorder.until(lambda event: responds(event, "unheard_of"))
 
 
 def use(tool: str, **fields: Any) -> str:

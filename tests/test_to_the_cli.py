@@ -68,7 +68,7 @@ def test_no_line_to_the_cli_holds_a_line_break() -> None:
     lines = [
         translate.user_line(content, "x"),
         translate.user_line([], "x"),
-        translate.control_line("r", "x", a="\n"),
+        translate.control_line("x", a="\n"),
         translate.initialize_line(["a\nb"], has_tools=True),
         *translate.transcript(
             [role("user", content), role("assistant", content)], "m", [{"type": "a\n"}], "\n"
