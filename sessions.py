@@ -1174,7 +1174,7 @@ class Process(Child):
             self._answer_calls()
             return
         self.write(translate.control_answer(event, self.tools))
-        if translate.mcp_method(event) == "tools/list":
+        if translate.mcp_message(event).get("method") == "tools/list":
             self.has_listed = True
 
     def interrupt(self) -> None:

@@ -1428,11 +1428,6 @@ def mcp_message(event: CliEvent) -> Json:
     return as_object(as_object(event.get("request")).get("message"))
 
 
-def mcp_method(event: CliEvent) -> str:
-    """The method of a control request for the MCP server; else ""."""
-    return get_str(mcp_message(event), "method")
-
-
 def tool_call_id(event: CliEvent) -> str:
     """The tool_use id of a control request that calls a client tool; else ""."""
     match mcp_message(event):

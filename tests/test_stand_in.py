@@ -15,7 +15,7 @@ from host import STANDIN
 from installed import bundled_cli
 from record import TOOL, Recorder, turns
 
-from translate import decode, mcp_method
+from translate import decode, get_str, mcp_message
 
 
 def paths(value: Any, at: str = "") -> Iterator[str]:
@@ -38,7 +38,8 @@ def kind(line: Any) -> str:
     inner = line.get("event") or {}
     part = inner.get("delta") or inner.get("content_block") or {}
     asked = line["response"] if line["type"] == "control_response" else {}
-    words = [line["type"], line.get("subtype"), mcp_method(line), asked.get("request_id")]
+    method = get_str(mcp_message(line), "method")
+    words = [line["type"], line.get("subtype"), method, asked.get("request_id")]
     words += [inner.get("type"), part.get("type")]
     if line["type"] == "assistant" and line["message"]["model"] == "<synthetic>":
         words.append("made up")

@@ -397,7 +397,7 @@ def test_a_call_is_known_by_the_id_of_its_block() -> None:
     meta = {"claudecode/toolUseId": "toolu_1"}
     message = {"method": "tools/call", "params": {"name": "x", "_meta": meta}}
     assert translate.tool_call_id(request_of(message)) == "toolu_1"
-    assert translate.mcp_method(request_of(message)) == "tools/call"
+    assert translate.mcp_message(request_of(message))["method"] == "tools/call"
     for other in (
         {},
         None,
@@ -408,14 +408,14 @@ def test_a_call_is_known_by_the_id_of_its_block() -> None:
     ):
         assert translate.tool_call_id(request_of(other)) == ""
     nothing: Any = {"type": "control_request"}
-    assert translate.tool_call_id(nothing) == translate.mcp_method(nothing) == ""
+    assert (translate.tool_call_id(nothing), translate.mcp_message(nothing)) == ("", {})
 
 
 def test_the_recorded_requests_of_the_cli_are_known() -> None:
     for scenario in ("client_tool", "client_tools_parallel"):
         for turn in first_turns(scenario).values():
             requests: list[Any] = [e for e in turn.events if e["type"] == "control_request"]
-            methods = [translate.mcp_method(event) for event in requests]
+            methods = [translate.mcp_message(event)["method"] for event in requests]
             assert methods[0] == "initialize"
             assert "tools/list" in methods
             called = [call for event in requests if (call := translate.tool_call_id(event))]
