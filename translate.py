@@ -132,9 +132,9 @@ API_ERROR = re.compile(
 )
 # What the CLI adds to the message of a 5xx, with more after it.
 ADVICE = ". This is a server-side issue, usually temporary"
-# What it says when it tries once more, without a part of the conversation that the API
-# refused.
-REMOVAL = re.compile(r"API Error: (.+ could not be processed) and was removed")
+# What it says behind the API's message when it tries once more, without a part of the
+# conversation that the API refused.
+REMOVED = " and was removed"
 # The CLI's own verdicts on a request carry no status.  2.1.330 and newer give the reason
 # why the turn ended; older ones have words alone (recordings not_logged_in,
 # mid_stream_error of 2.1.197).
@@ -1980,10 +1980,9 @@ class Translator:
             self._synthetic = event
             blocks = as_blocks(message.get("content"))
             text = "".join(get_str(block, "text") for block in blocks)
-            if removal := REMOVAL.match(text):
-                raise ApiError(400, removal[1], log_reason="")
-            if get_str(event, "api_error") == "media_removed":
-                raise ApiError(400, text.removeprefix("API Error: "), log_reason="")
+            if REMOVED in text or get_str(event, "api_error") == "media_removed":
+                message = text.removeprefix("API Error: ").partition(REMOVED)[0]
+                raise ApiError(400, message, log_reason="")
         elif self.state in ("waiting", "working") and identity != self._message_id:
             message = "The API refused to stream its answer."
             raise self._refusal or ApiError(502, message, "api_error")
