@@ -1797,13 +1797,11 @@ class Translator:
     def _is_next_delta(self, event: CliEvent) -> bool:
         """Whether it is the usual event, another piece of the open block.  `_dispatch`
         would do the same with it, in twice the time (tests/bench/relay.py)."""
-        inner: Any = event.get("event")
         return (
             self.state == "block"
             and self._is_ours
             and event["type"] == "stream_event"
-            and isinstance(inner, dict)
-            and inner.get("type") == "content_block_delta"
+            and event["event"]["type"] == "content_block_delta"
             and event.get("parent_tool_use_id") is None
             and "user_message_uuids" not in event
         )
@@ -1836,9 +1834,8 @@ class Translator:
             return self._end_turn(event)
         if self.done or event.get("parent_tool_use_id") is not None:
             return []  # after the answer, or a subagent's
-        inner = event.get("event")
-        if kind == "stream_event" and isinstance(inner, dict):
-            return self._stream_event(inner)
+        if kind == "stream_event":
+            return self._stream_event(event["event"])
         if kind == "assistant":
             self._assistant(event)
         answer = as_object(event.get("response"))
