@@ -61,7 +61,7 @@ import time
 import tomllib
 import traceback
 import uuid
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import (
     AsyncIterator,
     Callable,
@@ -575,10 +575,11 @@ class Exchange:
             route = MODELS
         if route in ROUTES:
             self.route = route
-        for field_name, value in request.headers:
-            name = field_name.decode()
-            values = [self.header(name), value.decode("latin-1")]
-            self.headers[name] = ", ".join(filter(None, values))
+        values = defaultdict(list)
+        for name, value in request.headers:
+            values[name.decode()].append(value.decode("latin-1"))
+        for known, given in values.items():
+            self.headers[known] = ", ".join(filter(None, given))
 
     def header(self, name: str) -> str:
         """The value of a header; `name` in lower case.  Empty: there is none."""
@@ -1641,8 +1642,8 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(row, separators=(",", ":"))
 
 
-# Seconds after the start at which the CLI is asked who is logged in: the first spare
-# starts undisturbed, and a first request may make the question needless.
+# Seconds after the start at which the CLI is asked who is logged in: a first request may
+# make the question needless.
 LOGIN_PROBE_SECS = 2.0
 NO_VERSION = "unknown: `--version` prints none, so it may not be Claude Code"
 # Tools of the CLI that people name.
