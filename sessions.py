@@ -910,12 +910,11 @@ def identify_file(path: str) -> FileIdentity | None:
     return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
-async def ask_version(program: str, environment: Mapping[str, str]) -> str:
+def ask_version(program: str, environment: Mapping[str, str]) -> str:
     """What `claude --version` prints first, such as 2.1.332; empty: it printed none within
-    LATE_SECS."""
+    LATE_SECS.  It waits for that."""
     try:
-        done = await asyncio.to_thread(
-            subprocess.run,
+        done = subprocess.run(
             [program, "--version"],
             env=environment,
             cwd="/",
@@ -925,7 +924,7 @@ async def ask_version(program: str, environment: Mapping[str, str]) -> str:
             timeout=LATE_SECS,
             start_new_session=True,
         )
-    except (OSError, RuntimeError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.TimeoutExpired):
         return ""  # the first conversation reports a CLI that does not start
     match = re.match(r"\d+\.\d\S*", done.stdout)
     return match[0] if match else ""
@@ -1528,8 +1527,8 @@ class Queue:
 
 
 class Threads:
-    """Two threads for large requests.  One takes only the largest, so the others need not
-    wait for them."""
+    """Two threads for large requests, and for what else takes its time.  One takes only the
+    largest requests, so the others need not wait for them."""
 
     def __init__(self) -> None:
         self._threads = (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
@@ -2011,7 +2010,8 @@ class Inspector:
         async with self._looking:
             files = tuple(map(identify_file, paths))
             if files != self.cli.files:
-                version = await ask_version(program, environment)
+                ask = partial(ask_version, program, environment)
+                version = await self._pool.threads.run(THREAD_SIZE, ask)
                 self.cli = Cli(program, files, version)
                 for spare in self._pool.spares.ready:
                     self._pool.retire(spare, "unwanted")

@@ -1776,7 +1776,7 @@ class Translator:
     def process_waits(self) -> bool:
         """Whether the process now waits for tool results or the next user message, and
         holds the same answer as the client."""
-        if self._has_new_delta:
+        if self._has_new_delta or not self.message:
             return False
         names = {call["name"] for call in blocks_of([self.message], {"tool_use"})}
         if self.stop_reason == "tool_use":

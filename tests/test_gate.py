@@ -32,8 +32,8 @@ def test_a_temporary_folder_that_cannot_be_written_fails_the_request_and_is_name
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
     server = serve(spares=1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
     answer = server.post()
     assert (answer.status, answer.json["error"]["type"]) == (502, "claude_cli_error")
     assert f"Not a directory: '{tmp_path}/file" in answer.json["error"]["message"]
@@ -45,8 +45,9 @@ def test_a_temporary_folder_that_cannot_be_written_fails_the_request_and_is_name
 def test_a_temporary_folder_that_is_gone_is_replaced(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    server = serve()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
-    assert serve().post().status == 200
+    assert server.post().status == 200
 
 
 # ---------------------------------------------------------------- who holds it
