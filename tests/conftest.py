@@ -70,6 +70,10 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Python programs start faster when they may keep their compiled form.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    # The stand-in runs on this one: a version manager in front of python3 would take longer
+    # than the stand-in itself.
+    here = os.path.dirname(sys.executable)
+    os.environ["PATH"] = os.pathsep.join([here, os.environ["PATH"]])
     with ThreadPoolExecutor() as executor:
         fetches = [executor.submit(fetch) for fetch in (js_clients, opencode, wheels, other_python)]
         clis = executor.submit(find_clis)
