@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from servers import Serve, Server
 from stubs import Stub
+from test_logins import LOGINS, log_in
 
 import translate
 
@@ -557,9 +558,21 @@ class Lab:
         return found
 
 
-@pytest.fixture
-def lab(serve: Serve, cli: Path, stub: Stub) -> Lab:
-    return Lab(stub, serve(bin=cli, spares=1), serve(bin=cli, spares=1))
+# Of LOGINS; with more examples, those of a subscription are compared as well.
+TRIED = ("key", "subscription-with-account")[: 1 + ("FIDELITY" in os.environ)]
+
+
+@pytest.fixture(params=TRIED)
+def lab(
+    request: pytest.FixtureRequest,
+    serve: Serve,
+    cli: Path,
+    stub: Stub,
+    environment: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Lab:
+    keep = log_in(LOGINS[request.param], environment, monkeypatch)
+    return Lab(stub, *(serve(bin=cli, keep_env=keep) for _ in range(2)))
 
 
 @pytest.mark.timeout(100_000)
