@@ -803,10 +803,10 @@ class Child(asyncio.SubprocessProtocol):
             message = f"{message}: {self._complaint}"
         return ApiError(502, message, log_reason=reason)
 
-    async def end(self, *, at_once: bool = False) -> None:
+    async def end(self) -> None:
         """End it and its group, and wait until it is reaped."""
         self._gate.close()
-        for number, seconds in ENDING[-1:] if at_once else ENDING:
+        for number, seconds in ENDING:
             if number:
                 self.kill(number)
             else:
@@ -1183,7 +1183,9 @@ class Process(Child):
     async def stop(self) -> None:
         """End it.  One that waits for a tool result is killed: 2.1.330 calls the API
         once more when its stdin closes."""
-        await self.end(at_once=bool(self._calls or self.expected_calls))
+        if self._calls or self.expected_calls:
+            self.kill(signal.SIGKILL)
+        await self.end()
 
 
 async def read_pipes() -> None:
