@@ -642,37 +642,26 @@ class Trace:
 class Child(asyncio.SubprocessProtocol):
     """A child process as bytes: its gate, its lines in and out, its end.
 
-    A subclass takes the lines (`lines_received`, `wake_all`, `fail`).
+    A subclass takes the lines.
     """
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self.loop.create_future()
-        # Its output has ended.
-        self.eof = False
         self.has_spoken = False
         # Where its lines are traced.
         self.trace = Trace("", "")
         # When it was given its conversation; infinite: not yet.
         self.opened_at = math.inf
-        # The beginning of a line whose end has not come.
-        self._partial = bytearray()
-        # The last line that it wrote to stderr, and the beginning of the next.
+        # The beginnings of lines of stdout and of stderr whose ends have not come.
+        self._partials = {1: bytearray(), 2: bytearray()}
+        # The last line that it wrote to stderr.
         self._complaint = ""
-        self._stderr = b""
         # The folder of its gate; empty: there is none to remove.
         self._folder = ""
 
     def lines_received(self, lines: list[bytes], size: int) -> None:
         """Called with the whole lines of a read of `size` bytes."""
-        raise NotImplementedError
-
-    def wake_all(self) -> None:
-        """Called at the end of its output: wake those who wait for it."""
-        raise NotImplementedError
-
-    def fail(self, error: ApiError) -> None:
-        """Called when it can no longer be used."""
         raise NotImplementedError
 
     async def spawn(
@@ -746,10 +735,15 @@ class Child(asyncio.SubprocessProtocol):
             transport.close()  # kills it, and reaps it
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
+        partial_line = self._partials[fd]
+        *lines, rest = data.split(b"\n")
+        if lines:
+            lines[0] = bytes(partial_line) + lines[0]
+            partial_line.clear()
+        partial_line += rest
         if fd == 2:
-            *complaints, rest = (self._stderr + data).split(b"\n")
-            self._stderr = rest[:MAX_LOGGED]
-            for complaint in filter(None, map(bytes.strip, complaints)):
+            del partial_line[MAX_LOGGED:]
+            for complaint in filter(None, map(bytes.strip, lines)):
                 text = translate.masked(complaint.decode(errors="replace"))
                 self._complaint = text[:MAX_LOGGED]
                 # What follows a brace can be a line that it was sent.
@@ -757,22 +751,9 @@ class Child(asyncio.SubprocessProtocol):
                 log.debug("process %s prints: %s", self.pid, words)
             return
         self.has_spoken = True
-        *lines, rest = data.split(b"\n")
         if lines:
-            lines[0] = bytes(self._partial) + lines[0]
-            self._partial.clear()
             self.trace.add("from", lines)
-        self._partial += rest
         self.lines_received(lines, len(data))
-        if len(self._partial) > MAX_LINE:
-            self._partial.clear()
-            size = MAX_LINE >> 20
-            self.fail(cli_error(f"the claude CLI wrote a line of more than {size} MiB"))
-
-    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
-        if fd == 1:
-            self.eof = True
-            self.wake_all()
 
     def process_exited(self) -> None:
         # What it left behind in its group; `kill` does nothing after `exited`.
@@ -942,6 +923,8 @@ class Process(Child):
 
     def __init__(self, cli: Cli) -> None:
         super().__init__()
+        # Its output has ended.
+        self.eof = False
         # The CLI that it runs.
         self.cli = cli
         # The client's tools, for the CLI to list; from the session.
@@ -1106,8 +1089,10 @@ class Process(Child):
     # What a child reports
 
     def lines_received(self, lines: list[bytes], size: int) -> None:
-        if self._failure:
-            return  # it is not used again
+        beginning = self._partials[1]
+        if self._failure:  # it is not used again
+            beginning.clear()
+            return
         try:
             for line in lines:
                 for event in translate.decode(line):
@@ -1117,6 +1102,9 @@ class Process(Child):
                         self.fail(cli_error("the claude CLI spoke unasked"), "unasked")
                         return
                     self._act_on(event)
+            if len(beginning) > MAX_LINE:
+                limit = f"{MAX_LINE >> 20} MiB"
+                raise cli_error(f"the claude CLI wrote a line of more than {limit}")
         except ApiError as error:
             self.fail(error)
         if self._events:
@@ -1124,6 +1112,11 @@ class Process(Child):
             self._news.set()
         if self._unread > MAX_UNREAD:
             self._stdout.pause_reading()
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if fd == 1:
+            self.eof = True
+            self.wake_all()
 
     def fail(self, error: ApiError, reason: str = "failed") -> None:
         self._failure = error
