@@ -167,7 +167,6 @@ ANSWERS = {"stream_event", "assistant", "user", "result"}
 # half-open stream as well.
 SIGNS_OF_LIFE = ANSWERS | {"control_request", "control_response"}
 CORES = os.cpu_count() or 1
-PRCTL: Any = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 # ------------------------------------------------------------ settings
@@ -565,11 +564,12 @@ def watch_without_threads() -> None:
         asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
 
 
-def die_with_parent() -> None:
-    """Run in a new child: it is killed when the bridge dies, even by SIGKILL (prctl(2),
-    PR_SET_PDEATHSIG).  A CLI that only sees its stdin close finishes a running turn
-    first, and 2.1.330 calls the API once more for a parked tool call."""
-    PRCTL(1, signal.SIGKILL)
+# Run in a new child: it is killed when the bridge dies, even by SIGKILL (prctl(2),
+# PR_SET_PDEATHSIG).  A CLI that only sees its stdin close finishes a running turn
+# first, and 2.1.330 calls the API once more for a parked tool call.
+die_with_parent: Any = None
+if sys.platform == "linux":
+    die_with_parent = partial(ctypes.CDLL(None).prctl, 1, signal.SIGKILL)
 
 
 # ------------------------------------------------------------ gates and traces
@@ -687,7 +687,7 @@ class Child(asyncio.SubprocessProtocol):
                     cwd=cwd or self._folder,
                     pass_fds=(reading,),
                     start_new_session=True,
-                    preexec_fn=die_with_parent if PRCTL else None,
+                    preexec_fn=die_with_parent,
                 )
             except BaseException:
                 self._gate.close()

@@ -182,7 +182,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stub: "Stub") -
         monkeypatch.setenv(name, value)
     # A fork of this large process takes 50 ms; without `die_with_parent` there is none.  Bridges
     # that are programs (`launch`) do fork.
-    monkeypatch.setattr(sessions, "PRCTL", None)
+    monkeypatch.setattr(sessions, "die_with_parent", None)
     # So that no test waits for them.
     monkeypatch.setattr(sessions, "SWEEP_SECS", 0.1)
     monkeypatch.setattr(sessions, "CALM_SECS", 0)

@@ -73,7 +73,7 @@ class Recorder:
                 stderr=stderr,
                 pass_fds=(reading,),
                 start_new_session=True,
-                preexec_fn=sessions.die_with_parent if sessions.PRCTL else None,
+                preexec_fn=sessions.die_with_parent,
             )
         os.close(reading)
 
