@@ -526,11 +526,11 @@ def child_environment(
         if name in LOGIN_FOLDERS and value:  # children have another working directory
             child[name] = os.path.abspath(os.path.expanduser(value))
     if not kind.agent:
-        child.update(MODEL_MODE)
+        child |= MODEL_MODE
     if kind.bare:
         child["CLAUDE_CODE_SIMPLE"] = "1"
     if kind.is_kept:
-        child.update(UNREACHABLE)
+        child |= UNREACHABLE
     return child
 
 
@@ -616,16 +616,13 @@ class Trace:
 
     def __init__(self, folder: str, request_id: str) -> None:
         # Empty: nothing is written, or no more.
-        self._path = ""
-        if folder and request_id:
-            self._path = os.path.join(folder, f"{request_id}.jsonl")
+        self._path = f"{folder}/{request_id}.jsonl" if folder and request_id else ""
 
     def add(self, direction: str, lines: Iterable[bytes]) -> None:
         if not self._path:
             return
-        opener = partial(os.open, mode=0o600)
         try:
-            with open(self._path, "ab", opener=opener) as file:
+            with open(self._path, "ab", opener=partial(os.open, mode=0o600)) as file:
                 for line in lines:
                     value: object = line.decode(errors="replace")
                     if translate.parsed(line) is not None:
@@ -673,8 +670,9 @@ class Child(asyncio.SubprocessProtocol):
         with os.fdopen(reading):
             end = os.fdopen(writing, "wb", 0)
             GATES.add(end)
-            connecting = self.loop.connect_write_pipe(asyncio.BaseProtocol, end)
-            self._gate, _ = await connecting
+            self._gate, _ = await self.loop.connect_write_pipe(
+                asyncio.BaseProtocol, end
+            )
             try:
                 path = gate_path(reading)
                 self._folder = os.path.dirname(path)
@@ -815,9 +813,6 @@ KEEPS_ORDER = "2.1.266"
 # From here on a conversation can end with an assistant message.
 CONTINUES = "2.1.300"
 
-# A file: device, inode, and time of change.
-FileIdentity = tuple[int, int, int]
-
 
 @dataclass(eq=False)
 class Cli:
@@ -827,7 +822,7 @@ class Cli:
     # The path of the program.
     program: str = ""
     # The program, the user's settings, and the credentials.
-    files: tuple[FileIdentity | None, ...] = ()
+    files: tuple[object, ...] = ()
     # As `claude --version` prints it; empty: unknown.
     version: str = ""
     # What it reported of itself last.
@@ -840,9 +835,8 @@ class Cli:
     def take_in(self, info: CliInfo) -> None:
         """Remember what a process reports.  The list of models is not replaced: a process
         may list the model that it runs in another way."""
-        if self.info.models:
-            info = dataclasses.replace(info, models=self.info.models)
-        self.info = info
+        models = self.info.models or info.models
+        self.info = dataclasses.replace(info, models=models)
 
     def is_at_least(self, version: str) -> bool:
         """Whether it is this version or newer; an unknown version counts as newer."""
@@ -882,8 +876,8 @@ def update_cure(program: str) -> str:
     return "run `claude update`, or install Claude Code anew"
 
 
-def identify_file(path: str) -> FileIdentity | None:
-    """Which file is at a path; None: there is none."""
+def identify_file(path: str) -> object:
+    """Which file is at a path, to be compared; None: there is none."""
     try:
         found = os.stat(path)
     except OSError:
@@ -1043,12 +1037,6 @@ class Process(Child):
         self._resume_reading()
         return self._events
 
-    async def wait_for_output(self) -> None:
-        """Wait for its first output or its end, but not for long."""
-        with contextlib.suppress(ApiError, TimeoutError):
-            async with asyncio.timeout(FIRST_OUTPUT_SECS):
-                await self.read()
-
     def check_silence(self, watchdog_secs: float) -> bool:
         """Fail a turn that has waited for too long.  Returns whether the watchdog failed
         it, and not the gate's limit."""
@@ -1079,12 +1067,11 @@ class Process(Child):
                 return found
 
     def _resume_reading(self) -> None:
-        is_paused = self._unread > MAX_UNREAD
-        self._unread = 0
-        if is_paused:
+        if self._unread > MAX_UNREAD:
             self._alive_at = time.monotonic()  # the silence was the client's
             if not self.eof:
                 self._stdout.resume_reading()
+        self._unread = 0
 
     # What a child reports
 
@@ -1135,9 +1122,9 @@ class Process(Child):
         another answer of the model, or calls a tool that was not expected."""
         # A stream event begins another answer.
         unasked = ANSWERS if self._settled.is_set() else {"stream_event"}
-        call = translate.tool_call_id(event)
-        is_unexpected_call = bool(call) and call not in self.expected_calls
-        return event["type"] in unasked or is_unexpected_call
+        # An event that calls no tool has an empty id.
+        expected = {"", *self.expected_calls}
+        return event["type"] in unasked or translate.tool_call_id(event) not in expected
 
     def _act_on(self, event: CliEvent) -> None:
         """Act on an event at once: answer control requests, note signs of life."""
@@ -1160,14 +1147,12 @@ class Process(Child):
             self._alive_at = time.monotonic() + delay / 1000
 
     def _answer_control(self, event: CliEvent) -> None:
-        call = translate.tool_call_id(event)
-        if call:
+        if call := translate.tool_call_id(event):
             self._calls[call] = event
             self._answer_calls()
             return
         self.write(translate.control_answer(event, self.tools))
-        if translate.mcp_message(event).get("method") == "tools/list":
-            self.has_listed = True
+        self.has_listed |= translate.mcp_message(event).get("method") == "tools/list"
 
     def interrupt(self) -> None:
         """End its turn: nothing more may be billed."""
@@ -1942,7 +1927,9 @@ class Starter:
             session.set_up(request, rows)
             question = translate.user_line([], turn_id, query=query)
             session.ask(request, turn_id, [question])
-            await session.process.wait_for_output()
+            with contextlib.suppress(ApiError, TimeoutError):
+                async with asyncio.timeout(FIRST_OUTPUT_SECS):
+                    await session.process.read()
         except BaseException:
             self._pool.cut_short(session)
             raise
