@@ -575,22 +575,21 @@ if sys.platform == "linux":
 # ------------------------------------------------------------ gates and traces
 
 
-def gate_path(descriptor: int) -> str:
-    """A path that leads a child to the pipe it inherits as `descriptor`; the CLI wants
-    a name that ends in .jsonl.  Raises OSError.
+def gate_folder(descriptor: int) -> str:
+    """A new folder in which `gate.jsonl` leads a child to the pipe that it inherits as
+    `descriptor`.  Raises OSError.
 
-    It has a folder of its own, because the CLI writes the conversation that it keeps
-    beside it.
+    The CLI wants a name that ends in .jsonl, and it writes the conversation that it
+    keeps beside it.
     """
     try:
-        own = tempfile.mkdtemp(prefix="claude-cli-bridge-")
+        folder = tempfile.mkdtemp(prefix="claude-cli-bridge-")
     except FileNotFoundError:
         # The folder that Python chose at its start is gone.
         tempfile.tempdir = None
-        own = tempfile.mkdtemp(prefix="claude-cli-bridge-")
-    path = os.path.join(own, f"{descriptor}.jsonl")
-    os.symlink(f"/dev/fd/{descriptor}", path)
-    return path
+        folder = tempfile.mkdtemp(prefix="claude-cli-bridge-")
+    os.symlink(f"/dev/fd/{descriptor}", f"{folder}/gate.jsonl")
+    return folder
 
 
 # The writing ends of all gates.  A program that embeds the bridge may fork.  The fork
@@ -674,13 +673,12 @@ class Child(asyncio.SubprocessProtocol):
                 asyncio.BaseProtocol, end
             )
             try:
-                path = gate_path(reading)
-                self._folder = os.path.dirname(path)
+                self._folder = gate_folder(reading)
                 await self.loop.subprocess_exec(
                     lambda: self,
                     *argv,
                     "--resume",
-                    path,
+                    f"{self._folder}/gate.jsonl",
                     env=environment,
                     cwd=cwd or self._folder,
                     pass_fds=(reading,),

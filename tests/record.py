@@ -60,12 +60,13 @@ class Recorder:
         is_bare = not self.agent and pool.inspector.is_bare()
         kind = Kind(ALIAS, self.agent, is_bare)
         reading, self.gate = os.pipe()
-        self.gate_path = sessions.gate_path(reading)
+        self.gate_folder = sessions.gate_folder(reading)
+        gate = f"{self.gate_folder}/gate.jsonl"
         self.stderr = Path(self.home, "stderr")
         self.began = time.monotonic()
         with self.stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [*sessions.arguments(config, kind, ""), "--resume", self.gate_path],
+                [*sessions.arguments(config, kind, ""), "--resume", gate],
                 env=sessions.child_environment(config, environ, kind),
                 cwd=project if self.agent else "/",
                 stdin=subprocess.PIPE,
@@ -90,7 +91,7 @@ class Recorder:
         at = round(time.monotonic() - self.began, 3)
         row = json.dumps({"dir": direction, "t": at, **what}, ensure_ascii=False)
         row = row.replace(self.home, "/home/user")
-        row = row.replace(os.path.dirname(self.gate_path), "/home/user/gate")
+        row = row.replace(self.gate_folder, "/home/user/gate")
         in_a_name = re.sub(r"\W|_", "-", self.home)  # of a folder in ~/.claude/projects
         row = row.replace(in_a_name, "-home-user")
         self.rows.append(json.loads(row))
@@ -139,7 +140,7 @@ class Recorder:
     def close(self) -> None:
         self.process.kill()
         with self.process:
-            shutil.rmtree(os.path.dirname(self.gate_path))
+            shutil.rmtree(self.gate_folder)
 
     # What the bridge does
 

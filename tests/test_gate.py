@@ -196,10 +196,9 @@ def test_a_killed_bridge_with_the_real_cli_leaves_no_word_of_a_conversation(
 
 def test_the_path_of_a_gate_leads_to_its_pipe_and_has_a_folder_of_its_own() -> None:
     reading, writing = os.pipe()
-    paths = [Path(sessions.gate_path(reading)) for _ in range(2)]
+    paths = [Path(sessions.gate_folder(reading), "gate.jsonl") for _ in range(2)]
     try:
         assert paths[0].parent != paths[1].parent
-        assert {path.name for path in paths} == {f"{reading}.jsonl"}
         assert {stat.S_IMODE(path.parent.stat().st_mode) for path in paths} == {0o700}
         os.write(writing, b"past")
         os.close(writing)
