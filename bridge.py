@@ -1136,7 +1136,7 @@ class Bridge:
                 "x-bridge-not-sent": limited(turn.not_sent),
                 "x-bridge-api-calls": str(calls) if calls > 1 else "",
             }
-            found |= translate.quota_headers(self.pool.rate_limits)
+            found |= translate.quota_headers(self.pool.cli.rate_limits)
         origin = exchange.header("origin")
         if origin in self.config.allowed_origins:
             found |= {
@@ -2000,7 +2000,7 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
     cli = pool.cli
     login = login_state(config, cli.info) if cli.info.is_known else "not known yet"
     quota = {}
-    for name, limit in pool.rate_limits.items():
+    for name, limit in cli.rate_limits.items():
         quota[name] = limit.status
         if limit.utilization is not None:
             quota[name] += f", {limit.utilization:.0%} used"

@@ -825,6 +825,8 @@ class Cli:
     version: str = ""
     # What it reported of itself last.
     info: CliInfo = field(default_factory=CliInfo)
+    # Limits of the account by type, the one reported last at the end.
+    rate_limits: dict[str, RateLimit] = field(default_factory=dict)
     # Answers of `Counter.count`.
     counts: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
     # By model, account and day, what it announces (`Inspector.announced`).
@@ -927,8 +929,6 @@ class Process(Child):
         self.working = False
         # From the pool.  Called with the reason when it fails between turns.
         self.on_fault: Callable[[str], None] | None = None
-        # Called with what it reports of the account's limits, mostly after an answer.
-        self.on_limits: Callable[[dict[str, RateLimit]], None] | None = None
         # A turn is running: events are kept for it.
         self._is_in_turn = False
         # Set unless the last turn's `result` is still to come.
@@ -1134,8 +1134,11 @@ class Process(Child):
         elif kind == "control_response":
             if answer := control_result(event, "initialize"):
                 self.cli.take_in(translate.read_info(answer))
-        elif kind == "rate_limit_event" and self.on_limits:
-            self.on_limits(translate.rate_limits(event))
+        elif kind == "rate_limit_event":
+            limits = translate.rate_limits(event)
+            # What is new moves to the end.
+            others = translate.without(self.cli.rate_limits, limits)
+            self.cli.rate_limits = others | limits
         elif kind == "result" and not self._is_in_turn:
             self._settled.set()
             if event.get("is_error"):
@@ -1591,8 +1594,6 @@ class Pool:
         self.spares = Spares(self)
         self.inspector = Inspector(self)
         self._outcomes = Outcomes()
-        # Limits of the account by type, the one reported last at the end.
-        self.rate_limits: dict[str, RateLimit] = {}
         # A lock for each session header in use: its requests run one after another.
         self._pins: weakref.WeakValueDictionary[str, asyncio.Lock] = (
             weakref.WeakValueDictionary()
@@ -1850,10 +1851,6 @@ class Pool:
         forget = partial(self.sessions.remove, session)
         self.room.leave_after(session.process.stop(), forget)
 
-    def record_limits(self, limits: dict[str, RateLimit]) -> None:
-        # What is new moves to the end.
-        self.rate_limits = translate.without(self.rate_limits, limits) | limits
-
 
 # ------------------------------------------------------------ a fresh process
 
@@ -1957,7 +1954,6 @@ class Starter:
             raise
         session = Session(process, kind, state)
         process.on_fault = partial(pool.retire, session)
-        process.on_limits = pool.record_limits
         pool.sessions.add(session)
         pool.metrics.add("processes_started_total")
         pool.make_room()  # somebody may wait for a place by now
@@ -2324,7 +2320,7 @@ class Metrics:
 
     def observe(self, pool: Pool) -> None:
         """Set the gauges of a pool."""
-        for name, limit in pool.rate_limits.items():
+        for name, limit in pool.cli.rate_limits.items():
             self.set("quota_utilization_ratio", limit.utilization, limit=name)
             self.set("quota_resets_at_seconds", limit.resets_at, limit=name)
         for state in State:
