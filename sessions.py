@@ -771,13 +771,12 @@ class Child(asyncio.SubprocessProtocol):
         """The error of a child whose output has ended."""
         # Its status follows the end of its output.
         await asyncio.wait({self.exited}, timeout=1)
-        message = "the claude CLI closed its output"
+        reason = "the claude CLI closed its output"
         if self.exited.done():
-            message = f"the claude CLI exited with status {self.exited.result()}"
-        reason = message  # what it printed can quote a prompt
+            reason = f"the claude CLI exited with status {self.exited.result()}"
         self.pipe_data_received(2, b"\n")  # its last line may have no end
-        if self._complaint:
-            message = f"{message}: {self._complaint}"
+        # What it printed can quote a prompt.
+        message = f"{reason}: {self._complaint}" if self._complaint else reason
         return ApiError(502, message, log_reason=reason)
 
     async def end(self) -> None:
@@ -1026,7 +1025,6 @@ class Process(Child):
                 raise self._failure
             if self.eof:
                 raise await self.death()
-            self._resume_reading()  # all that was read is the beginning of a line
             self._news.clear()
             try:
                 await self._news.wait()
