@@ -541,7 +541,8 @@ def login_folder(environment: Mapping[str, str]) -> str:
 
 def settings_file(environment: Mapping[str, str]) -> str:
     """The user's own settings of the CLI."""
-    return os.path.join(login_folder(environment), "settings.json")
+    folder = login_folder(environment)
+    return f"{folder}/settings.json"
 
 
 def session_id(token: str) -> str:
