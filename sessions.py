@@ -1660,8 +1660,12 @@ class Pool:
         await self.inspector.look()
         trace = Trace(self.config.trace_dir, request_id)
         async with self._pinned(token, key_digest) as pin:
-            warm = await self._warm_turn(request, pin, trace)
-            turn = warm or await self._fresh_turn(request, pin, trace)
+            turn = await self._warm_turn(request, pin, trace)
+            if not turn:
+                reason = self._outcomes.rebuild_reason(request, pin)
+                session = await self.starter.fresh_session(request, trace)
+                session.pin = pin
+                turn = Turn(request, session, "rebuilt" if reason else "new", reason)
             if turn.origin != "hot":
                 like = request if turn.origin == "new" else None
                 turn.on_begun.callback(
@@ -1758,14 +1762,6 @@ class Pool:
         if is_by_name and not found and pin in self._outcomes.last_seen:
             raise ApiError(400, LOST_NAME)
         return None
-
-    # Fresh
-
-    async def _fresh_turn(self, request: Request, pin: str, trace: Trace) -> Turn:
-        reason = self._outcomes.rebuild_reason(request, pin)
-        session = await self.starter.fresh_session(request, trace)
-        session.pin = pin
-        return Turn(request, session, "rebuilt" if reason else "new", reason)
 
     # What becomes of a session
 
