@@ -1695,7 +1695,7 @@ async def missing_from_agent(pool: Pool) -> list[str]:
     if not pool.config.tools:
         return []
     request = translate.parse_request(EMPTY_REQUEST, counting=True, agent=True)
-    session = await pool.starter.fresh_session(request, query=False)
+    session = await pool.starter.fresh_session(request)
     try:
         init = await session.process.read_until(
             lambda event: event.get("subtype") == "init" and event

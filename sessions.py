@@ -1254,11 +1254,11 @@ class Session:
 
     # A first turn
 
-    def adopt(
-        self, request: Request, trace: Trace | None = None, *, query: bool = True
-    ) -> None:
-        """Take on a request's conversation; without `query` only to count it."""
-        list_tools = translate.tools_for_turn if query else translate.tools_for_count
+    def adopt(self, request: Request, trace: Trace | None = None) -> None:
+        """Take on a request's conversation."""
+        list_tools = translate.tools_for_turn
+        if request.is_count:
+            list_tools = translate.tools_for_count
         self.process.tools = list_tools(request)
         self.process.begin_turn(trace)
         wanted = request.fingerprint
@@ -1859,14 +1859,10 @@ class Starter:
         self._starts = asyncio.Semaphore(2 * CORES)
 
     async def fresh_session(
-        self,
-        request: Request,
-        trace: Trace | None = None,
-        *,
-        query: bool = True,
+        self, request: Request, trace: Trace | None = None
     ) -> Session:
         """A process that was given the conversation of the request, and has begun to
-        answer it; without `query` it only counts it."""
+        answer it."""
         pool = self._pool
         cli = pool.cli
         if request.continues and not cli.is_at_least(CONTINUES):
@@ -1880,7 +1876,7 @@ class Starter:
             await pool.inspector.info()
         kind = pool.inspector.kind(request)
         announced = await pool.inspector.announced(kind)
-        begin = partial(self._begin, request, announced, trace, query)
+        begin = partial(self._begin, request, announced, trace)
         while spare := await pool.spares.take(kind):
             await begin(spare)
             if spare.process.has_spoken or not spare.process.is_unusable:
@@ -1898,12 +1894,11 @@ class Starter:
         request: Request,
         announced: list[Json],
         trace: Trace | None,
-        query: bool,
         session: Session,
     ) -> None:
         """Give a process its conversation, start a turn on it, and wait for its first
         output."""
-        session.adopt(request, trace, query=query)
+        session.adopt(request, trace)
         make_rows = partial(
             translate.transcript,
             request.messages,
@@ -1915,7 +1910,7 @@ class Starter:
         try:
             rows = await self._pool.threads.run(request.size, make_rows)
             session.set_up(request, rows)
-            question = translate.user_line([], turn_id, query=query)
+            question = translate.user_line([], turn_id, query=not request.is_count)
             session.ask(request, turn_id, [question])
             with contextlib.suppress(ApiError, TimeoutError):
                 async with asyncio.timeout(FIRST_OUTPUT_SECS):
@@ -2212,7 +2207,7 @@ class Counter:
 
     async def _count(self, request: Request, trace: Trace) -> int:
         pool = self._pool
-        session = await pool.starter.fresh_session(request, trace, query=False)
+        session = await pool.starter.fresh_session(request, trace)
         process = session.process
         # Those with which the API answers its counts.
         statuses: list[int] = []

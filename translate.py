@@ -430,6 +430,8 @@ class Request:
     user_id: str
     # The CLI runs its own tools for it.
     is_agent: bool
+    # Its tokens are counted, and it is not answered.
+    is_count: bool
     fingerprint: Fingerprint
 
     @property
@@ -487,6 +489,7 @@ def parse_request(
         size=len(body),
         user_id=get_str(data.get("metadata"), "user_id"),
         is_agent=is_agent,
+        is_count=counting,
         fingerprint=fingerprint(parts, data, messages),
     )
 
