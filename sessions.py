@@ -1240,7 +1240,8 @@ class Session:
     @property
     def identity(self) -> bytes:
         """What a request may find it by.  A client may leave out thinking."""
-        return self.unthinking_chain + b"".join(self.parts.values())
+        name = self.pin.encode()
+        return b"".join([self.unthinking_chain, *self.parts.values(), name])
 
     def matches(self, request: Request) -> bool:
         """Whether it has the request's history, and all that cannot change."""
@@ -1793,21 +1794,15 @@ class Pool:
             self._file(session)
 
     def _file(self, session: Session) -> None:
-        # A request could find any of these.
-        same = [
-            other
-            for other in self.on_file
-            if other.identity == session.identity and not (other.pin or session.pin)
-        ]
+        # An agent's tools may have seen what does not follow from the conversation, so none
+        # may answer for another one.
         is_unnamed_agent = session.kind.agent and not session.pin
+        for other in self.on_file:
+            if other.identity == session.identity:  # a request could find either
+                self.retire(other, "ambiguous" if is_unnamed_agent else "duplicate")
         if is_unnamed_agent and session.identity in self._outcomes.last_seen:
-            # Another agent has had this conversation.  What its tools have seen does not
-            # follow from that, so neither may answer for the other.
-            for other in [session, *same]:
-                self.retire(other, "ambiguous")
+            self.retire(session, "ambiguous")
             return
-        for other in same:
-            self.retire(other, "duplicate")
         # Recorded in case a request misses it because only one of the two has a session
         # header.
         self._outcomes.record(session, "pinned")
