@@ -1269,35 +1269,32 @@ class Session:
         self.model = self.process.cli.info.full_name(request.model)
 
     def set_up(self, request: Request, rows: list[bytes]) -> None:
-        """Write the `rows` of the conversation to its gate, and what the request sets."""
-        process = self.process
-        process.open_gate(rows)
-        process.write(
+        """Write the `rows` of the conversation to its gate, and what it begins with."""
+        self.process.open_gate(rows)
+        self.process.write(
             translate.initialize_line(
-                request.system, has_tools=bool(process.tools), agent=self.kind.agent
-            ),
-            *self._changed_settings(request),
+                request.system,
+                has_tools=bool(self.process.tools),
+                agent=self.kind.agent,
+            )
         )
 
     # Turns
 
     def ask(self, request: Request, turn_id: str, lines: list[bytes]) -> None:
-        """Start a turn: write the settings that changed, and the `lines` with what is new
-        in the request, of that UUID."""
+        """Start a turn: write the settings of the request unless the last one had the
+        same, and the `lines` with what is new in it, of that UUID."""
         self.turn_id = turn_id
-        self.process.write(*self._changed_settings(request), *lines)
-
-    def _changed_settings(self, request: Request) -> list[bytes]:
-        """The line with a request's settings, unless the last request had the same."""
         has_tools = bool(self.process.tools)
         settings = translate.turn_environment(request, has_listed_tools=has_tools)
         before, self.settings = self.settings, translate.digest(settings)
-        if before == self.settings:
-            return []
         if not before:  # later an empty value takes back that of the last request
             settings = {name: value for name, value in settings.items() if value}
-        line = translate.control_line("apply_flag_settings", settings={"env": settings})
-        return [line]
+        if before != self.settings:
+            change = {"env": settings}
+            line = translate.control_line("apply_flag_settings", settings=change)
+            lines = [line, *lines]
+        self.process.write(*lines)
 
     def extend(self, request: Request, answer: Json) -> None:
         """Add the question and the answer of a turn to what it holds."""
