@@ -1657,34 +1657,27 @@ class Pool:
         """
         await self.inspector.look()
         trace = Trace(self.config.trace_dir, request_id)
-        async with self._pinned(token, key_digest) as pin:
+        async with contextlib.AsyncExitStack() as stack:
+            pin = ""
+            if token:
+                pin = f"{session_id(token)} {key_digest}"
+                lock = self._pins.setdefault(pin, asyncio.Lock())
+                problem = "the session's other requests did not end"
+                await stack.enter_async_context(self.queue.held(lock, problem))
             turn = await self._warm_turn(request, pin, trace)
             if not turn:
                 reason = self._outcomes.rebuild_reason(request, pin)
                 session = await self.starter.fresh_session(request, trace)
                 session.pin = pin
                 turn = Turn(request, session, "rebuilt" if reason else "new", reason)
+            stack.callback(self._finish, turn)
             if turn.origin != "hot":
                 like = request if turn.origin == "new" else None
                 turn.on_begun.callback(
                     lambda: self.spares.refill(self.inspector.kind(request), like)
                 )
             log.debug("request %s: %s", request_id, turn.decision)
-            try:
-                yield turn
-            finally:
-                self._finish(turn)
-
-    @contextlib.asynccontextmanager
-    async def _pinned(self, token: str | None, key_digest: str) -> AsyncIterator[str]:
-        """The pin of a named conversation; no other request of it runs meanwhile."""
-        if not token:
-            yield ""
-            return
-        pin = f"{session_id(token)} {key_digest}"
-        lock = self._pins.setdefault(pin, asyncio.Lock())
-        async with self.queue.held(lock, "the session's other requests did not end"):
-            yield pin
+            yield turn
 
     # Hot
 
