@@ -1202,6 +1202,8 @@ class Session:
     process: Process
     kind: Kind
     state: State
+    # It was started ahead of need.
+    was_spare: bool = False
     # The id under which the CLI asks the API, a UUID.
     own_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     # The name that the client gave it by header, with its owner: requests find it by
@@ -1223,9 +1225,6 @@ class Session:
     turn_id: str = ""
     # Monotonic time of its last change of state.
     state_since: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        self.was_spare = self.state is State.SPARE
 
     @property
     def id(self) -> str:
@@ -1588,7 +1587,6 @@ class Pool:
         self.queue = Queue(config, self.metrics)
         self.threads = Threads()
         self.starter = Starter(self)
-        self.spares = Spares(self)
         self.inspector = Inspector(self)
         self._outcomes = Outcomes()
         # A lock for each session header in use: its requests run one after another.
@@ -1601,7 +1599,7 @@ class Pool:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        tasks = {self._sweeper, *self.spares.starting}
+        tasks = {self._sweeper, *self.starter.starting}
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
@@ -1674,7 +1672,7 @@ class Pool:
             if turn.origin != "hot":
                 like = request if turn.origin == "new" else None
                 turn.on_begun.callback(
-                    lambda: self.spares.refill(self.inspector.kind(request), like)
+                    lambda: self.starter.refill(self.inspector.kind(request), like)
                 )
             log.debug("request %s: %s", request_id, turn.decision)
             yield turn
@@ -1836,12 +1834,17 @@ class Pool:
 
 
 class Starter:
-    """Starts the processes of a pool, and gives them conversations."""
+    """Starts the processes of a pool, for requests and ahead of need, and gives them
+    conversations."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         # Fresh processes that start for a request.
         self._starts = asyncio.Semaphore(2 * CORES)
+        # The kinds of the last requests: there is a spare for each.
+        self._kinds: deque[Kind] = deque(maxlen=pool.config.spares)
+        # The spares that are being started.
+        self.starting: dict[asyncio.Task[None], Kind] = {}
 
     async def fresh_session(
         self, request: Request, trace: Trace | None = None
@@ -1862,7 +1865,7 @@ class Starter:
         kind = pool.inspector.kind(request)
         announced = await pool.inspector.announced(kind)
         begin = partial(self._begin, request, announced, trace)
-        while spare := await pool.spares.take(kind):
+        while spare := await self._take(kind):
             await begin(spare)
             if spare.process.has_spoken or not spare.process.is_unusable:
                 return spare
@@ -1908,8 +1911,8 @@ class Starter:
         """Start a process, which waits at its gate."""
         pool, config = self._pool, self._pool.config
         enter = partial(pool.room.enter, pool.make_room)
-        is_timed = state is not State.SPARE
-        await pool.queue.wait(enter, NO_ROOM, is_timed=is_timed)
+        is_spare = state is State.SPARE
+        await pool.queue.wait(enter, NO_ROOM, is_timed=not is_spare)
         process = Process(pool.cli)
         # One that announces its folder to the model works in one that never changes; an
         # older one would list all files in it.
@@ -1927,12 +1930,73 @@ class Starter:
             if isinstance(error, OSError):
                 raise cli_error(f"the claude CLI cannot be started: {error}") from error
             raise
-        session = Session(process, kind, state)
+        session = Session(process, kind, state, is_spare)
         process.on_fault = partial(pool.retire, session)
         pool.sessions.add(session)
         pool.metrics.add("processes_started_total")
         pool.make_room()  # somebody may wait for a place by now
         return session
+
+    # Spares
+
+    @property
+    def spares(self) -> list[Session]:
+        return self._pool.in_states(State.SPARE)
+
+    async def _take(self, kind: Kind) -> Session | None:
+        """A spare, even one that is not at its gate yet."""
+        await read_pipes()
+        for spare in self.spares:
+            if spare.kind == kind and not spare.parts:
+                spare.move(State.BUSY)
+                return spare
+        return None
+
+    def refill(self, kind: Kind, like: Request | None = None) -> None:
+        """Note the kind of the newest request; start the spares that the last requests
+        want, and end the others.  If the request began a conversation, one may be set up
+        `like` it."""
+        self._kinds.append(kind)
+        missing = list(self._kinds)
+        for preparing in self.starting.values():
+            if preparing in missing:
+                missing.remove(preparing)
+        for spare in self.spares:
+            is_calm = spare.state_secs >= CALM_SECS
+            is_stale = is_calm and like and spare.parts and not spare.matches(like)
+            if spare.kind in missing and not is_stale:
+                missing.remove(spare.kind)
+            else:
+                self._pool.retire(spare, "unwanted")
+        for wanted in missing:
+            task = asyncio.create_task(self._prepare(wanted, like))
+            self.starting[task] = wanted
+            task.add_done_callback(self.starting.pop)
+
+    async def _prepare(self, kind: Kind, like: Request | None) -> None:
+        """Start a spare.  If that makes two of a kind, one is set up as for a request
+        without messages: the next conversation that begins alike finds it as good as hot
+        (tests/bench)."""
+        pool = self._pool
+        if pool.room.is_full:
+            return  # nobody makes room for a spare
+        with contextlib.suppress(ApiError):  # the next request will report it
+            spare = await self.spawn(kind, State.SPARE)
+            if spare.process.cli is not pool.cli:
+                pool.retire(spare, "unwanted")  # it may be the old program
+            if not like:
+                return
+            kind = pool.inspector.kind(like)
+            announced = await pool.inspector.announced(kind)
+            same = [
+                item for item in self.spares if item.kind == kind and not item.parts
+            ]
+            if len(same) > 1:
+                spare = same[0]
+                spare.adopt(like)
+                rows = translate.transcript([], spare.model, announced, spare.own_id)
+                spare.set_up(like, rows)
+                spare.process.end_turn({"type": "result"})
 
 
 # ------------------------------------------------------------ what is known of the CLI
@@ -1964,7 +2028,7 @@ class Inspector:
                 ask = partial(ask_version, program, environment)
                 version = await self._pool.threads.run(THREAD_SIZE, ask)
                 self.cli = Cli(program, files, version)
-                for spare in self._pool.spares.ready:
+                for spare in self._pool.starter.spares:
                     self._pool.retire(spare, "unwanted")
         if self.cli.problem:
             raise cli_error(self.cli.problem)
@@ -2018,7 +2082,7 @@ class Inspector:
             if key() in cli.announced:
                 return cli.announced[key()]  # another request has asked meanwhile
             # What will answer starts meanwhile.
-            self._pool.spares.refill(kind)
+            self._pool.starter.refill(kind)
             is_answered = False
             async with self._asked(Kind(kind.model, is_kept=True)) as asked:
                 question = [translate.text_block("-")]
@@ -2053,77 +2117,6 @@ class Inspector:
         is_newest = turn.process.cli is self.cli
         if is_newest and version and version != self.cli.version:
             self.cli = Cli(self.cli.program, self.cli.files, version)
-
-
-# ------------------------------------------------------------ spares
-
-
-class Spares:
-    """The processes that a pool starts ahead of need."""
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-        # The kinds of the last requests: there is a spare for each.
-        self._kinds: deque[Kind] = deque(maxlen=pool.config.spares)
-        # Those that are being started.
-        self.starting: dict[asyncio.Task[None], Kind] = {}
-
-    @property
-    def ready(self) -> list[Session]:
-        return self._pool.in_states(State.SPARE)
-
-    async def take(self, kind: Kind) -> Session | None:
-        """A spare, even one that is not at its gate yet."""
-        await read_pipes()
-        for spare in self.ready:
-            if spare.kind == kind and not spare.parts:
-                spare.move(State.BUSY)
-                return spare
-        return None
-
-    def refill(self, kind: Kind, like: Request | None = None) -> None:
-        """Note the kind of the newest request; start the spares that the last requests
-        want, and end the others.  If the request began a conversation, one may be set up
-        `like` it."""
-        self._kinds.append(kind)
-        missing = list(self._kinds)
-        for preparing in self.starting.values():
-            if preparing in missing:
-                missing.remove(preparing)
-        for spare in self.ready:
-            is_calm = spare.state_secs >= CALM_SECS
-            is_stale = is_calm and like and spare.parts and not spare.matches(like)
-            if spare.kind in missing and not is_stale:
-                missing.remove(spare.kind)
-            else:
-                self._pool.retire(spare, "unwanted")
-        for wanted in missing:
-            task = asyncio.create_task(self._prepare(wanted, like))
-            self.starting[task] = wanted
-            task.add_done_callback(self.starting.pop)
-
-    async def _prepare(self, kind: Kind, like: Request | None) -> None:
-        """Start a spare.  If that makes two of a kind, one is set up as for a request
-        without messages: the next conversation that begins alike finds it as good as hot
-        (tests/bench)."""
-        pool = self._pool
-        if pool.room.is_full:
-            return  # nobody makes room for a spare
-        with contextlib.suppress(ApiError):  # the next request will report it
-            spare = await pool.starter.spawn(kind, State.SPARE)
-            if spare.process.cli is not pool.cli:
-                pool.retire(spare, "unwanted")  # it may be the old program
-            if not like:
-                return
-            kind = pool.inspector.kind(like)
-            announced = await pool.inspector.announced(kind)
-            same = [item for item in self.ready if item.kind == kind and not item.parts]
-            if len(same) > 1:
-                spare = same[0]
-                spare.adopt(like)
-                rows = translate.transcript([], spare.model, announced, spare.own_id)
-                spare.set_up(like, rows)
-                spare.process.end_turn({"type": "result"})
 
 
 # ------------------------------------------------------------ the sweep
@@ -2186,7 +2179,7 @@ class Counter:
                 trace = Trace(pool.config.trace_dir, request_id)
                 tokens = await self._count(request, trace)
             finally:
-                pool.spares.refill(pool.inspector.kind(request))
+                pool.starter.refill(pool.inspector.kind(request))
         cache_put(counts, key, tokens)
         return tokens
 

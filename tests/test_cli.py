@@ -131,8 +131,8 @@ def test_what_was_learnt_of_a_cli_is_forgotten_when_another_takes_its_place(
         assert server.post(model=model).status == 200
     counted = request_body("hi", max_tokens=...)
     assert server.call("POST", "/v1/messages/count_tokens", counted).status == 200
-    wait_until(lambda: pool.spares.ready, "a spare")
-    known, [spare] = pool.cli, pool.spares.ready
+    wait_until(lambda: pool.starter.spares, "a spare")
+    known, [spare] = pool.cli, pool.starter.spares
     assert (known.version, known.info.is_known, len(known.counts)) == ("2.1.260", True, 1)
     wait_until(lambda: spare.process.pid in log.started(), "its start")
     before = set(log.started())
@@ -161,8 +161,8 @@ def test_a_cli_that_is_replaced_at_its_own_path_ends_the_spares_of_before(
     server = serve(bin=program, spares=1)
     pool = pool_of(server)
     prime(server)
-    wait_until(lambda: pool.spares.ready, "a spare")
-    [spare] = pool.spares.ready
+    wait_until(lambda: pool.starter.spares, "a spare")
+    [spare] = pool.starter.spares
     os.replace(versioned(tmp_path / "new", "2.1.261"), program)
     assert server.post("one").status == 200
     assert (pool.cli.version, spare.state) == ("2.1.261", State.RETIRED)
@@ -212,7 +212,7 @@ def test_after_a_downgrade_of_the_real_cli_no_other_model_answers(
     pool = pool_of(server)
     for words in ("SAY one", "SAY two"):
         assert server.post(words, model=model).message["model"].startswith(model)
-    wait_until(lambda: pool.spares.ready, "a spare of the newer one")
+    wait_until(lambda: pool.starter.spares, "a spare of the newer one")
     swap(link, older)
     for words in ("SAY three", "SAY four"):
         assert server.post(words, model=model).message["model"].startswith(model)

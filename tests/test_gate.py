@@ -70,7 +70,7 @@ def test_a_fork_of_the_host_program_does_not_hold_a_gate(serve: Serve) -> None:
     assert server.bridge
     pool = server.bridge.pool
     prime(server)
-    wait_until(lambda: pool.spares.ready, "the spare")
+    wait_until(lambda: pool.starter.spares, "the spare")
     child = os.fork()
     if not child:
         signal.pause()

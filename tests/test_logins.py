@@ -281,7 +281,7 @@ def test_a_login_that_is_made_while_a_spare_waits_counts_at_once(
     pool = server.bridge.pool
     assert server.call("GET", "/healthz?deep=1").status == 503
     assert server.post("SAY x").status == 401
-    wait_until(lambda: pool.spares.ready, "a spare")
+    wait_until(lambda: pool.starter.spares, "a spare")
     log_in_with(environment, "made-now")
     answer = server.post("SAY x")
     assert (answer.status, answer.text) == (200, "x")

@@ -189,9 +189,9 @@ def test_a_spare_that_is_set_up_as_the_last_conversation_began_asks_what_a_fresh
     pool = server.bridge.pool
     for number in range(2):
         bridges.body(server.post(f"SAY {number}", **fields), "new")
-        wait_until(lambda: pool.spares.ready and not pool.spares.starting, "the spares")
-    wait_until(lambda: any(spare.parts for spare in pool.spares.ready), "a spare that is set up")
-    [ahead] = [spare for spare in pool.spares.ready if spare.parts]
+        wait_until(lambda: pool.starter.spares and not pool.starter.starting, "the spares")
+    wait_until(lambda: any(spare.parts for spare in pool.starter.spares), "a spare that is set up")
+    [ahead] = [spare for spare in pool.starter.spares if spare.parts]
     alike = bridges.body(server.post("SAY this", **fields), "new")
     assert ahead.turns == 1
     fresh = bridges.body(bridges.start().post("SAY this", **fields), "new")

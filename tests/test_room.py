@@ -158,9 +158,9 @@ def test_a_question_who_is_logged_in_gives_way_to_no_request_that_came_later(
 def test_a_spare_that_is_being_started_gives_way_to_a_request_of_another_kind() -> None:
     async def use(pool: Pool) -> None:
         await pool.inspector.look()
-        pool.spares.refill(Kind("opus"))
+        pool.starter.refill(Kind("opus"))
         await soon(lambda: pool.room.is_full)
-        assert not pool.spares.ready
+        assert not pool.starter.spares
         _, answer = await take_turn(pool, "hello")
         assert answer == "echo: hello; 1 messages"
 

@@ -22,7 +22,7 @@ from sessions import Cli, Kind, Pool, State, identify_file
 def ready(server: Server) -> list[int]:
     """The spares, by process id, the oldest first; they wait at their gates and say nothing."""
     assert server.bridge
-    return [spare.process.pid for spare in list(server.bridge.pool.spares.ready)]
+    return [spare.process.pid for spare in list(server.bridge.pool.starter.spares)]
 
 
 def spare(server: Server, *but: int) -> int:
@@ -42,7 +42,7 @@ def started(server: Server) -> None:
     """Wait until the spares are there that were asked for, and unwanted processes are gone."""
     assert server.bridge
     pool = server.bridge.pool
-    wait_until(lambda: not pool.spares.starting and not pool.room.ending, "the spares")
+    wait_until(lambda: not pool.starter.starting and not pool.room.ending, "the spares")
 
 
 @pytest.fixture
@@ -174,17 +174,17 @@ def test_a_spare_that_aged_out_comes_back_only_for_a_new_conversation(
     assert server.bridge
     pool = server.bridge.pool
     started(server)
-    (left,) = pool.spares.ready
+    (left,) = pool.starter.spares
     left.state_since -= 60
     wait_until(lambda: not alive(left.process.pid), "its end")
     gate.touch()
     first = running.result()
     wait_until(lambda: len(ready(server)) == 2, "those that the new conversation asks for")
-    for waiting in pool.spares.ready:
+    for waiting in pool.starter.spares:
         waiting.state_since -= 60
-    wait_until(lambda: not pool.spares.ready, "their end")
+    wait_until(lambda: not pool.starter.spares, "their end")
     assert server.post(["PAUSE-START", first.text, "more"]).session == "hot"
-    assert not [*pool.spares.ready, *pool.spares.starting]
+    assert not [*pool.starter.spares, *pool.starter.starting]
 
 
 def test_nobody_makes_room_for_a_spare(
@@ -226,7 +226,7 @@ def test_a_spare_that_is_being_started_makes_room_for_a_request(
     pool = server.bridge.pool
     busy = background.submit(server.post, "PAUSE", stream=True)
     wait_until(
-        lambda: pool.spares.starting or (pool.spares.ready and log.got("PAUSE")),
+        lambda: pool.starter.starting or (pool.starter.spares and log.got("PAUSE")),
         "the start of the next",
     )
     assert server.post(model="opus").status == 200
@@ -258,7 +258,7 @@ def test_spares_that_are_still_starting_end_with_the_bridge(serve: Serve, gate: 
 def test_a_request_takes_a_spare_that_is_still_starting(primed: Serve) -> None:
     server = primed(spares=1)
     assert server.bridge
-    [session] = server.bridge.pool.spares.ready
+    [session] = server.bridge.pool.starter.spares
     # It has said nothing, and will not before it has its conversation.
     assert not session.process.has_spoken
     assert pid(server.post()) == session.process.pid
@@ -302,8 +302,8 @@ def test_a_spare_whose_end_nobody_has_seen_costs_no_request() -> None:
     async def use(pool: Pool) -> None:
         for words in ("one", "two"):  # now a spare is known to have the model
             await take_turn(pool, words)
-            await soon(lambda: pool.spares.ready)
-        [spare] = pool.spares.ready
+            await soon(lambda: pool.starter.spares)
+        [spare] = pool.starter.spares
         os.kill(spare.process.pid, signal.SIGKILL)
         end = time.monotonic() + 10
         while alive(spare.process.pid):
@@ -321,18 +321,18 @@ def test_spares_that_start_as_the_cli_is_looked_at_evict_no_conversation(tmp_pat
 
     async def use(pool: Pool) -> None:
         turns = [(await take_turn(pool, words))[0] for words in ("one", "two")]
-        for task in list(pool.spares.starting):
+        for task in list(pool.starter.starting):
             await task
-        for spare in pool.spares.ready:
+        for spare in pool.starter.spares:
             pool.retire(spare, "unwanted")
         await soon(lambda: not pool.room.ending)
         pool.inspector.cli = Cli()
         for _ in range(2):
-            pool.spares.refill(Kind("sonnet"))
-        for task in list(pool.spares.starting):
+            pool.starter.refill(Kind("sonnet"))
+        for task in list(pool.starter.starting):
             await task
         assert [turn.session.state for turn in turns] == [State.IDLE] * 2
-        assert len(pool.spares.ready) == 1
+        assert len(pool.starter.spares) == 1
 
     in_pool(use, bin=str(program), spares=2, max_sessions=3)
 
@@ -346,15 +346,15 @@ def test_a_spare_that_was_being_started_as_the_cli_was_replaced_is_given_to_nobo
 
     async def use(pool: Pool) -> None:
         await pool.inspector.look()
-        pool.spares.refill(Kind("sonnet"))
+        pool.starter.refill(Kind("sonnet"))
         await soon(lambda: pool.room.is_full)
         assert not pool.sessions  # not yet
         shutil.copy(program, tmp_path / "new")
         os.replace(tmp_path / "new", program)
         pool.inspector.cli = Cli(files=(identify_file(str(program)),))
-        starting = list(pool.spares.starting)
+        starting = list(pool.starter.starting)
         await asyncio.wait(starting)
-        assert not pool.spares.ready
+        assert not pool.starter.spares
         assert [one.state for one in pool.sessions] == [State.RETIRED]
         turn, answer = await take_turn(pool, "hello")
         assert (answer, turn.session.was_spare) == ("echo: hello; 1 messages", False)
