@@ -1534,13 +1534,10 @@ def cache_put(cache: OrderedDict[Any, Any], key: object, value: object) -> None:
         cache.popitem(last=False)
 
 
-class Outcomes:
-    """What became of the conversations of the past, to say why one is rebuilt."""
-
-    def __init__(self) -> None:
-        # By fingerprint and by pin, the parts of the session that held the conversation
-        # last, and why a request may miss it.
-        self.last_seen: OrderedDict[bytes | str, tuple[Digests, str]] = OrderedDict()
+class Outcomes(OrderedDict[bytes | str, tuple[Digests, str]]):
+    """What became of the conversations of the past, to say why one is rebuilt: by
+    fingerprint and by pin, the parts of the session that held the conversation last, and
+    why a request may miss it."""
 
     def record(self, session: Session, reason: str) -> None:
         """Why a request will not find the session, from now on."""
@@ -1551,13 +1548,13 @@ class Outcomes:
             keys.append(session.identity)
         for key in keys:
             if key:
-                cache_put(self.last_seen, key, (session.parts, reason))
+                cache_put(self, key, (session.parts, reason))
 
     def rebuild_reason(self, request: Request, pin: str) -> str:
         """Why a conversation is rebuilt, such that its user can act on it; empty: it is
         new."""
         wanted = request.fingerprint
-        outcome = self.last_seen.get(wanted.past) or self.last_seen.get(pin)
+        outcome = self.get(wanted.past) or self.get(pin)
         if request.continues:
             return "prefill"
         if not outcome:
@@ -1748,7 +1745,7 @@ class Pool:
                 return session
             if pin:
                 self.retire(session, UNKNOWN_HISTORY)
-        if is_by_name and not found and pin in self._outcomes.last_seen:
+        if is_by_name and not found and pin in self._outcomes:
             raise ApiError(400, LOST_NAME)
         return None
 
@@ -1788,7 +1785,7 @@ class Pool:
         for other in self.on_file:
             if other.identity == session.identity:  # a request could find either
                 self.retire(other, "ambiguous" if is_unnamed_agent else "duplicate")
-        if is_unnamed_agent and session.identity in self._outcomes.last_seen:
+        if is_unnamed_agent and session.identity in self._outcomes:
             self.retire(session, "ambiguous")
             return
         # Recorded in case a request misses it because only one of the two has a session
