@@ -986,7 +986,6 @@ class Bridge:
     def __init__(self, config: Config, pool: Pool) -> None:
         self.config = config
         self.pool = pool
-        self.counter = sessions.Counter(pool)
         self.closing = False
         # The last requests, when and what, as the page shows them; the newest first.
         self.recent: deque[tuple[str, str]] = deque(maxlen=RECENT)
@@ -1327,9 +1326,9 @@ async def root(bridge: Bridge, exchange: Exchange) -> Reply:
 
 async def count_tokens(bridge: Bridge, exchange: Exchange) -> Reply:
     request = await bridge.parse(exchange, counting=True)
-    found = {"input_tokens": await bridge.counter.count(request, exchange.id)}
+    tokens = await sessions.count_tokens(bridge.pool, request, exchange.id)
     headers = {"x-bridge-not-counted": limited(translate.not_counted(request))}
-    return Reply(orjson.dumps(found), headers=headers)
+    return Reply(orjson.dumps({"input_tokens": tokens}), headers=headers)
 
 
 async def models(bridge: Bridge, exchange: Exchange) -> Reply:

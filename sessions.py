@@ -827,7 +827,7 @@ class Cli:
     info: CliInfo = field(default_factory=CliInfo)
     # Limits of the account by type, the one reported last at the end.
     rate_limits: dict[str, RateLimit] = field(default_factory=dict)
-    # Answers of `Counter.count`.
+    # Answers of `count_tokens`.
     counts: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
     # By model, account and day, what it announces (`Inspector.announced`).
     announced: OrderedDict[Any, list[Json]] = field(default_factory=OrderedDict)
@@ -1586,6 +1586,8 @@ class Pool:
         self.starter = Starter(self)
         self.inspector = Inspector(self)
         self._outcomes = Outcomes()
+        # So many requests have their tokens counted at a time.
+        self.counting = asyncio.Semaphore(CORES)
         # A lock for each session header in use: its requests run one after another.
         self._pins: weakref.WeakValueDictionary[str, asyncio.Lock] = (
             weakref.WeakValueDictionary()
@@ -2149,70 +2151,62 @@ def look_after(pool: Pool, session: Session) -> None:
 # ------------------------------------------------------------ appendix: counting
 
 
-class Counter:
-    """Counts the tokens of requests, each with a process of its own."""
+async def count_tokens(pool: Pool, request: Request, request_id: str = "") -> int:
+    """The tokens of a request, as the API counts what a turn would send, without a model
+    call, by a process of its own.  By `request_id` it is traced.
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-        # So many count at a time.
-        self._lane = asyncio.Semaphore(CORES)
-
-    async def count(self, request: Request, request_id: str = "") -> int:
-        """The tokens of a request, as the API counts what a turn would send, without a
-        model call.  By `request_id` it is traced.
-
-        Raises ApiError: as `turn` does, 401 when nobody is logged in, and the API's own
-        failures.  The CLI passes off an estimate as a count when the API does not
-        count, so its log is watched for the API's answers.
-        """
-        pool = self._pool
-        make_key = partial(translate.request_digest, request)
-        key = await pool.threads.run(request.size, make_key)
-        counts = (await pool.inspector.look()).counts
-        if key in counts:
-            return counts[key]
-        async with pool.queue.held(self._lane, "other counts did not end"):
-            try:
-                trace = Trace(pool.config.trace_dir, request_id)
-                tokens = await self._count(request, trace)
-            finally:
-                pool.starter.refill(pool.inspector.kind(request))
-        cache_put(counts, key, tokens)
-        return tokens
-
-    async def _count(self, request: Request, trace: Trace) -> int:
-        pool = self._pool
-        session = await pool.starter.fresh_session(request, trace)
-        process = session.process
-        # Those with which the API answers its counts.
-        statuses: list[int] = []
-
-        def find(event: CliEvent) -> Json:
-            if event["type"] == "api_call":
-                statuses.append(event["response"])
-            return control_result(event, "get_context_usage")
-
+    Raises ApiError: as `turn` does, 401 when nobody is logged in, and the API's own
+    failures.  The CLI passes off an estimate as a count when the API does not
+    count, so its log is watched for the API's answers.
+    """
+    make_key = partial(translate.request_digest, request)
+    key = await pool.threads.run(request.size, make_key)
+    counts = (await pool.inspector.look()).counts
+    if key in counts:
+        return counts[key]
+    async with pool.queue.held(pool.counting, "other counts did not end"):
         try:
-            # The wait for a process is not the CLI's.
-            async with asyncio.timeout(COUNT_SECS):
-                await process.read_until(lambda event: event["type"] == "result")
-                process.write(translate.control_line("get_context_usage"))
-                usage = await process.read_until(find)
-        except TimeoutError:
-            message = f"the claude CLI did not count within {COUNT_SECS:g} seconds"
-            raise ApiError(504, message) from None
+            trace = Trace(pool.config.trace_dir, request_id)
+            tokens = await ask_count(pool, request, trace)
         finally:
-            pool.retire(session, "failed" if process.is_unusable else "counted")
-        worst = max(statuses, default=0)
-        if worst >= 400:
-            raise ApiError(worst, f"the API did not count: status {worst}")
-        if not statuses:
-            if process.cli.info.login:
-                raise cli_error("the API did not answer the claude CLI's count")
-            message = f"the claude CLI is not logged in: {translate.LOGIN_CURE}"
-            raise ApiError(401, message)
-        tokens = int(usage.get("totalTokens") or 0)
-        return tokens + TOOLS_PROMPT_TOKENS if request.tool_names else tokens
+            pool.starter.refill(pool.inspector.kind(request))
+    cache_put(counts, key, tokens)
+    return tokens
+
+
+async def ask_count(pool: Pool, request: Request, trace: Trace) -> int:
+    """Ask a process that was given the request.  Raises ApiError."""
+    session = await pool.starter.fresh_session(request, trace)
+    process = session.process
+    # Those with which the API answers its counts.
+    statuses: list[int] = []
+
+    def find(event: CliEvent) -> Json:
+        if event["type"] == "api_call":
+            statuses.append(event["response"])
+        return control_result(event, "get_context_usage")
+
+    try:
+        # The wait for a process is not the CLI's.
+        async with asyncio.timeout(COUNT_SECS):
+            await process.read_until(lambda event: event["type"] == "result")
+            process.write(translate.control_line("get_context_usage"))
+            usage = await process.read_until(find)
+    except TimeoutError:
+        message = f"the claude CLI did not count within {COUNT_SECS:g} seconds"
+        raise ApiError(504, message) from None
+    finally:
+        pool.retire(session, "failed" if process.is_unusable else "counted")
+    worst = max(statuses, default=0)
+    if worst >= 400:
+        raise ApiError(worst, f"the API did not count: status {worst}")
+    if not statuses:
+        if process.cli.info.login:
+            raise cli_error("the API did not answer the claude CLI's count")
+        message = f"the claude CLI is not logged in: {translate.LOGIN_CURE}"
+        raise ApiError(401, message)
+    tokens = int(usage.get("totalTokens") or 0)
+    return tokens + TOOLS_PROMPT_TOKENS if request.tool_names else tokens
 
 
 # ------------------------------------------------------------ appendix: metrics
