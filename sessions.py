@@ -1872,7 +1872,7 @@ class Starter:
             pool.retire(spare, "failed")
         # Many starts at once would slow each other down.
         async with pool.queue.held(self._starts, NO_ROOM, is_timed=False):
-            session = await self.spawn(kind, State.BUSY)
+            session = await self.spawn(kind)
             await begin(session)
         return session
 
@@ -1906,7 +1906,7 @@ class Starter:
             self._pool.cut_short(session)
             raise
 
-    async def spawn(self, kind: Kind, state: State) -> Session:
+    async def spawn(self, kind: Kind, state: State = State.BUSY) -> Session:
         """Start a process, which waits at its gate."""
         pool, config = self._pool, self._pool.config
         enter = partial(pool.room.enter, pool.make_room)
@@ -2050,7 +2050,7 @@ class Inspector:
     @contextlib.asynccontextmanager
     async def _asked(self, kind: Kind) -> AsyncIterator[Process]:
         """A process without a conversation that has reported its models and account."""
-        session = await self._pool.starter.spawn(kind, State.BUSY)
+        session = await self._pool.starter.spawn(kind)
         process = session.process
         try:
             process.begin_turn()
