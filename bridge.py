@@ -42,7 +42,6 @@ import importlib.util
 import ipaddress
 import json
 import logging
-import math
 import os
 import pwd
 import queue
@@ -184,8 +183,7 @@ class Config(sessions.PoolConfig):
         values = {}
         for item in dataclasses.fields(cls):
             name = item.name
-            text = flags.get(name, environ.get(variable(name), ""))
-            if text:
+            if text := flags.get(name, environ.get(variable(name), "")):
                 values[name] = parse_setting(name, type(item.default), text)
         return cls(**values)
 
@@ -267,8 +265,10 @@ class Config(sessions.PoolConfig):
             if name not in environ:
                 found.append(f"{place} is not set{did_you_mean(name, environ)}")
             elif environ[name] == KEY_OF_CLIENTS:
-                fault = f"is {KEY_OF_CLIENTS!r}, a key for clients of the bridge"
-                found.append(f"{place} {fault}, and none of the API's")
+                found.append(
+                    f"{place} is {KEY_OF_CLIENTS!r}, a key for clients of the bridge, "
+                    "and none of the API's"
+                )
         if self.address[0] in WILDCARDS and not self.allowed_hosts:
             found.append(
                 "clients that reach this machine by name or address get 403 "
@@ -292,9 +292,11 @@ class Config(sessions.PoolConfig):
             who = "any program that may connect to the socket"
         if self.api_key:
             who = "any client with the key"
-        where = f"as user {user_name()}, in {os.path.abspath(self.cwd)}"
-        how = f"tools {self.tools}, permission mode {self.permission_mode}"
-        return [f"agent mode: {who} can use the CLI's own tools {where} ({how})"]
+        return [
+            f"agent mode: {who} can use the CLI's own tools "
+            f"as user {user_name()}, in {os.path.abspath(self.cwd)} "
+            f"(tools {self.tools}, permission mode {self.permission_mode})"
+        ]
 
 
 def variable(name: str) -> str:
@@ -380,13 +382,15 @@ MAX_NUMBER = 1e12
 
 def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
     """Raises ConfigError for a value that its field does not allow."""
-    name, choices, least = item.name, item.metadata["choices"], item.metadata["least"]
+    choices, least = item.metadata["choices"], item.metadata["least"]
+    expected = ""
     if choices and value not in choices:
-        raise config_error(name, f"must be one of {', '.join(choices)}, got {value!r}")
+        expected = f"one of {', '.join(choices)}"
     is_number = type(item.default) in (int, float)
     if is_number and not least <= value <= MAX_NUMBER:
-        message = f"must be a number from {least} to {MAX_NUMBER:g}, got {value}"
-        raise config_error(name, message)
+        expected = f"a number from {least} to {MAX_NUMBER:g}"
+    if expected:
+        raise config_error(item.name, f"must be {expected}, got {value!r}")
 
 
 def check_mcp_config(path: str) -> None:
@@ -460,12 +464,10 @@ def find_cli(given: str) -> str:
 def check_interpreter(path: str) -> None:
     """Refuse a script whose interpreter is missing: the system would say that the script
     itself is (execve(2))."""
-    first = b""
     with contextlib.suppress(OSError), open(path, "rb") as file:  # it may be unreadable
-        first = file.readline(256)
-    if match := re.match(rb"#!\s*(\S+)", first):
-        name = os.fsdecode(match[1])
-        if not os.access(name, os.X_OK):
+        match = re.match(rb"#!\s*(\S+)", file.readline(256))
+        if match and not os.access(match[1], os.X_OK):
+            name = os.fsdecode(match[1])
             raise config_error(
                 "bin", f"{path!r} is a script for {name}, which is not there"
             )
@@ -496,8 +498,8 @@ def login_state(config: Config, info: CliInfo) -> str:
         if is_unpassed and os.environ[name] not in no_logins:
             found = f"{found}; {name} is set, but not passed on to the CLI"
             return f"{found}: {variable('keep_env')}={name} passes it on"
-    has_settings = os.path.isfile(sessions.settings_file(os.environ))
-    if has_settings and not config.setting_sources:
+    settings = sessions.settings_file(os.environ)
+    if os.path.isfile(settings) and not config.setting_sources:
         found += f" ({variable('setting_sources')}=user if the login is in its settings.json)"
     return f"{found}; `{shlex.quote(config.bin)} auth login` logs in"
 
@@ -567,8 +569,8 @@ class Exchange:
         commas (RFC 9110, 5.3)."""
         self.method = request.method.decode()
         self.target = request.target.decode()
-        target = ABSOLUTE.sub("", self.target, 1)
-        self.path = "/" + target.partition("?")[0].lstrip("/")
+        path, *_ = ABSOLUTE.sub("", self.target).partition("?")
+        self.path = "/" + path.lstrip("/")
         # The base URL may end in /v1 or not, as SDKs add it.
         route = re.sub("^(/v1/v1)?(?=/messages)", "/v1", self.path)
         if route.startswith(MODELS + "/"):
@@ -591,11 +593,12 @@ class Exchange:
         """Write the head of an answer, with a Date (RFC 9110, 6.6.1) and a reason phrase
         (RFC 9112, 4)."""
         status = reply.status
-        own = {
+        headers = {
             "date": email.utils.formatdate(usegmt=True),
             "content-type": reply.kind,
+            **self.connection.bridge.headers(self),
+            **reply.headers,
         }
-        headers = own | self.connection.bridge.headers(self) | reply.headers
         unknown = "Overloaded" if status == 529 else ""
         reason = http.client.responses.get(status, unknown)
         head = [(name, value) for name, value in headers.items() if value]
@@ -633,29 +636,27 @@ class Exchange:
         reason = error.message if error.log_reason is None else error.log_reason
         self.message = reason[: sessions.MAX_LOGGED]
         body = error.body(self.id)
-        if not self.status:
-            headers = error_headers(error)
-            if error.status == 401:
-                basic = 'Basic realm="the password is the key"'
-                headers["www-authenticate"] = basic if self.route == "/" else "Bearer"
-            data = orjson.dumps(body)
-            await self.respond(Reply(data, status=error.status, headers=headers))
-        elif self.connection.http.our_state is h11.SEND_BODY:
-            self.stream(translate.frame(body))
-            await self.connection.finish()
-
-
-def error_headers(error: ApiError) -> dict[str, str]:
-    """What an error says of another try."""
-    after = error.retry_after or 0
-    if error.resets_at:
-        after = max(1, round(error.resets_at - time.time()))
-    # SDKs wait for any retry-after: a limit that resets in an hour is the user's to see.
-    can_retry = error.can_retry and after <= 60
-    return {
-        "retry-after": str(after or ""),
-        "x-should-retry": "" if can_retry else "false",
-    }
+        if self.status:
+            if self.connection.http.our_state is h11.SEND_BODY:
+                self.stream(translate.frame(body))
+                await self.connection.finish()
+            return
+        after = error.retry_after or 0
+        if error.resets_at:
+            after = max(1, round(error.resets_at - time.time()))
+        # SDKs wait for any retry-after: a limit that resets in an hour is the user's to
+        # see.
+        can_retry = error.can_retry and after <= 60
+        headers = {
+            "retry-after": str(after or ""),
+            "x-should-retry": "" if can_retry else "false",
+        }
+        if error.status == 401:
+            basic = 'Basic realm="the password is the key"'
+            headers["www-authenticate"] = basic if self.route == "/" else "Bearer"
+        await self.respond(
+            Reply(orjson.dumps(body), status=error.status, headers=headers)
+        )
 
 
 # ------------------------------------------------------------ access
@@ -912,14 +913,15 @@ class Connection:
     async def drain(self) -> None:
         """Wait until the system has all that was written, as long as the client reads
         anything in each `idle_secs`.  Raises Disconnected when it is gone, or does not."""
-        unread = math.inf
+        reads_on = True
         with contextlib.suppress(OSError):
-            while self.transport.get_write_buffer_size() < unread:
+            while reads_on:
                 unread = self.transport.get_write_buffer_size()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self.config.idle_secs):
                         await self.writer.drain()
                         return
+                reads_on = self.transport.get_write_buffer_size() < unread
         raise Disconnected
 
     async def refuse(self, exchange: Exchange, error: ApiError) -> None:
