@@ -38,7 +38,7 @@ import errno
 import hmac
 import html
 import http.client
-import importlib.util
+import importlib
 import ipaddress
 import json
 import logging
@@ -446,11 +446,8 @@ INSTALLED = ("~/.local/bin/claude", "~/.claude/local/claude")
 def find_cli(given: str) -> str:
     """The path of the CLI: `given`, or claude on PATH, or in the claude-agent-sdk wheel,
     or where an installer puts it."""
-    places = [given] if given else ["claude", *INSTALLED]
-    wheel = importlib.util.find_spec("claude_agent_sdk")
-    if not given and wheel and wheel.origin:
-        places.insert(1, f"{os.path.dirname(wheel.origin)}/_bundled/claude")
-    for place in places:
+    bundled = [f"{folder}/claude_agent_sdk/_bundled/claude" for folder in sys.path]
+    for place in [given] if given else ["claude", *bundled, *INSTALLED]:
         if path := shutil.which(os.path.expanduser(place)):
             check_interpreter(path)
             return os.path.abspath(path)  # children have another working directory

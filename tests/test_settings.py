@@ -220,7 +220,7 @@ def test_a_cli_is_found_where_its_installer_puts_it(
     folder.mkdir(parents=True)
     (folder / "claude").symlink_to(STANDIN)
     monkeypatch.setenv("PATH", "/no/such")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.path", [])
     assert bridge.find_cli("") == str(folder / "claude")
 
 
