@@ -754,13 +754,12 @@ def is_loopback(host: str) -> bool:
 
 # ------------------------------------------------------------ a connection
 
-# Bytes of one read, and those that are read ahead while an answer is given.
+# Bytes of one read, those that are read ahead while an answer is given, and those of a
+# request's target and headers after which no more of them is read, so up to twice as many
+# are taken; Node takes 16 KiB, nginx 32.
 READ_SIZE = 64 << 10
 # How a client of TLS begins (RFC 8446, 5.1: a handshake record).
 TLS_HELLO = b"\x16\x03"
-# Bytes of a request's target and headers after which no more of them is read, so up to
-# READ_SIZE more are taken; Node takes 16 KiB, nginx 32.
-MAX_HEADER_BYTES = 64 << 10
 # A body that comes in more than MAX_CHUNKS pieces, chunks or reads, is refused when they
 # average fewer than MIN_CHUNK bytes: each costs 20 us.
 MAX_CHUNKS = 10_000
@@ -792,9 +791,7 @@ class Connection:
         self.config = self.bridge.config
         self.transport = self.writer.transport
         self.transport.set_write_buffer_limits(0)  # so that `drain` waits for all
-        self.http = h11.Connection(
-            h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES
-        )
+        self.http = h11.Connection(h11.SERVER, max_incomplete_event_size=READ_SIZE)
 
     async def serve(self) -> None:
         """Requests in order until either side ends the connection."""

@@ -430,7 +430,7 @@ def test_headers_beyond_the_limit_get_431_and_no_reset(wire: Wire, data: bytes) 
 
 
 def test_headers_up_to_the_limit_are_taken(wire: Wire) -> None:
-    size = bridge.MAX_HEADER_BYTES - 200
+    size = bridge.READ_SIZE - 200
     wire.send(GET.replace(HOST, HOST + b"X: " + b"x" * size + b"\r\n") + GET)
     assert [wire.answer().body, wire.answer().body] == [b"ok", b"ok"]
 
@@ -496,7 +496,7 @@ def test_others_are_answered_while_a_body_comes_in_tiny_chunks(
 def test_what_is_beyond_a_limit_is_refused(serve: Serve) -> None:
     server = serve(max_body_bytes=1000)
     assert error_of(server.post("x" * 1000)) == (413, "request_too_large")
-    large = "y" * 3 * bridge.MAX_HEADER_BYTES
+    large = "y" * 3 * bridge.READ_SIZE
     for path, headers in (("/healthz", {"x": large}), ("/healthz?" + large, {})):
         answer = server.call("GET", path, headers=headers)
         assert error_of(answer) == (431, "invalid_request_error")
