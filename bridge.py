@@ -596,8 +596,7 @@ class Exchange:
             **self.connection.bridge.headers(self),
             **reply.headers,
         }
-        unknown = "Overloaded" if status == 529 else ""
-        reason = http.client.responses.get(status, unknown)
+        reason = http.client.responses.get(status, "Overloaded")  # 529
         head = [(name, value) for name, value in headers.items() if value]
         response = h11.Response(status_code=status, headers=head, reason=reason)
         self.connection.write(response)
