@@ -395,16 +395,16 @@ def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
 
 def check_mcp_config(path: str) -> None:
     """Refuse a file that the CLI would refuse at each request."""
-    fault: str | None = "must hold a JSON object with `mcpServers`"
+    fault: object = "there is none"
     try:
         match orjson.loads(Path(path).read_bytes()):
             case {"mcpServers": dict()}:
                 return
-    except OSError as error:
-        fault = error.strerror
-    except ValueError:
-        pass  # it is no JSON
-    raise config_error("mcp_config", f"{path}: {fault}")
+    except (OSError, ValueError) as error:
+        fault = error
+    raise config_error(
+        "mcp_config", f"{path} must hold a JSON object with `mcpServers`: {fault}"
+    )
 
 
 def check_system(trace_dir: str) -> None:
@@ -420,9 +420,7 @@ def check_system(trace_dir: str) -> None:
             # If none is named, in the first of the usual folders that can be written.
             tempfile.TemporaryFile(dir=folder or None).close()
         except OSError as error:
-            place = folder or "the usual folders for temporary files"
-            message = f"{name}: no file can be written in {place}: {error.strerror}"
-            raise ConfigError(message) from None
+            raise ConfigError(f"{name}: no file can be written: {error}") from None
 
 
 def as_url(address: str) -> str:

@@ -69,11 +69,11 @@ def test_a_setting_that_cannot_work_ends_the_start_with_one_line_that_names_it(
             "npx claude",
             "'npx claude' is no executable file; arguments take a script of yours",
         ),
-        ("mcp_config", "/no/such.json", "/no/such.json: No such file or directory"),
         (
-            "trace_dir",
-            "/no/such",
-            "no file can be written in /no/such: No such file or directory",
+            "mcp_config",
+            "/no/such.json",
+            "/no/such.json must hold a JSON object with `mcpServers`: "
+            "[Errno 2] No such file or directory: '/no/such.json'",
         ),
     ],
 )
@@ -105,19 +105,21 @@ def test_a_broken_mcp_file_is_refused_at_the_start(tmp_path: Path, content: str)
     file = tmp_path / "mcp.json"
     file.write_text(content)
     said = refusal("--mcp-config", str(file), "--tools", "Read")
-    assert said == f"--mcp-config: {file}: must hold a JSON object with `mcpServers`"
+    assert said.startswith(f"--mcp-config: {file} must hold a JSON object with `mcpServers`: ")
 
 
-def test_a_temporary_folder_that_is_not_there_is_refused() -> None:
-    said = refusal(TMPDIR="/no/such")
-    assert said == "TMPDIR: no file can be written in /no/such: No such file or directory"
+@pytest.mark.parametrize("name", ["TMPDIR", "CLAUDE_CLI_TRACE_DIR"])
+def test_a_folder_for_files_that_is_not_there_is_refused(name: str) -> None:
+    said = refusal(**{name: "/no/such"})
+    assert said.startswith(f"{name}: no file can be written: [Errno 2] No such file or directory: ")
+    assert "'/no/such/" in said
 
 
 def test_a_system_without_a_temporary_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TMPDIR", raising=False)
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: ["/no/such"])
-    with pytest.raises(ConfigError, match=r"^TMPDIR: no file can be written in the usual folders"):
+    with pytest.raises(ConfigError, match=r"^TMPDIR: no file can be written: .* \['/no/such'\]"):
         Config(bin=str(STANDIN)).checked()
 
 
