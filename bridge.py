@@ -370,10 +370,8 @@ def parse_setting(name: str, kind: type, text: str) -> Any:
     try:
         return kind(text)
     except ValueError:
-        number = "a whole number" if kind is int else "a number"
-        raise config_error(
-            name, f"must be {number}, without a unit, got {text!r}"
-        ) from None
+        message = "must be a number without a unit, whole unless it is of seconds"
+        raise config_error(name, f"{message}; got {text!r}") from None
 
 
 # More than any number of seconds, bytes or processes.

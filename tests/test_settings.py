@@ -14,6 +14,8 @@ from bridge import Config, ConfigError
 
 # ---------------------------------------------------------------- values
 
+NUMBER = "must be a number without a unit, whole unless it is of seconds"
+
 
 @pytest.mark.parametrize(
     ("name", "value"),
@@ -43,9 +45,9 @@ def test_a_setting_that_cannot_work_ends_the_start_with_one_line_that_names_it(
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("watchdog_secs", "10s", "must be a number, without a unit, got '10s'"),
-        ("max_body_bytes", "32MB", "must be a whole number, without a unit, got '32MB'"),
-        ("max_idle", "many", "must be a whole number, without a unit, got 'many'"),
+        ("watchdog_secs", "10s", f"{NUMBER}; got '10s'"),
+        ("max_body_bytes", "32MB", f"{NUMBER}; got '32MB'"),
+        ("max_idle", "many", f"{NUMBER}; got 'many'"),
         (
             "listen_addr",
             "127.0.0.1:99999",
