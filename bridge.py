@@ -287,11 +287,7 @@ class Config(sessions.PoolConfig):
                 if item.metadata["group"] == "agent mode"
                 and getattr(self, item.name) != item.default
             ]
-        who = "any local program"
-        if self.unix_path:
-            who = "any program that may connect to the socket"
-        if self.api_key:
-            who = "any client with the key"
+        who = "any client with the key" if self.api_key else "any local program"
         return [
             f"agent mode: {who} can use the CLI's own tools "
             f"as user {user_name()}, in {os.path.abspath(self.cwd)} "

@@ -249,7 +249,7 @@ def test_the_start_says_whose_login_it_is(launch: Launch, environment: Path) -> 
     [
         ({}, "any local program"),
         ({"CLAUDE_CLI_API_KEY": "sesame"}, "any client with the key"),
-        ({ADDRESS: "unix:~/bridge.sock"}, "any program that may connect to the socket"),
+        ({ADDRESS: "unix:~/bridge.sock"}, "any local program"),
     ],
 )
 def test_agent_mode_says_at_the_start_who_can_run_what_where(
