@@ -76,8 +76,6 @@ from urllib.parse import unquote
 import h11
 import orjson
 
-if sys.platform == "win32":
-    sys.exit("claude-cli-bridge runs on Linux and macOS; on Windows use WSL")
 if TYPE_CHECKING or not __package__:
     import sessions
     import translate
