@@ -580,12 +580,11 @@ class Exchange:
         """Write the head of an answer, with a Date (RFC 9110, 6.6.1) and a reason phrase
         (RFC 9112, 4)."""
         status = reply.status
-        headers = {
+        own = {
             "date": email.utils.formatdate(usegmt=True),
             "content-type": reply.kind,
-            **self.connection.bridge.headers(self),
-            **reply.headers,
         }
+        headers = own | self.connection.bridge.headers(self) | reply.headers
         reason = http.client.responses.get(status, "Overloaded")  # 529
         head = [(name, value) for name, value in headers.items() if value]
         response = h11.Response(status_code=status, headers=head, reason=reason)
