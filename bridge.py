@@ -63,8 +63,8 @@ import uuid
 from collections import defaultdict, deque
 from collections.abc import (
     AsyncIterator,
+    Awaitable,
     Callable,
-    Coroutine,
     Iterable,
     Mapping,
 )
@@ -983,7 +983,7 @@ class Bridge:
         self._served = 0
         # Requests that are being answered.
         self.answers: set[asyncio.Task[None]] = set()
-        self.health = Health(self)
+        self.health = Health()
 
     # Connections
 
@@ -1096,7 +1096,7 @@ class Bridge:
         if error.status == 401:
             # What was last heard about the login is out of date, and so is any answer
             # that is still on its way.
-            self.health = Health(self)
+            self.health = Health()
         if translate.LOGIN_CURE in error.message:
             cure = login_state(self.config, CliInfo())
             error.message = error.message.replace(translate.LOGIN_CURE, cure)
@@ -1244,46 +1244,43 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 
+@dataclass
 class Health:
     """Whether the bridge could answer.  To find out, it starts a CLI and asks who is
     logged in; no model is called."""
 
-    def __init__(self, bridge: Bridge) -> None:
-        self._bridge = bridge
-        # What was wrong when it was asked last, and until when that is good.
-        self._problem = ""
-        self._good_until = 0.0
-        self._asking = asyncio.Lock()
+    # What was wrong when it was asked last, and until when that is good.
+    last: str = ""
+    good_until: float = 0
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def problem(self) -> str:
+    async def problem(self, bridge: Bridge) -> str:
         """Empty: there is none."""
-        pool, config = self._bridge.pool, self._bridge.config
+        pool, config = bridge.pool, bridge.config
         if not pool.has_room:  # asking takes a process itself
             return f"all {config.max_sessions} processes are busy"
-        async with self._asking:
-            if time.monotonic() < self._good_until:
-                return self._problem
+        async with self.asking:
+            if time.monotonic() < self.good_until:
+                return self.last
             problem = ""
             try:
                 async with asyncio.timeout(INFO_SECS):
                     info = await pool.inspector.info(anew=True)
                 if not info.login:
                     problem = login_state(config, info)
-            except ApiError as error:
-                problem = f"the claude CLI does not work: {error.message}"
-            except TimeoutError:
-                problem = f"the claude CLI did not answer within {INFO_SECS:g} seconds"
+            except (ApiError, TimeoutError) as error:
+                fault = str(error) or "no answer in time"
+                problem = f"the claude CLI does not work: {fault}"
             seconds = PROBLEM_SECS if problem else HEALTHY_SECS
-            self._good_until = time.monotonic() + seconds
-            self._problem = problem
+            self.good_until = time.monotonic() + seconds
+            self.last = problem
             return problem
 
 
 async def health(bridge: Bridge, exchange: Exchange) -> Reply:
     """`ok`; with ?deep=1 what is wrong, or `ok`."""
-    _, _, query = exchange.target.partition("?")
-    is_deep = "deep=1" in query.split("&")
-    problem = await bridge.health.problem() if is_deep else ""
+    is_deep = "deep=1" in re.split("[?&]", exchange.target)
+    problem = await bridge.health.problem(bridge) if is_deep else ""
     if problem:
         exchange.failure, exchange.message = "unhealthy", problem[: sessions.MAX_LOGGED]
     body = (problem or "ok").encode(errors="replace")
@@ -1342,21 +1339,23 @@ def model_list(info: CliInfo) -> dict[str, Json]:
     found: dict[str, Json] = {}
     for model in info.models:
         for name in (model.full_name, translate.MODEL_PREFIX + model.name):
-            item = {
-                "type": "model",
-                "id": name,
-                "display_name": model.title or name,
-                # API: the epoch when the release date is not known.
-                "created_at": "1970-01-01T00:00:00Z",
-                "lifecycle": "active",
-                # The API's `capabilities` need more than the CLI knows.
-                "claude_cli": model.support,
-            }
-            found.setdefault(name, item)
+            found.setdefault(
+                name,
+                {
+                    "type": "model",
+                    "id": name,
+                    "display_name": model.title or name,
+                    # API: the epoch when the release date is not known.
+                    "created_at": "1970-01-01T00:00:00Z",
+                    "lifecycle": "active",
+                    # The API's `capabilities` need more than the CLI knows.
+                    "claude_cli": model.support,
+                },
+            )
     return found
 
 
-Handler = Callable[[Bridge, Exchange], Coroutine[Any, Any, Reply | None]]
+Handler = Callable[[Bridge, Exchange], Awaitable[Reply | None]]
 # By route, its methods and what answers it.
 ROUTES: dict[str, tuple[str, Handler]] = {
     "/": ("GET, HEAD", root),
@@ -1912,18 +1911,18 @@ def execute(flags: Mapping[str, str]) -> None:
     if command == "login":
         program = find_cli(config.bin)
         os.execv(program, [program, "auth", "login"])
-    prints_providers = command == "providers"
-    if prints_providers and not path:
-        message = "providers needs a gateway's file: --config FILE"
-        raise config_error("config", message)
     providers = read_providers(path, config) if path else []
-    if prints_providers:
+    if command == "providers":
+        if not path:
+            message = "providers needs a gateway's file: --config FILE"
+            raise config_error("config", message)
         print(orjson.dumps(providers, option=orjson.OPT_INDENT_2).decode())
         return
     writer = LogWriter()
-    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    writer.setFormatter(JsonFormatter() if config.log_format == "json" else text)
-    logging.basicConfig(level=logging.INFO, handlers=[writer])
+    if config.log_format == "json":
+        writer.setFormatter(JsonFormatter())
+    text = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=text, handlers=[writer])
     if config.log_level == "debug":
         log.setLevel(logging.DEBUG)  # and not that of libraries
     if path and not any(map(is_claude_cli, providers)):
@@ -1976,9 +1975,8 @@ def connect_lines(bridge: Bridge) -> str:
     return (EXPORTS + CURL).format(url=bridge.url, key=key)
 
 
-def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
-    """What the page says, by section: names and values.  Nothing that was asked or
-    answered."""
+def page_text(bridge: Bridge) -> str:
+    """What the page says.  Nothing that was asked or answered."""
     pool, config = bridge.pool, bridge.config
     cli = pool.cli
     login = login_state(config, cli.info) if cli.info.is_known else "not known yet"
@@ -1987,7 +1985,7 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
         quota[name] = limit.status
         if limit.utilization is not None:
             quota[name] += f", {limit.utilization:.0%} used"
-    return {
+    sections = {
         "State": [
             ("version", __version__),
             ("claude CLI", config.bin),
@@ -2004,12 +2002,9 @@ def page_sections(bridge: Bridge) -> dict[str, list[tuple[str, str]]]:
         ],
         "Quota of the account": list(quota.items()),
     }
-
-
-def page_text(bridge: Bridge) -> str:
     connect = textwrap.indent(connect_lines(bridge), "  ")
     parts = [f"claude-cli-bridge\n\nConnect\n{connect}"]
-    for title, rows in page_sections(bridge).items():
+    for title, rows in sections.items():
         parts.append(f"\n{title}\n")
         for name, value in rows or [("none", "")]:
             parts.append(f"  {escaped(name):36} {escaped(value)}\n")
@@ -2042,9 +2037,7 @@ def read_providers(path: str, config: Config) -> list[Json]:
         entries = [entry for found in lists for entry in found or ()]
         # TOML and YAML have numbers, keys and depths that JSON has not.
         orjson.dumps(entries)
-    except OSError as error:
-        raise config_error("config", f"{path}: {error.strerror}") from error
-    except (ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise config_error("config", f"{path} cannot be read: {error}") from None
     if not lists:
         raise config_error("config", f"{path} has no {NO_PROVIDERS}")
@@ -2087,8 +2080,10 @@ def load_yaml(data: bytes) -> Any:
 def is_claude_cli(entry: Json) -> bool:
     """Whether a provider is a claude-cli one: by its model or name, or by its
     interface."""
-    named = [str(entry.get("model")), str(entry.get("name"))]
-    is_named = any(name.startswith(translate.MODEL_PREFIX) for name in named)
+    is_named = any(
+        str(entry.get(name)).startswith(translate.MODEL_PREFIX)
+        for name in ("model", "name")
+    )
     return is_named or entry.get("provider_interface") == INTERFACE
 
 
@@ -2222,13 +2217,16 @@ async def rehearse(config: Config, api: FakeApi) -> None:
                 "ANTHROPIC_API_KEY": api.config.api_key,
                 "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
             }
-            environ = os.environ | kept
-            environ |= {"HOME": home, "CLAUDE_CONFIG_DIR": home}
-            environ |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+            others = {
+                "HOME": home,
+                "CLAUDE_CONFIG_DIR": home,
+                "NO_PROXY": "127.0.0.1",
+                "no_proxy": "127.0.0.1",
+            }
             config = dataclasses.replace(
                 config, keep_env=tuple(kept), setting_sources="", tools=""
             )
-            async with Pool(config, environ) as pool:
+            async with Pool(config, os.environ | kept | others) as pool:
                 await api.run_scenario(pool)
 
 
