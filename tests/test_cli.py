@@ -60,7 +60,7 @@ def test_a_cli_that_is_too_old_is_refused_with_a_cure_and_never_asked_anything(
     assert (deep.status, TOO_OLD in deep.body.decode()) == (503, True)
     assert TOO_OLD in page(program)
     status, said = check(old)
-    assert (status, said["start"]) == (1, f"does not work ({TOO_OLD})")
+    assert (status, said["failure"]) == (1, TOO_OLD)
     assert "version" not in said  # nothing else was tried
     assert set(runs.read_text().splitlines()) == {"--version"}
 
