@@ -1619,8 +1619,8 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname,
         }
         # A path can hold bytes that are not UTF-8.
-        message = record.getMessage().encode(errors="replace").decode()
-        row.update(getattr(record, "row", None) or {"message": message})
+        message = translate.masked(record.getMessage())
+        row |= getattr(record, "row", None) or {"message": message}
         return json.dumps(row, separators=(",", ":"))
 
 
