@@ -1702,8 +1702,7 @@ async def missing_from_agent(pool: Pool) -> list[str]:
 def inherited_socket() -> socket.socket | None:
     """The socket of a service manager (sd_listen_fds(3)): it goes on listening while
     the bridge restarts."""
-    is_ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
-    if os.environ.pop("LISTEN_FDS", "0") == "0" or not is_ours:
+    if os.environ.pop("LISTEN_PID", "") != str(os.getpid()):
         return None
     try:
         os.set_inheritable(3, False)
