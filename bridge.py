@@ -979,8 +979,6 @@ class Bridge:
         # yet; only with an inherited listener, where no client may be refused.
         self.grace_secs = 0.0
         self.connections: dict[asyncio.Task[None], Connection] = {}
-        # Those of them that are no surplus.
-        self._served = 0
         # Requests that are being answered.
         self.answers: set[asyncio.Task[None]] = set()
         self.health = Health()
@@ -998,15 +996,12 @@ class Bridge:
         if self.closing and not self.grace_secs:
             writer.transport.abort()  # accepted while the server was being closed
             return
-        is_surplus = self._served >= self.config.max_connections
-        self._served += not is_surplus
+        served = sum(not item.is_surplus for item in self.connections.values())
+        is_surplus = served >= self.config.max_connections
         connection = Connection(self, reader, writer, is_surplus)
         task = asyncio.get_running_loop().create_task(connection.serve())
         self.connections[task] = connection
-        task.add_done_callback(self._remove)
-
-    def _remove(self, task: asyncio.Task[None]) -> None:
-        self._served -= not self.connections.pop(task).is_surplus
+        task.add_done_callback(self.connections.pop)
 
     async def close(self) -> None:
         """End all connections: idle ones now, running answers when they are done or
