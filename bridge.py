@@ -1974,11 +1974,6 @@ def page_text(bridge: Bridge) -> str:
     pool, config = bridge.pool, bridge.config
     cli = pool.cli
     login = login_state(config, cli.info) if cli.info.is_known else "not known yet"
-    quota = {}
-    for name, limit in cli.rate_limits.items():
-        quota[name] = limit.status
-        if limit.utilization is not None:
-            quota[name] += f", {limit.utilization:.0%} used"
     sections = {
         "State": [
             ("version", __version__),
@@ -1994,7 +1989,10 @@ def page_text(bridge: Bridge) -> str:
             (item.state.value, f"for {item.state_secs:.0f} s; turns: {item.turns}")
             for item in pool.in_states(*sessions.State)
         ],
-        "Quota of the account": list(quota.items()),
+        "Quota of the account": [
+            (name, f"{limit.status}, used: {limit.utilization}")
+            for name, limit in pool.cli.rate_limits.items()
+        ],
     }
     connect = textwrap.indent(connect_lines(bridge), "  ")
     parts = [f"claude-cli-bridge\n\nConnect\n{connect}"]

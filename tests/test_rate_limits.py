@@ -96,8 +96,8 @@ def test_what_the_cli_tells_of_the_accounts_limits_is_measured_and_on_the_page(
     assert found("quota_utilization_ratio") == 0.95 + 0.5
     assert found("quota_resets_at_seconds", limit="five_hour") == 1700000000
     page = limited.call("GET", "/").body.decode()
-    assert re.search(r"five_hour +allowed_warning, 95% used\n", page)
-    assert re.search(r"seven_day +allowed_warning, 50% used\n", page)
+    assert re.search(r"five_hour +allowed_warning, used: 0.95\n", page)
+    assert re.search(r"seven_day +allowed_warning, used: 0.5\n", page)
 
 
 def test_what_the_real_cli_tells_of_the_accounts_limits_is_measured(
