@@ -971,7 +971,7 @@ class Bridge:
         self.config = config
         self.pool = pool
         self.closing = False
-        # The last requests, when and what, as the page shows them; the newest first.
+        # The last requests, when and as they were logged, for the page; the newest first.
         self.recent: deque[tuple[str, str]] = deque(maxlen=RECENT)
         # Written by `listening`.  As clients reach it: host:port or unix:/path.
         self.addresses: list[str] = []
@@ -1369,17 +1369,6 @@ MAX_LOGGED_PATH = 100
 # Requests that the page shows, but for good ones of these routes.
 RECENT = 20
 QUIET_ROUTES = ("/", "/healthz", "/metrics")
-# What of a line of the log the page shows.
-PAGE_FIELDS = (
-    "route",
-    "path",
-    "status",
-    "secs",
-    "model",
-    "conversation",
-    "error",
-    "reason",
-)
 
 
 def report(exchange: Exchange) -> None:
@@ -1391,8 +1380,7 @@ def report(exchange: Exchange) -> None:
     is_of_interest = exchange.failure or exchange.route not in QUIET_ROUTES
     # Those who may not ask do not push others off the page.
     if exchange.is_allowed and is_of_interest:
-        shown = ", ".join(str(row[name]) for name in PAGE_FIELDS if name in row)
-        bridge.recent.appendleft((time.strftime("%H:%M:%S"), shown))
+        bridge.recent.appendleft((time.strftime("%H:%M:%S"), text))
     metrics = bridge.pool.metrics
     route = exchange.route or "none"
     metrics.add("requests_total", route=route, status=row["status"])
