@@ -346,19 +346,8 @@ def test_without_an_origin_no_cors_header_is_sent(serve: Serve) -> None:
     assert not [name for name in answer.headers if name.startswith("access-control-")]
 
 
-@pytest.mark.parametrize(
-    ("asked", "allowed"),
-    [
-        (b"content-type, x-api-key", "content-type, x-api-key"),
-        (b"x-\xff\xfe", ""),
-        (b"\x80", ""),
-        ("sch\xf6n".encode(), ""),
-        (b"a\tb", ""),
-    ],
-)
-def test_a_preflight_allows_the_headers_asked_for_if_they_can_be_names(
-    serve: Serve, asked: bytes, allowed: str
-) -> None:
+@pytest.mark.parametrize("asked", [b"content-type, x-api-key", b"x-\xff\xfe", b"a\tb"])
+def test_a_preflight_allows_all_headers(serve: Serve, asked: bytes) -> None:
     answer = ask(
         serve(allowed_origins=(PAGE,), api_key=KEY),
         "Host: localhost",
@@ -368,7 +357,7 @@ def test_a_preflight_allows_the_headers_asked_for_if_they_can_be_names(
         request="OPTIONS /v1/messages HTTP/1.1",
     )
     assert answer.status == 200
-    assert answer.headers.get("access-control-allow-headers", "") == allowed
+    assert answer.headers["access-control-allow-headers"] == "*, authorization"
     assert answer.headers["access-control-allow-methods"] == "POST"
 
 
