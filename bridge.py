@@ -1978,7 +1978,7 @@ def page_text(bridge: Bridge) -> str:
         ],
         "Quota of the account": [
             (name, f"{limit.status}, used: {limit.utilization}")
-            for name, limit in pool.cli.rate_limits.items()
+            for name, limit in cli.rate_limits.items()
         ],
     }
     connect = textwrap.indent(connect_lines(bridge), "  ")
