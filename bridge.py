@@ -1158,7 +1158,7 @@ class Bridge:
         token = exchange.headers.get(SESSION_HEADER)
         # Two clients may use one session name.
         key = exchange.header("x-api-key"), exchange.header("authorization")
-        key_digest = translate.digest(key).hex()
+        key_digest = translate.digest(key)
         async with self.pool.turn(request, token, key_digest, exchange.id) as turn:
             exchange.turn, exchange.message = turn, turn.reason
             ping = request.stream and asyncio.create_task(exchange.ping())
@@ -1405,7 +1405,7 @@ def log_row(exchange: Exchange) -> Json:
         used = turn.translator.message.get("usage", {})
         row |= {
             # Whoever reads the log cannot go on with the conversation.
-            "session": translate.digest(turn.session.id).hex()[:12],
+            "session": translate.digest(turn.session.id)[:12],
             "conversation": turn.origin,
             "model": turn.request.model,
             "not_sent": limited(turn.not_sent) or None,

@@ -828,7 +828,7 @@ class Cli:
     # Limits of the account by type, the one reported last at the end.
     rate_limits: dict[str, RateLimit] = field(default_factory=dict)
     # Answers of `count_tokens`.
-    counts: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
+    counts: OrderedDict[str, int] = field(default_factory=OrderedDict)
     # By model, account and day, what it announces (`Inspector.announced`).
     announced: OrderedDict[Any, list[Json]] = field(default_factory=OrderedDict)
 
@@ -1212,13 +1212,13 @@ class Session:
     # Digests of what it cannot change.
     parts: Digests = field(default_factory=dict)
     # Digest of the messages in it, its own answers included.
-    chain: bytes = b""
+    chain: str = ""
     # The same for a client that drops the thinking.
-    unthinking_chain: bytes = b""
+    unthinking_chain: str = ""
     # The full name of the model that it was asked for; empty: unknown.
     model: str = ""
     # Digest of the settings that it was given last.
-    settings: bytes = b""
+    settings: str = ""
     # Answers that it has given.
     turns: int = 0
     # The UUID of the user line that started its last turn.
@@ -1237,10 +1237,9 @@ class Session:
         return time.monotonic() - self.state_since
 
     @property
-    def identity(self) -> bytes:
+    def identity(self) -> str:
         """What a request may find it by.  A client may leave out thinking."""
-        name = self.pin.encode()
-        return b"".join([self.unthinking_chain, *self.parts.values(), name])
+        return "".join([self.unthinking_chain, *self.parts.values(), self.pin])
 
     def matches(self, request: Request) -> bool:
         """Whether it has the request's history, and all that cannot change."""
@@ -1534,7 +1533,7 @@ def cache_put(cache: OrderedDict[Any, Any], key: object, value: object) -> None:
         cache.popitem(last=False)
 
 
-class Outcomes(OrderedDict[bytes | str, tuple[Digests, str]]):
+class Outcomes(OrderedDict[str, tuple[Digests, str]]):
     """What became of the conversations of the past, to say why one is rebuilt: by
     fingerprint and by pin, the parts of the session that held the conversation last, and
     why a request may miss it."""
@@ -2072,7 +2071,7 @@ class Inspector:
             return []
         today = time.strftime("%Y-%m-%d")
 
-        def key() -> tuple[str, bytes, str]:
+        def key() -> tuple[str, str, str]:
             return kind.model, translate.digest(cli.info.account), today
 
         if key() in cli.announced:

@@ -26,7 +26,7 @@ __version__ = "0.2.0"
 # Any JSON object.
 Json = dict[str, Any]
 # By the names of the parts of a request (`parse_request`).
-Digests = dict[str, bytes]
+Digests = dict[str, str]
 # A content block (API).
 Block = Json
 # A message: its `role`, and its blocks as `content`.
@@ -390,11 +390,11 @@ class Fingerprint:
     # Those of them that the client's request sets.
     sent_parts: Digests
     # Of all messages but the last one.
-    past: bytes
+    past: str
     # The same without thinking.
-    past_without_thinking: bytes
+    past_without_thinking: str
     # Of the last message.
-    newest: bytes
+    newest: str
     # The messages hold thinking that the client echoes.
     has_thinking: bool
 
@@ -1066,19 +1066,19 @@ DEFAULTS = {
 }
 
 
-def digest(value: Any) -> bytes:
+def digest(value: Any) -> str:
     """A 16-byte digest of a JSON value that does not depend on the order of keys."""
     text = orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
-    return hashlib.blake2b(text, digest_size=16).digest()
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
-def extend_chain(chain: bytes, message: bytes) -> bytes:
-    """The digest of a conversation that goes on from `chain` (b"": its start) with a
+def extend_chain(chain: str, message: str) -> str:
+    """The digest of a conversation that goes on from `chain` ("": its start) with a
     message of that digest."""
-    return hashlib.blake2b(chain + message, digest_size=16).digest()
+    return digest([chain, message])
 
 
-def message_digest(message: Message, *, thinking: bool = True) -> bytes:
+def message_digest(message: Message, *, thinking: bool = True) -> str:
     """The digest of a message.  Without `thinking` it is that of a message whose
     client has dropped the thinking."""
     role = message["role"]
@@ -1088,9 +1088,9 @@ def message_digest(message: Message, *, thinking: bool = True) -> bytes:
     return digest([role, canonical_blocks(role, blocks)])
 
 
-def chain_of(messages: list[Message], *, thinking: bool = True) -> bytes:
+def chain_of(messages: list[Message], *, thinking: bool = True) -> str:
     """The digest of a conversation (`message_digest`)."""
-    chain = b""
+    chain = ""
     for message in messages:
         chain = extend_chain(chain, message_digest(message, thinking=thinking))
     return chain
@@ -1116,10 +1116,9 @@ def fingerprint(parts: Json, data: Json, messages: list[Message]) -> Fingerprint
     )
 
 
-def request_digest(request: Request) -> bytes:
+def request_digest(request: Request) -> str:
     """A digest of all that a count of tokens depends on."""
-    parts = [part.hex() for part in request.fingerprint.parts.values()]
-    return digest([parts, request.messages, request.fields])
+    return digest([request.fingerprint.parts, request.messages, request.fields])
 
 
 def canonical_blocks(role: str, blocks: list[Block]) -> list[Block]:

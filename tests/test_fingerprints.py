@@ -46,7 +46,7 @@ def chain(messages: Any) -> bytes:
 def raw_chain(messages: list[Any], *, keep: bool = False, thinking: bool = True) -> bytes:
     """The same of messages that need not obey the API's rules, without their breakpoints
     unless they are to be kept."""
-    digest = b""
+    digest = ""
     for message in messages:
         if not keep:
             message = copy.deepcopy(message)
@@ -267,7 +267,7 @@ def test_what_json_holds_alike_is_told_apart() -> None:
 
 def test_a_fingerprint_grows_as_the_conversation_does() -> None:
     messages = [*TALK, *user(text("x"))]
-    assert parsed(user(text("x"))).fingerprint.past == b""
+    assert parsed(user(text("x"))).fingerprint.past == ""
     for number in (2, 4):
         request = parsed(messages[: number + 1])
         assert request.fingerprint.past == raw_chain(messages[:number])
