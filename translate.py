@@ -781,7 +781,7 @@ def dropped_parts(message: PlacedMessage) -> list[str]:
         if kind in ("fallback", "advisor_tool_result") or is_pending or is_advisor:
             lost.append(place)
         elif kind == "tool_use":
-            extra = list(without(canonical_block(block), CALL_KEYS))
+            extra = list(without(canonical(block), CALL_KEYS))
             if cli_input(block) != block["input"]:
                 extra.append("input")
             lost += [f"{place}.{printable(key)}" for key in extra]
@@ -1079,13 +1079,25 @@ def extend_chain(chain: str, message: str) -> str:
 
 
 def message_digest(message: Message, *, thinking: bool = True) -> str:
-    """The digest of a message.  Without `thinking` it is that of a message whose
-    client has dropped the thinking."""
+    """The digest of a message, without what clients change when they echo it: that of
+    `canonical`, and in an assistant's message, how its text is cut into neighbouring
+    blocks, and white space at the ends of these.  Without `thinking` it is that of a
+    message whose client has dropped the thinking."""
     role = message["role"]
-    blocks = message["content"]
-    if not thinking:
-        blocks = [block for block in blocks if block["type"] not in THINKING_BLOCKS]
-    return digest([role, canonical_blocks(role, blocks)])
+    blocks = [
+        canonical(block)
+        for block in message["content"]
+        if thinking or block["type"] not in THINKING_BLOCKS
+    ]
+    if role == "user":
+        return digest([role, blocks])
+    joined: list[Block] = []
+    for is_text, run in itertools.groupby(blocks, is_plain_text):
+        if not is_text:
+            joined += run
+        elif text := "".join(block["text"] for block in run).strip():
+            joined.append(text_block(text))
+    return digest([role, joined])
 
 
 def chain_of(messages: list[Message], *, thinking: bool = True) -> str:
@@ -1121,22 +1133,6 @@ def request_digest(request: Request) -> str:
     return digest([request.fingerprint.parts, request.messages, request.fields])
 
 
-def canonical_blocks(role: str, blocks: list[Block]) -> list[Block]:
-    """Blocks without what clients change when they echo them: IGNORED_KEYS, nulls and
-    defaults vanish, and an assistant's neighbouring texts are one text without white
-    space at its ends."""
-    kept = [canonical_block(block) for block in blocks]
-    if role == "user":
-        return kept
-    canonical: list[Block] = []
-    for is_text, run in itertools.groupby(kept, is_plain_text):
-        if not is_text:
-            canonical += run
-        elif text := "".join(block["text"] for block in run).strip():
-            canonical.append(text_block(text))
-    return canonical
-
-
 def is_plain_text(block: Block) -> bool:
     return block == text_block(get_str(block, "text"))
 
@@ -1146,13 +1142,19 @@ def is_plain_text(block: Block) -> bool:
 STRING_HOLDERS = ("tool_result", "mcp_tool_result", "content")
 
 
-def canonical_block(block: Any) -> Json:
-    kept = without_nulls(without(block, IGNORED_KEYS))
+def canonical(value: Any) -> Any:
+    """A block, or a value inside one, without what clients change when they echo it:
+    IGNORED_KEYS, nulls and DEFAULTS vanish."""
+    if isinstance(value, list):
+        return list(map(canonical, value))
+    if not isinstance(value, dict):
+        return value
+    kept = without_nulls(without(value, IGNORED_KEYS))
     for key, defaults in DEFAULTS.items():
         if key in kept and orjson.dumps(kept[key]) in defaults:
             del kept[key]
     if "input" in kept:
-        kept["input"] = with_plain_numbers(cli_input(block))
+        kept["input"] = with_plain_numbers(cli_input(value))
     if kept.get("type") in STRING_HOLDERS and isinstance(kept.get("content"), str):
         kept["content"] = as_blocks(kept["content"])
     for key in ("content", "citations", "source"):
@@ -1173,15 +1175,6 @@ def plain_number(text: str) -> float:
     number = float(text)
     is_exact = number.is_integer() and abs(number) < 1 << 53
     return int(number) if is_exact else number
-
-
-def canonical(value: Any) -> Any:
-    """The canonical form of a value inside a block."""
-    if isinstance(value, dict):
-        return canonical_block(value)
-    if isinstance(value, list):
-        return list(map(canonical, value))
-    return value
 
 
 # ------------------------------------------------------------ to the CLI
@@ -1508,7 +1501,7 @@ def tool_results(content: list[Block]) -> dict[str, Json] | None:
 
 def mcp_result(block: Block) -> Json | None:
     """A tool_result as MCP has it; None: MCP has no place for all that it holds."""
-    given = canonical_block(block)
+    given = canonical(block)
     is_error = given.pop("is_error", False)
     texts = [get_str(part, "text") for part in as_list(given.get("content"))]
     parts = list(map(text_block, texts))

@@ -318,7 +318,7 @@ def check_transcript(request: Request) -> None:
 
 def meaning(block: Any) -> Json:
     """A block without what may be written in several ways."""
-    return translate.canonical_block(block)
+    return translate.canonical(block)
 
 
 def check_settings(request: Request, body: Json, *, has_listed_tools: bool) -> None:
