@@ -651,12 +651,12 @@ class PlacedMessage:
     """A message while it is read."""
 
     role: str
-    # Its blocks, each after the place where the client has it.
-    parts: list[tuple[str, Block]] = field(default_factory=list)
+    # Its blocks, by the place where the client has each.
+    parts: dict[str, Block] = field(default_factory=dict)
 
     @property
     def blocks(self) -> list[Block]:
-        return [block for _, block in self.parts]
+        return list(self.parts.values())
 
 
 def read_messages(raw: list[Any], not_sent: list[str]) -> list[PlacedMessage]:
@@ -683,9 +683,8 @@ def read_messages(raw: list[Any], not_sent: list[str]) -> list[PlacedMessage]:
                 " except for the optional final assistant message",
             )
         has_answer = any(block["type"] not in NON_ANSWER_TYPES for block in blocks)
-        if role == "assistant" and not has_answer:
-            if blocks and is_ending:
-                raise bad_request(place, CANNOT_CONTINUE)
+        is_continued = is_ending and blocks
+        if role == "assistant" and not has_answer and not is_continued:
             not_sent.append(place)
             continue
         # API: consecutive messages of one role are one message.
@@ -695,7 +694,7 @@ def read_messages(raw: list[Any], not_sent: list[str]) -> list[PlacedMessage]:
             where = f"{place}.content.{index}"
             if block["type"] == "tool_result":
                 block = read_result(block, where, not_sent)
-            messages[-1].parts.append((where, block))
+            messages[-1].parts[where] = block
     if not messages:
         raise bad_request("messages", "at least one message is required")
     check_pairs(messages)
@@ -704,14 +703,13 @@ def read_messages(raw: list[Any], not_sent: list[str]) -> list[PlacedMessage]:
 
 def check_ending(newest: PlacedMessage, not_sent: list[str]) -> None:
     """Raises ApiError 400 if the answer would continue a part that the CLI leaves out."""
-    dropped = set(not_sent)
     # Whole blocks, not keys of them.
-    lost = [place for place, _ in newest.parts if place in dropped]
-    place, block = newest.parts[-1]
+    lost = newest.parts.keys() & not_sent
+    *_, (place, block) = newest.parts.items()
     if block["type"] in THINKING_BLOCKS:
-        lost.append(place)
+        lost.add(place)
     if newest.role == "assistant" and lost:
-        raise bad_request(lost[0], CANNOT_CONTINUE)
+        raise bad_request(min(lost), CANNOT_CONTINUE)
 
 
 def as_reminder(
@@ -746,15 +744,13 @@ def read_result(block: Block, place: str, not_sent: list[str]) -> Block:
     kept: list[Any] = []
     for index, inner in enumerate(block["content"]):
         kind = get_str(inner, "type")
-        is_reference = kind == "tool_reference"
-        is_lost = is_reference or (block.get("is_error") and kind != "text")
-        if is_lost:
-            not_sent.append(f"{place}.content.{index}")
-        else:
-            kept.append(inner)
-        if is_reference:
+        if kind == "tool_reference":
             name = get_str(inner, "tool_name")
             kept.append(text_block(f"Tool loaded: {name}"))
+        elif kind == "text" or not block.get("is_error"):
+            kept.append(inner)
+            continue
+        not_sent.append(f"{place}.content.{index}")
     return block | {"content": kept}
 
 
@@ -773,20 +769,20 @@ def dropped_parts(message: PlacedMessage) -> list[str]:
         return []
     answered = {get_str(block, "tool_use_id") for block in message.blocks}
     lost = []
-    for place, block in message.parts:
+    for place, block in message.parts.items():
         kind = block["type"]
         is_server_call = kind in ("server_tool_use", "mcp_tool_use")
         is_pending = is_server_call and get_str(block, "id") not in answered
         is_advisor = is_server_call and block.get("name") == "advisor"
-        if kind in ("fallback", "advisor_tool_result") or is_pending or is_advisor:
+        is_mark = kind in ("fallback", "advisor_tool_result")
+        is_empty = kind == "text" and block["text"].strip() == NO_CONTENT
+        if is_pending or is_advisor or is_mark or is_empty:
             lost.append(place)
         elif kind == "tool_use":
             extra = list(without(canonical(block), CALL_KEYS))
             if cli_input(block) != block["input"]:
                 extra.append("input")
             lost += [f"{place}.{printable(key)}" for key in extra]
-        elif kind == "text" and block["text"].strip() == NO_CONTENT:
-            lost.append(place)
         elif kind == "text" and any(
             # 2.1.332 keeps those of a web search alone.
             get_str(citation, "type") != "web_search_result_location"
@@ -801,10 +797,10 @@ def blocks_after_calls(messages: list[PlacedMessage]) -> list[str]:
     found = []
     for message in messages:
         has_call = False
-        for place, block in message.parts:
-            is_call = block["type"] == "tool_use"
-            has_call = has_call or is_call
-            if has_call and not is_call:
+        for place, block in message.parts.items():
+            if block["type"] == "tool_use":
+                has_call = True
+            elif has_call:
                 found.append(place)
     return found
 
@@ -928,7 +924,7 @@ def check_pairs(messages: list[PlacedMessage]) -> None:
     seen: set[str] = set()
     waiting: set[str] = set()
     for message in messages:
-        for place, block in message.parts:
+        for place, block in message.parts.items():
             if block["type"] == "tool_use":
                 call = block["id"]
                 if call in seen:
@@ -949,7 +945,7 @@ def check_pairs(messages: list[PlacedMessage]) -> None:
                 waiting.remove(call)
         is_last = message is messages[-1]
         if waiting and (message.role == "user" or is_last):
-            raise unanswered(waiting, message.parts[0][0])
+            raise unanswered(waiting, next(iter(message.parts)))
 
 
 def unanswered(calls: Iterable[str], place: str) -> ApiError:
@@ -999,8 +995,8 @@ def read_breakpoints(
         blocks = message["content"]
         if message["role"] == "user":
             # Clients mark any of the tool results that end a message.
-            results = list(itertools.takewhile(is_result, reversed(blocks)))
-            end = -len(results) or -1
+            are_results = [block["type"] == "tool_result" for block in reversed(blocks)]
+            end = -sum(itertools.takewhile(bool, are_results)) or -1
             inside += breakpoints_on(blocks[:end])
             at_ends += breakpoints_on(blocks[end:])
         else:
@@ -1030,10 +1026,6 @@ def breakpoints_on(values: list[Any]) -> list[str]:
         for value in values
         if as_object(value).get("cache_control") is not None
     ]
-
-
-def is_result(block: Block) -> bool:
-    return bool(block["type"] == "tool_result")
 
 
 def blocks_in(block: Any) -> list[Any]:

@@ -191,9 +191,9 @@ REFUSED: list[tuple[Any, str]] = [
         f"messages.1: {UNANSWERED}",
     ),
     # an end that cannot be continued
-    ([role("assistant", [THOUGHT])], f"messages.0: {CANNOT_CONTINUE}"),
-    (["x", role("assistant", [REDACTED])], f"messages.1: {CANNOT_CONTINUE}"),
-    (["x", "y", role("assistant", [THOUGHT])], f"messages.2: {CANNOT_CONTINUE}"),
+    ([role("assistant", [THOUGHT])], f"messages.0.content.0: {CANNOT_CONTINUE}"),
+    (["x", role("assistant", [REDACTED])], f"messages.1.content.0: {CANNOT_CONTINUE}"),
+    (["x", "y", role("assistant", [THOUGHT])], f"messages.2.content.0: {CANNOT_CONTINUE}"),
     (["x", role("assistant", [SERVER_USE])], f"messages.1.content.0: {CANNOT_CONTINUE}"),
     (
         ["x", role("assistant", [text("a"), THOUGHT])],
