@@ -124,14 +124,13 @@ def bad_request(place: str, message: str) -> ApiError:
     return ApiError(400, f"{place}: {message}")
 
 
-# How the CLI words an error of the API: an introduction, and the API's own message, as
-# text or as the whole error body.
-API_ERROR = re.compile(
-    r"(?:Failed to authenticate\. )?API Error: (?:\d{3} |Request rejected \(429\) · )?(.+)",
+# What the CLI says before an error of the API, which it quotes as a text or as the whole
+# error body, and what it says behind the message of a 5xx.
+AROUND_API_ERROR = re.compile(
+    r"\A(?:Failed to authenticate\. )?API Error: (?:\d{3} |Request rejected \(429\) · )?"
+    r"|\. This is a server-side issue, usually temporary.*",
     re.DOTALL,
 )
-# What the CLI adds to the message of a 5xx, with more after it.
-ADVICE = ". This is a server-side issue, usually temporary"
 # What it says behind the API's message when it tries once more, without a part of the
 # conversation that the API refused.
 REMOVED = " and was removed"
@@ -173,12 +172,15 @@ def result_error(
     errors = "; ".join(map(str, as_list(result.get("errors"))))
     usual = "the claude CLI ended the turn with an error"
     text = str(result.get("result") or errors or usual)
-    message, error_type = api_message(text, get_str(synthetic, "api_error_type"))
+    message = AROUND_API_ERROR.sub("", text) or text
+    error = as_object(parsed(message)).get("error")
+    message = get_str(error, "message") or message
+    error_type = get_str(synthetic, "api_error_type") or get_str(error, "type")
     status: Any = result.get("api_error_status")
     is_from_api = status in range(400, 600)
     if not is_from_api:
         status = status_of(text, get_str(result, "terminal_reason"), error_type)
-    if status == 502 and is_from_api:
+    elif status == 502:
         error_type = error_type or "api_error"  # a proxy in front of the API
     # The API's spelling, by which clients know it.
     message = message.replace(TOO_LONG, "prompt is too long")
@@ -206,18 +208,6 @@ def status_of(text: str, reason: str, error_type: str) -> int:
         if text.startswith(start):
             return status
     return 502
-
-
-def api_message(text: str, error_type: str) -> tuple[str, str]:
-    """The API's own message in a text of the CLI, and its error.type: the given one, or
-    if that is empty, what the text says."""
-    match = API_ERROR.fullmatch(text)
-    if not match:
-        return text, error_type
-    message = match[1].partition(ADVICE)[0]
-    error = as_object(parsed(message)).get("error")
-    message = get_str(error, "message") or message or text
-    return message, error_type or get_str(error, "type")
 
 
 # ------------------------------------------------------------ JSON
