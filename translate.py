@@ -536,22 +536,20 @@ def read_model(value: Any) -> str:
 def read_betas(header: str, is_agent: bool, not_sent: list[str]) -> str:
     """The names in anthropic-beta, sorted.  Those that the CLI sends for no client, and
     all of an agent's, are added to `not_sent`."""
-    names = {name.strip() for name in header.split(",")} - {""}
+    names = sorted({name.strip() for name in header.split(",")} - {""})
     for name in names:
         if printable(name) != name:
             message = "names are visible ASCII characters, separated by commas"
             raise bad_request("anthropic-beta", message)
-    lost = names if is_agent else names & UNSENT_BETAS
-    not_sent += [f"anthropic-beta.{name}" for name in sorted(lost)]
-    return "" if is_agent else ",".join(sorted(names))
+        if is_agent or name in UNSENT_BETAS:
+            not_sent.append(f"anthropic-beta.{name}")
+    return "" if is_agent else ",".join(names)
 
 
 def read_system(system: Any, not_sent: list[str]) -> list[str]:
     """The texts of `system`: a string or text blocks (API).  The CLI joins them, and
     keeps no other key of theirs."""
-    if system is None:
-        return []
-    if isinstance(system, str):
+    if isinstance(system, str | None):
         return [system] if system else []
     texts = []
     for number, block in enumerate(check_type(system, list, "system")):
@@ -610,11 +608,7 @@ def read_fields(data: Json, is_agent: bool, not_sent: list[str]) -> Json:
         not_sent += map(printable, without_nulls(lost))
         return without(fields, lost)
     # The CLI drops the reference that loads a tool, so the model would never see the tool.
-    loaded = {
-        get_str(block, "tool_name")
-        for message in data["messages"]
-        for block in blocks_in(message)
-    }
+    loaded = {get_str(block, "tool_name") for block in blocks_in(data["messages"])}
     tools = data.get("tools") or []
     for number, tool in enumerate(tools):
         if tool.get("defer_loading") and tool.get("name") in loaded:
@@ -991,8 +985,7 @@ def read_breakpoints(
             at_ends += breakpoints_on(blocks[end:])
         else:
             elsewhere += breakpoints_on(blocks)
-        for block in blocks:
-            elsewhere += breakpoints_on(blocks_in(block))
+        elsewhere += breakpoints_on(blocks_in(blocks))
     needs_clients = bool(inside) or len(on_tools) > FREE_BREAKPOINTS
     if needs_clients and not is_agent:
         if breakpoints_on(system):
@@ -1018,21 +1011,19 @@ def breakpoints_on(values: list[Any]) -> list[str]:
     ]
 
 
-def blocks_in(block: Any) -> list[Any]:
-    """The blocks in a message, a tool result or a document, and those in them."""
-    if not isinstance(block, dict):
-        return []
-    source = block.get("source")
-    holder = source if isinstance(source, dict) else block
-    found = as_list(holder.get("content"))
-    return found + [inner for item in found for inner in blocks_in(item)]
+def blocks_in(holders: list[Any]) -> list[Any]:
+    """The blocks in messages, tool results and documents, and those in them."""
+    found: list[Any] = []
+    for holder in map(as_object, holders):
+        source = as_object(holder.get("source"))
+        found += as_list((source or holder).get("content"))
+    return found + blocks_in(found) if found else []
 
 
 def remove_breakpoints(messages: list[Message]) -> None:
     """Take `cache_control` out of all blocks, also of those in them."""
-    for message in messages:
-        for block in blocks_in(message):
-            as_object(block).pop("cache_control", None)
+    for block in blocks_in(messages):
+        as_object(block).pop("cache_control", None)
 
 
 # ------------------------------------------------------------ fingerprints
@@ -1340,7 +1331,7 @@ def has_images(blocks: list[Block]) -> bool:
     return any(
         get_str(block, "type") == "image"
         and get_str(block.get("source"), "type") == "base64"
-        for block in blocks_in({"content": blocks})
+        for block in [*blocks, *blocks_in(blocks)]
     )
 
 
