@@ -1169,14 +1169,6 @@ def plain_number(text: str) -> float:
 ENDING_GUARD = text_block("\n")
 # The name of the MCP server that the bridge plays on the pipes of a process.
 MCP_SERVER = "client"
-# The CLI cuts a tool's result at 50,000 characters, with a large value here at 500,000;
-# alwaysLoad keeps it from deferring the tool.
-TOOL_META = {
-    "anthropic/maxResultSizeChars": 1_000_000_000,
-    "anthropic/alwaysLoad": True,
-}
-# 2.1.197 wants a time in every row of a transcript; any will do.
-ROW_TIME = "2026-01-01T00:00:00.000Z"
 # What the CLI keeps of every answer beside its blocks.
 PAST_ANSWER = {
     "type": "message",
@@ -1241,21 +1233,25 @@ def transcript(
     rows[-1]["isVirtual"] = True
     parent: str | None = None
     for number, row in enumerate(rows, start=1):
-        row["uuid"] = str(uuid.UUID(int=number))
-        row["parentUuid"] = parent
-        row["isSidechain"] = False
+        own_id = str(uuid.UUID(int=number))
+        row.update(
+            uuid=own_id,
+            parentUuid=parent,
+            isSidechain=False,
+            # 2.1.197 wants a time in every row; any will do.
+            timestamp="2026-01-01T00:00:00.000Z",
+        )
         if session_id:
             row["sessionId"] = session_id
-        row["timestamp"] = ROW_TIME
-        parent = row["uuid"]
+        parent = own_id
     return list(map(json_line, rows))
 
 
 # The blanks at the end of a line, which the CLI takes out of what is written to a file.
 # The lookbehind is for speed: without it each blank of a run would be tried in turn.
 TRAILING_BLANKS = re.compile(f"(?<![{BLANKS}])[{BLANKS}]++(?=[\r\n]|\\Z)")
-# What else an Edit may hold, as JSON: in Python 1 is True.
-EDIT_OPTIONS = (b"{}", b'{"replace_all":false}', b'{"replace_all":true}')
+# What an Edit holds, in the CLI's order.
+EDIT_KEYS = ("replace_all", "file_path", "old_string", "new_string")
 
 
 def cli_input(call: Block) -> Any:
@@ -1266,19 +1262,11 @@ def cli_input(call: Block) -> Any:
     match call.get("name"), given:
         case "ExitPlanMode", dict():
             return without(given, {"plan", "planFilePath"})
-        case "Edit", {
-            "file_path": str(path),
-            "old_string": str(old),
-            "new_string": str(new),
-            **rest,
-        } if orjson.dumps(rest) in EDIT_OPTIONS:
-            whole = {
-                "replace_all": False,
-                "file_path": path,
-                "old_string": old,
-                "new_string": new,
-            }
-            return whole | rest
+        case "Edit", dict():
+            whole = dict.fromkeys(EDIT_KEYS, False) | given
+            # It rewrites no other: one with more keys, or without a text.
+            if list(map(type, whole.values())) == [bool, str, str, str]:
+                return whole
         case "Write", {"file_path": str(path), "content": str(content), **rest} if (
             not rest and not path.lower().endswith((".md", ".mdx"))
         ):
@@ -1292,7 +1280,7 @@ def as_cli_sends(block: Block) -> Block:
     if block["type"] == "tool_use":
         return block | {"input": cli_input(block)}
     result = mcp_result(block)
-    if result is None:
+    if not result:
         return block
     call, content = block["tool_use_id"], result["content"]
     if not result["isError"]:
@@ -1423,13 +1411,12 @@ def control_answer(
             }
         case {"method": "tools/list"}:
             result = {"tools": tools}
-    response: Json = {"request_id": event.get("request_id")}
+    outcome: Json = {"subtype": "error", "error": "not supported"}
     if message:
         number = message.get("id", 0)
         answer = {"jsonrpc": "2.0", "id": number, "result": result or {}}
-        response |= {"subtype": "success", "response": {"mcp_response": answer}}
-    else:
-        response |= {"subtype": "error", "error": "not supported"}
+        outcome = {"subtype": "success", "response": {"mcp_response": answer}}
+    response = {"request_id": event.get("request_id")} | outcome
     return json_line({"type": "control_response", "response": response})
 
 
@@ -1439,7 +1426,12 @@ def listed_tool(name: str) -> Json:
     return {
         "name": name,
         "inputSchema": {"type": "object"},
-        "_meta": TOOL_META,
+        "_meta": {
+            # It cuts results at 50,000 characters, with a large value here at 500,000.
+            "anthropic/maxResultSizeChars": 1_000_000_000,
+            # It would defer the tool.
+            "anthropic/alwaysLoad": True,
+        },
     }
 
 
@@ -1463,32 +1455,25 @@ def tool_results(content: list[Block]) -> dict[str, Json] | None:
     """The results in a user message, by call id, as MCP has them; None if only a fresh
     process can carry it (text beside the results, a document, a result that is too long).
     `check_pairs` and the digests have shown that they answer the calls of the process."""
-    results: dict[str, Json] = {}
-    for block in content:
-        result = mcp_result(block)
-        if result is None:
-            return None
-        results[get_str(block, "tool_use_id")] = result
-    return results
+    results = {get_str(block, "tool_use_id"): mcp_result(block) for block in content}
+    return results if all(results.values()) else None
 
 
-def mcp_result(block: Block) -> Json | None:
-    """A tool_result as MCP has it; None: MCP has no place for all that it holds."""
+def mcp_result(block: Block) -> Json:
+    """A tool_result as MCP has it; empty: MCP has no place for all that it holds."""
     given = canonical(block)
     is_error = given.pop("is_error", False)
     texts = [get_str(part, "text") for part in as_list(given.get("content"))]
     parts = list(map(text_block, texts))
-    # MCP has no place for other keys, and the CLI would scale other blocks.
     call = given.get("tool_use_id")
-    if given != {"type": "tool_result", "tool_use_id": call, "content": parts}:
-        return None
-    if type(is_error) is not bool:
-        return None
+    plain = {"type": "tool_result", "tool_use_id": call, "content": parts}
+    # MCP has no place for other keys, and the CLI would scale other blocks.
+    has_more = given != plain or type(is_error) is not bool
     # The CLI says in its own words that a result is empty, and joins the texts of an error.
-    if any(map(is_blank, texts)) or (is_error and len(texts) > 1):
-        return None
-    if sum(map(js_length, texts)) > MAX_RESULT:
-        return None
+    is_reworded = any(map(is_blank, texts)) or (is_error and len(texts) > 1)
+    is_cut = sum(map(js_length, texts)) > MAX_RESULT
+    if has_more or is_reworded or is_cut:
+        return {}
     return {"content": parts, "isError": is_error}
 
 
@@ -1913,8 +1898,8 @@ class Translator:
         if self._input_error and reason in ("tool_use", *WAITING_REASONS):
             raise self._input_error
         # Cumulative over its message (API).
-        counts = without_empties(event.get("usage") or {})
-        counts.setdefault("output_tokens", self._usage["output_tokens"])
+        counts: Json = {"output_tokens": self._usage["output_tokens"]}
+        counts |= without_empties(event.get("usage") or {})
         if self.agent:
             total = self._usage | counts
             counts = {name: total[name] + self._spent.get(name, 0) for name in TOKENS}
@@ -1982,9 +1967,8 @@ def stream_error(error: Any) -> ApiError:
     """The failure that an `error` event in a stream reports."""
     message = get_str(error, "message") or "The API ended the answer with an error."
     error_type = get_str(error, "type")
-    status = STATUS_OF_TYPE.get(error_type, 502)
     return ApiError(
-        status,
+        STATUS_OF_TYPE.get(error_type, 502),
         message,
         error_type or "api_error",
         is_from_api=True,
