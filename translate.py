@@ -1802,20 +1802,20 @@ class Translator:
 
     def _stream_event(self, event: Json) -> list[StreamEvent]:
         kind = event["type"]
-        if kind == "error":
-            raise stream_error(event.get("error"))
-        if self.state == "waiting" and kind != "message_start":
-            return []  # of a message that began before the turn
-        if kind not in self.HANDLERS:
-            # Passed on unread, if its type can stand in a line of the stream.
-            is_seen = self.state not in ("hidden", "working")
-            return [event] if is_seen and kind and kind.isprintable() else []
         if kind == "message_delta" and not get_str(event.get("delta"), "stop_reason"):
             return []  # an interrupted answer ends so (recording interrupt of 2.1.330)
         following = NEXT[self.state].get(kind)
         if following is None:
-            if kind != "message_stop":
+            if kind == "error":
+                raise stream_error(event.get("error"))
+            if self.state == "waiting":
+                return []  # of a message that began before the turn
+            if kind in self.HANDLERS:
                 raise cli_error(f"the claude CLI sent a {kind} out of place")
+            if kind != "message_stop":
+                # Passed on unread, if its type can stand in a line of the stream.
+                is_seen = self.state not in ("hidden", "working")
+                return [event] if is_seen and kind and kind.isprintable() else []
             if self._synthetic:
                 return []  # the `result` has the API's message (recording mid_stream_error)
             message = "The API ended the answer before it was complete."
@@ -1823,6 +1823,8 @@ class Translator:
         before, self.state = self.state, following
         if before == "hidden":
             return []
+        if kind == "message_stop":
+            return [event] if self.done else []
         return self.HANDLERS[kind](self, event)
 
     def _message_start(self, event: Json) -> list[StreamEvent]:
@@ -1917,9 +1919,6 @@ class Translator:
         self.state = "done"
         return [last, {"type": "message_stop"}]
 
-    def _message_stop(self, event: Json) -> list[StreamEvent]:
-        return [event] if self.done else []
-
     def _assistant(self, event: CliEvent) -> None:
         """An `assistant` event repeats content that was streamed.  One that does not is
         a failure: a text that the CLI made up, or an answer that the API refused to
@@ -1943,7 +1942,6 @@ class Translator:
         "content_block_delta": _block_delta,
         "content_block_stop": _block_stop,
         "message_delta": _message_delta,
-        "message_stop": _message_stop,
     }
 
     # The end of a turn
@@ -2022,7 +2020,7 @@ def rate_limits(event: CliEvent) -> dict[str, RateLimit]:
     """The limits that a `rate_limit_event` reports, by name; the one that it is about
     comes last (recordings quota_allowed, quota_warning, quota_rejected)."""
     info = as_object(event.get("rate_limit_info"))
-    if event["type"] != "rate_limit_event" or not info:
+    if not info:
         return {}
     windows = as_object(info.get("unifiedWindows"))
     limits = {key: value for key, value in windows.items() if isinstance(value, dict)}
