@@ -1698,16 +1698,18 @@ async def run(config: Config) -> None:
     """Serve until SIGTERM, SIGINT or SIGHUP; a second one cuts running answers
     short."""
     stopping = asyncio.Event()
+    bridge: Bridge | None = None
+
+    def signalled() -> None:
+        if stopping.is_set() and bridge:
+            bridge.cancel_answers()
+        stopping.set()
+
+    # Before there is anything that it would leave behind.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            asyncio.get_running_loop().add_signal_handler(number, signalled)
     async with serve(config, inherited_socket()) as bridge:
-
-        def signalled() -> None:
-            if stopping.is_set():
-                bridge.cancel_answers()
-            stopping.set()
-
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
-                asyncio.get_running_loop().add_signal_handler(number, signalled)
         for address in bridge.addresses:
             log.info("listening on %s", as_url(address))
         for message in bridge.config.warnings(os.environ):

@@ -739,7 +739,8 @@ class Child(asyncio.SubprocessProtocol):
             partial_line.clear()
         partial_line += rest
         if fd == 2:
-            del partial_line[MAX_LOGGED:]
+            # With room for a key that is cut by what is logged, so that it is known as one.
+            del partial_line[2 * MAX_LOGGED :]
             for complaint in filter(None, map(bytes.strip, lines)):
                 text = translate.masked(complaint.decode(errors="replace"))
                 self._complaint = text[:MAX_LOGGED]
@@ -1967,9 +1968,13 @@ class Starter:
             else:
                 self._pool.retire(spare, "unwanted")
         for wanted in missing:
-            task = asyncio.create_task(self._prepare(wanted, like))
-            self.starting[task] = wanted
-            task.add_done_callback(self.starting.pop)
+            self.start_spare(wanted, like)
+
+    def start_spare(self, kind: Kind, like: Request | None = None) -> None:
+        """Start a spare in the background."""
+        task = asyncio.create_task(self._prepare(kind, like))
+        self.starting[task] = kind
+        task.add_done_callback(self.starting.pop)
 
     async def _prepare(self, kind: Kind, like: Request | None) -> None:
         """Start a spare.  If that makes two of a kind, one is set up as for a request
@@ -2080,7 +2085,7 @@ class Inspector:
             if key() in cli.announced:
                 return cli.announced[key()]  # another request has asked meanwhile
             # What will answer starts meanwhile.
-            self._pool.starter.refill(kind)
+            self._pool.starter.start_spare(kind)
             is_answered = False
             async with self._asked(Kind(kind.model, is_kept=True)) as asked:
                 question = [translate.text_block("-")]

@@ -1694,8 +1694,9 @@ class Translator:
     api_calls: int = 0
     # The version of the CLI, once it has reported it.
     cli_version: str = ""
-    # When the limits that refused requests are reset, in epoch seconds; 0: not known.
-    _resets_at: float = 0
+    # By name, when the limits that refuse requests are reset, in epoch seconds; 0: not
+    # known.
+    _resets: dict[str, float] = field(default_factory=dict)
     # The failure of a turn that goes on after one of CHANGED_RETRY_STATUSES.
     _refusal: ApiError | None = None
     # Whether the events that come now are of this turn: from 2.1.330 on they name the
@@ -1776,9 +1777,9 @@ class Translator:
                     "the API refused the request, and the claude CLI sent it again with"
                     " changes, as it does for thinking signatures and efforts",
                 )
-        for limit in rate_limits(event).values():
-            if limit.status == "rejected":
-                self._resets_at = max(self._resets_at, limit.resets_at or 0)
+        for name, limit in rate_limits(event).items():
+            is_rejected = limit.status == "rejected"
+            self._resets[name] = limit.resets_at or 0 if is_rejected else 0
         if event.get("subtype") == "init":
             self.cli_version = get_str(event, "claude_code_version")
         if not self._is_ours:
@@ -1929,7 +1930,8 @@ class Translator:
             self._synthetic = event
             blocks = as_blocks(message.get("content"))
             text = "".join(get_str(block, "text") for block in blocks)
-            if REMOVED in text or get_str(event, "api_error") == "media_removed":
+            has_removal = f"could not be processed{REMOVED}" in text
+            if has_removal or get_str(event, "api_error") == "media_removed":
                 message = text.removeprefix("API Error: ").partition(REMOVED)[0]
                 raise ApiError(400, message, log_reason="")
         elif self.state in ("waiting", "working") and identity != self._message_id:
@@ -1955,7 +1957,8 @@ class Translator:
             self.state = "done"
             return [{"type": "message_stop"}]
         if result.get("is_error"):
-            raise result_error(result, self._synthetic, self._resets_at or None)
+            resets_at = max(self._resets.values(), default=0) or None
+            raise result_error(result, self._synthetic, resets_at)
         if not self.message:
             return []  # not this turn's: of a background task, or of a line that asked nothing
         raise cli_error("the claude CLI ended the turn before the answer was complete")
