@@ -1709,7 +1709,8 @@ async def run(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
             asyncio.get_running_loop().add_signal_handler(number, signalled)
-    async with serve(config, inherited_socket()) as bridge:
+    async with serve(config, inherited_socket()) as started:
+        bridge = started
         for address in bridge.addresses:
             log.info("listening on %s", as_url(address))
         for message in bridge.config.warnings(os.environ):
