@@ -606,7 +606,7 @@ def test_each_request_is_one_line_in_the_log(launch: Launch, log_format: str) ->
         assert row["request_id"] == answer.headers["request-id"]
         # Not the name itself, by which whoever reads the log could go on with it.
         name = answer.headers.get(HEADER)
-        assert row.get("session") == (digest(name).hex()[:12] if name else None)
+        assert row.get("session") == (digest(name)[:12] if name else None)
         found = [row.get(name) for name in ("conversation", "reason", "model", "status", "error")]
         assert found == [
             str(value) if log_format == "text" and value is not None else value for value in values

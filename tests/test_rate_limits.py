@@ -182,7 +182,7 @@ def test_any_other_event_reports_none_and_an_odd_one_nothing_of_its_limit() -> N
         event: Any = {"type": "rate_limit_event", "rate_limit_info": junk}
         nothing = {"unknown": RateLimit("", None, None)} if junk and type(junk) is dict else {}
         assert rate_limits(event) == nothing
-        assert rate_limits({**event, "type": "result"}) == {}
+        assert rate_limits({"type": "result", "result": junk}) == {}
 
 
 def test_headers_hold_what_is_known_of_known_limits_and_nothing_that_breaks_them() -> None:
