@@ -296,8 +296,9 @@ class PoolConfig:
 class Kind:
     """What a process is started for."""
 
-    # Its --model, as a client named it.
-    model: str
+    # Its --model; empty: it takes the one of the conversation that it is given
+    # (`CliInfo.takes_from_conversation`), so it will do for many models.
+    model: str = ""
     # It has the CLI's own tools.
     agent: bool = False
     # It runs in the CLI's bare mode, in which the CLI adds nothing to a conversation, and
@@ -319,8 +320,6 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
     tools but the client's.  `settings` is the user's own file of them."""
     argv = [
         config.bin,
-        "--model",
-        kind.model,
         "-p",
         "--verbose",
         "--input-format",
@@ -355,6 +354,8 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
             argv += ["--mcp-config", os.path.abspath(config.mcp_config)]
     else:
         argv += ["--tools", "", "--permission-mode", "default"]
+    if kind.model:
+        argv += ["--model", kind.model]
     return argv
 
 
@@ -1862,7 +1863,7 @@ class Starter:
         if needs_info and not cli.info.is_known:
             await pool.inspector.info()
         kind = pool.inspector.kind(request)
-        announced = await pool.inspector.announced(kind)
+        announced = await pool.inspector.announced(request.model, kind)
         begin = partial(self._begin, request, announced, trace)
         while spare := await self._take(kind):
             await begin(spare)
@@ -1951,6 +1952,11 @@ class Starter:
                 return spare
         return None
 
+    @property
+    def is_short(self) -> bool:
+        """Whether fewer spares were started than there may be."""
+        return len(self._kinds) < self._pool.config.spares
+
     def refill(self, kind: Kind, like: Request | None = None) -> None:
         """Note the kind of the newest request; start the spares that the last requests
         want, and end the others.  If the request began a conversation, one may be set up
@@ -1990,7 +1996,7 @@ class Starter:
             if not like:
                 return
             kind = pool.inspector.kind(like)
-            announced = await pool.inspector.announced(kind)
+            announced = await pool.inspector.announced(like.model, kind)
             same = [
                 item for item in self.spares if item.kind == kind and not item.parts
             ]
@@ -2011,9 +2017,7 @@ class Inspector:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self.cli = Cli()
-        self.environment = child_environment(
-            pool.config, pool.environ, Kind(PROBE_MODEL)
-        )
+        self.environment = child_environment(pool.config, pool.environ, Kind())
         # One task at a time looks at the files, one asks for the models and the account,
         # and one for the announcements.
         self._looking = asyncio.Lock()
@@ -2065,8 +2069,8 @@ class Inspector:
         finally:
             self._pool.retire(session, "probe")
 
-    async def announced(self, kind: Kind) -> list[Json]:
-        """What the CLI announces today to the model of a kind.
+    async def announced(self, model: str, kind: Kind) -> list[Json]:
+        """What the CLI announces to a model today.
 
         A process that writes its conversation to a file is asked; its question reaches
         no API.
@@ -2077,7 +2081,7 @@ class Inspector:
         today = time.strftime("%Y-%m-%d")
 
         def key() -> tuple[str, str, str]:
-            return kind.model, translate.digest(cli.info.account), today
+            return model, translate.digest(cli.info.account), today
 
         if key() in cli.announced:
             return cli.announced[key()]
@@ -2087,7 +2091,7 @@ class Inspector:
             # What will answer starts meanwhile.
             self._pool.starter.start_spare(kind)
             is_answered = False
-            async with self._asked(Kind(kind.model, is_kept=True)) as asked:
+            async with self._asked(Kind(model, is_kept=True)) as asked:
                 question = [translate.text_block("-")]
                 asked.write(translate.user_line(question, str(uuid.uuid4())))
                 with contextlib.suppress(ApiError, TimeoutError):
@@ -2102,9 +2106,11 @@ class Inspector:
             return found
 
     def kind(self, request: Request) -> Kind:
-        """The kind of process that a request needs."""
+        """The kind of process that a request needs: until the CLI has listed its models,
+        one that is started for the model."""
+        takes_it = self.cli.info.takes_from_conversation(request.model)
         is_bare = not request.is_agent and self.is_bare()
-        return Kind(request.model, request.is_agent, is_bare)
+        return Kind("" if takes_it else request.model, request.is_agent, is_bare)
 
     def is_bare(self) -> bool:
         """Whether the CLI finds its login in its bare mode."""
@@ -2126,10 +2132,13 @@ class Inspector:
 
 
 async def sweep(pool: Pool) -> None:
-    """Look after all processes, again and again."""
+    """Start the first spares, one at a time, as soon as the CLI has listed its models, and
+    look after all processes, again and again."""
     while True:
         try:
             await asyncio.sleep(SWEEP_SECS)
+            if pool.cli.info.is_known and pool.starter.is_short:
+                pool.starter.refill(Kind(bare=pool.inspector.is_bare()))
             # If the bridge was stopped, what came in that time is still in the pipes.
             await read_pipes()
             for session in pool.in_states(*State):

@@ -1212,7 +1212,8 @@ def transcript(
     conversation that has no message.  What the CLI has `announced` follows, so that it
     stands after the first message, in every request of a conversation.  The last row
     is an assistant message that the API does not see either (`isVirtual`), so that the
-    CLI finds no turn that was interrupted.  The CLI takes over the `session_id`, a UUID,
+    CLI finds no turn that was interrupted; a process that was started without --model takes
+    the `model` of the last assistant message.  The CLI takes over the `session_id`, a UUID,
     and names it in its requests to the API.
     """
     rows: list[Json] = [{"type": "system", "subtype": "informational", "content": ""}]
@@ -1565,6 +1566,8 @@ class CliInfo:
     login: str = ""
     # It has an API key, of whatever source.
     has_api_key: bool = False
+    # The API that it asks is a cloud's.
+    is_cloud: bool = False
     # All that it reports of the account.
     account: Json = field(default_factory=dict)
     models: tuple[Model, ...] = ()
@@ -1581,6 +1584,19 @@ class CliInfo:
                 return model.full_name
         return name
 
+    def takes_from_conversation(self, name: str) -> bool:
+        """Whether a process that was started without --model runs this model, if it is
+        the one of the conversation that it resumes; otherwise it silently runs its
+        default.
+
+        It does with all models that the CLI lists under an alias, unless the login is a
+        cloud's (2.1.197, .285, .330 and .332).  A process that runs a model of the user's
+        lists it under its full name alone.
+        """
+        models = {item.name: item.full_name for item in self.models}
+        aliases = {key: models[key] for key in models if key != models[key]}
+        return not self.is_cloud and name in {*aliases, *aliases.values()}
+
 
 def read_info(answer: Json) -> CliInfo:
     account = as_object(answer.get("account"))
@@ -1589,10 +1605,11 @@ def read_info(answer: Json) -> CliInfo:
     provider = get_str(account, "apiProvider")
     plan = get_str(account, "subscriptionType")
     has_api_key = key not in ("", "none")
+    is_cloud = provider not in ("", "firstParty")
     login = plan or token or "claude.ai"
     if has_api_key:
         login = key
-    elif provider not in ("", "firstParty"):  # a cloud
+    elif is_cloud:
         login = provider
     elif not account or login == "none":
         login = ""
@@ -1606,7 +1623,7 @@ def read_info(answer: Json) -> CliInfo:
         for model in as_list(answer.get("models"))
         if get_str(model, "value") and get_str(model, "resolvedModel")
     )
-    return CliInfo(login, has_api_key, account, models)
+    return CliInfo(login, has_api_key, is_cloud, account, models)
 
 
 # ------------------------------------------------------------ translation

@@ -58,7 +58,8 @@ class Recorder:
         project.mkdir()
         (project / "notes.txt").write_text("buy milk\n")
         is_bare = not self.agent and pool.inspector.is_bare()
-        kind = Kind(ALIAS, self.agent, is_bare)
+        has_full_name = self.model.startswith(translate.FULL_NAME)
+        kind = Kind("" if has_full_name else ALIAS, self.agent, is_bare)
         reading, self.gate = os.pipe()
         self.gate_folder = sessions.gate_folder(reading)
         gate = f"{self.gate_folder}/gate.jsonl"
@@ -82,8 +83,8 @@ class Recorder:
         """Let the pool ask what it wants to know before a conversation; what the CLI announces."""
         async with pool:
             await pool.inspector.info()
-            is_bare = not self.agent and pool.inspector.is_bare()
-            return await pool.inspector.announced(Kind(ALIAS, self.agent, is_bare))
+            kind = Kind(agent=self.agent, bare=not self.agent and pool.inspector.is_bare())
+            return await pool.inspector.announced(ALIAS, kind)
 
     # Rows
 

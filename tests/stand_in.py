@@ -100,6 +100,8 @@ USAGE = {
     "output_tokens": 1,
 }
 SPOKEN = {"output_tokens": 1}
+# A process that was started without --model, for a conversation whose model it does not know.
+DEFAULT_MODEL = "claude-opus-5-5"
 MODELS = [
     {
         "value": name,
@@ -357,7 +359,7 @@ class Standin:
         rows = [json.loads(row) for row in text.split("\n")[:-1]]
         if not rows:
             sys.exit("No conversation found with session ID: stand-in")
-        parent = None
+        parent, model = None, ""
         for row in rows:
             if row["parentUuid"] != parent or not row["timestamp"]:
                 sys.exit("stand-in: a row of the conversation does not follow the one before it")
@@ -366,8 +368,16 @@ class Standin:
                 self.messages.append(row["message"])
             if row["type"] == "assistant":
                 self.ids.append(row["message"]["id"])
+                model = row["message"]["model"]
         if self.ids and len(set(self.ids)) != len(self.ids):
             sys.exit("stand-in: two assistant messages have one id")
+        if not self.model:
+            takes = (
+                []
+                if "STANDIN_DEAF_TO_MODELS" in os.environ
+                else [entry["resolvedModel"] for entry in MODELS]
+            )
+            self.model = model if model in takes else DEFAULT_MODEL
         # The newest message asks, once a line starts the turn.
         past = str(self.messages[:-1])
         if "DIE-PAST" in past:
@@ -849,9 +859,7 @@ def main() -> None:
         return
     flags = dict(itertools.pairwise(sys.argv))
     conversation = flags.get("--resume")
-    model = flags.get("--model", "sonnet")
-    if "STANDIN_DEAF_TO_MODELS" in os.environ:
-        model = "claude-opus-5-5"
+    model = flags.get("--model", "" if conversation else "sonnet")
     if model == "sonnet":
         model = os.environ.get("STANDIN_SONNET", model)
     if model == "ignore-sigterm":

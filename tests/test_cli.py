@@ -241,7 +241,7 @@ def test_that_the_cli_announces_nothing_is_remembered_only_if_it_said_so(
     async def use(pool: Pool) -> None:
         await pool.inspector.look()
         for _ in range(2):
-            assert await pool.inspector.announced(Kind(model)) == []
+            assert await pool.inspector.announced(model, Kind()) == []
         assert asked_for(log, model) == processes
 
     in_pool(use, bin=str(versioned(tmp_path, ANNOUNCES)))
@@ -252,11 +252,11 @@ def test_what_is_announced_to_a_model_is_known_while_another_is_asked_about(
 ) -> None:
     async def use(pool: Pool) -> None:
         await pool.inspector.look()
-        await pool.inspector.announced(Kind("claude-opus-5-5"))
-        other = asyncio.create_task(pool.inspector.announced(Kind("slow-start")))
+        await pool.inspector.announced("claude-opus-5-5", Kind())
+        other = asyncio.create_task(pool.inspector.announced("slow-start", Kind()))
         await soon(lambda: asked_for(log, "slow-start"))
         async with asyncio.timeout(10):
-            await pool.inspector.announced(Kind("claude-opus-5-5"))
+            await pool.inspector.announced("claude-opus-5-5", Kind())
         assert not other.done()
         open_gate(gate)
         await other

@@ -112,12 +112,13 @@ def test_a_model_without_its_names_is_left_out_of_the_list(
     assert (page.json["first_id"], page.json["last_id"]) == ends
 
 
-# ---------------------------------------------------------------- what answers
+# ---------------------------------------------------------------- one process for many
 
 
-def test_each_model_that_a_cli_lists_is_the_one_that_answers(
+def test_each_model_that_a_cli_lists_answers_without_being_named_at_its_start(
     serve: Serve, cli: Path, since: Callable[[], list[Json]]
 ) -> None:
+    """So that one spare serves all of them.  Of others a CLI silently takes its default."""
     server = serve(bin=cli)
     hello = server.call("GET", "/v1/models")
     names = [model["id"] for model in hello.json["data"]]
@@ -128,3 +129,23 @@ def test_each_model_that_a_cli_lists_is_the_one_that_answers(
         assert answer.status == 200, (name, answer.body)
         full_name = pool.cli.info.full_name(name.removeprefix(MODEL_PREFIX))
         assert since()[-1]["body"]["model"] == full_name.removesuffix("[1m]")
+    # 2.1.285 lists one of them under its full name alone.
+    alone = {m.full_name for m in pool.cli.info.models if m.name == m.full_name}
+    kinds = {session.kind.model for session in list(pool.sessions)}
+    assert kinds - alone == {""}
+
+
+def test_only_models_under_a_short_name_are_taken_from_a_conversation_and_none_of_a_clouds() -> (
+    None
+):
+    models = [
+        {"value": "sonnet", "resolvedModel": "claude-sonnet-5-5"},
+        {"value": "claude-old-1", "resolvedModel": "claude-old-1"},  # it runs this one
+    ]
+    info = read_info({"models": models, "account": {"apiProvider": "firstParty"}})
+    names = ("sonnet", "claude-sonnet-5-5", "claude-old-1", "opus")
+    assert [info.takes_from_conversation(name) for name in names] == [True, True, False, False]
+    for provider in ("bedrock", "vertex", "foundry"):
+        of_cloud = read_info({"models": models, "account": {"apiProvider": provider}})
+        assert not any(map(of_cloud.takes_from_conversation, names))
+    assert not read_info({}).takes_from_conversation("sonnet")

@@ -740,7 +740,7 @@ def test_sigkill_of_the_bridge_leaves_no_child_and_no_api_call(
     wait_until(lambda: since()[0]["end"] == "left", "the end of the API call")
 
 
-def test_start_makes_no_model_call_and_a_spare_serves_the_second_conversation(
+def test_start_makes_no_model_call_and_its_spare_serves_the_first_conversation(
     launch: Launch, cli: Path, since: Callable[[], list[Json]]
 ) -> None:
     program = launch(CLAUDE_CLI_BIN=str(cli), CLAUDE_CLI_SPARES="1")
@@ -748,17 +748,17 @@ def test_start_makes_no_model_call_and_a_spare_serves_the_second_conversation(
         lambda: any("logged in: ANTHROPIC_API_KEY" in line for line in program.lines),
         "the login state",
     )
-    wait_until(lambda: not program.children(), "the end of the process that was asked")
+    spare = b'processes{state="spare"} 1'
+    wait_until(lambda: spare in program.call("GET", "/metrics").body, "the spare")
+    wait_until(lambda: len(program.children()) == 1, "the end of the process that was asked")
+    [waiting] = [child.pid for child in program.children()]
     assert since() == []
-    assert program.post("SAY one").session == "new"
-    wait_until(lambda: len(program.children()) == 2, "the spare")
-    before = {child.pid for child in program.children()}
     answer = program.post("SAY hi", system="Be terse.", max_tokens=77)
     assert (answer.text, answer.session) == ("hi", "new")
+    assert waiting in {child.pid for child in program.children()}
     assert since()[-1]["body"]["max_tokens"] == 77
     assert since()[-1]["body"]["system"][-1]["text"] == "Be terse."
-    wait_until(lambda: len(program.children()) == 3, "the next spare")
-    assert before < {child.pid for child in program.children()}
+    wait_until(lambda: len(program.children()) == 2, "the next spare")
 
 
 def test_start_says_that_nobody_is_logged_in(launch: Launch, cli: Path) -> None:

@@ -32,10 +32,10 @@ def spare(server: Server, *but: int) -> int:
 
 
 def model(log: Log, number: int) -> str:
-    """What a process was started with."""
+    """What a process was started with; empty: it takes any."""
     wait_until(lambda: number in log.started(), "its start")
     argv: list[str] = log.started()[number]["argv"]
-    return argv[argv.index("--model") + 1]
+    return argv[argv.index("--model") + 1] if "--model" in argv else ""
 
 
 def started(server: Server) -> None:
@@ -59,26 +59,33 @@ def primed(serve: Serve) -> Serve:
     return start
 
 
-def test_no_process_is_started_before_it_is_known_which_one_is_wanted(launch: Launch) -> None:
-    program = launch(CLAUDE_CLI_SPARES="2")
-    wait_until(lambda: any("logged in" in line for line in program.lines), "the login state")
-    wait_until(lambda: not program.children(), "the end of the process that was asked")
-
-
-def test_a_request_starts_a_spare_like_it_and_taking_it_starts_the_next(
+def test_spares_start_once_the_cli_has_listed_its_models_and_taking_one_starts_the_next(
     serve: Serve, log: Log
 ) -> None:
     server = serve(spares=1)
-    used = pid(server.post(model="haiku"))
-    first = spare(server, used)
-    answer = server.post("two", model="haiku", system="be brief")
-    assert (pid(answer), answer.session, model(log, first)) == (first, "new", "haiku")
+    assert not server.processes()  # one that started now would slow a first request down
+    assert server.call("GET", "/v1/models").status == 200
+    first = spare(server)
+    answer = server.post(model="haiku", system="be brief")
+    assert (pid(answer), answer.session, model(log, first)) == (first, "new", "")
     assert log.lines(first)[0]["request"]["systemPrompt"] == ["be brief"]
-    second = spare(server, used, first)
+    second = spare(server, first)
     assert pid(server.post("another", model="haiku")) == second
 
 
-def test_another_model_gets_no_spare_of_the_last_one(primed: Serve, log: Log) -> None:
+def test_one_spare_serves_every_model_of_the_cli(primed: Serve, log: Log) -> None:
+    server = primed(spares=1)
+    used: list[int] = []
+    for name in ("opus", "haiku", "claude-sonnet-5-5", "opus"):
+        waiting = spare(server, *used)
+        answer = server.post(f"hi {len(used)}", model=name)
+        family = name.removeprefix("claude-").split("-")[0]
+        assert (pid(answer), answer.message["model"]) == (waiting, f"claude-{family}-5-5")
+        assert model(log, waiting) == ""
+        used.append(waiting)
+
+
+def test_a_model_that_the_cli_does_not_list_gets_spares_of_its_own(primed: Serve, log: Log) -> None:
     server = primed(spares=1)
     [first] = ready(server)
     answer = server.post(model="claude-old-1")
@@ -110,12 +117,13 @@ def test_agents_take_the_spare_of_their_mode(serve: Serve, log: Log, tmp_path: P
     server = serve(spares=2, tools="default", cwd=str(tmp_path))
     tool = {"name": "t", "input_schema": {"type": "object"}}
     prime(server, tools=[tool])  # a client that brings tools gets a plain model
-    plain = spare(server)
-    assert pid(server.post()) != plain
-    agent = spare(server, plain)
+    wait_until(lambda: len(ready(server)) == 2, "the first ones, which are for a plain model")
+    first = ready(server)
+    assert pid(server.post()) not in first
+    agent = spare(server, *first)
     wait_until(lambda: agent in log.started(), "what the agent was started with")
     assert "default" in log.started()[agent]["argv"]
-    assert pid(server.post("tools", tools=[tool])) == plain
+    assert pid(server.post("tools", tools=[tool])) in first
     assert pid(server.post("another")) == agent
 
 
@@ -143,7 +151,7 @@ def test_several_spares_are_shared_among_the_models(serve: Serve, log: Log) -> N
         for name in ("old-1", "haiku"):
             server.post(f"{number}", model=name)
             started(server)
-    assert sorted(model(log, number) for number in ready(server)) == ["haiku", "old-1"]
+    assert sorted(model(log, number) for number in ready(server)) == ["", "old-1"]
 
 
 def test_a_spare_that_died_is_given_to_nobody(primed: Serve) -> None:
