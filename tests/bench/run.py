@@ -51,8 +51,9 @@ def turn_rows(found: Measured) -> list[Row]:
 
 def fresh_rows(found: Measured) -> list[Row]:
     """Conversations that no process holds."""
-    words = "first content byte, new conversation, spare ready"
-    rows = [cold(found, words, "new", "at most 0.30")]
+    words = "first content byte, new conversation that begins as the last one"
+    rows = [cold(found, words, "alike", "at most 0.30")]
+    rows.append(cold(found, "new conversation of another kind, spare ready", "new"))
     goals = {20: "at most 0.45", 200: "at most 2.0"}
     for length in turns.LENGTHS:
         words = f"rebuild with {length:,} messages, spare ready"
@@ -76,9 +77,10 @@ def first_second_rows(found: Measured) -> list[Row]:
 
 
 def subscription_rows(found: Measured) -> list[Row]:
-    words = "first content byte, new conversation, spare ready"
+    words = "first content byte, new conversation that begins as the last one"
     rows = [
-        cold(found, words, "new"),
+        cold(found, words, "alike"),
+        cold(found, "new conversation of another kind, spare ready", "new"),
         ("hot turn", "bare CLI, hot turn", ratio(found, "hot", "bare hot"), ""),
         *first_second_rows(found),
         ("for scale: bare CLI, spawn to first delta", "", ms(found["bare new"]), ""),

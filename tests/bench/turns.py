@@ -196,6 +196,8 @@ def hot_turns(bench: Bench) -> Measures:
         answer = first_delta(bench.spare, talk, "hot")
         yield "hot", answer.seconds
     bare.close()
+    bench.spare.rest()
+    yield "alike", first_delta(bench.spare, question(), "new").seconds
 
 
 def rebuilds(bench: Bench) -> Measures:
