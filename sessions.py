@@ -1198,8 +1198,7 @@ RESTING = (State.SPARE, State.IDLE, State.PARKED)
 
 @dataclass(eq=False)
 class Session:
-    """A process and the conversation in it; the only writer of its own fields, but for
-    the name that the pool gives it."""
+    """A process and the conversation in it; the only writer of its own fields."""
 
     process: Process
     kind: Kind
@@ -1254,6 +1253,9 @@ class Session:
         self.state_since = time.monotonic()
 
     # A first turn
+
+    def take_name(self, pin: str) -> None:
+        self.pin = pin
 
     def adopt(self, request: Request, trace: Trace | None = None) -> None:
         """Take on a request's conversation."""
@@ -1666,7 +1668,7 @@ class Pool:
             if not turn:
                 reason = self._outcomes.rebuild_reason(request, pin)
                 session = await self.starter.fresh_session(request, trace)
-                session.pin = pin
+                session.take_name(pin)
                 turn = Turn(request, session, "rebuilt" if reason else "new", reason)
             stack.callback(self._finish, turn)
             if turn.origin != "hot":

@@ -1795,8 +1795,9 @@ class Translator:
                     " changes, as it does for thinking signatures and efforts",
                 )
         for name, limit in rate_limits(event).items():
-            is_rejected = limit.status == "rejected"
-            self._resets[name] = limit.resets_at or 0 if is_rejected else 0
+            self._resets.pop(name, None)
+            if limit.status == "rejected":
+                self._resets[name] = limit.resets_at or 0
         if event.get("subtype") == "init":
             self.cli_version = get_str(event, "claude_code_version")
         if not self._is_ours:
@@ -2040,7 +2041,7 @@ def rate_limits(event: CliEvent) -> dict[str, RateLimit]:
     """The limits that a `rate_limit_event` reports, by name; the one that it is about
     comes last (recordings quota_allowed, quota_warning, quota_rejected)."""
     info = as_object(event.get("rate_limit_info"))
-    if not info:
+    if event["type"] != "rate_limit_event" or not info:
         return {}
     windows = as_object(info.get("unifiedWindows"))
     limits = {key: value for key, value in windows.items() if isinstance(value, dict)}

@@ -265,6 +265,23 @@ def test_what_is_announced_to_a_model_is_known_while_another_is_asked_about(
     in_pool(use, bin=str(versioned(tmp_path, ANNOUNCES)), queue_secs=60)
 
 
+def test_what_starts_while_the_cli_is_asked_takes_no_place_among_the_kinds_that_were_wanted(
+    tmp_path: Path,
+) -> None:
+    """The request itself is noted when its answer begins: twice would push another's out."""
+
+    async def use(pool: Pool) -> None:
+        await pool.inspector.look()
+        pool.starter.refill(Kind("other"))
+        wanted = list(pool.starter._kinds)
+        await pool.inspector.announced("claude-opus-5-5", Kind())
+        assert Kind() in {spare.kind for spare in pool.starter.spares}  # it was started
+        assert list(pool.starter._kinds) == wanted
+
+    program = versioned(tmp_path, ANNOUNCES)
+    in_pool(use, bin=str(program), spares=2)
+
+
 # ---------------------------------------------------------------- what is none
 
 

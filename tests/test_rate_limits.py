@@ -148,6 +148,15 @@ def test_a_rejected_rate_limit_says_when_it_ends(info: Any, resets_at: float | N
         assert failure([limit, *turn.events]).resets_at is None
 
 
+def test_a_limit_that_allows_again_is_no_reason_of_a_later_refusal() -> None:
+    events: list[Any] = [
+        {"type": "rate_limit_event", "rate_limit_info": {"status": status, "resetsAt": RESET}}
+        for status in ("rejected", "allowed")
+    ]
+    for turn in first_turns("error_429").values():
+        assert failure([*events, *turn.events]).resets_at is None
+
+
 def test_of_two_limits_that_reject_the_later_reset_counts() -> None:
     windows = {
         "five_hour": {"status": "rejected", "resetsAt": RESET},
@@ -182,7 +191,7 @@ def test_any_other_event_reports_none_and_an_odd_one_nothing_of_its_limit() -> N
         event: Any = {"type": "rate_limit_event", "rate_limit_info": junk}
         nothing = {"unknown": RateLimit("", None, None)} if junk and type(junk) is dict else {}
         assert rate_limits(event) == nothing
-        assert rate_limits({"type": "result", "result": junk}) == {}
+        assert rate_limits({**event, "type": "result"}) == {}
 
 
 def test_headers_hold_what_is_known_of_known_limits_and_nothing_that_breaks_them() -> None:

@@ -1330,7 +1330,7 @@ def test_a_turn_in_which_the_cli_removes_what_the_api_refused_fails_with_the_api
         400,
         "an image in the conversation could not be processed",
     )
-    for odd in (None, 5, [5], [{"type": "text"}], said[:40]):
+    for odd in (None, 5, [5], [{"type": "text"}], said[:40], "API Error: it went and was removed."):
         event = synthetic(message={"model": "<synthetic>", "content": odd})
         assert play([event, *stream(*TEXT)]).emitted == GOOD
 
