@@ -706,13 +706,11 @@ class Child(asyncio.SubprocessProtocol):
     def _remove_folder(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def kept_rows(self) -> bytes:
-        """What it has written of its conversation, beside its gate: its input is closed,
-        and it ends by itself."""
-        self._stdin.close()
-        await asyncio.wait({self.exited}, timeout=LATE_SECS)
+    def kept_rows(self) -> bytes:
+        """What it has written of its conversation, beside its gate: before the `result` of
+        a turn, all that is in it."""
         # The CLI names the file by a UUID.
-        files = Path(self._folder).glob("*-*.jsonl")  # noqa: ASYNC240 - a small file
+        files = Path(self._folder).glob("*-*.jsonl")
         return b"".join(path.read_bytes() for path in files)
 
     # Lines
@@ -1964,6 +1962,8 @@ class Starter:
         want, and end the others.  If the request began a conversation, one may be set up
         `like` it."""
         self._kinds.append(kind)
+        if self._pool.inspector.announcing.locked():
+            return  # a request that waits has a spare of its own; it will call this
         missing = list(self._kinds)
         for preparing in self.starting.values():
             if preparing in missing:
@@ -2024,7 +2024,7 @@ class Inspector:
         # and one for the announcements.
         self._looking = asyncio.Lock()
         self._asking = asyncio.Lock()
-        self._announcing = asyncio.Lock()
+        self.announcing = asyncio.Lock()
 
     async def look(self) -> Cli:
         """The CLI that is installed now.  Raises ApiError when it is too old."""
@@ -2087,7 +2087,7 @@ class Inspector:
 
         if key() in cli.announced:
             return cli.announced[key()]
-        async with self._pool.queue.held(self._announcing, NO_START):
+        async with self._pool.queue.held(self.announcing, NO_START):
             if key() in cli.announced:
                 return cli.announced[key()]  # another request has asked meanwhile
             # What will answer starts meanwhile.
@@ -2102,7 +2102,7 @@ class Inspector:
                         while not is_answered:
                             event = (await asked.read()).popleft()
                             is_answered = event["type"] == "result"
-                found = translate.announcements(await asked.kept_rows())
+                found = translate.announcements(asked.kept_rows())
             if is_answered:
                 cache_put(cli.announced, key(), found)
             return found

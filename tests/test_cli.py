@@ -284,6 +284,24 @@ def test_what_starts_while_the_cli_is_asked_takes_no_place_among_the_kinds_that_
     in_pool(use, bin=str(program), spares=2)
 
 
+def test_what_starts_while_the_cli_is_asked_stays_for_its_request(
+    tmp_path: Path, log: Log, gate: Path
+) -> None:
+    """Another request, or the first spares, would end it as one that nobody wants."""
+
+    async def use(pool: Pool) -> None:
+        await pool.inspector.look()
+        asked = asyncio.create_task(pool.inspector.announced("slow-start", Kind("mine")))
+        await soon(lambda: asked_for(log, "slow-start") and pool.starter.spares)
+        for model in ("one", "another"):
+            pool.starter.refill(Kind(model))
+        assert [spare.kind for spare in pool.starter.spares] == [Kind("mine")]
+        open_gate(gate)
+        await asked
+
+    in_pool(use, bin=str(versioned(tmp_path, ANNOUNCES)), queue_secs=60, spares=2)
+
+
 # ---------------------------------------------------------------- what is none
 
 
