@@ -699,6 +699,8 @@ class Child(asyncio.SubprocessProtocol):
         through as the child reads."""
         self.trace.add("to", rows)
         self.opened_at = time.monotonic()
+        # With Bedrock it has logged calls of the API at its start.
+        self.has_spoken = False
         if not self._gate.is_closing():
             self._gate.writelines(rows)
             self._gate.close()
@@ -1134,10 +1136,10 @@ class Process(Child):
             if answer := control_result(event, "initialize"):
                 self.cli.take_in(translate.read_info(answer))
         elif kind == "rate_limit_event":
-            limits = translate.rate_limits(event)
-            # What is new moves to the end.
-            others = translate.without(self.cli.rate_limits, limits)
-            self.cli.rate_limits = others | limits
+            for name, limit in translate.rate_limits(event).items():
+                # What is new moves to the end.
+                self.cli.rate_limits.pop(name, None)
+                self.cli.rate_limits[name] = limit
         elif kind == "result" and not self._is_in_turn:
             self._settled.set()
             if event.get("is_error"):
@@ -1255,8 +1257,8 @@ class Session:
     def take_name(self, pin: str) -> None:
         self.pin = pin
 
-    def adopt(self, request: Request, trace: Trace | None = None) -> None:
-        """Take on a request's conversation."""
+    def adopt(self, request: Request, model: str, trace: Trace | None = None) -> None:
+        """Take on a request's conversation, for the model of that name."""
         list_tools = translate.tools_for_turn
         if request.is_count:
             list_tools = translate.tools_for_count
@@ -1266,7 +1268,7 @@ class Session:
         self.parts = wanted.parts
         self.chain = wanted.past
         self.unthinking_chain = wanted.past_without_thinking
-        self.model = self.process.cli.info.full_name(request.model)
+        self.model = model
 
     def set_up(self, request: Request, rows: list[bytes]) -> None:
         """Write the `rows` of the conversation to its gate, and what it begins with."""
@@ -1511,8 +1513,10 @@ class Threads:
     def __init__(self) -> None:
         self._threads = (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         for thread in self._threads:
+            # What still runs in it, such as a `--version` that hangs, ends first.
+            await asyncio.get_running_loop().run_in_executor(thread, int)
             thread.shutdown()
 
     async def run(self, size: int, function: Callable[[], T]) -> T:
@@ -1607,7 +1611,7 @@ class Pool:
             self.retire(session, "shutdown")
         while self.room.ending:
             await asyncio.wait(self.room.ending)
-        self.threads.close()
+        await self.threads.close()
 
     def in_states(self, *states: State) -> list[Session]:
         """The sessions in these states: state by state, the longest in it first."""
@@ -1862,9 +1866,9 @@ class Starter:
         needs_info = request.fingerprint.has_thinking or pool.config.setting_sources
         if needs_info and not cli.info.is_known:
             await pool.inspector.info()
-        kind = pool.inspector.kind(request)
+        kind, model = pool.inspector.needs(request)
         announced = await pool.inspector.announced(request.model, kind)
-        begin = partial(self._begin, request, announced, trace)
+        begin = partial(self._begin, request, model, announced, trace)
         while spare := await self._take(kind):
             await begin(spare)
             if spare.process.has_spoken or not spare.process.is_unusable:
@@ -1880,17 +1884,18 @@ class Starter:
     async def _begin(
         self,
         request: Request,
+        model: str,
         announced: list[Json],
         trace: Trace | None,
         session: Session,
     ) -> None:
         """Give a process its conversation, start a turn on it, and wait for its first
         output."""
-        session.adopt(request, trace)
+        session.adopt(request, model, trace)
         make_rows = partial(
             translate.transcript,
             request.messages,
-            session.model,
+            model,
             announced,
             session.own_id,
         )
@@ -1997,15 +2002,15 @@ class Starter:
                 pool.retire(spare, "unwanted")  # it may be the old program
             if not like:
                 return
-            kind = pool.inspector.kind(like)
+            kind, model = pool.inspector.needs(like)
             announced = await pool.inspector.announced(like.model, kind)
             same = [
                 item for item in self.spares if item.kind == kind and not item.parts
             ]
             if len(same) > 1:
                 spare = same[0]
-                spare.adopt(like)
-                rows = translate.transcript([], spare.model, announced, spare.own_id)
+                spare.adopt(like, model)
+                rows = translate.transcript([], model, announced, spare.own_id)
                 spare.set_up(like, rows)
                 spare.process.end_turn({"type": "result"})
 
@@ -2036,7 +2041,7 @@ class Inspector:
             if files != self.cli.files:
                 ask = partial(ask_version, program, environment)
                 version = await self._pool.threads.run(THREAD_SIZE, ask)
-                self.cli = Cli(program, files, version)
+                self._replace_cli(files, version)
                 for spare in self._pool.starter.spares:
                     self._pool.retire(spare, "unwanted")
         if self.cli.problem:
@@ -2090,8 +2095,11 @@ class Inspector:
         async with self._pool.queue.held(self.announcing, NO_START):
             if key() in cli.announced:
                 return cli.announced[key()]  # another request has asked meanwhile
-            # What will answer starts meanwhile.
-            self._pool.starter.start_spare(kind)
+            # What will answer starts meanwhile, once: clients may leave before they take it.
+            starter = self._pool.starter
+            ready = [spare.kind for spare in starter.spares if not spare.parts]
+            if kind not in [*ready, *starter.starting.values()]:
+                starter.start_spare(kind)
             is_answered = False
             async with self._asked(Kind(model, is_kept=True)) as asked:
                 question = [translate.text_block("-")]
@@ -2114,6 +2122,11 @@ class Inspector:
         is_bare = not request.is_agent and self.is_bare()
         return Kind("" if takes_it else request.model, request.is_agent, is_bare)
 
+    def needs(self, request: Request) -> tuple[Kind, str]:
+        """The kind, and the full name of the model as far as it is known.  Both are of one
+        moment: a process without --model runs the default if it is given an alias."""
+        return self.kind(request), self.cli.info.full_name(request.model)
+
     def is_bare(self) -> bool:
         """Whether the CLI finds its login in its bare mode."""
         # A key in the user's settings, as the CLI reported.
@@ -2127,7 +2140,12 @@ class Inspector:
         version = turn.translator.cli_version
         is_newest = turn.process.cli is self.cli
         if is_newest and version and version != self.cli.version:
-            self.cli = Cli(self.cli.program, self.cli.files, version)
+            self._replace_cli(self.cli.files, version)
+
+    def _replace_cli(self, files: tuple[object, ...], version: str) -> None:
+        # Processes of the one before still report limits.
+        limits = self.cli.rate_limits
+        self.cli = Cli(self._pool.config.bin, files, version, rate_limits=limits)
 
 
 # ------------------------------------------------------------ the sweep

@@ -1228,10 +1228,12 @@ def transcript(
             # of texts and tool calls.
             row["apiBlockIndex"] = 0
             # The CLI merges messages that share an id, and drops the thinking of a
-            # message whose model is not its own.
-            sent |= PAST_ANSWER | {"id": f"msg_past_{len(rows)}", "model": model}
+            # message whose model is not its own, which 2.1.197 knows without [1m].
+            own, *_ = model.partition("[")
+            sent |= PAST_ANSWER | {"id": f"msg_past_{len(rows)}", "model": own}
         rows.append(row)
     rows[-1]["isVirtual"] = True
+    rows[-1]["message"]["model"] = model
     parent: str | None = None
     for number, row in enumerate(rows, start=1):
         own_id = str(uuid.UUID(int=number))
@@ -1456,8 +1458,8 @@ def tool_results(content: list[Block]) -> dict[str, Json] | None:
     """The results in a user message, by call id, as MCP has them; None if only a fresh
     process can carry it (text beside the results, a document, a result that is too long).
     `check_pairs` and the digests have shown that they answer the calls of the process."""
-    results = {get_str(block, "tool_use_id"): mcp_result(block) for block in content}
-    return results if all(results.values()) else None
+    results = [(get_str(block, "tool_use_id"), mcp_result(block)) for block in content]
+    return dict(results) if all(result for _, result in results) else None
 
 
 def mcp_result(block: Block) -> Json:
@@ -1578,11 +1580,13 @@ class CliInfo:
         return bool(self.account)
 
     def full_name(self, name: str) -> str:
-        """The full name of a model; a name that is not listed stays as it is."""
+        """The full name of a model; a name that is not listed stays as it is, but for
+        one with a size of its context (sonnet[1m])."""
         for model in self.models:
             if name in (model.name, model.full_name):
                 return model.full_name
-        return name
+        alias, bracket, size = name.partition("[")
+        return self.full_name(alias) + bracket + size if bracket else name
 
     def takes_from_conversation(self, name: str) -> bool:
         """Whether a process that was started without --model runs this model, if it is
@@ -1782,6 +1786,10 @@ class Translator:
         answers_to = event.get("user_message_uuids")
         if self.turn_id and isinstance(answers_to, list):
             self._is_ours = self.turn_id in answers_to
+        if control_result(event, "initialize"):
+            # With Bedrock, what it called before were probes of its models.
+            self.api_calls = 0
+            self._refusal = None
         is_call = kind == "api_call" and event["subtype"] == "message"
         if is_call and not self.done:
             self.api_calls += 1

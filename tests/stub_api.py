@@ -18,10 +18,13 @@ stop_sequences, max_tokens (one token is four characters), tool_choice, output_c
 
 import argparse
 import asyncio
+import base64
 import itertools
 import json
 import re
+import struct
 import time
+import zlib
 from typing import Any
 
 from aiohttp import web
@@ -427,6 +430,58 @@ async def log(request: web.Request) -> web.Response:
     return web.json_response(LOG[int(request.query.get("since", 0)) :])
 
 
+def bedrock_frame(event: Json) -> bytes:
+    """An event of a stream of Bedrock (AWS: "Event stream encoding")."""
+    headers = b""
+    names = {":event-type": "chunk", ":content-type": "application/json", ":message-type": "event"}
+    for name, value in names.items():
+        headers += struct.pack(">B", len(name)) + name.encode()
+        headers += struct.pack(">BH", 7, len(value)) + value.encode()
+    payload = json.dumps({"bytes": base64.b64encode(json.dumps(event).encode()).decode()}).encode()
+    frame = struct.pack(">II", 16 + len(headers) + len(payload), len(headers))
+    frame += struct.pack(">I", zlib.crc32(frame)) + headers + payload
+    return frame + struct.pack(">I", zlib.crc32(frame))
+
+
+async def bedrock(request: web.Request) -> web.Response:
+    """The answer "ok" of Bedrock; what the CLI tries of a model at its start gets `other`."""
+    model = request.match_info["model"].partition("anthropic.")[2]
+    LOG.append(
+        {"path": request.path, "headers": dict(request.headers), "body": None, "end": "done"}
+    )
+    message = {
+        "id": f"msg_{next(IDS):04}",
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": {"input_tokens": 10, "output_tokens": 1},
+    }
+    ended = {"stop_reason": "end_turn", "stop_sequence": None}
+    events: list[Json] = [
+        {"type": "message_start", "message": message},
+        {
+            "type": "content_block_start",
+            "index": 0,
+            "content_block": {"type": "text", "text": ""},
+        },
+        {
+            "type": "content_block_delta",
+            "index": 0,
+            "delta": {"type": "text_delta", "text": "ok"},
+        },
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": ended, "usage": {"output_tokens": 1}},
+        {"type": "message_stop"},
+    ]
+    return web.Response(
+        body=b"".join(map(bedrock_frame, events)),
+        content_type="application/vnd.amazon.eventstream",
+    )
+
+
 async def other(request: web.Request) -> web.Response:
     LOG.append(
         {"path": request.path, "headers": dict(request.headers), "body": None, "end": "done"}
@@ -444,6 +499,7 @@ async def main() -> None:
     app.on_response_prepare.append(add_quota)
     app.router.add_post("/v1/messages", messages)
     app.router.add_post("/v1/messages/count_tokens", count_tokens)
+    app.router.add_post("/bedrock/model/{model}/invoke-with-response-stream", bedrock)
     app.router.add_get("/_log", log)
     app.router.add_route("*", "/{path:.*}", other)
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None)

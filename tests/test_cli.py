@@ -17,6 +17,7 @@ from stand_in import Log
 from test_check import check
 
 from sessions import ANNOUNCES, NEWEST_TESTED, OLDEST, Kind, Pool, State
+from translate import parse_request
 
 TOO_OLD = (
     f"the claude CLI is version 2.1.100, and {OLDEST} or newer is needed: run `claude "
@@ -284,22 +285,54 @@ def test_what_starts_while_the_cli_is_asked_takes_no_place_among_the_kinds_that_
     in_pool(use, bin=str(program), spares=2)
 
 
-def test_what_starts_while_the_cli_is_asked_stays_for_its_request(
+def test_what_starts_while_the_cli_is_asked_stays_for_its_request_and_is_one_for_all_that_leave(
     tmp_path: Path, log: Log, gate: Path
 ) -> None:
     """Another request, or the first spares, would end it as one that nobody wants."""
 
     async def use(pool: Pool) -> None:
+        async def leave() -> None:
+            asked = asyncio.create_task(pool.inspector.announced("slow-start", Kind("mine")))
+            await soon(lambda: asked_for(log, "slow-start") and pool.starter.spares)
+            asked.cancel()
+            await asyncio.wait({asked})
+
         await pool.inspector.look()
+        await leave()
+        await leave()
         asked = asyncio.create_task(pool.inspector.announced("slow-start", Kind("mine")))
-        await soon(lambda: asked_for(log, "slow-start") and pool.starter.spares)
+        await soon(pool.inspector.announcing.locked)
         for model in ("one", "another"):
             pool.starter.refill(Kind(model))
         assert [spare.kind for spare in pool.starter.spares] == [Kind("mine")]
         open_gate(gate)
         await asked
+        assert [spare.kind for spare in pool.starter.spares] == [Kind("mine")]
 
     in_pool(use, bin=str(versioned(tmp_path, ANNOUNCES)), queue_secs=60, spares=2)
+
+
+def test_the_model_of_a_request_stays_the_one_that_the_cli_had_as_it_came(
+    environment: Path,
+) -> None:
+    """A process without --model runs the CLI's default if it is given an alias, and only a CLI
+    that has reported its models has their names."""
+
+    async def use(pool: Pool) -> None:
+        await pool.inspector.info()
+        request = parse_request(json.dumps(request_body("hello", model="haiku")).encode())
+        await pool.room.enter(lambda: None)  # the only place
+        waits = asyncio.create_task(pool.starter.fresh_session(request))
+        await soon(lambda: pool.queue.length)
+        (environment / ".claude").mkdir(exist_ok=True)
+        (environment / ".claude/.credentials.json").write_text("{}")
+        await pool.inspector.look()
+        assert not pool.cli.info.is_known
+        pool.room.leave()
+        session = await waits
+        assert (session.kind.model, session.model) == ("", "claude-haiku-5-5")
+
+    in_pool(use, max_sessions=1)
 
 
 # ---------------------------------------------------------------- what is none

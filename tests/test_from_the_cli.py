@@ -197,6 +197,7 @@ MODELS = [
     ("name", "model"),
     [
         ("sonnet", "claude-sonnet-5-5"),
+        ("sonnet[1m]", "claude-sonnet-5-5[1m]"),
         ("claude-sonnet-5-5", "claude-sonnet-5-5"),
         ("default", "claude-opus-4-8"),
         ("odd", "odd"),

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -247,6 +247,28 @@ def test_a_login_is_one_at_the_start_for_check_on_the_page_for_health_and_at_the
     for path, content in login.files.items():
         if path != ".claude.json":
             assert (environment / path).read_text() == json.dumps(content)
+
+
+@pytest.mark.parametrize("spares", [0, 1])
+def test_what_bedrock_says_of_the_models_that_the_cli_tries_is_no_answer_to_a_request(
+    serve: Serve,
+    cli: Path,
+    environment: Path,
+    stub: Stub,
+    monkeypatch: pytest.MonkeyPatch,
+    spares: int,
+) -> None:
+    """The CLI asks Bedrock at its start which models it may use; here it may use none of them."""
+    login = LOGINS["bedrock"]
+    kept = {**login.kept, "ANTHROPIC_BEDROCK_BASE_URL": f"{stub.url}/bedrock"}
+    keep = log_in(replace(login, kept=kept), environment, monkeypatch)
+    server = serve(bin=cli, keep_env=keep, spares=spares)
+    assert server.bridge
+    for words in ("one", "two"):
+        answer = server.post(words)
+        assert (answer.status, answer.text, answer.session) == (200, "ok", "new")
+        assert "x-bridge-api-calls" not in answer.headers
+        wait_until(lambda: len(server.bridge.pool.starter.spares) == spares, "the spare")
 
 
 # a login that changes while the bridge runs

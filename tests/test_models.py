@@ -135,6 +135,30 @@ def test_each_model_that_a_cli_lists_answers_without_being_named_at_its_start(
     assert kinds - alone == {""}
 
 
+THOUGHT = [
+    "a",
+    {
+        "role": "assistant",
+        "content": [
+            {"type": "thinking", "thinking": "hm", "signature": "c2ln"},
+            {"type": "text", "text": "b"},
+        ],
+    },
+    "SAY x",
+]
+
+
+@pytest.mark.parametrize("name", ["sonnet", "sonnet[1m]", "opus[1m]", "claude-sonnet-5[1m]"])
+def test_thinking_of_the_past_arrives_by_whatever_name_the_model_is_asked(
+    real: Server, since: Callable[[], list[Json]], name: str
+) -> None:
+    """The CLI drops that of another model, and knows its own under one name alone."""
+    answer = real.post(THOUGHT, model=name, thinking={"type": "enabled", "budget_tokens": 1024})
+    assert (answer.status, answer.text) == (200, "x")
+    [row] = since()
+    assert row["body"]["messages"][1] == THOUGHT[1]
+
+
 def test_only_models_under_a_short_name_are_taken_from_a_conversation_and_none_of_a_clouds() -> (
     None
 ):

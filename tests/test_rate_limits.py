@@ -10,6 +10,7 @@ import pytest
 from client import Json
 from host import STANDIN
 from messages import JUNK, failure, first_turns
+from processes import talk
 from servers import KEEP, Serve, Server, both
 from test_metrics import measure
 
@@ -98,6 +99,21 @@ def test_what_the_cli_tells_of_the_accounts_limits_is_measured_and_on_the_page(
     page = limited.call("GET", "/").body.decode()
     assert re.search(r"five_hour +allowed_warning, used: 0.95\n", page)
     assert re.search(r"seven_day +allowed_warning, used: 0.5\n", page)
+
+
+def test_a_limit_that_a_hot_process_reports_is_told_also_after_a_refresh_of_the_login(
+    limited: Server, environment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+    history, _ = talk(limited, "hello")
+    credentials = environment / ".claude/.credentials.json"
+    credentials.parent.mkdir(exist_ok=True)
+    for words in ("a", "b"):
+        credentials.write_text(f'{{"{words}": 1}}')
+        answer = limited.post(history)
+        assert answer.session == "hot"
+        assert answer.headers["anthropic-ratelimit-unified-7d-utilization"] == "0.5"
+        history = [*history, answer.text, words]
 
 
 def test_what_the_real_cli_tells_of_the_accounts_limits_is_measured(

@@ -306,7 +306,10 @@ def test_a_spare_that_dies_while_it_is_set_up_costs_no_request(
     assert (tmp_path / "claude.second").exists()
 
 
-def test_a_spare_whose_end_nobody_has_seen_costs_no_request() -> None:
+@pytest.mark.parametrize("prints", ["", 'echo "[log_1] post http://x/v1/messages succeeded"'])
+def test_a_spare_whose_end_nobody_has_seen_costs_no_request(tmp_path: Path, prints: str) -> None:
+    """What it printed at its gate, as with Bedrock, is no answer."""
+
     async def use(pool: Pool) -> None:
         for words in ("one", "two"):  # now a spare is known to have the model
             await take_turn(pool, words)
@@ -320,7 +323,8 @@ def test_a_spare_whose_end_nobody_has_seen_costs_no_request() -> None:
         assert answer == "echo: other; 1 messages"
         assert turn.session is not spare
 
-    in_pool(use, spares=1)
+    program = plain_cli(tmp_path / "claude", f'{prints}\nexec "$STANDIN" "$@"')
+    in_pool(use, bin=str(program), spares=1)
 
 
 def test_spares_that_start_as_the_cli_is_looked_at_evict_no_conversation(tmp_path: Path) -> None:

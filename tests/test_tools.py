@@ -169,6 +169,16 @@ def test_what_cannot_be_handed_over_is_rebuilt_whole(
     wait_until(lambda: len(real.processes()) == 2, "the end of the parked processes")
 
 
+def test_a_text_that_names_the_call_of_a_result_arrives(
+    real: Server, since: Callable[[], list[Json]]
+) -> None:
+    messages, (call,) = start(real)
+    also = {"type": "text", "text": "STOP", "tool_use_id": call["id"]}
+    answer = real.post([*messages, user(also, result(call))], tools=[TOOL])
+    assert answer.status == 200
+    assert "STOP" in [block.get("text") for block in since()[-1]["body"]["messages"][-1]["content"]]
+
+
 def test_results_for_a_conversation_that_no_process_holds(
     real: Server, since: Callable[[], list[Json]]
 ) -> None:
