@@ -1014,6 +1014,8 @@ class Bridge:
         ]
         if new and self.grace_secs:
             await asyncio.wait(new, timeout=self.grace_secs)
+        # A task that is cancelled before it has begun would not close its connection.
+        await asyncio.sleep(0)
         for task, connection in list(self.connections.items()):
             if not connection.answering:
                 task.cancel()
@@ -1093,7 +1095,7 @@ class Bridge:
             # that is still on its way.
             self.health = Health()
         if translate.LOGIN_CURE in error.message:
-            cure = login_state(self.config, CliInfo())
+            cure = translate.masked(login_state(self.config, CliInfo()))
             error.message = error.message.replace(translate.LOGIN_CURE, cure)
         elif "or newer is required" in error.message:
             advice = sessions.update_cure(self.pool.cli.program)

@@ -3,6 +3,7 @@ anything."""
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
@@ -123,6 +125,30 @@ def test_on_any_loop_as_many_connections_are_served_as_there_may_be(run: Run[lis
                 return [await asyncio.to_thread(answer_to, client) for client in clients]
 
     assert sorted(run(program())) == [b"HTTP/1.1 200"] * 5 + [b"HTTP/1.1 503"] * 3
+
+
+def test_clients_that_connect_as_serve_ends_are_closed_and_none_is_left_to_the_collector(
+    run: Run[None],
+) -> None:
+    """With uvloop they are accepted in another moment than with asyncio."""
+
+    async def connect_and_end() -> None:
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(socket.socket()) for _ in range(5)]
+            config = Config(bin=str(STANDIN), listen_addr="127.0.0.1:0", spares=0)
+            async with serve(config) as bridge:
+                host, _, port = bridge.addresses[0].rpartition(":")
+                for client in clients:
+                    client.setblocking(False)
+                    client.connect_ex((host, int(port)))
+                    await asyncio.sleep(0)
+
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(20):
+            run(connect_and_end())
+        gc.collect()
+    assert [str(each.message) for each in found] == []
 
 
 @pytest.mark.parametrize("steps", range(30))

@@ -278,6 +278,15 @@ def test_a_tool_is_no_command_and_a_comma_at_the_end_of_tools_names_none(cli: Pa
     in_pool(use, bin=str(cli), tools="Run, Bash,", keep_env=KEEP)
 
 
+def test_where_nobody_is_logged_in_is_told_also_of_a_folder_whose_name_is_no_utf8(
+    launch: Launch, tmp_path: Path
+) -> None:
+    program = launch(CLAUDE_CONFIG_DIR=os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    answer = program.post(model="not-logged-in")
+    assert answer.status == 401
+    assert f"in {tmp_path}/caf?" in answer.message["error"]["message"]
+
+
 def test_an_mcp_server_that_cannot_start_is_warned_of(
     launch: Launch, cli: Path, tmp_path: Path, since: Callable[[], list[Json]]
 ) -> None:
