@@ -132,7 +132,7 @@ def test_clients_that_connect_as_serve_ends_are_closed_and_none_is_left_to_the_c
 ) -> None:
     """With uvloop they are accepted in another moment than with asyncio."""
 
-    async def connect_and_end() -> None:
+    async def connect_and_end(steps: int) -> None:
         with contextlib.ExitStack() as stack:
             clients = [stack.enter_context(socket.socket()) for _ in range(5)]
             config = Config(bin=str(STANDIN), listen_addr="127.0.0.1:0", spares=0)
@@ -141,12 +141,13 @@ def test_clients_that_connect_as_serve_ends_are_closed_and_none_is_left_to_the_c
                 for client in clients:
                     client.setblocking(False)
                     client.connect_ex((host, int(port)))
+                for _ in range(steps):
                     await asyncio.sleep(0)
 
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        for _ in range(20):
-            run(connect_and_end())
+        for number in range(20):
+            run(connect_and_end(number % 4))
         gc.collect()
     assert [str(each.message) for each in found] == []
 
