@@ -1016,7 +1016,9 @@ def blocks_in(holders: list[Any]) -> list[Any]:
     found: list[Any] = []
     for holder in map(as_object, holders):
         source = as_object(holder.get("source"))
-        found += as_list((source or holder).get("content"))
+        content = (source or holder).get("content")
+        # A web_fetch_tool_result has an object, and that a document.
+        found += [content] if isinstance(content, dict) else as_list(content)
     return found + blocks_in(found) if found else []
 
 

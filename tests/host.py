@@ -46,17 +46,26 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 15) 
 
 def children(pid: int | None = None) -> list[psutil.Process]:
     """The living ones of a process, and theirs."""
-    # Most tests have none, and psutil looks at all processes of the machine.
-    with contextlib.suppress(OSError):  # a thread ended meanwhile
-        own = list(Path(f"/proc/{pid or 'self'}/task").glob("*/children"))
-        if own and not any(map(Path.read_text, own)):
-            return []
     found = []
     with contextlib.suppress(psutil.NoSuchProcess):
-        for process in psutil.Process(pid).children(recursive=True):
+        for process in descendants(pid or os.getpid()):
             with contextlib.suppress(psutil.NoSuchProcess):  # this one alone
                 if process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
+    return found
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """Those of a process, zombies too.  psutil would look at all processes of the machine for them,
+    and each test asks twice."""
+    if not os.path.exists("/proc/thread-self/children"):  # not Linux
+        return psutil.Process(pid).children(recursive=True)
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        # A thread or process may end meanwhile.
+        with contextlib.suppress(OSError, psutil.NoSuchProcess):
+            for child in map(int, file.read_text().split()):
+                found += [psutil.Process(child), *descendants(child)]
     return found
 
 

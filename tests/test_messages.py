@@ -483,6 +483,15 @@ def test_of_the_result_of_an_error_its_texts_arrive() -> None:
 HOUR: Json = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
 CALLS = ["x", role("assistant", [USE, USE_2])]
 SEVERAL = [text("a", **CACHED), text("b", **CACHED)]
+FETCHED = {
+    "type": "web_fetch_tool_result",
+    "tool_use_id": "srvtoolu_1",
+    "content": {
+        "type": "web_fetch_result",
+        "url": "http://x",
+        "content": {"type": "document", "source": {"type": "file", "file_id": "f"}, **CACHED},
+    },
+}
 # name -> (messages, other fields, how long those of the CLI are kept, whether they fail
 # to stand for some)
 CLI: dict[str, tuple[Any, Json, str, bool]] = {
@@ -541,6 +550,12 @@ CLI: dict[str, tuple[Any, Json, str, bool]] = {
         True,
     ),
     "inside a document": (user(DOCUMENT, text("a")), {}, "5m", True),
+    "page that was fetched": (
+        [role("user"), role("assistant", [FETCHED]), "hello"],
+        {},
+        "5m",
+        True,
+    ),
     "role of the system": ([role("user"), role("system", SEVERAL)], {}, "", True),
     # how long they are kept
     "message for an hour": (user(text("a", **HOUR)), {}, "1h", False),
