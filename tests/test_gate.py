@@ -1,6 +1,5 @@
 """The gate: the pipe through which a conversation reaches a process, and nothing but a pipe."""
 
-import contextlib
 import os
 import signal
 import stat
@@ -10,13 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from client import Json, prime
 from host import wait_until
 from processes import alive
 from servers import Launch, Program, Serve, linux, plain_cli
 from stand_in import Log
+from test_metrics import measure
 
 import sessions
 from sessions import GATES, close_gates
@@ -85,9 +84,14 @@ def test_a_fork_of_the_host_program_does_not_hold_a_gate(serve: Serve) -> None:
 # ---------------------------------------------------------------- what a killed bridge leaves
 
 
+def has_spare(program: Program) -> bool:
+    """Whether a spare waits at its gate, and not one that is asked who is logged in."""
+    return measure(program)("processes", state="spare") == 1
+
+
 def waiting_spare(program: Program, log: Log, run: Run) -> None:
     prime(program)
-    wait_until(lambda: len(log.started()) == 2, "the spare")
+    wait_until(lambda: has_spare(program), "the spare")
 
 
 def half_through_the_gate(program: Program, log: Log, run: Run) -> None:
@@ -144,15 +148,6 @@ def test_a_killed_bridge_leaves_no_child_and_no_word_of_a_conversation(
     assert not files_with(b"x" * 1000, temporary, environment)
 
 
-def is_waiting(program: Program) -> bool:
-    """Whether a child waits at its gate; another one is asked for its version."""
-    found = []
-    for child in program.children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found += child.cmdline()
-    return "--resume" in found
-
-
 @linux
 @pytest.mark.parametrize("state", ["spare", "running", "parked"])
 def test_a_killed_bridge_with_the_real_cli_leaves_no_word_of_a_conversation(
@@ -173,7 +168,7 @@ def test_a_killed_bridge_with_the_real_cli_leaves_no_word_of_a_conversation(
     past: list[Any] = [SECRET, SECRET]
     running = None
     if state == "spare":
-        wait_until(lambda: is_waiting(program), "the spare")
+        wait_until(lambda: has_spare(program), "the spare")
     elif state == "running":
         running = background.submit(program.post, [*past, f"SLOW 200 {SECRET}"], stream=True)
         wait_until(since, "the API call")
