@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from client import Answer
 from host import wait_until
-from processes import in_pool, in_work, open_gate, soon, take_turn, talk
+from processes import in_pool, in_work, open_gate, pool_of, soon, take_turn, talk
 from servers import Serve
 from stand_in import Log
 
@@ -111,7 +111,9 @@ def test_a_waiting_request_gets_the_room_of_a_turn_that_ends(
 def test_a_request_that_finds_no_room_in_time_gets_529(
     serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor, session: str | None
 ) -> None:
-    server = serve(max_sessions=1 if session is None else 9, queue_secs=0.2)
+    # With one place the process ends after its turn.
+    places = {"max_sessions": 9} if session else {"max_sessions": 1, "max_idle": 0}
+    server = serve(**places, queue_secs=0.2)
     busy = background.submit(server.post, "PAUSE", session=session)
     wait_until(lambda: log.got("PAUSE"), "the turn that holds the room")
     answer = server.post("never", session=session)
@@ -120,6 +122,8 @@ def test_a_request_that_finds_no_room_in_time_gets_529(
     gate.touch()
     assert busy.result().status == 200
     assert not log.got("never")
+    # That may take longer than a request waits here.
+    wait_until(lambda: not pool_of(server).room.is_full, "the room")
     assert server.post("next", session=session).status == 200
 
 
