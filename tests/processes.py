@@ -17,7 +17,7 @@ from host import STANDIN, wait_until
 from servers import Program, Server
 from stand_in import Log
 
-from sessions import Pool, PoolConfig, Session, Turn
+from sessions import Pool, PoolConfig, Session, State, Turn
 from translate import parse_request
 
 HEADER = "x-arch-claude-cli-session"
@@ -91,6 +91,18 @@ async def soon(condition: Callable[[], Any]) -> None:
 
 def reaped(pid: int) -> bool:
     return pid > 0 and not psutil.pid_exists(pid)
+
+
+def fall_silent(server: Server, number: int) -> None:
+    """Let the watchdog's time pass for a process, again and again until it is ended: what was on
+    its way meanwhile is a sign of life."""
+    session = session_of(server, number)
+
+    def is_ended() -> bool:
+        session.process._alive_at -= server.config.watchdog_secs
+        return session.state is State.RETIRED
+
+    wait_until(is_ended, "the watchdog")
 
 
 def check_failure(answer: Answer, *, begun: bool, status: int, kind: str, words: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import readme
 from client import Client, prime, request_body
 from host import wait_until
-from processes import send
+from processes import fall_silent, send
 from prometheus_client.parser import text_string_to_metric_families
 from servers import Launch, Serve
 from stand_in import Log
@@ -101,13 +101,18 @@ def test_processes_are_counted_by_state(
     assert measure(server)("processes", state="idle") == 2
 
 
-def test_deaths_watchdog_and_retirements_are_counted(serve: Serve) -> None:
-    server = serve(watchdog_secs=0.5)
+def test_deaths_watchdog_and_retirements_are_counted(
+    serve: Serve, log: Log, background: ThreadPoolExecutor
+) -> None:
+    server = serve()
     before = measure(server)
     names = ("process_restarts_total", "watchdog_fires_total", "processes_started_total")
     assert [before(name) for name in names] == [0, 0, 0]
     assert server.post("DIE-START").status == 502
-    assert server.post("HANG-START").status == 504
+    silent = background.submit(server.post, "HANG-START")
+    wait_until(lambda: log.got("HANG-START"), "the turn")
+    fall_silent(server, log.got("HANG-START"))
+    assert silent.result().status == 504
     found = measure(server)
     assert [found(name) for name in names] == [1, 1, 2]
     assert found("processes_ended_total", reason="died") == 1

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +19,12 @@ from processes import (
     alive,
     check_failure,
     check_own,
+    fall_silent,
     in_work,
     pid,
+    read_all,
     reaped,
+    send,
     session_of,
     talk,
 )
@@ -131,7 +135,7 @@ def test_an_error_as_the_result_of_an_answer_ends_the_process_whenever_it_comes(
 
 
 MID, START = True, False
-SILENT = {"status": 504, "kind": "timeout_error", "words": "silent for 1 seconds"}
+SILENT = {"status": 504, "kind": "timeout_error", "words": "silent for 600 seconds"}
 FAULTS = {
     "DIE 3": (MID, {**DIED, "words": "exited with status 3: stand-in: told to die"}),
     "HALF": (MID, {**DIED, "words": "exited with status 0"}),
@@ -155,11 +159,17 @@ FAULTS = {
 def test_a_fault_fails_its_request_alone_and_retires_its_process(
     serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor, text: str, stream: bool
 ) -> None:
-    server = serve(watchdog_secs=1)
+    server = serve()
     other = background.submit(server.post, "PAUSE other", stream=True)
     wait_until(lambda: log.got("PAUSE other"), "the other conversation's turn")
     begun, failure = FAULTS[text]
-    check_failure(server.post(text, stream=stream), begun=begun and stream, **failure)
+    with send(server, text, stream=stream) as client:
+        if failure is SILENT:
+            wait_until(lambda: log.got(text), "the turn")
+            while begun and stream and b"_delta" not in client.recv(1 << 16, socket.MSG_PEEK):
+                pass
+            fall_silent(server, log.got(text))
+        check_failure(read_all(client), begun=begun and stream, **failure)
     wait_until(lambda: reaped(log.got(text)), "the end of the process")
     gate.touch()
     assert other.result().text == "echo: PAUSE other; 1 messages"
@@ -177,15 +187,19 @@ def test_a_fault_fails_its_request_alone_and_retires_its_process(
             "claude_cli_error",
             "exited with status 1: stand-in: told to exit at the start",
         ),
-        ("hang-at-start", 504, "timeout_error", "silent for 1 seconds"),
+        ("hang-at-start", *SILENT.values()),
         ("not-logged-in", 401, "authentication_error", "nobody is logged in: no login of user "),
     ],
 )
 def test_a_process_that_does_not_come_up_is_an_error_status(
-    serve: Serve, stream: bool, model: str, status: int, kind: str, words: str
+    serve: Serve, log: Log, stream: bool, model: str, status: int, kind: str, words: str
 ) -> None:
-    server = serve(watchdog_secs=1)
-    answer = server.post("hello", model=model, stream=stream)
+    server = serve()
+    with send(server, "hello", model=model, stream=stream) as client:
+        if model == "hang-at-start":
+            wait_until(lambda: log.got("hello"), "the turn")
+            fall_silent(server, log.got("hello"))
+        answer = read_all(client)
     check_failure(answer, begun=False, status=status, kind=kind, words=words)
     assert answer.headers.get("x-should-retry") == ("false" if status == 401 else None)
 
@@ -201,8 +215,12 @@ def test_a_process_that_does_not_come_up_is_an_error_status(
 def test_a_fault_while_a_history_is_rebuilt_is_an_error_status(
     serve: Serve, log: Log, text: str, failure: dict[str, object], stream: bool
 ) -> None:
-    answer = serve(watchdog_secs=1).post([text, "yes", "go on"], stream=stream)
-    check_failure(answer, begun=False, **failure)
+    server = serve()
+    with send(server, [text, "yes", "go on"], stream=stream) as client:
+        if failure is SILENT:
+            wait_until(lambda: log.got(text), "the turn")
+            fall_silent(server, log.got(text))
+        check_failure(read_all(client), begun=False, **failure)
     wait_until(lambda: reaped(log.got(text)), "the end of the process")
 
 
