@@ -332,9 +332,12 @@ def test_spares_that_start_as_the_cli_is_looked_at_evict_no_conversation(tmp_pat
     program.symlink_to(STANDIN)
 
     async def use(pool: Pool) -> None:
-        turns = [(await take_turn(pool, words))[0] for words in ("one", "two")]
-        for task in list(pool.starter.starting):
-            await task
+        turns = []
+        for words in ("one", "two"):
+            turns.append((await take_turn(pool, words))[0])
+            # As long as spares start, the next one would get the place of a conversation.
+            while pool.starter.starting:
+                await asyncio.wait(pool.starter.starting)
         for spare in pool.starter.spares:
             pool.retire(spare, "unwanted")
         await soon(lambda: not pool.room.ending)
