@@ -122,6 +122,13 @@ class Bench:
                 os.unlink(os.path.join(self.log.folder, name))
 
 
+def look_for_garbage() -> None:
+    """asyncio reports a failure that nobody looked at when its task is freed.  What is there now
+    need not be looked at after the next cell."""
+    gc.collect()
+    gc.freeze()
+
+
 @contextlib.contextmanager
 def bench(folder: Path, watchdog_secs: float) -> Iterator[Bench]:
     with contextlib.ExitStack() as stack:
@@ -149,8 +156,7 @@ def bench(folder: Path, watchdog_secs: float) -> Iterator[Bench]:
             "the end of the first connection",
         )
         made.tasks = made.running()
-        gc.collect()
-        gc.freeze()  # what is there now need not be looked at after each cell
+        look_for_garbage()
         yield made
 
 
@@ -273,7 +279,7 @@ def test_a_fault_has_its_answer_and_stays_alone(
         for kind in ("streamed", "whole")
     }
     failures = {kind: cell.exception() for kind, cell in both.items()}
-    gc.collect()  # asyncio reports a failure that nobody looked at when its task is freed
+    look_for_garbage()
     assert not [row.getMessage() for row in caplog.records if row.levelno >= logging.WARNING]
     for kind, error in failures.items():
         if error:
@@ -398,7 +404,7 @@ def test_a_fault_at_the_gate_has_its_answer_and_holds_up_nobody(
         late.touch()
     failures = [cell.exception(DEADLINE) for cell in cells]
     late.unlink()
-    gc.collect()
+    look_for_garbage()
     assert not [row.getMessage() for row in caplog.records if row.levelno >= logging.WARNING]
     assert failures == [None, None]
 
