@@ -308,10 +308,10 @@ class Kind:
     is_kept: bool = False
 
 
-# An administrator's list of MCP servers, on Linux and on macOS.
-MANAGED_MCP = (
-    "/etc/claude-code/managed-mcp.json",
-    "/Library/Application Support/ClaudeCode/managed-mcp.json",
+# Where an administrator's settings are, and a list of MCP servers, on Linux and on macOS.
+MANAGED = (
+    "/etc/claude-code",
+    "/Library/Application Support/ClaudeCode",
 )
 
 
@@ -336,15 +336,20 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
         "--effort",
         "high",
     ]
-    if kind.is_kept:  # over the env block of the user's settings
-        argv += ["--settings", orjson.dumps({"env": UNREACHABLE}).decode()]
+    over: Json = {}  # over the user's settings
+    if config.setting_sources and not kind.agent:
+        over |= PLAIN_SETTINGS
+    if kind.is_kept:
+        over["env"] = UNREACHABLE
     else:
         argv += ["--no-session-persistence"]
     if kind.bare and config.setting_sources and os.path.isfile(settings):
         # Otherwise the bare mode reads no apiKeyHelper (the CLI's help on --bare).
         argv += ["--settings", settings]
+    elif over:
+        argv += ["--settings", orjson.dumps(over).decode()]
     # The CLI refuses the flag beside an administrator's list, which excludes others.
-    if not any(map(os.path.exists, MANAGED_MCP)):
+    if not any(os.path.exists(f"{folder}/managed-mcp.json") for folder in MANAGED):
         argv += ["--strict-mcp-config"]
     if kind.agent:
         argv += ["--tools", config.tools, "--permission-mode", config.permission_mode]
@@ -492,7 +497,17 @@ BARE_LOGINS = (
 MODEL_MODE = {
     "CLAUDE_AGENT_SDK_DISABLE_BUILTIN_AGENTS": "1",
     "CLAUDE_CODE_DISABLE_GIT_INSTRUCTIONS": "1",
+    # No CLAUDE.md of the user's or an administrator's.
+    "CLAUDE_CODE_DISABLE_CLAUDE_MDS": "1",
 }
+# In model mode only: what else the user's settings would add to a conversation.
+PLAIN_SETTINGS: Json = {
+    "disableAllHooks": True,
+    "language": "",
+    "outputStyle": "default",
+}
+# The beginnings of variables that say which models the CLI runs.
+MODEL_VARIABLES = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_")
 # An address where nobody answers: RFC 863's port, on loopback.
 NOWHERE = "http://127.0.0.1:9"
 # For a process whose question must reach no API: it gets this as environment and as
@@ -1324,12 +1339,14 @@ class Turn:
     def __post_init__(self) -> None:
         session = self.session
         self.process = session.process
+        # By now the process has listed its models.
+        model = self.process.cli.info.full_name(session.model)
         self.translator = Translator(
             [tool["name"] for tool in self.process.tools],
             agent=session.kind.agent,
             turn_id=session.turn_id,
             # The API may answer from one of the client's own `fallbacks`.
-            model="" if "fallbacks" in self.request.fields else session.model,
+            model="" if "fallbacks" in self.request.fields else model,
         )
 
     @property
@@ -1861,10 +1878,8 @@ class Starter:
             message = "a conversation that ends with an assistant message needs Claude"
             message += f" Code {CONTINUES} or newer; this is {cli.version}"
             raise translate.bad_request("messages", message)
-        # Thinking is kept only beside the full name of the model, and only the CLI
-        # knows what login is in its settings.
-        needs_info = request.fingerprint.has_thinking or pool.config.setting_sources
-        if needs_info and not cli.info.is_known:
+        # Only the CLI knows what login is in its settings.
+        if pool.config.setting_sources and not cli.info.is_known:
             await pool.inspector.info()
         kind, model = pool.inspector.needs(request)
         announced = await pool.inspector.announced(request.model, kind)
@@ -2117,8 +2132,16 @@ class Inspector:
 
     def kind(self, request: Request) -> Kind:
         """The kind of process that a request needs: until the CLI has listed its models,
-        one that is started for the model."""
-        takes_it = self.cli.info.takes_from_conversation(request.model)
+        or where it may keep to models that the user has named, one that is started for
+        the model."""
+        has_settings = self._pool.config.setting_sources or any(
+            map(os.path.isdir, MANAGED)
+        )
+        may_keep = has_settings or any(
+            name.startswith(MODEL_VARIABLES) for name in self.environment
+        )
+        is_listed = self.cli.info.takes_from_conversation(request.model)
+        takes_it = is_listed and not may_keep
         is_bare = not request.is_agent and self.is_bare()
         return Kind("" if takes_it else request.model, request.is_agent, is_bare)
 

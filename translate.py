@@ -1174,6 +1174,8 @@ MCP_SERVER = "client"
 # What the CLI keeps of every answer beside its blocks.
 PAST_ANSWER = {
     "type": "message",
+    # It drops the thinking of a message of any model but its own and this one.
+    "model": "<synthetic>",
     "stop_reason": "end_turn",
     "stop_sequence": None,
     "usage": {"input_tokens": 0, "output_tokens": 0},
@@ -1229,10 +1231,8 @@ def transcript(
             # With apiBlockIndex, and CLAUDE_CODE_STELLAR_DRIFT, 2.1.330 keeps the order
             # of texts and tool calls.
             row["apiBlockIndex"] = 0
-            # The CLI merges messages that share an id, and drops the thinking of a
-            # message whose model is not its own, which 2.1.197 knows without [1m].
-            own, *_ = model.partition("[")
-            sent |= PAST_ANSWER | {"id": f"msg_past_{len(rows)}", "model": own}
+            # The CLI merges messages that share an id.
+            sent |= PAST_ANSWER | {"id": f"msg_past_{len(rows)}"}
         rows.append(row)
     rows[-1]["isVirtual"] = True
     rows[-1]["message"]["model"] = model
@@ -1539,9 +1539,17 @@ def control_result(event: CliEvent, subtype: str) -> Json:
 NAME_ENDING = re.compile(r"([-@]\d{8}|-latest|-0)?(\[.*\])?$")
 
 
+# Aliases that are a part of the full names of their models.
+FAMILIES = ("fable", "haiku", "opus", "sonnet")
+
+
 def may_answer(answered: str, asked: str) -> bool:
-    """Whether an answer may come from the model that was asked for.  Aliases, and the
-    names that clouds have of their own, are not compared."""
+    """Whether an answer may come from the model that was asked for.  Of an alias that the
+    CLI does not list, the family is compared; names that clouds have of their own are
+    not."""
+    family = asked.partition("[")[0].lower()
+    if family in FAMILIES and answered.startswith(FULL_NAME):
+        return family in answered
     names = {NAME_ENDING.sub("", name) for name in (asked, answered)}
     return len(names) == 1 or not all(name.startswith(FULL_NAME) for name in names)
 
@@ -1582,13 +1590,11 @@ class CliInfo:
         return bool(self.account)
 
     def full_name(self, name: str) -> str:
-        """The full name of a model; a name that is not listed stays as it is, but for
-        one with a size of its context (sonnet[1m])."""
+        """The full name of a model; a name that is not listed stays as it is."""
         for model in self.models:
             if name in (model.name, model.full_name):
                 return model.full_name
-        alias, bracket, size = name.partition("[")
-        return self.full_name(alias) + bracket + size if bracket else name
+        return name
 
     def takes_from_conversation(self, name: str) -> bool:
         """Whether a process that was started without --model runs this model, if it is

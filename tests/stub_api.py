@@ -360,7 +360,7 @@ async def reply(request: web.Request, body: Json) -> web.StreamResponse:
     text = request["text"] = last_text(body)
     if text == "RECORD":
         return await plain_answer(request, body)
-    if not body["model"].startswith("claude-") or "no-such" in body["model"]:
+    if not body["model"].startswith(("claude-", "glm-")) or "no-such" in body["model"]:
         return error(404, f"model: {body['model']}")
     if failing := re.search(r"FAIL(\d{3})", text):
         coded = re.search(r"CODE (\w+)", text)

@@ -18,6 +18,7 @@ from host import ROOT, wait_until
 from processes import pid
 from servers import KEEP, Serve, Server, linux
 from stand_in import Log
+from stubs import Stub
 from test_tools import TOOL, result, start, user
 
 from sessions import Kind, PoolConfig, child_environment
@@ -226,6 +227,42 @@ def test_a_system_prompt_is_not_in_argv(serve: Serve, log: Log) -> None:
     assert answer.text == "echo: hello; 1 messages"
     assert sum(map(len, log.started()[pid(answer)]["argv"])) < 2000
     assert log.lines(pid(answer))[0]["request"]["systemPrompt"] == [system]
+
+
+HOOK = [{"hooks": [{"type": "command", "command": "echo CANARY"}]}]
+# What the user has -> the settings with it.
+OF_THE_USER: dict[str, Json] = {
+    "memory": {},
+    "hooks": {"hooks": {"UserPromptSubmit": HOOK, "SessionStart": HOOK}},
+    "style": {"outputStyle": "Explanatory"},
+    "language": {"language": "CANARY"},
+}
+
+
+@pytest.mark.parametrize("what", OF_THE_USER)
+def test_of_the_users_settings_nothing_but_the_login_gets_into_a_conversation(
+    serve: Serve,
+    cli: Path,
+    environment: Path,
+    stub: Stub,
+    since: Callable[[], list[Json]],
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+) -> None:
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+    login = {"ANTHROPIC_BASE_URL": stub.url, "ANTHROPIC_AUTH_TOKEN": "mine"}
+    folder = environment / ".claude"
+    folder.mkdir()
+    (folder / "settings.json").write_text(json.dumps({"env": login, **OF_THE_USER[what]}))
+    if what == "memory":
+        (folder / "CLAUDE.md").write_text("CANARY")
+    keep = [name for name in KEEP if not name.startswith("ANTHROPIC_")]
+    server = serve(bin=cli, keep_env=tuple(keep), setting_sources="user")
+    for words in (["SAY x"], ["SAY x", "x", "SAY y"], ["SAY x", "z", "SAY y"]):
+        assert server.post(words).status == 200
+        arrived = json.dumps(since()[-1]["body"])
+        assert "CANARY" not in arrived
+        assert "xplanatory" not in arrived
 
 
 @linux

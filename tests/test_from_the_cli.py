@@ -197,7 +197,6 @@ MODELS = [
     ("name", "model"),
     [
         ("sonnet", "claude-sonnet-5-5"),
-        ("sonnet[1m]", "claude-sonnet-5-5[1m]"),
         ("claude-sonnet-5-5", "claude-sonnet-5-5"),
         ("default", "claude-opus-4-8"),
         ("odd", "odd"),
@@ -251,6 +250,10 @@ SAME_MODELS = [
     ("us.anthropic.claude-opus-4-8-v1:0", "claude-opus-4-8", True),
     ("claude-opus-4-8", "us.anthropic.claude-sonnet-5-5-v1:0", True),
     ("claude-opus-4-8", "", True),
+    # aliases
+    ("sonnet[1m]", "claude-sonnet-5-5", True),
+    ("Opus", "claude-sonnet-5-5", False),
+    ("best", "claude-opus-4-8", True),
     # others
     ("claude-opus-4-8", "claude-sonnet-5-5", False),
     ("claude-opus-4-8", "claude-opus-4-5", False),

@@ -1,18 +1,20 @@
 """The models that a CLI lists, and which of them one process takes."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from client import Json
+from client import Json, request_body
 from host import STANDIN
 from processes import pool_of
-from servers import Serve, Server
+from servers import KEEP, Serve, Server
 
+import sessions
 from bridge import model_list
-from translate import MODEL_PREFIX, read_info
+from translate import MODEL_PREFIX, parse_request, read_info
 
 
 def test_the_model_list_is_the_clis_own(real: Server) -> None:
@@ -148,15 +150,89 @@ THOUGHT = [
 ]
 
 
-@pytest.mark.parametrize("name", ["sonnet", "sonnet[1m]", "opus[1m]", "claude-sonnet-5[1m]"])
+NAMES = ("sonnet", "Sonnet", "sonnet[1m]", "opus[1m]", "best", "opusplan", "claude-sonnet-5[1m]")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_thinking_of_the_past_arrives_by_whatever_name_the_model_is_asked(
     real: Server, since: Callable[[], list[Json]], name: str
 ) -> None:
-    """The CLI drops that of another model, and knows its own under one name alone."""
+    """The CLI drops that of another model than its own, whatever that is called."""
     answer = real.post(THOUGHT, model=name, thinking={"type": "enabled", "budget_tokens": 1024})
     assert (answer.status, answer.text) == (200, "x")
     [row] = since()
     assert row["body"]["messages"][1] == THOUGHT[1]
+
+
+# A gateway's names in the CLI's settings, or its variables -> what arrives, by alias.
+NAMED: dict[str, tuple[Json, dict[str, str]]] = {
+    "one for all": (
+        {"env": {"ANTHROPIC_MODEL": "glm-4.6"}},
+        {"sonnet": "claude-sonnet", "opus": "claude-opus", "haiku": "claude-haiku"},
+    ),
+    "one for sonnet": (
+        {"env": {"ANTHROPIC_DEFAULT_SONNET_MODEL": "glm-4.6"}},
+        {"sonnet": "glm-4.6", "opus": "claude-opus", "haiku": "claude-haiku"},
+    ),
+    "another family for sonnet": (
+        {"env": {"ANTHROPIC_DEFAULT_SONNET_MODEL": "claude-opus-5-5"}},
+        {"sonnet": "claude-opus", "haiku": "claude-haiku"},
+    ),
+    "a default": ({"model": "haiku"}, {"sonnet": "claude-sonnet", "opus": "claude-opus"}),
+}
+
+
+@pytest.mark.parametrize("by", ["settings", "variables"])
+@pytest.mark.parametrize("name", NAMED)
+def test_where_the_user_names_models_an_alias_is_answered_by_the_one_that_it_means(
+    serve: Serve,
+    cli: Path,
+    environment: Path,
+    since: Callable[[], list[Json]],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    by: str,
+) -> None:
+    """The CLI then takes no other model from a conversation that it resumes."""
+    settings, models = NAMED[name]
+    variables = settings.get("env", {})
+    if by == "settings":
+        (environment / ".claude").mkdir()
+        (environment / ".claude/settings.json").write_text(json.dumps(settings))
+        server = serve(bin=cli, keep_env=KEEP, setting_sources="user")
+    else:
+        for key, value in variables.items():
+            monkeypatch.setenv(key, value)
+        server = serve(bin=cli, keep_env=(*KEEP, *variables))
+    server.call("GET", "/v1/models")  # from now on the list is known
+    for alias, model in models.items():
+        answer = server.post(THOUGHT, model=alias)
+        assert (answer.status, answer.text) == (200, "x")
+        body = since()[-1]["body"]
+        assert body["model"].startswith(model)
+        assert body["messages"][1] == THOUGHT[1]
+
+
+def test_where_an_administrator_has_settings_each_model_is_named(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server = serve()
+    server.call("GET", "/v1/models")
+    kind = pool_of(server).inspector.kind
+    request = parse_request(json.dumps(request_body("hello")).encode())
+    assert kind(request).model == ""
+    monkeypatch.setattr(sessions, "MANAGED", (str(tmp_path),))
+    assert kind(request).model == "sonnet"
+
+
+def test_an_alias_that_may_not_be_used_is_answered_by_no_other_model(
+    serve: Serve, cli: Path, environment: Path
+) -> None:
+    (environment / ".claude").mkdir()
+    (environment / ".claude/settings.json").write_text('{"availableModels": ["opus"]}')
+    server = serve(bin=cli, keep_env=KEEP, setting_sources="user")
+    assert server.post("SAY x", model="opus").status == 200
+    assert server.post("SAY x", model="sonnet").status != 200
 
 
 def test_only_models_under_a_short_name_are_taken_from_a_conversation_and_none_of_a_clouds() -> (
