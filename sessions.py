@@ -814,9 +814,8 @@ class Child(asyncio.SubprocessProtocol):
 # ------------------------------------------------------------ the CLI
 
 # Versions of the CLI (README, "Versions of the CLI"; tests/README.md has what was seen of
-# each).  One older than this lists no full names of models, without which it keeps no
-# thinking of the past; with still older ones the API gets another request than the
-# client's.
+# each).  One older than this lists no full names of models; with still older ones the API
+# gets another request than the client's.
 OLDEST = "2.1.197"
 NEWEST_TESTED = "2.1.332"
 # The CLI announces things to the model (`translate.ANNOUNCEMENTS`) from a version between

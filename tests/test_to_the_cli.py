@@ -131,8 +131,9 @@ def test_a_transcript_ends_with_a_message_of_its_model_that_the_api_does_not_see
     *rows, last = map(read, translate.transcript(messages, "claude-x"))
     assert (last["type"], last["isVirtual"]) == ("assistant", True)
     assert not any("isVirtual" in row for row in rows)
-    said = [row["message"] for row in (*rows, last) if row["type"] == "assistant"]
-    assert {message["model"] for message in said} == {"claude-x"}
+    assert last["message"]["model"] == "claude-x"
+    past = [row["message"]["model"] for row in rows if row["type"] == "assistant"]
+    assert set(past) <= {"<synthetic>"}  # under which the CLI keeps thinking
     assert all(block.get("text") != "" for block in last["message"]["content"])
 
 
