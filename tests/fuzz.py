@@ -46,7 +46,7 @@ from servers import Server
 
 import translate
 from bridge import Config
-from sessions import Kind, Turn
+from sessions import Cli, Kind, Turn
 from translate import ApiError, Request, cli_error, frame, parse_request
 
 Json = dict[str, Any]
@@ -564,6 +564,7 @@ class Reads:
         self.working = False
         self.has_listed = True
         self.tools = [translate.listed_tool(name) for name in SERVED]
+        self.cli = Cli()
 
     def write(self, *lines: bytes) -> None:
         pass
