@@ -2069,7 +2069,9 @@ class Inspector:
         room.  Otherwise a process is started for it.  Raises ApiError when the CLI does not work.
         """
         async with self._pool.queue.held(self._asking, NO_START):
-            cli = await self.look()
+            # A process that is asked what the CLI announces reports this as well.
+            async with self.announcing:
+                cli = await self.look()
             if not cli.info.is_known or (anew and not self._pool.room.is_full):
                 kind = Kind(PROBE_MODEL, bare=self.is_bare())
                 async with self._asked(kind) as process:
