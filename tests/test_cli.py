@@ -293,7 +293,7 @@ def test_what_starts_while_the_cli_is_asked_stays_for_its_request_and_is_one_for
     async def use(pool: Pool) -> None:
         async def leave() -> None:
             asked = asyncio.create_task(pool.inspector.announced("slow-start", Kind("mine")))
-            await soon(lambda: asked_for(log, "slow-start") and pool.starter.spares)
+            await soon(lambda: pool.inspector.announcing.locked() and pool.starter.spares)
             asked.cancel()
             await asyncio.wait({asked})
 
