@@ -10,6 +10,7 @@ import contextlib
 import gc
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -99,9 +100,9 @@ def pytest_report_header() -> str:
     return f"real CLIs: {', '.join(CLIS) or 'none'}; {ISOLATION}"
 
 
-# Of these each test runs with one version of the CLI, every sixth with the older one, which takes
-# twice as long to start; `CLIS=all python -m pytest` runs them with both, `CLIS=2.1.197,2.1.330`
-# with these.
+# Of these each test runs with one version of the CLI, every twelfth with the older one, which takes
+# longer to start, and one that asks for a streamed or a whole answer asks for one of the two;
+# `CLIS=all python -m pytest` runs them with both, `CLIS=2.1.197,2.1.330` with these.
 IN_TURN = (
     "test_agent",
     "test_check",
@@ -127,11 +128,11 @@ WITH_BOTH = ("test_generated_requests", "test_a_text_after_a_call", "test_whethe
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The longest first, and of the real CLI one version for each test."""
+    """The longest first, and each test with the real CLI once."""
     items.sort(key=lambda item: not item.name.startswith(LONGEST))
     if os.environ.get("CLIS"):
         return
-    left_out = [item for item in items if is_of_other_version(item)]
+    left_out = [item for item in items if is_for_another_run(item)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
 
@@ -141,17 +142,21 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def is_of_other_version(item: pytest.Item) -> bool:
-    """Whether a test with the real CLI is left to another run, with the other version."""
+def is_for_another_run(item: pytest.Item) -> bool:
+    """Whether a test with the real CLI is left to a run with both versions and both kinds of
+    answers."""
     callspec = getattr(item, "callspec", None)
-    version = callspec.params.get("cli") if callspec else None
-    if version is None or item.path.stem not in IN_TURN or len(CLIS) < 2:
+    params = callspec.params if callspec else {}
+    if "cli" not in params or item.path.stem not in IN_TURN or len(CLIS) < 2:
         return False
     if item.name.startswith(WITH_BOTH):
         return False
-    name = item.nodeid.replace(str(version), "")
-    is_for_older = zlib.crc32(name.encode()) % 6 == 0 and not item.name.startswith(LONGEST)
-    return version != ("npm" if is_for_older else "bundled")
+    name = re.sub("bundled|npm|streamed|whole|True|False", "", item.nodeid)
+    chance = zlib.crc32(name.encode())
+    is_for_older = chance % 12 == 0 and not item.name.startswith(LONGEST)
+    is_other_version = params["cli"] != ("npm" if is_for_older else "bundled")
+    is_streamed = chance // 12 % 2 == 0
+    return is_other_version or params.get("stream", is_streamed) != is_streamed
 
 
 @pytest.fixture(scope="session")

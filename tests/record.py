@@ -348,6 +348,7 @@ def environment(home: str, url: str) -> dict[str, str]:
         "DISABLE_TELEMETRY": "1",
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         "ANTHROPIC_BASE_URL": url,
+        **servers.ENGINE,
     }
 
 

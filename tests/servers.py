@@ -19,7 +19,9 @@ from host import ROOT, STANDIN, children, wait_until
 from bridge import Bridge, Config
 from bridge import serve as serve_bridge
 
-BRIDGE = [sys.executable, str(ROOT / "bridge.py")]
+# The program, as the installed command starts it: Python compiles a script anew at each start.
+START = f"import sys; sys.path[0] = {str(ROOT)!r}; import bridge; bridge.main()"
+BRIDGE = [sys.executable, "-c", START]
 ADDRESS = "CLAUDE_CLI_LISTEN_ADDR"
 # The CLI's JavaScript engine without helper threads and without its optimizing compiler: a process
 # of a test lives for a second, beside others.  It then takes a third less processor time.

@@ -29,8 +29,8 @@ from test_logins import LOGINS, log_in
 
 import translate
 
-EXAMPLES = int(os.environ.get("FIDELITY", "5"))
-AT_ONCE = 50
+EXAMPLES = int(os.environ.get("FIDELITY", "4"))
+AT_ONCE = 20
 
 # Why what arrives is not what was sent.  README.md here has a row for each (test_readme.py).
 DIFFERENCES = {
@@ -735,8 +735,7 @@ def compare_results(lab: Lab, result: Json) -> None:
 def test_conversations_that_run_at_once_never_mix(
     lab: Lab, since: Callable[[], list[Json]]
 ) -> None:
-    """Fifty, each with fields, betas, effort and tools of its own, two turns each, all at the same
-    time."""
+    """Each with fields, betas, effort and tools of its own, two turns each, eight at a time."""
     efforts = ["low", "medium", "high"]
 
     def converse(number: int) -> None:

@@ -182,8 +182,15 @@ NAMED: dict[str, tuple[Json, dict[str, str]]] = {
 }
 
 
-@pytest.mark.parametrize("by", ["settings", "variables"])
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize(
+    ("name", "by"),
+    [
+        ("one for all", "variables"),
+        ("one for sonnet", "settings"),
+        ("another family for sonnet", "variables"),
+        ("a default", "settings"),
+    ],
+)
 def test_where_the_user_names_models_an_alias_is_answered_by_the_one_that_it_means(
     serve: Serve,
     cli: Path,

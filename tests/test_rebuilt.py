@@ -435,7 +435,24 @@ def test_with_each_login_the_same_arrives(
         [tool] = body["tools"]
         assert {key: tool[key] for key in TOOL} == TOOL
 
-    # Counts, at the API without and with what the CLI is given beside the messages.
+    rows = judging.log(before)
+    assert all(login_headers(row) == LOGINS[name].headers for row in rows)
+    for row in rows:
+        if row["path"] == "/v1/messages":
+            assert [beta for beta in betas_of(row) if beta in BETAS] == BETAS
+
+
+@pytest.mark.parametrize("name", ["subscription-with-account", "key"])
+def test_with_each_login_a_count_is_of_all_that_the_cli_is_given_beside_the_messages(
+    serve: Serve,
+    cli: Path,
+    environment: Path,
+    judging: Stub,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    bridges = make_bridges(name, serve, cli, environment, judging, monkeypatch)
+    server = bridges.start()
     asked: list[Json] = [{}, {"system": SYSTEM}, {"tools": [TOOL]}]
     counts, texts = [], []
     for more in asked:
@@ -445,12 +462,7 @@ def test_with_each_login_the_same_arrives(
     assert counts[0] < min(counts[1:])
     assert ["kind." in arrived_ones for arrived_ones in texts] == [False, True, False]
     assert ['"probe"' in arrived_ones for arrived_ones in texts] == [False, False, True]
-
-    rows = judging.log(before)
-    assert all(login_headers(row) == LOGINS[name].headers for row in rows)
-    for row in rows:
-        if row["path"] == "/v1/messages":
-            assert [beta for beta in betas_of(row) if beta in BETAS] == BETAS
+    assert all(login_headers(row) == LOGINS[name].headers for row in judging.log(bridges.seen))
 
 
 # the judge
