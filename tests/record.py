@@ -371,8 +371,11 @@ def account(cli: str, name: str) -> Json:
         return asyncio.run(look({**environment(home, "http://127.0.0.1:9"), **login.kept}))
 
 
-def record(cli: str, name: str, run: Callable[[Recorder], None] | None = None) -> list[Json]:
-    """The rows of a scenario; with `run`, of another conversation under its login and settings."""
+def record(
+    cli: str, url: str, name: str, run: Callable[[Recorder], None] | None = None
+) -> list[Json]:
+    """The rows of a scenario in front of the API at `url`; with `run`, of another conversation
+    under its login and settings."""
     config = PoolConfig(
         bin=cli,
         keep_env=(*servers.KEEP, "CLAUDE_CODE_OAUTH_TOKEN"),
@@ -380,8 +383,8 @@ def record(cli: str, name: str, run: Callable[[Recorder], None] | None = None) -
         spares=0,
         tools="default" if name in AGENT else "",
     )
-    with stubs.Stub() as stub, tempfile.TemporaryDirectory() as home:
-        environ = environment(home, stub.url)
+    with tempfile.TemporaryDirectory() as home:
+        environ = environment(home, url)
         if name in SUBSCRIBER:
             environ["CLAUDE_CODE_OAUTH_TOKEN"] = "sk-ant-oat01-stub"
         elif name != "not_logged_in":
@@ -409,7 +412,8 @@ def main() -> None:
     for name in names or SCENARIOS:
         if name == "accounts":
             continue
-        rows = record(cli, name)
+        with stubs.Stub() as stub:
+            rows = record(cli, stub.url, name)
         lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows]
         (folder / f"{name}.ndjson").write_text("\n".join(lines) + "\n")
         print(f"{name}: {len(rows)} rows", flush=True)

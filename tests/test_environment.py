@@ -31,10 +31,13 @@ def names_read_by(program: Path) -> set[str]:
     """The names of environment variables in the text of a CLI: those that it reads from
     `process.env`, and those of the modules in which it lists them, `NAME:()=>reader`."""
     with program.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        read = re.findall(rb"""\benv(?:\.|\[["'])([A-Z][A-Z0-9_]+)""", text)
+        # Patterns that begin with plain text are found ten times as fast in 400 MB.
+        read = re.findall(rb"""env(?<=\benv)(?:\.|\[["'])([A-Z][A-Z0-9_]+)""", text)
         end = 0
-        for match in re.finditer(rb"(?:CLAUDE_CODE|ANTHROPIC|OTEL)_[A-Z0-9_]+:\(\)=>", text):
-            if match.start() >= end:  # else it is in the list that was read last
+        for match in re.finditer(rb":\(\)=>", text):
+            name = re.search(rb"\b[A-Z][A-Z0-9_]+$", text[match.start() - 99 : match.start()])
+            is_own = name and name[0].startswith((b"CLAUDE_CODE_", b"ANTHROPIC_", b"OTEL_"))
+            if is_own and match.start() >= end:  # else it is in the list that was read last
                 end = text.find(b"}", match.start())
                 listed = text[text.rfind(b"{", 0, match.start()) : end]
                 read += re.findall(rb"\b([A-Z][A-Z0-9_]+):\(\)=>", listed)
@@ -230,16 +233,14 @@ def test_a_system_prompt_is_not_in_argv(serve: Serve, log: Log) -> None:
 
 
 HOOK = [{"hooks": [{"type": "command", "command": "echo CANARY"}]}]
-# What the user has -> the settings with it.
-OF_THE_USER: dict[str, Json] = {
-    "memory": {},
-    "hooks": {"hooks": {"UserPromptSubmit": HOOK, "SessionStart": HOOK}},
-    "style": {"outputStyle": "Explanatory"},
-    "language": {"language": "CANARY"},
+OF_THE_USER: Json = {
+    "hooks": {"UserPromptSubmit": HOOK, "SessionStart": HOOK},
+    "outputStyle": "Explanatory",
+    "language": "CANARY",
 }
 
 
-@pytest.mark.parametrize("what", OF_THE_USER)
+@pytest.mark.parametrize("cli", ["bundled"], indirect=True)
 def test_of_the_users_settings_nothing_but_the_login_gets_into_a_conversation(
     serve: Serve,
     cli: Path,
@@ -247,15 +248,13 @@ def test_of_the_users_settings_nothing_but_the_login_gets_into_a_conversation(
     stub: Stub,
     since: Callable[[], list[Json]],
     monkeypatch: pytest.MonkeyPatch,
-    what: str,
 ) -> None:
     monkeypatch.delenv("ANTHROPIC_API_KEY")
     login = {"ANTHROPIC_BASE_URL": stub.url, "ANTHROPIC_AUTH_TOKEN": "mine"}
     folder = environment / ".claude"
     folder.mkdir()
-    (folder / "settings.json").write_text(json.dumps({"env": login, **OF_THE_USER[what]}))
-    if what == "memory":
-        (folder / "CLAUDE.md").write_text("CANARY")
+    (folder / "settings.json").write_text(json.dumps({"env": login, **OF_THE_USER}))
+    (folder / "CLAUDE.md").write_text("CANARY")
     keep = [name for name in KEEP if not name.startswith("ANTHROPIC_")]
     server = serve(bin=cli, keep_env=tuple(keep), setting_sources="user")
     for words in (["SAY x"], ["SAY x", "x", "SAY y"], ["SAY x", "z", "SAY y"]):

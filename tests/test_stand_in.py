@@ -14,6 +14,7 @@ from client import Json
 from host import STANDIN
 from installed import bundled_cli
 from record import TOOL, Recorder, turns
+from stubs import Stub
 
 from translate import decode, get_str, mcp_message
 
@@ -72,13 +73,13 @@ SAME: dict[str, Callable[[Recorder], None]] = {
 
 @pytest.mark.parametrize("name", SAME)
 def test_the_stand_in_writes_no_shape_that_the_cli_does_not(
-    cli: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    cli: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     if name == "interrupt" and cli != bundled_cli():
         pytest.skip("an older one does not close what it has begun")
-    wanted = shapes(record.record(str(cli), name))
+    wanted = shapes(record.record(str(cli), stub.url, name))
     if name == "not_logged_in":
         monkeypatch.setattr(record, "ALIAS", name.replace("_", "-"))
-    found = shapes(record.record(str(STANDIN), name, SAME[name]))
+    found = shapes(record.record(str(STANDIN), stub.url, name, SAME[name]))
     made_up = {key: found[key] - wanted.get(key, set()) for key in found}
     assert {key: sorted(value) for key, value in made_up.items() if value} == {}
