@@ -29,8 +29,8 @@ from test_logins import LOGINS, log_in
 
 import translate
 
-EXAMPLES = int(os.environ.get("FIDELITY", "4"))
-AT_ONCE = 20
+EXAMPLES = int(os.environ.get("FIDELITY", "3"))
+AT_ONCE = 16
 
 # Why what arrives is not what was sent.  README.md here has a row for each (test_readme.py).
 DIFFERENCES = {

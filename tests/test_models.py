@@ -150,7 +150,7 @@ THOUGHT = [
 ]
 
 
-NAMES = ("sonnet", "Sonnet", "sonnet[1m]", "opus[1m]", "best", "opusplan", "claude-sonnet-5[1m]")
+NAMES = ("sonnet", "Sonnet", "opus[1m]", "best", "opusplan", "claude-sonnet-5[1m]")
 
 
 @pytest.mark.parametrize("name", NAMES)
