@@ -2,12 +2,13 @@
 real CLI.
 
 The two are compared key by key, as a new, a hot and a rebuilt turn.  Each difference has a name and
-a reason in DIFFERENCES; one that is not explained fails the test.  Requests are written (WRITTEN)
+a reason in DIFFERENCES; one that is not explained fails the test.  Requests are written (WRITTEN_FIELDS)
 and generated from the types of the official SDK: `FIDELITY=500 python -m pytest
 tests/test_fidelity.py` compares more of those.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import typing
@@ -620,7 +621,8 @@ def test_generated_requests_arrive_as_they_were_sent(lab: Lab) -> None:
 
 TOOL = {"name": "look", "description": "Looks.", "input_schema": {"type": "object"}}
 CACHED = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
-WRITTEN: dict[str, Json] = {
+# Each is in one request with one of WRITTEN_MESSAGES, as long as there are any.
+WRITTEN_FIELDS: dict[str, Json] = {
     "tools of names that Claude Code has words about": {
         "tools": [
             {**TOOL, "name": name} for name in ("Bash", "Agent", "Task", "Skill", "ToolSearch")
@@ -646,44 +648,39 @@ WRITTEN: dict[str, Json] = {
         "null": None,
         "zero": 0,
     },
-    "breakpoints inside a message": {
-        "messages": [
-            {
-                "role": "user",
-                "content": [{**text("long"), **CACHED}, text("question"), text(RECORD)],
-            }
-        ]
-    },
-    "a breakpoint at the end of an earlier message": {
-        "messages": [
-            {"role": "user", "content": [{**text("long"), **CACHED}]},
-            {"role": "assistant", "content": "one"},
-            {"role": "user", "content": RECORD},
-        ]
-    },
-    "a system message": {
-        "messages": [
-            {"role": "user", "content": "one"},
-            {"role": "system", "content": [text("Be kind."), text("Be brief.")]},
-            {"role": "assistant", "content": "two"},
-            {"role": "user", "content": RECORD},
-        ]
-    },
-    "a history that begins with the assistant": {
-        "messages": [
-            {"role": "assistant", "content": "one"},
-            {"role": "user", "content": [text(RECORD)]},
-        ]
-    },
+}
+WRITTEN_MESSAGES: dict[str, list[Json]] = {
+    "breakpoints inside a message": [
+        {
+            "role": "user",
+            "content": [{**text("long"), **CACHED}, text("question"), text(RECORD)],
+        }
+    ],
+    "a breakpoint at the end of an earlier message": [
+        {"role": "user", "content": [{**text("long"), **CACHED}]},
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": RECORD},
+    ],
+    "a system message": [
+        {"role": "user", "content": "one"},
+        {"role": "system", "content": [text("Be kind."), text("Be brief.")]},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": RECORD},
+    ],
+    "a history that begins with the assistant": [
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": [text(RECORD)]},
+    ],
 }
 
 
 def test_written_requests_arrive_as_they_were_sent(lab: Lab) -> None:
     """In one test: each process that is started would cost more than the comparison."""
-    for name, fields in WRITTEN.items():
-        body: Json = {"model": "sonnet", "max_tokens": 100, **fields}
-        body.setdefault("messages", [{"role": "user", "content": RECORD}])
-        with named(name):
+    plain = ("a plain message", [{"role": "user", "content": RECORD}])
+    pairs = itertools.zip_longest(WRITTEN_FIELDS.items(), WRITTEN_MESSAGES.items(), fillvalue=plain)
+    for (name, fields), (what, messages) in pairs:
+        body = {"model": "sonnet", "max_tokens": 100, **fields, "messages": messages}
+        with named(f"{name}, {what}"):
             lab.compare(body, ["one-2026-01-01", "inline-tools-2026-09-15"])
 
 
@@ -699,36 +696,35 @@ def named(what: object) -> Iterator[None]:
 
 RESULTS_IN_PLACE: list[Json] = [
     {"content": "18C"},
-    {"content": [text("18C"), IMAGE]},
     {"content": "no", "is_error": True},
     {"content": "yes", "is_error": False},
+]
+# These go by a transcript, which keeps them as they are.
+RESULTS_REBUILT: list[Json] = [
+    {"content": [text("18C"), IMAGE]},
     {"content": []},
     {},
 ]
 
 
 def test_results_arrive_as_they_were_sent_in_place_and_rebuilt(lab: Lab) -> None:
-    for result in RESULTS_IN_PLACE:
-        with named(result):
-            compare_results(lab, result)
+    compare_results(lab, RESULTS_IN_PLACE, "in place")
+    compare_results(lab, RESULTS_REBUILT, "rebuilt")
 
 
-def compare_results(lab: Lab, result: Json) -> None:
+def compare_results(lab: Lab, given: list[Json], how: str) -> None:
     # Enough tokens for the stub's answer: after one that was cut off the CLI would ask again.
     body: Json = {"model": "claude-opus-4-1", "max_tokens": 10_000, "tools": [TOOL]}
-    question = {"role": "user", "content": [text("USE_TOOL look INPUT={}END COUNT=2")]}
+    question = {"role": "user", "content": [text("USE_TOOL look INPUT={}END COUNT=3")]}
     answer = json.loads(post(lab.bridges[0].url, {**body, "messages": [question]}, []).read())
+    calls = [block["id"] for block in answer["content"] if block["type"] == "tool_use"]
     results = [
-        {"type": "tool_result", "tool_use_id": block["id"], **result}
-        for block in answer["content"]
-        if block["type"] == "tool_use"
+        {"type": "tool_result", "tool_use_id": call, **result}
+        for call, result in zip(calls, given, strict=True)
     ]
     said = {"role": "assistant", "content": answer["content"]}
     body["messages"] = [question, said, {"role": "user", "content": results}]
-    assert len(results) == 2
-    # Images and empty results go by a transcript, which keeps them as they are.
-    is_plain = bool(result.get("content")) and "image" not in str(result)
-    lab.compare_turn(body, [], lab.bridges[0], "in place" if is_plain else "rebuilt")
+    lab.compare_turn(body, [], lab.bridges[0], how)
     lab.compare_turn(body, [], lab.bridges[1], "rebuilt")
 
 
