@@ -2,8 +2,8 @@
 real CLI.
 
 The two are compared key by key, as a new, a hot and a rebuilt turn.  Each difference has a name and
-a reason in DIFFERENCES; one that is not explained fails the test.  Requests are written (WRITTEN_FIELDS)
-and generated from the types of the official SDK: `FIDELITY=500 python -m pytest
+a reason in DIFFERENCES; one that is not explained fails the test.  Requests are written
+(WRITTEN_FIELDS) and generated from the types of the official SDK: `FIDELITY=500 python -m pytest
 tests/test_fidelity.py` compares more of those.
 """
 
