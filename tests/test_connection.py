@@ -372,8 +372,10 @@ def test_doubtful_framing_ends_the_connection(wire: Wire, request_: bytes) -> No
     answer."""
     wire.send(request_)
     assert_error(wire.answer(), 400, "invalid_request_error")
-    wire.send(GET)
-    assert wire.ended()
+    # The system resets the connection if it is closed before this comes.
+    with contextlib.suppress(ConnectionError):
+        wire.send(GET)
+        assert wire.ended()
 
 
 def test_equal_lengths_are_one_length(wire: Wire) -> None:
