@@ -16,7 +16,7 @@ from judge import Refused, judge
 from servers import Serve, Server
 from stubs import Stub
 from test_fidelity import betas_of
-from test_logins import LOGINS, log_in, login_headers
+from test_logins import LOGINS, Login, log_in, login_headers
 
 from sessions import ANNOUNCES, HAS_BARE_MODE, Cli
 
@@ -33,6 +33,7 @@ RESULTS: list[Json] = [
 class Bridges:
     """Bridges with one login and one CLI, in front of an API that judges."""
 
+    login: Login
     start: Serve
     stub: Stub
     has_bare_mode: bool  # nothing is added to what the client sent
@@ -89,7 +90,7 @@ def make_bridges(
     known = Cli(version=version)
     has_bare_mode = known.is_at_least(HAS_BARE_MODE) and "x-api-key" in LOGINS[name].headers
     is_announced = known.is_at_least(ANNOUNCES) and not has_bare_mode
-    return Bridges(start, judging, has_bare_mode, is_announced, len(judging.log()))
+    return Bridges(LOGINS[name], start, judging, has_bare_mode, is_announced, len(judging.log()))
 
 
 # An API request as its prompt cache compares it.
@@ -443,27 +444,18 @@ def test_with_each_login_the_same_arrives(
             assert [beta for beta in betas_of(row) if beta in BETAS] == BETAS
 
 
-@pytest.mark.parametrize("name", ["subscription-with-account", "key"])
-def test_with_each_login_a_count_is_of_all_that_the_cli_is_given_beside_the_messages(
-    serve: Serve,
-    cli: Path,
-    environment: Path,
-    judging: Stub,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-) -> None:
-    bridges = make_bridges(name, serve, cli, environment, judging, monkeypatch)
-    server = bridges.start()
+def test_a_count_is_also_of_the_system_prompt_and_the_tools(bridges: Bridges) -> None:
+    server, stub = bridges.start(), bridges.stub
     asked: list[Json] = [{}, {"system": SYSTEM}, {"tools": [TOOL]}]
     counts, texts = [], []
     for more in asked:
-        seen = len(judging.log())
+        seen = len(stub.log())
         counts.append(count(server, "hi", model=MODEL, **more).json["input_tokens"])
-        texts.append(json.dumps([row["body"] for row in judging.log(seen)]))
+        texts.append(json.dumps([row["body"] for row in stub.log(seen)]))
     assert counts[0] < min(counts[1:])
     assert ["kind." in arrived_ones for arrived_ones in texts] == [False, True, False]
     assert ['"probe"' in arrived_ones for arrived_ones in texts] == [False, False, True]
-    assert all(login_headers(row) == LOGINS[name].headers for row in judging.log(bridges.seen))
+    assert all(login_headers(row) == bridges.login.headers for row in stub.log(bridges.seen))
 
 
 # the judge
