@@ -486,8 +486,13 @@ def login_state(config: Config, info: CliInfo) -> str:
             found = f"{found}; {name} is set, but not passed on to the CLI"
             return f"{found}: {variable('keep_env')}={name} passes it on"
     settings = sessions.settings_file(os.environ)
-    if os.path.isfile(settings) and not config.setting_sources:
-        found += f" ({variable('setting_sources')}=user if the login is in its settings.json)"
+    if os.path.isfile(settings):
+        hint = (
+            f"{variable('setting_sources')}=user if the login is in its settings.json"
+        )
+        if config.setting_sources:
+            hint = "`claude` says whether it can read its settings.json"
+        found += f" ({hint})"
     return f"{found}; `{shlex.quote(config.bin)} auth login` logs in"
 
 

@@ -316,8 +316,8 @@ MANAGED = (
 
 
 def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
-    """The command line of a process: no settings, nothing on disk; in model mode no
-    tools but the client's.  `settings` is the user's own file of them."""
+    """The command line of a process: no settings of the user's, nothing on disk; in model
+    mode no tools but the client's.  `settings` is the user's own file of them."""
     argv = [
         config.bin,
         "-p",
@@ -336,7 +336,7 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
         "--effort",
         "high",
     ]
-    over: Json = {}  # over the user's settings
+    over = OVER_SETTINGS.copy()
     if config.setting_sources and not kind.agent:
         over |= PLAIN_SETTINGS
     if kind.is_kept:
@@ -346,7 +346,7 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
     if kind.bare and config.setting_sources and os.path.isfile(settings):
         # Otherwise the bare mode reads no apiKeyHelper (the CLI's help on --bare).
         argv += ["--settings", settings]
-    elif over:
+    else:
         argv += ["--settings", orjson.dumps(over).decode()]
     # The CLI refuses the flag beside an administrator's list, which excludes others.
     if not any(os.path.exists(f"{folder}/managed-mcp.json") for folder in MANAGED):
@@ -357,11 +357,21 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
         argv += ["--disallowedTools", "Monitor,ScheduleWakeup"]
         if config.mcp_config:
             argv += ["--mcp-config", os.path.abspath(config.mcp_config)]
+            # Whoever names the file allows its servers.
+            argv += ["--allowedTools", ",".join(mcp_permissions(config.mcp_config))]
     else:
         argv += ["--tools", "", "--permission-mode", "default"]
     if kind.model:
         argv += ["--model", kind.model]
     return argv
+
+
+def mcp_permissions(path: str) -> list[str]:
+    """What allows the tools of the MCP servers in a file, whose names the CLI rewrites so.
+    Raises OSError."""
+    content = translate.parsed(Path(path).read_bytes())
+    servers = translate.as_object(translate.as_object(content).get("mcpServers"))
+    return ["mcp__" + re.sub("[^a-zA-Z0-9_-]", "_", name) for name in servers]
 
 
 # Where a login is, and where its tokens are if they are elsewhere.
@@ -472,9 +482,8 @@ CHILD_DEFAULTS = {
     "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1",
     "CLAUDE_CODE_DISABLE_CRON": "1",
     "CLAUDE_CODE_DISABLE_WORKFLOWS": "1",
-    # Each call of the API is logged: one that the API refused, and that the CLI repeats
-    # in another form, gives no event.
-    "ANTHROPIC_LOG": "info",
+    # From 2.1.224 on it takes messages of other sessions on this machine, at a socket.
+    "CLAUDE_CODE_HARBOR_KITE": "0",
     # The API judges how long a conversation may be.
     "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "100000000",
     # The conversation is the client's.
@@ -485,21 +494,29 @@ CHILD_DEFAULTS = {
     "ENABLE_TOOL_SEARCH": "false",
 }
 # Logins that the CLI also finds in its bare mode, by the variable that holds them or
-# asks for them.
+# asks for them; some values say that it asks for none.
 BARE_LOGINS = (
     "ANTHROPIC_API_KEY",
     "CLAUDE_CODE_USE_BEDROCK",
     "CLAUDE_CODE_USE_FOUNDRY",
     "CLAUDE_CODE_USE_VERTEX",
 )
-# In model mode only: a client's tool named Bash or Agent must not bring Claude Code's
-# own words about commits and about its subagents into the request.
+NO_LOGINS = ("", "0", "false", "no", "off")
+# In model mode only.
 MODEL_MODE = {
+    # A client's tool named Bash or Agent must not bring Claude Code's own words about
+    # commits and about its subagents into the request.
     "CLAUDE_AGENT_SDK_DISABLE_BUILTIN_AGENTS": "1",
     "CLAUDE_CODE_DISABLE_GIT_INSTRUCTIONS": "1",
     # No CLAUDE.md of the user's or an administrator's.
     "CLAUDE_CODE_DISABLE_CLAUDE_MDS": "1",
+    # Each call of the API is logged: one that the API refused, and that the CLI repeats
+    # in another form, gives no event.
+    "ANTHROPIC_LOG": "info",
 }
+# What stands over the user's settings: no other session of the CLI may write into a
+# conversation (its manual, "Cross-session messaging").
+OVER_SETTINGS: Json = {"crossSessionInbound": "refuse"}
 # In model mode only: what else the user's settings would add to a conversation.
 PLAIN_SETTINGS: Json = {
     "disableAllHooks": True,
@@ -539,8 +556,11 @@ def child_environment(
         is_wanted = name in config.keep_env and not name.startswith("CLAUDE_CLI_")
         if is_allowed or is_of_shell or is_wanted:
             child[name] = value
-        if name in LOGIN_FOLDERS and value:  # children have another working directory
-            child[name] = os.path.abspath(os.path.expanduser(value))
+        if name in LOGIN_FOLDERS:
+            # To the CLI an empty one is a folder.
+            del child[name]
+            if value:  # children have another working directory
+                child[name] = os.path.abspath(os.path.expanduser(value))
     if not kind.agent:
         child |= MODEL_MODE
     if kind.bare:
@@ -1714,8 +1734,9 @@ class Pool:
         session.move(State.BUSY)
         self._outcomes.record(session, "busy")
         try:
-            if session.kind.bare and process.cli.files[1:] != self.cli.files[1:]:
-                # It reads no subscription's login, and there may be one now.
+            # It reads no subscription's login, or none in settings that have changed.
+            keeps_login = session.kind.bare or self.config.setting_sources
+            if keeps_login and process.cli.files[1:] != self.cli.files[1:]:
                 reason = "login"
             elif translate.has_images(content):
                 reason = "images"  # only a transcript keeps them as they are
@@ -2153,10 +2174,13 @@ class Inspector:
 
     def is_bare(self) -> bool:
         """Whether the CLI finds its login in its bare mode."""
-        # A key in the user's settings, as the CLI reported.
-        has_key = self._pool.config.setting_sources and self.cli.info.has_api_key
-        has_login = has_key or any(map(self.environment.get, BARE_LOGINS))
-        return bool(has_login) and self.cli.is_at_least(HAS_BARE_MODE)
+        info = self.cli.info
+        given = [self.environment.get(name, "") for name in BARE_LOGINS]
+        has_login = any(value.lower() not in NO_LOGINS for value in given)
+        if self._pool.config.setting_sources:
+            # One in the user's settings, as the CLI reported.
+            has_login = has_login or info.has_api_key or info.is_cloud
+        return has_login and self.cli.is_at_least(HAS_BARE_MODE)
 
     def record_version(self, turn: Turn) -> None:
         """Note the version that the CLI itself reports: a script may start another one than
@@ -2167,8 +2191,10 @@ class Inspector:
             self._replace_cli(self.cli.files, version)
 
     def _replace_cli(self, files: tuple[object, ...], version: str) -> None:
-        # Processes of the one before still report limits.
+        # Processes of the one before still report limits; they may be another account's.
         limits = self.cli.rate_limits
+        if files[1:] != self.cli.files[1:]:
+            limits.clear()
         self.cli = Cli(self._pool.config.bin, files, version, rate_limits=limits)
 
 
@@ -2258,6 +2284,11 @@ async def ask_count(pool: Pool, request: Request, trace: Trace) -> int:
     if worst >= 400:
         raise ApiError(worst, f"the API did not count: status {worst}")
     if not statuses:
+        if process.cli.info.is_cloud:
+            # Such as Bedrock: an estimate would look the same.
+            raise ApiError(
+                400, "the claude CLI does not say whether this cloud counted"
+            )
         if process.cli.info.login:
             raise cli_error("the API did not answer the claude CLI's count")
         message = f"the claude CLI is not logged in: {translate.LOGIN_CURE}"

@@ -455,7 +455,7 @@ def parse_request(
     if caching != "client":
         remove_breakpoints(messages)
     not_sent += [place for message in placed for place in dropped_parts(message)]
-    check_ending(placed[-1], not_sent)
+    check_ending(placed[-1], is_agent, not_sent)
     fields = read_fields(data, is_agent, not_sent)
     parts: Json = {
         "model": read_model(data["model"]),
@@ -626,7 +626,7 @@ THINKING_BLOCKS = {"thinking", "redacted_thinking"}
 # Blocks that are no answer if an assistant message holds nothing else.
 NON_ANSWER_TYPES = THINKING_BLOCKS | {"fallback"}
 CANNOT_CONTINUE = (
-    "the claude CLI cannot continue this message, as it leaves out this part"
+    "the claude CLI cannot continue a message with this part, or any as an agent"
 )
 
 
@@ -685,12 +685,13 @@ def read_messages(raw: list[Any], not_sent: list[str]) -> list[PlacedMessage]:
     return messages
 
 
-def check_ending(newest: PlacedMessage, not_sent: list[str]) -> None:
-    """Raises ApiError 400 if the answer would continue a part that the CLI leaves out."""
+def check_ending(newest: PlacedMessage, is_agent: bool, not_sent: list[str]) -> None:
+    """Raises ApiError 400 if the answer would continue a part that the CLI leaves out, or
+    an agent's, to which the CLI adds a message of its own."""
     # Whole blocks, not keys of them.
     lost = newest.parts.keys() & not_sent
     *_, (place, block) = newest.parts.items()
-    if block["type"] in THINKING_BLOCKS:
+    if is_agent or block["type"] in THINKING_BLOCKS:
         lost.add(place)
     if newest.role == "assistant" and lost:
         raise bad_request(min(lost), CANNOT_CONTINUE)
@@ -1372,7 +1373,11 @@ def turn_environment(
     body = request.fields
     if request.is_agent:
         kind = get_str(body.get("thinking"), "type")
-        return {"CLAUDE_CODE_DISABLE_THINKING": "0" if kind in THINKING_MODES else "1"}
+        return {
+            "CLAUDE_CODE_DISABLE_THINKING": "0" if kind in THINKING_MODES else "1",
+            # Only for a count, as the commands that an agent runs would log their calls too.
+            "ANTHROPIC_LOG": "info" if request.is_count else "",
+        }
     if has_listed_tools and not body.get("tools"):
         body = body | {"tools": []}
     return {
@@ -1738,6 +1743,8 @@ class Translator:
     _usage: Json = field(default_factory=dict)
     # Tokens of the API messages before it.
     _spent: Json = field(default_factory=dict)
+    # It has a visible text.
+    _has_text: bool = False
     # The strings of the open block, in pieces, by the key of the delta (PIECES).
     _pieces: dict[str, list[str]] = field(default_factory=dict)
     # The fault of a tool input that is no JSON object.  It is raised by what follows, unless
@@ -1764,8 +1771,7 @@ class Translator:
         names = {call["name"] for call in blocks_of([self.message], {"tool_use"})}
         if self.stop_reason == "tool_use":
             return bool(names) and names <= set(self.tool_names)
-        visible = any(block.get("text") for block in self.message["content"])
-        return self.stop_reason in WAITING_REASONS and visible and not names
+        return self.stop_reason in WAITING_REASONS and self._has_text and not names
 
     def feed(self, event: CliEvent) -> list[StreamEvent]:
         """Translate one event of the CLI; the list may be empty."""
@@ -1865,10 +1871,13 @@ class Translator:
     def _message_start(self, event: Json) -> list[StreamEvent]:
         given = event["message"]
         self._message_id = given["id"]
+        self._has_text = False
         # SDKs add up its two main counts, so both are there.
         self._usage = {"input_tokens": 0, "output_tokens": 0}
         self._usage |= without_empties(given.get("usage") or {})
         if self.agent:
+            # Its calls are not logged (`turn_environment`).
+            self.api_calls += 1
             # Only these can be added up.
             self._usage = {name: self._usage.get(name, 0) for name in TOKENS}
         if self._refusal:
@@ -1927,6 +1936,7 @@ class Translator:
                     self._input_error = cli_error(
                         "the model's tool input is not a JSON object, or is nested too deeply"
                     )
+        self._has_text |= bool(block.get("text"))
         return [event | {"index": len(self.message["content"]) - 1}]
 
     def _message_delta(self, event: Json) -> list[StreamEvent]:

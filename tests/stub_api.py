@@ -8,7 +8,8 @@ request came in).
 Words a user text may hold: THINK, MAXTOK, CUTTOOL (max_tokens inside a tool's input), REFUSE,
 MIDFAIL, SLOW (a word every 50 ms, `SLOW n` of them), HANG (no answer for a minute),
 FAIL400/401/403/404/429/500/529 (`CODE x`: with this error_code), `QUOTA status` (headers of a
-subscription's limits), BADSIGN (400 if the history holds thinking), BADIMAGE (400 if there is an image), RETRYONCE, EMPTY, NOSTREAM (streaming is refused, the plain call
+subscription's limits), BADSIGN (400 if the history holds thinking), BADIMAGE (400 if there is an image), RETRYONCE, EMPTY,
+NOWORDS (the same, in the result of a tool), NOSTREAM (streaming is refused, the plain call
 works), `USE_TOOL name INPUT={...}END COUNT=n`, `SAY text`, SEARCH (a server
 tool, its result and a cited text), PAUSED (with it: the answer ends with pause_turn), TOMORROW
 (blocks, deltas, events and keys that nobody knows yet), and alone: RECORD (the answer is "ok",
@@ -179,6 +180,8 @@ def answer(body: Json, text: str) -> tuple[list[Json], str]:
     again = next(
         (block["text"] for block in map(as_block, results) if "USE_TOOL" in block["text"]), ""
     )
+    if any("NOWORDS" in block["text"] for block in map(as_block, results)):
+        return [], "end_turn"
     if results and not again:
         return [{"type": "text", "text": "Tool said: " + json.dumps(results)[:400]}], "end_turn"
     if wanted := re.search(r"USE_TOOL (\S+) INPUT=(.*?)END(?: COUNT=(\d+))?", again or text, re.S):
@@ -446,8 +449,9 @@ def bedrock_frame(event: Json) -> bytes:
 async def bedrock(request: web.Request) -> web.Response:
     """The answer "ok" of Bedrock; what the CLI tries of a model at its start gets `other`."""
     model = request.match_info["model"].partition("anthropic.")[2]
+    body = await request.json()
     LOG.append(
-        {"path": request.path, "headers": dict(request.headers), "body": None, "end": "done"}
+        {"path": request.path, "headers": dict(request.headers), "body": body, "end": "done"}
     )
     message = {
         "id": f"msg_{next(IDS):04}",

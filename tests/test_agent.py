@@ -3,12 +3,13 @@ real CLI."""
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from client import Json, arrived, sent
+from client import Json, arrived, count, sent
 from grammar import check_stream
 from host import wait_until
 from servers import Launch, Serve, Server
@@ -173,6 +174,70 @@ def test_the_model_is_offered_no_tool_that_works_behind_an_answer(
     assert not ({tool for tool, _, _ in BEHIND.values()} - {"Agent", "Bash"}) & tools.keys()
     for name in ("Agent", "Bash"):
         assert "run_in_background" not in tools[name]["input_schema"]["properties"]
+
+
+def test_an_agent_that_has_nothing_to_say_of_a_result_is_not_asked_again(
+    agent: Serve, since: Callable[[], list[Json]]
+) -> None:
+    """Its CLI would ask the model to go on, behind an answer that has words before the call."""
+    server = agent()
+    (Path(server.config.cwd) / "note.txt").write_text("NOWORDS")
+    asked = [read_note(server)]
+    first = server.post(asked)
+    assert (first.status, first.message["stop_reason"]) == (200, "end_turn")
+    asked += [{"role": "assistant", "content": first.message["content"]}, "SAY on"]
+    second = server.post(asked)
+    assert (second.text, second.session) == ("on", "rebuilt; reason=end_turn")
+    server.close()
+    assert len(since()) == 3
+
+
+MCP_SERVER = """
+import json, sys
+for line in sys.stdin:
+    asked = json.loads(line)
+    answers = {
+        "initialize": {
+            "protocolVersion": "2025-06-18",
+            "capabilities": {"tools": {}},
+            "serverInfo": {"name": "x", "version": "1"},
+        },
+        "tools/list": {"tools": [{"name": "greet", "inputSchema": {"type": "object"}}]},
+        "tools/call": {"content": [{"type": "text", "text": "hello from below"}]},
+    }
+    if "id" in asked:
+        result = answers.get(asked["method"], {})
+        print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "result": result}), flush=True)
+"""
+
+
+def test_the_tools_of_the_servers_that_the_user_names_run_unasked(
+    agent: Serve, tmp_path: Path
+) -> None:
+    named = {"command": sys.executable, "args": ["-c", MCP_SERVER]}
+    file = tmp_path / "mcp.json"
+    file.write_text(json.dumps({"mcpServers": {"plain": named, "of ours.2": named}}))
+    server = agent(mcp_config=str(file))
+    for tool in ("mcp__plain__greet", "mcp__of_ours_2__greet"):
+        assert "hello from below" in server.post(f"USE_TOOL {tool} INPUT={{}}END").text
+
+
+def test_the_commands_of_an_agent_do_not_log_their_calls_of_the_api(
+    agent: Serve, environment: Path
+) -> None:
+    """As the SDKs would, and another CLI.  A count needs that log of its own CLI."""
+    (environment / ".claude").mkdir()
+    allowed = {"permissions": {"allow": ["Bash"]}}
+    (environment / ".claude/settings.json").write_text(json.dumps(allowed))
+    server = agent(tools="Bash", setting_sources="user")
+    assert count(server, "hello").status == 200
+    asked: list[object] = []
+    for thinking in ("disabled", "adaptive"):
+        asked.append('USE_TOOL Bash INPUT={"command":"echo logs-$ANTHROPIC_LOG-"}END')
+        answer = server.post(asked, thinking={"type": thinking})
+        assert "logs--" in answer.text
+        asked.append({"role": "assistant", "content": answer.message["content"]})
+    assert answer.session == "hot"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root is refused")

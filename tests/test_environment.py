@@ -174,6 +174,9 @@ def test_the_folder_of_a_login_is_absolute_for_children(monkeypatch: pytest.Monk
     for given, wanted in (("~/x", "/home/somebody/x"), ("x", f"{os.getcwd()}/x"), ("/x", "/x")):
         child = child_environment(PoolConfig(), {"CLAUDE_CONFIG_DIR": given}, Kind("sonnet"))
         assert child["CLAUDE_CONFIG_DIR"] == wanted
+    assert "CLAUDE_CONFIG_DIR" not in child_environment(
+        PoolConfig(), {"CLAUDE_CONFIG_DIR": ""}, Kind("sonnet")
+    )
 
 
 # What a shell or a .env file may well hold.  With the first two, a result that comes later than the

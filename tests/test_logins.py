@@ -2,18 +2,20 @@
 
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from client import Client, Json, request_body
+from client import Client, Json, count, request_body
 from host import wait_until
-from servers import KEEP, Launch, Program, Serve
+from servers import KEEP, Launch, Program, Serve, Server
 from stubs import Stub
 from test_check import FEATURES, check
 
 import bridge
+import sessions
 from bridge import user_name
 
 SUBSCRIPTION = {
@@ -53,7 +55,7 @@ class Login:
     advice: str = ""  # what helps nobody
 
 
-def settings(**values: object) -> dict[str, Json]:
+def in_settings(**values: object) -> dict[str, Json]:
     return {".claude/settings.json": values}
 
 
@@ -74,6 +76,12 @@ LOGINS = {
         headers={"authorization": "Bearer sk-ant-oat01-mine"},
         kept={"CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-mine"},
     ),
+    "subscription-and-no-cloud": Login(
+        source="Claude Max",
+        headers=OF_SUBSCRIPTION,
+        files=CREDENTIALS,
+        kept={"CLAUDE_CODE_USE_BEDROCK": "0", "CLAUDE_CODE_USE_VERTEX": "False"},
+    ),
     "key": Login(
         source="ANTHROPIC_API_KEY",
         headers={"x-api-key": "sk-mine"},
@@ -87,19 +95,19 @@ LOGINS = {
     "key-helper": Login(
         source="apiKeyHelper",
         headers={"x-api-key": "sk-helper", "authorization": "Bearer sk-helper"},
-        files=settings(apiKeyHelper="echo sk-helper"),
+        files=in_settings(apiKeyHelper="echo sk-helper"),
         sources="user",
     ),
     "key-in-settings": Login(
         source="ANTHROPIC_API_KEY",
         headers={"x-api-key": "sk-settings"},
-        files=settings(env={"ANTHROPIC_API_KEY": "sk-settings"}),
+        files=in_settings(env={"ANTHROPIC_API_KEY": "sk-settings"}),
         sources="user",
     ),
     "auth-token-in-settings": Login(
         source="ANTHROPIC_AUTH_TOKEN",
         headers={"authorization": "Bearer settings"},
-        files=settings(env={"ANTHROPIC_AUTH_TOKEN": "settings"}),
+        files=in_settings(env={"ANTHROPIC_AUTH_TOKEN": "settings"}),
         sources="user",
     ),
     "bedrock": Login(
@@ -143,8 +151,13 @@ LOGINS = {
         others={"ANTHROPIC_API_KEY": "unused"}, advice="auth login` logs in"
     ),
     "nobody-with-unread-settings": Login(
-        files=settings(apiKeyHelper="echo sk-helper"),
+        files=in_settings(apiKeyHelper="echo sk-helper"),
         advice="CLAUDE_CLI_SETTING_SOURCES=user if the login is in its settings.json",
+    ),
+    "nobody-with-settings-that-the-cli-refuses": Login(
+        files=in_settings(apiKeyHelper="echo sk-helper", cleanupPeriodDays=0),
+        sources="user",
+        advice="`claude` says whether it can read its settings.json",
     ),
 }
 
@@ -267,7 +280,8 @@ def test_what_bedrock_says_of_the_models_that_the_cli_tries_is_no_answer_to_a_re
         answer = server.post(words)
         assert (answer.status, answer.text, answer.session) == (200, "ok", "new")
         assert "x-bridge-api-calls" not in answer.headers
-        wait_until(lambda: len(server.bridge.pool.starter.spares) == spares, "the spare")
+        # The sweep may have started one of another kind before.
+        wait_until(lambda: len(server.bridge.pool.starter.spares) >= spares, "the spare")
 
 
 # a login that changes while the bridge runs
@@ -364,8 +378,98 @@ def test_a_subscription_in_place_of_a_key_in_the_settings_counts_at_once(
     assert tokens(since())[-1] == "made-now"
 
 
+@pytest.mark.parametrize("cli", ["bundled"], indirect=True)
+def test_a_token_in_the_settings_that_is_replaced_is_not_used_again(
+    serve: Serve,
+    cli: Path,
+    environment: Path,
+    since: Callable[[], list[Json]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keep = log_in(LOGINS["auth-token-in-settings"], environment, monkeypatch)
+    server = serve(bin=cli, keep_env=keep, setting_sources="user")
+    assert server.post("SAY x").status == 200
+    put(environment, "settings.json", {"env": {"ANTHROPIC_AUTH_TOKEN": "new"}})
+    answer = server.post(["SAY x", "x", "SAY y"])
+    assert (answer.text, answer.session) == ("y", "rebuilt; reason=login")
+    assert tokens(since()) == ["settings", "new"]
+
+
+@pytest.mark.parametrize("cli", ["bundled"], indirect=True)
+def test_a_cloud_in_the_settings_gets_no_more_than_one_in_the_environment(
+    serve: Serve, cli: Path, environment: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is an estimate taken for its count, of which the CLI says nothing."""
+    kept = LOGINS["bedrock"].kept | {"ANTHROPIC_BEDROCK_BASE_URL": f"{stub.url}/bedrock"}
+    login = Login(files=in_settings(env=kept), sources="user")
+    keep = log_in(login, environment, monkeypatch)
+    server = serve(bin=cli, keep_env=keep, setting_sources="user")
+    before = len(stub.rows())
+    assert server.post("SAY x").status == 200
+    [row] = [row for row in stub.rows()[before:] if row["path"].endswith("-response-stream")]
+    assert "# Environment" not in json.dumps(row["body"])
+    answer = count(server)
+    assert (answer.status, answer.json["error"]["type"]) == (400, "invalid_request_error")
+    assert "x-should-retry" in answer.headers
+
+
 def test_a_user_without_a_settings_file_may_say_that_the_login_is_in_it(
     serve: Serve, cli: Path
 ) -> None:
     server = serve(bin=cli, setting_sources="user")
     assert [server.post(words).status for words in ("SAY one", "SAY two")] == [200, 200]
+
+
+# other sessions of the user's CLI
+
+
+def sockets(server: Server) -> list[str]:
+    """Where the processes of a bridge listen."""
+    connections = [item for child in server.processes() for item in child.net_connections("all")]
+    return [str(item.laddr) for item in connections if item.laddr and not item.raddr]
+
+
+@pytest.mark.parametrize("settings", [{}, {"tools": "default"}], ids=["model", "agent"])
+@pytest.mark.parametrize("name", ["subscription", "key"])
+def test_no_process_listens_to_anybody_but_the_bridge(
+    serve: Serve,
+    cli: Path,
+    environment: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    settings: dict[str, str],
+) -> None:
+    """A CLI takes messages of the user's other sessions into its conversation (recording
+    builtin_tool: messaging_socket_path), and a spare into the next one."""
+    keep = log_in(LOGINS[name], environment, monkeypatch)
+    server = serve(bin=cli, keep_env=keep, spares=1, cwd=str(environment), **settings)
+    assert server.bridge
+    assert server.post("SAY x").text == "x"
+    spares = server.bridge.pool.starter
+    wait_until(lambda: spares.spares and not spares.starting, "a spare")
+    assert sockets(server) == []
+
+
+@pytest.mark.parametrize("cli", ["bundled"], indirect=True)
+def test_a_message_of_another_session_does_not_reach_a_conversation(
+    serve: Serve,
+    cli: Path,
+    environment: Path,
+    since: Callable[[], list[Json]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Even where a process listens, as a CLI may that has another name for the variable."""
+    keep = log_in(LOGINS["subscription"], environment, monkeypatch)
+    monkeypatch.delitem(sessions.CHILD_DEFAULTS, "CLAUDE_CODE_HARBOR_KITE")
+    server = serve(bin=cli, keep_env=keep)
+    assert server.post("SAY x").text == "x"
+    wait_until(lambda: sockets(server), "the socket")
+    [path] = sockets(server)
+    message = {"to": f"uds:{path}", "summary": "s", "message": "from outside"}
+    asked = f"USE_TOOL SendMessage INPUT={json.dumps(message)}END"
+    sent = subprocess.run([cli, "-p", asked], capture_output=True, text=True, check=True)
+    assert "in that session's inbox" in sent.stdout
+    answer = server.post(["SAY x", "x", "SAY y"])
+    assert (answer.text, answer.session) == ("y", "hot")
+    server.close()
+    assert not any("<cross-session-message" in json.dumps(row["body"]) for row in since())

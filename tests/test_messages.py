@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from client import request_body
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from messages import (
@@ -41,7 +42,14 @@ from messages import (
     user,
 )
 
-from translate import CANNOT_CONTINUE, ApiError, check_ending, dropped_parts, read_messages
+from translate import (
+    CANNOT_CONTINUE,
+    ApiError,
+    check_ending,
+    dropped_parts,
+    parse_request,
+    read_messages,
+)
 
 Json = dict[str, Any]
 
@@ -325,6 +333,15 @@ def test_an_answer_continues_the_assistant_message_that_ends_a_conversation(
         assert request.continues
         assert request.messages[-1] == role("assistant", blocks)
         assert set(request.not_sent) <= {"messages.1.role"}
+
+
+def test_an_agent_continues_no_assistant_message() -> None:
+    """Its CLI would add a message of its own behind it."""
+    for blocks in CONTINUED.values():
+        with pytest.raises(ApiError, match=r"^messages\.1\.content\.\d: .* cannot continue"):
+            parse_request(
+                json.dumps(request_body(["a", role("assistant", blocks)])).encode(), agent=True
+            )
 
 
 def test_an_answer_continues_nothing_where_the_user_has_the_last_word() -> None:
@@ -794,8 +811,8 @@ def test_a_last_message_of_many_parts_that_are_left_out_takes_linear_work() -> N
         raw = [role("user"), role("assistant", [FALLBACK] * count + [text("a")])]
         newest = read_messages(raw, not_sent)[-1]
         not_sent += dropped_parts(newest)
-        with pytest.raises(ApiError, match="cannot continue this message"):
-            check_ending(newest, not_sent)
+        with pytest.raises(ApiError, match="cannot continue"):
+            check_ending(newest, is_agent=False, not_sent=not_sent)
         assert len(not_sent) == count
         assert not_sent.looked_at <= 2 * count
 

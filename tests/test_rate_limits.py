@@ -116,6 +116,19 @@ def test_a_limit_that_a_hot_process_reports_is_told_also_after_a_refresh_of_the_
         history = [*history, answer.text, words]
 
 
+def test_the_limits_of_one_account_are_not_told_as_anothers(
+    limited: Server, environment: Path, tmp_path: Path
+) -> None:
+    name = "anthropic-ratelimit-unified-7d-utilization"
+    assert limited.post("first").headers[name] == "0.5"
+    (tmp_path / "limits").write_text("")
+    assert limited.post("second").headers[name] == "0.5"
+    credentials = environment / ".claude/.credentials.json"
+    credentials.parent.mkdir()
+    credentials.write_text("{}")
+    assert name not in limited.post("third").headers
+
+
 def test_what_the_real_cli_tells_of_the_accounts_limits_is_measured(
     serve: Serve, cli: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -488,6 +488,20 @@ def test_an_agent_is_working_between_its_messages() -> None:
     assert (translator.state, translator.process_waits) == ("done", True)
 
 
+def test_an_agents_last_message_without_words_ends_the_process() -> None:
+    """It would go on by itself, whatever was said before."""
+    for silent in ((), (opened(), closed())):
+        after = stream(start(id="msg_2"), *silent, finish(), STOP)
+        played = play([*BEFORE, ITS_RESULT, *after], agent=True)
+        assert checked(played)["content"][0] == text("Hi")
+        assert not played.translator.process_waits
+
+
+def test_an_agents_calls_of_the_api_are_those_of_its_answer() -> None:
+    played = play(AGENT, agent=True)
+    assert played.translator.api_calls == 2
+
+
 def test_an_agents_answer_counts_the_tokens_of_all_its_messages() -> None:
     first = {"input_tokens": 10, "output_tokens": 1, "cache_read_input_tokens": 5}
     end = {**finish(), "usage": {"input_tokens": 7, "output_tokens": 17}}
