@@ -22,7 +22,7 @@ An answer needs these sections of the three files, in this order:
     sessions.py   the pool         and the process rests, or is ended
 
 With the small ones between them (room, queue and threads, past conversations, frames) they
-are less than 3,700 of 6,700 lines.  Nobody needs the rest to follow an answer: errors and
+are less than 3,700 of 6,800 lines.  Nobody needs the rest to follow an answer: errors and
 JSON, settings, the command line and environment of a process, what is known of the CLI,
 the sweep, other routes, the log, `serve`, the program, and what is called an appendix.
 """

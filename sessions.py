@@ -336,11 +336,12 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
         "--effort",
         "high",
     ]
-    over = OVER_SETTINGS.copy()
+    # The CLI reads variables from files too, also from ~/.claude.json.
+    over = OVER_SETTINGS | {"env": translate.without(CHILD_DEFAULTS, config.keep_env)}
     if config.setting_sources and not kind.agent:
         over |= PLAIN_SETTINGS
     if kind.is_kept:
-        over["env"] = UNREACHABLE
+        over["env"] |= UNREACHABLE
     else:
         argv += ["--no-session-persistence"]
     if kind.bare and config.setting_sources and os.path.isfile(settings):
@@ -484,6 +485,9 @@ CHILD_DEFAULTS = {
     "CLAUDE_CODE_DISABLE_WORKFLOWS": "1",
     # From 2.1.224 on it takes messages of other sessions on this machine, at a socket.
     "CLAUDE_CODE_HARBOR_KITE": "0",
+    # Features that Anthropic's servers switch on for some accounts add to what the model
+    # is told, and let an agent go on after its answer.
+    "DISABLE_GROWTHBOOK": "1",
     # The API judges how long a conversation may be.
     "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "100000000",
     # The conversation is the client's.
@@ -532,6 +536,8 @@ NOWHERE = "http://127.0.0.1:9"
 UNREACHABLE = {
     "ANTHROPIC_BASE_URL": NOWHERE,
     "CLAUDE_CODE_MAX_RETRIES": "0",
+    # Reports that cannot be sent would be kept on disk.
+    "DISABLE_TELEMETRY": "1",
     "HTTP_PROXY": NOWHERE,
     "HTTPS_PROXY": NOWHERE,
     "NO_PROXY": "",
@@ -561,6 +567,9 @@ def child_environment(
             del child[name]
             if value:  # children have another working directory
                 child[name] = os.path.abspath(os.path.expanduser(value))
+    if not has_users_shell:
+        # The CLI logs there what a tool says that fails.
+        child["XDG_CACHE_HOME"] = os.devnull
     if not kind.agent:
         child |= MODEL_MODE
     if kind.bare:

@@ -267,6 +267,18 @@ def test_of_the_users_settings_nothing_but_the_login_gets_into_a_conversation(
         assert "xplanatory" not in arrived
 
 
+def test_variables_in_a_file_of_the_users_do_not_undo_what_the_bridge_sets(
+    real: Server, environment: Path, since: Callable[[], list[Json]]
+) -> None:
+    """The CLI reads ~/.claude.json, whatever the sources of its settings are."""
+    wanted = {"CLAUDE_CODE_DISABLE_THINKING": "0", "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS": "0"}
+    (environment / ".claude.json").write_text(json.dumps({"env": wanted}))
+    assert real.post("SAY x").text == "x"
+    body = since()[-1]["body"]
+    assert body.get("thinking", {"type": "disabled"}) == {"type": "disabled"}
+    assert "context_management" not in body
+
+
 @linux
 def test_an_administrators_list_of_mcp_servers_does_no_harm(cli: Path, tmp_path: Path) -> None:
     if os.geteuid() or not shutil.which("unshare"):

@@ -148,6 +148,27 @@ def test_a_killed_bridge_leaves_no_child_and_no_word_of_a_conversation(
     assert not files_with(b"x" * 1000, temporary, environment)
 
 
+@linux  # on macOS its logs are elsewhere
+def test_the_cli_writes_down_no_word_of_a_tool_that_fails(
+    serve: Serve, cli: Path, environment: Path
+) -> None:
+    """It logs what its MCP servers say of a failure."""
+    server = serve(bin=cli)
+    tool = {"name": "look", "input_schema": {"type": "object"}}
+    messages: list[Any] = ["USE_TOOL look INPUT={}END"]
+    answer = server.post(messages, tools=[tool])
+    *_, call = answer.message["content"]
+    result = {"type": "tool_result", "tool_use_id": call["id"], "is_error": True, "content": SECRET}
+    messages += [
+        {"role": "assistant", "content": answer.message["content"]},
+        {"role": "user", "content": [result]},
+    ]
+    answer = server.post(messages, tools=[tool])
+    assert (SECRET in answer.text, answer.session) == (True, "hot")
+    server.close()
+    assert files_with(SECRET.encode(), environment) == []
+
+
 @linux
 @pytest.mark.parametrize("state", ["spare", "running", "parked"])
 def test_a_killed_bridge_with_the_real_cli_leaves_no_word_of_a_conversation(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from client import Client, Json, count, request_body
 from host import wait_until
-from servers import KEEP, Launch, Program, Serve, Server
+from servers import KEEP, Launch, Program, Serve, Server, linux
 from stubs import Stub
 from test_check import FEATURES, check
 
@@ -473,3 +473,28 @@ def test_a_message_of_another_session_does_not_reach_a_conversation(
     assert (answer.text, answer.session) == ("y", "hot")
     server.close()
     assert not any("<cross-session-message" in json.dumps(row["body"]) for row in since())
+
+
+# what Anthropic's servers switch on for an account
+
+
+@linux  # elsewhere the CLI could reach them
+@pytest.mark.parametrize("cli", ["bundled"], indirect=True)
+def test_a_feature_that_is_switched_on_for_an_account_adds_nothing(
+    serve: Serve,
+    cli: Path,
+    environment: Path,
+    since: Callable[[], list[Json]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The CLI keeps what it was told of in its state.  Both opt-outs that the other tests set switch
+    all of it off."""
+    keep = log_in(LOGINS["subscription"], environment, monkeypatch)
+    for name in ("DISABLE_TELEMETRY", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"):
+        monkeypatch.delenv(name)
+    features = {"tengu_scratch": True}
+    state = {"cachedGrowthBookFeatures": features, "cachedFeatureFlags": features}
+    (environment / ".claude.json").write_text(json.dumps(state))
+    assert serve(bin=cli, keep_env=keep).post("SAY x").text == "x"
+    [row] = since()
+    assert "scratchpad" not in json.dumps(row["body"]).lower()

@@ -130,7 +130,8 @@ def test_each_model_that_a_cli_lists_answers_without_being_named_at_its_start(
         assert since()[-1]["body"]["model"] == full_name.removesuffix("[1m]")
     # 2.1.285 lists one of them under its full name alone.
     alone = {m.full_name for m in pool.cli.info.models if m.name == m.full_name}
-    kinds = {session.kind.model for session in list(pool.sessions)}
+    # Processes that are asked what they announce to a model are started for it.
+    kinds = {item.kind.model for item in list(pool.sessions) if not item.kind.is_kept}
     assert kinds - alone == {""}
 
 
@@ -158,7 +159,7 @@ def test_thinking_of_the_past_arrives_by_whatever_name_the_model_is_asked(
     answer = real.post(THOUGHT, model=name, thinking={"type": "enabled", "budget_tokens": 1024})
     assert (answer.status, answer.text) == (200, "x")
     [row] = since()
-    assert row["body"]["messages"][1] == THOUGHT[1]
+    assert THOUGHT[1] in row["body"]["messages"]
 
 
 # A gateway's names in the CLI's settings, or its variables -> what arrives, by alias.
@@ -214,7 +215,7 @@ def test_where_the_user_names_models_an_alias_is_answered_by_the_one_that_it_mea
         assert (answer.status, answer.text) == (200, "x")
         body = since()[-1]["body"]
         assert body["model"].startswith(model)
-        assert body["messages"][1] == THOUGHT[1]
+        assert THOUGHT[1] in body["messages"]
 
 
 def test_where_an_administrator_has_settings_each_model_is_named(
