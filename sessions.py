@@ -384,7 +384,6 @@ ALLOWED = (
     # What a user sets so that the CLI sends no reports.
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
     "DISABLE_ERROR_REPORTING",
-    "DISABLE_TELEMETRY",
     "DO_NOT_TRACK",
     # Where it runs, and as whom.
     "DBUS_SESSION_BUS_ADDRESS",
@@ -485,9 +484,10 @@ CHILD_DEFAULTS = {
     "CLAUDE_CODE_DISABLE_WORKFLOWS": "1",
     # From 2.1.224 on it takes messages of other sessions on this machine, at a socket.
     "CLAUDE_CODE_HARBOR_KITE": "0",
-    # Features that Anthropic's servers switch on for some accounts add to what the model
-    # is told, and let an agent go on after its answer.
-    "DISABLE_GROWTHBOOK": "1",
+    # With its reports of usage the CLI fixes the betas at its start, before it knows the
+    # client's, and takes features that Anthropic's servers switch on for some accounts:
+    # they add to what the model is told, and let an agent go on after its answer.
+    "DISABLE_TELEMETRY": "1",
     # The API judges how long a conversation may be.
     "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "100000000",
     # The conversation is the client's.
@@ -536,8 +536,6 @@ NOWHERE = "http://127.0.0.1:9"
 UNREACHABLE = {
     "ANTHROPIC_BASE_URL": NOWHERE,
     "CLAUDE_CODE_MAX_RETRIES": "0",
-    # Reports that cannot be sent would be kept on disk.
-    "DISABLE_TELEMETRY": "1",
     "HTTP_PROXY": NOWHERE,
     "HTTPS_PROXY": NOWHERE,
     "NO_PROXY": "",

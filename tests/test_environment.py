@@ -72,7 +72,6 @@ def test_a_child_gets_what_any_program_may_have_and_nothing_that_is_the_clis_own
     opt_outs = {
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
         "DISABLE_ERROR_REPORTING",
-        "DISABLE_TELEMETRY",
         "DO_NOT_TRACK",
     }
     asked_for = folders | opt_outs
@@ -130,7 +129,7 @@ def test_retries_reach_the_child_in_its_environment(serve: Serve, log: Log) -> N
 def test_a_users_wish_that_nothing_is_reported_reaches_the_cli_as_it_is(
     serve: Serve, cli: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
 ) -> None:
-    names = ("DISABLE_TELEMETRY", "DO_NOT_TRACK", "DISABLE_ERROR_REPORTING")
+    names = ("DO_NOT_TRACK", "DISABLE_ERROR_REPORTING")
     for name in names:
         monkeypatch.delenv(name, raising=False)
         if value:
@@ -140,7 +139,7 @@ def test_a_users_wish_that_nothing_is_reported_reaches_the_cli_as_it_is(
     assert server.post("SAY x").text == "x"
     [process] = server.processes()
     child = process.environ()
-    assert [child.get(name) for name in names] == [value] * 3
+    assert [child.get(name) for name in names] == [value] * 2
     assert "DISABLE_COST_WARNINGS" not in child
 
 

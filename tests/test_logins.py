@@ -479,22 +479,27 @@ def test_a_message_of_another_session_does_not_reach_a_conversation(
 
 
 @linux  # elsewhere the CLI could reach them
-@pytest.mark.parametrize("cli", ["bundled"], indirect=True)
-def test_a_feature_that_is_switched_on_for_an_account_adds_nothing(
+@pytest.mark.parametrize("name", ["subscription", "key", "key-helper"])
+def test_what_a_user_sets_so_that_nothing_is_reported_is_not_needed(
     serve: Serve,
     cli: Path,
     environment: Path,
     since: Callable[[], list[Json]],
     monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
-    """The CLI keeps what it was told of in its state.  Both opt-outs that the other tests set switch
-    all of it off."""
-    keep = log_in(LOGINS["subscription"], environment, monkeypatch)
-    for name in ("DISABLE_TELEMETRY", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"):
-        monkeypatch.delenv(name)
+    """Other tests set both opt-outs.  Without them the CLI would not send a client's betas, and tell
+    the model what its servers have switched on (which it keeps in its state)."""
+    keep = log_in(LOGINS[name], environment, monkeypatch)
+    for opt_out in ("DISABLE_TELEMETRY", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"):
+        monkeypatch.delenv(opt_out)
     features = {"tengu_scratch": True}
     state = {"cachedGrowthBookFeatures": features, "cachedFeatureFlags": features}
     (environment / ".claude.json").write_text(json.dumps(state))
-    assert serve(bin=cli, keep_env=keep).post("SAY x").text == "x"
+    server = serve(bin=cli, keep_env=keep, setting_sources=LOGINS[name].sources)
+    headers = {"anthropic-beta": "files-api-2025-04-14"}
+    assert server.call("POST", "/v1/messages", request_body("SAY x"), headers).status == 200
     [row] = since()
     assert "scratchpad" not in json.dumps(row["body"]).lower()
+    sent = {key.lower(): value for key, value in row["headers"].items()}
+    assert "files-api-2025-04-14" in sent["anthropic-beta"]
