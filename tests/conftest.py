@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import first_party
 import pytest
 from client import Json
 from host import STANDIN, children, isolate, open_files, wait_until
@@ -94,6 +95,8 @@ def pytest_configure(config: pytest.Config) -> None:
     except LookupError as error:
         raise pytest.UsageError(*error.args) from None
     ISOLATION = isolate() if sys.platform == "linux" else "not isolated"
+    if first_party.IS_ON:
+        first_party.lead_to_the_stub()
 
 
 def pytest_report_header() -> str:

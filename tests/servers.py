@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import first_party
 import psutil
 import pytest
 from client import Client
@@ -31,12 +32,15 @@ ENGINE = {
     "BUN_JSC_useConcurrentJIT": "0",
     "BUN_JSC_useDFGJIT": "0",
 }
-KEEP = (
-    "ANTHROPIC_BASE_URL",
-    "ANTHROPIC_API_KEY",
-    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
-    *ENGINE,
-)
+# What the CLI gets of the tests' environment.
+KEEP = ("ANTHROPIC_API_KEY", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", *ENGINE)
+if not first_party.IS_ON:
+    KEEP = ("ANTHROPIC_BASE_URL", *KEEP)
+
+
+OPT_OUTS = ("DISABLE_TELEMETRY", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC")
+if first_party.IS_ON:
+    OPT_OUTS = ()
 
 
 def make_nobody(patch: pytest.MonkeyPatch, home: Path, api_url: str) -> None:
@@ -47,9 +51,9 @@ def make_nobody(patch: pytest.MonkeyPatch, home: Path, api_url: str) -> None:
     patch.setenv("HOME", str(home))
     # The stand-in runs on the Python under test, and not behind a version manager's slow shim.
     patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    patch.setenv("DISABLE_TELEMETRY", "1")
     patch.setenv("DISABLE_AUTOUPDATER", "1")
-    patch.setenv("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1")
+    for name in OPT_OUTS:
+        patch.setenv(name, "1")
     patch.setenv("ANTHROPIC_BASE_URL", api_url)
     patch.setenv("ANTHROPIC_API_KEY", "sk-stub")
 

@@ -492,7 +492,7 @@ def test_what_a_user_sets_so_that_nothing_is_reported_is_not_needed(
     the model what its servers have switched on (which it keeps in its state)."""
     keep = log_in(LOGINS[name], environment, monkeypatch)
     for opt_out in ("DISABLE_TELEMETRY", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"):
-        monkeypatch.delenv(opt_out)
+        monkeypatch.delenv(opt_out, raising=False)
     features = {"tengu_scratch": True}
     state = {"cachedGrowthBookFeatures": features, "cachedFeatureFlags": features}
     (environment / ".claude.json").write_text(json.dumps(state))

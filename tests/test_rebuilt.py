@@ -19,6 +19,7 @@ from test_fidelity import betas_of
 from test_logins import LOGINS, Login, log_in, login_headers
 
 from sessions import ANNOUNCES, HAS_BARE_MODE, Cli
+from translate import BILLING_LINE
 
 MODEL = "claude-sonnet-5-5"
 TOOL = {"name": "probe", "description": "d", "input_schema": {"type": "object"}}
@@ -106,9 +107,10 @@ def pieces(body: Json, *, marks: bool = False) -> list[str]:
             }
         return [plain(inner) for inner in value] if isinstance(value, list) else value
 
-    return [
-        json.dumps(plain(part)) for part in (body.get("tools"), body["system"], *body["messages"])
-    ]
+    # At the API's own address the first one has an id of each request; the API reads it, and no model.
+    billing, *system = body["system"]
+    assert billing["text"].startswith(BILLING_LINE)
+    return [json.dumps(plain(part)) for part in (body.get("tools"), system, *body["messages"])]
 
 
 def share(earlier: Json, later: Json) -> float:
