@@ -368,7 +368,7 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
 
 
 def mcp_permissions(path: str) -> list[str]:
-    """What allows the tools of the MCP servers in a file, whose names the CLI rewrites so.
+    """The permissions to use the MCP servers in a file; the CLI writes their names so.
     Raises OSError."""
     content = translate.parsed(Path(path).read_bytes())
     servers = translate.as_object(translate.as_object(content).get("mcpServers"))
@@ -566,7 +566,7 @@ def child_environment(
             if value:  # children have another working directory
                 child[name] = os.path.abspath(os.path.expanduser(value))
     if not has_users_shell:
-        # The CLI logs there what a tool says that fails.
+        # There the CLI would log the results of tools that fail.
         child["XDG_CACHE_HOME"] = os.devnull
     if not kind.agent:
         child |= MODEL_MODE
@@ -1741,7 +1741,7 @@ class Pool:
         session.move(State.BUSY)
         self._outcomes.record(session, "busy")
         try:
-            # It reads no subscription's login, or none in settings that have changed.
+            # Such a process keeps to the login that it was started with.
             keeps_login = session.kind.bare or self.config.setting_sources
             if keeps_login and process.cli.files[1:] != self.cli.files[1:]:
                 reason = "login"

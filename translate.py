@@ -1741,10 +1741,10 @@ class Translator:
     # The API message that is being received: its id and its usage.
     _message_id: str = ""
     _usage: Json = field(default_factory=dict)
+    # That message has a visible text.
+    _has_text: bool = False
     # Tokens of the API messages before it.
     _spent: Json = field(default_factory=dict)
-    # It has a visible text.
-    _has_text: bool = False
     # The strings of the open block, in pieces, by the key of the delta (PIECES).
     _pieces: dict[str, list[str]] = field(default_factory=dict)
     # The fault of a tool input that is no JSON object.  It is raised by what follows, unless

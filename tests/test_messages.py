@@ -811,7 +811,7 @@ def test_a_last_message_of_many_parts_that_are_left_out_takes_linear_work() -> N
         raw = [role("user"), role("assistant", [FALLBACK] * count + [text("a")])]
         newest = read_messages(raw, not_sent)[-1]
         not_sent += dropped_parts(newest)
-        with pytest.raises(ApiError, match="cannot continue"):
+        with pytest.raises(ApiError, match=CANNOT_CONTINUE):
             check_ending(newest, is_agent=False, not_sent=not_sent)
         assert len(not_sent) == count
         assert not_sent.looked_at <= 2 * count
