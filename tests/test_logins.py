@@ -427,10 +427,16 @@ def test_a_user_without_a_settings_file_may_say_that_the_login_is_in_it(
 # other sessions of the user's CLI
 
 
-def sockets(server: Server) -> list[str]:
-    """Where the processes of a bridge listen."""
+def sockets(server: Server) -> set[str]:
+    """Where the processes of a bridge listen.  What has connected to a UNIX socket is listed under the
+    same path."""
     connections = [item for child in server.processes() for item in child.net_connections("all")]
-    return [str(item.laddr) for item in connections if item.laddr and not item.raddr]
+    return {str(item.laddr) for item in connections if item.laddr and not item.raddr}
+
+
+def inboxes(server: Server) -> list[str]:
+    """The UNIX sockets among them; a connection to the API that is being made has no other end yet."""
+    return [address for address in sockets(server) if address.startswith("/")]
 
 
 @pytest.mark.parametrize("settings", [{}, {"tools": "default"}], ids=["model", "agent"])
@@ -451,7 +457,7 @@ def test_no_process_listens_to_anybody_but_the_bridge(
     assert server.post("SAY x").text == "x"
     spares = server.bridge.pool.starter
     wait_until(lambda: spares.spares and not spares.starting, "a spare")
-    assert sockets(server) == []
+    assert sockets(server) == set()
 
 
 @pytest.mark.parametrize("cli", ["bundled"], indirect=True)
@@ -467,8 +473,8 @@ def test_a_message_of_another_session_does_not_reach_a_conversation(
     monkeypatch.delitem(sessions.CHILD_DEFAULTS, "CLAUDE_CODE_HARBOR_KITE")
     server = serve(bin=cli, keep_env=keep)
     assert server.post("SAY x").text == "x"
-    wait_until(lambda: sockets(server), "the socket")
-    [path] = sockets(server)
+    wait_until(lambda: inboxes(server), "the socket")
+    [path] = inboxes(server)
     message = {"to": f"uds:{path}", "summary": "s", "message": "from outside"}
     asked = f"USE_TOOL SendMessage INPUT={json.dumps(message)}END"
     sent = subprocess.run([cli, "-p", asked], capture_output=True, text=True, check=True)
