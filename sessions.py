@@ -127,6 +127,10 @@ GATE_SECS = 30.0
 LATE_SECS = 5.0
 # Seconds for a count of tokens, and to ask what the CLI announces; 0.5 was measured.
 COUNT_SECS = 20.0
+# So many seconds before its end the CLI renews a subscription's login, at its own start or
+# before it asks the API; and the seconds that it gets for it, of which it waits 30.
+RENEWS_SECS = 300.0
+RENEWAL_SECS = 40.0
 # Requests of this many bytes or more are read and written in a thread: a megabyte takes
 # 10 to 100 ms.
 THREAD_SIZE = 64 << 10
@@ -866,6 +870,8 @@ class Cli:
     files: tuple[object, ...] = ()
     # As `claude --version` prints it; empty: unknown.
     version: str = ""
+    # When the login ends, in epoch seconds; infinite: never, or it is being renewed.
+    login_ends: float = math.inf
     # What it reported of itself last.
     info: CliInfo = field(default_factory=CliInfo)
     # Limits of the account by type, the one reported last at the end.
@@ -926,6 +932,19 @@ def identify_file(path: str) -> object:
     except OSError:
         return None
     return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def login_end(credentials: str) -> float:
+    """When a subscription's login ends, in epoch seconds; infinite: unknown."""
+    try:
+        content = translate.parsed(Path(credentials).read_bytes())
+    except OSError:
+        return math.inf
+    login = translate.as_object(translate.as_object(content).get("claudeAiOauth"))
+    milliseconds = translate.get_number(login, "expiresAt")
+    if not milliseconds or not translate.get_str(login, "refreshToken"):
+        return math.inf
+    return milliseconds / 1000
 
 
 def ask_version(program: str, environment: Mapping[str, str]) -> str:
@@ -1649,7 +1668,7 @@ class Pool:
         tasks = {self._sweeper, *self.starter.starting}
         for task in tasks:
             task.cancel()
-        await asyncio.wait(tasks)
+        await asyncio.wait(tasks | self.inspector.renewals)
         for session in self.sessions:
             self.retire(session, "shutdown")
         while self.room.ending:
@@ -2067,28 +2086,60 @@ class Inspector:
         self._pool = pool
         self.cli = Cli()
         self.environment = child_environment(pool.config, pool.environ, Kind())
+        folder = login_folder(self.environment)
+        self._credentials = os.path.join(folder, ".credentials.json")
         # One task at a time looks at the files, one asks for the models and the account,
         # and one for the announcements.
         self._looking = asyncio.Lock()
         self._asking = asyncio.Lock()
         self.announcing = asyncio.Lock()
+        # The task that has the login renewed, while there is one.
+        self.renewals: set[asyncio.Task[None]] = set()
 
     async def look(self) -> Cli:
-        """The CLI that is installed now.  Raises ApiError when it is too old."""
-        program, environment = self._pool.config.bin, self.environment
-        credentials = os.path.join(login_folder(environment), ".credentials.json")
-        paths = (program, settings_file(environment), credentials)
+        """The CLI that is installed now, with a login that does not end soon.  Raises
+        ApiError when it is too old."""
         async with self._looking:
-            files = tuple(map(identify_file, paths))
-            if files != self.cli.files:
-                ask = partial(ask_version, program, environment)
-                version = await self._pool.threads.run(THREAD_SIZE, ask)
-                self._replace_cli(files, version)
-                for spare in self._pool.starter.spares:
-                    self._pool.retire(spare, "unwanted")
+            await self._identify()
+            if time.time() + RENEWS_SECS >= self.cli.login_ends:
+                # If that fails, it is not tried again.
+                self.cli.login_ends = math.inf
+                task = asyncio.create_task(self._renew())
+                self.renewals.add(task)
+                task.add_done_callback(self.renewals.discard)
+            if self.renewals:
+                await asyncio.wait(self.renewals)
+                await self._identify()
         if self.cli.problem:
             raise cli_error(self.cli.problem)
         return self.cli
+
+    async def _identify(self) -> None:
+        """Note whether there is another CLI, or another login."""
+        program, environment = self._pool.config.bin, self.environment
+        paths = (program, settings_file(environment), self._credentials)
+        files = tuple(map(identify_file, paths))
+        if files != self.cli.files:
+            ask = partial(ask_version, program, environment)
+            version = await self._pool.threads.run(THREAD_SIZE, ask)
+            self._replace_cli(files, version)
+            for spare in self._pool.starter.spares:
+                self._pool.retire(spare, "unwanted")
+
+    async def _renew(self) -> None:
+        """Have the login renewed that ends soon, by a process that nobody ends before: the
+        old one counts no more once the CLI has asked for a new one, so a process that ends
+        meanwhile would log its user out (tests/test_renewal.py)."""
+        with contextlib.suppress(ApiError, TimeoutError):
+            async with (
+                asyncio.timeout(RENEWAL_SECS),
+                self._asked(Kind(PROBE_MODEL)) as process,
+            ):
+                # It asks the API for a count, with the new login.
+                process.write(translate.control_line("get_context_usage"))
+                await process.read_until(
+                    lambda event: control_result(event, "get_context_usage")
+                )
 
     async def info(self, *, anew: bool = False) -> CliInfo:
         """What the CLI reports of itself, without a model call.
@@ -2202,7 +2253,8 @@ class Inspector:
         limits = self.cli.rate_limits
         if files[1:] != self.cli.files[1:]:
             limits.clear()
-        self.cli = Cli(self._pool.config.bin, files, version, rate_limits=limits)
+        ends = login_end(self._credentials)
+        self.cli = Cli(self._pool.config.bin, files, version, ends, rate_limits=limits)
 
 
 # ------------------------------------------------------------ the sweep

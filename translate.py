@@ -64,8 +64,6 @@ SECRET = re.compile(r"(sk-ant-)[A-Za-z0-9_-]+(?:(?:\\[nr]|\s)+[A-Za-z0-9_-]{16,}
 LOGIN_CURE = (
     "run `claude-cli-bridge login`, or log in with /login in the claude CLI itself"
 )
-# What the CLI prints when it has no login; the API never says it.
-NOT_LOGGED_IN = "Not logged in"
 
 
 @dataclass(eq=False)
@@ -135,8 +133,7 @@ AROUND_API_ERROR = re.compile(
 # conversation that the API refused.
 REMOVED = " and was removed"
 # The CLI's own verdicts on a request carry no status.  2.1.330 and newer give the reason
-# why the turn ended; older ones have words alone (recordings not_logged_in,
-# mid_stream_error of 2.1.197).
+# why the turn ended; older ones have words alone (recording mid_stream_error of 2.1.197).
 REQUEST_REASONS = {
     "blocking_limit",
     "image_error",
@@ -145,7 +142,6 @@ REQUEST_REASONS = {
 }
 TOO_LONG = "Prompt is too long"
 STATUS_OF_TEXT = {
-    NOT_LOGGED_IN: 401,
     TOO_LONG: 400,
     "Image base64 size (": 400,
     "Unable to resize image": 400,
@@ -165,9 +161,9 @@ def result_error(
     The CLI writes `subtype: success` on failures as well, so only `is_error`,
     `api_error_status` and the text count (recordings error_401, error_429, error_529,
     not_logged_in): the status is the API's, or follows from `terminal_reason`, error.type
-    or the text.  `synthetic` is the `assistant` event before it that the CLI made up, in
-    which 2.1.330 keeps the API's error.type and error_code.  `resets_at` is that of a
-    rate limit.
+    or the text.  `synthetic` is the `assistant` event before it that the CLI made up: it
+    says that there is no login that works, and in it 2.1.330 keeps the API's error.type
+    and error_code.  `resets_at` is that of a rate limit.
     """
     errors = "; ".join(map(str, as_list(result.get("errors"))))
     usual = "the claude CLI ended the turn with an error"
@@ -184,8 +180,11 @@ def result_error(
         error_type = error_type or "api_error"  # a proxy in front of the API
     # The API's spelling, by which clients know it.
     message = message.replace(TOO_LONG, "prompt is too long")
-    if message.startswith(NOT_LOGGED_IN):
-        message = f"{message} ({LOGIN_CURE})"
+    if not is_from_api and get_str(synthetic, "error") == "authentication_failed":
+        status = 401
+        # In the CLI's own words; a cloud's login is renewed in another way.
+        if "/login" in message or "OAuth" in message:
+            message = f"{message} ({LOGIN_CURE})"
     return ApiError(
         status,
         message,

@@ -1,7 +1,8 @@
 """The stub at https://api.anthropic.com, where users have the API: `FIRST_PARTY=1 python -m pytest ...`.
 
-The CLI asks more of the API at that address, and other things of it.  So the run has a file of hosts
-of its own, in which the address is this machine, and a server of TLS that leads to the stub that the
+The CLI asks more of the API at that address, and other things of it; and it renews a login, at
+another one.  So the run has a file of hosts
+of its own, in which the addresses are this machine, and a server of TLS that leads to the stub that the
 environment names.  None of the user's opt-outs is set either.  Only root on Linux can have all that.
 """
 
@@ -19,7 +20,7 @@ from urllib.parse import urlsplit
 import trustme
 
 IS_ON = bool(os.environ.get("FIRST_PARTY"))
-ADDRESS = "api.anthropic.com"
+ADDRESSES = ("api.anthropic.com", "platform.claude.com")
 CLONE_NEWNS = 0x20000
 
 
@@ -27,7 +28,7 @@ def lead_to_the_stub() -> None:
     """Make this process, and what it starts, find the stub at the API's address."""
     folder = Path(tempfile.mkdtemp())
     hosts = folder / "hosts"
-    hosts.write_text(f"127.0.0.1 localhost {ADDRESS}\n")
+    hosts.write_text(f"127.0.0.1 localhost {' '.join(ADDRESSES)}\n")
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "FIRST_PARTY=1 needs root on Linux")
     for command in ("mount --make-rprivate /", f"mount --bind {hosts} /etc/hosts"):
@@ -36,7 +37,7 @@ def lead_to_the_stub() -> None:
     authority.cert_pem.write_to_path(folder / "ca.pem")
     os.environ["NODE_EXTRA_CA_CERTS"] = str(folder / "ca.pem")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert(ADDRESS).configure_cert(context)
+    authority.issue_cert(*ADDRESSES).configure_cert(context)
     listening = threading.Event()
     threading.Thread(target=lambda: asyncio.run(forward(context, listening)), daemon=True).start()
     listening.wait()

@@ -13,7 +13,8 @@ NOWORDS (the same, in the result of a tool), NOSTREAM (streaming is refused, the
 works), `USE_TOOL name INPUT={...}END COUNT=n`, `SAY text`, SEARCH (a server
 tool, its result and a cited text), PAUSED (with it: the answer ends with pause_turn), TOMORROW
 (blocks, deltas, events and keys that nobody knows yet), and alone: RECORD (the answer is "ok",
-whatever the parameters say). With --judge it refuses what judge.py refuses. Parameters it obeys:
+whatever the parameters say). With --judge it refuses what judge.py refuses; a login is renewed in
+--renewal-secs. Parameters it obeys:
 stop_sequences, max_tokens (one token is four characters), tool_choice, output_config.format.
 """
 
@@ -88,6 +89,9 @@ TOMORROW: list[Json] = [
 LOG: list[Json] = []
 IDS = itertools.count(1)
 JUDGING = web.AppKey("judging", bool)
+RENEWAL_SECS = web.AppKey("renewal_secs", float)
+# By which a login can be renewed.
+VALID = {"sk-ant-ort01-good"}
 RETRIED: set[str] = set()
 
 
@@ -429,6 +433,31 @@ async def count_tokens(request: web.Request) -> web.Response:
     return web.json_response({"input_tokens": max(1, tokens)})
 
 
+async def renew(request: web.Request) -> web.Response:
+    """A new login for an old one, which counts no more: also if nobody gets the answer."""
+    body = await request.json()
+    LOG.append(
+        {"path": request.path, "headers": dict(request.headers), "body": body, "end": "done"}
+    )
+    is_known = body["refresh_token"] in VALID
+    if is_known:
+        number = next(IDS)
+        VALID.clear()
+        VALID.add(f"sk-ant-ort01-{number}")
+    await asyncio.shield(asyncio.sleep(request.app[RENEWAL_SECS]))
+    if not is_known:
+        return web.json_response({"error": "invalid_grant"}, status=400)
+    return web.json_response(
+        {
+            "token_type": "Bearer",
+            "access_token": f"sk-ant-oat01-{number}",
+            "refresh_token": f"sk-ant-ort01-{number}",
+            "expires_in": 28800,
+            "scope": "user:inference user:profile",
+        }
+    )
+
+
 async def log(request: web.Request) -> web.Response:
     return web.json_response(LOG[int(request.query.get("since", 0)) :])
 
@@ -497,13 +526,16 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--judge", action="store_true")
+    parser.add_argument("--renewal-secs", type=float, default=0)
     arguments = parser.parse_args()
     app = web.Application(client_max_size=1 << 28)
     app[JUDGING] = arguments.judge
+    app[RENEWAL_SECS] = arguments.renewal_secs
     app.on_response_prepare.append(add_quota)
     app.router.add_post("/v1/messages", messages)
     app.router.add_post("/v1/messages/count_tokens", count_tokens)
     app.router.add_post("/bedrock/model/{model}/invoke-with-response-stream", bedrock)
+    app.router.add_post("/v1/oauth/token", renew)
     app.router.add_get("/_log", log)
     app.router.add_route("*", "/{path:.*}", other)
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
