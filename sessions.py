@@ -127,10 +127,9 @@ GATE_SECS = 30.0
 LATE_SECS = 5.0
 # Seconds for a count of tokens, and to ask what the CLI announces; 0.5 was measured.
 COUNT_SECS = 20.0
-# So many seconds before its end the CLI renews a subscription's login, at its own start or
-# before it asks the API; and the seconds that it gets for it, of which it waits 30.
-RENEWS_SECS = 300.0
-RENEWAL_SECS = 40.0
+# While the CLI renews the login, it holds a lock beside it, and touches that every 5 seconds.
+RENEWAL_LOCK = ".oauth_refresh.lock"
+LOCK_SECS = 10.0
 # Requests of this many bytes or more are read and written in a thread: a megabyte takes
 # 10 to 100 ms.
 THREAD_SIZE = 64 << 10
@@ -828,15 +827,18 @@ class Child(asyncio.SubprocessProtocol):
         message = f"{reason}: {self._complaint}" if self._complaint else reason
         return ApiError(502, message, log_reason=reason)
 
-    async def end(self) -> None:
-        """End it and its group, and wait until it is reaped."""
-        self._gate.close()
+    async def end(self, until_it_may: Callable[[], Awaitable[None]]) -> None:
+        """End it and its group, step by step, each once `until_it_may` returns, and wait
+        until it is reaped."""
         for number, seconds in ENDING:
+            if self.exited.done():
+                break
+            await until_it_may()
             if number:
                 self.kill(number)
             else:
+                self._gate.close()
                 self._stdin.close()
-            # Once it has exited, this returns at once, and `kill` does nothing.
             await asyncio.wait({self.exited}, timeout=seconds)
         self._transport.close()
         self._remove_folder()
@@ -870,8 +872,6 @@ class Cli:
     files: tuple[object, ...] = ()
     # As `claude --version` prints it; empty: unknown.
     version: str = ""
-    # When the login ends, in epoch seconds; infinite: never, or it is being renewed.
-    login_ends: float = math.inf
     # What it reported of itself last.
     info: CliInfo = field(default_factory=CliInfo)
     # Limits of the account by type, the one reported last at the end.
@@ -932,19 +932,6 @@ def identify_file(path: str) -> object:
     except OSError:
         return None
     return found.st_dev, found.st_ino, found.st_mtime_ns
-
-
-def login_end(credentials: str) -> float:
-    """When a subscription's login ends, in epoch seconds; infinite: unknown."""
-    try:
-        content = translate.parsed(Path(credentials).read_bytes())
-    except OSError:
-        return math.inf
-    login = translate.as_object(translate.as_object(content).get("claudeAiOauth"))
-    milliseconds = translate.get_number(login, "expiresAt")
-    if not milliseconds or not translate.get_str(login, "refreshToken"):
-        return math.inf
-    return milliseconds / 1000
 
 
 def ask_version(program: str, environment: Mapping[str, str]) -> str:
@@ -1220,12 +1207,12 @@ class Process(Child):
         """End its turn: nothing more may be billed."""
         self.write(translate.control_line("interrupt"))
 
-    async def stop(self) -> None:
-        """End it.  One that waits for a tool result is killed: 2.1.330 calls the API
+    async def stop(self, until_it_may: Callable[[], Awaitable[None]]) -> None:
+        """End it (`end`).  One that waits for a tool result is killed: 2.1.330 calls the API
         once more when its stdin closes."""
         if self._calls or self.expected_calls:
             self.kill(signal.SIGKILL)
-        await self.end()
+        await self.end(until_it_may)
 
 
 async def read_pipes() -> None:
@@ -1668,7 +1655,7 @@ class Pool:
         tasks = {self._sweeper, *self.starter.starting}
         for task in tasks:
             task.cancel()
-        await asyncio.wait(tasks | self.inspector.renewals)
+        await asyncio.wait(tasks)
         for session in self.sessions:
             self.retire(session, "shutdown")
         while self.room.ending:
@@ -1894,7 +1881,8 @@ class Pool:
         self._outcomes.record(session, reason)
         self.metrics.add("processes_ended_total", reason=reason)
         forget = partial(self.sessions.remove, session)
-        self.room.leave_after(session.process.stop(), forget)
+        end = session.process.stop(self.inspector.login_is_renewed)
+        self.room.leave_after(end, forget)
 
 
 # ------------------------------------------------------------ a fresh process
@@ -2086,60 +2074,36 @@ class Inspector:
         self._pool = pool
         self.cli = Cli()
         self.environment = child_environment(pool.config, pool.environ, Kind())
-        folder = login_folder(self.environment)
-        self._credentials = os.path.join(folder, ".credentials.json")
         # One task at a time looks at the files, one asks for the models and the account,
         # and one for the announcements.
         self._looking = asyncio.Lock()
         self._asking = asyncio.Lock()
         self.announcing = asyncio.Lock()
-        # The task that has the login renewed, while there is one.
-        self.renewals: set[asyncio.Task[None]] = set()
 
     async def look(self) -> Cli:
-        """The CLI that is installed now, with a login that does not end soon.  Raises
-        ApiError when it is too old."""
+        """The CLI that is installed now.  Raises ApiError when it is too old."""
+        program, environment = self._pool.config.bin, self.environment
+        credentials = os.path.join(login_folder(environment), ".credentials.json")
+        paths = (program, settings_file(environment), credentials)
         async with self._looking:
-            await self._identify()
-            if time.time() + RENEWS_SECS >= self.cli.login_ends:
-                # If that fails, it is not tried again.
-                self.cli.login_ends = math.inf
-                task = asyncio.create_task(self._renew())
-                self.renewals.add(task)
-                task.add_done_callback(self.renewals.discard)
-            if self.renewals:
-                await asyncio.wait(self.renewals)
-                await self._identify()
+            files = tuple(map(identify_file, paths))
+            if files != self.cli.files:
+                ask = partial(ask_version, program, environment)
+                version = await self._pool.threads.run(THREAD_SIZE, ask)
+                self._replace_cli(files, version)
+                for spare in self._pool.starter.spares:
+                    self._pool.retire(spare, "unwanted")
         if self.cli.problem:
             raise cli_error(self.cli.problem)
         return self.cli
 
-    async def _identify(self) -> None:
-        """Note whether there is another CLI, or another login."""
-        program, environment = self._pool.config.bin, self.environment
-        paths = (program, settings_file(environment), self._credentials)
-        files = tuple(map(identify_file, paths))
-        if files != self.cli.files:
-            ask = partial(ask_version, program, environment)
-            version = await self._pool.threads.run(THREAD_SIZE, ask)
-            self._replace_cli(files, version)
-            for spare in self._pool.starter.spares:
-                self._pool.retire(spare, "unwanted")
-
-    async def _renew(self) -> None:
-        """Have the login renewed that ends soon, by a process that nobody ends before: the
-        old one counts no more once the CLI has asked for a new one, so a process that ends
-        meanwhile would log its user out (tests/test_renewal.py)."""
-        with contextlib.suppress(ApiError, TimeoutError):
-            async with (
-                asyncio.timeout(RENEWAL_SECS),
-                self._asked(Kind(PROBE_MODEL)) as process,
-            ):
-                # It asks the API for a count, with the new login.
-                process.write(translate.control_line("get_context_usage"))
-                await process.read_until(
-                    lambda event: control_result(event, "get_context_usage")
-                )
+    async def login_is_renewed(self) -> None:
+        """Wait while a process renews the login: the old one counts no more by then, so one
+        that ends before it has written the new one logs its user out."""
+        lock = os.path.join(login_folder(self.environment), RENEWAL_LOCK)
+        with contextlib.suppress(OSError):  # there is none
+            while abs(time.time() - os.stat(lock).st_mtime) < LOCK_SECS:  # noqa: ASYNC110 - it is a file
+                await asyncio.sleep(0.1)
 
     async def info(self, *, anew: bool = False) -> CliInfo:
         """What the CLI reports of itself, without a model call.
@@ -2253,8 +2217,7 @@ class Inspector:
         limits = self.cli.rate_limits
         if files[1:] != self.cli.files[1:]:
             limits.clear()
-        ends = login_end(self._credentials)
-        self.cli = Cli(self._pool.config.bin, files, version, ends, rate_limits=limits)
+        self.cli = Cli(self._pool.config.bin, files, version, rate_limits=limits)
 
 
 # ------------------------------------------------------------ the sweep

@@ -90,7 +90,8 @@ LOG: list[Json] = []
 IDS = itertools.count(1)
 JUDGING = web.AppKey("judging", bool)
 RENEWAL_SECS = web.AppKey("renewal_secs", float)
-# By which a login can be renewed.
+# A login that has ended, and what one can be renewed with.
+ENDED = "sk-ant-oat01-ended"
 VALID = {"sk-ant-ort01-good"}
 RETRIED: set[str] = set()
 
@@ -364,6 +365,8 @@ async def reply(request: web.Request, body: Json) -> web.StreamResponse:
             judge(body)
         except Refused as refused:
             return error(400, str(refused))
+    if request.headers.get("authorization") == f"Bearer {ENDED}":
+        return error(401, "OAuth token has expired")
     text = request["text"] = last_text(body)
     if text == "RECORD":
         return await plain_answer(request, body)

@@ -3,7 +3,6 @@ the bridge runs."""
 
 import asyncio
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from servers import Launch, Program, Serve, Server, printed
 from stand_in import Log
 from test_check import check
 
-from sessions import ANNOUNCES, NEWEST_TESTED, OLDEST, Kind, Pool, State, login_end
+from sessions import ANNOUNCES, NEWEST_TESTED, OLDEST, Kind, Pool, State
 from translate import parse_request
 
 TOO_OLD = (
@@ -342,36 +341,3 @@ def test_the_model_of_a_request_stays_the_one_that_the_cli_had_as_it_came(
 def test_a_program_that_is_not_claude_code_is_called_so(launch: Launch) -> None:
     program = launch(CLAUDE_CLI_BIN="/bin/true")
     printed(program, "`--version` prints none, so it may not be Claude Code")
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "[]",
-        "{}",
-        '{"claudeAiOauth": {"expiresAt": null, "refreshToken": "r"}}',
-        '{"claudeAiOauth": {"expiresAt": 1000}}',
-        '{"claudeAiOauth": {"expiresAt": 1000, "refreshToken": ""}}',
-    ],
-)
-def test_what_cannot_be_renewed_never_ends(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "credentials"
-    path.write_text(content)
-    assert login_end(str(path)) == math.inf
-
-
-def test_a_login_that_has_ended_is_renewed_by_a_process_of_its_own_once_each(
-    serve: Serve, environment: Path, log: Log
-) -> None:
-    """The stand-in renews none; what the real CLI does is in test_renewal.py."""
-    path = environment / ".claude" / ".credentials.json"
-    path.parent.mkdir()
-    server = serve()
-    for number in (1, 2):
-        path.write_text(json.dumps({"claudeAiOauth": {"expiresAt": number, "refreshToken": "r"}}))
-        for words in ("one", "two"):
-            assert server.post(f"{words} {number}").status == 200
-        renewed = [pid for pid in log.started() if "get_context_usage" in log.requests(pid)]
-        assert len(renewed) == number
-    assert len(log.started()) == 4 + 2

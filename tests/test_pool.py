@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -238,6 +239,38 @@ def test_a_bug_in_the_sweep_is_logged_and_it_goes_on(
     assert (answer.status, answer.json["error"]["type"]) == (504, "timeout_error")
     errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert errors == ["bug in the sweep: ZeroDivisionError"]
+
+
+@pytest.fixture
+def renewal_lock(environment: Path) -> Iterator[Path]:
+    """That of a CLI that renews the login."""
+    lock = environment / ".claude" / sessions.RENEWAL_LOCK
+    lock.mkdir(parents=True)
+    yield lock
+    if lock.exists():
+        lock.rmdir()
+
+
+def test_no_process_ends_while_the_login_is_renewed(renewal_lock: Path, serve: Serve) -> None:
+    """What the real CLI loses then is in test_renewal.py."""
+    server = serve(max_idle=0)
+    one = pid(server.post("one"))
+    two = pid(server.post("two"))
+    assert alive(one)
+    assert alive(two)
+    renewal_lock.rmdir()
+    wait_until(lambda: not alive(one) and not alive(two), "their end")
+
+
+def test_the_lock_of_a_cli_that_has_died_holds_up_no_end(renewal_lock: Path, serve: Serve) -> None:
+    server = serve(max_idle=0)
+    one = pid(server.post("one"))
+    long_ago = time.time() - sessions.LOCK_SECS
+    os.utime(renewal_lock, (long_ago, long_ago))
+    try:
+        wait_until(lambda: not alive(one), "its end")
+    finally:
+        renewal_lock.rmdir()
 
 
 def test_an_agents_conversation_is_anothers_also_if_a_third_has_begun_alike_meanwhile(

@@ -35,10 +35,10 @@ class Login:
     keep: tuple[str, ...]
     stub: Stub
 
-    def write(self, *, secs: float, token: str = "sk-ant-ort01-good") -> None:
+    def write(self, *, secs: float, **others: str) -> None:
         """One that ends in so many seconds."""
-        ends = {"expiresAt": int((time.time() + secs) * 1000), "refreshToken": token}
-        content = json.dumps({"claudeAiOauth": SUBSCRIPTION | ends})
+        ends = {"expiresAt": int((time.time() + secs) * 1000)}
+        content = json.dumps({"claudeAiOauth": SUBSCRIPTION | ends | others})
         new = self.path.with_suffix(".new")
         new.write_text(content)
         new.replace(self.path)
@@ -63,7 +63,7 @@ class Login:
 @pytest.fixture
 def login(environment: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Login]:
     """One that has ended, and that takes longer to renew than a process gets to end."""
-    secs = 2 + sum(seconds for _, seconds in sessions.ENDING[:-1])
+    secs = 1 + sum(seconds for _, seconds in sessions.ENDING[:-1])
     with Stub("--renewal-secs", str(secs)) as stub:
         monkeypatch.setenv("ANTHROPIC_BASE_URL", stub.url)
         keep = log_in(LOGINS["subscription"], environment, monkeypatch)
@@ -85,11 +85,25 @@ def test_a_client_that_leaves_does_not_log_its_user_out(
     assert len(login.renewals()) == 1
 
 
+@pytest.mark.parametrize("cli", ["bundled"], indirect=True)
+def test_a_client_that_leaves_after_the_api_refused_the_login_does_not_log_its_user_out(
+    serve: Serve, cli: Path, login: Login
+) -> None:
+    """A newer CLI has a login renewed too that the API no longer takes, whenever it ends."""
+    login.write(secs=9000)
+    server = serve(bin=cli, keep_env=login.keep)
+    with server.connect() as client:
+        client.sendall(post("FAIL401"))
+        wait_until(login.renewals, "a renewal")
+    wait_until(lambda: login.is_new, "the new login")
+    assert server.post("SAY y").text == "y"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_bridge_that_stops_does_not_log_its_user_out(
     launch: Launch, cli: Path, login: Login, number: signal.Signals
 ) -> None:
-    """It looks at the login as it starts."""
+    """It asks a process who is logged in as it starts."""
     program = launch(CLAUDE_CLI_BIN=str(cli), CLAUDE_CLI_KEEP_ENV=",".join(login.keep))
     wait_until(login.renewals, "a renewal")
     program.process.send_signal(number)
@@ -120,11 +134,9 @@ def test_a_hot_conversation_goes_on_with_a_new_login(serve: Serve, cli: Path, lo
 
 
 def test_a_login_that_cannot_be_renewed_is_none(serve: Serve, cli: Path, login: Login) -> None:
-    login.write(secs=-60, token="sk-ant-ort01-void")
+    login.write(secs=-60, accessToken="sk-ant-oat01-ended", refreshToken="sk-ant-ort01-void")
     server = serve(bin=cli, keep_env=login.keep)
     for _ in range(2):
         answer = server.post("SAY x")
         assert (answer.status, answer.json["error"]["type"]) == (401, "authentication_error")
-        assert "auth login` logs in" in answer.json["error"]["message"]
-    assert len(login.renewals()) == 1
-    assert login.bearers() == set()
+    assert "auth login` logs in" in answer.json["error"]["message"]
