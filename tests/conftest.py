@@ -61,6 +61,7 @@ LONGEST = (
     "test_hermes",
     "test_put_in_place_by_the_readme",
     "test_what_the_dockerfile_builds",
+    "test_at_the_apis_own_address",
 )
 
 ISOLATION = ""
