@@ -1881,7 +1881,7 @@ class Pool:
         self._outcomes.record(session, reason)
         self.metrics.add("processes_ended_total", reason=reason)
         forget = partial(self.sessions.remove, session)
-        end = session.process.stop(self.inspector.login_is_renewed)
+        end = session.process.stop(self.inspector.wait_for_renewal)
         self.room.leave_after(end, forget)
 
 
@@ -2097,12 +2097,12 @@ class Inspector:
             raise cli_error(self.cli.problem)
         return self.cli
 
-    async def login_is_renewed(self) -> None:
+    async def wait_for_renewal(self) -> None:
         """Wait while a process renews the login: the old one counts no more by then, so one
         that ends before it has written the new one logs its user out."""
         lock = os.path.join(login_folder(self.environment), RENEWAL_LOCK)
         with contextlib.suppress(OSError):  # there is none
-            while abs(time.time() - os.stat(lock).st_mtime) < LOCK_SECS:  # noqa: ASYNC110 - it is a file
+            while abs(time.time() - os.stat(lock).st_mtime) < LOCK_SECS:  # noqa: ASYNC110 - a file
                 await asyncio.sleep(0.1)
 
     async def info(self, *, anew: bool = False) -> CliInfo:
