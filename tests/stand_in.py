@@ -490,7 +490,8 @@ class Standin:
         )
         self.emit({"type": "system", "subtype": "status", "status": "requesting"})
         if self.model == "not-logged-in":
-            return self.failed("Not logged in · Please run /login", None)
+            text = "Not logged in · Please run /login"
+            return self.failed(text, None, error="authentication_failed")
         if "RATELIMIT" in words:
             info = {
                 "status": "rejected",
@@ -498,7 +499,8 @@ class Standin:
                 "rateLimitType": "five_hour",
             }
             self.emit({"type": "rate_limit_event", "rate_limit_info": info})
-            return self.failed("You've hit your 5-hour limit \u00b7 resets 11:46am (UTC)", 429)
+            text = "You've hit your 5-hour limit \u00b7 resets 11:46am (UTC)"
+            return self.failed(text, 429, error="rate_limit")
         if "TOOL" in words and self.served:
             return self.call(number("TOOL", 1))
         if "RETRY" in words:
@@ -701,7 +703,7 @@ class Standin:
     def blocks(self) -> list[Json]:
         return [{"type": "text", "text": "".join(self.said)}]
 
-    def failed(self, text: str, status: int | None) -> None:
+    def failed(self, text: str, status: int | None, error: str) -> None:
         message = {
             "id": self.id,
             "type": "message",
@@ -714,7 +716,8 @@ class Standin:
             "stop_reason": "stop_sequence",
             "stop_sequence": "",
         }
-        self.emit({"type": "assistant", "message": message, "parent_tool_use_id": None})
+        event = {"type": "assistant", "message": message, "parent_tool_use_id": None}
+        self.emit({**event, "error": error})
         self.result(
             is_error=True, api_error_status=status, result=text, stop_reason="stop_sequence"
         )

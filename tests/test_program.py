@@ -460,10 +460,19 @@ def test_on_shutdown_running_answers_are_completed_and_new_connections_refused(
     assert not [pid for pid in log.started() if alive(pid)]
 
 
+def with_sighup(handler: signal.Handlers, start: Callable[[], Program]) -> Program:
+    """A program that inherits what SIGHUP does: nohup has it ignored, be it for these tests."""
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        return start()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_sighup_completes_running_answers_and_ends_the_bridge(
     launch: Launch, gate: Path, log: Log, background: ThreadPoolExecutor
 ) -> None:
-    program = launch(CLAUDE_CLI_DRAIN_SECS="1000")
+    program = with_sighup(signal.SIG_DFL, lambda: launch(CLAUDE_CLI_DRAIN_SECS="1000"))
     running = background.submit(program.post, "PAUSE", stream=True)
     wait_until(lambda: log.got("PAUSE"), "the turn")
     program.process.send_signal(signal.SIGHUP)
@@ -477,11 +486,7 @@ def test_sighup_completes_running_answers_and_ends_the_bridge(
 
 
 def test_under_nohup_sighup_is_ignored(launch: Launch) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; children inherit it
-    try:
-        program = launch()
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    program = with_sighup(signal.SIG_IGN, launch)
     program.process.send_signal(signal.SIGHUP)
     assert program.post().status == 200
     assert not [line for line in program.lines if "shutting down" in line]
