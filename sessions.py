@@ -585,6 +585,11 @@ def login_folder(environment: Mapping[str, str]) -> str:
     return environment.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
 
 
+def token_folder(environment: Mapping[str, str]) -> str:
+    """Where the CLI keeps the tokens of the login, and the lock of one that renews it."""
+    return environment.get(LOGIN_FOLDERS[1]) or login_folder(environment)
+
+
 def settings_file(environment: Mapping[str, str]) -> str:
     """The user's own settings of the CLI."""
     folder = login_folder(environment)
@@ -2083,7 +2088,7 @@ class Inspector:
     async def look(self) -> Cli:
         """The CLI that is installed now.  Raises ApiError when it is too old."""
         program, environment = self._pool.config.bin, self.environment
-        credentials = os.path.join(login_folder(environment), ".credentials.json")
+        credentials = os.path.join(token_folder(environment), ".credentials.json")
         paths = (program, settings_file(environment), credentials)
         async with self._looking:
             files = tuple(map(identify_file, paths))
@@ -2100,7 +2105,7 @@ class Inspector:
     async def wait_for_renewal(self) -> None:
         """Wait while a process renews the login: the old one counts no more by then, so one
         that ends before it has written the new one logs its user out."""
-        lock = os.path.join(login_folder(self.environment), RENEWAL_LOCK)
+        lock = os.path.join(token_folder(self.environment), RENEWAL_LOCK)
         with contextlib.suppress(OSError):  # there is none
             while abs(time.time() - os.stat(lock).st_mtime) < LOCK_SECS:  # noqa: ASYNC110 - a file
                 await asyncio.sleep(0.1)

@@ -166,6 +166,11 @@ def test_a_login_in_another_folder_is_found(
     assert (answer.status, answer.text if answer.status == 200 else answer.body) == (200, "x")
     headers = {key.lower(): value for key, value in since()[-1]["headers"].items()}
     assert headers["authorization"] == "Bearer sk-ant-oat01-mine"
+    assert server.bridge
+    before = server.bridge.pool.cli
+    login.write_text("{}")
+    server.post(["SAY x", "x", "SAY y"])
+    assert server.bridge.pool.cli is not before  # what was learnt of the login is forgotten
 
 
 def test_the_folder_of_a_login_is_absolute_for_children(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,19 +72,6 @@ def login(environment: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Login]
         yield login
 
 
-def test_a_client_that_leaves_does_not_log_its_user_out(
-    serve: Serve, cli: Path, login: Login
-) -> None:
-    server = serve(bin=cli, keep_env=login.keep)
-    with server.connect() as client:
-        client.sendall(post("SAY x"))
-        wait_until(login.renewals, "a renewal")
-    wait_until(lambda: login.is_new, "the new login")
-    assert server.post("SAY y").text == "y"
-    assert login.bearers() == {f"Bearer {login.read()['accessToken']}"}
-    assert len(login.renewals()) == 1
-
-
 @pytest.mark.parametrize("cli", ["bundled"], indirect=True)
 def test_a_client_that_leaves_after_the_api_refused_the_login_does_not_log_its_user_out(
     serve: Serve, cli: Path, login: Login
@@ -99,14 +86,21 @@ def test_a_client_that_leaves_after_the_api_refused_the_login_does_not_log_its_u
     assert server.post("SAY y").text == "y"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("variable", ["CLAUDE_CONFIG_DIR", "CLAUDE_SECURESTORAGE_CONFIG_DIR"])
 def test_a_bridge_that_stops_does_not_log_its_user_out(
-    launch: Launch, cli: Path, login: Login, number: signal.Signals
+    launch: Launch,
+    cli: Path,
+    login: Login,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
 ) -> None:
-    """It asks a process who is logged in as it starts."""
+    """It asks a process who is logged in as it starts.  The login may be in another folder."""
+    monkeypatch.setenv(variable, str(tmp_path))
+    login.path = login.path.replace(tmp_path / login.path.name)
     program = launch(CLAUDE_CLI_BIN=str(cli), CLAUDE_CLI_KEEP_ENV=",".join(login.keep))
     wait_until(login.renewals, "a renewal")
-    program.process.send_signal(number)
+    program.process.send_signal(signal.SIGTERM)
     program.wait()
     assert login.is_new
 
