@@ -127,7 +127,8 @@ GATE_SECS = 30.0
 LATE_SECS = 5.0
 # Seconds for a count of tokens, and to ask what the CLI announces; 0.5 was measured.
 COUNT_SECS = 20.0
-# While the CLI renews the login, it holds a lock beside it, and touches that every 5 seconds.
+# While a CLI renews the login, it holds this lock beside it, and touches it every 5 seconds;
+# one that was not touched for LOCK_SECS was left behind.
 RENEWAL_LOCK = ".oauth_refresh.lock"
 LOCK_SECS = 10.0
 # Requests of this many bytes or more are read and written in a thread: a megabyte takes
@@ -833,8 +834,8 @@ class Child(asyncio.SubprocessProtocol):
         return ApiError(502, message, log_reason=reason)
 
     async def end(self, until_it_may: Callable[[], Awaitable[None]]) -> None:
-        """End it and its group, step by step, each once `until_it_may` returns, and wait
-        until it is reaped."""
+        """End it and its group, and wait until it is reaped.  Each step waits for
+        `until_it_may`."""
         for number, seconds in ENDING:
             if self.exited.done():
                 break
@@ -1213,7 +1214,7 @@ class Process(Child):
         self.write(translate.control_line("interrupt"))
 
     async def stop(self, until_it_may: Callable[[], Awaitable[None]]) -> None:
-        """End it (`end`).  One that waits for a tool result is killed: 2.1.330 calls the API
+        """As `end`.  One that waits for a tool result is killed: 2.1.330 calls the API
         once more when its stdin closes."""
         if self._calls or self.expected_calls:
             self.kill(signal.SIGKILL)
@@ -2103,8 +2104,9 @@ class Inspector:
         return self.cli
 
     async def wait_for_renewal(self) -> None:
-        """Wait while a process renews the login: the old one counts no more by then, so one
-        that ends before it has written the new one logs its user out."""
+        """Wait while a process renews the login.  By then the old one is void, so if that
+        process ended before it has written the new one, its user would be logged out
+        (tests/test_renewal.py)."""
         lock = os.path.join(token_folder(self.environment), RENEWAL_LOCK)
         with contextlib.suppress(OSError):  # there is none
             while abs(time.time() - os.stat(lock).st_mtime) < LOCK_SECS:  # noqa: ASYNC110 - a file

@@ -447,7 +447,7 @@ async def renew(request: web.Request) -> web.Response:
         number = next(IDS)
         VALID.clear()
         VALID.add(f"sk-ant-ort01-{number}")
-    await asyncio.shield(asyncio.sleep(request.app[RENEWAL_SECS]))
+    await asyncio.sleep(request.app[RENEWAL_SECS])
     if not is_known:
         return web.json_response({"error": "invalid_grant"}, status=400)
     return web.json_response(

@@ -461,7 +461,8 @@ def test_on_shutdown_running_answers_are_completed_and_new_connections_refused(
 
 
 def with_sighup(handler: signal.Handlers, start: Callable[[], Program]) -> Program:
-    """A program that inherits what SIGHUP does: nohup has it ignored, be it for these tests."""
+    """Start a program that inherits this handler.  These tests may run under nohup themselves, which
+    ignores SIGHUP."""
     before = signal.signal(signal.SIGHUP, handler)
     try:
         return start()

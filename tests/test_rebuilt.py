@@ -109,9 +109,8 @@ def pieces(body: Json, *, marks: bool = False) -> list[str]:
         return [plain(inner) for inner in value] if isinstance(value, list) else value
 
     system = body["system"]
-    if (
-        first_party.IS_ON
-    ):  # the first text has an id of each request; the API reads it, and no model
+    if first_party.IS_ON:
+        # The first text has an id of each request; the API reads it, and no model.
         billing, *system = system
         assert billing["text"].startswith(BILLING_LINE)
     return [json.dumps(plain(part)) for part in (body.get("tools"), system, *body["messages"])]

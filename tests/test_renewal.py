@@ -1,6 +1,6 @@
-"""A subscription's login that ends: the CLI has it renewed, at the API's own address alone
-(test_first_party.py runs this file).  A token to renew with counts once, so a process that ends before
-it has written the next one into its file logs its user out."""
+"""A subscription's login that ends.  The CLI renews it at the API's own address alone, so
+test_first_party.py runs this file.  A refresh token is good for one use: a process that ends before it
+has written the next one into its file logs its user out."""
 
 import json
 import signal
@@ -62,7 +62,7 @@ class Login:
 
 @pytest.fixture
 def login(environment: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Login]:
-    """One that has ended, and that takes longer to renew than a process gets to end."""
+    """One that has ended; to renew it takes longer than a process is given to end."""
     secs = 1 + sum(seconds for _, seconds in sessions.ENDING[:-1])
     with Stub("--renewal-secs", str(secs)) as stub:
         monkeypatch.setenv("ANTHROPIC_BASE_URL", stub.url)
@@ -76,7 +76,7 @@ def login(environment: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Login]
 def test_a_client_that_leaves_after_the_api_refused_the_login_does_not_log_its_user_out(
     serve: Serve, cli: Path, login: Login
 ) -> None:
-    """A newer CLI has a login renewed too that the API no longer takes, whenever it ends."""
+    """A newer CLI also renews a login that the API no longer takes, before its time."""
     login.write(secs=9000)
     server = serve(bin=cli, keep_env=login.keep)
     with server.connect() as client:
@@ -95,7 +95,7 @@ def test_a_bridge_that_stops_does_not_log_its_user_out(
     monkeypatch: pytest.MonkeyPatch,
     variable: str,
 ) -> None:
-    """It asks a process who is logged in as it starts.  The login may be in another folder."""
+    """As it starts it asks a process who is logged in.  The login may be in another folder."""
     monkeypatch.setenv(variable, str(tmp_path))
     login.path = login.path.replace(tmp_path / login.path.name)
     program = launch(CLAUDE_CLI_BIN=str(cli), CLAUDE_CLI_KEEP_ENV=",".join(login.keep))
