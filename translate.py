@@ -123,13 +123,13 @@ def bad_request(place: str, message: str) -> ApiError:
 
 
 # What the CLI says before an error of the API, which it quotes as a text or as the whole
-# error body, and what it says behind the message of a 5xx.
+# error body, and what it says after the message of a 5xx.
 AROUND_API_ERROR = re.compile(
     r"\A(?:Failed to authenticate\. )?API Error: (?:\d{3} |Request rejected \(429\) · )?"
     r"|\. This is a server-side issue, usually temporary.*",
     re.DOTALL,
 )
-# What it says behind the API's message when it tries once more, without a part of the
+# What it says after the API's message when it tries once more, without a part of the
 # conversation that the API refused.
 REMOVED = " and was removed"
 # The CLI's own verdicts on a request carry no status.  2.1.330 and newer give the reason

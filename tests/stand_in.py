@@ -152,16 +152,33 @@ class Standin:
         self.served = False  # the client has tools
         self.answers: dict[str, Json] = {}  # to control requests, by id
         self.ids: list[str] = []  # of the assistant messages of the past
+        self.signals: list[int] = []  # a pipe that gets a byte for each signal
+
+    def speak_on_signal(self) -> None:
+        """Speak on SIGUSR1.  One that came just before a wait would not end it, but for the pipe."""
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing)
+        signal.signal(signal.SIGUSR1, lambda *_: self.speak())
+        self.signals.append(reading)
 
     # stdin
+
+    def forget(self, signals: list[int]) -> None:
+        """The signals have been acted on."""
+        for number in signals:
+            os.read(number, 100)
 
     def pump(self, seconds: float | None = 0) -> None:
         """Take in what comes on stdin within this time, at most one read; answer control requests
         at once."""
         if not self.reading:
-            time.sleep(60 if seconds is None else seconds)
+            seconds = 60 if seconds is None else seconds
+            self.forget(select.select(self.signals, [], [], seconds)[0])
             return
-        if not select.select([0], [], [], seconds)[0]:
+        ready, _, _ = select.select([0, *self.signals], [], [], seconds)
+        if 0 not in ready:
+            self.forget(ready)
             return
         data = os.read(0, 1 << 16)
         self.reading = bool(data)
@@ -872,7 +889,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     standin = Standin(model)
     if "STANDIN_UNASKED" in os.environ:
-        signal.signal(signal.SIGUSR1, lambda *_: standin.speak())
+        standin.speak_on_signal()
     if folder := os.environ.get("STANDIN_LOG"):
         path = os.path.join(folder, str(os.getpid()))
         standin.log = os.open(path + ".ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -892,4 +909,4 @@ def main() -> None:
     except BrokenPipeError:
         os._exit(1)
     while model == "ignore-sigterm":
-        signal.pause()
+        standin.forget(select.select(standin.signals, [], [])[0])
