@@ -60,12 +60,14 @@ def descendants(pid: int) -> list[psutil.Process]:
     and each test asks twice."""
     if not os.path.exists("/proc/thread-self/children"):  # not Linux
         return psutil.Process(pid).children(recursive=True)
-    found = []
+    numbers: list[str] = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        # A thread or process may end meanwhile.
-        with contextlib.suppress(OSError, psutil.NoSuchProcess):
-            for child in map(int, file.read_text().split()):
-                found += [psutil.Process(child), *descendants(child)]
+        with contextlib.suppress(OSError):  # the thread has ended meanwhile
+            numbers += file.read_text().split()
+    found = []
+    for child in map(int, numbers):
+        with contextlib.suppress(psutil.NoSuchProcess):  # this one alone has
+            found += [psutil.Process(child), *descendants(child)]
     return found
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +109,18 @@ def test_a_request_with_tools_is_served_in_model_mode(
 
 
 def test_pings_fill_the_time_of_a_tool_and_the_watchdog_lets_it_run(
-    agent: Serve, monkeypatch: pytest.MonkeyPatch
+    agent: Serve, background: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bridge.PING_SECS", 0.2)
-    server = agent(tools="Bash", watchdog_secs=5)
-    answer = server.post('USE_TOOL Bash INPUT={"command":"sleep 7; echo slept"}END', stream=True)
+    server = agent(tools="Bash", watchdog_secs=60)
+    asked = 'USE_TOOL Bash INPUT={"command":"sleep 3; echo slept"}END'
+    answering = background.submit(server.post, asked, stream=True)
+    assert server.bridge
+    pool = server.bridge.pool
+    wait_until(lambda: any(item.process.working for item in list(pool.sessions)), "the tool")
+    for session in list(pool.sessions):
+        session.process._alive_at -= 61
+    answer = answering.result()
     assert check_stream(answer.events)["message"]["stop_reason"] == "end_turn"
     assert "slept" in answer.text
     kinds = [event["type"] for event in answer.events]

@@ -1,5 +1,6 @@
 """Every login that the real CLI knows: who the bridge says is logged in, and whose request arrives."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import psutil
 import pytest
 from client import Client, Json, count, request_body
 from host import wait_until
@@ -430,12 +432,16 @@ def test_a_user_without_a_settings_file_may_say_that_the_login_is_in_it(
 def sockets(server: Server) -> set[str]:
     """Where the processes of a bridge listen.  What has connected to a UNIX socket is listed under the
     same path."""
-    connections = [item for child in server.processes() for item in child.net_connections("all")]
-    return {str(item.laddr) for item in connections if item.laddr and not item.raddr}
+    found = set()
+    for child in server.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that is not wanted any more
+            connections = child.net_connections("all")
+            found |= {str(item.laddr) for item in connections if item.laddr and not item.raddr}
+    return found
 
 
 def inboxes(server: Server) -> list[str]:
-    """The UNIX sockets among them; a connection to the API that is being made has no other end yet."""
+    """The UNIX sockets among them."""
     return [address for address in sockets(server) if address.startswith("/")]
 
 
@@ -457,7 +463,8 @@ def test_no_process_listens_to_anybody_but_the_bridge(
     assert server.post("SAY x").text == "x"
     spares = server.bridge.pool.starter
     wait_until(lambda: spares.spares and not spares.starting, "a spare")
-    assert sockets(server) == set()
+    # A connection to the API that is being made has no other end yet.
+    wait_until(lambda: not sockets(server), "no socket")
 
 
 @pytest.mark.parametrize("cli", ["bundled"], indirect=True)
@@ -473,6 +480,7 @@ def test_a_message_of_another_session_does_not_reach_a_conversation(
     monkeypatch.delitem(sessions.CHILD_DEFAULTS, "CLAUDE_CODE_HARBOR_KITE")
     server = serve(bin=cli, keep_env=keep)
     assert server.post("SAY x").text == "x"
+    wait_until(lambda: len(server.processes()) == 1, "the end of the one that was asked")
     wait_until(lambda: inboxes(server), "the socket")
     [path] = inboxes(server)
     message = {"to": f"uds:{path}", "summary": "s", "message": "from outside"}

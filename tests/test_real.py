@@ -18,6 +18,7 @@ import psutil
 import pytest
 from client import IMAGE, Answer, Client, Json, arrived, request_body, sent, text
 from host import TESTS, wait_until
+from processes import alive
 from servers import KEEP, Launch, Program, Serve, Server, linux
 from stubs import Stub
 
@@ -169,8 +170,11 @@ def test_a_hot_turn_writes_only_the_new_message(serve: Serve, cli: Path, tmp_pat
     wrapper.chmod(0o755)
     server = serve(bin=wrapper)
     first = server.post("SAY first words")
+    # `tee` writes to the file last.
+    wait_until(lambda: b'"type":"user"' in log.read_bytes().splitlines()[-1], "the first turn")
     before = log.read_bytes()
     assert server.post(["SAY first words", first.text, "SAY second"]).session == "hot"
+    wait_until(lambda: len(log.read_bytes()) > len(before), "the second turn")
     new = [json.loads(line) for line in log.read_bytes()[len(before) :].splitlines()]
     assert [line["message"]["content"] for line in new if line["type"] == "user"] == [
         [text("SAY second"), text("\n")]
@@ -259,7 +263,7 @@ def test_an_answer_cut_by_max_tokens_is_billed_once_as_a_rule(
     for number in range(3):
         assert real.post(f"MAXTOK {number}").message["stop_reason"] == "max_tokens"
     wait_until(lambda: not real.processes(), "the end of the processes")
-    assert all(row["end"] for row in since())
+    wait_until(lambda: all(row["end"] for row in since()), "the ends of the API calls")
     assert len(since()) <= 6
 
 
@@ -615,7 +619,7 @@ def test_the_api_call_of_a_client_that_left_ends_at_once(
 ) -> None:
     ask_and_leave(real, since, messages="SLOW 200", stream=stream)
     began = time.monotonic()
-    wait_until(lambda: since()[0]["end"], "the end of the API call", 2)
+    wait_until(lambda: since()[0]["end"], "the end of the API call", 8)
     assert since()[0]["end"] == "left"
     assert since()[0]["seconds"] < 9  # the whole answer takes ten
     wait_until(
@@ -679,10 +683,7 @@ def test_sigkill_of_the_bridge_leaves_no_child_and_no_api_call(
     program.process.kill()
     program.wait()
     connection.close()
-    wait_until(
-        lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in orphans),
-        "their end",
-    )
+    wait_until(lambda: not any(alive(orphan.pid) for orphan in orphans), "their end")
     wait_until(lambda: since()[0]["end"] == "left", "the end of the API call")
 
 

@@ -213,11 +213,11 @@ def test_a_call_that_is_never_answered_costs_no_further_api_call(
 
 
 def test_the_time_of_a_tool_is_not_the_watchdogs(serve: Serve, cli: Any) -> None:
-    server = serve(bin=cli, watchdog_secs=4)
+    server = serve(bin=cli, watchdog_secs=60)
     messages, (call,) = start(server)
     parked = server.bridge and next(iter(server.bridge.pool.sessions)).process
     assert parked
-    wait_until(lambda: parked.loop.time() > parked._alive_at + 4.1, "more than the watchdog's time")
+    parked._alive_at -= 61
     assert server.post([*messages, user(result(call))], tools=[TOOL]).session == "hot"
 
 
