@@ -35,7 +35,7 @@ def isolate() -> str:
     return "in a network namespace with loopback alone"
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 15) -> None:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 40) -> None:
     """Poll for something that another process does; the time is a limit for failure, not a
     measure."""
     end = time.monotonic() + seconds

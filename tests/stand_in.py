@@ -811,6 +811,12 @@ def digest(messages: list[Json]) -> str:
     return f"{zlib.crc32(json.dumps(said).encode()):08x}"
 
 
+def read_lines(path: str) -> list[Json]:
+    """The whole lines of a file that grows: of a long one a part is there first."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
 class Log:
     """What the stand-ins wrote to $STANDIN_LOG, for tests."""
 
@@ -827,16 +833,12 @@ class Log:
         return dict(sorted(found.items(), key=lambda item: item[1]["at"]))
 
     def lines(self, pid: int) -> list[Json]:
-        with open(os.path.join(self.folder, f"{pid}.ndjson"), encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        return read_lines(os.path.join(self.folder, f"{pid}.ndjson"))
 
     def rows(self, pid: int) -> list[Json]:
         """The conversation that it was given at its gate; empty: none yet."""
-        with (
-            contextlib.suppress(FileNotFoundError),
-            open(os.path.join(self.folder, f"{pid}.rows"), encoding="utf-8") as file,
-        ):
-            return [json.loads(row) for row in file]
+        with contextlib.suppress(FileNotFoundError):
+            return read_lines(os.path.join(self.folder, f"{pid}.rows"))
         return []
 
     def requests(self, pid: int) -> list[str]:

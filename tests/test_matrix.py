@@ -137,8 +137,8 @@ def bench(folder: Path, watchdog_secs: float) -> Iterator[Bench]:
         patch.setenv("STANDIN_LOG", str(folder))
         patch.setenv("STANDIN_GATE", str(folder.parent / f"{folder.name}-gate"))
         patch.setattr(sessions, "MAX_LINE", 1 << 20)
-        patch.setattr(sessions, "LATE_SECS", 0.3)
-        patch.setattr(sessions, "ENDING", ((None, 0.1), *sessions.ENDING[1:]))
+        patch.setattr(sessions, "LATE_SECS", 2)
+        patch.setattr(sessions, "ENDING", ((None, 0.3), *sessions.ENDING[1:]))
         names = ("STANDIN_LOG", "STANDIN_GATE", "PATH")
         settings: dict[str, Any] = {
             "listen_addr": "127.0.0.1:0",

@@ -21,7 +21,7 @@ import psutil
 import pytest
 from client import Client, Json, error_of
 from host import ROOT, STANDIN, wait_until
-from processes import HEADER, alive, in_pool
+from processes import HEADER, alive, in_pool, read_all, send
 from servers import (
     ADDRESS,
     BRIDGE,
@@ -497,21 +497,19 @@ def test_under_nohup_sighup_is_ignored(launch: Launch) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_second_signal_cuts_running_answers_short(
-    launch: Launch,
-    gate: Path,
-    log: Log,
-    background: ThreadPoolExecutor,
-    stream: bool,
+    launch: Launch, gate: Path, log: Log, stream: bool
 ) -> None:
     program = launch(CLAUDE_CLI_DRAIN_SECS="60")
-    running = background.submit(program.post, "PAUSE", stream=stream)
-    wait_until(lambda: log.got("PAUSE"), "the turn")
-    program.process.send_signal(signal.SIGTERM)
-    wait_until(lambda: any("shutting down" in line for line in program.lines), "the shutdown")
-    assert program.process.poll() is None
-    program.process.send_signal(signal.SIGTERM)
-    assert program.wait() == 0
-    answer = running.result()
+    with send(program, "PAUSE", stream=stream) as client:
+        wait_until(lambda: log.got("PAUSE"), "the turn")
+        while stream and b"content_block_delta" not in client.recv(65536, socket.MSG_PEEK):
+            pass
+        program.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: any("shutting down" in line for line in program.lines), "the shutdown")
+        assert program.process.poll() is None
+        program.process.send_signal(signal.SIGTERM)
+        assert program.wait() == 0
+        answer = read_all(client)
     event = answer.events[-1] if stream else answer.json
     assert event["error"]["type"] == "api_error"
     assert "shutting down" in event["error"]["message"]

@@ -226,7 +226,7 @@ def started(command: str, clone: Path) -> Iterator[Client]:
         wait_until(
             lambda: "listening on http://127.0.0.1:14001" in (clone / "log").read_text(),
             "the start",
-            110,
+            250,
         )
         yield Client("127.0.0.1", 14001)
     finally:
