@@ -426,6 +426,10 @@ class Standin:
                 if kind == "half-exit":
                     sys.exit("stand-in: told to exit")
                 signal.pause()
+            while self.signals and file not in (
+                ready := select.select([file, *self.signals], [], [])[0]
+            ):
+                self.forget(ready)
             rows = file.read()
         if kind == "twice":
             with open(path, "rb") as file:

@@ -100,7 +100,7 @@ def test_a_cli_that_is_newer_than_the_tested_ones_works_with_a_warning_that_name
     assert TRIES_IT in line
     warned = f"{TOO_NEW}: {TRIES_IT}"
     assert warned in page(program)
-    _, said = check(new, CLAUDE_CLI_WATCHDOG_SECS="1")  # the stand-in asks no API
+    _, said = check(new, CLAUDE_CLI_WATCHDOG_SECS="2")  # the stand-in asks no API
     assert said["version"] == warned
 
 

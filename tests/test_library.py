@@ -144,6 +144,7 @@ def test_clients_that_connect_as_serve_ends_are_closed_and_none_is_left_to_the_c
                 for _ in range(steps):
                     await asyncio.sleep(0)
 
+    gc.collect()  # what other tests have left
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         for number in range(20):

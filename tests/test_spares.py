@@ -294,9 +294,10 @@ def test_the_program_has_two_spares_by_default(launch: Launch, log: Log) -> None
 
 
 def test_a_spare_that_dies_while_it_is_set_up_costs_no_request(
-    serve: Serve, tmp_path: Path
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The first process with a gate is well, the second one dies at it."""
+    monkeypatch.setattr("sessions.FIRST_OUTPUT_SECS", 30)
     dies = 'if [ "$1" != --version ] && ! mkdir "$0.first" 2>/dev/null && mkdir "$0.second" 2>/dev/null; '
     dies += 'then read line; exit 1; fi; exec "$STANDIN" "$@"'
     server = serve(bin=plain_cli(tmp_path / "claude", dies), spares=1)
