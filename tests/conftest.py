@@ -62,6 +62,7 @@ LONGEST = (
     "test_put_in_place_by_the_readme",
     "test_what_the_dockerfile_builds",
     "test_at_the_apis_own_address",
+    "test_a_cli_without_a_feature",
 )
 
 ISOLATION = ""

@@ -755,7 +755,7 @@ def test_conformance(serve: Serve, cli: Path, monkeypatch: pytest.MonkeyPatch) -
     with Stub("--judge") as judging:
         monkeypatch.setenv("ANTHROPIC_BASE_URL", judging.url)
         # The driver's raw sockets send `host: x`.
-        server = serve(bin=cli, spares=1, allowed_hosts=("x",))
+        server = serve(bin=cli, allowed_hosts=("x",))
         command = [
             sys.executable,
             str(TESTS / "drivers/conformance.py"),
