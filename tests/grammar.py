@@ -126,8 +126,8 @@ ORDER = {
     "content_block_start": (("outside",), "inside"),
     "content_block_delta": (("inside",), "inside"),
     "content_block_stop": (("inside",), "outside"),
-    "message_delta": (("outside", "behind"), "behind"),
-    "message_stop": (("behind",), "end"),
+    "message_delta": (("outside", "after"), "after"),
+    "message_stop": (("after",), "end"),
 }
 
 
@@ -176,7 +176,7 @@ class Client:
     def _read_block_event(self, kind: str, event: Json, at: str) -> None:
         content = self.message["content"]
         assert self.message["stop_reason"] is None, f"{at} after message_delta"
-        assert not self._is_cut, f"{at} behind an input that is not JSON"
+        assert not self._is_cut, f"{at} after an input that is not JSON"
         begins = kind == "content_block_start"
         assert begins == (self._block is None), f"{at}: open is {self._block}"
         expected = len(content) if begins else len(content) - 1

@@ -128,11 +128,11 @@ def test_pings_fill_the_time_of_a_tool_and_the_watchdog_lets_it_run(
     assert kinds[first_block : kinds.index("content_block_start", first_block)].count("ping") >= 3
 
 
-# What could go on behind an answer: the calls, and how many requests to the API the turn takes.
+# What could go on after an answer: the calls, and how many requests to the API the turn takes.
 SCRIPT = "export const meta = {name:'n',description:'d',phases:[]}\nreturn await agent('SAY x')"
-BEHIND: dict[str, tuple[str, Json, int]] = {
+LATER: dict[str, tuple[str, Json, int]] = {
     "agent": ("Agent", {"description": "d", "prompt": "SAY from below"}, 3),
-    "agent-behind": (
+    "agent-later": (
         "Agent",
         {"description": "d", "prompt": "SAY from below", "run_in_background": True},
         3,
@@ -146,14 +146,14 @@ BEHIND: dict[str, tuple[str, Json, int]] = {
 }
 
 
-@pytest.mark.parametrize("name", BEHIND)
-def test_nothing_goes_on_behind_an_answer(
+@pytest.mark.parametrize("name", LATER)
+def test_nothing_goes_on_after_an_answer(
     agent: Serve, since: Callable[[], list[Json]], name: str
 ) -> None:
     """A task in the background would ask the model when it ends: a call that nobody asked for, and
     an answer that the next request could take for its own.  The turn after it lasts longer."""
     server = agent(permission_mode="acceptEdits")
-    tool, value, calls = BEHIND[name]
+    tool, value, calls = LATER[name]
     long = 'USE_TOOL Bash INPUT={"command":"sleep 2; echo slept"}END'
     conversation: list[object] = []
     for words, said in (
@@ -172,14 +172,14 @@ def test_nothing_goes_on_behind_an_answer(
     assert len(since()) == calls + 2 + 1 + 1
 
 
-def test_the_model_is_offered_no_tool_that_works_behind_an_answer(
+def test_the_model_is_offered_no_tool_that_works_after_an_answer(
     agent: Serve, since: Callable[[], list[Json]]
 ) -> None:
     """Nor one that promises to, and does not: with some permission modes they would run unasked."""
     assert agent().post("SAY x").text == "x"
     tools = {tool["name"]: tool for tool in since()[0]["body"]["tools"]}
     assert {"Agent", "Bash", "Read"} <= tools.keys()
-    assert not ({tool for tool, _, _ in BEHIND.values()} - {"Agent", "Bash"}) & tools.keys()
+    assert not ({tool for tool, _, _ in LATER.values()} - {"Agent", "Bash"}) & tools.keys()
     for name in ("Agent", "Bash"):
         assert "run_in_background" not in tools[name]["input_schema"]["properties"]
 
@@ -187,7 +187,7 @@ def test_the_model_is_offered_no_tool_that_works_behind_an_answer(
 def test_an_agent_that_has_nothing_to_say_of_a_result_is_not_asked_again(
     agent: Serve, since: Callable[[], list[Json]]
 ) -> None:
-    """Its CLI would ask the model to go on, behind an answer that has words before the call."""
+    """Its CLI would ask the model to go on, after an answer that has words before the call."""
     server = agent()
     (Path(server.config.cwd) / "note.txt").write_text("NOWORDS")
     asked = [read_note(server)]

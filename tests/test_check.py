@@ -55,7 +55,7 @@ def test_nobody_logged_in_fails_and_says_how_to_log_in(cli: Path) -> None:
     assert {said[name] for name in FEATURES} == {"works"}
 
 
-# Calls "$CLI" without --resume and the name behind it.
+# Calls "$CLI" without --resume and the name after it.
 WITHOUT_GATE = """
 for word; do
     shift

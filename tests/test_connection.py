@@ -349,7 +349,7 @@ NOT_HTTP = {
 
 
 @pytest.mark.parametrize("data", NOT_HTTP.values(), ids=NOT_HTTP)
-def test_what_is_not_http_gets_400_and_nothing_behind_it_is_served(wire: Wire, data: bytes) -> None:
+def test_what_is_not_http_gets_400_and_nothing_after_it_is_served(wire: Wire, data: bytes) -> None:
     wire.send(GET + data + GET)
     assert wire.answer().body == b"ok"
     answer = wire.answer()

@@ -236,7 +236,7 @@ def test_a_recorded_refusal_keeps_its_code() -> None:
     | st.sampled_from(["{", "null", JSON_BODY[:40], JSON_BODY]),
     st.sampled_from(["", ADVICE]),
 )
-def test_any_text_is_an_error_with_a_message(before: str, said: str, behind: str) -> None:
-    error = result_error(failed(result=f"{before}{said}{behind}"), None, None)
+def test_any_text_is_an_error_with_a_message(before: str, said: str, after: str) -> None:
+    error = result_error(failed(result=f"{before}{said}{after}"), None, None)
     assert error.message
     assert error.error_type

@@ -74,7 +74,7 @@ def test_a_line_of_five_megabytes_is_one_event() -> None:
         EVENT + b'{"a":' * 100_000,
         b'{"type":"x","a":%b}' % (b"[" * 2000 + b"]" * 2000),
     ],
-    ids=["objects", "lists", "behind an event", "closed"],
+    ids=["objects", "lists", "after an event", "closed"],
 )
 def test_a_line_that_is_nested_too_deeply_for_json_is_noise(line: bytes) -> None:
     assert [event["type"] for event in decode(line)] in ([], ["x"])

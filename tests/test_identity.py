@@ -529,7 +529,7 @@ def draw_marks(draw: Draw, blocks: list[Json]) -> None:
 
 @st.composite
 def cases(draw: Draw, *, agent: bool = False) -> Json:
-    """A conversation that ends with a question, behind an answer."""
+    """A conversation that ends with a question, after an answer."""
     messages: list[Json] = []
     calls: list[str] = []
     are_marked = draw(st.booleans())
@@ -717,7 +717,7 @@ def split(case: Json, a: int, b: int) -> None:
 
 
 def join(case: Json, a: int, b: int) -> None:
-    """A text with the one behind it."""
+    """A text with the one after it."""
     found = texts_of(case, pick(["assistant", "user"], b))
     pairs = [(c, at) for c, at in found if (c, at + 1) in found]
     if pairs:
@@ -875,7 +875,7 @@ def test_the_readme_says_what_is_deliberately_the_same(row: Row) -> None:
 
 
 def talk(*messages: Any, **fields: Any) -> Json:
-    """A conversation of texts and contents in turn, with a question behind it."""
+    """A conversation of texts and contents in turn, with a question after it."""
     roles = [role(("user", "assistant")[n % 2], content) for n, content in enumerate(messages)]
     body = {"model": "sonnet", "max_tokens": 9, "messages": [*roles, *user(text("next"))]}
     return {"betas": "", "body": {**body, **fields}}

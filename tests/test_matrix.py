@@ -316,7 +316,7 @@ def check_answer(
     made: Bench, answer: Answer, point: str, fault: str, words: str, **fields: Any
 ) -> None:
     model, begun = fields["model"], fields["stream"] and point in BEGUN
-    wait_until(lambda: made.log.reached(model), "the fault, which may come behind a whole answer")
+    wait_until(lambda: made.log.reached(model), "the fault, which may come after a whole answer")
     (pid,) = made.log.reached(fields["model"])
     if said := failure(point, fault):
         status, kind, part = said
@@ -340,7 +340,7 @@ def check_answer(
 
 
 def check_next(made: Bench, conversation: list[Any], fault: str, **fields: Any) -> None:
-    """A conversation goes on after a fault behind its answer, in the same process if that is
+    """A conversation goes on after a fault after its answer, in the same process if that is
     sound."""
     (pid,) = made.log.reached(fields["model"])
     answer = made.server.post(conversation, **fields)

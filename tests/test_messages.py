@@ -313,7 +313,7 @@ def test_blocks_of_an_assistant_pass_as_sent(blocks: list[Json]) -> None:
 # Assistant messages that end a conversation, and that the answer continues.
 CONTINUED: dict[str, list[Json]] = {
     "prefill": [text("The answer is")],
-    "prefill behind thinking": [THOUGHT, text("{")],
+    "prefill after thinking": [THOUGHT, text("{")],
     "pause of a server's tool": [text("a"), SERVER_USE, SERVER_RESULT],
     "new block": [{"type": "new"}],
 }
@@ -336,7 +336,7 @@ def test_an_answer_continues_the_assistant_message_that_ends_a_conversation(
 
 
 def test_an_agent_continues_no_assistant_message() -> None:
-    """Its CLI would add a message of its own behind it."""
+    """Its CLI would add a message of its own after it."""
     for blocks in CONTINUED.values():
         with pytest.raises(ApiError, match=r"^messages\.1\.content\.\d: .* cannot continue"):
             parse_request(
@@ -373,7 +373,7 @@ EXCHANGES: dict[str, tuple[Json, list[Json]]] = {
     "odd image": (USE, [RESULT | {"content": [IMAGE | {"source": URL}]}]),
     "odd content": (USE, [RESULT | {"content": 5}]),
     "no blocks": (USE, [RESULT | {"content": [5, USE]}]),
-    "text behind": (USE, [RESULT, text("b")]),
+    "text after": (USE, [RESULT, text("b")]),
     "text before": (USE, [text("b"), RESULT]),
     "odd name": (USE | {"name": ""}, [RESULT]),
     "long name": (USE | {"name": "x" * 200}, [RESULT]),
@@ -444,7 +444,7 @@ NORMAL: dict[str, tuple[Any, list[tuple[str, list[Json]]]]] = {
             ("user", [text("c")]),
         ],
     ),
-    "parallel tools, other order, text behind": (
+    "parallel tools, other order, text after": (
         ["a", role("assistant", [USE, USE_2]), *user(RESULT_2, RESULT, text("b"))],
         [
             ("user", [text("a")]),
@@ -535,13 +535,13 @@ CLI: dict[str, tuple[Any, Json, str, bool]] = {
         "5m",
         False,
     ),
-    "results at the end behind a text": (
+    "results at the end after a text": (
         [*CALLS, *user(text("a"), RESULT | CACHED, RESULT_2)],
         {},
         "5m",
         False,
     ),
-    "text behind the results": (
+    "text after the results": (
         [*CALLS, *user(RESULT, RESULT_2, text("a", **CACHED))],
         {},
         "5m",

@@ -243,7 +243,7 @@ def test_the_time_of_a_request_is_not_that_of_its_connection(
         began = time.monotonic()
         connection.sendall(b"HEAD / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
         while connection.recv(1000):
-            pass  # to the end, which comes behind the line of the log
+            pass  # to the end, which comes after the line of the log
         waited = time.monotonic() - began
     program.process.send_signal(signal.SIGTERM)
     program.wait()

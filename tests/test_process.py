@@ -55,7 +55,7 @@ def test_a_result_that_comes_late_is_waited_for_by_the_next_turn(
     assert (second.result().session, pid(second.result())) == ("hot", pid(first))
 
 
-def test_a_result_that_came_behind_the_answer_in_the_same_read_is_the_end_of_the_turn(
+def test_a_result_that_came_after_the_answer_in_the_same_read_is_the_end_of_the_turn(
     serve: Serve,
 ) -> None:
     server = serve()
@@ -82,7 +82,7 @@ def test_the_rest_of_a_turn_that_comes_late_and_in_one_read_is_no_fault(
     assert pid(answer) == pid(first)
 
 
-def test_a_process_that_ends_behind_its_answer_is_not_waited_for(
+def test_a_process_that_ends_after_its_answer_is_not_waited_for(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its result can come no more."""
@@ -267,7 +267,7 @@ def test_an_answer_is_complete_without_a_result_and_its_process_is_not_used_agai
 
 
 @pytest.mark.parametrize("text", ["TORN-DELTA", "TORN-EVENT"])
-def test_a_line_that_is_cut_off_behind_a_complete_answer_does_not_fail_it(
+def test_a_line_that_is_cut_off_after_a_complete_answer_does_not_fail_it(
     serve: Serve, text: str
 ) -> None:
     server = serve()
@@ -454,7 +454,7 @@ def test_what_comes_with_the_end_of_an_answer_is_no_part_of_it_and_of_no_other(
     kind: str,
     stream: bool,
 ) -> None:
-    """In the same read, behind the result: the turn still listens, and must not hide it."""
+    """In the same read, after the result: the turn still listens, and must not hide it."""
     monkeypatch.setenv("STANDIN_UNASKED", kind)
     server = serve()
     first = server.post("BEHIND", stream=stream)
@@ -506,7 +506,7 @@ def test_a_second_result_of_a_turn_is_counted_as_unasked(serve: Serve) -> None:
     )
 
 
-def test_a_line_without_an_end_behind_an_answer_is_counted_as_a_failure(
+def test_a_line_without_an_end_after_an_answer_is_counted_as_a_failure(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sessions, "MAX_LINE", 1 << 20)

@@ -51,8 +51,8 @@ REPORTED: tuple[Json, ...] = (
 
 @pytest.fixture
 def limited(tmp_path: Path, serve: Serve) -> Server:
-    """A bridge whose CLI tells of LIMITS, behind the start of each answer; the real one tells of them
-    behind the end."""
+    """A bridge whose CLI tells of LIMITS, after the start of each answer; the real one tells of them
+    after the end."""
     script = tmp_path / "claude"
     events = [
         json.dumps({"type": "rate_limit_event", "rate_limit_info": info}) for info in REPORTED

@@ -424,7 +424,7 @@ COMMANDS = (
 def test_commands_and_file_mentions_are_plain_text(
     real: Server, since: Callable[[], list[Json]]
 ) -> None:
-    """As the first message, as the newest one behind another text, and in the past."""
+    """As the first message, as the newest one after another text, and in the past."""
 
     def ask(*asked: Any) -> str:
         count = len(since())

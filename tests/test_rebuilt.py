@@ -145,7 +145,7 @@ def added(body: Json) -> list[tuple[int, str]]:
 
 
 def check_added(bridges: Bridges, bodies: list[Json], conversations: list[list[Any]]) -> None:
-    """With a key a new CLI adds nothing; else it says the same once, behind the first message."""
+    """With a key a new CLI adds nothing; else it says the same once, after the first message."""
     if bridges.has_bare_mode:
         for body, messages in zip(bodies, conversations, strict=True):
             assert as_blocks(body) == sent(messages)

@@ -201,7 +201,7 @@ EVENTS: dict[str, Json] = {
 @pytest.mark.parametrize("state", NEXT)
 @pytest.mark.parametrize("kind", EVENTS)
 def test_an_event_leads_to_the_next_state_or_fails_the_turn(state: str, kind: str) -> None:
-    """All but what stands before the answer, or behind it: that is left out."""
+    """All but what stands before the answer, or after it: that is left out."""
     translator = Translator(agent=True)
     for line in stream(*LEADING[state]):
         translator.feed(line)
