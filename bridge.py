@@ -2,7 +2,7 @@
 
 To embed it in an asyncio program: `async with serve(Config()) as bridge: ...`.
 
-An answer needs these sections of the three files, in this order:
+What happens to a request, by sections of the three files (in the order of what happens):
 
     bridge.py     a connection     bytes become an Exchange, by h11
                   access           who may ask
@@ -22,7 +22,7 @@ An answer needs these sections of the three files, in this order:
     sessions.py   the pool         and the process rests, or is ended
 
 With the small ones between them (room, queue and threads, past conversations, frames) they
-are less than 3,700 of 6,800 lines.  Nobody needs the rest to follow an answer: errors and
+are less than 3,700 of 6,800 lines.  The rest can be skipped: errors and
 JSON, settings, the command line and environment of a process, what is known of the CLI,
 the sweep, other routes, the log, `serve`, the program, and what is called an appendix.
 """
@@ -122,7 +122,7 @@ class Config(sessions.PoolConfig):
     )
     log_level: str = setting(
         "info",
-        "`debug` adds what was decided for each request, and what the CLI complains of",
+        "`debug` adds what was decided for each request, and the stderr of the CLI",
         "everyday",
         choices=("info", "debug"),
     )
@@ -156,7 +156,7 @@ class Config(sessions.PoolConfig):
     )
     max_connections: int = setting(
         1000,
-        "open connections, each with a file descriptor and a body; more get 503",
+        "open connections, each with a file descriptor and up to one body; more get 503",
         "limits",
         least=1,
     )
@@ -460,7 +460,7 @@ def check_interpreter(path: str) -> None:
             )
 
 
-# What clients send that need a key where the bridge has none (README).
+# The key that the README gives to clients that insist on one, where the bridge has none.
 KEY_OF_CLIENTS = "unused"
 # Where a login may be found that the CLI does not get.
 LOGIN_VARIABLES = (
@@ -538,9 +538,9 @@ class Exchange:
     body: bytes = b""
     # Written by `check_access`: its client has passed the checks.
     is_allowed: bool = False
-    # Set by the connection: it closes after this answer.
+    # Set by `Connection.refuse`: the connection closes after this answer.
     last: bool = False
-    # By which the client and the log call it.
+    # Sent as request-id, and logged as request_id.
     id: str = field(default_factory=lambda: "req_" + uuid.uuid4().hex)
     # Monotonic time at which it began to come.
     began: float = field(default_factory=time.monotonic)
@@ -550,10 +550,11 @@ class Exchange:
     failure: str = ""
     # Why it failed, or why its conversation was rebuilt, for the log.
     message: str = ""
-    # Written by the routes.  Monotonic time at which the CLI began to answer.
+    # Monotonic time at which the CLI began to answer.
     first_byte: float = 0
     # The methods of the route, for 405.
     allow: str = ""
+    # The turn that answers it.
     turn: sessions.Turn | None = None
 
     def take(self, request: h11.Request) -> None:
@@ -563,7 +564,7 @@ class Exchange:
         self.target = request.target.decode()
         path, *_ = ABSOLUTE.sub("", self.target).partition("?")
         self.path = "/" + path.lstrip("/")
-        # The base URL may end in /v1 or not, as SDKs add it.
+        # SDKs append /v1/messages or /messages to a base URL with or without /v1.
         route = re.sub("^(/v1/v1)?(?=/messages)", "/v1", self.path)
         if route.startswith(MODELS + "/"):
             route = MODELS
@@ -673,7 +674,7 @@ def check_access(exchange: Exchange, config: Config) -> None:
     is_preflight = exchange.method == "OPTIONS" and exchange.header("origin")
     if config.api_key and (has_body or not is_preflight):
         check_key(exchange, config.api_key)
-    exchange.is_allowed = True
+    exchange.is_allowed = not is_preflight
 
 
 def check_host(exchange: Exchange, config: Config) -> None:
@@ -723,7 +724,7 @@ def check_key(exchange: Exchange, expected: str) -> None:
     scheme, _, token = authorization.partition(" ")
     given = [key]
     if scheme.lower() == "bearer":
-        given.append(token.strip())
+        given.append(token.strip(" "))
     elif scheme.lower() == "basic" and exchange.route == "/":
         with contextlib.suppress(ValueError):  # it is no Base64
             pair = base64.b64decode(token).decode("latin-1")
@@ -747,9 +748,9 @@ def is_loopback(host: str) -> bool:
 
 # ------------------------------------------------------------ a connection
 
-# Bytes of one read, those that are read ahead while an answer is given, and those of a
-# request's target and headers after which no more of them is read, so up to twice as many
-# are taken; Node takes 16 KiB, nginx 32.
+# Bytes of one read, of what is read ahead during an answer, and of a request's target and
+# headers.  The last two are checked after a read, so up to twice as much is taken.  Node
+# takes 16 KiB of headers, nginx 32.
 READ_SIZE = 64 << 10
 # How a client of TLS begins (RFC 8446, 5.1: a handshake record).
 TLS_HELLO = b"\x16\x03"
@@ -893,13 +894,14 @@ class Connection:
             self.writer.write(data)
 
     async def finish(self) -> None:
-        """End an answer: it has ended when the system has all of it."""
+        """End an answer, and wait until the system has all of it."""
         self.write(h11.EndOfMessage())
         await self.drain()
 
     async def drain(self) -> None:
-        """Wait until the system has all that was written, as long as the client reads
-        anything in each `idle_secs`.  Raises Disconnected when it is gone, or does not."""
+        """Wait until the system has all that was written, as long as it takes some of it
+        in each `idle_secs`.  Raises Disconnected when the client is gone, or reads too
+        little for that."""
         reads_on = True
         with contextlib.suppress(OSError):
             while reads_on:
@@ -925,8 +927,9 @@ class Connection:
                 pass
 
     async def wait_for_disconnect(self) -> None:
-        """Return when the client closes its side, even if it would still read; meanwhile
-        keep what it sends ahead for the next request."""
+        """Return when the client closes its side.  One that would still read counts as
+        gone too: until a write fails, it looks the same.  Meanwhile keep what is sent ahead
+        for the next request."""
         while len(self.http.trailing_data[0]) < READ_SIZE:
             data = await self.reader.read(READ_SIZE)
             self.http.receive_data(data)
@@ -955,8 +958,8 @@ class Connection:
 
 # ------------------------------------------------------------ the server
 
-# Seconds to send the error of answers that a shutdown cuts short, and for new
-# connections to send their request.
+# Seconds at a shutdown: to send a 503 to requests that are cut short and, on an inherited
+# socket, for new connections to send their request.
 GRACE_SECS = 1.0
 MODELS = "/v1/models"
 # What helps against an error of the API, by status.
@@ -1092,8 +1095,9 @@ class Bridge:
         await exchange.fail(error)
 
     def add_advice(self, error: ApiError, exchange: Exchange) -> None:
-        """Log what helps against an error of the API, whose words stay as they are, and
-        tell the client what helps when nobody is logged in; deep health asks anew."""
+        """Log what helps against an error of the API, and leave its words alone; where
+        nobody is logged in, say in the message itself what to do.  After a 401, deep health
+        asks anew."""
         advice = ""
         if error.status == 401:
             # What was last heard about the login is out of date, and so is any answer
@@ -1205,7 +1209,7 @@ class Bridge:
             raise ApiError(
                 400,
                 "this request comes from the claude CLI that this bridge runs: "
-                "its address of the API leads to the bridge",
+                "its ANTHROPIC_BASE_URL is the bridge's own",
             )
         request.not_sent[:0] = [
             name
@@ -1234,8 +1238,8 @@ def limited(places: list[str]) -> str:
 
 # ------------------------------------------------------------ other routes
 
-# /healthz?deep=1, in seconds: it waits for the CLI (1.2 were measured), and repeats an
-# `ok` or a problem, as asking costs the start of a CLI.
+# For /healthz?deep=1, in seconds: how long the CLI may take to answer (1.2 were measured),
+# and how long an `ok` and a problem are kept, as each question starts a CLI.
 INFO_SECS = 10.0
 HEALTHY_SECS = 60.0
 PROBLEM_SECS = 5.0
@@ -1250,7 +1254,7 @@ class Health:
     """Whether the bridge could answer.  To find out, it starts a CLI and asks who is
     logged in; no model is called."""
 
-    # What was wrong when it was asked last, and until when that is good.
+    # What was wrong when it was asked last, and the monotonic time until which that is kept.
     last: str = ""
     good_until: float = 0
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -1372,7 +1376,7 @@ ROUTES: dict[str, tuple[str, Handler]] = {
 
 # Characters of an unknown path in the log.
 MAX_LOGGED_PATH = 100
-# Requests that the page shows, but for good ones of these routes.
+# How many requests the page shows; of these routes, only those that failed.
 RECENT = 20
 QUIET_ROUTES = ("/", "/healthz", "/metrics")
 
@@ -1860,7 +1864,8 @@ def give_back_memory() -> None:
 
 def read_flags(words: list[str], flags: dict[str, str]) -> None:
     """Read the command, if there is one, and the flags that are given, by setting.
-    Raises ConfigError, which repeats no word that it does not know: it may be a key."""
+    Raises ConfigError, which repeats no unknown word but the name of a flag: it may be a
+    key."""
     settings = [item.name for item in dataclasses.fields(Config) if item.repr]
     names = {flag(name): name for name in [*settings, "config"]}
     rest = iter(words)
@@ -2099,7 +2104,7 @@ def complete_entry(entry: Json, config: Config) -> Json:
 REHEARSAL_SECS = 30.0
 # What the rehearsal looks at, and what does not work without it.
 FEATURES = {
-    "history": "takes a conversation at the gate",
+    "history": "goes on with a conversation that it is given",
     "settings": "takes parameters and a system prompt for one request",
     "tools": "hands over calls of a client's tools",
     "interrupt": "stops when the client leaves",

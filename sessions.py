@@ -119,11 +119,11 @@ ENDING = (
 # Seconds to wait for the first output of a process that was given its conversation, in case
 # it dies and another one must take its place; 0.1 was measured for a spare.
 FIRST_OUTPUT_SECS = 2.0
-# Seconds after which the turn of a process fails that has printed nothing: the gate did not
+# Seconds after which a turn fails if its process has printed nothing: the gate did not
 # reach the CLI; 0.5 was measured for 1,000 messages.
 GATE_SECS = 30.0
-# Seconds within which the `result` must come after an answer (0.02 was measured), within which
-# a process must end after its input has, and for `claude --version` (0.1 was measured).
+# Seconds within which the `result` must come after an answer (0.02 was measured), and for
+# `claude --version` (0.1 was measured).
 LATE_SECS = 5.0
 # Seconds for a count of tokens, and to ask what the CLI announces; 0.5 was measured.
 COUNT_SECS = 20.0
@@ -147,7 +147,7 @@ MAX_CACHED = 4096
 PROBE_MODEL = "sonnet"
 # Seconds between two looks at all processes.
 SWEEP_SECS = 1.0
-# So many seconds a spare is kept that was set up for another conversation than the newest.
+# A spare that was set up for another conversation than the newest is kept for these seconds.
 CALM_SECS = 5.0
 # Tokens of the prompt that the API adds for tools: the CLI subtracts them, so they are
 # added back.
@@ -233,7 +233,7 @@ class PoolConfig:
     )
     max_turns: int = setting(
         500,
-        "turns after which a process ends, as a conversation may never pause",
+        "turns after which a process ends: a conversation that never pauses reaches no TTL",
         least=1,
     )
     spares: int = setting(
@@ -308,7 +308,7 @@ class Kind:
     # It runs in the CLI's bare mode, in which the CLI adds nothing to a conversation, and
     # reads no subscription's login.
     bare: bool = False
-    # It writes its conversation to a file beside its gate.
+    # It writes its conversation to a file beside its gate, and reaches no API.
     is_kept: bool = False
 
 
@@ -382,7 +382,7 @@ def mcp_permissions(path: str) -> list[str]:
 # Where a login is, and where its tokens are if they are elsewhere.
 LOGIN_FOLDERS = ("CLAUDE_CONFIG_DIR", "CLAUDE_SECURESTORAGE_CONFIG_DIR")
 # The beginnings of the names of variables that every process gets.  None of them changes
-# what the CLI asks of the model; what a new version reads does not get in.
+# what the CLI asks of the model, and one that only a new version reads stays out.
 ALLOWED = (
     *LOGIN_FOLDERS,
     # What a user sets so that the CLI sends no reports.
@@ -443,7 +443,8 @@ ALLOWED = (
     "VERTEX_REGION_",
 )
 # In agent mode commands need the variables of the user's shell, and so does an
-# apiKeyHelper in the user's settings.  Such processes get all others but these, too.
+# apiKeyHelper in the user's settings.  Such processes also get all variables that begin with
+# none of these.
 SCRUBBED = (
     "ANTHROPIC_",
     "API_",
@@ -570,7 +571,7 @@ def child_environment(
             if value:  # children have another working directory
                 child[name] = os.path.abspath(os.path.expanduser(value))
     if not has_users_shell:
-        # There the CLI would log the results of tools that fail.
+        # The CLI would log the results of tools that fail in this folder.
         child["XDG_CACHE_HOME"] = os.devnull
     if not kind.agent:
         child |= MODEL_MODE
@@ -834,8 +835,8 @@ class Child(asyncio.SubprocessProtocol):
         return ApiError(502, message, log_reason=reason)
 
     async def end(self, until_it_may: Callable[[], Awaitable[None]]) -> None:
-        """End it and its group, and wait until it is reaped.  Each step waits for
-        `until_it_may`."""
+        """End it and its group, and wait until it is reaped.  Each step waits until it may
+        be ended (`Inspector.wait_for_renewal`)."""
         for number, seconds in ENDING:
             if self.exited.done():
                 break
@@ -861,7 +862,7 @@ NEWEST_TESTED = "2.1.332"
 # 2.1.267 and .285 on, and from one between .286 and .300 on not in its bare mode.
 ANNOUNCES = "2.1.267"
 HAS_BARE_MODE = "2.1.300"
-# From here on it keeps a text after a tool call there.
+# From here on it keeps a text that follows a tool call in its place.
 KEEPS_ORDER = "2.1.266"
 # From here on a conversation can end with an assistant message.
 CONTINUES = "2.1.300"
@@ -1090,10 +1091,14 @@ class Process(Child):
         return self._events
 
     def check_silence(self, watchdog_secs: float) -> bool:
-        """Fail a turn that has waited for too long.  Returns whether the watchdog failed
-        it, and not the gate's limit."""
+        """Fail a turn that has waited for too long, or for a dead process.  Returns whether
+        the watchdog failed it."""
         if not self._is_in_turn or self._news.is_set():
             return False  # nobody waits: the client may be slow
+        if self.exited.done():  # another program that it started keeps its output open
+            self.eof = True
+            self.wake_all()
+            return False
         now = time.monotonic()
         if not self.has_spoken and now >= self.opened_at + GATE_SECS:
             self.fail(
@@ -1371,7 +1376,7 @@ class Turn:
     origin: str
     # Why it was rebuilt; empty otherwise.
     reason: str = ""
-    # What is to be done once the answer has begun, or will not: it is closed then.
+    # Callbacks for when the answer has begun, or never will; to close it runs them.
     on_begun: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __post_init__(self) -> None:
@@ -1443,7 +1448,7 @@ class Turn:
         """Whether the process can take the next turn; one that calls tools must have
         listed them."""
         can_hand_over = self.process.has_listed or not self.translator.calls
-        # The client gets half a message, and sends both halves as one.
+        # After a prefill the client joins both halves of the message, and sends it as one.
         is_half = self.request.continues
         return self.translator.process_waits and can_hand_over and not is_half
 
@@ -1495,13 +1500,14 @@ class Room:
             finally:
                 then()
                 self.leave()
+                # Nobody waits to take the place over.
                 if not self._waiting:
                     self.ending.discard(task)
 
         task = asyncio.create_task(leave())
         self.ending.add(task)
-        # Only after whoever got the place has stopped counting as one who waits, so that
-        # `shortfall` counts both or neither.
+        # Else only once whoever got the place has stopped counting as one who waits, so
+        # that `shortfall` counts both or neither.
         task.add_done_callback(self.ending.discard)
 
 
@@ -1646,7 +1652,7 @@ class Pool:
         self.starter = Starter(self)
         self.inspector = Inspector(self)
         self._outcomes = Outcomes()
-        # So many requests have their tokens counted at a time.
+        # At most so many requests have their tokens counted at a time.
         self.counting = asyncio.Semaphore(CORES)
         # A lock for each session header in use: its requests run one after another.
         self._pins: weakref.WeakValueDictionary[str, asyncio.Lock] = (
@@ -1857,8 +1863,8 @@ class Pool:
         is_parked = bool(session.process.expected_calls)
         session.move(State.PARKED if is_parked else State.IDLE)
         idle = self.in_states(State.IDLE)
-        if len(idle) > self.config.max_idle:
-            self.retire(idle[0], "evicted")
+        for extra in idle[: max(0, len(idle) - self.config.max_idle)]:
+            self.retire(extra, "evicted")
         self.make_room()
 
     def cut_short(self, session: Session) -> None:
@@ -2004,7 +2010,8 @@ class Starter:
         return self._pool.in_states(State.SPARE)
 
     async def _take(self, kind: Kind) -> Session | None:
-        """A spare, even one that is not at its gate yet."""
+        """A spare of this kind that is not set up; it need not be at its gate yet."""
+        # One that has spoken unasked is retired.
         await read_pipes()
         for spare in self.spares:
             if spare.kind == kind and not spare.parts:

@@ -25,7 +25,7 @@ __version__ = "0.2.0"
 
 # Any JSON object.
 Json = dict[str, Any]
-# By the names of the parts of a request (`parse_request`).
+# Digests of the parts of a request, by their names (`parse_request`).
 Digests = dict[str, str]
 # A content block (API).
 Block = Json
@@ -82,8 +82,8 @@ class ApiError(Exception):
     resets_at: float | None = None
     # The API gave it, not the CLI or the bridge.
     is_from_api: bool = False
-    # What the log says in place of a message with words of a client, the API or the CLI,
-    # which can quote a prompt; "": nothing.  None: the message.
+    # What is logged in place of a message that can quote a prompt, as it has words of a
+    # client, the API or the CLI; "": nothing.  None: the message is logged.
     log_reason: str | None = None
 
     def __post_init__(self) -> None:
@@ -117,8 +117,8 @@ def cli_error(message: str) -> ApiError:
 
 
 def bad_request(place: str, message: str) -> ApiError:
-    """The API's error for a place of a body, with nothing in it that a client wrote: the
-    log has it too."""
+    """The API's error for a place in the body, a path such as messages.0.content.2.  It
+    quotes nothing that a client wrote, as it is logged too."""
     return ApiError(400, f"{place}: {message}")
 
 
@@ -283,12 +283,12 @@ def without_empties(value: Json) -> Json:
     return {key: inner for key, inner in value.items() if inner not in (None, {}, [])}
 
 
-# Bounds of a request: levels of JSON, of which each costs a call in Python, and values of
-# JSON, of which each can take a hundred times its bytes.
+# Bounds of a request: its levels of JSON, as each is a recursive call, and its values, as
+# each can take a hundred times the memory of its text.
 MAX_DEPTH = 200
 MAX_VALUES = 100_000
-# A part of a JSON text, of at most a megabyte, that cuts no escape in two: a thread that
-# reads the whole at once would not let others go on.
+# A part of a JSON text, of at most a megabyte, that cuts no escape in two: one search
+# through the whole would hold the interpreter's lock.
 PIECE = re.compile(rb"(?:[^\\]{1,1000}+|\\.?){1,1000}+", re.DOTALL)
 
 
@@ -405,8 +405,8 @@ class Request:
     fields: Json
     # The client's anthropic-beta, sorted.
     betas: str
-    # Who sets the cache breakpoints of the messages: "client", or else the CLI, with the
-    # time for which it keeps its own: "5m", "1h", or "" (its choice).
+    # Who sets the cache breakpoints of the messages: "client", or else the CLI, with this
+    # TTL: "5m", "1h", or "" (its choice).
     caching: str
     # Fields and places that cannot arrive as sent (header x-bridge-not-sent).  Whatever
     # reads a part of the body adds to it.
@@ -598,15 +598,15 @@ def blocks_of(messages: list[Message], kinds: Collection[str]) -> list[Block]:
 
 
 def read_fields(data: Json, is_agent: bool, not_sent: list[str]) -> Json:
-    """The fields that go to the API as sent.  Of those of an agent it is whether to think,
-    and no more: they reach the API by the environment of the CLI, where the commands that
-    an agent runs could read them.  What does not go is added to `not_sent`."""
+    """The fields that go to the API as sent; for an agent, `thinking` alone: fields are in
+    the environment of the CLI, where the commands that an agent runs could read them.  What
+    does not go is added to `not_sent`."""
     fields = without(data, OWN_FIELDS)
     if is_agent:
         lost = without(fields, {"thinking"})
         not_sent += map(printable, without_nulls(lost))
         return without(fields, lost)
-    # The CLI drops the reference that loads a tool, so the model would never see the tool.
+    # The CLI drops the reference that loads such a tool, so the tool is loaded at once.
     loaded = {get_str(block, "tool_name") for block in blocks_in(data["messages"])}
     tools = data.get("tools") or []
     for number, tool in enumerate(tools):
@@ -625,7 +625,7 @@ THINKING_BLOCKS = {"thinking", "redacted_thinking"}
 # Blocks that are no answer if an assistant message holds nothing else.
 NON_ANSWER_TYPES = THINKING_BLOCKS | {"fallback"}
 CANNOT_CONTINUE = (
-    "the claude CLI cannot continue a message with this part, or any as an agent"
+    "the claude CLI cannot continue a message with this part; an agent continues none"
 )
 
 
@@ -961,8 +961,8 @@ def read_breakpoints(
     """Who sets the breakpoints of the messages, as in `Request.caching`.
     "cache_control" is added to `not_sent` if that loses any.
 
-    The CLI's own are at the end of the system prompt and of the newest message, so
-    they replace a client's there, and those that it has left at the ends of earlier
+    The CLI sets its own at the end of the system prompt and of the newest message.  They
+    replace a client's there, and those that the client has left at the ends of earlier
     messages.  A breakpoint inside a message, such as between a document and a question,
     or more on tools than the CLI leaves room for, makes them all the client's.
     """
@@ -973,7 +973,7 @@ def read_breakpoints(
     at_ends = breakpoints_on(system[-1:])
     # Inside a message: only the client's own can be there.
     inside: list[str] = []
-    # Where neither can be.
+    # Where the CLI sets none; these alone do not make all of them the client's.
     elsewhere = breakpoints_on(system[:-1])
     for message in messages:
         blocks = message["content"]
@@ -1054,10 +1054,10 @@ def extend_chain(chain: str, message: str) -> str:
 
 
 def message_digest(message: Message, *, thinking: bool = True) -> str:
-    """The digest of a message, without what clients change when they echo it: that of
-    `canonical`, and in an assistant's message, how its text is cut into neighbouring
-    blocks, and white space at the ends of these.  Without `thinking` it is that of a
-    message whose client has dropped the thinking."""
+    """The digest of a message, without what clients change when they echo it: what
+    `canonical` drops and, in an assistant's message, how a text is cut into neighbouring
+    blocks and the white space around it.  Without `thinking`, as if the client had dropped
+    the thinking."""
     role = message["role"]
     blocks = [
         canonical(block)
@@ -1171,10 +1171,10 @@ def plain_number(text: str) -> float:
 ENDING_GUARD = text_block("\n")
 # The name of the MCP server that the bridge plays on the pipes of a process.
 MCP_SERVER = "client"
-# What the CLI keeps of every answer beside its blocks.
+# The envelope of each past answer in a transcript.
 PAST_ANSWER = {
     "type": "message",
-    # It drops the thinking of a message of any model but its own and this one.
+    # The CLI drops the thinking of any model but its own and this one.
     "model": "<synthetic>",
     "stop_reason": "end_turn",
     "stop_sequence": None,
@@ -1329,7 +1329,7 @@ def has_images(blocks: list[Block]) -> bool:
 
 
 def control_line(subtype: str, **fields: Any) -> bytes:
-    """A request to the CLI itself.  One of each kind waits at a time, so its subtype is its
+    """A request to the CLI itself.  At most one of each subtype is pending, so that is its
     id as well."""
     request = {"subtype": subtype} | fields
     return json_line(
@@ -1436,9 +1436,9 @@ def listed_tool(name: str) -> Json:
         "name": name,
         "inputSchema": {"type": "object"},
         "_meta": {
-            # It cuts results at 50,000 characters, with a large value here at 500,000.
+            # It cuts results at 50,000 characters; a large value here makes that 500,000.
             "anthropic/maxResultSizeChars": 1_000_000_000,
-            # It would defer the tool.
+            # Else it would defer the tool.
             "anthropic/alwaysLoad": True,
         },
     }
@@ -1538,9 +1538,9 @@ def control_result(event: CliEvent, subtype: str) -> Json:
     return {}
 
 
-# Endings of a model's name that do not change which model is meant: a date, -latest or -0
-# for the newest one, the size of the context.
-NAME_ENDING = re.compile(r"([-@]\d{8}|-latest|-0)?(\[.*\])?$")
+# Endings of a model's name that do not change which model is meant: a date, a version of
+# Vertex (@default), -latest or -0 for the newest one, the size of the context.
+NAME_ENDING = re.compile(r"(@\w+|-\d{8}|-latest|-0)?(\[.*\])?$")
 
 
 # Aliases that are a part of the full names of their models.
@@ -1646,9 +1646,10 @@ def read_info(answer: Json) -> CliInfo:
 
 
 # Where an answer stands, and what may follow by the grammar of the API's stream
-# ("Streaming").  An event that a state does not have is out of place, and fails the turn:
-# the client gets a correct stream, or an error.  Handlers of the Translator put "hidden" in
-# place of "block", and "working" or "done" in place of "ended".
+# ("Streaming").  Once it has begun, one of these events that its state does not list fails
+# the turn: the client gets a correct stream, or an error.  Events of other types pass.
+# Handlers of the Translator put "hidden" in place of "block", and "working" or "done" in
+# place of "ended".
 NEXT = {
     # Nothing of it has come.
     "waiting": {"message_start": "open"},
@@ -1694,7 +1695,7 @@ PIECES = {
 # it repeats the request as it is, or gives up.
 CHANGED_RETRY_STATUSES = (400, 404, 413, 422)
 # After these the CLI waits for the next user message; after any other it would go on by
-# itself (recordings max_tokens, refusal), as it does after an answer without a visible
+# itself (recordings max_tokens, refusal).  It also does so after an answer without a visible
 # text.
 WAITING_REASONS = ("end_turn", "stop_sequence", "pause_turn")
 
@@ -1746,8 +1747,8 @@ class Translator:
     _spent: Json = field(default_factory=dict)
     # The strings of the open block, in pieces, by the key of the delta (PIECES).
     _pieces: dict[str, list[str]] = field(default_factory=dict)
-    # The fault of a tool input that is no JSON object.  It is raised by what follows, unless
-    # that says that max_tokens cut it off.
+    # The fault of a tool input that is no JSON object.  The next block raises it, or the end
+    # of the message, unless a stop_reason such as max_tokens explains it.
     _input_error: ApiError | None = None
     # The `assistant` event by which the CLI reports a failure.
     _synthetic: CliEvent | None = None
@@ -1800,7 +1801,7 @@ class Translator:
         if self.turn_id and isinstance(answers_to, list):
             self._is_ours = self.turn_id in answers_to
         if control_result(event, "initialize"):
-            # With Bedrock, what it called before were probes of its models.
+            # With Bedrock it has probed its models before: no calls of this turn.
             self.api_calls = 0
             self._refusal = None
         is_call = kind == "api_call" and event["subtype"] == "message"
@@ -1916,7 +1917,7 @@ class Translator:
             self._pieces.setdefault(name, []).append(delta[name])
         elif kind == "citations_delta":
             block["citations"] = [*block.get("citations", ()), delta["citation"]]
-        else:  # its keys are the block's, as with signatures: the last one counts (SDK)
+        else:  # its keys are those of the block, as in a signature: the last counts (SDK)
             block |= without(delta, {"type"})
             self._has_new_delta |= kind != "signature_delta"
         return [event | {"index": len(self.message["content"]) - 1}]

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import resource
+import signal
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,7 @@ from processes import (
     send,
     written,
 )
-from servers import Launch, Serve, both
+from servers import Launch, Serve, both, linux, plain_cli
 from stand_in import Log
 
 import sessions
@@ -123,6 +124,20 @@ def test_a_process_whose_tool_call_is_yet_to_come_is_killed_at_once(serve: Serve
     wait_until(lambda: log.reached("called.wait"), "the process")
     server.close()
     assert log.reached("eof") == []
+
+
+@linux
+def test_a_process_that_dies_while_another_keeps_its_output_open_fails_its_turn(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """One that has left its group, so that it is not killed with it."""
+    kept = tmp_path / "pid"
+    lines = f"setsid sh -c 'echo $$ > {kept}; exec sleep 60' &\nexit 3"
+    answer = serve(bin=plain_cli(tmp_path / "claude", lines)).post("hello")
+    wait_until(lambda: kept.exists() and kept.read_text().strip(), "the other one")
+    os.kill(int(kept.read_text()), signal.SIGKILL)
+    assert answer.status == 502
+    assert "exited with status 3" in answer.json["error"]["message"]
 
 
 def test_what_a_process_leaves_behind_is_killed_with_it(serve: Serve) -> None:

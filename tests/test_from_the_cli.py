@@ -244,6 +244,10 @@ SAME_MODELS = [
     ("claude-opus-4-8-20260101", "claude-opus-4-8", True),
     ("claude-opus-4-8[1m]", "claude-opus-4-8", True),
     ("claude-opus-4-8[1m]", "claude-opus-4-8-20260101", True),
+    # names of Vertex
+    ("claude-opus-4-8@20260101", "claude-opus-4-8", True),
+    ("claude-opus-4-8@default", "claude-opus-4-8", True),
+    ("claude-opus-4-5@default", "claude-opus-4-8", False),
     # what is no full name of the API can be anything
     ("opus", "claude-opus-4-8", True),
     ("opus[1m]", "claude-opus-4-8", True),

@@ -168,8 +168,11 @@ def test_what_clients_without_the_key_sent_is_not_on_the_page(
 ) -> None:
     """They cannot push others off it."""
     caplog.set_level("INFO", "claude_cli_bridge")
-    server = serve(api_key=KEY["x-api-key"], send_secs=1)
+    origin = "http://localhost:3000"
+    server = serve(api_key=KEY["x-api-key"], send_secs=1, allowed_origins=(origin,))
+    preflight = b"OPTIONS /v1/messages HTTP/1.1\r\nHost: localhost\r\nOrigin: %b\r\n\r\n"
     requests = {
+        preflight % origin.encode(): 200,
         b"bad\r\n\r\n": 400,
         post()[:40]: 408,
         post(b"", b"x: " + b"x" * 200_000): 431,

@@ -19,7 +19,7 @@ from servers import Serve
 from stand_in import Log
 
 import sessions
-from sessions import Pool, Session
+from sessions import Pool, Session, State
 from translate import parse_request
 
 # ---------------------------------------------------------------- who gets which
@@ -217,6 +217,25 @@ def test_with_max_idle_of_zero_no_process_stays(serve: Serve) -> None:
     answer = server.post("hello")
     assert answer.status == 200
     wait_until(lambda: not server.processes(), "the end of the process")
+
+
+def test_those_whose_next_request_was_taken_back_count_as_idle_again() -> None:
+    """Their places have been taken meanwhile."""
+
+    async def use(pool: Pool) -> None:
+        # Its next request waits for the result, which never comes.
+        _, text = await take_turn(pool, "NORESULT")
+        asking = asyncio.create_task(take_turn(pool, "NORESULT", text, "and now"))
+        await soon(lambda: pool.in_states(State.BUSY))
+        for words in ("second", "third"):
+            await take_turn(pool, words)
+        asking.cancel()
+        await asyncio.wait({asking})
+        assert len(pool.on_file) == 3
+        await take_turn(pool, "fourth")
+        assert len(pool.on_file) == 2
+
+    in_pool(use, max_idle=2)
 
 
 # ---------------------------------------------------------------- the sweep

@@ -306,7 +306,7 @@ def test_a_request_of_an_own_child_is_refused_before_it_starts_another_child(
     words = "this request comes from the claude CLI that this bridge runs"
     assert (answer.status, answer.json["error"]["type"]) == (400, "invalid_request_error")
     assert words in answer.json["error"]["message"]
-    assert "its address of the API leads to the bridge" in answer.json["error"]["message"]
+    assert "its ANTHROPIC_BASE_URL is the bridge's own" in answer.json["error"]["message"]
     assert 1 <= started(server) <= 2
     counted = request_body("hi", model="claude-sonnet-5-5", max_tokens=...)
     answer = server.call("POST", "/v1/messages/count_tokens", counted)
