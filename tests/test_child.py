@@ -132,9 +132,9 @@ def test_a_process_that_dies_while_another_keeps_its_output_open_fails_its_turn(
 ) -> None:
     """One that has left its group, so that it is not killed with it."""
     kept = tmp_path / "pid"
-    lines = f"setsid sh -c 'echo $$ > {kept}; exec sleep 60' &\nexit 3"
+    lines = f"setsid sh -c 'echo $$ > {kept}; exec sleep 60' &\n"
+    lines += f"until [ -s {kept} ]; do sleep 0.01; done; exit 3"
     answer = serve(bin=plain_cli(tmp_path / "claude", lines)).post("hello")
-    wait_until(lambda: kept.exists() and kept.read_text().strip(), "the other one")
     os.kill(int(kept.read_text()), signal.SIGKILL)
     assert answer.status == 502
     assert "exited with status 3" in answer.json["error"]["message"]
