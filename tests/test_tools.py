@@ -218,6 +218,7 @@ def test_the_time_of_a_tool_is_not_the_watchdogs(serve: Serve, cli: Any) -> None
     parked = server.bridge and next(iter(server.bridge.pool.sessions)).process
     assert parked
     parked._alive_at -= 61
+    assert not parked.check_silence(60)
     assert server.post([*messages, user(result(call))], tools=[TOOL]).session == "hot"
 
 
