@@ -120,6 +120,7 @@ def test_pings_fill_the_time_of_a_tool_and_the_watchdog_lets_it_run(
     wait_until(lambda: any(item.process.working for item in list(pool.sessions)), "the tool")
     for session in list(pool.sessions):
         session.process._alive_at -= 61
+        assert not session.process.check_silence(60)
     answer = answering.result()
     assert check_stream(answer.events)["message"]["stop_reason"] == "end_turn"
     assert "slept" in answer.text
