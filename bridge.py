@@ -2,7 +2,7 @@
 
 To embed it in an asyncio program: `async with serve(Config()) as bridge: ...`.
 
-What happens to a request, by sections of the three files (in the order of what happens):
+What happens to a request, and in which section of which file:
 
     bridge.py     a connection     bytes become an Exchange, by h11
                   access           who may ask
@@ -22,9 +22,9 @@ What happens to a request, by sections of the three files (in the order of what 
     sessions.py   the pool         and the process rests, or is ended
 
 With the small ones between them (room, queue and threads, past conversations, frames) they
-are less than 3,700 of 6,800 lines.  The rest can be skipped: errors and
-JSON, settings, the command line and environment of a process, what is known of the CLI,
-the sweep, other routes, the log, `serve`, the program, and what is called an appendix.
+are less than 3,700 of 6,800 lines.  The rest can be skipped: errors and JSON, settings, the
+command line and environment of a process, what is known of the CLI, the sweep, other
+routes, the log, `serve`, the program, and what is called an appendix.
 """
 
 import asyncio

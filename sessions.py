@@ -147,7 +147,7 @@ MAX_CACHED = 4096
 PROBE_MODEL = "sonnet"
 # Seconds between two looks at all processes.
 SWEEP_SECS = 1.0
-# A spare that was set up for another conversation than the newest is kept for these seconds.
+# Seconds for which a spare is kept that was set up for another conversation than the newest.
 CALM_SECS = 5.0
 # Tokens of the prompt that the API adds for tools: the CLI subtracts them, so they are
 # added back.
@@ -233,7 +233,7 @@ class PoolConfig:
     )
     max_turns: int = setting(
         500,
-        "turns after which a process ends: a conversation that never pauses reaches no TTL",
+        "turns after which a process ends: a conversation that never pauses never reaches its TTL",
         least=1,
     )
     spares: int = setting(

@@ -1538,7 +1538,7 @@ def control_result(event: CliEvent, subtype: str) -> Json:
     return {}
 
 
-# Endings of a model's name that do not change which model is meant: a date, a version of
+# Endings of a model's name that do not change which model is meant: a date, a version at
 # Vertex (@default), -latest or -0 for the newest one, the size of the context.
 NAME_ENDING = re.compile(r"(@\w+|-\d{8}|-latest|-0)?(\[.*\])?$")
 

@@ -340,7 +340,7 @@ def check_answer(
 
 
 def check_next(made: Bench, conversation: list[Any], fault: str, **fields: Any) -> None:
-    """A conversation goes on after a fault after its answer, in the same process if that is
+    """A conversation goes on after a fault that followed its answer, in the same process if that is
     sound."""
     (pid,) = made.log.reached(fields["model"])
     answer = made.server.post(conversation, **fields)
