@@ -233,7 +233,7 @@ class PoolConfig:
     )
     max_turns: int = setting(
         500,
-        "turns after which a process ends: a conversation that never pauses never reaches its TTL",
+        "turns after which a process ends: without a pause it would never reach its TTL",
         least=1,
     )
     spares: int = setting(
