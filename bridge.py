@@ -1648,6 +1648,12 @@ async def announce(bridge: Bridge) -> None:
         log.info("the claude CLI is %s, version %s", config.bin, version)
         if cli.warning:
             log.warning("%s", cli.warning)
+        if config.spares:
+            # Else a first request would wait for this.
+            kind = sessions.Kind(
+                agent=bool(config.tools), bare=pool.inspector.is_bare()
+            )
+            await pool.inspector.announced(sessions.PROBE_MODEL, kind)
         await asyncio.sleep(LOGIN_PROBE_SECS)
         info = await pool.inspector.info()
         state = login_state(config, info)

@@ -885,7 +885,7 @@ class Cli:
     rate_limits: dict[str, RateLimit] = field(default_factory=dict)
     # Answers of `count_tokens`.
     counts: OrderedDict[str, int] = field(default_factory=OrderedDict)
-    # By model, account and day, what it announces (`Inspector.announced`).
+    # By `key`, what it announces to a model (`Inspector.announced`).
     announced: OrderedDict[Any, list[Json]] = field(default_factory=OrderedDict)
 
     def take_in(self, info: CliInfo) -> None:
@@ -893,6 +893,11 @@ class Cli:
         may list the model that it runs in another way."""
         models = self.info.models or info.models
         self.info = dataclasses.replace(info, models=models)
+
+    def key(self, model: str) -> tuple[str, str, str]:
+        """What its announcements depend on: the model, the account and the day."""
+        account = translate.digest(self.info.account)
+        return self.info.full_name(model), account, time.strftime("%Y-%m-%d")
 
     def is_at_least(self, version: str) -> bool:
         """Whether it is this version or newer; an unknown version counts as newer."""
@@ -1115,13 +1120,13 @@ class Process(Child):
 
     async def read_until(self, find: Callable[[CliEvent], Any]) -> Any:
         """Read until `find` returns something for an event, and return that.  Raises
-        ApiError: as `read`, and that of a failed turn."""
+        ApiError: as `read`, and that of a turn that failed before."""
         translator = Translator()  # it raises failures
         while True:
             event = (await self.read()).popleft()
-            translator.feed(event)
             if found := find(event):
                 return found
+            translator.feed(event)
 
     def _resume_reading(self) -> None:
         if self._unread > MAX_UNREAD:
@@ -1927,8 +1932,10 @@ class Starter:
         # Only the CLI knows what login is in its settings.
         if pool.config.setting_sources and not cli.info.is_known:
             await pool.inspector.info()
-        kind, model = pool.inspector.needs(request)
-        announced = await pool.inspector.announced(request.model, kind)
+        inspector = pool.inspector
+        announced = await inspector.announced(request.model, inspector.kind(request))
+        # By now the CLI may have listed its models.
+        kind, model = inspector.needs(request)
         begin = partial(self._begin, request, model, announced, trace)
         while spare := await self._take(kind):
             await begin(spare)
@@ -2152,41 +2159,44 @@ class Inspector:
     async def announced(self, model: str, kind: Kind) -> list[Json]:
         """What the CLI announces to a model today.
 
-        A process that writes its conversation to a file is asked; its question reaches
-        no API.
+        A process that writes its conversation to a file is asked, for all models that the
+        CLI lists; its questions reach no API.
         """
         cli = self.cli
         if kind.agent or kind.bare or not cli.is_at_least(ANNOUNCES):
             return []
-        today = time.strftime("%Y-%m-%d")
-
-        def key() -> tuple[str, str, str]:
-            return model, translate.digest(cli.info.account), today
-
-        if key() in cli.announced:
-            return cli.announced[key()]
+        if cli.key(model) in cli.announced:
+            return cli.announced[cli.key(model)]
+        starter = self._pool.starter
+        if not (cli.info.is_known or starter.spares or starter.starting):
+            # What will answer starts meanwhile; most likely the CLI lists its model.
+            starter.start_spare(dataclasses.replace(kind, model=""))
         async with self._pool.queue.held(self.announcing, NO_START):
-            if key() in cli.announced:
-                return cli.announced[key()]  # another request has asked meanwhile
-            # What will answer starts meanwhile, once: clients may leave before they take it.
-            starter = self._pool.starter
-            ready = [spare.kind for spare in starter.spares if not spare.parts]
-            if kind not in [*ready, *starter.starting.values()]:
-                starter.start_spare(kind)
-            is_answered = False
-            async with self._asked(Kind(model, is_kept=True)) as asked:
-                question = [translate.text_block("-")]
-                asked.write(translate.user_line(question, str(uuid.uuid4())))
-                with contextlib.suppress(ApiError, TimeoutError):
-                    async with asyncio.timeout(COUNT_SECS):
-                        # It is an error, as nobody answers.
-                        while not is_answered:
-                            event = (await asked.read()).popleft()
-                            is_answered = event["type"] == "result"
-                found = translate.announcements(asked.kept_rows())
-            if is_answered:
-                cache_put(cli.announced, key(), found)
-            return found
+            # Unless another request has asked meanwhile.
+            if cli.key(model) not in cli.announced:
+                async with self._asked(Kind(model, is_kept=True)) as process:
+                    with contextlib.suppress(ApiError, TimeoutError):
+                        async with asyncio.timeout(COUNT_SECS):
+                            await self._ask_announcements(process, model)
+            return cli.announced.get(cli.key(model), [])
+
+    async def _ask_announcements(self, process: Process, model: str) -> None:
+        """Ask what is announced to the model of a process, and then to all others that the
+        CLI lists.  Raises ApiError."""
+        cli = process.cli
+        for name in [model, *[item.name for item in cli.info.models]]:
+            if cli.key(name) in cli.announced:
+                continue
+            is_first = name == model
+            if not is_first:
+                process.write(translate.control_line("set_model", model=name))
+            question = [translate.text_block("-")]
+            # After one question, which it cannot ask the API, all that is new is the model.
+            line = translate.user_line(question, str(uuid.uuid4()), query=is_first)
+            process.write(line)
+            await process.read_until(lambda event: event["type"] == "result")
+            found = translate.announcements(process.kept_rows())
+            cache_put(cli.announced, cli.key(name), found)
 
     def kind(self, request: Request) -> Kind:
         """The kind of process that a request needs: until the CLI has listed its models,
@@ -2243,7 +2253,8 @@ async def sweep(pool: Pool) -> None:
     while True:
         try:
             await asyncio.sleep(SWEEP_SECS)
-            if pool.cli.info.is_known and pool.starter.is_short:
+            is_answering = pool.in_states(State.BUSY)
+            if pool.cli.info.is_known and pool.starter.is_short and not is_answering:
                 pool.starter.refill(Kind(bare=pool.inspector.is_bare()))
             # If the bridge was stopped, what came in that time is still in the pipes.
             await read_pipes()

@@ -1192,15 +1192,16 @@ def announcements(rows: bytes) -> list[Json]:
     """What the CLI announced in a conversation that it wrote to a file itself.  The
     text that names the model is emptied, and the CLI leaves out an empty one: the client's
     system prompt is alone in saying who the model is."""
-    found = []
+    found = {}
     for text in rows.splitlines():
         for row in decode(text):
             attachment: Any = row.get("attachment")
-            if get_str(attachment, "type") in ANNOUNCEMENTS:
-                if attachment["type"] == "model":
+            kind = get_str(attachment, "type")
+            if kind in ANNOUNCEMENTS:
+                if kind == "model":
                     attachment["text"] = ""
-                found.append(attachment)
-    return found
+                found[kind] = attachment
+    return list(found.values())
 
 
 def transcript(

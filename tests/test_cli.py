@@ -6,16 +6,19 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from client import Json, prime, request_body
 from host import STANDIN, wait_until
 from installed import CLIS
-from processes import in_pool, open_gate, pool_of, soon
+from processes import in_pool, open_gate, pool_of, soon, take_turn
 from servers import Launch, Program, Serve, Server, printed
 from stand_in import Log
 from test_check import check
 
+import bridge
 from sessions import ANNOUNCES, NEWEST_TESTED, OLDEST, Kind, Pool, State
 from translate import parse_request
 
@@ -273,16 +276,11 @@ def test_what_starts_while_the_cli_is_asked_takes_no_place_among_the_kinds_that_
 
     async def use(pool: Pool) -> None:
         await pool.inspector.look()
-        # So many that the sweep adds none.
-        for model in ("one", "another"):
-            pool.starter.refill(Kind(model))
-        wanted = list(pool.starter._kinds)
         await pool.inspector.announced("claude-opus-5-5", Kind())
-        assert Kind() in {spare.kind for spare in pool.starter.spares}  # it was started
-        assert list(pool.starter._kinds) == wanted
+        assert [spare.kind for spare in pool.starter.spares] == [Kind()]
+        assert not pool.starter._kinds
 
-    program = versioned(tmp_path, ANNOUNCES)
-    in_pool(use, bin=str(program), spares=2)
+    in_pool(use, bin=str(versioned(tmp_path, ANNOUNCES)))
 
 
 def test_what_starts_while_the_cli_is_asked_stays_for_its_request_and_is_one_for_all_that_leave(
@@ -304,12 +302,32 @@ def test_what_starts_while_the_cli_is_asked_stays_for_its_request_and_is_one_for
         await soon(pool.inspector.announcing.locked)
         for model in ("one", "another"):
             pool.starter.refill(Kind(model))
-        assert [spare.kind for spare in pool.starter.spares] == [Kind("mine")]
+        # It is started for no model: by then the CLI will have listed them.
+        assert [spare.kind for spare in pool.starter.spares] == [Kind()]
         open_gate(gate)
         await asked
-        assert [spare.kind for spare in pool.starter.spares] == [Kind("mine")]
+        assert [spare.kind for spare in pool.starter.spares] == [Kind()]
 
     in_pool(use, bin=str(versioned(tmp_path, ANNOUNCES)), queue_secs=60, spares=2)
+
+
+@pytest.mark.parametrize("spares", [0, 1])
+def test_the_program_asks_at_its_start_if_it_may_start_processes_ahead_of_need(
+    tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch, spares: int
+) -> None:
+    """A first request finds all of it, and a process that waits at its gate."""
+    monkeypatch.setattr(bridge, "LOGIN_PROBE_SECS", 0)
+
+    async def use(pool: Pool) -> None:
+        running: Any = SimpleNamespace(config=pool.config, pool=pool)
+        await bridge.announce(running)
+        assert asked_for(log, "sonnet") == spares
+        assert [spare.kind for spare in pool.starter.spares] == [Kind()] * spares
+        turn, _ = await take_turn(pool, "hello")
+        assert turn.session.was_spare is bool(spares)
+        assert asked_for(log, "sonnet") == 1
+
+    in_pool(use, bin=str(versioned(tmp_path, ANNOUNCES)), spares=spares)
 
 
 def test_the_model_of_a_request_stays_the_one_that_the_cli_had_as_it_came(

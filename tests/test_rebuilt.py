@@ -14,12 +14,13 @@ from client import Answer, Client, Json, arrived, count, request_body, sent, tex
 from host import wait_until
 from installed import CLIS
 from judge import Refused, judge
+from processes import in_pool
 from servers import Serve, Server
 from stubs import Stub
 from test_fidelity import betas_of
 from test_logins import LOGINS, Login, log_in, login_headers
 
-from sessions import ANNOUNCES, HAS_BARE_MODE, Cli
+from sessions import ANNOUNCES, HAS_BARE_MODE, Cli, Kind, Pool
 from translate import BILLING_LINE
 
 MODEL = "claude-sonnet-5-5"
@@ -203,6 +204,31 @@ def test_a_spare_that_is_set_up_as_the_last_conversation_began_asks_what_a_fresh
     assert ahead.turns == 1
     fresh = bridges.body(bridges.start().post("SAY this", **fields), "new")
     assert pieces(alike, marks=True) == pieces(fresh, marks=True)
+
+
+@pytest.mark.parametrize("bridges", ["subscription-with-account"], indirect=True)
+def test_one_process_says_of_each_listed_model_what_a_process_that_runs_it_says(
+    bridges: Bridges,
+) -> None:
+    """So that a first request for a model need not wait, after one for another model."""
+    config = bridges.start().bridge.config
+    found: list[Json] = []
+
+    def ask(model: str) -> None:
+        async def use(pool: Pool) -> None:
+            await pool.inspector.look()
+            assert await pool.inspector.announced(model, Kind()) or not bridges.is_announced
+            found.append({name: said for (name, *_), said in pool.cli.announced.items()})
+
+        in_pool(use, bin=config.bin, keep_env=config.keep_env)
+
+    ask("sonnet")
+    models = list(found[0])
+    assert len(models) > 1 or not bridges.is_announced
+    for number, model in enumerate(models[1:], start=1):
+        ask(model)
+        assert found[number][model] == found[0][model]
+    assert bridges.bodies() == []
 
 
 def test_the_question_for_announcements_does_not_reach_an_api_of_the_users_settings(

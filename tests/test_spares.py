@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from client import Answer, prime
 from host import STANDIN, wait_until
-from processes import alive, in_pool, kill, pid, soon, take_turn
+from processes import alive, in_pool, kill, open_gate, pid, soon, take_turn
 from servers import Launch, Serve, Server, plain_cli
 from stand_in import Log
 
@@ -376,3 +376,19 @@ def test_a_spare_that_was_being_started_as_the_cli_was_replaced_is_given_to_nobo
         assert (answer, turn.session.was_spare) == ("echo: hello; 1 messages", False)
 
     in_pool(use, bin=str(program), spares=1, max_sessions=1)
+
+
+def test_no_first_spares_start_beside_a_request_that_they_would_slow_down(gate: Path) -> None:
+    async def use(pool: Pool) -> None:
+        before, _ = await take_turn(pool, "hello")
+        answering = asyncio.create_task(take_turn(pool, "PAUSE-START"))
+        await soon(lambda: pool.in_states(State.BUSY))
+        number = len(pool.starter.spares) + len(pool.starter.starting)
+        assert pool.starter.is_short
+        before.session.state_since = -1e9  # the next sweep ends it
+        await soon(lambda: before.session.state is State.RETIRED)
+        assert len(pool.starter.spares) + len(pool.starter.starting) == number
+        open_gate(gate)
+        await answering
+
+    in_pool(use, spares=9)
