@@ -9,7 +9,7 @@ What happens to a request, and in which section of which file:
                   the server       its route; failures become answers
     translate.py  requests         a body becomes a Request
                   messages         what the API or the CLI would not take as it is
-                  fingerprints     by which a process is found that holds the history
+                  fingerprints     by which the process that holds the history is found
     sessions.py   the pool         such a process
                   a fresh process  or a new one
                   a conversation   what it is asked
@@ -93,7 +93,7 @@ log = logging.getLogger("claude_cli_bridge")
 
 ENVIRONMENT_PREFIX = "CLAUDE_CLI_"
 MAX_PORT = 65_535
-# Addresses that listen on all of a machine's.
+# To listen on one of these is to listen on all addresses of the machine.
 WILDCARDS = ("0.0.0.0", "::")
 
 
@@ -150,7 +150,7 @@ class Config(sessions.PoolConfig):
     )
     max_body_bytes: int = setting(
         32 << 20,
-        "bytes of a request's body; more get 413, unread; the API's own limit",
+        "most bytes of a request's body, by default the API's limit; a larger one gets 413",
         "limits",
         least=1,
     )
@@ -168,8 +168,7 @@ class Config(sessions.PoolConfig):
     )
     idle_secs: float = setting(
         75.0,
-        "seconds after which a connection is closed that is unused, or whose client "
-        "reads nothing",
+        "seconds until a connection is closed that is not used, or whose client reads nothing",
         "limits",
         least=0.01,
     )
@@ -232,8 +231,8 @@ class Config(sessions.PoolConfig):
 
     @property
     def address(self) -> tuple[str, int]:
-        """Host and port; those of a Unix socket are nominal, and as local as it is.
-        Raises ConfigError."""
+        """Host and port.  A Unix socket counts as localhost, as only this machine can reach
+        it.  Raises ConfigError."""
         if self.unix_path:
             return "localhost", 0
         match = re.fullmatch(r"\[?([^/\[\]]+)\]?:([0-9]{1,9})", self.listen_addr)
@@ -254,7 +253,7 @@ class Config(sessions.PoolConfig):
         known = [variable(item.name) for item in dataclasses.fields(self)]
         known.append(variable("config"))
         found = [
-            f"{name} is no setting{suggestion(name, known)}"
+            f"{name} is not a setting{suggestion(name, known)}"
             for name in environ
             if name.startswith(ENVIRONMENT_PREFIX) and name not in known
         ]
@@ -262,10 +261,10 @@ class Config(sessions.PoolConfig):
             place = f"{variable('keep_env')}: {name}"
             if name not in environ:
                 found.append(f"{place} is not set{did_you_mean(name, environ)}")
-            elif environ[name] == KEY_OF_CLIENTS:
+            elif environ[name] in PLACEHOLDERS:
                 found.append(
-                    f"{place} is {KEY_OF_CLIENTS!r}, a key for clients of the bridge, "
-                    "and none of the API's"
+                    f"{place} is {environ[name]!r}, a placeholder for clients of the bridge, "
+                    "and not a key of the API"
                 )
         if self.address[0] in WILDCARDS and not self.allowed_hosts:
             found.append(
@@ -387,7 +386,7 @@ def check_bounds(item: "dataclasses.Field[Any]", value: Any) -> None:
 
 def check_mcp_config(path: str) -> None:
     """Refuse a file that the CLI would refuse at each request."""
-    fault: object = "there is none"
+    fault: object = "it does not"
     try:
         match orjson.loads(Path(path).read_bytes()):
             case {"mcpServers": dict()}:
@@ -435,7 +434,7 @@ INSTALLED = ("~/.local/bin/claude", "~/.claude/local/claude")
 
 def find_cli(given: str) -> str:
     """The path of the CLI: `given`, or claude on PATH, or in the claude-agent-sdk wheel,
-    or where an installer puts it."""
+    or where an installer puts it.  Raises ConfigError."""
     bundled = [f"{folder}/claude_agent_sdk/_bundled/claude" for folder in sys.path]
     for place in [given] if given else ["claude", *bundled, *INSTALLED]:
         if path := shutil.which(os.path.expanduser(place)):
@@ -444,7 +443,7 @@ def find_cli(given: str) -> str:
     reason = "the claude CLI was not found: install Claude Code, or `pip install"
     reason += " claude-agent-sdk`, or name the program here"
     if given:
-        reason = f"{given!r} is no executable file; arguments take a script of yours"
+        reason = f"{given!r} is not an executable file; for arguments write a script"
     raise config_error("bin", reason)
 
 
@@ -462,7 +461,10 @@ def check_interpreter(path: str) -> None:
 
 # The key that the README gives to clients that insist on one, where the bridge has none.
 KEY_OF_CLIENTS = "unused"
-# Where a login may be found that the CLI does not get.
+# Gateways want a key even where none is needed.
+KEY_OF_GATEWAYS = "claude-cli-local"
+PLACEHOLDERS = (KEY_OF_CLIENTS, KEY_OF_GATEWAYS)
+# Variables that may hold a login; the CLI gets those that `keep_env` names.
 LOGIN_VARIABLES = (
     "ANTHROPIC_API_KEY",
     "ANTHROPIC_AUTH_TOKEN",
@@ -476,9 +478,9 @@ def login_state(config: Config, info: CliInfo) -> str:
     place = f"user {user_name()} in {sessions.login_folder(os.environ)}"
     if info.login:
         return f"{info.login} ({place})"
-    found = f"nobody is logged in: no login of {place}"
+    found = f"nobody is logged in: found no login of {place}"
     # What is set for clients of the bridge, or for another address, is no login.
-    no_logins = ("", KEY_OF_CLIENTS, config.api_key)
+    no_logins = ("", *PLACEHOLDERS, config.api_key)
     unpassed = os.environ.keys() - set(config.keep_env)
     for name in LOGIN_VARIABLES:
         is_unpassed = name in unpassed and "ANTHROPIC_BASE_URL" not in unpassed
@@ -517,7 +519,7 @@ class Reply:
     """A whole answer: its body, content type, status and other headers."""
 
     body: bytes
-    kind: str = "application/json"
+    content_type: str = "application/json"
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
 
@@ -536,7 +538,7 @@ class Exchange:
     route: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
-    # Written by `check_access`: its client has passed the checks.
+    # Written by `check_access`: its client has passed all checks, that of the key among them.
     is_allowed: bool = False
     # Set by `Connection.refuse`: the connection closes after this answer.
     last: bool = False
@@ -551,7 +553,7 @@ class Exchange:
     # Why it failed, or why its conversation was rebuilt, for the log.
     message: str = ""
     # Monotonic time at which the CLI began to answer.
-    first_byte: float = 0
+    first_byte_at: float = 0
     # The methods of the route, for 405.
     allow: str = ""
     # The turn that answers it.
@@ -576,6 +578,11 @@ class Exchange:
         for known, given in values.items():
             self.headers[known] = ", ".join(filter(None, given))
 
+    @property
+    def is_preflight(self) -> bool:
+        """Whether a browser asks, without the key, what a page may send (Fetch Standard)."""
+        return self.method == "OPTIONS" and "origin" in self.headers
+
     def header(self, name: str) -> str:
         """The value of a header; `name` in lower case.  Empty: there is none."""
         return self.headers.get(name, "")
@@ -588,7 +595,7 @@ class Exchange:
         status = reply.status
         own = {
             "date": email.utils.formatdate(usegmt=True),
-            "content-type": reply.kind,
+            "content-type": reply.content_type,
         }
         headers = own | self.connection.bridge.headers(self) | reply.headers
         reason = http.client.responses.get(status, "Overloaded")  # 529
@@ -614,8 +621,8 @@ class Exchange:
         self.connection.write(h11.Data(data=frames))
 
     async def ping(self) -> None:
-        """Send a ping every PING_SECS, until it is cancelled; as in the API's own streams,
-        also between other events."""
+        """Send a ping every PING_SECS until it is cancelled, also between other events, as
+        the API does."""
         while True:
             await asyncio.sleep(PING_SECS)
             self.stream(translate.PING)
@@ -635,8 +642,8 @@ class Exchange:
         after = error.retry_after or 0
         if error.resets_at:
             after = max(1, round(error.resets_at - time.time()))
-        # SDKs wait for any retry-after: a limit that resets in an hour is the user's to
-        # see.
+        # SDKs sleep for as long as retry-after says; of more than a minute the user should
+        # hear at once.
         can_retry = error.can_retry and after <= 60
         headers = {
             "retry-after": str(after or ""),
@@ -670,11 +677,9 @@ def check_access(exchange: Exchange, config: Config) -> None:
         return
     check_host(exchange, config)
     check_origin(exchange, config)
-    # Browsers send a preflight without the key.
-    is_preflight = exchange.method == "OPTIONS" and exchange.header("origin")
-    if config.api_key and (has_body or not is_preflight):
+    if config.api_key and (has_body or not exchange.is_preflight):
         check_key(exchange, config.api_key)
-    exchange.is_allowed = not is_preflight
+    exchange.is_allowed = not exchange.is_preflight
 
 
 def check_host(exchange: Exchange, config: Config) -> None:
@@ -699,13 +704,13 @@ def check_host(exchange: Exchange, config: Config) -> None:
 def check_origin(exchange: Exchange, config: Config) -> None:
     """No web page may talk to this port unless its origin is allowed (RFC 6454).
 
-    Images, scripts and frames of a page send no Origin, but say that they come from
+    Images, scripts, frames and links of a page send no Origin, but say that they come from
     another site (Fetch Metadata, Sec-Fetch-Site).
     """
     origin = exchange.headers.get("origin")
     site = exchange.header("sec-fetch-site")
-    is_embedded = origin is None and site in ("cross-site", "same-site")
-    if is_embedded or origin == "null":  # that of any page in a sandbox
+    is_from_elsewhere = origin is None and site in ("cross-site", "same-site")
+    if is_from_elsewhere or origin == "null":  # that of any page in a sandbox
         raise ApiError(
             403, "pages of other sites, or of no origin, may not use this bridge"
         )
@@ -826,7 +831,7 @@ class Connection:
                 report(exchange)
             raise
         except h11.RemoteProtocolError as fault:
-            # What follows quotes the line, which the log must not hold.
+            # After the colon h11 quotes the line, which the log must not hold.
             reason = str(fault).partition(":")[0]
             message = f"The request is not valid HTTP: {reason}"
             if self.http.trailing_data[0].startswith(TLS_HELLO):
@@ -927,8 +932,8 @@ class Connection:
                 pass
 
     async def wait_for_disconnect(self) -> None:
-        """Return when the client closes its side.  One that would still read counts as
-        gone too: until a write fails, it looks the same.  Meanwhile keep what is sent ahead
+        """Return when the client closes its side.  One that would still read counts as gone
+        too: until a write fails, nothing tells them apart.  Meanwhile keep what is sent ahead
         for the next request."""
         while len(self.http.trailing_data[0]) < READ_SIZE:
             data = await self.reader.read(READ_SIZE)
@@ -1007,13 +1012,13 @@ class Bridge:
         served = sum(not item.is_surplus for item in self.connections.values())
         is_surplus = served >= self.config.max_connections
         connection = Connection(self, reader, writer, is_surplus)
-        task = asyncio.get_running_loop().create_task(connection.serve())
+        task = asyncio.create_task(connection.serve())
         self.connections[task] = connection
         task.add_done_callback(self.connections.pop)
 
     async def close(self) -> None:
-        """End all connections: idle ones now, running answers when they are done or
-        after `drain_secs`."""
+        """End all connections: those without a running answer now, the others when it is
+        done or after `drain_secs`."""
         self.closing = True
         new = [
             task
@@ -1149,7 +1154,7 @@ class Bridge:
                 f"(LiteLLM can translate); the base URL is {self.url}",
             )
         methods, handler = ROUTES[exchange.route]
-        if exchange.method == "OPTIONS" and exchange.header("origin"):
+        if exchange.is_preflight:
             allowed = {
                 "access-control-allow-methods": methods,
                 # All but this one, which must be named (Fetch Standard, 3.3.3).
@@ -1175,7 +1180,7 @@ class Bridge:
             ping = request.stream and asyncio.create_task(exchange.ping())
             try:
                 async for frames in turn.relay():
-                    exchange.first_byte = exchange.first_byte or time.monotonic()
+                    exchange.first_byte_at = exchange.first_byte_at or time.monotonic()
                     if ping and turn.translator.done:
                         ping.cancel()  # nothing comes after message_stop
                     if frames:
@@ -1204,8 +1209,8 @@ class Bridge:
                 agent=bool(self.config.tools),
             ),
         )
-        asking = exchange.header("x-claude-code-session-id")
-        if self.pool.is_own_process(f"{asking} {request.user_id}"):
+        cli_session = exchange.header("x-claude-code-session-id")
+        if self.pool.is_own_process(f"{cli_session} {request.user_id}"):
             raise ApiError(
                 400,
                 "this request comes from the claude CLI that this bridge runs: "
@@ -1224,7 +1229,7 @@ class Bridge:
 REPLACED_HEADERS = {
     "anthropic-user-profile-id": "",
     "anthropic-workspace-id": "",
-    "anthropic-version": "2023-06-01",  # all versions that were tested
+    "anthropic-version": "2023-06-01",  # from each CLI that was tested
 }
 
 
@@ -1257,14 +1262,14 @@ class Health:
     # What was wrong when it was asked last, and the monotonic time until which that is kept.
     last: str = ""
     good_until: float = 0
-    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def problem(self, bridge: Bridge) -> str:
         """Empty: there is none."""
         pool, config = bridge.pool, bridge.config
         if not pool.has_room:  # asking takes a process itself
             return f"all {config.max_sessions} processes are busy"
-        async with self.asking:
+        async with self.lock:
             if time.monotonic() < self.good_until:
                 return self.last
             problem = ""
@@ -1296,7 +1301,7 @@ async def metrics(bridge: Bridge, exchange: Exchange) -> Reply:
     metrics = bridge.pool.metrics
     metrics.set("connections", len(bridge.connections))
     metrics.set("log_lines_lost_total", LogWriter.lost)
-    metrics.observe(bridge.pool)
+    metrics.set_gauges(bridge.pool)
     return Reply(metrics.text().encode(), METRICS_TYPE)
 
 
@@ -1397,10 +1402,10 @@ def report(exchange: Exchange) -> None:
     if exchange.failure:
         metrics.add("errors_total", type=exchange.failure)
     if "first_byte_secs" in row:
-        metrics.time("first_byte_seconds", row["first_byte_secs"])
+        metrics.observe("first_byte_seconds", row["first_byte_secs"])
     if turn:
         metrics.add("turns_total", conversation=turn.origin, reason=turn.reason)
-        metrics.time("turn_seconds", row["secs"])
+        metrics.observe("turn_seconds", row["secs"])
     for kind in row.keys() & translate.TOKENS:
         metrics.add("tokens_total", row[kind], kind=kind.removesuffix("_tokens"))
 
@@ -1428,16 +1433,16 @@ def log_row(exchange: Exchange) -> Json:
         "error": exchange.failure or None,
         "reason": exchange.message or None,
     }
-    if exchange.first_byte:
-        row["first_byte_secs"] = round(exchange.first_byte - exchange.began, 3)
+    if exchange.first_byte_at:
+        row["first_byte_secs"] = round(exchange.first_byte_at - exchange.began, 3)
     row["secs"] = round(time.monotonic() - exchange.began, 3)
     row |= {kind: used.get(kind) for kind in translate.TOKENS}
     return translate.without_nulls(row)
 
 
 def quoted(value: object) -> str:
-    """A value of the log: as it is if it is one word, else as JSON, in ASCII, so that no
-    terminal is told anything."""
+    """A value of the log: as it is if it is one word, else as JSON, in ASCII, so that
+    it holds no escape sequences of a terminal."""
     text = str(value)
     is_word = escaped(text) == text and " " not in text
     return text if is_word else json.dumps(text)
@@ -1446,6 +1451,11 @@ def quoted(value: object) -> str:
 def escaped(text: str) -> str:
     """A text in ASCII, with the escapes of JSON."""
     return json.dumps(text)[1:-1]
+
+
+def shown(text: str) -> str:
+    """A text for the page: escaped, unless it is plain ASCII, as a line of the log is."""
+    return text if text.isascii() and text.isprintable() else escaped(text)
 
 
 # ------------------------------------------------------------ serve
@@ -1611,7 +1621,7 @@ class JsonFormatter(logging.Formatter):
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
             "level": record.levelname,
         }
-        # A path can hold bytes that are not UTF-8.
+        # A file's path can hold bytes that are not UTF-8.
         message = translate.masked(record.getMessage())
         row |= getattr(record, "row", None) or {"message": message}
         return json.dumps(row, separators=(",", ":"))
@@ -1621,7 +1631,7 @@ class JsonFormatter(logging.Formatter):
 # make the question needless.
 LOGIN_PROBE_SECS = 2.0
 NO_VERSION = "unknown: `--version` prints none, so it may not be Claude Code"
-# Tools of the CLI that people name.
+# Tools of the CLI, to suggest one for a misspelt name.
 TOOLS = (
     "Agent",
     "Bash",
@@ -1703,6 +1713,8 @@ def inherited_socket() -> socket.socket | None:
     the bridge restarts."""
     if os.environ.pop("LISTEN_PID", "") != str(os.getpid()):
         return None
+    if os.environ.get("LISTEN_FDS") != "1":
+        raise ConfigError("LISTEN_FDS: expected one socket")
     try:
         os.set_inheritable(3, False)
         return socket.socket(fileno=3)
@@ -1722,7 +1734,7 @@ async def run(config: Config) -> None:
             bridge.cancel_answers()
         stopping.set()
 
-    # Before there is anything that it would leave behind.
+    # First of all: a signal without a handler would leave processes behind.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
             asyncio.get_running_loop().add_signal_handler(number, signalled)
@@ -1845,15 +1857,15 @@ WANTED_FILES = 65_536
 
 
 def reset_inherited_state() -> None:
-    """Undo what a launcher may have set for its children: blocked or ignored signals,
-    without which no child is waited for, and a low limit of open files."""
-    sessions.watch_without_threads()
+    """Undo what a launcher may have set for its children: blocked signals, an ignored
+    SIGCHLD, with which the end of a child is not noticed, and a low limit of open files."""
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, WANTED_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        with contextlib.suppress(ValueError):  # macOS may have a lower one for all
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 # mallopt(3): M_MMAP_THRESHOLD, and the bytes of a block that is large.
@@ -1904,6 +1916,7 @@ def read_flags(words: list[str], flags: dict[str, str]) -> None:
 
 def execute(flags: Mapping[str, str]) -> None:
     """Do what a command line asks for.  Raises ConfigError."""
+    sessions.watch_without_threads()
     config = Config.read(os.environ, flags)
     command = flags.get("command")
     path = flags.get("config", os.environ.get(variable("config"), ""))
@@ -1912,7 +1925,10 @@ def execute(flags: Mapping[str, str]) -> None:
         sys.exit(0 if asyncio.run(check(config)) else 1)
     if command == "login":
         program = find_cli(config.bin)
-        os.execv(program, [program, "auth", "login"])
+        try:
+            os.execv(program, [program, "auth", "login"])
+        except OSError as error:  # such as a script without #!
+            raise config_error("bin", f"{program!r} cannot be run: {error}") from None
     providers = read_providers(path, config) if path else []
     if command == "providers":
         if not path:
@@ -1998,7 +2014,12 @@ def page_text(bridge: Bridge) -> str:
             for item in pool.in_states(*sessions.State)
         ],
         "Quota of the account": [
-            (name, f"{limit.status}, used: {limit.utilization}")
+            (
+                name,
+                f"{limit.status}, used: {limit.utilization}".replace(
+                    "None", "not known"
+                ),
+            )
             for name, limit in cli.rate_limits.items()
         ],
     }
@@ -2007,7 +2028,7 @@ def page_text(bridge: Bridge) -> str:
     for title, rows in sections.items():
         parts.append(f"\n{title}\n")
         for name, value in rows or [("none", "")]:
-            parts.append(f"  {escaped(name):36} {escaped(value)}\n")
+            parts.append(f"  {shown(name):36} {shown(value)}\n")
     return "".join(parts)
 
 
@@ -2020,8 +2041,6 @@ NO_PROVIDERS = (
     "are flags, or variables of the environment"
 )
 INTERFACE = "claude-cli"
-# Gateways want a key even where none is needed.
-PLACEHOLDER_KEY = "claude-cli-local"
 
 
 def read_providers(path: str, config: Config) -> list[Json]:
@@ -2051,7 +2070,7 @@ def read_providers(path: str, config: Config) -> list[Json]:
 
 
 def read_document(path: Path) -> Json:
-    """Raises OSError, or ValueError."""
+    """The content of a file.  Raises OSError, or ValueError."""
     data = path.read_bytes()
     kind = path.suffix.lower()
     document: Any
@@ -2088,12 +2107,13 @@ def is_claude_cli(entry: Json) -> bool:
 
 
 def complete_entry(entry: Json, config: Config) -> Json:
+    """A provider with what it leaves out; what it has stays."""
     given = translate.without_nulls(entry)
     completed = {
         "base_url": config.base_url,
         "name": given.get("model", translate.MODEL_PREFIX + "*"),
         "provider_interface": INTERFACE,
-        "access_key": PLACEHOLDER_KEY,
+        "access_key": KEY_OF_GATEWAYS,
     }
     if config.api_key:
         completed["access_key"] = f"${variable('api_key')}"
@@ -2106,7 +2126,7 @@ def complete_entry(entry: Json, config: Config) -> Json:
 
 # ------------------------------------------------------------ appendix: check
 
-# Seconds for each half of `check`; 2 were measured.
+# Seconds for the rehearsal of `check`, and for what comes before it; 2 were measured.
 REHEARSAL_SECS = 30.0
 # What the rehearsal looks at, and what does not work without it.
 FEATURES = {
@@ -2180,9 +2200,12 @@ class FakeApi(Bridge):
             self.found["tools"] = "violet" in messages
             exchange.stream(BEGIN)
             try:
-                await asyncio.Event().wait()  # it never returns: its client leaves
+                await (
+                    asyncio.Event().wait()
+                )  # until its client leaves, which cancels it
             finally:
                 self.left.set()
+        # `str` has each text in quotes.
         words = re.findall("'(red|green|blue)'", messages)
         self.found["history"] = words == ["red", "green", "blue"]
         has_system = "white" in str(asked.get("system"))

@@ -134,7 +134,8 @@ LOCK_SECS = 10.0
 # Requests of this many bytes or more are read and written in a thread: a megabyte takes
 # 10 to 100 ms.
 THREAD_SIZE = 64 << 10
-# Requests of this many bytes or more are read and written one at a time.
+# Requests of this many bytes or more have a thread of their own, so that smaller ones need
+# not wait for them.
 LARGE_SIZE = 1 << 20
 # Iterations of the event loop until all that is in a pipe has been handled: one polls the
 # pipe, one reads it, one handles what was read, and two more handle its end (asyncio's
@@ -242,7 +243,7 @@ class PoolConfig:
     )
     queue_secs: float = setting(
         30.0,
-        "seconds that a request waits for room before it gets 529",
+        "seconds that a request waits, for its session or for room, before it gets 529",
     )
     max_queue: int = setting(
         1000,
@@ -250,7 +251,7 @@ class PoolConfig:
     )
     retries: int = setting(
         0,
-        "how often the CLI itself retries a failed API call; clients retry by themselves",
+        "how many times the CLI itself retries a failed API call; clients retry as well",
     )
     tools: str = setting(
         "",
@@ -348,11 +349,11 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
         over["env"] |= UNREACHABLE
     else:
         argv += ["--no-session-persistence"]
+    chosen = orjson.dumps(over).decode()
     if kind.bare and config.setting_sources and os.path.isfile(settings):
         # Otherwise the bare mode reads no apiKeyHelper (the CLI's help on --bare).
-        argv += ["--settings", settings]
-    else:
-        argv += ["--settings", orjson.dumps(over).decode()]
+        chosen = settings
+    argv += ["--settings", chosen]
     # The CLI refuses the flag beside an administrator's list, which excludes others.
     if not any(os.path.exists(f"{folder}/managed-mcp.json") for folder in MANAGED):
         argv += ["--strict-mcp-config"]
@@ -382,7 +383,8 @@ def mcp_permissions(path: str) -> list[str]:
 # Where a login is, and where its tokens are if they are elsewhere.
 LOGIN_FOLDERS = ("CLAUDE_CONFIG_DIR", "CLAUDE_SECURESTORAGE_CONFIG_DIR")
 # The beginnings of the names of variables that every process gets.  None of them changes
-# what the CLI asks of the model, and one that only a new version reads stays out.
+# what the CLI asks of the model.  It is a list of what is allowed, so that no variable that
+# only a new version reads is passed on.
 ALLOWED = (
     *LOGIN_FOLDERS,
     # What a user sets so that the CLI sends no reports.
@@ -503,14 +505,14 @@ CHILD_DEFAULTS = {
     "ENABLE_TOOL_SEARCH": "false",
 }
 # Logins that the CLI also finds in its bare mode, by the variable that holds them or
-# asks for them; some values say that it asks for none.
+# asks for them, unless its value means no.
 BARE_LOGINS = (
     "ANTHROPIC_API_KEY",
     "CLAUDE_CODE_USE_BEDROCK",
     "CLAUDE_CODE_USE_FOUNDRY",
     "CLAUDE_CODE_USE_VERTEX",
 )
-NO_LOGINS = ("", "0", "false", "no", "off")
+FALSE_VALUES = ("", "0", "false", "no", "off")
 # In model mode only.
 MODEL_MODE = {
     # A client's tool named Bash or Agent must not bring Claude Code's own words about
@@ -563,13 +565,12 @@ def child_environment(
         is_of_shell = has_users_shell and not name.startswith(SCRUBBED)
         # Never the bridge's own, such as its key.
         is_wanted = name in config.keep_env and not name.startswith("CLAUDE_CLI_")
-        if is_allowed or is_of_shell or is_wanted:
-            child[name] = value
         if name in LOGIN_FOLDERS:
-            # To the CLI an empty one is a folder.
-            del child[name]
-            if value:  # children have another working directory
+            # To the CLI an empty one is a folder; children have another working directory.
+            if value:
                 child[name] = os.path.abspath(os.path.expanduser(value))
+        elif is_allowed or is_of_shell or is_wanted:
+            child[name] = value
     if not has_users_shell:
         # The CLI would log the results of tools that fail in this folder.
         child["XDG_CACHE_HOME"] = os.devnull
@@ -594,8 +595,7 @@ def token_folder(environment: Mapping[str, str]) -> str:
 
 def settings_file(environment: Mapping[str, str]) -> str:
     """The user's own settings of the CLI."""
-    folder = login_folder(environment)
-    return f"{folder}/settings.json"
+    return f"{login_folder(environment)}/settings.json"
 
 
 def session_id(token: str) -> str:
@@ -835,8 +835,8 @@ class Child(asyncio.SubprocessProtocol):
         return ApiError(502, message, log_reason=reason)
 
     async def end(self, until_it_may: Callable[[], Awaitable[None]]) -> None:
-        """End it and its group, and wait until it is reaped.  Each step waits until it may
-        be ended (`Inspector.wait_for_renewal`)."""
+        """End it and its group, and wait until it is reaped.  Before each step
+        `until_it_may` is awaited (`Inspector.wait_for_renewal`)."""
         for number, seconds in ENDING:
             if self.exited.done():
                 break
@@ -858,9 +858,10 @@ class Child(asyncio.SubprocessProtocol):
 # gets another request than the client's.
 OLDEST = "2.1.197"
 NEWEST_TESTED = "2.1.332"
-# The CLI announces things to the model (`translate.ANNOUNCEMENTS`) from a version between
-# 2.1.267 and .285 on, and from one between .286 and .300 on not in its bare mode.
+# The first version that may announce things to the model (`translate.ANNOUNCEMENTS`); one
+# up to 2.1.285 was the first to do so.
 ANNOUNCES = "2.1.267"
+# From here on, and from no version before 2.1.286, it announces nothing in its bare mode.
 HAS_BARE_MODE = "2.1.300"
 # From here on it keeps a text that follows a tool call in its place.
 KEEPS_ORDER = "2.1.266"
@@ -885,7 +886,7 @@ class Cli:
     rate_limits: dict[str, RateLimit] = field(default_factory=dict)
     # Answers of `count_tokens`.
     counts: OrderedDict[str, int] = field(default_factory=OrderedDict)
-    # By `key`, what it announces to a model (`Inspector.announced`).
+    # By `announcement_key`, what it announces to a model (`Inspector.announced`).
     announced: OrderedDict[Any, list[Json]] = field(default_factory=OrderedDict)
 
     def take_in(self, info: CliInfo) -> None:
@@ -894,7 +895,7 @@ class Cli:
         models = self.info.models or info.models
         self.info = dataclasses.replace(info, models=models)
 
-    def key(self, model: str) -> tuple[str, str, str]:
+    def announcement_key(self, model: str) -> tuple[str, str, str]:
         """What its announcements depend on: the model, the account and the day."""
         account = translate.digest(self.info.account)
         return self.info.full_name(model), account, time.strftime("%Y-%m-%d")
@@ -1224,8 +1225,8 @@ class Process(Child):
         self.write(translate.control_line("interrupt"))
 
     async def stop(self, until_it_may: Callable[[], Awaitable[None]]) -> None:
-        """As `end`.  One that waits for a tool result is killed: 2.1.330 calls the API
-        once more when its stdin closes."""
+        """As `end`.  One that waits for a tool result is killed at once: 2.1.330 calls the
+        API once more when its stdin closes.  It renews no login meanwhile."""
         if self._calls or self.expected_calls:
             self.kill(signal.SIGKILL)
         await self.end(until_it_may)
@@ -1282,7 +1283,7 @@ class Session:
     # The full name of the model that it was asked for; empty: unknown.
     model: str = ""
     # Digest of the settings that it was given last.
-    settings: str = ""
+    settings_digest: str = ""
     # Answers that it has given.
     turns: int = 0
     # The UUID of the user line that started its last turn.
@@ -1352,10 +1353,10 @@ class Session:
         self.turn_id = turn_id
         has_tools = bool(self.process.tools)
         settings = translate.turn_environment(request, has_listed_tools=has_tools)
-        before, self.settings = self.settings, translate.digest(settings)
+        before, self.settings_digest = self.settings_digest, translate.digest(settings)
         if not before:  # later an empty value takes back that of the last request
             settings = {name: value for name, value in settings.items() if value}
-        if before != self.settings:
+        if before != self.settings_digest:
             change = {"env": settings}
             line = translate.control_line("apply_flag_settings", settings=change)
             lines = [line, *lines]
@@ -1554,7 +1555,7 @@ class Queue:
         finally:
             self.length -= 1
             if is_timed:
-                self._metrics.time("queue_seconds", time.monotonic() - began)
+                self._metrics.observe("queue_seconds", time.monotonic() - began)
 
     @contextlib.asynccontextmanager
     async def held(
@@ -1657,7 +1658,7 @@ class Pool:
         self.starter = Starter(self)
         self.inspector = Inspector(self)
         self._outcomes = Outcomes()
-        # At most so many requests have their tokens counted at a time.
+        # At most this many requests have their tokens counted at a time.
         self.counting = asyncio.Semaphore(CORES)
         # A lock for each session header in use: its requests run one after another.
         self._pins: weakref.WeakValueDictionary[str, asyncio.Lock] = (
@@ -1841,6 +1842,7 @@ class Pool:
         reason = process.end_turn(translator.result, translator.calls)
         if not turn.rests:
             reason = "half" if turn.request.continues else translator.stop_reason
+            # It comes from the API, and becomes the label of a metric.
             if not re.fullmatch("[A-Za-z_]+", reason):
                 reason = "other"
         elif process.is_unusable:
@@ -1867,9 +1869,6 @@ class Pool:
         self._outcomes.record(session, "pinned")
         is_parked = bool(session.process.expected_calls)
         session.move(State.PARKED if is_parked else State.IDLE)
-        idle = self.in_states(State.IDLE)
-        for extra in idle[: max(0, len(idle) - self.config.max_idle)]:
-            self.retire(extra, "evicted")
         self.make_room()
 
     def cut_short(self, session: Session) -> None:
@@ -1879,8 +1878,11 @@ class Pool:
         self.retire(session, "failed" if process.is_unusable else "interrupted")
 
     def make_room(self) -> None:
-        """End as many resting processes as there are requests that wait for nothing
-        else."""
+        """End idle processes beyond `max_idle`, and as many resting ones as there are
+        requests that wait for nothing else."""
+        idle = self.in_states(State.IDLE)
+        for session in idle[: max(0, len(idle) - self.config.max_idle)]:
+            self.retire(session, "evicted")
         resting = self.in_states(*RESTING)
         for session in resting[: max(0, self.room.shortfall)]:
             self.retire(session, "evicted")
@@ -2037,10 +2039,11 @@ class Starter:
         `like` it."""
         self._kinds.append(kind)
         if self._pool.inspector.announcing.locked():
-            return  # a request that waits has a spare of its own; it will call this
+            return  # a request waits, and has a spare of its own; it will call this
         missing = list(self._kinds)
-        for preparing in self.starting.values():
-            if preparing in missing:
+        for task, preparing in self.starting.items():
+            # One that is done is among the spares.
+            if preparing in missing and not task.done():
                 missing.remove(preparing)
         for spare in self.spares:
             is_calm = spare.state_secs >= CALM_SECS
@@ -2109,10 +2112,9 @@ class Inspector:
             files = tuple(map(identify_file, paths))
             if files != self.cli.files:
                 ask = partial(ask_version, program, environment)
+                # In a thread, as it blocks.
                 version = await self._pool.threads.run(THREAD_SIZE, ask)
                 self._replace_cli(files, version)
-                for spare in self._pool.starter.spares:
-                    self._pool.retire(spare, "unwanted")
         if self.cli.problem:
             raise cli_error(self.cli.problem)
         return self.cli
@@ -2165,27 +2167,28 @@ class Inspector:
         cli = self.cli
         if kind.agent or kind.bare or not cli.is_at_least(ANNOUNCES):
             return []
-        if cli.key(model) in cli.announced:
-            return cli.announced[cli.key(model)]
+        if cli.announcement_key(model) in cli.announced:
+            return cli.announced[cli.announcement_key(model)]
         starter = self._pool.starter
-        if not (cli.info.is_known or starter.spares or starter.starting):
+        has_begun = cli.info.is_known or starter.spares or starter.starting
+        if self.may_run_any and not has_begun:
             # What will answer starts meanwhile; most likely the CLI lists its model.
             starter.start_spare(dataclasses.replace(kind, model=""))
         async with self._pool.queue.held(self.announcing, NO_START):
             # Unless another request has asked meanwhile.
-            if cli.key(model) not in cli.announced:
+            if cli.announcement_key(model) not in cli.announced:
                 async with self._asked(Kind(model, is_kept=True)) as process:
                     with contextlib.suppress(ApiError, TimeoutError):
                         async with asyncio.timeout(COUNT_SECS):
                             await self._ask_announcements(process, model)
-            return cli.announced.get(cli.key(model), [])
+            return cli.announced.get(cli.announcement_key(model), [])
 
     async def _ask_announcements(self, process: Process, model: str) -> None:
         """Ask what is announced to the model of a process, and then to all others that the
         CLI lists.  Raises ApiError."""
         cli = process.cli
         for name in [model, *[item.name for item in cli.info.models]]:
-            if cli.key(name) in cli.announced:
+            if cli.announcement_key(name) in cli.announced:
                 continue
             is_first = name == model
             if not is_first:
@@ -2196,22 +2199,25 @@ class Inspector:
             process.write(line)
             await process.read_until(lambda event: event["type"] == "result")
             found = translate.announcements(process.kept_rows())
-            cache_put(cli.announced, cli.key(name), found)
+            cache_put(cli.announced, cli.announcement_key(name), found)
 
     def kind(self, request: Request) -> Kind:
         """The kind of process that a request needs: until the CLI has listed its models,
-        or where it may keep to models that the user has named, one that is started for
-        the model."""
+        or where it may keep to others, one that is started for the model."""
+        is_listed = self.cli.info.takes_from_conversation(request.model)
+        takes_it = is_listed and self.may_run_any
+        is_bare = not request.is_agent and self.is_bare()
+        return Kind("" if takes_it else request.model, request.is_agent, is_bare)
+
+    @property
+    def may_run_any(self) -> bool:
+        """Whether one process may run any model that the CLI lists: not with a cloud's login,
+        nor where the user or an administrator may have named models."""
         has_settings = self._pool.config.setting_sources or any(
             map(os.path.isdir, MANAGED)
         )
-        may_keep = has_settings or any(
-            name.startswith(MODEL_VARIABLES) for name in self.environment
-        )
-        is_listed = self.cli.info.takes_from_conversation(request.model)
-        takes_it = is_listed and not may_keep
-        is_bare = not request.is_agent and self.is_bare()
-        return Kind("" if takes_it else request.model, request.is_agent, is_bare)
+        has_names = any(name.startswith(MODEL_VARIABLES) for name in self.environment)
+        return not (self.cli.info.is_cloud or has_settings or has_names)
 
     def needs(self, request: Request) -> tuple[Kind, str]:
         """The kind, and the full name of the model as far as it is known.  Both are of one
@@ -2222,10 +2228,10 @@ class Inspector:
         """Whether the CLI finds its login in its bare mode."""
         info = self.cli.info
         given = [self.environment.get(name, "") for name in BARE_LOGINS]
-        has_login = any(value.lower() not in NO_LOGINS for value in given)
+        has_login = any(value.lower() not in FALSE_VALUES for value in given)
         if self._pool.config.setting_sources:
             # One in the user's settings, as the CLI reported.
-            has_login = has_login or info.has_api_key or info.is_cloud
+            has_login |= info.has_api_key or info.is_cloud
         return has_login and self.cli.is_at_least(HAS_BARE_MODE)
 
     def record_version(self, turn: Turn) -> None:
@@ -2237,11 +2243,14 @@ class Inspector:
             self._replace_cli(self.cli.files, version)
 
     def _replace_cli(self, files: tuple[object, ...], version: str) -> None:
-        # Processes of the one before still report limits; they may be another account's.
+        # Those of the Cli before, whose processes still report them; but after a change of
+        # login they may be another account's.
         limits = self.cli.rate_limits
         if files[1:] != self.cli.files[1:]:
             limits.clear()
         self.cli = Cli(self._pool.config.bin, files, version, rate_limits=limits)
+        for spare in self._pool.starter.spares:
+            self._pool.retire(spare, "unwanted")
 
 
 # ------------------------------------------------------------ the sweep
@@ -2253,8 +2262,9 @@ async def sweep(pool: Pool) -> None:
     while True:
         try:
             await asyncio.sleep(SWEEP_SECS)
+            is_wanted = pool.starter.is_short and pool.inspector.may_run_any
             is_answering = pool.in_states(State.BUSY)
-            if pool.cli.info.is_known and pool.starter.is_short and not is_answering:
+            if pool.cli.info.is_known and is_wanted and not is_answering:
                 pool.starter.refill(Kind(bare=pool.inspector.is_bare()))
             # If the bridge was stopped, what came in that time is still in the pipes.
             await read_pipes()
@@ -2386,7 +2396,7 @@ class Metrics:
         # By name, then by the rest of the name and the labels.
         self._samples: defaultdict[str, dict[str, float]] = defaultdict(dict)
         for name in METRICS["histogram"]:
-            self.time(name, 0, count=0)
+            self.observe(name, 0, count=0)
         for name in (
             "processes_started_total",
             "process_restarts_total",
@@ -2395,25 +2405,27 @@ class Metrics:
             self.add(name, 0)
 
     def add(
-        self, name: str, amount: float = 1, part: str = "", **labels: object
+        self, name: str, amount: float = 1, suffix: str = "", **labels: object
     ) -> None:
         samples = self._samples[name]
-        key = part + labelled(labels)
+        key = suffix + labelled(labels)
         samples[key] = samples.get(key, 0) + amount
 
     def set(self, name: str, value: float | None, **labels: object) -> None:
         if value is not None:  # it is known
             self._samples[name][labelled(labels)] = value
 
-    def time(self, name: str, seconds: float, count: int = 1) -> None:
+    def observe(self, name: str, seconds: float, count: int = 1) -> None:
         for bound in (*BUCKETS, "+Inf"):
             is_within = seconds <= float(bound)
             self.add(name, count if is_within else 0, "_bucket", le=bound)
         self.add(name, seconds, "_sum")
         self.add(name, count, "_count")
 
-    def observe(self, pool: Pool) -> None:
-        """Set the gauges of a pool."""
+    def set_gauges(self, pool: Pool) -> None:
+        """Set the gauges of a pool.  Those of limits may be of another account than before."""
+        for name in ("quota_utilization_ratio", "quota_resets_at_seconds"):
+            self._samples[name].clear()
         for name, limit in pool.cli.rate_limits.items():
             self.set("quota_utilization_ratio", limit.utilization, limit=name)
             self.set("quota_resets_at_seconds", limit.resets_at, limit=name)

@@ -56,7 +56,7 @@ ERROR_TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
-# A status for each of them; of two with one type, the later one.
+# The HTTP status of each error.type; of two with one type, the later one.
 STATUS_OF_TYPE = {error_type: status for status, error_type in ERROR_TYPES.items()}
 # A key or token, even with line breaks that were pasted into it; a long word after it may
 # be hidden too.
@@ -82,8 +82,8 @@ class ApiError(Exception):
     resets_at: float | None = None
     # The API gave it, not the CLI or the bridge.
     is_from_api: bool = False
-    # What is logged in place of a message that can quote a prompt, as it has words of a
-    # client, the API or the CLI; "": nothing.  None: the message is logged.
+    # What is logged in place of the message; None: the message.  Set where the message
+    # repeats words of a client, the API or the CLI, which can quote a prompt.
     log_reason: str | None = None
 
     def __post_init__(self) -> None:
@@ -148,7 +148,7 @@ STATUS_OF_TEXT = {
     "Unable to send image": 400,
     "API Error: Overloaded": 529,
     "API Error: Both output_format and output_config": 400,
-    # The API's side: nothing answered, or no API did.
+    # The API's side: no answer, or none of the API's.
     "API Error": 500,
 }
 
@@ -161,9 +161,9 @@ def result_error(
     The CLI writes `subtype: success` on failures as well, so only `is_error`,
     `api_error_status` and the text count (recordings error_401, error_429, error_529,
     not_logged_in): the status is the API's, or follows from `terminal_reason`, error.type
-    or the text.  `synthetic` is the `assistant` event before it that the CLI made up: it
-    says that there is no login that works, and in it 2.1.330 keeps the API's error.type
-    and error_code.  `resets_at` is that of a rate limit.
+    or the text.  `synthetic` is the `assistant` event before it that the CLI made up, if
+    there is one: it says so if no login works, and 2.1.330 keeps the API's error.type and
+    error_code in it.  `resets_at` is the epoch second at which a rate limit is reset.
     """
     errors = "; ".join(map(str, as_list(result.get("errors"))))
     usual = "the claude CLI ended the turn with an error"
@@ -292,11 +292,11 @@ MAX_VALUES = 100_000
 PIECE = re.compile(rb"(?:[^\\]{1,1000}+|\\.?){1,1000}+", re.DOTALL)
 
 
-def has_more_values(body: bytes) -> bool:
+def has_too_many_values(body: bytes) -> bool:
     """Whether a JSON text holds more than about MAX_VALUES values."""
     if len(body) <= MAX_VALUES:
         return False
-    # There is about one mark for each value.
+    # A comma or an opening bracket comes before each value but the first, or begins it.
     marks = 0
     is_in_string = False
     for match in PIECE.finditer(body):
@@ -328,7 +328,7 @@ def is_deeper(value: Any, levels: int) -> bool:
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,255}")
 MODEL_PREFIX = "claude-cli/"
 # How full names begin; aliases (sonnet, opus[1m]) do not.
-FULL_NAME = "claude-"
+FULL_NAME_PREFIX = "claude-"
 # What cannot stand in a header's list: commas, and all but visible ASCII.
 NOT_IN_HEADER = re.compile(r"[^\x21-\x2b\x2d-\x7e]")
 # Betas that 2.1.332 reserves for itself: it sends them for no client.
@@ -417,9 +417,9 @@ class Request:
     size: int
     # `metadata.user_id`, in which a CLI says which of its conversations asks.
     user_id: str
-    # The CLI runs its own tools for it.
+    # The CLI runs its own tools for this request.
     is_agent: bool
-    # Its tokens are counted, and it is not answered.
+    # Its tokens are counted; there is no answer.
     is_count: bool
     fingerprint: Fingerprint
 
@@ -438,8 +438,8 @@ def parse_request(
     counting: bool = False,
     agent: bool = False,
 ) -> Request:
-    """Read a body.  `betas` is the header anthropic-beta.  With `agent`, the CLI runs its
-    own tools for a request that brings none.  Raises ApiError 400."""
+    """Read a body.  `betas` is the header anthropic-beta; for `counting` max_tokens may be
+    missing; for an `agent` that brings none, the CLI has tools.  Raises ApiError 400."""
     data = read_object(body)
     check_fields(data, counting)
     not_sent = [name for name in ("metadata", "betas") if data.get(name) is not None]
@@ -502,7 +502,7 @@ def check_fields(data: Json, counting: bool) -> None:
 
 
 def read_object(body: bytes) -> Json:
-    if has_more_values(body):
+    if has_too_many_values(body):
         raise bad_request("body", f"more than {MAX_VALUES} JSON values")
     try:
         data = orjson.loads(body)
@@ -537,7 +537,7 @@ def read_betas(header: str, is_agent: bool, not_sent: list[str]) -> str:
     all of an agent's, are added to `not_sent`."""
     names = sorted({name.strip() for name in header.split(",")} - {""})
     for name in names:
-        if printable(name) != name:
+        if header_safe(name) != name:
             message = "names are visible ASCII characters, separated by commas"
             raise bad_request("anthropic-beta", message)
         if is_agent or name in UNSENT_BETAS:
@@ -564,9 +564,10 @@ def read_system(system: Any, not_sent: list[str]) -> list[str]:
     return texts
 
 
-def printable(key: str) -> str:
-    """A key as a header can hold it (x-bridge-not-sent)."""
-    return NOT_IN_HEADER.sub("?", key) or "?"
+def header_safe(text: str) -> str:
+    """A text with ? for each character that cannot stand in a header's list; ? if it is
+    empty."""
+    return NOT_IN_HEADER.sub("?", text) or "?"
 
 
 def read_tool_names(tools: list[Any]) -> list[str]:
@@ -587,8 +588,8 @@ def read_tool_names(tools: list[Any]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def blocks_of(messages: list[Message], kinds: Collection[str]) -> list[Block]:
-    """The blocks of some types in a conversation."""
+def blocks_of_types(messages: list[Message], kinds: Collection[str]) -> list[Block]:
+    """The blocks of these types in a conversation, but for those inside others."""
     return [
         block
         for message in messages
@@ -604,13 +605,16 @@ def read_fields(data: Json, is_agent: bool, not_sent: list[str]) -> Json:
     fields = without(data, OWN_FIELDS)
     if is_agent:
         lost = without(fields, {"thinking"})
-        not_sent += map(printable, without_nulls(lost))
+        not_sent += map(header_safe, without_nulls(lost))
         return without(fields, lost)
-    # The CLI drops the reference that loads such a tool, so the tool is loaded at once.
-    loaded = {get_str(block, "tool_name") for block in blocks_in(data["messages"])}
+    # A tool_reference in a tool result loads a tool that has `defer_loading`.  The CLI drops
+    # the reference, so the tool is sent without `defer_loading`.
+    referenced = {
+        get_str(block, "tool_name") for block in nested_blocks(data["messages"])
+    }
     tools = data.get("tools") or []
     for number, tool in enumerate(tools):
-        if tool.get("defer_loading") and tool.get("name") in loaded:
+        if tool.get("defer_loading") and tool.get("name") in referenced:
             not_sent.append(f"tools.{number}.defer_loading")
             del tool["defer_loading"]
     if tools:
@@ -666,8 +670,8 @@ def read_messages(raw: list[Any], not_sent: list[str]) -> list[PlacedMessage]:
                 " except for the optional final assistant message",
             )
         has_answer = any(block["type"] not in NON_ANSWER_TYPES for block in blocks)
-        is_continued = is_ending and blocks
-        if role == "assistant" and not has_answer and not is_continued:
+        if role == "assistant" and not has_answer and not (is_ending and blocks):
+            # The CLI would leave it out.
             not_sent.append(place)
             continue
         # API: consecutive messages of one role are one message.
@@ -705,7 +709,7 @@ def as_reminder(
     not_sent.append(f"{place}.role")
     # Such as the settings of a turn (beta per-turn-control).
     other = without(without_nulls(message), {"role", "content"})
-    not_sent += [f"{place}.{printable(key)}" for key in other]
+    not_sent += [f"{place}.{header_safe(key)}" for key in other]
     texts = []
     for index, block in enumerate(blocks):
         where = f"{place}.content.{index}"
@@ -759,14 +763,14 @@ def dropped_parts(message: PlacedMessage) -> list[str]:
         is_pending = is_server_call and get_str(block, "id") not in answered
         is_advisor = is_server_call and block.get("name") == "advisor"
         is_mark = kind in ("fallback", "advisor_tool_result")
-        is_empty = kind == "text" and block["text"].strip() == NO_CONTENT
-        if is_pending or is_advisor or is_mark or is_empty:
+        is_placeholder = kind == "text" and block["text"].strip() == NO_CONTENT
+        if is_pending or is_advisor or is_mark or is_placeholder:
             lost.append(place)
         elif kind == "tool_use":
             extra = list(without(canonical(block), CALL_KEYS))
             if cli_input(block) != block["input"]:
                 extra.append("input")
-            lost += [f"{place}.{printable(key)}" for key in extra]
+            lost += [f"{place}.{header_safe(key)}" for key in extra]
         elif kind == "text" and any(
             # 2.1.332 keeps those of a web search alone.
             get_str(citation, "type") != "web_search_result_location"
@@ -959,7 +963,7 @@ def read_breakpoints(
     not_sent: list[str],
 ) -> str:
     """Who sets the breakpoints of the messages, as in `Request.caching`.
-    "cache_control" is added to `not_sent` if that loses any.
+    "cache_control" is added to `not_sent` if a client's is lost, or kept for a shorter time.
 
     The CLI sets its own at the end of the system prompt and of the newest message.  They
     replace a client's there, and those that the client has left at the ends of earlier
@@ -985,7 +989,7 @@ def read_breakpoints(
             at_ends += breakpoints_on(blocks[end:])
         else:
             elsewhere += breakpoints_on(blocks)
-        elsewhere += breakpoints_on(blocks_in(blocks))
+        elsewhere += breakpoints_on(nested_blocks(blocks))
     needs_clients = bool(inside) or len(on_tools) > FREE_BREAKPOINTS
     if needs_clients and not is_agent:
         if breakpoints_on(system):
@@ -994,7 +998,7 @@ def read_breakpoints(
     ttls = {*on_tools, *at_ends, *elsewhere}
     ttl = ""
     if ttls and not is_agent:
-        # API: what is kept for longer comes first.
+        # API: none of an hour may follow one of five minutes.
         ttl = "5m" if "5m" in ttls else "1h"
     is_shorter = ttl == "5m" and "1h" in at_ends
     if elsewhere or is_shorter or needs_clients:
@@ -1003,7 +1007,7 @@ def read_breakpoints(
 
 
 def breakpoints_on(values: list[Any]) -> list[str]:
-    """For how long those of the objects that have a `cache_control` are to be cached."""
+    """The TTLs of the cache breakpoints on these values: "1h", or "5m", the default."""
     return [
         "1h" if get_str(value["cache_control"], "ttl") == "1h" else "5m"
         for value in values
@@ -1011,20 +1015,20 @@ def breakpoints_on(values: list[Any]) -> list[str]:
     ]
 
 
-def blocks_in(holders: list[Any]) -> list[Any]:
-    """The blocks in messages, tool results and documents, and those in them."""
+def nested_blocks(holders: list[Any]) -> list[Any]:
+    """All blocks inside messages, tool results and documents, at any depth."""
     found: list[Any] = []
     for holder in map(as_object, holders):
         source = as_object(holder.get("source"))
         content = (source or holder).get("content")
         # A web_fetch_tool_result has an object, and that a document.
         found += [content] if isinstance(content, dict) else as_list(content)
-    return found + blocks_in(found) if found else []
+    return found + nested_blocks(found) if found else []
 
 
 def remove_breakpoints(messages: list[Message]) -> None:
     """Take `cache_control` out of all blocks, also of those in them."""
-    for block in blocks_in(messages):
+    for block in nested_blocks(messages):
         as_object(block).pop("cache_control", None)
 
 
@@ -1088,9 +1092,9 @@ def fingerprint(parts: Json, data: Json, messages: list[Message]) -> Fingerprint
     not sent those of the parts whose field is not in `data`, the body."""
     digests = {name: digest(value) for name, value in parts.items()}
     unsent = {name for name in ("system", "tools") if data.get(name) is None}
+    has_thinking = bool(blocks_of_types(messages, THINKING_BLOCKS))
     past = chain_of(messages[:-1])
     past_without_thinking = past
-    has_thinking = bool(blocks_of(messages, THINKING_BLOCKS))
     if has_thinking:
         past_without_thinking = chain_of(messages[:-1], thinking=False)
     return Fingerprint(
@@ -1214,8 +1218,8 @@ def transcript(
     object a line.
 
     The first row is one that the API does not see: without it the CLI refuses a
-    conversation that has no message.  What the CLI has `announced` follows, so that it
-    stands after the first message, in every request of a conversation.  The last row
+    conversation that has no message.  What the CLI has `announced` follows; to the API it
+    sends that after the first message, in every request of a conversation.  The last row
     is an assistant message that the API does not see either (`isVirtual`), so that the
     CLI finds no turn that was interrupted; a process that was started without --model takes
     the `model` of the last assistant message.  The CLI takes over the `session_id`, a UUID,
@@ -1325,7 +1329,7 @@ def has_images(blocks: list[Block]) -> bool:
     return any(
         get_str(block, "type") == "image"
         and get_str(block.get("source"), "type") == "base64"
-        for block in [*blocks, *blocks_in(blocks)]
+        for block in [*blocks, *nested_blocks(blocks)]
     )
 
 
@@ -1451,7 +1455,7 @@ def tools_for_turn(request: Request) -> list[Json]:
     members without an entry."""
     if not request.tool_names:
         return []
-    called = [call["name"] for call in blocks_of(request.messages, ("tool_use",))]
+    called = [call["name"] for call in blocks_of_types(request.messages, ("tool_use",))]
     names = [*request.tool_names, *called]
     return [listed_tool(name) for name in dict.fromkeys(names)]
 
@@ -1510,7 +1514,7 @@ def decode(text: bytes) -> list[CliEvent]:
             kind = "count" if call[1] else "message"
             status = int(call[2] or 502)
             return [{"type": "api_call", "subtype": kind, "response": status}]
-        value = with_whole_characters(text)
+        value = parsed_with_lone_surrogates(text)
         if not value and text.startswith(STREAM_EVENT):
             raise cli_error("the claude CLI wrote a damaged line")
     if len(text) > 2 * MAX_DEPTH and is_deeper(value, MAX_DEPTH):
@@ -1518,9 +1522,9 @@ def decode(text: bytes) -> list[CliEvent]:
     return [value] if get_str(value, "type") else []
 
 
-def with_whole_characters(text: bytes) -> Any:
-    """The value of a JSON text that holds half a character, as JavaScript writes it
-    where it cuts a text, with U+FFFD in its place; None if it is no JSON."""
+def parsed_with_lone_surrogates(text: bytes) -> Any:
+    """The value of a JSON text with lone surrogates, as JavaScript leaves them where it
+    cuts a text, with U+FFFD for each; None if it is no JSON."""
     try:
         value = json.dumps(json.loads(text), ensure_ascii=False)
         return orjson.loads(
@@ -1549,14 +1553,16 @@ FAMILIES = ("fable", "haiku", "opus", "sonnet")
 
 
 def may_answer(answered: str, asked: str) -> bool:
-    """Whether an answer may come from the model that was asked for.  Of an alias that the
-    CLI does not list, the family is compared; names that clouds have of their own are
-    not."""
+    """Whether an answer may come from the model that was asked for.  An alias that the CLI
+    does not list is compared by its family.  Names in a cloud's own form are not
+    compared."""
     family = asked.partition("[")[0].lower()
-    if family in FAMILIES and answered.startswith(FULL_NAME):
+    if family in FAMILIES and answered.startswith(FULL_NAME_PREFIX):
         return family in answered
     names = {NAME_ENDING.sub("", name) for name in (asked, answered)}
-    return len(names) == 1 or not all(name.startswith(FULL_NAME) for name in names)
+    return len(names) == 1 or not all(
+        name.startswith(FULL_NAME_PREFIX) for name in names
+    )
 
 
 # ------------------------------------------------------------ what the CLI reports of itself
@@ -1602,17 +1608,16 @@ class CliInfo:
         return name
 
     def takes_from_conversation(self, name: str) -> bool:
-        """Whether a process that was started without --model runs this model, if it is
-        the one of the conversation that it resumes; otherwise it silently runs its
-        default.
+        """Whether a process that was started without --model takes this model from the
+        conversation that it resumes.  Otherwise it silently runs its default.
 
-        It does with all models that the CLI lists under an alias, unless the login is a
-        cloud's (2.1.197, .285, .330 and .332).  A process that runs a model of the user's
-        lists it under its full name alone.
+        The CLI takes all models that it lists under an alias, but for a cloud's login (2.1.197,
+        .285, .330 and .332).  A model that the user has named it lists under its full name
+        alone.
         """
-        models = {item.name: item.full_name for item in self.models}
-        aliases = {key: models[key] for key in models if key != models[key]}
-        return not self.is_cloud and name in {*aliases, *aliases.values()}
+        listed = [item for item in self.models if item.name != item.full_name]
+        is_listed = any(name in (item.name, item.full_name) for item in listed)
+        return is_listed and not self.is_cloud
 
 
 def read_info(answer: Json) -> CliInfo:
@@ -1711,7 +1716,7 @@ class Translator:
 
     # The client's tools.
     tool_names: Collection[str] = ()
-    # It has tools of its own instead, whose calls are left out of the answer.
+    # The CLI runs its own tools instead; their calls are left out of the answer.
     agent: bool = False
     turn_id: str = ""
     # The model that must answer; empty: any.
@@ -1761,7 +1766,7 @@ class Translator:
     @property
     def calls(self) -> list[str]:
         """The ids of the client tools that the answer calls."""
-        return [call["id"] for call in blocks_of([self.message], {"tool_use"})]
+        return [call["id"] for call in blocks_of_types([self.message], {"tool_use"})]
 
     @property
     def process_waits(self) -> bool:
@@ -1769,7 +1774,7 @@ class Translator:
         holds the same answer as the client."""
         if self._has_new_delta or not self.message:
             return False
-        names = {call["name"] for call in blocks_of([self.message], {"tool_use"})}
+        names = {call["name"] for call in blocks_of_types([self.message], {"tool_use"})}
         if self.stop_reason == "tool_use":
             return bool(names) and names <= set(self.tool_names)
         return self.stop_reason in WAITING_REASONS and self._has_text and not names
@@ -1802,7 +1807,7 @@ class Translator:
         if self.turn_id and isinstance(answers_to, list):
             self._is_ours = self.turn_id in answers_to
         if control_result(event, "initialize"):
-            # With Bedrock it has probed its models before: no calls of this turn.
+            # With Bedrock the CLI has probed its models before: no calls of this turn.
             self.api_calls = 0
             self._refusal = None
         is_call = kind == "api_call" and event["subtype"] == "message"
@@ -1854,14 +1859,14 @@ class Translator:
                 return []  # of a message that began before the turn
             if kind in self.HANDLERS:
                 raise cli_error(f"the claude CLI sent a {kind} out of place")
-            if kind != "message_stop":
-                # Passed on unread, if its type can stand in a line of the stream.
-                is_seen = self.state not in ("hidden", "working")
-                return [event] if is_seen and kind and kind.isprintable() else []
-            if self._synthetic:
-                return []  # the `result` has the API's message (recording mid_stream_error)
-            message = "The API ended the answer before it was complete."
-            raise ApiError(502, message, "api_error")
+            if kind == "message_stop":
+                if self._synthetic:
+                    return []  # the `result` has the API's message (mid_stream_error)
+                message = "The API ended the answer before it was complete."
+                raise ApiError(502, message, "api_error")
+            # Passed on unread, if its type can stand in a line of the stream.
+            is_seen = self.state not in ("hidden", "working")
+            return [event] if is_seen and kind and kind.isprintable() else []
         before, self.state = self.state, following
         if before == "hidden":
             return []
@@ -1894,6 +1899,7 @@ class Translator:
             "stop_sequence": None,
             "usage": self._usage,
         }
+        # A copy: what was returned does not change while the answer grows.
         self.message = started | {"content": []}
         return [event | {"message": started}]
 
@@ -2107,11 +2113,12 @@ def quota_headers(limits: Mapping[str, RateLimit]) -> list[tuple[str, str]]:
             headers[f"{short}-status"] = limit.status
             headers[f"{short}-reset"] = reset
             headers[f"{short}-utilization"] = used
-    # No empty one is sent.
+    # A value that is empty, or cannot stand in a header, is not sent: `header_safe` would
+    # change both.
     return [
         (f"anthropic-ratelimit-unified-{name}", value)
         for name, value in headers.items()
-        if printable(value) == value
+        if header_safe(value) == value
     ]
 
 

@@ -58,7 +58,7 @@ class Recorder:
         project.mkdir()
         (project / "notes.txt").write_text("buy milk\n")
         is_bare = not self.agent and pool.inspector.is_bare()
-        has_full_name = self.model.startswith(translate.FULL_NAME)
+        has_full_name = self.model.startswith(translate.FULL_NAME_PREFIX)
         kind = Kind("" if has_full_name else ALIAS, self.agent, is_bare)
         reading, self.gate = os.pipe()
         self.gate_folder = sessions.gate_folder(reading)

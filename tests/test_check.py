@@ -50,7 +50,7 @@ def test_nobody_logged_in_fails_and_says_how_to_log_in(cli: Path) -> None:
         cli, CLAUDE_CLI_KEEP_ENV="ANTHROPIC_BASE_URL,CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"
     )
     assert status == 1
-    assert said["login"].startswith("nobody is logged in: no login of user ")
+    assert said["login"].startswith("nobody is logged in: found no login of user ")
     assert "ANTHROPIC_API_KEY is set, but not passed on to the CLI" in said["login"]
     assert {said[name] for name in FEATURES} == {"works"}
 
@@ -91,7 +91,7 @@ def test_a_cli_without_a_feature_fails_and_names_it(
 def test_a_cli_that_is_not_there_fails_and_says_so() -> None:
     done = run("check", "--bin", "/no/such/claude")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "--bin: '/no/such/claude' is no executable file" in done.stderr
+    assert "--bin: '/no/such/claude' is not an executable file" in done.stderr
 
 
 def test_a_cli_that_does_not_start_fails_and_says_why(tmp_path: Path) -> None:

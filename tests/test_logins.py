@@ -245,7 +245,7 @@ def test_a_login_is_one_at_the_start_for_check_on_the_page_for_health_and_at_the
         for path in login.paths[: len(answers)]:
             assert any(row["path"].endswith(path) for row in rows)
     else:
-        whose = f"no login of user {user_name()} in {environment}/.claude"
+        whose = f"found no login of user {user_name()} in {environment}/.claude"
         nobody = f"nobody is logged in: {whose}"
         assert (status, checked.get("login", nobody)[: len(nobody)]) == (1, nobody)
         assert begun.startswith(f"WARNING {nobody}")

@@ -11,13 +11,14 @@ import pytest
 import readme
 from client import Client, prime, request_body
 from host import wait_until
-from processes import fall_silent, send
+from processes import fall_silent, pool_of, send
 from prometheus_client.parser import text_string_to_metric_families
-from servers import Launch, Serve
+from servers import Launch, Serve, Server
 from stand_in import Log
 
 import sessions
 from sessions import Metrics
+from translate import RateLimit
 
 PREFIX = "claude_cli_bridge_"
 
@@ -180,6 +181,14 @@ def test_no_stop_reason_breaks_a_header_or_the_metrics(serve: Serve, reason: str
     again = server.post([f"STOP-REASON {json.dumps(reason)}", first.text, "and now"])
     assert (again.status, again.session) == (200, "rebuilt; reason=other")
     assert measure(server)("processes_ended_total", reason="other") == 1
+
+
+def test_a_limit_of_another_account_is_measured_no_more(server: Server) -> None:
+    pool = pool_of(server)
+    pool.cli.rate_limits["five_hour"] = RateLimit("allowed", resets_at=None, utilization=0.5)
+    assert measure(server)("quota_utilization_ratio", limit="five_hour") == 0.5
+    pool.cli.rate_limits.clear()
+    assert measure(server)("quota_utilization_ratio", limit="five_hour") == 0
 
 
 def test_a_label_can_hold_anything() -> None:

@@ -1,7 +1,6 @@
 """The page at /, which people read."""
 
 import base64
-import json
 import re
 import subprocess
 from collections.abc import Callable
@@ -86,7 +85,7 @@ def test_the_page_says_what_the_bridge_is_doing(
     _, _, last = said.partition("Last requests")
     assert re.findall(r" (?:route|conversation|path|status|reason)=(\S+)", last) == [
         *("/v1/messages", "rebuilt", "200", "unknown-history"),
-        *("/nope", "404", r"\"no"),
+        *("/nope", "404", '"no'),
         *("/v1/messages", "hot", "200"),
         *("/v1/messages", "new", "200"),
     ]
@@ -251,4 +250,4 @@ def test_what_the_page_shows_is_escaped(serve: Serve, tmp_path: Path) -> None:
     answer = server.call("GET", "/", None, HTML)
     assert b"<script>" not in answer.body
     for accept in ({}, HTML):
-        assert json.dumps(str(strange))[1:-1] in page(server, accept)
+        assert str(strange) in page(server, accept)

@@ -188,7 +188,12 @@ def test_a_fault_fails_its_request_alone_and_retires_its_process(
             "exited with status 1: stand-in: told to exit at the start",
         ),
         ("hang-at-start", *SILENT.values()),
-        ("not-logged-in", 401, "authentication_error", "nobody is logged in: no login of user "),
+        (
+            "not-logged-in",
+            401,
+            "authentication_error",
+            "nobody is logged in: found no login of user ",
+        ),
     ],
 )
 def test_a_process_that_does_not_come_up_is_an_error_status(

@@ -200,9 +200,13 @@ def test_login_is_the_clis_own_in_this_terminal(tmp_path: Path) -> None:
     command = [*BRIDGE, "login", "--bin", str(script)]
     done = subprocess.run(command, input="code", capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (7, "auth login\ncode", "")
+    script.write_text("no program\n")
+    done = run("login", "--bin", str(script))
+    assert done.returncode == 2
+    assert "cannot be run: [Errno 8] Exec format error" in done.stderr
     done = run("login", "--bin", "/no/such")
     assert done.returncode == 2
-    assert done.stderr.startswith("claude-cli-bridge: --bin: '/no/such' is no executable file")
+    assert done.stderr.startswith("claude-cli-bridge: --bin: '/no/such' is not an executable file")
 
 
 # ---------------------------------------------------------------- the start
@@ -221,10 +225,10 @@ def test_the_start_asks_who_is_logged_in_and_sends_nothing_to_the_model(
 
 def test_without_a_login_the_bridge_starts_and_says_how_to_log_in(launch: Launch) -> None:
     program = launch(STANDIN_SONNET="not-logged-in")
-    printed(program, "nobody is logged in: no login of user ")
+    printed(program, "nobody is logged in: found no login of user ")
     answer = program.post(model="not-logged-in")
     assert (answer.status, answer.json["error"]["type"]) == (401, "authentication_error")
-    assert "nobody is logged in: no login of user " in answer.json["error"]["message"]
+    assert "nobody is logged in: found no login of user " in answer.json["error"]["message"]
     assert answer.headers["x-should-retry"] == "false"
 
 
@@ -349,8 +353,13 @@ def test_signals_and_limits_that_a_launcher_has_set_do_no_harm(
         assert process.wait(30) == 0
 
 
-def test_a_socket_of_a_service_manager_that_is_none_is_one_line_and_status_2() -> None:
-    command = f'LISTEN_PID=$$ LISTEN_FDS=1 exec "{sys.executable}" "{ROOT}/bridge.py" 3</dev/null'
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_socket_of_a_service_manager_that_is_none_or_more_is_one_line_and_status_2(
+    number: int,
+) -> None:
+    command = (
+        f'LISTEN_PID=$$ LISTEN_FDS={number} exec "{sys.executable}" "{ROOT}/bridge.py" 3</dev/null'
+    )
     environ = {**os.environ, "CLAUDE_CLI_BIN": str(STANDIN)}
     done = subprocess.run(
         ["sh", "-c", command], env=environ, capture_output=True, text=True, check=False

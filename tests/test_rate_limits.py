@@ -10,7 +10,7 @@ import pytest
 from client import Json
 from host import STANDIN
 from messages import JUNK, failure, first_turns
-from processes import talk
+from processes import pool_of, talk
 from servers import KEEP, Serve, Server, both
 from test_metrics import measure
 
@@ -99,6 +99,13 @@ def test_what_the_cli_tells_of_the_accounts_limits_is_measured_and_on_the_page(
     page = limited.call("GET", "/").body.decode()
     assert re.search(r"five_hour +allowed_warning, used: 0.95\n", page)
     assert re.search(r"seven_day +allowed_warning, used: 0.5\n", page)
+
+
+def test_how_much_of_a_limit_is_used_can_be_unknown(server: Server) -> None:
+    limit = RateLimit("allowed", resets_at=None, utilization=None)
+    pool_of(server).cli.rate_limits["five_hour"] = limit
+    page = server.call("GET", "/").body.decode()
+    assert re.search(r"five_hour +allowed, used: not known\n", page)
 
 
 def test_a_limit_that_a_hot_process_reports_is_told_also_after_a_refresh_of_the_login(

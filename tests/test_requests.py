@@ -194,9 +194,9 @@ def test_an_escape_at_the_end_of_a_piece_is_no_quote(texts: list[str], length: i
     """A large body is looked at in pieces."""
     said = ["x" * length + text for text in texts]
     padding = [" " * 100_000, "[" * 200_000]
-    assert not translate.has_more_values(json.dumps([*said, *padding]).encode())
+    assert not translate.has_too_many_values(json.dumps([*said, *padding]).encode())
     values = [0] * 100_001
-    assert translate.has_more_values(json.dumps([*said, *padding, values]).encode())
+    assert translate.has_too_many_values(json.dumps([*said, *padding, values]).encode())
 
 
 @pytest.mark.parametrize("value", ["x,", "[{,", '",', '\\",', "\\\\,"], ids=repr)
@@ -508,5 +508,5 @@ def test_any_field_that_the_bridge_does_not_know_goes_to_the_api_as_sent(fields:
 def test_the_blocks_of_a_type_are_found_in_a_conversation() -> None:
     said = [role("user", "x"), role("assistant", [THOUGHT, text("a")]), role("user", "y")]
     messages = parsed(said).messages
-    assert translate.blocks_of(messages, translate.THINKING_BLOCKS) == [THOUGHT]
-    assert translate.blocks_of(messages[:1], translate.THINKING_BLOCKS) == []
+    assert translate.blocks_of_types(messages, translate.THINKING_BLOCKS) == [THOUGHT]
+    assert translate.blocks_of_types(messages[:1], translate.THINKING_BLOCKS) == []

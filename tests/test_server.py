@@ -409,7 +409,7 @@ def test_a_deep_look_asks_the_cli_but_no_model(serve: Serve, log: Log) -> None:
     [
         ("exit-at-start", "the claude CLI does not work: "),
         ("hang-at-start", "the claude CLI does not work: no answer in time"),
-        ("not-logged-in", f"nobody is logged in: no login of user {user_name()} in "),
+        ("not-logged-in", f"nobody is logged in: found no login of user {user_name()} in "),
     ],
 )
 def test_a_deep_look_says_why_nothing_can_be_answered(

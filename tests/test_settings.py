@@ -55,21 +55,21 @@ def test_a_setting_that_cannot_work_ends_the_start_with_one_line_that_names_it(
         ),
         ("listen_addr", "'127.0.0.1:1'", "leave out the quotes around the value"),
         ("log_level", "verbose", "must be one of info, debug, got 'verbose'"),
-        ("bin", "/tmp", "'/tmp' is no executable file; arguments take a script of yours"),
+        ("bin", "/tmp", "'/tmp' is not an executable file; for arguments write a script"),
         (
             "bin",
             "/etc/passwd",
-            "'/etc/passwd' is no executable file; arguments take a script of yours",
+            "'/etc/passwd' is not an executable file; for arguments write a script",
         ),
         (
             "bin",
             "/no/such/claude",
-            "'/no/such/claude' is no executable file; arguments take a script of yours",
+            "'/no/such/claude' is not an executable file; for arguments write a script",
         ),
         (
             "bin",
             "npx claude",
-            "'npx claude' is no executable file; arguments take a script of yours",
+            "'npx claude' is not an executable file; for arguments write a script",
         ),
         (
             "mcp_config",
@@ -179,13 +179,23 @@ def test_flags_go_before_the_environment(launch: Launch) -> None:
 
 def test_a_variable_that_everybody_tries_is_answered_with_a_variable(launch: Launch) -> None:
     program = launch(CLAUDE_CLI_PORT="8080", CLAUDE_CLI_DEBUG="1")
-    printed(program, f"CLAUDE_CLI_PORT is no setting; use {ADDRESS}=127.0.0.1:PORT")
-    printed(program, "CLAUDE_CLI_DEBUG is no setting; use CLAUDE_CLI_LOG_LEVEL=debug")
+    printed(program, f"CLAUDE_CLI_PORT is not a setting; use {ADDRESS}=127.0.0.1:PORT")
+    printed(program, "CLAUDE_CLI_DEBUG is not a setting; use CLAUDE_CLI_LOG_LEVEL=debug")
 
 
 def test_a_kept_variable_that_is_not_set_is_none_of_the_bridges_words() -> None:
     warnings = Config(keep_env=("DEBUG",)).warnings({})
     assert warnings == ["CLAUDE_CLI_KEEP_ENV: DEBUG is not set"]
+
+
+@pytest.mark.parametrize("key", ["unused", "claude-cli-local", "sk-ant-x", ""])
+def test_a_placeholder_that_is_kept_is_warned_of(key: str) -> None:
+    """What the README and `providers` give to clients and gateways."""
+    name = "ANTHROPIC_API_KEY"
+    said = Config(keep_env=(name,)).warnings({name: key})
+    expected = f"CLAUDE_CLI_KEEP_ENV: {name} is '{key}', a placeholder for clients of the bridge, "
+    expected += "and not a key of the API"
+    assert said == ([expected] if key in ("unused", "claude-cli-local") else [])
 
 
 def test_mistyped_variables_are_warned_of_at_the_start(launch: Launch) -> None:
@@ -195,8 +205,10 @@ def test_mistyped_variables_are_warned_of_at_the_start(launch: Launch) -> None:
         CLAUDE_CLI_CONFIG="",
         CLAUDE_CLI_KEEP_ENV="ANTHROPIC_API_KEYS",
     )
-    printed(program, "CLAUDE_CLI_MAX_SESSION is no setting; did you mean CLAUDE_CLI_MAX_SESSIONS?")
-    printed(program, "CLAUDE_CLI_XYZZY is no setting")
+    printed(
+        program, "CLAUDE_CLI_MAX_SESSION is not a setting; did you mean CLAUDE_CLI_MAX_SESSIONS?"
+    )
+    printed(program, "CLAUDE_CLI_XYZZY is not a setting")
     printed(program, "ANTHROPIC_API_KEYS is not set; did you mean ANTHROPIC_API_KEY?")
     assert not [line for line in program.lines if "sesame" in line or "CONFIG is" in line]
 

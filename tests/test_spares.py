@@ -16,7 +16,9 @@ from processes import alive, in_pool, kill, open_gate, pid, soon, take_turn
 from servers import Launch, Serve, Server, plain_cli
 from stand_in import Log
 
+import sessions
 from sessions import Cli, Kind, Pool, State, identify_file
+from translate import CliInfo
 
 
 def ready(server: Server) -> list[int]:
@@ -376,6 +378,65 @@ def test_a_spare_that_was_being_started_as_the_cli_was_replaced_is_given_to_nobo
         assert (answer, turn.session.was_spare) == ("echo: hello; 1 messages", False)
 
     in_pool(use, bin=str(program), spares=1, max_sessions=1)
+
+
+@pytest.mark.parametrize("reason", ["settings", "names", "administrator", "cloud"])
+def test_no_first_spares_start_where_each_process_is_started_for_its_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reason: str
+) -> None:
+    """No request could take one."""
+    settings: dict[str, Any] = {"spares": 2}
+    if reason == "settings":
+        settings["setting_sources"] = "user"
+    elif reason == "names":
+        monkeypatch.setenv("ANTHROPIC_MODEL", "glm-4.6")
+        settings["keep_env"] = ("ANTHROPIC_MODEL",)
+    elif reason == "administrator":
+        monkeypatch.setattr(sessions, "MANAGED", (str(tmp_path),))
+
+    async def use(pool: Pool) -> None:
+        await pool.inspector.look()
+        old = await pool.starter.spawn(Kind("haiku"), State.SPARE)
+        old.state_since = -1e9  # the next sweep ends it
+        pool.cli.info = CliInfo(account={"a": 1}, is_cloud=reason == "cloud")
+        await soon(lambda: old.state is State.RETIRED)
+        assert not [*pool.starter.spares, *pool.starter.starting]
+
+    in_pool(use, **settings)
+
+
+def test_no_spare_stays_when_another_version_of_the_cli_has_answered() -> None:
+    """A script that has not changed may start a newer one; it may announce something else."""
+
+    async def use(pool: Pool) -> None:
+        turn, _ = await take_turn(pool, "hello")
+        spare = await pool.starter.spawn(Kind(), State.SPARE)
+        turn.translator.cli_version = "2.1.999"
+        pool.inspector.record_version(turn)
+        assert pool.cli.version == "2.1.999"
+        assert spare.state is State.RETIRED
+
+    in_pool(use)
+
+
+def test_a_spare_that_has_just_started_is_counted_once() -> None:
+    async def use(pool: Pool) -> None:
+        pool.starter.start_spare(Kind())
+        [task] = pool.starter.starting
+        # Before the callback that takes it out.
+        seen: list[State] = []
+
+        def refill(_: object) -> None:
+            pool.starter.refill(Kind())
+            seen.extend(spare.state for spare in pool.sessions)
+
+        task.remove_done_callback(pool.starter.starting.pop)
+        task.add_done_callback(refill)
+        task.add_done_callback(pool.starter.starting.pop)
+        await soon(lambda: seen)
+        assert seen == [State.SPARE]
+
+    in_pool(use, spares=1)
 
 
 def test_no_first_spares_start_beside_a_request_that_they_would_slow_down(gate: Path) -> None:
