@@ -1658,7 +1658,7 @@ async def announce(bridge: Bridge) -> None:
         log.info("the claude CLI is %s, version %s", config.bin, version)
         if cli.warning:
             log.warning("%s", cli.warning)
-        if config.spares:
+        if config.spares and pool.inspector.may_run_any:
             # Else a first request would wait for this.
             kind = sessions.Kind(
                 agent=bool(config.tools), bare=pool.inspector.is_bare()

@@ -2037,9 +2037,9 @@ class Starter:
         """Note the kind of the newest request; start the spares that the last requests
         want, and end the others.  If the request began a conversation, one may be set up
         `like` it."""
-        self._kinds.append(kind)
         if self._pool.inspector.announcing.locked():
-            return  # a request waits, and has a spare of its own; it will call this
+            return  # a request may wait, and has a spare of its own; it will call this
+        self._kinds.append(kind)
         missing = list(self._kinds)
         for task, preparing in self.starting.items():
             # One that is done is among the spares.
@@ -2159,47 +2159,64 @@ class Inspector:
             self._pool.retire(session, "probe")
 
     async def announced(self, model: str, kind: Kind) -> list[Json]:
-        """What the CLI announces to a model today.
-
-        A process that writes its conversation to a file is asked, for all models that the
-        CLI lists; its questions reach no API.
-        """
+        """What the CLI announces to a model today; nothing if it does not say so in time.
+        Raises ApiError when it cannot be asked."""
         cli = self.cli
         if kind.agent or kind.bare or not cli.is_at_least(ANNOUNCES):
             return []
         if cli.announcement_key(model) in cli.announced:
             return cli.announced[cli.announcement_key(model)]
+        if self.may_run_any and not cli.info.is_known:
+            # By then the CLI has most likely listed the model.
+            kind = dataclasses.replace(kind, model="")
+        # What will answer starts meanwhile, once: clients may leave before they take it.
         starter = self._pool.starter
-        has_begun = cli.info.is_known or starter.spares or starter.starting
-        if self.may_run_any and not has_begun:
-            # What will answer starts meanwhile; most likely the CLI lists its model.
-            starter.start_spare(dataclasses.replace(kind, model=""))
-        async with self._pool.queue.held(self.announcing, NO_START):
-            # Unless another request has asked meanwhile.
-            if cli.announcement_key(model) not in cli.announced:
-                async with self._asked(Kind(model, is_kept=True)) as process:
-                    with contextlib.suppress(ApiError, TimeoutError):
-                        async with asyncio.timeout(COUNT_SECS):
-                            await self._ask_announcements(process, model)
-            return cli.announced.get(cli.announcement_key(model), [])
+        ready = [spare.kind for spare in starter.spares if not spare.parts]
+        if kind not in [*ready, *starter.starting.values()]:
+            starter.start_spare(kind)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(COUNT_SECS), self.announcing:
+                # Another request may have asked meanwhile.
+                if cli.announcement_key(model) not in cli.announced:
+                    return await self._ask_announcements(model)
+        return cli.announced.get(cli.announcement_key(model), [])
 
-    async def _ask_announcements(self, process: Process, model: str) -> None:
-        """Ask what is announced to the model of a process, and then to all others that the
-        CLI lists.  Raises ApiError."""
-        cli = process.cli
-        for name in [model, *[item.name for item in cli.info.models]]:
-            if cli.announcement_key(name) in cli.announced:
-                continue
-            is_first = name == model
-            if not is_first:
-                process.write(translate.control_line("set_model", model=name))
-            question = [translate.text_block("-")]
-            # After one question, which it cannot ask the API, all that is new is the model.
-            line = translate.user_line(question, str(uuid.uuid4()), query=is_first)
-            process.write(line)
-            await process.read_until(lambda event: event["type"] == "result")
-            found = translate.announcements(process.kept_rows())
-            cache_put(cli.announced, cli.announcement_key(name), found)
+    async def _ask_announcements(self, model: str) -> list[Json]:
+        """Ask a process that writes its conversation to a file what it announces to a model,
+        and then to all others that the CLI lists.  No question reaches an API."""
+        found: list[Json] = []
+        async with self._asked(Kind(model, is_kept=True)) as process:
+            cli = process.cli
+            # Of when it was asked: the account and the day may change meanwhile.
+            name, *now = cli.announcement_key(model)
+            with contextlib.suppress(ApiError):
+                # Nobody answers; by then the CLI has said all that it announces.
+                found = await self._ask(process, query=True)
+                cache_put(cli.announced, (name, *now), found)
+                for other in cli.info.models:
+                    key = (other.full_name, *now)
+                    if key in cli.announced:
+                        continue
+                    process.write(translate.control_line("set_model", model=other.name))
+                    subtype = await process.read_until(
+                        lambda event: translate.get_str(
+                            event.get("response"), "subtype"
+                        )
+                    )
+                    # It refuses what may not be used.
+                    if subtype == "success":
+                        # Only who the model is has changed.
+                        said = await self._ask(process, query=False)
+                        cache_put(cli.announced, key, said)
+        return found
+
+    async def _ask(self, process: Process, *, query: bool) -> list[Json]:
+        """Add a question to the conversation of a process, and return what the process has
+        announced in it."""
+        question = [translate.text_block("-")]
+        process.write(translate.user_line(question, str(uuid.uuid4()), query=query))
+        await process.read_until(lambda event: event["type"] == "result")
+        return translate.announcements(process.kept_rows())
 
     def kind(self, request: Request) -> Kind:
         """The kind of process that a request needs: until the CLI has listed its models,
@@ -2263,8 +2280,9 @@ async def sweep(pool: Pool) -> None:
         try:
             await asyncio.sleep(SWEEP_SECS)
             is_wanted = pool.starter.is_short and pool.inspector.may_run_any
-            is_answering = pool.in_states(State.BUSY)
-            if pool.cli.info.is_known and is_wanted and not is_answering:
+            busy = pool.in_states(State.BUSY)
+            is_starting = not all(session.process.has_spoken for session in busy)
+            if pool.cli.info.is_known and is_wanted and not is_starting:
                 pool.starter.refill(Kind(bare=pool.inspector.is_bare()))
             # If the bridge was stopped, what came in that time is still in the pipes.
             await read_pipes()
@@ -2321,6 +2339,9 @@ async def ask_count(pool: Pool, request: Request, trace: Trace) -> int:
     # Those with which the API answers its counts.
     statuses: list[int] = []
 
+    def is_good_result(event: CliEvent) -> bool:
+        return event["type"] == "result" and not event.get("is_error")
+
     def find(event: CliEvent) -> Json:
         if event["type"] == "api_call":
             statuses.append(event["response"])
@@ -2329,7 +2350,7 @@ async def ask_count(pool: Pool, request: Request, trace: Trace) -> int:
     try:
         # The wait for a process is not the CLI's.
         async with asyncio.timeout(COUNT_SECS):
-            await process.read_until(lambda event: event["type"] == "result")
+            await process.read_until(is_good_result)
             process.write(translate.control_line("get_context_usage"))
             usage = await process.read_until(find)
     except TimeoutError:

@@ -324,10 +324,72 @@ def test_the_program_asks_at_its_start_if_it_may_start_processes_ahead_of_need(
         assert asked_for(log, "sonnet") == spares
         assert [spare.kind for spare in pool.starter.spares] == [Kind()] * spares
         turn, _ = await take_turn(pool, "hello")
-        assert turn.session.was_spare is bool(spares)
+        assert turn.session.was_spare
         assert asked_for(log, "sonnet") == 1
 
     in_pool(use, bin=str(versioned(tmp_path, ANNOUNCES)), spares=spares)
+
+
+def test_a_request_waits_for_what_is_asked_and_not_for_room(
+    tmp_path: Path, log: Log, gate: Path
+) -> None:
+    """There is room, however few requests may wait for it."""
+
+    async def use(pool: Pool) -> None:
+        await pool.inspector.look()
+        asked = asyncio.create_task(pool.inspector.announced("slow-start", Kind()))
+        await soon(lambda: asked_for(log, "slow-start"))
+        request = asyncio.create_task(take_turn(pool, "hello"))
+        await soon(lambda: len(waiters(pool.inspector.announcing)) == 1)
+        open_gate(gate)
+        await asked
+        await request
+
+    in_pool(use, bin=str(versioned(tmp_path, ANNOUNCES)), max_queue=0, queue_secs=0)
+
+
+def waiters(lock: asyncio.Lock) -> list[Any]:
+    """Who waits for a lock (asyncio has no word for it)."""
+    return list(lock._waiters or ())  # type: ignore[attr-defined]
+
+
+def test_a_model_that_the_cli_may_not_use_keeps_no_other_from_being_asked_about(
+    tmp_path: Path, log: Log
+) -> None:
+    """The stand-in refuses to change its model, as 2.1.285 does with one that is none of its own."""
+
+    async def use(pool: Pool) -> None:
+        await pool.inspector.look()
+        await pool.inspector.announced("claude-opus-5-5", Kind())
+        [pid] = [pid for pid in log.started() if "set_model" in log.requests(pid)]
+        others = {item.full_name for item in pool.cli.info.models} - {"claude-opus-5-5"}
+        assert log.requests(pid).count("set_model") == len(others) > 1
+        assert [name for name, *_ in pool.cli.announced] == ["claude-opus-5-5"]
+
+    in_pool(use, bin=str(versioned(tmp_path, ANNOUNCES)))
+
+
+def test_while_a_listed_model_is_asked_about_none_is_started_for_it_but_for_another_there_is(
+    tmp_path: Path,
+) -> None:
+    async def use(pool: Pool) -> None:
+        await pool.inspector.info()
+        for model in ("", "claude-old-1"):
+            await pool.inspector.announced(model or "sonnet", Kind(model))
+        assert [spare.kind.model for spare in pool.starter.spares] == ["", "claude-old-1"]
+
+    in_pool(use, bin=str(versioned(tmp_path, ANNOUNCES)))
+
+
+def test_a_request_that_is_answered_meanwhile_leaves_its_spare_to_the_sweep() -> None:
+    """Whoever asks may be no request, and starts none."""
+
+    async def use(pool: Pool) -> None:
+        async with pool.inspector.announcing:
+            pool.starter.refill(Kind())
+        assert pool.starter.is_short
+
+    in_pool(use, spares=1)
 
 
 def test_the_model_of_a_request_stays_the_one_that_the_cli_had_as_it_came(

@@ -11,7 +11,7 @@ import pytest
 from client import Client, Json, count, request_body
 from host import wait_until
 from processes import in_work, send
-from servers import Serve, Server
+from servers import Serve, Server, plain_cli
 from stand_in import Log
 from stubs import Stub
 from test_metrics import measure
@@ -133,6 +133,16 @@ def test_a_cli_that_does_not_count_in_time_is_504(
     answer = count(serve(), model="initialized.hang")
     assert (answer.status, answer.json["error"]["type"]) == (504, "timeout_error")
     assert "did not count" in answer.json["error"]["message"]
+
+
+def test_a_conversation_that_the_cli_does_not_take_is_not_counted(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """Its `result` is an error, and what it would count is not all."""
+    changed = """sed -u 's/"is_error": *false/"is_error":true/'"""
+    program = plain_cli(tmp_path / "claude", f'"$STANDIN" "$@" | {changed}')
+    answer = count(serve(bin=program))
+    assert (answer.status, answer.json["error"]["type"]) == (502, "claude_cli_error")
 
 
 def test_a_process_that_dies_while_it_counts_is_said_to_have_died(serve: Serve) -> None:

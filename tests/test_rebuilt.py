@@ -1,10 +1,12 @@
 """The prompt cache of the API: what a continued conversation, and one that is built anew, have in
 common with the request before, byte for byte.  The stub refuses breakpoints as the API does."""
 
+import asyncio
 import itertools
 import json
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from client import Answer, Client, Json, arrived, count, request_body, sent, tex
 from host import wait_until
 from installed import CLIS
 from judge import Refused, judge
-from processes import in_pool
+from processes import in_pool, soon
 from servers import Serve, Server
 from stubs import Stub
 from test_fidelity import betas_of
@@ -229,6 +231,35 @@ def test_one_process_says_of_each_listed_model_what_a_process_that_runs_it_says(
         ask(model)
         assert found[number][model] == found[0][model]
     assert bridges.bodies() == []
+
+
+@pytest.mark.parametrize("bridges", ["subscription-with-account"], indirect=True)
+@pytest.mark.parametrize("change", ["account", "login"])
+def test_what_changes_while_the_cli_is_asked_what_it_announces_puts_nothing_in_another_place(
+    bridges: Bridges, environment: Path, change: str
+) -> None:
+    """Another process may report another account; another login is another Cli."""
+    config = bridges.start().bridge.config
+
+    async def use(pool: Pool) -> None:
+        cli = await pool.inspector.look()
+        if change == "account":
+            asked = asyncio.create_task(pool.inspector.announced("sonnet", Kind()))
+            await soon(lambda: cli.announced or asked.done())
+            cli.info = replace(cli.info, account={"email": "other"})
+        else:
+            async with pool.inspector.announcing:
+                asked = asyncio.create_task(pool.inspector.announced("claude-opus-4-8", Kind()))
+                await asyncio.sleep(0)
+                os.utime(environment / ".claude/.credentials.json")
+                assert await pool.inspector.look() is not cli
+        assert await asked or not bridges.is_announced
+        for (name, *_), said in pool.cli.announced.items():
+            [model] = [item["identity"]["modelId"] for item in said if item["type"] == "model"]
+            assert model == name
+        assert len({tuple(now) for _, *now in pool.cli.announced}) <= 1
+
+    in_pool(use, bin=config.bin, keep_env=config.keep_env)
 
 
 def test_the_question_for_announcements_does_not_reach_an_api_of_the_users_settings(
