@@ -22,7 +22,7 @@ What happens to a request, and in which section of which file:
     sessions.py   the pool         and the process rests, or is ended
 
 With the small ones between them (room, queue and threads, past conversations, frames) they
-are less than 3,700 of 6,800 lines.  The rest can be skipped: errors and JSON, settings, the
+are less than 3,700 of 6,900 lines.  The rest can be skipped: errors and JSON, settings, the
 command line and environment of a process, what is known of the CLI, the sweep, other
 routes, the log, `serve`, the program, and what is called an appendix.
 """

@@ -341,7 +341,9 @@ async def stream(request: web.Request, message: Json, text: str) -> web.StreamRe
         ends["container"] = {"id": "container_1", "expires_at": "2026-12-01T00:00:00Z"}
         more = {"context_management": {"applied_edits": []}, "novelty": [1]}
     await send("message_delta", delta=ends, usage=used, **more)
-    if ends["stop_reason"] == "max_tokens" or not message["content"] or "Nope" in text:
+    goes_on = any(block.get("name") == "unknown" for block in message["content"])
+    is_cut = ends["stop_reason"] == "max_tokens" or not message["content"]
+    if goes_on or is_cut or "Nope" in text:
         # The CLI would ask again within 4 ms of the end, faster than it is killed now and then.
         await asyncio.sleep(0.05)
     await send("message_stop")
