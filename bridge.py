@@ -1998,6 +1998,10 @@ def page_text(bridge: Bridge) -> str:
     pool, config = bridge.pool, bridge.config
     cli = pool.cli
     login = login_state(config, cli.info) if cli.info.is_known else "not known yet"
+    quota = []
+    for limit_name, limit in cli.rate_limits.items():
+        used = "not known" if limit.utilization is None else limit.utilization
+        quota.append((limit_name, f"{limit.status}, used: {used}"))
     sections = {
         "State": [
             ("version", __version__),
@@ -2013,15 +2017,7 @@ def page_text(bridge: Bridge) -> str:
             (item.state.value, f"for {item.state_secs:.0f} s; turns: {item.turns}")
             for item in pool.in_states(*sessions.State)
         ],
-        "Quota of the account": [
-            (
-                name,
-                f"{limit.status}, used: {limit.utilization}".replace(
-                    "None", "not known"
-                ),
-            )
-            for name, limit in cli.rate_limits.items()
-        ],
+        "Quota of the account": quota,
     }
     connect = textwrap.indent(connect_lines(bridge), "  ")
     parts = [f"claude-cli-bridge\n\nConnect\n{connect}"]
@@ -2200,9 +2196,8 @@ class FakeApi(Bridge):
             self.found["tools"] = "violet" in messages
             exchange.stream(BEGIN)
             try:
-                await (
-                    asyncio.Event().wait()
-                )  # until its client leaves, which cancels it
+                # Until its client leaves, which cancels it.
+                await asyncio.Event().wait()
             finally:
                 self.left.set()
         # `str` has each text in quotes.

@@ -79,6 +79,7 @@ if TYPE_CHECKING or not __package__:
         Request,
         Translator,
         cli_error,
+        control_outcome,
         control_result,
     )
 else:  # copied into a package
@@ -93,6 +94,7 @@ else:  # copied into a package
         Request,
         Translator,
         cli_error,
+        control_outcome,
         control_result,
     )
 
@@ -2198,13 +2200,9 @@ class Inspector:
                     if key in cli.announced:
                         continue
                     process.write(translate.control_line("set_model", model=other.name))
-                    subtype = await process.read_until(
-                        lambda event: translate.get_str(
-                            event.get("response"), "subtype"
-                        )
-                    )
+                    outcome = await process.read_until(control_outcome)
                     # It refuses what may not be used.
-                    if subtype == "success":
+                    if outcome == "success":
                         # Only who the model is has changed.
                         said = await self._ask(process, query=False)
                         cache_put(cli.announced, key, said)

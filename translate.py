@@ -1534,6 +1534,11 @@ def parsed_with_lone_surrogates(text: bytes) -> Any:
         return None
 
 
+def control_outcome(event: CliEvent) -> str:
+    """Of the answer to a control request: "success" or "error"; empty if it is none."""
+    return get_str(event.get("response"), "subtype")
+
+
 def control_result(event: CliEvent, subtype: str) -> Json:
     """What the CLI answered to a control request (`control_line`), if the event is that
     answer; else empty."""
@@ -1838,10 +1843,9 @@ class Translator:
             return self._stream_event(event["event"])
         if kind == "assistant":
             self._assistant(event)
-        answer = as_object(event.get("response"))
-        if answer.get("subtype") == "error":
+        if control_outcome(event) == "error":
             message = "the claude CLI refused a control request"
-            reason = f"{message}: {answer.get('error')}"
+            reason = f"{message}: {event['response'].get('error')}"
             raise ApiError(502, reason, log_reason=message)
         return []
 
