@@ -70,9 +70,9 @@ def in_pool(use: Callable[[Pool], Coroutine[Any, Any, None]], **settings: Any) -
     asyncio.run(program())
 
 
-async def take_turn(pool: Pool, *texts: str) -> tuple[Turn, str]:
+async def take_turn(pool: Pool, *texts: str, **fields: Any) -> tuple[Turn, str]:
     """A turn, and its answer."""
-    request = parse_request(json.dumps(request_body(list(texts))).encode())
+    request = parse_request(json.dumps(request_body(list(texts), **fields)).encode())
     async with pool.turn(request, None) as turn:
         async for _ in turn.relay():
             pass
