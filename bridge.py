@@ -1859,6 +1859,8 @@ WANTED_FILES = 65_536
 def reset_inherited_state() -> None:
     """Undo what a launcher may have set for its children: blocked signals, an ignored
     SIGCHLD, with which the end of a child is not noticed, and a low limit of open files."""
+    # What waits for children comes first.
+    sessions.watch_without_threads()
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -1916,7 +1918,6 @@ def read_flags(words: list[str], flags: dict[str, str]) -> None:
 
 def execute(flags: Mapping[str, str]) -> None:
     """Do what a command line asks for.  Raises ConfigError."""
-    sessions.watch_without_threads()
     config = Config.read(os.environ, flags)
     command = flags.get("command")
     path = flags.get("config", os.environ.get(variable("config"), ""))
