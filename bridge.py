@@ -1660,9 +1660,8 @@ async def announce(bridge: Bridge) -> None:
             log.warning("%s", cli.warning)
         if config.spares and pool.inspector.may_run_any:
             # Else a first request would wait for this.
-            kind = sessions.Kind(
-                agent=bool(config.tools), bare=pool.inspector.is_bare()
-            )
+            is_agent, is_bare = bool(config.tools), pool.inspector.is_bare()
+            kind = sessions.Kind(agent=is_agent, bare=is_bare)
             await pool.inspector.announced(sessions.PROBE_MODEL, kind)
         await asyncio.sleep(LOGIN_PROBE_SECS)
         info = await pool.inspector.info()
@@ -1858,8 +1857,8 @@ WANTED_FILES = 65_536
 
 def reset_inherited_state() -> None:
     """Undo what a launcher may have set for its children: blocked signals, an ignored
-    SIGCHLD, with which the end of a child is not noticed, and a low limit of open files."""
-    # What waits for children comes first.
+    SIGCHLD, with which the end of a child is not noticed, and a low limit of open files.
+    From now on children are watched without threads."""
     sessions.watch_without_threads()
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -2123,7 +2122,7 @@ def complete_entry(entry: Json, config: Config) -> Json:
 
 # ------------------------------------------------------------ appendix: check
 
-# Seconds for the rehearsal of `check`, and for what comes before it; 2 were measured.
+# Seconds for the rehearsal of `check`, and as many for what comes before it; 2 were measured.
 REHEARSAL_SECS = 30.0
 # What the rehearsal looks at, and what does not work without it.
 FEATURES = {

@@ -1131,6 +1131,15 @@ class Process(Child):
                 return found
             translator.feed(event)
 
+    async def announced(self, *, query: bool) -> list[Json]:
+        """What it has announced by the end of one more question, for a process that writes
+        its conversation to a file.  Without `query` it does not ask the API.  Raises
+        ApiError."""
+        question = [translate.text_block("-")]
+        self.write(translate.user_line(question, str(uuid.uuid4()), query=query))
+        await self.read_until(lambda event: event["type"] == "result")
+        return translate.announcements(self.kept_rows())
+
     def _resume_reading(self) -> None:
         if self._unread > MAX_UNREAD:
             self._alive_at = time.monotonic()  # the silence was the client's
@@ -2193,7 +2202,7 @@ class Inspector:
             name, *now = cli.announcement_key(model)
             with contextlib.suppress(ApiError):
                 # Nobody answers; by then the CLI has said all that it announces.
-                found = await self._ask(process, query=True)
+                found = await process.announced(query=True)
                 cache_put(cli.announced, (name, *now), found)
                 for other in cli.info.models:
                     key = (other.full_name, *now)
@@ -2204,17 +2213,9 @@ class Inspector:
                     # It refuses what may not be used.
                     if outcome == "success":
                         # Only who the model is has changed.
-                        said = await self._ask(process, query=False)
+                        said = await process.announced(query=False)
                         cache_put(cli.announced, key, said)
         return found
-
-    async def _ask(self, process: Process, *, query: bool) -> list[Json]:
-        """Add a question to the conversation of a process, and return what the process has
-        announced in it."""
-        question = [translate.text_block("-")]
-        process.write(translate.user_line(question, str(uuid.uuid4()), query=query))
-        await process.read_until(lambda event: event["type"] == "result")
-        return translate.announcements(process.kept_rows())
 
     def kind(self, request: Request) -> Kind:
         """The kind of process that a request needs: until the CLI has listed its models,

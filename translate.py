@@ -438,8 +438,8 @@ def parse_request(
     counting: bool = False,
     agent: bool = False,
 ) -> Request:
-    """Read a body.  `betas` is the header anthropic-beta; for `counting` max_tokens may be
-    missing; for an `agent` that brings none, the CLI has tools.  Raises ApiError 400."""
+    """Read a body.  `betas` is the header anthropic-beta.  For `counting`, max_tokens may be
+    missing.  With `agent`, the CLI has tools if the body has none.  Raises ApiError 400."""
     data = read_object(body)
     check_fields(data, counting)
     not_sent = [name for name in ("metadata", "betas") if data.get(name) is not None]

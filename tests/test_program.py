@@ -353,9 +353,11 @@ def test_signals_and_limits_that_a_launcher_has_set_do_no_harm(
         assert process.wait(30) == 0
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize(
+    ("number", "problem"), [(1, "descriptor 3 is no socket"), (2, "expected one socket")]
+)
 def test_a_socket_of_a_service_manager_that_is_none_or_more_is_one_line_and_status_2(
-    number: int,
+    number: int, problem: str
 ) -> None:
     command = (
         f'LISTEN_PID=$$ LISTEN_FDS={number} exec "{sys.executable}" "{ROOT}/bridge.py" 3</dev/null'
@@ -366,6 +368,7 @@ def test_a_socket_of_a_service_manager_that_is_none_or_more_is_one_line_and_stat
     )
     said = [line for line in done.stderr.splitlines() if "LISTEN_FDS" in line]
     assert (done.returncode, len(said)) == (2, 1)
+    assert problem in said[0]
     assert "Traceback" not in done.stderr
 
 
