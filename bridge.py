@@ -21,7 +21,7 @@ What happens to a request, and in which section of which file:
     bridge.py     a request and its answer: those go to the client
     sessions.py   the pool         and the process rests, or is ended
 
-With the small ones between them (room, queue and threads, past conversations, frames) they
+With the small ones between them (queue and threads, past conversations, room, frames) they
 are less than 3,700 of 6,900 lines.  The rest can be skipped: errors and JSON, settings, the
 command line and environment of a process, what is known of the CLI, the sweep, other
 routes, the log, `serve`, the program, and what is called an appendix.
@@ -635,7 +635,7 @@ class Exchange:
         self.message = reason[: sessions.MAX_LOGGED]
         body = error.body(self.id)
         if self.status:
-            if self.connection.http.our_state is h11.SEND_BODY:
+            if self.connection.is_in_body:
                 self.stream(translate.frame(body))
                 await self.connection.finish()
             return
@@ -890,6 +890,11 @@ class Connection:
             raise ApiError(413, f"Request exceeds the maximum size of {limit} bytes")
 
     # Answers
+
+    @property
+    def is_in_body(self) -> bool:
+        """Whether an answer has begun, and not ended."""
+        return self.http.our_state is h11.SEND_BODY
 
     def write(self, event: h11.Event) -> None:
         """Write an h11 event, unless the client is gone: uvloop would raise, and the next
@@ -1216,12 +1221,12 @@ class Bridge:
                 "this request comes from the claude CLI that this bridge runs: "
                 "its ANTHROPIC_BASE_URL is the bridge's own",
             )
-        request.not_sent[:0] = [
+        replaced = [
             name
             for name, sent in REPLACED_HEADERS.items()
             if exchange.header(name) not in ("", sent)
         ]
-        return request
+        return dataclasses.replace(request, not_sent=replaced + request.not_sent)
 
 
 # Headers that mean something to the API and do not reach it, and what the CLI sends in
@@ -1267,7 +1272,7 @@ class Health:
     async def problem(self, bridge: Bridge) -> str:
         """Empty: there is none."""
         pool, config = bridge.pool, bridge.config
-        if not pool.has_room:  # asking takes a process itself
+        if not pool.room.has_place:  # asking takes a process itself
             return f"all {config.max_sessions} processes are busy"
         async with self.lock:
             if time.monotonic() < self.good_until:
@@ -1691,7 +1696,7 @@ async def missing_from_agent(pool: Pool) -> list[str]:
             lambda event: event.get("subtype") == "init" and event
         )
     finally:
-        pool.retire(session, "probe")
+        pool.room.retire(session, "probe")
     # `default` is all of them, and the CLI lists Agent as Task.
     known = ["default", "Agent", *init.get("tools", [])]
     found = [
@@ -2015,7 +2020,7 @@ def page_text(bridge: Bridge) -> str:
         "Last requests": list(bridge.recent),
         "Processes": [
             (item.state.value, f"for {item.state_secs:.0f} s; turns: {item.turns}")
-            for item in pool.in_states(*sessions.State)
+            for item in pool.room.in_states(*sessions.State)
         ],
         "Quota of the account": quota,
     }

@@ -1469,63 +1469,22 @@ class Turn:
         is_half = self.request.continues
         return self.translator.process_waits and can_hand_over and not is_half
 
-
-# ------------------------------------------------------------ room
-
-
-class Room:
-    """Places for processes.  A place is free again when its process is reaped."""
-
-    def __init__(self, places: int) -> None:
-        self._places = asyncio.Semaphore(places)
-        # How many wait for a place; the first one gets the next.
-        self._waiting = 0
-        # The tasks that end processes, which keep their places until then.
-        self.ending: set[asyncio.Task[None]] = set()
-
-    @property
-    def is_full(self) -> bool:
-        return self._places.locked()
-
-    @property
-    def shortfall(self) -> int:
-        """How many places are still to be freed for those who wait; negative: more places
-        are on their way than anyone waits for."""
-        return self._waiting - len(self.ending)
-
-    async def enter(self, make_room: Callable[[], None]) -> None:
-        """Take a place.  When there is none, `make_room` is called."""
-        self._waiting += 1
-        try:
-            if self.is_full:
-                make_room()
-            await self._places.acquire()
-        finally:
-            self._waiting -= 1
-
-    def leave(self) -> None:
-        self._places.release()
-
-    def leave_after(
-        self, end: Coroutine[Any, Any, None], then: Callable[[], None]
-    ) -> None:
-        """Give a place back at the end of its process."""
-
-        async def leave() -> None:
-            try:
-                await end
-            finally:
-                then()
-                self.leave()
-                # Nobody waits to take the place over.
-                if not self._waiting:
-                    self.ending.discard(task)
-
-        task = asyncio.create_task(leave())
-        self.ending.add(task)
-        # Else only once whoever got the place has stopped counting as one who waits, so
-        # that `shortfall` counts both or neither.
-        task.add_done_callback(self.ending.discard)
+    def finish(self, max_turns: int) -> str:
+        """Add a complete answer to the session.  Returns why its process must end; empty: it
+        can take another turn, as it has not had `max_turns` yet."""
+        session, translator = self.session, self.translator
+        session.extend(self.request, translator.message)
+        reason = self.process.end_turn(translator.result, translator.calls)
+        if not self.rests:
+            reason = "half" if self.request.continues else translator.stop_reason
+            # It comes from the API, and becomes the label of a metric.
+            if not re.fullmatch("[A-Za-z_]+", reason):
+                reason = "other"
+        elif self.process.is_unusable:
+            reason = "failed"
+        elif session.turns >= max_turns and not translator.calls:
+            reason = "max_turns"
+        return reason
 
 
 # ------------------------------------------------------------ queue and threads
@@ -1649,11 +1608,140 @@ class Outcomes(OrderedDict[str, tuple[Digests, str]]):
         return reason
 
 
+# ------------------------------------------------------------ room
+
+
+class Room:
+    """The processes of a pool, their places, and who gives way.  A place is free again when
+    its process is reaped."""
+
+    def __init__(
+        self,
+        config: PoolConfig,
+        metrics: "Metrics",
+        until_it_may: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`until_it_may` is that of `Child.end`."""
+        self._config = config
+        self._metrics = metrics
+        self._until_it_may = until_it_may
+        self.outcomes = Outcomes()
+        # Every process that is not reaped.
+        self.sessions: set[Session] = set()
+        self._places = asyncio.Semaphore(config.max_sessions)
+        # How many wait for a place; the first one gets the next.
+        self._waiting = 0
+        # The tasks that end processes, which keep their places until then.
+        self.ending: set[asyncio.Task[None]] = set()
+
+    def in_states(self, *states: State) -> list[Session]:
+        """The sessions in these states: state by state, the longest in it first."""
+        by_age = sorted(self.sessions, key=lambda item: item.state_since)
+        return [item for state in states for item in by_age if item.state is state]
+
+    @property
+    def on_file(self) -> list[Session]:
+        return self.in_states(State.IDLE, State.PARKED)
+
+    @property
+    def is_full(self) -> bool:
+        return self._places.locked()
+
+    @property
+    def shortfall(self) -> int:
+        """How many places are still to be freed for those who wait; negative: more places
+        are on their way than anyone waits for."""
+        return self._waiting - len(self.ending)
+
+    @property
+    def has_place(self) -> bool:
+        """Whether a request would get a process, if need be the place of a resting one
+        or of one that is being ended."""
+        is_free = not self.is_full or self.shortfall < 0
+        return is_free or bool(self.in_states(*RESTING))
+
+    # To enter
+
+    async def enter(self) -> None:
+        """Take a place, if need be that of a resting session."""
+        self._waiting += 1
+        try:
+            if self.is_full:
+                self.make_room()
+            await self._places.acquire()
+        finally:
+            self._waiting -= 1
+
+    def add(self, session: Session) -> None:
+        """Note the session that has the place."""
+        self.sessions.add(session)
+        self.make_room()  # somebody may wait for a place by now
+
+    # To leave
+
+    def leave(self) -> None:
+        self._places.release()
+
+    def leave_after(
+        self, end: Coroutine[Any, Any, None], then: Callable[[], None]
+    ) -> None:
+        """Give a place back at the end of its process."""
+
+        async def leave() -> None:
+            try:
+                await end
+            finally:
+                then()
+                self.leave()
+                # Nobody waits to take the place over.
+                if not self._waiting:
+                    self.ending.discard(task)
+
+        task = asyncio.create_task(leave())
+        self.ending.add(task)
+        # Else only once whoever got the place has stopped counting as one who waits, so
+        # that `shortfall` counts both or neither.
+        task.add_done_callback(self.ending.discard)
+
+    # Who gives way
+
+    def make_room(self) -> None:
+        """End idle processes beyond `max_idle`, and as many resting ones as there are
+        requests that wait for nothing else."""
+        idle = self.in_states(State.IDLE)
+        for session in idle[: max(0, len(idle) - self._config.max_idle)]:
+            self.retire(session, "evicted")
+        resting = self.in_states(*RESTING)
+        for session in resting[: max(0, self.shortfall)]:
+            self.retire(session, "evicted")
+
+    def cut_short(self, session: Session) -> None:
+        """End a session in the middle of a turn."""
+        process = session.process
+        process.interrupt()
+        self.retire(session, "failed" if process.is_unusable else "interrupted")
+
+    def retire(self, session: Session, reason: str) -> None:
+        """End a session's process in the background; its place is free once the process
+        is reaped."""
+        if session.state is State.RETIRED:
+            return
+        if reason == "failed" and session.process.ended:
+            reason = "died"
+            self._metrics.add("process_restarts_total")
+        log.debug("process %s ends: %s", session.process.pid, reason)
+        session.move(State.RETIRED)
+        self.outcomes.record(session, reason)
+        self._metrics.add("processes_ended_total", reason=reason)
+        forget = partial(self.sessions.remove, session)
+        self.leave_after(session.process.stop(self._until_it_may), forget)
+
+
 # ------------------------------------------------------------ the pool
 
 
 class Pool:
-    """All sessions, at most `max_sessions` processes at any time."""
+    """Finds a session for a request, or opens one, and files it after the answer."""
 
     def __init__(
         self, config: PoolConfig, environ: Mapping[str, str] = os.environ
@@ -1661,14 +1749,11 @@ class Pool:
         self.config = config
         self.environ = dict(environ)
         self.metrics = Metrics()
-        # Every process that is not reaped.
-        self.sessions: set[Session] = set()
-        self.room = Room(config.max_sessions)
         self.queue = Queue(config, self.metrics)
         self.threads = Threads()
         self.starter = Starter(self)
         self.inspector = Inspector(self)
-        self._outcomes = Outcomes()
+        self.room = Room(config, self.metrics, self.inspector.wait_for_renewal)
         # At most this many requests have their tokens counted at a time.
         self.counting = asyncio.Semaphore(CORES)
         # A lock for each session header in use: its requests run one after another.
@@ -1685,37 +1770,21 @@ class Pool:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-        for session in self.sessions:
-            self.retire(session, "shutdown")
+        for session in self.room.sessions:
+            self.room.retire(session, "shutdown")
         while self.room.ending:
             await asyncio.wait(self.room.ending)
         await self.threads.close()
-
-    def in_states(self, *states: State) -> list[Session]:
-        """The sessions in these states: state by state, the longest in it first."""
-        by_age = sorted(self.sessions, key=lambda item: item.state_since)
-        return [item for state in states for item in by_age if item.state is state]
-
-    @property
-    def on_file(self) -> list[Session]:
-        return self.in_states(State.IDLE, State.PARKED)
 
     @property
     def cli(self) -> Cli:
         """The CLI that is installed, as far as it is known."""
         return self.inspector.cli
 
-    @property
-    def has_room(self) -> bool:
-        """Whether a request would get a process, if need be the place of a resting one
-        or of one that is being ended."""
-        has_place = not self.room.is_full or self.room.shortfall < 0
-        return has_place or bool(self.in_states(*RESTING))
-
     def is_own_process(self, names: str) -> bool:
         """Whether a request comes from a process of this pool, by the id that is in its
         header or in its `metadata.user_id`."""
-        return any(session.own_id in names for session in self.sessions)
+        return any(session.own_id in names for session in self.room.sessions)
 
     # A turn
 
@@ -1746,7 +1815,7 @@ class Pool:
                 await stack.enter_async_context(self.queue.held(lock, problem))
             turn = await self._warm_turn(request, pin, trace)
             if not turn:
-                reason = self._outcomes.rebuild_reason(request, pin)
+                reason = self.room.outcomes.rebuild_reason(request, pin)
                 session = await self.starter.fresh_session(request, trace)
                 session.take_name(pin)
                 turn = Turn(request, session, "rebuilt" if reason else "new", reason)
@@ -1774,7 +1843,7 @@ class Pool:
         reason = turn_id = ""
         lines = []
         session.move(State.BUSY)
-        self._outcomes.record(session, "busy")
+        self.room.outcomes.record(session, "busy")
         try:
             # Such a process keeps to the login that it was started with.
             keeps_login = session.kind.bare or self.config.setting_sources
@@ -1795,7 +1864,7 @@ class Pool:
                 is_whole = session.matches(request)
                 if not is_whole and reason == "images":
                     raise ApiError(400, NO_IMAGE)
-                self.retire(session, reason)
+                self.room.retire(session, reason)
                 if not is_whole:
                     raise ApiError(400, LOST_NAME)
                 return None
@@ -1810,11 +1879,11 @@ class Pool:
     def _put_back(self, session: Session, state: State) -> None:
         """Put a session back as it was: nothing was written to its process."""
         if state is State.SPARE:
-            self.retire(session, "unwanted")
+            self.room.retire(session, "unwanted")
         elif session.state is State.BUSY:
             session.move(state)
-            self._outcomes.record(session, "pinned")
-            self.make_room()
+            self.room.outcomes.record(session, "pinned")
+            self.room.make_room()
 
     def _find(self, request: Request, pin: str) -> Session | None:
         """The resting session that can take a request: that of its name, or one that has no
@@ -1822,7 +1891,7 @@ class Pool:
         wanted = request.fingerprint
         # A client that names its conversation may leave out what it said before.
         is_by_name = pin and not wanted.past
-        found = [item for item in self.in_states(*RESTING) if item.pin == pin]
+        found = [item for item in self.room.in_states(*RESTING) if item.pin == pin]
         for session in found:
             fits = is_by_name and session.parts.items() >= wanted.sent_parts.items()
             if fits and session.state is State.PARKED:
@@ -1830,8 +1899,8 @@ class Pool:
             if fits or session.matches(request):
                 return session
             if pin:
-                self.retire(session, UNKNOWN_HISTORY)
-        if is_by_name and not found and pin in self._outcomes:
+                self.room.retire(session, UNKNOWN_HISTORY)
+        if is_by_name and not found and pin in self.room.outcomes:
             raise ApiError(400, LOST_NAME)
         return None
 
@@ -1839,29 +1908,18 @@ class Pool:
 
     def _finish(self, turn: Turn) -> None:
         """File the session of a turn, or retire it."""
-        session, process, translator = turn.session, turn.process, turn.translator
+        session = turn.session
         self.inspector.record_version(turn)
         turn.on_begun.close()
         if session.state is not State.BUSY:
             return
-        if not translator.done:
-            self.cut_short(session)
+        if not turn.translator.done:
+            self.room.cut_short(session)
             return
         # The history that it had is found no more.
-        self._outcomes.record(session, "continued")
-        session.extend(turn.request, translator.message)
-        reason = process.end_turn(translator.result, translator.calls)
-        if not turn.rests:
-            reason = "half" if turn.request.continues else translator.stop_reason
-            # It comes from the API, and becomes the label of a metric.
-            if not re.fullmatch("[A-Za-z_]+", reason):
-                reason = "other"
-        elif process.is_unusable:
-            reason = "failed"
-        elif session.turns >= self.config.max_turns and not translator.calls:
-            reason = "max_turns"
-        if reason:
-            self.retire(session, reason)
+        self.room.outcomes.record(session, "continued")
+        if reason := turn.finish(self.config.max_turns):
+            self.room.retire(session, reason)
         else:
             self._file(session)
 
@@ -1869,50 +1927,19 @@ class Pool:
         # An agent's tools may have seen what does not follow from the conversation, so none
         # may answer for another one.
         is_unnamed_agent = session.kind.agent and not session.pin
-        for other in self.on_file:
+        reason = "ambiguous" if is_unnamed_agent else "duplicate"
+        for other in self.room.on_file:
             if other.identity == session.identity:  # a request could find either
-                self.retire(other, "ambiguous" if is_unnamed_agent else "duplicate")
-        if is_unnamed_agent and session.identity in self._outcomes:
-            self.retire(session, "ambiguous")
+                self.room.retire(other, reason)
+        if is_unnamed_agent and session.identity in self.room.outcomes:
+            self.room.retire(session, "ambiguous")
             return
         # Recorded in case a request misses it because only one of the two has a session
         # header.
-        self._outcomes.record(session, "pinned")
+        self.room.outcomes.record(session, "pinned")
         is_parked = bool(session.process.expected_calls)
         session.move(State.PARKED if is_parked else State.IDLE)
-        self.make_room()
-
-    def cut_short(self, session: Session) -> None:
-        """End a session in the middle of a turn."""
-        process = session.process
-        process.interrupt()
-        self.retire(session, "failed" if process.is_unusable else "interrupted")
-
-    def make_room(self) -> None:
-        """End idle processes beyond `max_idle`, and as many resting ones as there are
-        requests that wait for nothing else."""
-        idle = self.in_states(State.IDLE)
-        for session in idle[: max(0, len(idle) - self.config.max_idle)]:
-            self.retire(session, "evicted")
-        resting = self.in_states(*RESTING)
-        for session in resting[: max(0, self.room.shortfall)]:
-            self.retire(session, "evicted")
-
-    def retire(self, session: Session, reason: str) -> None:
-        """End a session's process in the background; its place is free once the process
-        is reaped."""
-        if session.state is State.RETIRED:
-            return
-        if reason == "failed" and session.process.ended:
-            reason = "died"
-            self.metrics.add("process_restarts_total")
-        log.debug("process %s ends: %s", session.process.pid, reason)
-        session.move(State.RETIRED)
-        self._outcomes.record(session, reason)
-        self.metrics.add("processes_ended_total", reason=reason)
-        forget = partial(self.sessions.remove, session)
-        end = session.process.stop(self.inspector.wait_for_renewal)
-        self.room.leave_after(end, forget)
+        self.room.make_room()
 
 
 # ------------------------------------------------------------ a fresh process
@@ -1955,7 +1982,7 @@ class Starter:
             if spare.process.has_spoken or not spare.process.is_unusable:
                 return spare
             # It asked nothing, so another one can.
-            pool.retire(spare, "failed")
+            pool.room.retire(spare, "failed")
         # Many starts at once would slow each other down.
         async with pool.queue.held(self._starts, NO_ROOM, is_timed=False):
             session = await self.spawn(kind)
@@ -1990,15 +2017,14 @@ class Starter:
                 async with asyncio.timeout(FIRST_OUTPUT_SECS):
                     await session.process.read()
         except BaseException:
-            self._pool.cut_short(session)
+            self._pool.room.cut_short(session)
             raise
 
     async def spawn(self, kind: Kind, state: State = State.BUSY) -> Session:
         """Start a process, which waits at its gate."""
         pool, config = self._pool, self._pool.config
-        enter = partial(pool.room.enter, pool.make_room)
         is_spare = state is State.SPARE
-        await pool.queue.wait(enter, NO_ROOM, is_timed=not is_spare)
+        await pool.queue.wait(pool.room.enter, NO_ROOM, is_timed=not is_spare)
         process = Process(pool.cli)
         # One that announces its folder to the model works in one that never changes; an
         # older one would list all files in it.
@@ -2017,17 +2043,16 @@ class Starter:
                 raise cli_error(f"the claude CLI cannot be started: {error}") from error
             raise
         session = Session(process, kind, state, is_spare)
-        process.on_fault = partial(pool.retire, session)
-        pool.sessions.add(session)
+        process.on_fault = partial(pool.room.retire, session)
         pool.metrics.add("processes_started_total")
-        pool.make_room()  # somebody may wait for a place by now
+        pool.room.add(session)
         return session
 
     # Spares
 
     @property
     def spares(self) -> list[Session]:
-        return self._pool.in_states(State.SPARE)
+        return self._pool.room.in_states(State.SPARE)
 
     async def _take(self, kind: Kind) -> Session | None:
         """A spare of this kind that is not set up; it need not be at its gate yet."""
@@ -2062,7 +2087,7 @@ class Starter:
             if spare.kind in missing and not is_stale:
                 missing.remove(spare.kind)
             else:
-                self._pool.retire(spare, "unwanted")
+                self._pool.room.retire(spare, "unwanted")
         for wanted in missing:
             self.start_spare(wanted, like)
 
@@ -2082,7 +2107,7 @@ class Starter:
         with contextlib.suppress(ApiError):  # the next request will report it
             spare = await self.spawn(kind, State.SPARE)
             if spare.process.cli is not pool.cli:
-                pool.retire(spare, "unwanted")  # it may be the old program
+                pool.room.retire(spare, "unwanted")  # it may be the old program
             if not like:
                 return
             kind, model = pool.inspector.needs(like)
@@ -2167,7 +2192,7 @@ class Inspector:
             await process.read_until(lambda event: control_result(event, "initialize"))
             yield process
         finally:
-            self._pool.retire(session, "probe")
+            self._pool.room.retire(session, "probe")
 
     async def announced(self, model: str, kind: Kind) -> list[Json]:
         """What the CLI announces to a model today; nothing if it does not say so in time.
@@ -2266,7 +2291,7 @@ class Inspector:
             limits.clear()
         self.cli = Cli(self._pool.config.bin, files, version, rate_limits=limits)
         for spare in self._pool.starter.spares:
-            self._pool.retire(spare, "unwanted")
+            self._pool.room.retire(spare, "unwanted")
 
 
 # ------------------------------------------------------------ the sweep
@@ -2279,13 +2304,13 @@ async def sweep(pool: Pool) -> None:
         try:
             await asyncio.sleep(SWEEP_SECS)
             is_wanted = pool.starter.is_short and pool.inspector.may_run_any
-            busy = pool.in_states(State.BUSY)
+            busy = pool.room.in_states(State.BUSY)
             is_starting = not all(session.process.has_spoken for session in busy)
             if pool.cli.info.is_known and is_wanted and not is_starting:
                 pool.starter.refill(Kind(bare=pool.inspector.is_bare()))
             # If the bridge was stopped, what came in that time is still in the pipes.
             await read_pipes()
-            for session in pool.in_states(*State):
+            for session in pool.room.in_states(*State):
                 look_after(pool, session)
         except Exception as bug:  # noqa: BLE001 - without the sweep no turn would time out
             log.error("bug in the sweep: %s", type(bug).__name__)
@@ -2300,9 +2325,9 @@ def look_after(pool: Pool, session: Session) -> None:
     elif session.state not in RESTING:
         return
     elif session.process.is_unusable:
-        pool.retire(session, "failed")
+        pool.room.retire(session, "failed")
     elif ttl and session.state_secs >= ttl:
-        pool.retire(session, "expired")
+        pool.room.retire(session, "expired")
 
 
 # ------------------------------------------------------------ appendix: counting
@@ -2356,7 +2381,7 @@ async def ask_count(pool: Pool, request: Request, trace: Trace) -> int:
         message = f"the claude CLI did not count within {COUNT_SECS:g} seconds"
         raise ApiError(504, message) from None
     finally:
-        pool.retire(session, "failed" if process.is_unusable else "counted")
+        pool.room.retire(session, "failed" if process.is_unusable else "counted")
     worst = max(statuses, default=0)
     if worst >= 400:
         raise ApiError(worst, f"the API did not count: status {worst}")
@@ -2450,7 +2475,7 @@ class Metrics:
             self.set("quota_utilization_ratio", limit.utilization, limit=name)
             self.set("quota_resets_at_seconds", limit.resets_at, limit=name)
         for state in State:
-            number = len(pool.in_states(state))
+            number = len(pool.room.in_states(state))
             self.set("processes", number, state=state.value)
         self.set("waiting_requests", pool.queue.length)
 

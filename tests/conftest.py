@@ -253,9 +253,12 @@ def real(serve: Serve, cli: Path) -> Server:
 
 
 @pytest.fixture
-def launch() -> Iterator[Launch]:
+def launch(tmp_path: Path) -> Iterator[Launch]:
     """Start the bridge as a program: launch("--max-idle", "2", CLAUDE_CLI_BIN=...).  It listens on
-    a free port, and has no spares."""
+    a free port, has no spares, and is killed at the end."""
+    # Who is killed leaves what is there.
+    temporary = tmp_path / "tmp-of-programs"
+    temporary.mkdir()
     with contextlib.ExitStack() as stack:
 
         def start(*arguments: str, wait: bool = True, **variables: str) -> Program:
@@ -266,6 +269,7 @@ def launch() -> Iterator[Launch]:
                 "CLAUDE_CLI_LISTEN_ADDR": f"127.0.0.1:{port}",
             }
             settings["CLAUDE_CLI_SPARES"] = "0"
+            settings["TMPDIR"] = str(temporary)
             environ = {
                 **os.environ,
                 "CLAUDE_CLI_KEEP_ENV": ",".join(kept_names({**os.environ, **variables})),

@@ -165,7 +165,7 @@ def is_held_up(log: Log, text: str) -> bool:
 def session_of(server: Server, number: int) -> Session:
     """The session of a process."""
     assert server.bridge
-    return next(one for one in list(server.bridge.pool.sessions) if one.process.pid == number)
+    return next(one for one in list(server.bridge.pool.room.sessions) if one.process.pid == number)
 
 
 def check_own(answer: Answer, text: str, *, stream: bool) -> None:

@@ -668,8 +668,8 @@ def main() -> None:
             program.process.kill()
             program.process.wait()
         log.seek(0)
-        # Besides a line for each request, how it began and ended, and who was killed as the login
-        # was looked at, nothing is to be said.
+        # Besides a line for each request, how it began and ended, and who was killed, or lost its
+        # folder, as the login was looked at, nothing is to be said.
         usual = (
             "request_id=",
             "listening on",
@@ -677,6 +677,7 @@ def main() -> None:
             "the claude CLI is",
             "the claude CLI does not",
             "exited with status -9",
+            "Error: Can't access working directory",
         )
         wrong += [line.rstrip() for line in log if not any(words in line for words in usual)]
     for line in wrong[:50]:

@@ -117,8 +117,8 @@ def test_pings_fill_the_time_of_a_tool_and_the_watchdog_lets_it_run(
     answering = background.submit(server.post, asked, stream=True)
     assert server.bridge
     pool = server.bridge.pool
-    wait_until(lambda: any(item.process.working for item in list(pool.sessions)), "the tool")
-    for session in list(pool.sessions):
+    wait_until(lambda: any(item.process.working for item in list(pool.room.sessions)), "the tool")
+    for session in list(pool.room.sessions):
         session.process._alive_at -= 61
         assert not session.process.check_silence(60)
     answer = answering.result()

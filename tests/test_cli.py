@@ -401,7 +401,7 @@ def test_the_model_of_a_request_stays_the_one_that_the_cli_had_as_it_came(
     async def use(pool: Pool) -> None:
         await pool.inspector.info()
         request = parse_request(json.dumps(request_body("hello", model="haiku")).encode())
-        await pool.room.enter(lambda: None)  # the only place
+        await pool.room.enter()  # the only place
         waits = asyncio.create_task(pool.starter.fresh_session(request))
         await soon(lambda: pool.queue.length)
         (environment / ".claude").mkdir(exist_ok=True)

@@ -667,7 +667,7 @@ def test_the_silence_of_a_slow_client_is_not_the_clis(serve: Serve, log: Log) ->
     assert server.bridge
     with send(server, FLOOD, stream=True) as slow:
         wait_until(lambda: is_held_up(log, FLOOD), "a process that can write no more")
-        (session,) = server.bridge.pool.sessions
+        (session,) = server.bridge.pool.room.sessions
         wait_until(
             lambda: time.monotonic() > session.process._alive_at + 3.1,
             "more than the watchdog's time",

@@ -113,7 +113,7 @@ def test_nothing_of_a_requests_size_is_kept_beyond_its_turn(
         assert (b"tool_use" in response.read()) == (end == "parked")
         response.close()
         assert server.bridge
-        (one,) = server.bridge.pool.sessions
+        (one,) = server.bridge.pool.room.sessions
         wait_until(lambda: one.state in (State.IDLE, State.PARKED), "the end of the turn")
         wait_until(lambda: not holders(mark), f"freedom from {holders(mark)}", 10)
         assert {str(tool) for tool in one.process.tools[1:2]} == {str(listed_tool("tool_1"))}

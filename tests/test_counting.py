@@ -86,10 +86,10 @@ def test_counts_at_once_take_a_process_for_each_core_and_wait_for_no_turn(
         counts = [threads.submit(count, real, f"question {number}") for number in range(4)]
         most = 0
         while not all(done.done() for done in counts):
-            states = [session.state.value for session in list(pool.sessions)]
+            states = [session.state.value for session in list(pool.room.sessions)]
             most = max(most, sum(state != "retired" for state in states))
             time.sleep(0.005)  # leave the interpreter to the bridge's thread
-        assert len(pool.in_states(State.BUSY)) == 1  # the turn still runs
+        assert len(pool.room.in_states(State.BUSY)) == 1  # the turn still runs
         assert 1 < most <= 1 + (os.cpu_count() or 1)  # the turn's, and those that count
         assert [done.result().status for done in counts] == [200] * 4
 

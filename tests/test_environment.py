@@ -197,7 +197,7 @@ MEANT_FOR_OTHERS = {
 def tool_round(server: Server, since: Callable[[], list[Json]]) -> list[Json]:
     """A tool call, and its result after more than two seconds; the bodies of the API's requests."""
     messages, (call,) = start(server)
-    (parked,) = server.bridge.pool.sessions if server.bridge else ()
+    (parked,) = server.bridge.pool.room.sessions if server.bridge else ()
     loop = parked.process.loop
     called_at = loop.time()
     wait_until(lambda: loop.time() > called_at + 2.5, "more than the time for a tool")

@@ -124,14 +124,13 @@ def test_a_killed_bridge_leaves_no_child_and_no_word_of_a_conversation(
     background: ThreadPoolExecutor,
     environment: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     state: Callable[[Program, Log, Run], None],
 ) -> None:
     """SIGKILL gives it no time to clear up: what was never written need not be cleared up."""
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    monkeypatch.setenv("TMPDIR", str(temporary))
-    program = launch(CLAUDE_CLI_SPARES="1" if state is waiting_spare else "0")
+    spares = "1" if state is waiting_spare else "0"
+    program = launch(TMPDIR=str(temporary), CLAUDE_CLI_SPARES=spares)
     running: list[Future[Any]] = []
 
     def run(*arguments: Any, **fields: Any) -> None:
@@ -178,14 +177,13 @@ def test_a_killed_bridge_with_the_real_cli_leaves_no_word_of_a_conversation(
     background: ThreadPoolExecutor,
     environment: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     state: str,
 ) -> None:
     """The CLI is told to keep nothing, and its conversation comes through a pipe."""
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    monkeypatch.setenv("TMPDIR", str(temporary))
-    program = launch(CLAUDE_CLI_BIN=str(cli), CLAUDE_CLI_SPARES="1" if state == "spare" else "0")
+    spares = "1" if state == "spare" else "0"
+    program = launch(TMPDIR=str(temporary), CLAUDE_CLI_BIN=str(cli), CLAUDE_CLI_SPARES=spares)
     past: list[Any] = [SECRET, SECRET]
     running = None
     if state == "spare":

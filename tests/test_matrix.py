@@ -102,7 +102,7 @@ class Bench:
         assert self.server.bridge
         return [
             session
-            for session in list(self.server.bridge.pool.sessions)
+            for session in list(self.server.bridge.pool.room.sessions)
             if session.process.pid != self.other
         ]
 
@@ -112,7 +112,7 @@ class Bench:
         assert bridge
         assert loop
         for session in self.in_cell():
-            loop.call_soon_threadsafe(bridge.pool.retire, session, "cleared")
+            loop.call_soon_threadsafe(bridge.pool.room.retire, session, "cleared")
         wait_until(lambda: not self.in_cell(), "the end of the cell's processes")
         wait_until(
             lambda: self.running() <= self.tasks, f"the end of tasks: {self.running() - self.tasks}"

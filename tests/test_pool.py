@@ -117,7 +117,7 @@ def test_a_client_that_leaves_as_the_last_turn_ends_gets_no_turn(gate: Path) -> 
         settled = turn.process._settled
         assert not settled.is_set()
         second = asyncio.create_task(take_turn(pool, "LATE one", first, "two"))
-        await soon(lambda: turn.session not in pool.on_file)
+        await soon(lambda: turn.session not in pool.room.on_file)
         settling = asyncio.create_task(settled.wait())
         settling.add_done_callback(lambda _: second.cancel())
         open_gate(gate)
@@ -192,7 +192,7 @@ def test_with_a_time_to_live_of_zero_nothing_expires(serve: Serve) -> None:
     _, other = talk(server, "other")
     kill(pid(other))
     wait_until(
-        lambda: server.bridge and len(server.bridge.pool.sessions) == 1,
+        lambda: server.bridge and len(server.bridge.pool.room.sessions) == 1,
         "a sweep that saw the dead process",
     )
     assert server.post(conversation).session == "hot"
@@ -226,13 +226,13 @@ def test_those_whose_next_request_was_taken_back_count_as_idle_again() -> None:
         # Its next request waits for the result, which never comes.
         _, text = await take_turn(pool, "NORESULT")
         asking = asyncio.create_task(take_turn(pool, "NORESULT", text, "and now"))
-        await soon(lambda: pool.in_states(State.BUSY))
+        await soon(lambda: pool.room.in_states(State.BUSY))
         for words in ("second", "third"):
             await take_turn(pool, words)
-        assert len(pool.on_file) == 2
+        assert len(pool.room.on_file) == 2
         asking.cancel()
         await asyncio.wait({asking})
-        assert len(pool.on_file) == 2
+        assert len(pool.room.on_file) == 2
 
     in_pool(use, max_idle=2)
 
@@ -307,13 +307,13 @@ def test_a_request_that_is_cancelled_as_it_waits_for_the_last_result_disturbs_no
     async def use(pool: Pool) -> None:
         turn, first = await take_turn(pool, "LATE one")
         left = asyncio.create_task(take_turn(pool, "LATE one", first, "two"))
-        await soon(lambda: turn.session not in pool.on_file)
+        await soon(lambda: turn.session not in pool.room.on_file)
         left.cancel()
         with pytest.raises(asyncio.CancelledError):
             await left
-        assert turn.session in pool.on_file
+        assert turn.session in pool.room.on_file
         again = asyncio.create_task(take_turn(pool, "LATE one", first, "two"))
-        await soon(lambda: turn.session not in pool.on_file)
+        await soon(lambda: turn.session not in pool.room.on_file)
         open_gate(gate)
         following, answer = await again
         assert (following.origin, answer) == ("hot", "echo: two; 3 messages")

@@ -61,7 +61,7 @@ def test_a_result_that_came_after_the_answer_in_the_same_read_is_the_end_of_the_
     server = serve()
     assert server.bridge
     conversation, _ = talk(server, "hello")
-    (session,) = server.bridge.pool.sessions
+    (session,) = server.bridge.pool.room.sessions
     process = session.process
     wait_until(lambda: process._settled.is_set(), "its first result")
     process.begin_turn()

@@ -49,7 +49,7 @@ def test_who_may_not_start_a_process_in_time_gets_529() -> None:
         for failed in ended:
             assert isinstance(failed, ApiError)
             assert (failed.status, "none got free" in failed.message) == (529, True)
-        assert (pool.queue.length, pool.sessions) == (0, set())
+        assert (pool.queue.length, pool.room.sessions) == (0, set())
         pool.starter._starts.release()
         assert (await take_turn(pool, "next"))[1] == "echo: next; 1 messages"
 
@@ -59,7 +59,7 @@ def test_who_may_not_start_a_process_in_time_gets_529() -> None:
 def test_those_who_wait_for_their_start_are_in_the_line_that_can_be_full(gate: Path) -> None:
     async def use(pool: Pool) -> None:
         busy = asyncio.create_task(take_turn(pool, "PAUSE"))
-        await soon(lambda: pool.in_states(State.BUSY))
+        await soon(lambda: pool.room.in_states(State.BUSY))
         turns = [asyncio.create_task(take_turn(pool, f"{n}")) for n in range(2 * sessions.CORES)]
         await soon(pool.starter._starts.locked)  # each waits for the only place
         turns += [asyncio.create_task(take_turn(pool, f"more {n}")) for n in range(2)]
@@ -106,18 +106,18 @@ def test_a_session_whose_request_is_cancelled_before_it_is_read_is_on_file_again
         monkeypatch.setattr(sessions, "LARGE_SIZE", 0)
         other = asyncio.create_task(pool.threads.run(sessions.LARGE_SIZE, may_end.wait))
         second = asyncio.create_task(take_turn(pool, "one", first, "two"))
-        await soon(lambda: not pool.on_file)
+        await soon(lambda: not pool.room.on_file)
         second.cancel()
         await asyncio.wait({second})
         assert second.cancelled()
-        assert pool.on_file == [turn.session]
+        assert pool.room.on_file == [turn.session]
         assert log.lines(turn.process.pid) == lines
         may_end.set()
         await other
         again, answer = await take_turn(pool, "one", first, "two")
         assert (again.origin, again.session) == ("hot", turn.session)
         assert answer == "echo: two; 3 messages"
-        assert len(pool.sessions) == 1
+        assert len(pool.room.sessions) == 1
 
     try:
         in_pool(use)

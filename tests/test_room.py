@@ -20,7 +20,7 @@ from stand_in import Log
 
 import bridge
 import sessions
-from sessions import Kind, Pool, Room, Turn
+from sessions import Kind, Metrics, Pool, PoolConfig, Room, Turn
 from translate import CliInfo
 
 # ---------------------------------------------------------------- places, and who waits
@@ -188,7 +188,7 @@ def test_of_two_requests_one_gets_the_room_of_a_process_that_ended_and_one_that_
                 asked.extend(asyncio.create_task(take_turn(pool, f"new {n}")) for n in range(2))
 
         monkeypatch.setattr(pool.room, "leave", release_and_ask)
-        pool.retire(turn.session, "expired")
+        pool.room.retire(turn.session, "expired")
         await soon(lambda: asked)
         assert [answer for _, answer in await asyncio.gather(*asked)] == [
             f"echo: new {n}; 1 messages" for n in range(2)
@@ -219,23 +219,25 @@ def test_no_room_for_the_bridges_own_question_is_no_warning(
 # ---------------------------------------------------------------- room by itself
 
 
+async def at_once() -> None:
+    """What a process waits for before it is ended: nothing."""
+
+
 def in_room(use: Callable[[Room], Coroutine[Any, Any, None]], places: int = 1) -> None:
     async def program() -> None:
         async with asyncio.timeout(10):
-            await use(Room(places))
+            await use(Room(PoolConfig(max_sessions=places), Metrics(), at_once))
 
     asyncio.run(program())
 
 
-def test_a_place_is_taken_without_a_word_and_asked_for_when_there_is_none() -> None:
-    asked: list[int] = []
-
+def test_a_place_is_taken_at_once_and_waited_for_when_there_is_none() -> None:
     async def use(room: Room) -> None:
-        await room.enter(lambda: asked.append(1))
-        assert (room.is_full, asked, room.shortfall) == (True, [], 0)
-        second = asyncio.create_task(room.enter(lambda: asked.append(2)))
-        await soon(lambda: asked)
-        assert (asked, room.shortfall, second.done()) == ([2], 1, False)
+        await room.enter()
+        assert (room.is_full, room.shortfall) == (True, 0)
+        second = asyncio.create_task(room.enter())
+        await soon(lambda: room.shortfall)
+        assert (room.shortfall, second.done()) == (1, False)
         room.leave()
         await second
         assert (room.is_full, room.shortfall) == (True, 0)
@@ -245,8 +247,8 @@ def test_a_place_is_taken_without_a_word_and_asked_for_when_there_is_none() -> N
 
 def test_who_waits_no_more_is_not_counted_and_takes_no_place() -> None:
     async def use(room: Room) -> None:
-        await room.enter(lambda: None)
-        waiting = asyncio.create_task(room.enter(lambda: None))
+        await room.enter()
+        waiting = asyncio.create_task(room.enter())
         await soon(lambda: room.shortfall == 1)
         waiting.cancel()
         await asyncio.wait({waiting})
@@ -267,10 +269,10 @@ def test_a_place_is_free_again_when_its_process_is_reaped_and_no_sooner() -> Non
         async def end() -> None:
             await reaped.wait()
 
-        await room.enter(lambda: None)
+        await room.enter()
         room.leave_after(end(), lambda: seen.append((room.is_full, room.shortfall)))
         assert (room.is_full, room.shortfall, len(room.ending)) == (True, -1, 1)
-        next_one = asyncio.create_task(room.enter(lambda: None))
+        next_one = asyncio.create_task(room.enter())
         await soon(lambda: room.shortfall == 0)
         assert not next_one.done()
         reaped.set()
@@ -285,8 +287,8 @@ def test_a_place_is_free_again_when_its_process_is_reaped_and_no_sooner() -> Non
 
 async def waiting_tasks(room: Room, count: int) -> list[asyncio.Task[None]]:
     """Tasks that wait, one after another, for the only place, which is taken."""
-    await room.enter(lambda: None)
-    tasks = [asyncio.create_task(room.enter(lambda: None)) for _ in range(count)]
+    await room.enter()
+    tasks = [asyncio.create_task(room.enter()) for _ in range(count)]
     await soon(lambda: room.shortfall == count)
     return tasks
 

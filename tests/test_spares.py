@@ -171,7 +171,7 @@ def test_a_spare_that_ended_comes_back_only_for_a_request(primed: Serve, log: Lo
     kill(spare(server))
     started = set(log.started())
     wait_until(lambda: not ready(server), "the end of the spare")
-    wait_until(lambda: server.bridge and not server.bridge.pool.sessions, "its reaping")
+    wait_until(lambda: server.bridge and not server.bridge.pool.room.sessions, "its reaping")
     assert set(log.started()) == started
 
 
@@ -342,7 +342,7 @@ def test_spares_that_start_as_the_cli_is_looked_at_evict_no_conversation(tmp_pat
             while pool.starter.starting:
                 await asyncio.wait(pool.starter.starting)
         for spare in pool.starter.spares:
-            pool.retire(spare, "unwanted")
+            pool.room.retire(spare, "unwanted")
         await soon(lambda: not pool.room.ending)
         pool.inspector.cli = Cli()
         for _ in range(2):
@@ -366,14 +366,14 @@ def test_a_spare_that_was_being_started_as_the_cli_was_replaced_is_given_to_nobo
         await pool.inspector.look()
         pool.starter.refill(Kind("sonnet"))
         await soon(lambda: pool.room.is_full)
-        assert not pool.sessions  # not yet
+        assert not pool.room.sessions  # not yet
         shutil.copy(program, tmp_path / "new")
         os.replace(tmp_path / "new", program)
         pool.inspector.cli = Cli(files=(identify_file(str(program)),))
         starting = list(pool.starter.starting)
         await asyncio.wait(starting)
         assert not pool.starter.spares
-        assert [one.state for one in pool.sessions] == [State.RETIRED]
+        assert [one.state for one in pool.room.sessions] == [State.RETIRED]
         turn, answer = await take_turn(pool, "hello")
         assert (answer, turn.session.was_spare) == ("echo: hello; 1 messages", False)
 
@@ -428,7 +428,7 @@ def test_a_spare_that_has_just_started_is_counted_once() -> None:
 
         def refill(_: object) -> None:
             pool.starter.refill(Kind())
-            seen.extend(spare.state for spare in pool.sessions)
+            seen.extend(spare.state for spare in pool.room.sessions)
 
         task.remove_done_callback(pool.starter.starting.pop)
         task.add_done_callback(refill)
@@ -444,7 +444,7 @@ def test_no_first_spares_start_beside_a_request_that_they_would_slow_down(gate: 
         await pool.inspector.look()
         old = await pool.starter.spawn(Kind("haiku"), State.SPARE)
         answering = asyncio.create_task(take_turn(pool, "hello", model="slow-start"))
-        await soon(lambda: pool.in_states(State.BUSY))
+        await soon(lambda: pool.room.in_states(State.BUSY))
         old.state_since = -1e9  # the next sweep ends it
         pool.cli.info = CliInfo(account={"a": 1})
         await soon(lambda: old.state is State.RETIRED)

@@ -215,7 +215,7 @@ def test_a_call_that_is_never_answered_costs_no_further_api_call(
 def test_the_time_of_a_tool_is_not_the_watchdogs(serve: Serve, cli: Any) -> None:
     server = serve(bin=cli, watchdog_secs=60)
     messages, (call,) = start(server)
-    parked = server.bridge and next(iter(server.bridge.pool.sessions)).process
+    parked = server.bridge and next(iter(server.bridge.pool.room.sessions)).process
     assert parked
     parked._alive_at -= 61
     assert not parked.check_silence(60)
