@@ -1693,14 +1693,11 @@ class Room:
             finally:
                 then()
                 self.leave()
-                # Nobody waits to take the place over.
-                if not self._waiting:
-                    self.ending.discard(task)
 
         task = asyncio.create_task(leave())
         self.ending.add(task)
-        # Else only once whoever got the place has stopped counting as one who waits, so
-        # that `shortfall` counts both or neither.
+        # By then whoever got the place has stopped counting as one who waits, so
+        # `shortfall` counts both or neither.
         task.add_done_callback(self.ending.discard)
 
     # Who gives way

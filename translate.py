@@ -132,20 +132,11 @@ AROUND_API_ERROR = re.compile(
 # What it says after the API's message when it tries once more, without a part of the
 # conversation that the API refused.
 REMOVED = " and was removed"
-# The CLI's own verdicts on a request carry no status.  2.1.330 and newer give the reason
-# why the turn ended; older ones have words alone (recording mid_stream_error of 2.1.197).
-REQUEST_REASONS = {
-    "blocking_limit",
-    "image_error",
-    "prompt_too_long",
-    "rapid_refill_breaker",
-}
 TOO_LONG = "Prompt is too long"
+# The statuses of failures that come without one, by the beginnings of their texts
+# (recording mid_stream_error of 2.1.197).
 STATUS_OF_TEXT = {
     TOO_LONG: 400,
-    "Image base64 size (": 400,
-    "Unable to resize image": 400,
-    "Unable to send image": 400,
     "API Error: Overloaded": 529,
     "API Error: Both output_format and output_config": 400,
     # The API's side: no answer, or none of the API's.
@@ -160,10 +151,10 @@ def result_error(
 
     The CLI writes `subtype: success` on failures as well, so only `is_error`,
     `api_error_status` and the text count (recordings error_401, error_429, error_529,
-    not_logged_in): the status is the API's, or follows from `terminal_reason`, error.type
-    or the text.  `synthetic` is the `assistant` event before it that the CLI made up, if
-    there is one: it says so if no login works, and 2.1.330 keeps the API's error.type and
-    error_code in it.  `resets_at` is the epoch second at which a rate limit is reset.
+    not_logged_in): the status is the API's, or follows from the text.  `synthetic` is the
+    `assistant` event before it that the CLI made up, if there is one: it says so if no
+    login works, and 2.1.330 keeps the API's error.type and error_code in it.  `resets_at`
+    is the epoch second at which a rate limit is reset.
     """
     errors = "; ".join(map(str, as_list(result.get("errors"))))
     usual = "the claude CLI ended the turn with an error"
@@ -175,7 +166,7 @@ def result_error(
     status: Any = result.get("api_error_status")
     is_from_api = status in range(400, 600)
     if not is_from_api:
-        status = status_of(text, get_str(result, "terminal_reason"), error_type)
+        status = status_of(text)
     elif status == 502:
         error_type = error_type or "api_error"  # a proxy in front of the API
     # The API's spelling, by which clients know it.
@@ -196,13 +187,8 @@ def result_error(
     )
 
 
-def status_of(text: str, reason: str, error_type: str) -> int:
-    """The HTTP status of a failure that has none: by the reason that the CLI gives, by
-    the API's error.type, or by the text; 502 when the CLI itself is at fault."""
-    if reason in REQUEST_REASONS:
-        return 400
-    if error_type in STATUS_OF_TYPE:
-        return STATUS_OF_TYPE[error_type]
+def status_of(text: str) -> int:
+    """The HTTP status of a failure that has none; 502 when the CLI itself is at fault."""
     for start, status in STATUS_OF_TEXT.items():
         if text.startswith(start):
             return status

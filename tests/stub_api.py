@@ -8,9 +8,9 @@ request came in).
 Words a user text may hold: THINK, MAXTOK, CUTTOOL (max_tokens inside a tool's input), REFUSE,
 MIDFAIL, SLOW (a word every 50 ms, `SLOW n` of them), HANG (no answer for a minute),
 FAIL400/401/403/404/429/500/529 (`CODE x`: with this error_code), `QUOTA status` (headers of a
-subscription's limits), BADSIGN (400 if the history holds thinking), BADIMAGE (400 if there is an image), RETRYONCE, EMPTY,
-NOWORDS (the same, in the result of a tool), NOSTREAM (streaming is refused, the plain call
-works), `USE_TOOL name INPUT={...}END COUNT=n`, `SAY text`, SEARCH (a server
+subscription's limits), BADSIGN (400 if the history holds thinking), BADIMAGE (400 if there is an image), RETRYONCE,
+OUTDATED (the model wants a newer CLI), EMPTY, NOWORDS (the same, in the result of a tool),
+NOSTREAM (streaming is refused, the plain call works), `USE_TOOL name INPUT={...}END COUNT=n`, `SAY text`, SEARCH (a server
 tool, its result and a cited text), PAUSED (with it: the answer ends with pause_turn), TOMORROW
 (blocks, deltas, events and keys that nobody knows yet), and alone: RECORD (the answer is "ok",
 whatever the parameters say). With --judge it refuses what judge.py refuses; a login is renewed in
@@ -384,6 +384,10 @@ async def reply(request: web.Request, body: Json) -> web.StreamResponse:
         return error(400, "messages.1.content.0: Invalid `signature` in `thinking` block")
     if "BADIMAGE" in text and '"image"' in json.dumps(body["messages"]):
         return error(400, "messages.0.content.0: Could not process image")
+    if "OUTDATED" in text:
+        # As it was reported of the real API.
+        fault = "Claude Code 2.1.211 does not support this model; version 2.1.280 (Opus 5.5)"
+        return error(400, f"{fault} or newer is required. Run 'claude update' to continue.")
     if "RETRYONCE" in text and text not in RETRIED:
         RETRIED.add(text)
         return error(529)

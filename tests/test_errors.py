@@ -74,6 +74,7 @@ STATUSES: list[tuple[Any, int, str, str]] = [
     (failed(api_error_status=403, result="no"), 403, "permission_error", "no"),
     (failed(api_error_status=500, result="no"), 500, "api_error", "no"),
     (failed(api_error_status=503, result="no"), 503, "api_error", "no"),
+    (failed(api_error_status=502, result="no"), 502, "api_error", "no"),  # a proxy's
     # verdicts of the CLI itself
     (failed(result="Prompt is too long"), 400, "invalid_request_error", "prompt is too long"),
     (failed(result="API Error: Overloaded"), 529, "overloaded_error", "Overloaded"),

@@ -10,6 +10,8 @@ from host import wait_until
 from processes import alive, kill, pid, talk
 from servers import Serve, Server
 
+import sessions
+
 
 def unknown(server: Server) -> Answer:
     return server.post(["hello", "yes", "and now"])
@@ -123,3 +125,17 @@ def test_a_lost_session_is_rebuilt_and_the_reason_is_said(
     answer = lose(serve(**settings))
     assert answer.session == f"rebuilt; reason={reason}"
     assert answer.text == "echo: and now; 3 messages"
+
+
+def test_of_many_past_conversations_the_newest_are_known(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "MAX_CACHED", 4)
+    server = serve(max_idle=0)
+    first, _ = talk(server, "first")
+    wait_until(lambda: not server.processes(), "its end")
+    for number in range(4):
+        last, _ = talk(server, f"number {number}")
+        wait_until(lambda: not server.processes(), "its end")
+    assert server.post(last).session == "rebuilt; reason=evicted"
+    assert server.post(first).session == "rebuilt; reason=unknown-history"

@@ -10,11 +10,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from client import request_body
 from host import wait_until
-from processes import alive, in_pool, in_work, kill, open_gate, pid, soon, take_turn, talk
+from processes import PROBE, alive, in_pool, in_work, kill, open_gate, pid, soon, take_turn, talk
 from servers import Serve
 from stand_in import Log
 
@@ -196,6 +197,24 @@ def test_with_a_time_to_live_of_zero_nothing_expires(serve: Serve) -> None:
         "a sweep that saw the dead process",
     )
     assert server.post(conversation).session == "hot"
+
+
+def test_after_max_turns_a_process_ends_once_it_waits_for_no_tool(serve: Serve) -> None:
+    server = serve(max_turns=2)
+    messages: list[Any]
+    messages, first = talk(server, "hello", tools=[PROBE])
+    messages[-1] = "PROBE"
+    called = server.post(messages, tools=[PROBE])
+    assert called.session == "hot"
+    (call,) = called.message["content"]
+    result = {"type": "tool_result", "tool_use_id": call["id"], "content": "18C"}
+    messages.append({"role": "assistant", "content": [call]})
+    messages.append({"role": "user", "content": [result]})
+    answer = server.post(messages, tools=[PROBE])
+    assert answer.session == "hot"
+    wait_until(lambda: not alive(pid(first)), "its end")
+    messages += [answer.text, "more"]
+    assert server.post(messages, tools=[PROBE]).session == "rebuilt; reason=max_turns"
 
 
 def test_the_least_recently_used_process_goes_first(serve: Serve) -> None:

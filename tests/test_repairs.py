@@ -11,7 +11,7 @@ from struct import pack
 from typing import Any
 
 import pytest
-from client import Json, arrived, request_body, text
+from client import Json, arrived, error_of, request_body, text
 from servers import Serve, Server
 from test_tools import TOOL, result, start, user
 
@@ -253,3 +253,10 @@ def test_a_system_message_of_settings_alone_is_left_out_and_told(
     assert answer.text == "x"
     assert "messages.1.output_config" in answer.headers["x-bridge-not-sent"]
     assert arrived(since()[-1]["body"]) == [user(text("SAY x"))]
+
+
+def test_what_the_cli_itself_refuses_is_a_400(real: Server) -> None:
+    shape = {"type": "json_schema", "schema": {"type": "object"}}
+    answer = real.post("hello", output_format=shape, output_config={"format": shape})
+    assert error_of(answer) == (400, "invalid_request_error")
+    assert "Both output_format and output_config" in answer.json["error"]["message"]

@@ -624,3 +624,39 @@ def test_nothing_that_a_client_wrote_in_a_body_is_a_reason_in_the_log(
     assert "SECRET" not in caplog.text
     assert b"SECRET" not in server.call("GET", "/").body
     assert caplog.text.isascii()
+
+
+@pytest.mark.parametrize("words", ["FAIL401", "FAIL404", "OUTDATED"])
+def test_what_helps_against_an_error_of_the_api_is_in_the_log_alone(
+    real: Server, caplog: pytest.LogCaptureFixture, words: str
+) -> None:
+    status, hint = {
+        "FAIL401": (401, "the API refused the CLI's login"),
+        "FAIL404": (404, "GET /v1/models lists the models"),
+        "OUTDATED": (400, sessions.update_cure(real.config.bin)),
+    }[words]
+    answer = real.post(words)
+    assert answer.status == status
+    assert hint in caplog.text
+    assert hint not in answer.json["error"]["message"]
+
+
+def test_a_bug_is_a_500_of_its_request_alone_and_the_log_says_where_it_was(
+    serve: Serve, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the bug itself says can hold a prompt."""
+
+    async def broken(*_: object) -> None:
+        raise ValueError("-".join(["a", "prompt"]))
+
+    monkeypatch.setitem(bridge.ROUTES, "/metrics", ("GET, HEAD", broken))
+    monkeypatch.setattr(bridge.log, "propagate", False)  # no error for `quiet`
+    monkeypatch.setattr(bridge.log, "handlers", [caplog.handler])
+    server = serve()
+    answer = server.call("GET", "/metrics")
+    assert error_of(answer) == (500, "api_error")
+    assert answer.json["error"]["message"] == "internal error of the bridge"
+    assert server.post("hello").text == "echo: hello; 1 messages"
+    assert "ValueError" in caplog.text
+    assert "in broken" in caplog.text
+    assert "a-prompt" not in caplog.text
