@@ -1,5 +1,6 @@
 """Processes that count tokens: what they count, their room, their time, and what becomes of them."""
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client import Client, Json, count, request_body
+from client import Client, Json, count, error_of, request_body
 from host import wait_until
 from processes import in_work, send
 from servers import Serve, Server, plain_cli
@@ -150,3 +151,17 @@ def test_a_process_that_dies_while_it_counts_is_said_to_have_died(serve: Serve) 
     answer = count(server, model="initialized.exit")
     assert (answer.status, answer.json["error"]["type"]) == (502, "claude_cli_error")
     assert measure(server)("processes_ended_total", reason="died") == 1
+
+
+def test_what_was_not_seen_to_be_counted_by_the_api_is_no_count(
+    serve: Serve, cli: Path, environment: Path
+) -> None:
+    """The CLI would pass off an estimate.  Here the user's settings keep it from logging its calls,
+    as another version might."""
+    folder = environment / ".claude"
+    folder.mkdir(exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps({"env": {"ANTHROPIC_LOG": "off"}}))
+    server = serve(bin=cli, setting_sources="user")
+    answer = count(server)
+    assert error_of(answer) == (502, "claude_cli_error")
+    assert "did not answer" in answer.json["error"]["message"]
