@@ -7,7 +7,7 @@ session whose fingerprint is its own history, if there is one.  A session in use
 two requests never share one; whatever goes wrong in it retires it alone.
 
     SPARE ──a conversation──> BUSY ──answer complete──> IDLE ──its next message──> BUSY
-                                BUSY ──nothing written──> as it was; a spare ends
+                                BUSY ──nothing written──> as it was
                                 BUSY ──client tools called──> PARKED ──their results──> BUSY
     any of them ──fault, disconnect, TTL, LRU, shutdown──> RETIRED, until its group is reaped
 
@@ -1875,9 +1875,7 @@ class Pool:
 
     def _put_back(self, session: Session, state: State) -> None:
         """Put a session back as it was: nothing was written to its process."""
-        if state is State.SPARE:
-            self.room.retire(session, "unwanted")
-        elif session.state is State.BUSY:
+        if session.state is State.BUSY:
             session.move(state)
             self.room.outcomes.record(session, "pinned")
             self.room.make_room()
@@ -1908,8 +1906,6 @@ class Pool:
         session = turn.session
         self.inspector.record_version(turn)
         turn.on_begun.close()
-        if session.state is not State.BUSY:
-            return
         if not turn.translator.done:
             self.room.cut_short(session)
             return
@@ -1966,9 +1962,6 @@ class Starter:
             message = "a conversation that ends with an assistant message needs Claude"
             message += f" Code {CONTINUES} or newer; this is {cli.version}"
             raise translate.bad_request("messages", message)
-        # Only the CLI knows what login is in its settings.
-        if pool.config.setting_sources and not cli.info.is_known:
-            await pool.inspector.info()
         inspector = pool.inspector
         announced = await inspector.announced(request.model, inspector.kind(request))
         # By now the CLI may have listed its models.

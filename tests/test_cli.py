@@ -183,6 +183,8 @@ def test_a_hot_conversation_of_the_old_cli_goes_on_and_a_new_one_is_the_new_clis
     second = server.post(["one", first.text, "two"])
     assert (second.status, second.session) == (200, "hot")
     assert server.post("other").session == "new"
+    third = server.post(["one", first.text, "two", second.text, "three"])
+    assert (third.status, third.session) == (200, "hot")
     assert pool_of(server).cli.version == "2.1.261"
 
 

@@ -21,7 +21,9 @@ from processes import (
     check_own,
     fall_silent,
     in_work,
+    kill,
     pid,
+    pool_of,
     read_all,
     reaped,
     send,
@@ -281,6 +283,21 @@ def test_a_line_that_is_cut_off_after_a_complete_answer_does_not_fail_it(
     assert (streamed.events[-1], streamed.text) == ({"type": "message_stop"}, whole.text)
     again = server.post([text, whole.text, "and now"])
     assert (again.session, again.text) == ("rebuilt; reason=failed", "echo: and now; 3 messages")
+
+
+def test_a_conversation_that_rested_for_longer_than_the_watchdog_waits_goes_on(
+    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
+) -> None:
+    server = serve(watchdog_secs=60)
+    conversation, answer = talk(server, "hello")
+    _, other = talk(server, "other")
+    session_of(server, pid(answer)).process._alive_at -= 100
+    turn = background.submit(server.post, [*conversation[:2], "PAUSE"])
+    wait_until(lambda: log.got("PAUSE"), "the turn")
+    kill(pid(other))
+    wait_until(lambda: len(pool_of(server).room.sessions) == 1, "a sweep that saw the dead process")
+    gate.touch()
+    assert turn.result().session == "hot"
 
 
 def test_a_process_that_no_longer_reads_fails_its_next_turn_and_is_ended(

@@ -10,11 +10,12 @@ import pytest
 from client import Json
 from host import STANDIN
 from messages import JUNK, failure, first_turns
-from processes import pool_of, talk
+from processes import in_pool, pool_of, take_turn, talk
 from servers import KEEP, Serve, Server, both
 from test_metrics import measure
 
-from translate import RateLimit, quota_headers, rate_limits
+from sessions import Pool
+from translate import RateLimit, json_line, quota_headers, rate_limits
 
 
 @both
@@ -246,3 +247,17 @@ def test_headers_hold_what_is_known_of_known_limits_and_nothing_that_breaks_them
         "representative-claim": "five_hour",
     }
     assert quota_headers({}) == []
+
+
+def test_the_limit_that_was_reported_last_comes_last() -> None:
+    """The headers are about that one."""
+
+    async def use(pool: Pool) -> None:
+        turn, _ = await take_turn(pool, "hello")
+        for name in ("five_hour", "seven_day", "five_hour"):
+            info = {"rateLimitType": name, "status": "allowed"}
+            event = json_line({"type": "rate_limit_event", "rate_limit_info": info})
+            turn.process.lines_received([event], len(event))
+        assert list(pool.cli.rate_limits) == ["seven_day", "five_hour"]
+
+    in_pool(use)

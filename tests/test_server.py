@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from client import Answer, Json, count, error_of, request_body
 from host import STANDIN, wait_until
+from processes import talk
 from servers import Launch, Serve, Server, printed
 from stand_in import Log
 from test_logins import LOGINS, log_in
@@ -475,6 +476,13 @@ def test_a_deep_look_finds_the_room_of_a_process_that_counted(serve: Serve) -> N
     server = serve(max_sessions=1)
     assert count(server).status == 200
     assert deep(server) == (200, "ok")
+
+
+def test_a_deep_look_takes_the_place_of_no_conversation(serve: Serve) -> None:
+    server = serve(max_sessions=1)
+    conversation, _ = talk(server, "hello")
+    assert deep(server) == (200, "ok")
+    assert server.post(conversation).session == "hot"
 
 
 def test_a_problem_is_looked_for_again_sooner_than_a_good_answer(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from client import Answer, prime
 from host import STANDIN, wait_until
-from processes import alive, in_pool, kill, open_gate, pid, soon, take_turn
+from processes import alive, in_pool, kill, open_gate, pid, pool_of, soon, take_turn
 from servers import Launch, Serve, Server, plain_cli
 from stand_in import Log
 
@@ -307,6 +307,8 @@ def test_a_spare_that_dies_while_it_is_set_up_costs_no_request(
     spare(server)
     assert server.post("hello").text == "echo: hello; 1 messages"
     assert (tmp_path / "claude.second").exists()
+    room = pool_of(server).room
+    wait_until(lambda: not room.in_states(State.BUSY, State.RETIRED), "the end of that one")
 
 
 @pytest.mark.parametrize("prints", ["", 'echo "[log_1] post http://x/v1/messages succeeded"'])
