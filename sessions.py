@@ -1877,7 +1877,6 @@ class Pool:
         """Put a session back as it was: nothing was written to its process."""
         if session.state is State.BUSY:
             session.move(state)
-            self.room.outcomes.record(session, "pinned")
             self.room.make_room()
 
     def _find(self, request: Request, pin: str) -> Session | None:

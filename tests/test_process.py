@@ -285,19 +285,19 @@ def test_a_line_that_is_cut_off_after_a_complete_answer_does_not_fail_it(
     assert (again.session, again.text) == ("rebuilt; reason=failed", "echo: and now; 3 messages")
 
 
-def test_a_conversation_that_rested_for_longer_than_the_watchdog_waits_goes_on(
-    serve: Serve, gate: Path, log: Log, background: ThreadPoolExecutor
+def test_a_conversation_that_rested_for_longer_than_the_watchdog_waits_was_not_silent(
+    serve: Serve, log: Log, background: ThreadPoolExecutor
 ) -> None:
     server = serve(watchdog_secs=60)
     conversation, answer = talk(server, "hello")
     _, other = talk(server, "other")
     session_of(server, pid(answer)).process._alive_at -= 100
-    turn = background.submit(server.post, [*conversation[:2], "PAUSE"])
-    wait_until(lambda: log.got("PAUSE"), "the turn")
+    turn = background.submit(server.post, [*conversation[:2], "HANG-START"])
+    wait_until(lambda: log.got("HANG-START"), "the turn")
     kill(pid(other))
     wait_until(lambda: len(pool_of(server).room.sessions) == 1, "a sweep that saw the dead process")
-    gate.touch()
-    assert turn.result().session == "hot"
+    kill(pid(answer))
+    assert turn.result().status == 502  # and not 504
 
 
 def test_a_process_that_no_longer_reads_fails_its_next_turn_and_is_ended(
