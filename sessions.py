@@ -7,7 +7,7 @@ session whose fingerprint is its own history, if there is one.  A session in use
 two requests never share one; whatever goes wrong in it retires it alone.
 
     SPARE ──a conversation──> BUSY ──answer complete──> IDLE ──its next message──> BUSY
-                                BUSY ──nothing written──> as it was
+                                BUSY ──nothing written──> as it was; a spare ends
                                 BUSY ──client tools called──> PARKED ──their results──> BUSY
     any of them ──fault, disconnect, TTL, LRU, shutdown──> RETIRED, until its group is reaped
 
@@ -1470,8 +1470,8 @@ class Turn:
         return self.translator.process_waits and can_hand_over and not is_half
 
     def finish(self, max_turns: int) -> str:
-        """Add a complete answer to the session.  Returns why its process must end; empty: it
-        can take another turn, as it has not had `max_turns` yet."""
+        """Add a complete answer to the session.  Returns why its process must end, such as
+        after `max_turns`; empty: it can take another turn."""
         session, translator = self.session, self.translator
         session.extend(self.request, translator.message)
         reason = self.process.end_turn(translator.result, translator.calls)
@@ -1875,7 +1875,10 @@ class Pool:
 
     def _put_back(self, session: Session, state: State) -> None:
         """Put a session back as it was: nothing was written to its process."""
-        if session.state is State.BUSY:
+        if state is State.SPARE:
+            # The CLI may have been replaced meanwhile, which ended all other spares.
+            self.room.retire(session, "unwanted")
+        elif session.state is State.BUSY:
             session.move(state)
             self.room.make_room()
 
@@ -1905,6 +1908,8 @@ class Pool:
         session = turn.session
         self.inspector.record_version(turn)
         turn.on_begun.close()
+        if session.state is not State.BUSY:
+            return  # the pool has ended
         if not turn.translator.done:
             self.room.cut_short(session)
             return

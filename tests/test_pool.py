@@ -20,7 +20,7 @@ from servers import Serve
 from stand_in import Log
 
 import sessions
-from sessions import Pool, Session, State
+from sessions import Kind, Pool, Session, State
 from translate import parse_request
 
 # ---------------------------------------------------------------- who gets which
@@ -349,5 +349,36 @@ def test_a_process_that_would_go_on_is_killed_before_its_answer_is_taken() -> No
             async for _ in turn.relay():
                 if turn.translator.done:
                     await soon(turn.process.exited.done)
+
+    in_pool(use)
+
+
+def test_a_process_that_ends_with_its_pool_stays_ended_after_its_turn() -> None:
+    async def use(pool: Pool) -> None:
+        request = parse_request(json.dumps(request_body("hello")).encode())
+        async with pool.turn(request, None) as turn:
+            async for _ in turn.relay():
+                pass
+            pool.room.retire(turn.session, "shutdown")
+        assert turn.session.state is State.RETIRED
+
+    in_pool(use)
+
+
+def test_a_spare_whose_request_was_taken_back_is_no_spare_again() -> None:
+    """It may be of a CLI that was replaced meanwhile."""
+
+    async def use(pool: Pool) -> None:
+        await pool.inspector.look()
+        spare = await pool.starter.spawn(Kind("sonnet"), State.SPARE)
+        request = parse_request(json.dumps(request_body("hello")).encode())
+        spare.adopt(request, "sonnet")
+        spare.process.end_turn({"type": "result"})
+        spare.process._settled.clear()  # it is not ready yet
+        asking = asyncio.create_task(take_turn(pool, "hello"))
+        await soon(lambda: spare.state is State.BUSY)
+        asking.cancel()
+        await asyncio.wait({asking})
+        assert spare.state is State.RETIRED
 
     in_pool(use)
