@@ -151,10 +151,10 @@ def result_error(
 
     The CLI writes `subtype: success` on failures as well, so only `is_error`,
     `api_error_status` and the text count (recordings error_401, error_429, error_529,
-    not_logged_in): the status is the API's, or follows from the text.  `synthetic` is the
-    `assistant` event before it that the CLI made up, if there is one: it says so if no
-    login works, and 2.1.330 keeps the API's error.type and error_code in it.  `resets_at`
-    is the epoch second at which a rate limit is reset.
+    not_logged_in): the status is the API's, or follows from error.type or the text.
+    `synthetic` is the `assistant` event before it that the CLI made up, if there is one: it
+    says so if no login works, and 2.1.330 keeps the API's error.type and error_code in it.
+    `resets_at` is the epoch second at which a rate limit is reset.
     """
     errors = "; ".join(map(str, as_list(result.get("errors"))))
     usual = "the claude CLI ended the turn with an error"
@@ -166,7 +166,7 @@ def result_error(
     status: Any = result.get("api_error_status")
     is_from_api = status in range(400, 600)
     if not is_from_api:
-        status = status_of(text)
+        status = STATUS_OF_TYPE.get(error_type) or status_of(text)
     elif status == 502:
         error_type = error_type or "api_error"  # a proxy in front of the API
     # The API's spelling, by which clients know it.

@@ -6,7 +6,7 @@ and how it ended (`done`, or `left` when the client went away first, with the se
 request came in).
 
 Words a user text may hold: THINK, MAXTOK, CUTTOOL (max_tokens inside a tool's input), REFUSE,
-MIDFAIL, SLOW (a word every 50 ms, `SLOW n` of them), HANG (no answer for a minute),
+MIDFAIL (`MIDFAIL 400`: as an invalid request), SLOW (a word every 50 ms, `SLOW n` of them), HANG (no answer for a minute),
 FAIL400/401/403/404/429/500/529 (`CODE x`: with this error_code), `QUOTA status` (headers of a
 subscription's limits), BADSIGN (400 if the history holds thinking), BADIMAGE (400 if there is an image), RETRYONCE,
 OUTDATED (the model wants a newer CLI), EMPTY, NOWORDS (the same, in the result of a tool),
@@ -329,7 +329,10 @@ async def stream(request: web.Request, message: Json, text: str) -> web.StreamRe
             await send("content_block_delta", index=index, delta=delta)
             await asyncio.sleep(0.05 if slow else 0)
         if "MIDFAIL" in text:
-            await send("error", error={"type": "overloaded_error", "message": "Overloaded"})
+            fault = {"type": "overloaded_error", "message": "Overloaded"}
+            if "MIDFAIL 400" in text:
+                fault = {"type": ERRORS[400], "message": "no"}
+            await send("error", error=fault)
             return response
         await send("content_block_stop", index=index)
     ends = {"stop_reason": message["stop_reason"], "stop_sequence": message["stop_sequence"]}

@@ -260,3 +260,10 @@ def test_what_the_cli_itself_refuses_is_a_400(real: Server) -> None:
     answer = real.post("hello", output_format=shape, output_config={"format": shape})
     assert error_of(answer) == (400, "invalid_request_error")
     assert "Both output_format and output_config" in answer.json["error"]["message"]
+
+
+def test_a_failure_in_mid_stream_has_the_status_of_its_type(real: Server, cli: Path) -> None:
+    """The CLI reports no status of it, and 2.1.197 no type either."""
+    answer = real.post("MIDFAIL 400", stream=False)
+    is_typed = "2.1.197" not in str(cli)
+    assert error_of(answer) == ((400, "invalid_request_error") if is_typed else (500, "api_error"))
