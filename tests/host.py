@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import fcntl
+import glob
 import os
 import socket
 import struct
@@ -61,9 +62,10 @@ def descendants(pid: int) -> list[psutil.Process]:
     if not os.path.exists("/proc/thread-self/children"):  # not Linux
         return psutil.Process(pid).children(recursive=True)
     numbers: list[str] = []
-    for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # the thread has ended meanwhile
-            numbers += file.read_text().split()
+    # Not Path.glob: it fails where the process ends meanwhile.
+    for file in glob.glob(f"/proc/{pid}/task/*/children"):
+        with contextlib.suppress(OSError):  # the thread has
+            numbers += Path(file).read_text().split()
     found = []
     for child in map(int, numbers):
         with contextlib.suppress(psutil.NoSuchProcess):  # this one alone has
