@@ -82,8 +82,8 @@ class ApiError(Exception):
     resets_at: float | None = None
     # The API gave it, not the CLI or the bridge.
     is_from_api: bool = False
-    # What is logged in place of the message; None: the message.  Set where the message
-    # repeats words of a client, the API or the CLI, which can quote a prompt.
+    # What is logged in place of the message; None: the message; empty: nothing.  Set where
+    # the message repeats words of a client, the API or the CLI, which can quote a prompt.
     log_reason: str | None = None
 
     def __post_init__(self) -> None:
@@ -129,9 +129,6 @@ AROUND_API_ERROR = re.compile(
     r"|\. This is a server-side issue, usually temporary.*",
     re.DOTALL,
 )
-# What it says after the API's message when it tries once more, without a part of the
-# conversation that the API refused.
-REMOVED = " and was removed"
 TOO_LONG = "Prompt is too long"
 # The statuses of failures that come without one, by the beginnings of their texts
 # (recording mid_stream_error of 2.1.197).
@@ -139,7 +136,7 @@ STATUS_OF_TEXT = {
     TOO_LONG: 400,
     "API Error: Overloaded": 529,
     "API Error: Both output_format and output_config": 400,
-    # The API's side: no answer, or none of the API's.
+    # The API did not answer, or something else answered in its place.
     "API Error": 500,
 }
 
@@ -149,11 +146,11 @@ def result_error(
 ) -> ApiError:
     """The error that a `result` event with `is_error` stands for.
 
-    The CLI writes `subtype: success` on failures as well, so only `is_error`,
-    `api_error_status` and the text count (recordings error_401, error_429, error_529,
-    not_logged_in): the status is the API's, or follows from error.type or the text.
-    `synthetic` is the `assistant` event before it that the CLI made up, if there is one: it
-    says so if no login works, and 2.1.330 keeps the API's error.type and error_code in it.
+    The CLI writes `subtype: success` on failures as well (recordings error_401, error_429,
+    error_529, not_logged_in).  The status is the API's; if there is none, it follows from
+    error.type, else from the text, and is 401 if `synthetic` says that no login works.
+    `synthetic` is the `assistant` event before it that the CLI made up, if there is one;
+    2.1.330 keeps the API's error.type and error_code in it.
     `resets_at` is the epoch second at which a rate limit is reset.
     """
     errors = "; ".join(map(str, as_list(result.get("errors"))))
@@ -216,18 +213,18 @@ def get_str(value: Any, key: str) -> str:
     return text if isinstance(text, str) else ""
 
 
-# White space as JavaScript has it (ECMA-262, "White Space" and "Line Terminators"), but
-# for line feed and carriage return.  Python's has control characters too, and not the byte
-# order mark.
+# White space inside a line as JavaScript has it (ECMA-262, "White Space" and "Line
+# Terminators").  Python's has control characters too, and not the byte order mark.
 BLANKS = (
     "\t\v\f \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000\ufeff"
 )
+WHITE_SPACE = BLANKS + "\r\n"
 
 
 def is_blank(text: str) -> bool:
     """Whether it is white space alone."""
-    return not text.strip(BLANKS + "\r\n")
+    return not text.strip(WHITE_SPACE)
 
 
 def js_length(text: str) -> int:
@@ -313,8 +310,6 @@ def is_deeper(value: Any, levels: int) -> bool:
 # versions).
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,255}")
 MODEL_PREFIX = "claude-cli/"
-# How full names begin; aliases (sonnet, opus[1m]) do not.
-FULL_NAME_PREFIX = "claude-"
 # What cannot stand in a header's list: commas, and all but visible ASCII.
 NOT_IN_HEADER = re.compile(r"[^\x21-\x2b\x2d-\x7e]")
 # Betas that 2.1.332 reserves for itself: it sends them for no client.
@@ -326,8 +321,8 @@ UNSENT_BETAS = {
     "tool-provenance-2026-10-26",
 }
 # Fields that the bridge passes on in another way, or leaves to the CLI.  All others go
-# to the API as sent.  `betas` would replace the CLI's own list, which an OAuth login
-# needs; `metadata` identifies the CLI.
+# to the API as sent, and so do `tools` if there are any (`read_fields`).  `betas` would
+# replace the CLI's own list, which an OAuth login needs; `metadata` identifies the CLI.
 OWN_FIELDS = {"model", "messages", "system", "stream", "metadata", "betas", "tools"}
 # Claude Code's first system block: a hash that changes with every request, and that the
 # CLI writes itself.
@@ -338,8 +333,8 @@ TYPE_NAMES = {
     list: "list",
     dict: "object",
 }
-# Tools whose entry in `tools` has no name of its own, and the names that the model
-# calls (SDK: BetaComputerToolset*).
+# Tools whose entry in `tools` has no name of its own: how its type begins, and the names
+# that the model calls (SDK: BetaComputerToolset*).
 TOOLSETS = {
     "computer_toolset_": (
         "cursor_position double_click hold_key key left_click left_click_drag left_mouse_down "
@@ -518,6 +513,18 @@ def read_model(value: Any) -> str:
     return name
 
 
+def header_safe(text: str) -> str:
+    """A text with ? for each character that cannot stand in a header's list; ? if it is
+    empty."""
+    return NOT_IN_HEADER.sub("?", text) or "?"
+
+
+def other_keys(value: Json, known: Collection[str], place: str) -> list[str]:
+    """The places of an object's keys that are not among the known ones, and not null."""
+    others = without(without_nulls(value), known)
+    return [f"{place}.{header_safe(key)}" for key in others]
+
+
 def read_betas(header: str, is_agent: bool, not_sent: list[str]) -> str:
     """The names in anthropic-beta, sorted.  Those that the CLI sends for no client, and
     all of an agent's, are added to `not_sent`."""
@@ -550,12 +557,6 @@ def read_system(system: Any, not_sent: list[str]) -> list[str]:
     return texts
 
 
-def header_safe(text: str) -> str:
-    """A text with ? for each character that cannot stand in a header's list; ? if it is
-    empty."""
-    return NOT_IN_HEADER.sub("?", text) or "?"
-
-
 def read_tool_names(tools: list[Any]) -> list[str]:
     """The names in `tools`, and those of a toolset's members.
 
@@ -585,27 +586,33 @@ def blocks_of_types(messages: list[Message], kinds: Collection[str]) -> list[Blo
 
 
 def read_fields(data: Json, is_agent: bool, not_sent: list[str]) -> Json:
-    """The fields that go to the API as sent; for an agent, `thinking` alone: fields are in
-    the environment of the CLI, where the commands that an agent runs could read them.  What
-    does not go is added to `not_sent`."""
+    """The fields that go to the API as sent; for an agent, `thinking` alone, and of that its
+    type: fields are in the environment of the CLI, where the commands that an agent runs
+    could read them.  What does not go is added to `not_sent`."""
     fields = without(data, OWN_FIELDS)
     if is_agent:
-        lost = without(fields, {"thinking"})
-        not_sent += map(header_safe, without_nulls(lost))
-        return without(fields, lost)
-    # A tool_reference in a tool result loads a tool that has `defer_loading`.  The CLI drops
-    # the reference, so the tool is sent without `defer_loading`.
+        thinking = as_object(fields.pop("thinking", None))
+        not_sent += map(header_safe, without_nulls(fields))
+        not_sent += other_keys(thinking, ("type",), "thinking")
+        return {"thinking": thinking}
+    if tools := data.get("tools"):
+        undefer(tools, data["messages"], not_sent)
+        fields["tools"] = tools
+    return fields
+
+
+def undefer(tools: list[Json], messages: list[Any], not_sent: list[str]) -> None:
+    """Take `defer_loading` from each tool that a tool_reference in a tool result has
+    loaded: the CLI drops the reference, so the API would not load the tool."""
     referenced = {
-        get_str(block, "tool_name") for block in nested_blocks(data["messages"])
+        get_str(block, "tool_name")
+        for block in nested_blocks(messages)
+        if get_str(block, "type") == "tool_reference"
     }
-    tools = data.get("tools") or []
     for number, tool in enumerate(tools):
         if tool.get("defer_loading") and tool.get("name") in referenced:
             not_sent.append(f"tools.{number}.defer_loading")
             del tool["defer_loading"]
-    if tools:
-        fields["tools"] = tools
-    return fields
 
 
 # ------------------------------------------------------------ messages
@@ -656,7 +663,8 @@ def read_messages(raw: list[Any], not_sent: list[str]) -> list[PlacedMessage]:
                 " except for the optional final assistant message",
             )
         has_answer = any(block["type"] not in NON_ANSWER_TYPES for block in blocks)
-        if role == "assistant" and not has_answer and not (is_ending and blocks):
+        is_prefill = is_ending and bool(blocks)
+        if role == "assistant" and not has_answer and not is_prefill:
             # The CLI would leave it out.
             not_sent.append(place)
             continue
@@ -675,9 +683,10 @@ def read_messages(raw: list[Any], not_sent: list[str]) -> list[PlacedMessage]:
 
 
 def check_ending(newest: PlacedMessage, is_agent: bool, not_sent: list[str]) -> None:
-    """Raises ApiError 400 if the answer would continue a part that the CLI leaves out, or
-    an agent's, to which the CLI adds a message of its own."""
-    # Whole blocks, not keys of them.
+    """Raises ApiError 400 if the answer would continue a message that ends with thinking or
+    has a part that the CLI leaves out, or any message of an agent, to which the CLI adds one
+    of its own."""
+    # Places of whole blocks: those of their keys are longer.
     lost = newest.parts.keys() & not_sent
     *_, (place, block) = newest.parts.items()
     if is_agent or block["type"] in THINKING_BLOCKS:
@@ -690,12 +699,11 @@ def as_reminder(
     message: Json, blocks: list[Block], place: str, not_sent: list[str]
 ) -> list[Block]:
     """A system message as a text of the user's, written as the CLI's own reminders
-    are: its input knows the user's and the assistant's messages only.  The rest of it
-    is added to `not_sent`."""
+    are: the CLI takes the user's and the assistant's messages only.  The rest of it is
+    added to `not_sent`."""
     not_sent.append(f"{place}.role")
     # Such as the settings of a turn (beta per-turn-control).
-    other = without(without_nulls(message), {"role", "content"})
-    not_sent += [f"{place}.{header_safe(key)}" for key in other]
+    not_sent += other_keys(message, ("role", "content"), place)
     texts = []
     for index, block in enumerate(blocks):
         where = f"{place}.content.{index}"
@@ -736,9 +744,9 @@ CALL_KEYS = {"type", "id", "name", "input"}
 
 def dropped_parts(message: PlacedMessage) -> list[str]:
     """The places of what some version of the CLI leaves out of an assistant message:
-    marks of a fallback, the advisor's words, keys of tool calls, citations of
-    documents, and calls of server tools that wait for a client's tool, and so have no
-    result in the same message."""
+    marks of a fallback, the advisor's words, NO_CONTENT, citations other than a web
+    search's, keys of a tool call, an input that `cli_input` rewrites, and calls of server
+    tools that wait for a client's tool, and so have no result in the same message."""
     if message.role == "user":
         return []
     answered = {get_str(block, "tool_use_id") for block in message.blocks}
@@ -749,14 +757,13 @@ def dropped_parts(message: PlacedMessage) -> list[str]:
         is_pending = is_server_call and get_str(block, "id") not in answered
         is_advisor = is_server_call and block.get("name") == "advisor"
         is_mark = kind in ("fallback", "advisor_tool_result")
-        is_placeholder = kind == "text" and block["text"].strip() == NO_CONTENT
-        if is_pending or is_advisor or is_mark or is_placeholder:
+        text = block["text"].strip(WHITE_SPACE) if kind == "text" else ""
+        if is_pending or is_advisor or is_mark or text == NO_CONTENT:
             lost.append(place)
         elif kind == "tool_use":
-            extra = list(without(canonical(block), CALL_KEYS))
+            lost += other_keys(canonical(block), CALL_KEYS, place)
             if cli_input(block) != block["input"]:
-                extra.append("input")
-            lost += [f"{place}.{header_safe(key)}" for key in extra]
+                lost.append(f"{place}.input")
         elif kind == "text" and any(
             # 2.1.332 keeps those of a web search alone.
             get_str(citation, "type") != "web_search_result_location"
@@ -847,8 +854,8 @@ MAX_IMAGE = 5 << 20
 
 
 def check_image(block: Block, place: str) -> None:
-    """API: an image by value is base64, and no other image than its media type says.
-    The CLI would silently replace what is not."""
+    """API: an image by value is base64, and of the type that its media_type says.  The CLI
+    would silently replace any other."""
     source = check_type(block.get("source"), dict, f"{place}.image.source")
     if source.get("type") != "base64":
         return
@@ -923,8 +930,8 @@ def check_pairs(messages: list[PlacedMessage]) -> None:
 
 
 def unanswered(calls: Iterable[str], place: str) -> ApiError:
-    """The error for calls without results, to be raised; `place` is in the message that
-    is reported."""
+    """The error for calls without results, to be raised.  `place` is any in the message that
+    should have held the results, or in the last one (API)."""
     place = place.partition(".content.")[0]
     return ApiError(
         400,
@@ -957,8 +964,8 @@ def read_breakpoints(
     or more on tools than the CLI leaves room for, makes them all the client's.
     """
     system = as_list(data.get("system"))
-    # That of the whole request is one of them.
-    on_tools = breakpoints_on([*tools, data])
+    # On tools, and that of the whole request: these arrive as sent.
+    kept = breakpoints_on([*tools, data])
     # Where the CLI sets its own.
     at_ends = breakpoints_on(system[-1:])
     # Inside a message: only the client's own can be there.
@@ -976,17 +983,17 @@ def read_breakpoints(
         else:
             elsewhere += breakpoints_on(blocks)
         elsewhere += breakpoints_on(nested_blocks(blocks))
-    needs_clients = bool(inside) or len(on_tools) > FREE_BREAKPOINTS
+    needs_clients = bool(inside) or len(kept) > FREE_BREAKPOINTS
     if needs_clients and not is_agent:
         if breakpoints_on(system):
             not_sent.append("cache_control")
         return "client"
-    ttls = {*on_tools, *at_ends, *elsewhere}
+    ttls = {*kept, *at_ends, *elsewhere}
     ttl = ""
     if ttls and not is_agent:
         # API: none of an hour may follow one of five minutes.
         ttl = "5m" if "5m" in ttls else "1h"
-    is_shorter = ttl == "5m" and "1h" in at_ends
+    is_shorter = "1h" in at_ends and ttl != "1h"
     if elsewhere or is_shorter or needs_clients:
         not_sent.append("cache_control")
     return ttl
@@ -1060,7 +1067,7 @@ def message_digest(message: Message, *, thinking: bool = True) -> str:
     for is_text, run in itertools.groupby(blocks, is_plain_text):
         if not is_text:
             joined += run
-        elif text := "".join(block["text"] for block in run).strip():
+        elif text := "".join(block["text"] for block in run).strip(WHITE_SPACE):
             joined.append(text_block(text))
     return digest([role, joined])
 
@@ -1109,7 +1116,8 @@ STRING_HOLDERS = ("tool_result", "mcp_tool_result", "content")
 
 def canonical(value: Any) -> Any:
     """A block, or a value inside one, without what clients change when they echo it:
-    IGNORED_KEYS, nulls and DEFAULTS vanish."""
+    IGNORED_KEYS, nulls, DEFAULTS and empty content vanish, a string becomes a text block
+    (STRING_HOLDERS), and the input of a call is as the CLI sends it."""
     if isinstance(value, list):
         return list(map(canonical, value))
     if not isinstance(value, dict):
@@ -1255,12 +1263,13 @@ def cli_input(call: Block) -> Any:
     conversation has the bytes of the continued one.  It rewrites calls of tools that are
     named like its own; Claude Code does so as a client as well, and finds its process."""
     given = call.get("input")
-    match call.get("name"), given:
+    name = call.get("name") if call.get("type") == "tool_use" else ""
+    match name, given:
         case "ExitPlanMode", dict():
             return without(given, {"plan", "planFilePath"})
         case "Edit", dict():
             whole = dict.fromkeys(EDIT_KEYS, False) | given
-            # It rewrites no other: one with more keys, or without a text.
+            # It leaves an Edit alone that has other keys, or lacks a text.
             if list(map(type, whole.values())) == [bool, str, str, str]:
                 return whole
         case "Write", {"file_path": str(path), "content": str(content), **rest} if (
@@ -1309,9 +1318,9 @@ def user_line(content: list[Block], turn_id: str, *, query: bool = True) -> byte
 
 
 def has_images(blocks: list[Block]) -> bool:
-    """Whether there is an image by value, in a message or in a tool result of it.  The
-    CLI scales those that come in a line or as a tool's result, and keeps those of a
-    transcript as they are."""
+    """Whether there is an image by value among blocks, at any depth.  The CLI scales those
+    that come in a line or as a tool's result, and keeps those of a transcript as they
+    are."""
     return any(
         get_str(block, "type") == "image"
         and get_str(block.get("source"), "type") == "base64"
@@ -1344,10 +1353,6 @@ def initialize_line(
     return control_line("initialize", **fields)
 
 
-# Types of `thinking` that ask for it (API).
-THINKING_MODES = ("adaptive", "enabled")
-
-
 def turn_environment(
     request: Request, *, has_listed_tools: bool = False
 ) -> dict[str, str]:
@@ -1364,7 +1369,7 @@ def turn_environment(
     if request.is_agent:
         kind = get_str(body.get("thinking"), "type")
         return {
-            "CLAUDE_CODE_DISABLE_THINKING": "0" if kind in THINKING_MODES else "1",
+            "CLAUDE_CODE_DISABLE_THINKING": "1" if kind in ("", "disabled") else "0",
             # Only for a count, as the commands that an agent runs would log their calls too.
             "ANTHROPIC_LOG": "info" if request.is_count else "",
         }
@@ -1436,9 +1441,9 @@ def listed_tool(name: str) -> Json:
 
 
 def tools_for_turn(request: Request) -> list[Json]:
-    """The tools of a request as the CLI lists them for a turn.  A name that the
-    conversation has called is one even if `tools` does not have it: a toolset has
-    members without an entry."""
+    """The tools of a request as the CLI lists them for a turn, with all that the
+    conversation has called: a toolset that is newer than TOOLSETS has members that only
+    the conversation names."""
     if not request.tool_names:
         return []
     called = [call["name"] for call in blocks_of_types(request.messages, ("tool_use",))]
@@ -1467,9 +1472,10 @@ def mcp_result(block: Block) -> Json:
     parts = list(map(text_block, texts))
     call = given.get("tool_use_id")
     plain = {"type": "tool_result", "tool_use_id": call, "content": parts}
-    # MCP has no place for other keys, and the CLI would scale other blocks.
+    # MCP has no place for other keys, and the CLI would scale other blocks.  It says in its
+    # own words that a result is empty; by now that has no content.
     has_more = given != plain or type(is_error) is not bool
-    # The CLI says in its own words that a result is empty, and joins the texts of an error.
+    # So it does with a blank text, and it joins the texts of an error.
     is_reworded = any(map(is_blank, texts)) or (is_error and len(texts) > 1)
     is_cut = sum(map(js_length, texts)) > MAX_RESULT
     if has_more or is_reworded or is_cut:
@@ -1503,6 +1509,7 @@ def decode(text: bytes) -> list[CliEvent]:
         value = parsed_with_lone_surrogates(text)
         if not value and text.startswith(STREAM_EVENT):
             raise cli_error("the claude CLI wrote a damaged line")
+    # A shorter text has no room for so many pairs of brackets.
     if len(text) > 2 * MAX_DEPTH and is_deeper(value, MAX_DEPTH):
         raise cli_error("the claude CLI wrote JSON that is nested too deeply")
     return [value] if get_str(value, "type") else []
@@ -1532,28 +1539,6 @@ def control_result(event: CliEvent, subtype: str) -> Json:
         case {"request_id": given, "response": dict(answer)} if given == subtype:
             return answer
     return {}
-
-
-# Endings of a model's name that do not change which model is meant: a date, a version at
-# Vertex (@default), -latest or -0 for the newest one, the size of the context.
-NAME_ENDING = re.compile(r"(@\w+|-\d{8}|-latest|-0)?(\[.*\])?$")
-
-
-# Aliases that are a part of the full names of their models.
-FAMILIES = ("fable", "haiku", "opus", "sonnet")
-
-
-def may_answer(answered: str, asked: str) -> bool:
-    """Whether an answer may come from the model that was asked for.  An alias that the CLI
-    does not list is compared by its family.  Names in a cloud's own form are not
-    compared."""
-    family = asked.partition("[")[0].lower()
-    if family in FAMILIES and answered.startswith(FULL_NAME_PREFIX):
-        return family in answered
-    names = {NAME_ENDING.sub("", name) for name in (asked, answered)}
-    return len(names) == 1 or not all(
-        name.startswith(FULL_NAME_PREFIX) for name in names
-    )
 
 
 # ------------------------------------------------------------ what the CLI reports of itself
@@ -1602,9 +1587,9 @@ class CliInfo:
         """Whether a process that was started without --model takes this model from the
         conversation that it resumes.  Otherwise it silently runs its default.
 
-        The CLI takes all models that it lists under an alias, but for a cloud's login (2.1.197,
-        .285, .330 and .332).  A model that the user has named it lists under its full name
-        alone.
+        The CLI takes all models that it lists under an alias, except with a cloud's login
+        (2.1.197, .285, .330 and .332).  It lists a model that the user has named under its
+        full name alone.
         """
         listed = [item for item in self.models if item.name != item.full_name]
         is_listed = any(name in (item.name, item.full_name) for item in listed)
@@ -1691,18 +1676,42 @@ PIECES = {
 # Statuses after which the CLI may ask again with a changed request (2.1.332); after others
 # it repeats the request as it is, or gives up.
 CHANGED_RETRY_STATUSES = (400, 404, 413, 422)
-# After these the CLI waits for the next user message; after any other it would go on by
-# itself (recordings max_tokens, refusal).  It also does so after an answer without a visible
-# text.
+# After these the CLI waits for the next user message, if the answer has a visible text.
+# Otherwise it goes on by itself (recordings max_tokens, refusal).
 WAITING_REASONS = ("end_turn", "stop_sequence", "pause_turn")
+# What the CLI says after the API's message when it tries once more, without a part of the
+# conversation that the API refused.
+REMOVED = " and was removed"
+
+
+# Endings of a model's name that do not change which model is meant: a date, a version at
+# Vertex (@default), -latest or -0 for the newest one, the size of the context.
+NAME_ENDING = re.compile(r"(@\w+|-\d{8}|-latest|-0)?(\[.*\])?$")
+# How full names begin; aliases (sonnet, opus[1m]) do not.
+FULL_NAME_PREFIX = "claude-"
+# Aliases that are a part of the full names of their models.
+FAMILIES = ("fable", "haiku", "opus", "sonnet")
+
+
+def may_answer(answered: str, asked: str) -> bool:
+    """Whether an answer may come from the model that was asked for.  An alias that the CLI
+    does not list is compared by its family.  Names in a cloud's own form are not
+    compared."""
+    family = asked.partition("[")[0].lower()
+    if family in FAMILIES and answered.startswith(FULL_NAME_PREFIX):
+        return family in answered
+    names = {NAME_ENDING.sub("", name) for name in (asked, answered)}
+    return len(names) == 1 or not all(
+        name.startswith(FULL_NAME_PREFIX) for name in names
+    )
 
 
 @dataclass
 class Translator:
     """The events of one turn of the CLI in, the events of one Messages stream out.
 
-    `feed` raises ApiError when the turn failed.  What it returned until then obeys the
-    grammar of the API's stream, whatever the CLI printed.
+    `feed` raises ApiError when the turn failed.  What it returned until then is in the order
+    of the API's stream, whatever the CLI printed.
     """
 
     # The client's tools.
@@ -1755,9 +1764,10 @@ class Translator:
         return self.state == "done"
 
     @property
-    def calls(self) -> list[str]:
-        """The ids of the client tools that the answer calls."""
-        return [call["id"] for call in blocks_of_types([self.message], {"tool_use"})]
+    def calls(self) -> dict[str, str]:
+        """By id, the names of the client tools that the answer calls."""
+        calls = blocks_of_types([self.message], {"tool_use"})
+        return {call["id"]: call["name"] for call in calls}
 
     @property
     def process_waits(self) -> bool:
@@ -1765,7 +1775,7 @@ class Translator:
         holds the same answer as the client."""
         if self._has_new_delta or not self.message:
             return False
-        names = {call["name"] for call in blocks_of_types([self.message], {"tool_use"})}
+        names = set(self.calls.values())
         if self.stop_reason == "tool_use":
             return bool(names) and names <= set(self.tool_names)
         return self.stop_reason in WAITING_REASONS and self._has_text and not names
@@ -1927,6 +1937,7 @@ class Translator:
                 block[name] = block.get(name, "") + text
             elif text:
                 given = parsed(text)
+                # It stands some levels deeper in the request that echoes it.
                 if isinstance(given, dict) and not is_deeper(given, MAX_DEPTH // 2):
                     block["input"] = given
                 else:
@@ -2141,7 +2152,7 @@ MAX_COUNTED_DESCRIPTION = 2048
 def not_counted(request: Request) -> list[str]:
     """The fields and places of a request that a count leaves out: the CLI counts
     messages, the system prompt, and tools that a client defines."""
-    names = ("container", "mcp_servers", "output_config")
+    names = ("container", "mcp_servers", "output_config", "tool_choice")
     left_out = [name for name in names if request.fields.get(name)]
     for number, tool in enumerate(request.fields.get("tools") or []):
         if not is_custom(tool):

@@ -75,6 +75,8 @@ def source(**keys: Any) -> list[Json]:
     return talk(0, 1, source={**IMAGE["source"], **keys})
 
 
+FILE = {"file_path": "/x", "content": "a"}
+WRITE = {"type": "mcp_tool_use", "id": "x", "name": "Write", "input": FILE}
 CITATION = {"type": "char_location", "cited_text": "x"}
 SAME: dict[str, list[Json]] = {
     "cache_control": talk(0, 2, **CACHED),
@@ -94,6 +96,7 @@ SAME: dict[str, list[Json]] = {
     "is_error false": talk(2, 0, is_error=False),
     "caller of a call": talk(1, 2, caller={"type": "direct"}),
     "trimmed": talk(3, 0, text="It rains.\n "),
+    "trimmed as JavaScript does": talk(3, 0, text="\ufeffIt rains.\u2029"),
     "split": talk(3, 0, text("It r"), text("ains.")),
     "user turn in two": [role("user", [text("look")]), role("user", [IMAGE, PAGE]), *TALK[1:]],
     "assistant turn in two": [*TALK[:3], role("assistant", "It "), role("assistant", "rains.")],
@@ -118,6 +121,7 @@ OTHER: dict[str, list[Json]] = {
     "white space of a question": talk(2, 1, text="and? "),
     "question in two": talk(2, 1, text("and"), text("?")),
     "edited answer": talk(3, 0, text="It rained."),
+    "control character": talk(3, 0, text="It rains.\x1f"),
     "white space inside an answer": talk(3, 0, text="It  rains."),
     "other image": source(data=IMAGE["source"]["data"][:8]),
     "other media type": source(media_type="image/gif", data="AAAA"),
@@ -133,6 +137,8 @@ OTHER: dict[str, list[Json]] = {
     "caller of a call": talk(1, 2, caller={"type": "code_execution_20250825", "tool_id": "x"}),
     "new block": talk(1, 1, text("I see a dog."), {"type": "new"}),
     "server's call": talk(1, 1, text("I see a dog."), {"type": "server_tool_use", "id": "x"}),
+    "server's file": talk(1, 1, WRITE),
+    "white space of a server's file": talk(1, 1, WRITE | {"input": FILE | {"content": "a  "}}),
     "other input": talk(1, 2, input={"city": "Rome"}),
     "other tool": talk(1, 2, name="time"),
     "text after the call": [

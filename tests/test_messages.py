@@ -761,9 +761,14 @@ LOST: dict[str, tuple[Any, Json, list[str]]] = {
         {"tools": [BASH, DEFERRED]},
         ["messages.2.content.0.content.0", "tools.1.defer_loading"],
     ),
+    "a name of a tool that is no reference to it": (
+        user(text("a", tool_name=DEFERRED["name"])),
+        {"tools": [BASH, DEFERRED]},
+        [],
+    ),
     "null of a message": ([role("user") | {"name": None}], {}, []),
     "the CLI's own words for nothing": (
-        [role("user", "(no content)"), role("assistant", "(no content)"), role("user")],
+        [role("user", "(no content)"), role("assistant", "(no content)\ufeff"), role("user")],
         {},
         ["messages.1.content.0"],
     ),

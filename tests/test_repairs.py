@@ -151,9 +151,10 @@ def test_a_count_says_what_it_leaves_out(real: Server) -> None:
     ]
     output = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
     path = "/v1/messages/count_tokens"
-    body = request_body("hi", max_tokens=..., tools=tools, output_config=output)
+    choice = {"type": "any"}
+    body = request_body("hi", max_tokens=..., tools=tools, output_config=output, tool_choice=choice)
     counted = real.call("POST", path, body)
-    left_out = "output_config, tools.1.description, tools.2"
+    left_out = "output_config, tool_choice, tools.1.description, tools.2"
     assert (counted.status, counted.headers["x-bridge-not-counted"]) == (200, left_out)
     plain = real.call("POST", path, request_body("hi", max_tokens=...))
     assert "x-bridge-not-counted" not in plain.headers

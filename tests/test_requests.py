@@ -365,6 +365,19 @@ def test_a_toolset_without_a_name_is_a_clients_tool() -> None:
         assert request.is_agent == is_agent
 
 
+def test_what_an_agent_does_not_take_is_named() -> None:
+    hour = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+    body = {
+        "model": "sonnet",
+        "max_tokens": 9,
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "x", **hour}]}],
+        "thinking": {"type": "enabled", "budget_tokens": 2000, "display": None},
+    }
+    request = parse_request(json.dumps(body).encode(), agent=True)
+    assert request.not_sent == ["cache_control", "max_tokens", "thinking.budget_tokens"]
+    assert not parse_request(json.dumps(body).encode()).not_sent
+
+
 def test_a_tool_that_a_reference_has_loaded_is_deferred_no_more() -> None:
     """The CLI leaves the references out, and the model would never see the tool."""
     tools = [DEFERRED, DEFERRED | {"name": "other"}, BASH]

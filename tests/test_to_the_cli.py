@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from client import request_body
 from messages import (
     CACHED,
     FOUND,
@@ -323,6 +324,16 @@ def test_the_settings_of_a_turn_take_back_those_of_the_one_before() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("thinking", "off"),
+    [(None, "1"), ("disabled", "1"), ("adaptive", "0"), ("between_tools", "0"), ("new", "0")],
+)
+def test_an_agent_thinks_if_it_is_asked_to_in_whatever_way(thinking: str, off: str) -> None:
+    body = request_body("hello", thinking=thinking and {"type": thinking})
+    request = translate.parse_request(json.dumps(body).encode(), agent=True)
+    assert translate.turn_environment(request)["CLAUDE_CODE_DISABLE_THINKING"] == off
+
+
 def test_the_settings_of_a_turn_say_how_long_the_clis_breakpoints_are_kept() -> None:
     hour = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
     for message, forced, enabled in (
@@ -420,7 +431,7 @@ def test_the_recorded_requests_of_the_cli_are_known() -> None:
             assert methods[0] == "initialize"
             assert "tools/list" in methods
             called = [call for event in requests if (call := translate.tool_call_id(event))]
-            assert called == turn.play().translator.calls
+            assert called == list(turn.play().translator.calls)
             for event in requests:
                 answer = read(translate.control_answer(event, []))["response"]
                 assert answer["subtype"] == "success"
