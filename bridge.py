@@ -10,21 +10,21 @@ What happens to a request, and in which section of which file:
     translate.py  requests         a body becomes a Request
                   messages         what the API or the CLI would not take as it is
                   fingerprints     by which the process that holds the history is found
-    sessions.py   the pool         such a process
-                  a fresh process  or a new one
-                  a conversation   what it is asked
-    translate.py  to the CLI       as lines, and as rows of a transcript
-    sessions.py   a child          which are written to it
-                  a process        what it prints is read, its control requests answered
+    sessions.py   the pool         finds that process
+                  a fresh process  starts one if there is none
+                  a conversation   gives it the request
+    translate.py  to the CLI       the request as lines, the history as rows of a transcript
+    sessions.py   a child          they are written to its pipes, and what it prints is read
+                  a process        control requests are answered, other events wait
     translate.py  from the CLI     lines become events
-                  translation      which become those of a Messages stream
+                  translation      events of the CLI become those of a Messages stream
     bridge.py     a request and its answer: those go to the client
-    sessions.py   the pool         and the process rests, or is ended
+    sessions.py   the pool         the process rests, or is ended
 
 With the small ones between them (queue and threads, past conversations, room, frames) they
-are less than 3,700 of 6,900 lines.  The rest can be skipped: errors and JSON, settings, the
-command line and environment of a process, what is known of the CLI, the sweep, other
-routes, the log, `serve`, the program, and what is called an appendix.
+are about 3,700 of 6,950 lines.  The others can be skipped: errors and JSON, settings, the
+command line and environment of a process, what is known of the CLI and what it reports, the
+sweep, other routes, the log, `serve`, the program, and what is called an appendix.
 """
 
 import asyncio
@@ -399,7 +399,8 @@ def check_mcp_config(path: str) -> None:
 
 
 def check_system(trace_dir: str) -> None:
-    """Refuse to start where the CLI cannot, or without the folder for traces."""
+    """Refuse to start where the CLI cannot start, or where no file can be written to TMPDIR or
+    to the folder for traces."""
     if not os.path.isdir("/dev/fd"):
         raise ConfigError("there is no /dev/fd, which the CLI needs: is /proc mounted?")
     folders = {
@@ -448,8 +449,8 @@ def find_cli(given: str) -> str:
 
 
 def check_interpreter(path: str) -> None:
-    """Refuse a script whose interpreter is missing: the system would say that the script
-    itself is (execve(2))."""
+    """Refuse a script whose interpreter is missing: execve(2) would report the script itself
+    as missing."""
     with contextlib.suppress(OSError), open(path, "rb") as file:  # it may be unreadable
         match = re.match(rb"#!\s*(\S+)", file.readline(256))
         if match and not os.access(match[1], os.X_OK):
@@ -479,12 +480,13 @@ def login_state(config: Config, info: CliInfo) -> str:
     if info.login:
         return f"{info.login} ({place})"
     found = f"nobody is logged in: found no login of {place}"
-    # What is set for clients of the bridge, or for another address, is no login.
-    no_logins = ("", *PLACEHOLDERS, config.api_key)
     unpassed = os.environ.keys() - set(config.keep_env)
+    # What is set for another address, or for clients of the bridge, is no login.
+    if "ANTHROPIC_BASE_URL" in unpassed:
+        unpassed = set()
+    no_logins = ("", *PLACEHOLDERS, config.api_key)
     for name in LOGIN_VARIABLES:
-        is_unpassed = name in unpassed and "ANTHROPIC_BASE_URL" not in unpassed
-        if is_unpassed and os.environ[name] not in no_logins:
+        if name in unpassed and os.environ[name] not in no_logins:
             found = f"{found}; {name} is set, but not passed on to the CLI"
             return f"{found}: {variable('keep_env')}={name} passes it on"
     settings = sessions.settings_file(os.environ)
@@ -541,7 +543,7 @@ class Exchange:
     # Written by `check_access`: its client has passed all checks, that of the key among them.
     is_allowed: bool = False
     # Set by `Connection.refuse`: the connection closes after this answer.
-    last: bool = False
+    closes: bool = False
     # Sent as request-id, and logged as request_id.
     id: str = field(default_factory=lambda: "req_" + uuid.uuid4().hex)
     # Monotonic time at which it began to come.
@@ -659,8 +661,8 @@ class Exchange:
 
 # ------------------------------------------------------------ access
 
-# RFC 9110, 7.2: a name or address, an IPv6 one with brackets or without, and perhaps a
-# port.
+# A Host (RFC 9110, 7.2): a name or address, and perhaps a port.  An IPv6 address without
+# the brackets of RFC 3986 is taken too, and has no port.
 HOST = re.compile(
     r"(\[[0-9a-f:.]+\]|[0-9a-f]*:[0-9a-f]*:[0-9a-f:]*|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*)\.?"
     r"(?::[0-9]{1,5})?",
@@ -671,6 +673,7 @@ HOST = re.compile(
 def check_access(exchange: Exchange, config: Config) -> None:
     """Who may talk to this port.  Raises ApiError 401 or 403.  Only /healthz is open to
     all, without a query and without a body."""
+    # A body is read before its request is answered: without a key nobody may send one.
     has_length = int(exchange.header("content-length") or 0) > 0
     has_body = has_length or "transfer-encoding" in exchange.headers
     if exchange.target == "/healthz" and not has_body:
@@ -705,7 +708,8 @@ def check_origin(exchange: Exchange, config: Config) -> None:
     """No web page may talk to this port unless its origin is allowed (RFC 6454).
 
     Images, scripts, frames and links of a page send no Origin, but say that they come from
-    another site (Fetch Metadata, Sec-Fetch-Site).
+    another site (Fetch Metadata, Sec-Fetch-Site).  Browsers say so to loopback names and to
+    https alone: under another allowed host only a key keeps such a GET out.
     """
     origin = exchange.headers.get("origin")
     site = exchange.header("sec-fetch-site")
@@ -766,7 +770,6 @@ MIN_CHUNK = 64
 # Seconds to go on reading a refused body, and to flush a closing connection, so that
 # the client gets the answer and not a reset.
 LINGER_SECS = 5.0
-SESSION_HEADER = "x-arch-claude-cli-session"
 
 
 class Disconnected(ConnectionError):
@@ -782,8 +785,8 @@ class Connection:
     writer: asyncio.StreamWriter
     # `max_connections` were open already: all it gets is a 503.
     is_surplus: bool
-    # One of its requests is being answered; None: none has been.  Written by
-    # `Bridge.handle`.
+    # One of its requests is being answered; None: none has been yet, for which `Bridge.close`
+    # waits on an inherited socket.  Written by `Bridge.handle`.
     answering: bool | None = None
 
     def __post_init__(self) -> None:
@@ -909,9 +912,9 @@ class Connection:
         await self.drain()
 
     async def drain(self) -> None:
-        """Wait until the system has all that was written, as long as it takes some of it
-        in each `idle_secs`.  Raises Disconnected when the client is gone, or reads too
-        little for that."""
+        """Wait until the system has taken all that was written.  Raises Disconnected when the
+        client is gone, or reads so little that the system could take nothing more for
+        `idle_secs`."""
         reads_on = True
         with contextlib.suppress(OSError):
             while reads_on:
@@ -926,7 +929,7 @@ class Connection:
     async def refuse(self, exchange: Exchange, error: ApiError) -> None:
         """Answer a request that is not read to its end, then read on for a moment:
         closing on unread bytes is a reset, which can overtake the answer."""
-        exchange.last = True
+        exchange.closes = True
         try:
             await exchange.fail(error)
         finally:
@@ -972,12 +975,14 @@ class Connection:
 # socket, for new connections to send their request.
 GRACE_SECS = 1.0
 MODELS = "/v1/models"
+# The header by which a client names its conversation.
+SESSION_HEADER = "x-arch-claude-cli-session"
 # What helps against an error of the API, by status.
 HINTS = {
     401: "the API refused the CLI's login; `claude-cli-bridge check` says which one it is",
     404: f"GET {MODELS} lists the models that the CLI offers",
 }
-# Places that x-bridge-not-sent names, and bytes of each.
+# Most places that a header or the log names, and characters of each, which are ASCII.
 MAX_PLACES = 50
 MAX_PLACE = 100
 
@@ -1049,7 +1054,8 @@ class Bridge:
             await asyncio.wait(self.connections)
 
     def cancel_answers(self) -> None:
-        """Cut running answers short; no new ones are begun."""
+        """Cut running answers short: each becomes a 503 if it can, at a second call not even
+        that, and is the last of its connection."""
         self.closing = True
         for answer in self.answers:
             answer.cancel()
@@ -1143,7 +1149,7 @@ class Bridge:
                 "access-control-expose-headers": "*",
                 "vary": "origin",
             }
-        if self.closing or exchange.last:
+        if self.closing or exchange.closes:
             found["connection"] = "close"
         return found
 
@@ -1261,8 +1267,8 @@ PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'n
 
 @dataclass
 class Health:
-    """Whether the bridge could answer.  To find out, it starts a CLI and asks who is
-    logged in; no model is called."""
+    """Whether the bridge could answer.  To find out, it starts a CLI and asks who is logged
+    in, or takes the last report where there is no room; no model is called."""
 
     # What was wrong when it was asked last, and the monotonic time until which that is kept.
     last: str = ""
@@ -1556,8 +1562,8 @@ def address_of(listener: socket.socket) -> str:
 def bind_unix(path: str) -> socket.socket:
     """A socket at a path that only this user can connect to.  Raises OSError.
 
-    Nobody can connect before it listens, so its mode is right by then.  What does not
-    answer at the path is a socket that a killed bridge left, and is replaced.
+    Nobody can connect before it listens, so its mode is right by then.  It listens at once:
+    what does not at the path is taken for a socket that a killed bridge left, and is replaced.
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):
@@ -1571,6 +1577,7 @@ def bind_unix(path: str) -> socket.socket:
     try:
         sock.bind(path)
         os.chmod(path, 0o600)
+        sock.listen()
     except BaseException:
         sock.close()
         raise
@@ -1626,14 +1633,14 @@ class JsonFormatter(logging.Formatter):
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
             "level": record.levelname,
         }
-        # A file's path can hold bytes that are not UTF-8.
+        # Without keys, and as UTF-8: the path of a file can hold other bytes.
         message = translate.masked(record.getMessage())
         row |= getattr(record, "row", None) or {"message": message}
         return json.dumps(row, separators=(",", ":"))
 
 
-# Seconds after the start at which the CLI is asked who is logged in: a first request may
-# make the question needless.
+# Seconds to wait before the CLI is asked who is logged in: a first request may make the
+# question needless.
 LOGIN_PROBE_SECS = 2.0
 NO_VERSION = "unknown: `--version` prints none, so it may not be Claude Code"
 # Tools of the CLI, to suggest one for a misspelt name.
@@ -1650,7 +1657,9 @@ TOOLS = (
     "WebSearch",
     "Write",
 )
-EMPTY_REQUEST = b'{"model": "sonnet", "messages": [{"role": "user", "content": "-"}]}'
+SMALLEST_REQUEST = (
+    b'{"model": "sonnet", "messages": [{"role": "user", "content": "-"}]}'
+)
 
 
 async def announce(bridge: Bridge) -> None:
@@ -1664,10 +1673,10 @@ async def announce(bridge: Bridge) -> None:
         if cli.warning:
             log.warning("%s", cli.warning)
         if config.spares and pool.inspector.may_run_any:
-            # Else a first request would wait for this.
+            # A first request would wait for what the CLI announces.
             is_agent, is_bare = bool(config.tools), pool.inspector.is_bare()
             kind = sessions.Kind(agent=is_agent, bare=is_bare)
-            await pool.inspector.announced(sessions.PROBE_MODEL, kind)
+            await pool.inspector.announcements_for(sessions.PROBE_MODEL, kind)
         await asyncio.sleep(LOGIN_PROBE_SECS)
         info = await pool.inspector.info()
         state = login_state(config, info)
@@ -1689,7 +1698,7 @@ async def missing_from_agent(pool: Pool) -> list[str]:
     not start, as it reports them at the start of a conversation.  Raises ApiError."""
     if not pool.config.tools:
         return []
-    request = translate.parse_request(EMPTY_REQUEST, counting=True, agent=True)
+    request = translate.parse_request(SMALLEST_REQUEST, counting=True, agent=True)
     session = await pool.starter.fresh_session(request)
     try:
         init = await session.process.read_until(
@@ -1823,7 +1832,8 @@ def main() -> None:
     """The command line.
 
     Exit status 2 and one line on stderr for settings that cannot work, 1 for a failed
-    check, 130 after Ctrl-C, 141 if nobody reads what is printed.
+    check, 130 after Ctrl-C in a command, 141 if nobody reads what is printed; 0 otherwise,
+    also for a bridge that Ctrl-C ends.
     """
     open_standard_files()
     flags: dict[str, str] = {}
@@ -1899,7 +1909,7 @@ def read_flags(words: list[str], flags: dict[str, str]) -> None:
         if name in ("--help", "-h"):
             print(COMMANDS.get(command) or help_text(), end="")
             sys.exit()
-        if word == "--version":
+        if name == "--version":
             print(f"claude-cli-bridge {__version__}")
             sys.exit()
         if name in names:
@@ -2127,8 +2137,8 @@ def complete_entry(entry: Json, config: Config) -> Json:
 
 # ------------------------------------------------------------ appendix: check
 
-# Seconds for the rehearsal of `check`, and as many for what comes before it; 2 were measured.
-REHEARSAL_SECS = 30.0
+# Most seconds of a `check`; 2 were measured for its rehearsal.
+CHECK_SECS = 60.0
 # What the rehearsal looks at, and what does not work without it.
 FEATURES = {
     "history": "goes on with a conversation that it is given",
@@ -2182,8 +2192,8 @@ data: {"type": "message_stop"}
 
 class FakeApi(Bridge):
     """The fake API that `check` starts on loopback; it costs nothing.  It notes which
-    FEATURES the CLI has.  The CLI that calls it belongs to another pool; its own pool is
-    never used."""
+    FEATURES the CLI has.  The CLI that calls it belongs to another pool; its own pool
+    starts no process."""
 
     def __init__(self) -> None:
         config = Config(listen_addr="127.0.0.1:0", api_key=uuid.uuid4().hex)
@@ -2201,7 +2211,7 @@ class FakeApi(Bridge):
             self.found["tools"] = "violet" in messages
             exchange.stream(BEGIN)
             try:
-                # Until its client leaves, which cancels it.
+                # This never returns: its client leaves, which cancels it.
                 await asyncio.Event().wait()
             finally:
                 self.left.set()
@@ -2259,7 +2269,7 @@ async def check(config: Config) -> bool:
     config = dataclasses.replace(config.checked(), spares=0)
     for warning in config.warnings(os.environ):
         print(f"warning: {warning}")
-    limit = 2 * min(REHEARSAL_SECS, config.watchdog_secs)
+    limit = min(CHECK_SECS, 2 * config.watchdog_secs)  # of its two turns
     print(f"CLI: {config.bin}")
     print(f"time: up to {limit:g} seconds", flush=True)
     info = CliInfo()

@@ -7,7 +7,8 @@ session whose fingerprint is its own history, if there is one.  A session in use
 two requests never share one; whatever goes wrong in it retires it alone.
 
     SPARE ──a conversation──> BUSY ──answer complete──> IDLE ──its next message──> BUSY
-                                BUSY ──nothing written──> as it was; a spare ends
+         (started for a request) ──> BUSY
+                                BUSY ──request withdrawn, nothing written──> as before
                                 BUSY ──client tools called──> PARKED ──their results──> BUSY
     any of them ──fault, disconnect, TTL, LRU, shutdown──> RETIRED, until its group is reaped
 
@@ -55,7 +56,6 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Coroutine,
     Iterable,
     Mapping,
 )
@@ -111,8 +111,8 @@ MAX_LINE = 64 << 20
 MAX_UNREAD = 1 << 20
 # Characters of a line of stderr that are logged, or quoted in an error.
 MAX_LOGGED = 300
-# How a process is ended: each signal, and the seconds it then gets; None: only its stdin
-# is closed.  An idle CLI exits 0.1 s after that; on SIGTERM it ends a running API call.
+# How a process is ended: each signal, and the seconds it then gets; None: its gate and its
+# stdin are closed.  An idle CLI exits 0.1 s after that; on SIGTERM it ends a running API call.
 ENDING = (
     (None, 0.5),
     (signal.SIGTERM, 1.0),
@@ -136,8 +136,8 @@ LOCK_SECS = 10.0
 # Requests of this many bytes or more are read and written in a thread: a megabyte takes
 # 10 to 100 ms.
 THREAD_SIZE = 64 << 10
-# Requests of this many bytes or more have a thread of their own, so that smaller ones need
-# not wait for them.
+# Requests of this many bytes or more share another thread, so that smaller ones need not
+# wait for them.
 LARGE_SIZE = 1 << 20
 # Iterations of the event loop until all that is in a pipe has been handled: one polls the
 # pipe, one reads it, one handles what was read, and two more handle its end (asyncio's
@@ -150,7 +150,8 @@ MAX_CACHED = 4096
 PROBE_MODEL = "sonnet"
 # Seconds between two looks at all processes.
 SWEEP_SECS = 1.0
-# Seconds for which a spare is kept that was set up for another conversation than the newest.
+# Seconds for which a spare is kept, once it is set up, for other conversations than the
+# newest.
 CALM_SECS = 5.0
 # Tokens of the prompt that the API adds for tools: the CLI subtracts them, so they are
 # added back.
@@ -311,8 +312,9 @@ class Kind:
     # It runs in the CLI's bare mode, in which the CLI adds nothing to a conversation, and
     # reads no subscription's login.
     bare: bool = False
-    # It writes its conversation to a file beside its gate, and reaches no API.
-    is_kept: bool = False
+    # To find out what the CLI announces: it saves its conversation in a file beside its gate,
+    # and reaches no API.
+    is_probe: bool = False
 
 
 # Where an administrator's settings are, and a list of MCP servers, on Linux and on macOS.
@@ -323,8 +325,8 @@ MANAGED = (
 
 
 def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
-    """The command line of a process: no settings of the user's, nothing on disk; in model
-    mode no tools but the client's.  `settings` is the user's own file of them."""
+    """The command line of a process; unless `config` or `kind` says otherwise, no settings of
+    the user's (the file `settings`), nothing on disk, and no tools but the client's."""
     argv = [
         config.bin,
         "-p",
@@ -343,11 +345,11 @@ def arguments(config: PoolConfig, kind: Kind, settings: str) -> list[str]:
         "--effort",
         "high",
     ]
-    # The CLI reads variables from files too, also from ~/.claude.json.
+    # The CLI reads variables from files too, such as ~/.claude.json: these stand over them.
     over = OVER_SETTINGS | {"env": translate.without(CHILD_DEFAULTS, config.keep_env)}
     if config.setting_sources and not kind.agent:
         over |= PLAIN_SETTINGS
-    if kind.is_kept:
+    if kind.is_probe:
         over["env"] |= UNREACHABLE
     else:
         argv += ["--no-session-persistence"]
@@ -557,8 +559,8 @@ UNREACHABLE = {
 def child_environment(
     config: PoolConfig, environ: Mapping[str, str], kind: Kind
 ) -> dict[str, str]:
-    """The environment of a process: those variables of `environ` that do not change
-    what the CLI does, and those that the bridge sets."""
+    """The environment of a process: those variables of `environ` that it may have (ALLOWED,
+    `keep_env`, the user's shell), and those that the bridge sets."""
     has_users_shell = kind.agent or config.setting_sources
     child = CHILD_DEFAULTS | {"CLAUDE_CODE_MAX_RETRIES": str(config.retries)}
     for name, value in environ.items():
@@ -580,7 +582,7 @@ def child_environment(
         child |= MODEL_MODE
     if kind.bare:
         child["CLAUDE_CODE_SIMPLE"] = "1"
-    if kind.is_kept:
+    if kind.is_probe:
         child |= UNREACHABLE
     return child
 
@@ -592,7 +594,8 @@ def login_folder(environment: Mapping[str, str]) -> str:
 
 def token_folder(environment: Mapping[str, str]) -> str:
     """Where the CLI keeps the tokens of the login, and the lock of one that renews it."""
-    return environment.get(LOGIN_FOLDERS[1]) or login_folder(environment)
+    folder = environment.get("CLAUDE_SECURESTORAGE_CONFIG_DIR")
+    return folder or login_folder(environment)
 
 
 def settings_file(environment: Mapping[str, str]) -> str:
@@ -635,8 +638,8 @@ def gate_folder(descriptor: int) -> str:
     """A new folder in which `gate.jsonl` leads a child to the pipe that it inherits as
     `descriptor`.  Raises OSError.
 
-    The CLI wants a name that ends in .jsonl, and it writes the conversation that it
-    keeps beside it.
+    The CLI wants a name that ends in .jsonl.  One that saves its conversation does so in the
+    same folder.
     """
     try:
         folder = tempfile.mkdtemp(prefix="claude-cli-bridge-")
@@ -700,6 +703,7 @@ class Child(asyncio.SubprocessProtocol):
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self.loop.create_future()
+        # It has printed something, if need be since it was given its conversation.
         self.has_spoken = False
         # Where its lines are traced.
         self.trace = Trace("", "")
@@ -762,9 +766,9 @@ class Child(asyncio.SubprocessProtocol):
     def _remove_folder(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def kept_rows(self) -> bytes:
-        """What it has written of its conversation, beside its gate: before the `result` of
-        a turn, all that is in it."""
+    def saved_rows(self) -> bytes:
+        """What it has saved of its conversation.  When it prints the `result` of a turn, all
+        of that turn is in it."""
         # The CLI names the file by a UUID.
         files = Path(self._folder).glob("*-*.jsonl")
         return b"".join(path.read_bytes() for path in files)
@@ -794,7 +798,7 @@ class Child(asyncio.SubprocessProtocol):
             partial_line.clear()
         partial_line += rest
         if fd == 2:
-            # With room for a key that is cut by what is logged, so that it is known as one.
+            # Twice what is logged, so that a key that the log cuts is still known as one.
             del partial_line[2 * MAX_LOGGED :]
             for complaint in filter(None, map(bytes.strip, lines)):
                 text = translate.masked(complaint.decode(errors="replace"))
@@ -836,13 +840,13 @@ class Child(asyncio.SubprocessProtocol):
         message = f"{reason}: {self._complaint}" if self._complaint else reason
         return ApiError(502, message, log_reason=reason)
 
-    async def end(self, until_it_may: Callable[[], Awaitable[None]]) -> None:
+    async def end(self, wait_until_safe: Callable[[], Awaitable[None]]) -> None:
         """End it and its group, and wait until it is reaped.  Before each step
-        `until_it_may` is awaited (`Inspector.wait_for_renewal`)."""
+        `wait_until_safe` is awaited (`Inspector.wait_for_renewal`)."""
         for number, seconds in ENDING:
             if self.exited.done():
                 break
-            await until_it_may()
+            await wait_until_safe()
             if number:
                 self.kill(number)
             else:
@@ -860,11 +864,11 @@ class Child(asyncio.SubprocessProtocol):
 # gets another request than the client's.
 OLDEST = "2.1.197"
 NEWEST_TESTED = "2.1.332"
-# The first version that may announce things to the model (`translate.ANNOUNCEMENTS`); one
-# up to 2.1.285 was the first to do so.
+# 2.1.266 announces nothing to the model (`translate.ANNOUNCEMENTS`), 2.1.285 does; those
+# between were not tried.
 ANNOUNCES = "2.1.267"
-# From here on, and from no version before 2.1.286, it announces nothing in its bare mode.
-HAS_BARE_MODE = "2.1.300"
+# From here on it announces nothing in its bare mode; 2.1.285 does.
+QUIET_IF_BARE = "2.1.300"
 # From here on it keeps a text that follows a tool call in its place.
 KEEPS_ORDER = "2.1.266"
 # From here on a conversation can end with an assistant message.
@@ -888,8 +892,8 @@ class Cli:
     rate_limits: dict[str, RateLimit] = field(default_factory=dict)
     # Answers of `count_tokens`.
     counts: OrderedDict[str, int] = field(default_factory=OrderedDict)
-    # By `announcement_key`, what it announces to a model (`Inspector.announced`).
-    announced: OrderedDict[Any, list[Json]] = field(default_factory=OrderedDict)
+    # By `announcement_key`, what it announces to a model (`Inspector.announcements_for`).
+    announcements: OrderedDict[Any, list[Json]] = field(default_factory=OrderedDict)
 
     def take_in(self, info: CliInfo) -> None:
         """Remember what a process reports.  The list of models is not replaced: a process
@@ -985,13 +989,13 @@ class Process(Child):
         self.eof = False
         # The CLI that it runs.
         self.cli = cli
-        # The client's tools, for the CLI to list; from the session.
+        # The client's tools, for the CLI to list; set by `Session.adopt`.
         self.tools: list[Json] = []
         # The CLI has listed them.
         self.has_listed = False
-        # The CLI runs a tool of its own, and silence is no fault; from the turn.
+        # The CLI runs a tool of its own, and silence is no fault; set by `Turn.relay`.
         self.working = False
-        # From the pool.  Called with the reason when it fails between turns.
+        # Called with the reason when it fails between turns; set by `Starter.spawn`.
         self.on_fault: Callable[[str], None] | None = None
         # A turn is running: events are kept for it.
         self._is_in_turn = False
@@ -1037,9 +1041,9 @@ class Process(Child):
     def end_turn(self, result: CliEvent | None, calls: Iterable[str] = ()) -> str:
         """End a turn whose answer called the client tools `calls`.
 
-        Either its `result` was read, or it is among the events that were not, or it is
-        still to come, or the calls wait.  Returns why the process cannot go on: "failed"
-        if it is an error, "unasked" if the process printed something after it, else "".
+        The turn's `result` was read, or is among the events that were not, or is still to
+        come, or the calls wait.  Returns why the process cannot go on: "failed" if the result
+        is an error, "unasked" if something followed the result, else "".
         """
         self._is_in_turn = False
         self.expected_calls = frozenset(calls)
@@ -1131,14 +1135,14 @@ class Process(Child):
                 return found
             translator.feed(event)
 
-    async def announced(self, *, query: bool) -> list[Json]:
+    async def ask_announcements(self, *, query: bool) -> list[Json]:
         """What it has announced by the end of one more question, for a process that writes
         its conversation to a file.  Without `query` it does not ask the API.  Raises
         ApiError."""
         question = [translate.text_block("-")]
         self.write(translate.user_line(question, str(uuid.uuid4()), query=query))
         await self.read_until(lambda event: event["type"] == "result")
-        return translate.announcements(self.kept_rows())
+        return translate.announcements(self.saved_rows())
 
     def _resume_reading(self) -> None:
         if self._unread > MAX_UNREAD:
@@ -1235,12 +1239,12 @@ class Process(Child):
         """End its turn: nothing more may be billed."""
         self.write(translate.control_line("interrupt"))
 
-    async def stop(self, until_it_may: Callable[[], Awaitable[None]]) -> None:
+    async def stop(self, wait_until_safe: Callable[[], Awaitable[None]]) -> None:
         """As `end`.  One that waits for a tool result is killed at once: 2.1.330 calls the
         API once more when its stdin closes.  It renews no login meanwhile."""
         if self._calls or self.expected_calls:
             self.kill(signal.SIGKILL)
-        await self.end(until_it_may)
+        await self.end(wait_until_safe)
 
 
 async def read_pipes() -> None:
@@ -1282,8 +1286,8 @@ class Session:
     was_spare: bool = False
     # The id under which the CLI asks the API, a UUID.
     own_id: str = field(default_factory=lambda: str(uuid.uuid4()))
-    # The name that the client gave it by header, with its owner: requests find it by
-    # nothing else; empty: none.
+    # The name that the client gave it by header, with its owner; empty: none.  Only requests
+    # of that name find it.
     pin: str = ""
     # Digests of what it cannot change.
     parts: Digests = field(default_factory=dict)
@@ -1297,7 +1301,7 @@ class Session:
     settings_digest: str = ""
     # Answers that it has given.
     turns: int = 0
-    # The UUID of the user line that started its last turn.
+    # The UUID of the user line that started its last turn; empty: results of tools did.
     turn_id: str = ""
     # Monotonic time of its last change of state.
     state_since: float = field(default_factory=time.monotonic)
@@ -1332,13 +1336,12 @@ class Session:
     def take_name(self, pin: str) -> None:
         self.pin = pin
 
-    def adopt(self, request: Request, model: str, trace: Trace | None = None) -> None:
+    def adopt(self, request: Request, model: str) -> None:
         """Take on a request's conversation, for the model of that name."""
         list_tools = translate.tools_for_turn
         if request.is_count:
             list_tools = translate.tools_for_count
         self.process.tools = list_tools(request)
-        self.process.begin_turn(trace)
         wanted = request.fingerprint
         self.parts = wanted.parts
         self.chain = wanted.past
@@ -1360,7 +1363,7 @@ class Session:
 
     def ask(self, request: Request, turn_id: str, lines: list[bytes]) -> None:
         """Start a turn: write the settings of the request unless the last one had the
-        same, and the `lines` with what is new in it, of that UUID."""
+        same, and the `lines` with what is new in it, the user's under the UUID `turn_id`."""
         self.turn_id = turn_id
         has_tools = bool(self.process.tools)
         settings = translate.turn_environment(request, has_listed_tools=has_tools)
@@ -1436,7 +1439,7 @@ class Turn:
 
     async def relay(self) -> AsyncIterator[bytes]:
         """The frames of the answer, joined read by read; b"" if the request does not
-        stream.  The child is not read until the next ones are asked for.
+        stream.  What the child prints until the next ones are asked for waits.
 
         Raises ApiError when the turn fails; what came before stays a correct beginning.
         """
@@ -1619,12 +1622,12 @@ class Room:
         self,
         config: PoolConfig,
         metrics: "Metrics",
-        until_it_may: Callable[[], Awaitable[None]],
+        wait_until_safe: Callable[[], Awaitable[None]],
     ) -> None:
-        """`until_it_may` is that of `Child.end`."""
+        """`wait_until_safe` is that of `Child.end`."""
         self._config = config
         self._metrics = metrics
-        self._until_it_may = until_it_may
+        self._wait_until_safe = wait_until_safe
         self.outcomes = Outcomes()
         # Every process that is not reaped.
         self.sessions: set[Session] = set()
@@ -1682,29 +1685,11 @@ class Room:
     def leave(self) -> None:
         self._places.release()
 
-    def leave_after(
-        self, end: Coroutine[Any, Any, None], then: Callable[[], None]
-    ) -> None:
-        """Give a place back at the end of its process."""
-
-        async def leave() -> None:
-            try:
-                await end
-            finally:
-                then()
-                self.leave()
-
-        task = asyncio.create_task(leave())
-        self.ending.add(task)
-        # By then whoever got the place has stopped counting as one who waits, so
-        # `shortfall` counts both or neither.
-        task.add_done_callback(self.ending.discard)
-
     # Who gives way
 
     def make_room(self) -> None:
-        """End idle processes beyond `max_idle`, and as many resting ones as there are
-        requests that wait for nothing else."""
+        """End idle processes beyond `max_idle`, and one resting process for each request that
+        waits for a place while none is on its way."""
         idle = self.in_states(State.IDLE)
         for session in idle[: max(0, len(idle) - self._config.max_idle)]:
             self.retire(session, "evicted")
@@ -1730,8 +1715,18 @@ class Room:
         session.move(State.RETIRED)
         self.outcomes.record(session, reason)
         self._metrics.add("processes_ended_total", reason=reason)
-        forget = partial(self.sessions.remove, session)
-        self.leave_after(session.process.stop(self._until_it_may), forget)
+        task = asyncio.create_task(self._end(session))
+        self.ending.add(task)
+        # By then whoever got the place has stopped counting as one who waits, so
+        # `shortfall` counts both or neither.
+        task.add_done_callback(self.ending.discard)
+
+    async def _end(self, session: Session) -> None:
+        try:
+            await session.process.stop(self._wait_until_safe)
+        finally:
+            self.sessions.remove(session)
+            self.leave()
 
 
 # ------------------------------------------------------------ the pool
@@ -1818,7 +1813,8 @@ class Pool:
                 turn = Turn(request, session, "rebuilt" if reason else "new", reason)
             stack.callback(self._finish, turn)
             if turn.origin != "hot":
-                like = request if turn.origin == "new" else None
+                # One with a name finds no spare that is set up.
+                like = request if turn.origin == "new" and not pin else None
                 turn.on_begun.callback(
                     lambda: self.starter.refill(self.inspector.kind(request), like)
                 )
@@ -1855,7 +1851,8 @@ class Pool:
                     turn_id = str(uuid.uuid4())
                     make_line = partial(translate.user_line, content, turn_id)
                     lines.append(await self.threads.run(request.size, make_line))
-                reason = "" if await process.is_ready() else "failed"
+                if not await process.is_ready():
+                    reason = "failed"
             if reason:
                 # Only this session may know what was said before.
                 is_whole = session.matches(request)
@@ -1884,7 +1881,7 @@ class Pool:
 
     def _find(self, request: Request, pin: str) -> Session | None:
         """The resting session that can take a request: that of its name, or one that has no
-        name either."""
+        name either.  Another one of its name is ended: a name has one conversation."""
         wanted = request.fingerprint
         # A client that names its conversation may leave out what it said before.
         is_by_name = pin and not wanted.past
@@ -1967,7 +1964,9 @@ class Starter:
             message += f" Code {CONTINUES} or newer; this is {cli.version}"
             raise translate.bad_request("messages", message)
         inspector = pool.inspector
-        announced = await inspector.announced(request.model, inspector.kind(request))
+        announced = await inspector.announcements_for(
+            request.model, inspector.kind(request)
+        )
         # By now the CLI may have listed its models.
         kind, model = inspector.needs(request)
         begin = partial(self._begin, request, model, announced, trace)
@@ -1993,7 +1992,8 @@ class Starter:
     ) -> None:
         """Give a process its conversation, start a turn on it, and wait for its first
         output."""
-        session.adopt(request, model, trace)
+        session.adopt(request, model)
+        session.process.begin_turn(trace)
         make_rows = partial(
             translate.transcript,
             request.messages,
@@ -2050,7 +2050,7 @@ class Starter:
 
     async def _take(self, kind: Kind) -> Session | None:
         """A spare of this kind that is not set up; it need not be at its gate yet."""
-        # One that has spoken unasked is retired.
+        # By this one that has spoken unasked is retired.
         await read_pipes()
         for spare in self.spares:
             if spare.kind == kind and not spare.parts:
@@ -2060,7 +2060,7 @@ class Starter:
 
     @property
     def is_short(self) -> bool:
-        """Whether fewer spares were started than there may be."""
+        """Whether first spares are still to be started: few requests have asked for any."""
         return len(self._kinds) < self._pool.config.spares
 
     def refill(self, kind: Kind, like: Request | None = None) -> None:
@@ -2076,8 +2076,8 @@ class Starter:
             if preparing in missing and not task.done():
                 missing.remove(preparing)
         for spare in self.spares:
-            is_calm = spare.state_secs >= CALM_SECS
-            is_stale = is_calm and like and spare.parts and not spare.matches(like)
+            is_calm = time.monotonic() >= spare.process.opened_at + CALM_SECS
+            is_stale = is_calm and like and not spare.matches(like)
             if spare.kind in missing and not is_stale:
                 missing.remove(spare.kind)
             else:
@@ -2105,7 +2105,7 @@ class Starter:
             if not like:
                 return
             kind, model = pool.inspector.needs(like)
-            announced = await pool.inspector.announced(like.model, kind)
+            announced = await pool.inspector.announcements_for(like.model, kind)
             same = [
                 item for item in self.spares if item.kind == kind and not item.parts
             ]
@@ -2114,7 +2114,6 @@ class Starter:
                 spare.adopt(like, model)
                 rows = translate.transcript([], model, announced, spare.own_id)
                 spare.set_up(like, rows)
-                spare.process.end_turn({"type": "result"})
 
 
 # ------------------------------------------------------------ what is known of the CLI
@@ -2161,8 +2160,9 @@ class Inspector:
     async def info(self, *, anew: bool = False) -> CliInfo:
         """What the CLI reports of itself, without a model call.
 
-        The last report of any process will do, unless it is asked `anew` and there is
-        room.  Otherwise a process is started for it.  Raises ApiError when the CLI does not work.
+        A process is started for it if none has reported yet, or to ask `anew` while there
+        is room; else the last report of any process will do.  Raises ApiError when the CLI
+        does not work.
         """
         async with self._pool.queue.held(self._asking, NO_START):
             # A process that is asked what the CLI announces reports this as well.
@@ -2188,14 +2188,15 @@ class Inspector:
         finally:
             self._pool.room.retire(session, "probe")
 
-    async def announced(self, model: str, kind: Kind) -> list[Json]:
+    async def announcements_for(self, model: str, kind: Kind) -> list[Json]:
         """What the CLI announces to a model today; nothing if it does not say so in time.
         Raises ApiError when it cannot be asked."""
         cli = self.cli
         if kind.agent or kind.bare or not cli.is_at_least(ANNOUNCES):
             return []
-        if cli.announcement_key(model) in cli.announced:
-            return cli.announced[cli.announcement_key(model)]
+        known = cli.announcements.get(cli.announcement_key(model))
+        if known is not None:
+            return known
         if self.may_run_any and not cli.info.is_known:
             # By then the CLI has most likely listed the model.
             kind = dataclasses.replace(kind, model="")
@@ -2206,34 +2207,35 @@ class Inspector:
             starter.start_spare(kind)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(COUNT_SECS), self.announcing:
-                # Another request may have asked meanwhile.
-                if cli.announcement_key(model) not in cli.announced:
+                # Another request may have asked meanwhile, perhaps another CLI.
+                cli = self.cli
+                if cli.announcement_key(model) not in cli.announcements:
                     return await self._ask_announcements(model)
-        return cli.announced.get(cli.announcement_key(model), [])
+        return cli.announcements.get(cli.announcement_key(model), [])
 
     async def _ask_announcements(self, model: str) -> list[Json]:
         """Ask a process that writes its conversation to a file what it announces to a model,
         and then to all others that the CLI lists.  No question reaches an API."""
         found: list[Json] = []
-        async with self._asked(Kind(model, is_kept=True)) as process:
+        async with self._asked(Kind(model, is_probe=True)) as process:
             cli = process.cli
             # Of when it was asked: the account and the day may change meanwhile.
             name, *now = cli.announcement_key(model)
             with contextlib.suppress(ApiError):
                 # Nobody answers; by then the CLI has said all that it announces.
-                found = await process.announced(query=True)
-                cache_put(cli.announced, (name, *now), found)
+                found = await process.ask_announcements(query=True)
+                cache_put(cli.announcements, (name, *now), found)
                 for other in cli.info.models:
                     key = (other.full_name, *now)
-                    if key in cli.announced:
+                    if key in cli.announcements:
                         continue
                     process.write(translate.control_line("set_model", model=other.name))
                     outcome = await process.read_until(control_outcome)
                     # It refuses what may not be used.
                     if outcome == "success":
                         # Only who the model is has changed.
-                        said = await process.announced(query=False)
-                        cache_put(cli.announced, key, said)
+                        said = await process.ask_announcements(query=False)
+                        cache_put(cli.announcements, key, said)
         return found
 
     def kind(self, request: Request) -> Kind:
@@ -2267,7 +2269,7 @@ class Inspector:
         if self._pool.config.setting_sources:
             # One in the user's settings, as the CLI reported.
             has_login |= info.has_api_key or info.is_cloud
-        return has_login and self.cli.is_at_least(HAS_BARE_MODE)
+        return has_login and self.cli.is_at_least(QUIET_IF_BARE)
 
     def record_version(self, turn: Turn) -> None:
         """Note the version that the CLI itself reports: a script may start another one than
@@ -2278,8 +2280,8 @@ class Inspector:
             self._replace_cli(self.cli.files, version)
 
     def _replace_cli(self, files: tuple[object, ...], version: str) -> None:
-        # Those of the Cli before, whose processes still report them; but after a change of
-        # login they may be another account's.
+        # The same dict goes on: processes of the Cli before still report into it.  After a
+        # change of login it may hold another account's.
         limits = self.cli.rate_limits
         if files[1:] != self.cli.files[1:]:
             limits.clear()
@@ -2299,6 +2301,7 @@ async def sweep(pool: Pool) -> None:
             await asyncio.sleep(SWEEP_SECS)
             is_wanted = pool.starter.is_short and pool.inspector.may_run_any
             busy = pool.room.in_states(State.BUSY)
+            # Spares would slow down a process that starts for a request.
             is_starting = not all(session.process.has_spoken for session in busy)
             if pool.cli.info.is_known and is_wanted and not is_starting:
                 pool.starter.refill(Kind(bare=pool.inspector.is_bare()))

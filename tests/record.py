@@ -84,7 +84,7 @@ class Recorder:
         async with pool:
             await pool.inspector.info()
             kind = Kind(agent=self.agent, bare=not self.agent and pool.inspector.is_bare())
-            return await pool.inspector.announced(ALIAS, kind)
+            return await pool.inspector.announcements_for(ALIAS, kind)
 
     # Rows
 

@@ -245,7 +245,7 @@ def test_that_the_cli_announces_nothing_is_remembered_only_if_it_said_so(
     async def use(pool: Pool) -> None:
         await pool.inspector.look()
         for _ in range(2):
-            assert await pool.inspector.announced(model, Kind()) == []
+            assert await pool.inspector.announcements_for(model, Kind()) == []
         assert asked_for(log, model) == processes
 
     in_pool(use, bin=str(versioned(tmp_path, ANNOUNCES)))
@@ -256,17 +256,35 @@ def test_what_is_announced_to_a_model_is_known_while_another_is_asked_about(
 ) -> None:
     async def use(pool: Pool) -> None:
         await pool.inspector.look()
-        await pool.inspector.announced("claude-opus-5-5", Kind())
-        other = asyncio.create_task(pool.inspector.announced("slow-start", Kind()))
+        await pool.inspector.announcements_for("claude-opus-5-5", Kind())
+        other = asyncio.create_task(pool.inspector.announcements_for("slow-start", Kind()))
         await soon(lambda: asked_for(log, "slow-start"))
         async with asyncio.timeout(10):
-            await pool.inspector.announced("claude-opus-5-5", Kind())
+            await pool.inspector.announcements_for("claude-opus-5-5", Kind())
         assert not other.done()
         open_gate(gate)
         await other
         assert asked_for(log, "claude-opus-5-5") == 1
 
     in_pool(use, bin=str(versioned(tmp_path, ANNOUNCES)), queue_secs=60)
+
+
+def test_who_waits_to_ask_takes_what_a_cli_that_was_replaced_meanwhile_has_said(
+    tmp_path: Path, log: Log
+) -> None:
+    async def use(pool: Pool) -> None:
+        model, inspector = "claude-opus-5-5", pool.inspector
+        await inspector.look()
+        async with inspector.announcing:
+            asked = asyncio.create_task(inspector.announcements_for(model, Kind()))
+            await soon(lambda: pool.starter.spares)
+            inspector._replace_cli(pool.cli.files, "2.1.999")
+            said = [{"type": "date"}]
+            pool.cli.announcements[pool.cli.announcement_key(model)] = said
+        assert await asked == said
+        assert asked_for(log, model) == 0
+
+    in_pool(use, bin=str(versioned(tmp_path, ANNOUNCES)))
 
 
 def test_what_starts_while_the_cli_is_asked_takes_no_place_among_the_kinds_that_were_wanted(
@@ -276,7 +294,7 @@ def test_what_starts_while_the_cli_is_asked_takes_no_place_among_the_kinds_that_
 
     async def use(pool: Pool) -> None:
         await pool.inspector.look()
-        await pool.inspector.announced("claude-opus-5-5", Kind())
+        await pool.inspector.announcements_for("claude-opus-5-5", Kind())
         assert [spare.kind for spare in pool.starter.spares] == [Kind()]
         assert not pool.starter._kinds
 
@@ -290,7 +308,9 @@ def test_what_starts_while_the_cli_is_asked_stays_for_its_request_and_is_one_for
 
     async def use(pool: Pool) -> None:
         async def leave() -> None:
-            asked = asyncio.create_task(pool.inspector.announced("slow-start", Kind("mine")))
+            asked = asyncio.create_task(
+                pool.inspector.announcements_for("slow-start", Kind("mine"))
+            )
             await soon(lambda: pool.inspector.announcing.locked() and pool.starter.spares)
             asked.cancel()
             await asyncio.wait({asked})
@@ -298,7 +318,7 @@ def test_what_starts_while_the_cli_is_asked_stays_for_its_request_and_is_one_for
         await pool.inspector.look()
         await leave()
         await leave()
-        asked = asyncio.create_task(pool.inspector.announced("slow-start", Kind("mine")))
+        asked = asyncio.create_task(pool.inspector.announcements_for("slow-start", Kind("mine")))
         await soon(pool.inspector.announcing.locked)
         for model in ("one", "another"):
             pool.starter.refill(Kind(model))
@@ -337,7 +357,7 @@ def test_a_request_waits_for_what_is_asked_and_not_for_room(
 
     async def use(pool: Pool) -> None:
         await pool.inspector.look()
-        asked = asyncio.create_task(pool.inspector.announced("slow-start", Kind()))
+        asked = asyncio.create_task(pool.inspector.announcements_for("slow-start", Kind()))
         await soon(lambda: asked_for(log, "slow-start"))
         request = asyncio.create_task(take_turn(pool, "hello"))
         await soon(lambda: len(waiters(pool.inspector.announcing)) == 1)
@@ -360,11 +380,11 @@ def test_a_model_that_the_cli_may_not_use_keeps_no_other_from_being_asked_about(
 
     async def use(pool: Pool) -> None:
         await pool.inspector.look()
-        await pool.inspector.announced("claude-opus-5-5", Kind())
+        await pool.inspector.announcements_for("claude-opus-5-5", Kind())
         [pid] = [pid for pid in log.started() if "set_model" in log.requests(pid)]
         others = {item.full_name for item in pool.cli.info.models} - {"claude-opus-5-5"}
         assert log.requests(pid).count("set_model") == len(others) > 1
-        assert [name for name, *_ in pool.cli.announced] == ["claude-opus-5-5"]
+        assert [name for name, *_ in pool.cli.announcements] == ["claude-opus-5-5"]
 
     in_pool(use, bin=str(versioned(tmp_path, ANNOUNCES)))
 
@@ -375,7 +395,7 @@ def test_while_a_listed_model_is_asked_about_none_is_started_for_it_but_for_anot
     async def use(pool: Pool) -> None:
         await pool.inspector.info()
         for model in ("", "claude-old-1"):
-            await pool.inspector.announced(model or "sonnet", Kind(model))
+            await pool.inspector.announcements_for(model or "sonnet", Kind(model))
         assert [spare.kind.model for spare in pool.starter.spares] == ["", "claude-old-1"]
 
     in_pool(use, bin=str(versioned(tmp_path, ANNOUNCES)))

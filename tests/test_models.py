@@ -131,7 +131,7 @@ def test_each_model_that_a_cli_lists_answers_without_being_named_at_its_start(
     # 2.1.285 lists one of them under its full name alone.
     alone = {m.full_name for m in pool.cli.info.models if m.name == m.full_name}
     # Processes that are asked what they announce to a model are started for it.
-    kinds = {item.kind.model for item in list(pool.room.sessions) if not item.kind.is_kept}
+    kinds = {item.kind.model for item in list(pool.room.sessions) if not item.kind.is_probe}
     assert kinds - alone == {""}
 
 

@@ -373,7 +373,6 @@ def test_a_spare_whose_request_was_taken_back_is_no_spare_again() -> None:
         spare = await pool.starter.spawn(Kind("sonnet"), State.SPARE)
         request = parse_request(json.dumps(request_body("hello")).encode())
         spare.adopt(request, "sonnet")
-        spare.process.end_turn({"type": "result"})
         spare.process._settled.clear()  # it is not ready yet
         asking = asyncio.create_task(take_turn(pool, "hello"))
         await soon(lambda: spare.state is State.BUSY)

@@ -22,7 +22,7 @@ from stubs import Stub
 from test_fidelity import betas_of
 from test_logins import LOGINS, Login, log_in, login_headers
 
-from sessions import ANNOUNCES, HAS_BARE_MODE, Cli, Kind, Pool
+from sessions import ANNOUNCES, QUIET_IF_BARE, Cli, Kind, Pool
 from translate import BILLING_LINE
 
 MODEL = "claude-sonnet-5-5"
@@ -93,7 +93,7 @@ def make_bridges(
 
     [version] = [version for version, path in CLIS.items() if path == cli]
     known = Cli(version=version)
-    has_bare_mode = known.is_at_least(HAS_BARE_MODE) and "x-api-key" in LOGINS[name].headers
+    has_bare_mode = known.is_at_least(QUIET_IF_BARE) and "x-api-key" in LOGINS[name].headers
     is_announced = known.is_at_least(ANNOUNCES) and not has_bare_mode
     return Bridges(LOGINS[name], start, judging, has_bare_mode, is_announced, len(judging.log()))
 
@@ -219,8 +219,8 @@ def test_one_process_says_of_each_listed_model_what_a_process_that_runs_it_says(
     def ask(model: str) -> None:
         async def use(pool: Pool) -> None:
             await pool.inspector.look()
-            assert await pool.inspector.announced(model, Kind()) or not bridges.is_announced
-            found.append({name: said for (name, *_), said in pool.cli.announced.items()})
+            assert await pool.inspector.announcements_for(model, Kind()) or not bridges.is_announced
+            found.append({name: said for (name, *_), said in pool.cli.announcements.items()})
 
         in_pool(use, bin=config.bin, keep_env=config.keep_env)
 
@@ -244,20 +244,22 @@ def test_what_changes_while_the_cli_is_asked_what_it_announces_puts_nothing_in_a
     async def use(pool: Pool) -> None:
         cli = await pool.inspector.look()
         if change == "account":
-            asked = asyncio.create_task(pool.inspector.announced("sonnet", Kind()))
-            await soon(lambda: cli.announced or asked.done())
+            asked = asyncio.create_task(pool.inspector.announcements_for("sonnet", Kind()))
+            await soon(lambda: cli.announcements or asked.done())
             cli.info = replace(cli.info, account={"email": "other"})
         else:
             async with pool.inspector.announcing:
-                asked = asyncio.create_task(pool.inspector.announced("claude-opus-4-8", Kind()))
+                asked = asyncio.create_task(
+                    pool.inspector.announcements_for("claude-opus-4-8", Kind())
+                )
                 await asyncio.sleep(0)
                 os.utime(environment / ".claude/.credentials.json")
                 assert await pool.inspector.look() is not cli
         assert await asked or not bridges.is_announced
-        for (name, *_), said in pool.cli.announced.items():
+        for (name, *_), said in pool.cli.announcements.items():
             [model] = [item["identity"]["modelId"] for item in said if item["type"] == "model"]
             assert model == name
-        assert len({tuple(now) for _, *now in pool.cli.announced}) <= 1
+        assert len({tuple(now) for _, *now in pool.cli.announcements}) <= 1
 
     in_pool(use, bin=config.bin, keep_env=config.keep_env)
 

@@ -259,30 +259,24 @@ def test_who_waits_no_more_is_not_counted_and_takes_no_place() -> None:
     in_room(use)
 
 
-def test_a_place_is_free_again_when_its_process_is_reaped_and_no_sooner() -> None:
-    """In one step with all that is told of it."""
-    seen: list[tuple[bool, int]] = []
-
-    async def use(room: Room) -> None:
-        reaped = asyncio.Event()
-
-        async def end() -> None:
-            await reaped.wait()
-
-        await room.enter()
-        room.leave_after(end(), lambda: seen.append((room.is_full, room.shortfall)))
+def test_a_place_is_free_again_when_its_process_is_reaped_and_no_sooner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def use(pool: Pool) -> None:
+        room, may_end = pool.room, asyncio.Event()
+        monkeypatch.setattr(room, "_wait_until_safe", may_end.wait)
+        room.retire(await pool.starter.spawn(Kind()), "expired")
         assert (room.is_full, room.shortfall, len(room.ending)) == (True, -1, 1)
         next_one = asyncio.create_task(room.enter())
         await soon(lambda: room.shortfall == 0)
         assert not next_one.done()
-        reaped.set()
+        assert len(room.sessions) == 1
+        may_end.set()
         await next_one
-        assert (seen, room.is_full, room.ending) == ([(True, 0)], True, set())
-        room.leave_after(end(), lambda: seen.append((room.is_full, room.shortfall)))
-        await soon(lambda: not room.ending)
-        assert (seen, room.is_full) == ([(True, 0), (True, -1)], False)
+        assert (room.is_full, room.ending, room.sessions) == (True, set(), set())
+        room.leave()
 
-    in_room(use)
+    in_pool(use, max_sessions=1)
 
 
 async def waiting_tasks(room: Room, count: int) -> list[asyncio.Task[None]]:
@@ -313,17 +307,21 @@ def test_of_a_place_that_is_given_on_either_both_are_counted_or_neither() -> Non
     """Otherwise one warm process more than is needed would be ended for it."""
     seen: set[int] = set()
 
-    async def use(room: Room) -> None:
-        _, second = await waiting_tasks(room, 2)
-        room.leave_after(asyncio.sleep(0), lambda: None)
+    async def use(pool: Pool) -> None:
+        room = pool.room
+        session = await pool.starter.spawn(Kind())
+        first, second = (asyncio.create_task(room.enter()) for _ in range(2))
+        await soon(lambda: room.shortfall == 2)
+        room.retire(session, "expired")
         while room.ending:
             seen.add(room.shortfall)
             await asyncio.sleep(0)
-        assert (room.shortfall, second.done()) == (1, False)
+        assert (room.shortfall, first.done(), second.done()) == (1, True, False)
         second.cancel()
         await asyncio.wait({second})
+        room.leave()
 
-    in_room(use)
+    in_pool(use, max_sessions=1)
     assert seen == {1}
 
 

@@ -118,6 +118,13 @@ def test_a_unix_socket_in_use_is_refused_and_a_stale_one_is_replaced(
     assert not path.exists()
 
 
+def test_a_unix_socket_is_in_use_before_its_server_has_started(socket_path: Path) -> None:
+    path = str(socket_path)
+    with bridge.bind_unix(path), pytest.raises(OSError, match="already in use"):
+        bridge.bind_unix(path)
+    socket_path.unlink()
+
+
 def test_a_unix_socket_left_by_a_killed_bridge_is_no_obstacle(
     serve: Serve, socket_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """Processes that are started ahead of need: for whom, how many, and for how long."""
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -10,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client import Answer, prime
+from client import Answer, prime, request_body
 from host import STANDIN, wait_until
 from processes import alive, in_pool, kill, open_gate, pid, pool_of, soon, take_turn
 from servers import Launch, Serve, Server, plain_cli
 from stand_in import Log
 
 import sessions
-from sessions import Cli, Kind, Pool, State, identify_file
-from translate import CliInfo
+from sessions import Cli, Kind, Pool, Session, State, identify_file
+from translate import CliInfo, parse_request
 
 
 def ready(server: Server) -> list[int]:
@@ -454,5 +455,48 @@ def test_no_first_spares_start_beside_a_request_that_they_would_slow_down(gate: 
         open_gate(gate)
         await answering
         assert not found
+
+    in_pool(use, spares=2)
+
+
+async def both_spares(pool: Pool) -> list[Session]:
+    await soon(lambda: len(pool.starter.spares) == 2 and not pool.starter.starting)
+    return pool.starter.spares
+
+
+def test_a_spare_that_was_just_set_up_stays_for_conversations_that_take_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sessions, "CALM_SECS", 60)
+
+    async def use(pool: Pool) -> None:
+        for _ in range(2):
+            await take_turn(pool, "hello", system="red")
+        spares = await both_spares(pool)
+        [ahead] = [spare for spare in spares if spare.parts]
+        for spare in spares:  # both have waited for long
+            spare.state_since -= 100
+        await take_turn(pool, "hello", system="blue")
+        assert ahead in await both_spares(pool)
+        ahead.process.opened_at -= 100
+        await take_turn(pool, "hello", system="blue")
+        assert ahead not in await both_spares(pool)
+
+    in_pool(use, spares=2)
+
+
+def test_no_spare_is_set_up_for_conversations_that_have_names() -> None:
+    """It has none, so they would not find it."""
+
+    async def use(pool: Pool) -> None:
+        request = parse_request(json.dumps(request_body("hello")).encode())
+        for name in "abc":
+            async with pool.turn(request, name) as turn:
+                async for _ in turn.relay():
+                    pass
+            assert turn.origin == "new"
+        assert not [spare for spare in await both_spares(pool) if spare.parts]
+        await take_turn(pool, "hello")
+        assert [spare for spare in await both_spares(pool) if spare.parts]
 
     in_pool(use, spares=2)
