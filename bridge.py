@@ -1278,7 +1278,8 @@ class Health:
     async def problem(self, bridge: Bridge) -> str:
         """Empty: there is none."""
         pool, config = bridge.pool, bridge.config
-        if not pool.room.has_place:  # asking takes a process itself
+        # Asking takes a process itself: who asks while that is done gets the same answer.
+        if not (pool.room.has_place or self.lock.locked()):
             return f"all {config.max_sessions} processes are busy"
         async with self.lock:
             if time.monotonic() < self.good_until:

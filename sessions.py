@@ -1762,7 +1762,7 @@ class Pool:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-        for session in self.room.sessions:
+        for session in self.room.in_states(*State):
             self.room.retire(session, "shutdown")
         while self.room.ending:
             await asyncio.wait(self.room.ending)
@@ -2164,6 +2164,9 @@ class Inspector:
         is room; else the last report of any process will do.  Raises ApiError when the CLI
         does not work.
         """
+        cli = await self.look()
+        if cli.info.is_known and not anew:
+            return cli.info
         async with self._pool.queue.held(self._asking, NO_START):
             # A process that is asked what the CLI announces reports this as well.
             async with self.announcing:

@@ -401,6 +401,15 @@ def test_while_a_listed_model_is_asked_about_none_is_started_for_it_but_for_anot
     in_pool(use, bin=str(versioned(tmp_path, ANNOUNCES)))
 
 
+def test_what_the_cli_has_reported_is_there_while_it_is_asked_something_else() -> None:
+    async def use(pool: Pool) -> None:
+        known = await pool.inspector.info()
+        async with pool.inspector.announcing, asyncio.timeout(10):
+            assert await pool.inspector.info() is known
+
+    in_pool(use)
+
+
 def test_a_request_that_is_answered_meanwhile_leaves_its_spare_to_the_sweep() -> None:
     """Whoever asks may be no request, and starts none."""
 

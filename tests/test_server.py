@@ -472,6 +472,23 @@ def test_of_many_who_ask_at_once_one_starts_a_process(
     assert len(log.started()) == 1
 
 
+def test_who_asks_while_the_only_place_is_taken_to_find_out_gets_the_same_answer(
+    serve: Serve,
+    log: Log,
+    gate: Path,
+    background: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sessions, "PROBE_MODEL", "slow-start")
+    server = serve(max_sessions=1)
+    first = background.submit(deep, server)
+    wait_until(log.started, "its process")
+    second = background.submit(deep, server)
+    wait_until(lambda: second.done() or len(server.bridge.answers) == 2, "another one")
+    gate.touch()
+    assert first.result() == second.result() == (200, "ok")
+
+
 def test_a_deep_look_finds_the_room_of_a_process_that_counted(serve: Serve) -> None:
     server = serve(max_sessions=1)
     assert count(server).status == 200
