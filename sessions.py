@@ -1477,7 +1477,8 @@ class Turn:
         after `max_turns`; empty: it can take another turn."""
         session, translator = self.session, self.translator
         session.extend(self.request, translator.message)
-        reason = self.process.end_turn(translator.result, translator.calls)
+        calls = [call["id"] for call in translator.calls]
+        reason = self.process.end_turn(translator.result, calls)
         if not self.rests:
             reason = "half" if self.request.continues else translator.stop_reason
             # It comes from the API, and becomes the label of a metric.

@@ -1454,6 +1454,8 @@ def tools_for_turn(request: Request) -> list[Json]:
 # Characters of a tool result that the CLI passes on whole with room to spare: its limit
 # is 500,000.
 MAX_RESULT = 400_000
+# The same of an error, of which it cuts out the middle.
+MAX_ERROR_RESULT = 10_000
 
 
 def tool_results(content: list[Block]) -> dict[str, Json] | None:
@@ -1475,9 +1477,14 @@ def mcp_result(block: Block) -> Json:
     # MCP has no place for other keys, and the CLI would scale other blocks.  It says in its
     # own words that a result is empty; by now that has no content.
     has_more = given != plain or type(is_error) is not bool
-    # So it does with a blank text, and it joins the texts of an error.
-    is_reworded = any(map(is_blank, texts)) or (is_error and len(texts) > 1)
-    is_cut = sum(map(js_length, texts)) > MAX_RESULT
+    # So it does with a blank text.
+    is_reworded = any(map(is_blank, texts))
+    limit = MAX_RESULT
+    if is_error:
+        # It joins the texts, and trims them.
+        is_reworded |= texts != [text.strip(WHITE_SPACE) for text in texts[:1]]
+        limit = MAX_ERROR_RESULT
+    is_cut = sum(map(js_length, texts)) > limit
     if has_more or is_reworded or is_cut:
         return {}
     return {"content": parts, "isError": is_error}
@@ -1749,6 +1756,8 @@ class Translator:
     _usage: Json = field(default_factory=dict)
     # That message has a visible text.
     _has_text: bool = False
+    # By id, the inputs of tool calls as the process holds them.
+    _held_inputs: Json = field(default_factory=dict)
     # Tokens of the API messages before it.
     _spent: Json = field(default_factory=dict)
     # The strings of the open block, in pieces, by the key of the delta (PIECES).
@@ -1764,10 +1773,9 @@ class Translator:
         return self.state == "done"
 
     @property
-    def calls(self) -> dict[str, str]:
-        """By id, the names of the client tools that the answer calls."""
-        calls = blocks_of_types([self.message], {"tool_use"})
-        return {call["id"]: call["name"] for call in calls}
+    def calls(self) -> list[Block]:
+        """The calls of client tools in the answer."""
+        return blocks_of_types([self.message], {"tool_use"})
 
     @property
     def process_waits(self) -> bool:
@@ -1775,7 +1783,15 @@ class Translator:
         holds the same answer as the client."""
         if self._has_new_delta or not self.message:
             return False
-        names = set(self.calls.values())
+        calls = self.calls
+        held = [
+            call | {"input": self._held_inputs.get(call["id"], call["input"])}
+            for call in calls
+        ]
+        # It changes some inputs of tools that are named like its own.
+        if digest(canonical(held)) != digest(canonical(calls)):
+            return False
+        names = {call["name"] for call in calls}
         if self.stop_reason == "tool_use":
             return bool(names) and names <= set(self.tool_names)
         return self.stop_reason in WAITING_REASONS and self._has_text and not names
@@ -1944,7 +1960,7 @@ class Translator:
                     self._input_error = cli_error(
                         "the model's tool input is not a JSON object, or is nested too deeply"
                     )
-        self._has_text |= bool(block.get("text"))
+        self._has_text |= not is_blank(block.get("text", ""))
         return [event | {"index": len(self.message["content"]) - 1}]
 
     def _message_delta(self, event: Json) -> list[StreamEvent]:
@@ -1973,9 +1989,9 @@ class Translator:
         return [last, {"type": "message_stop"}]
 
     def _assistant(self, event: CliEvent) -> None:
-        """An `assistant` event repeats content that was streamed.  One that does not is
-        a failure: a text that the CLI made up, or an answer that the API refused to
-        stream."""
+        """An `assistant` event repeats content that was streamed, as the process holds it.
+        One that does not is a failure: a text that the CLI made up, or an answer that the API
+        refused to stream."""
         message: Any = event.get("message")
         identity = get_str(message, "id")
         if get_str(message, "model") == "<synthetic>":
@@ -1989,6 +2005,9 @@ class Translator:
         elif self.state in ("waiting", "working") and identity != self._message_id:
             message = "The API refused to stream its answer."
             raise self._refusal or ApiError(502, message, "api_error")
+        else:
+            for call in blocks_of_types([message], {"tool_use"}):
+                self._held_inputs[call["id"]] = call["input"]
 
     HANDLERS: ClassVar = {
         "message_start": _message_start,

@@ -9,7 +9,7 @@ Words a user text may hold: THINK, MAXTOK, CUTTOOL (max_tokens inside a tool's i
 MIDFAIL (`MIDFAIL 400`: as an invalid request), SLOW (a word every 50 ms, `SLOW n` of them), HANG (no answer for a minute),
 FAIL400/401/403/404/429/500/529 (`CODE x`: with this error_code), `QUOTA status` (headers of a
 subscription's limits), BADSIGN (400 if the history holds thinking), BADIMAGE (400 if there is an image), RETRYONCE,
-OUTDATED (the model wants a newer CLI), EMPTY, NOWORDS (the same, in the result of a tool),
+OUTDATED (the model wants a newer CLI), EMPTY, NOWORDS (the same, in the result of a tool), ONLYBLANKS,
 NOSTREAM (streaming is refused, the plain call works), `USE_TOOL name INPUT={...}END COUNT=n`, `SAY text`, SEARCH (a server
 tool, its result and a cited text), PAUSED (with it: the answer ends with pause_turn), TOMORROW
 (blocks, deltas, events and keys that nobody knows yet), and alone: RECORD (the answer is "ok",
@@ -212,6 +212,8 @@ def answer(body: Json, text: str) -> tuple[list[Json], str]:
         ], "end_turn"
     if "EMPTY" in text:
         return [], "end_turn"
+    if "ONLYBLANKS" in text:
+        return [{"type": "text", "text": " \n"}], "end_turn"
     if "SEARCH" in text:
         return SEARCHED, "pause_turn" if "PAUSED" in text else "end_turn"
     if "TOMORROW" in text:
@@ -346,7 +348,7 @@ async def stream(request: web.Request, message: Json, text: str) -> web.StreamRe
     await send("message_delta", delta=ends, usage=used, **more)
     goes_on = any(block.get("name") == "unknown" for block in message["content"])
     is_cut = ends["stop_reason"] == "max_tokens" or not message["content"]
-    if goes_on or is_cut or "Nope" in text:
+    if goes_on or is_cut or re.search("Nope|ONLYBLANKS", text):
         # The CLI would ask again within 4 ms of the end, faster than it is killed now and then.
         await asyncio.sleep(0.05)
     await send("message_stop")

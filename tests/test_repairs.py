@@ -73,6 +73,33 @@ def test_an_input_of_a_tool_that_the_cli_takes_for_its_own_arrives_alike_and_is_
         assert is_told == (content[-1]["input"] != written)
 
 
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("Bash", {"command": "cd / && ls", "timeout": "5"}),
+        ("Bash", {"command": "find . -exec ls {} \\\\;"}),
+        ("Read", {"file_path": "/x", "offset": "3"}),
+        ("Edit", {"file_path": "/x", "old_str": "a", "new_str": "b"}),
+        ("mine", {"a": [{"__proto__": 1}]}),
+    ],
+)
+def test_a_call_that_the_process_holds_in_another_form_goes_on_in_a_fresh_one(
+    serve: Serve, cli: Path, since: Since, name: str, given: Json
+) -> None:
+    tool = {"name": name, "input_schema": {"type": "object"}}
+    server = serve(bin=cli)
+    messages = [user(text(f"USE_TOOL {name} INPUT={json.dumps(given)}END"))]
+    answer = server.post(messages, tools=[tool]).message
+    (call,) = [block for block in answer["content"] if block["type"] == "tool_use"]
+    assert call["input"] == given
+    history = [*messages, {"role": "assistant", "content": answer["content"]}]
+    told = server.post([*history, user(result(call))], tools=[tool])
+    assert last_input(since) == given
+    assert "x-bridge-not-sent" not in told.headers
+    # Each version changes some of them.
+    assert told.session in ("hot", "rebuilt; reason=tool_use")
+
+
 def test_a_breakpoint_on_a_call_does_not_arrive_and_is_told(
     serve: Serve, cli: Path, since: Since
 ) -> None:
@@ -96,7 +123,7 @@ def test_a_breakpoint_on_a_call_does_not_arrive_and_is_told(
     assert marked == ["text", "tool_result"]
 
 
-@pytest.mark.parametrize("words", ["USE_TOOL unknown INPUT={}END", "MAXTOK"])
+@pytest.mark.parametrize("words", ["USE_TOOL unknown INPUT={}END", "MAXTOK", "ONLYBLANKS"])
 def test_the_model_is_not_asked_again_by_the_cli(
     serve: Serve, cli: Path, since: Since, words: str
 ) -> None:

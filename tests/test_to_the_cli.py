@@ -431,7 +431,7 @@ def test_the_recorded_requests_of_the_cli_are_known() -> None:
             assert methods[0] == "initialize"
             assert "tools/list" in methods
             called = [call for event in requests if (call := translate.tool_call_id(event))]
-            assert called == list(turn.play().translator.calls)
+            assert called == [call["id"] for call in turn.play().translator.calls]
             for event in requests:
                 answer = read(translate.control_answer(event, []))["response"]
                 assert answer["subtype"] == "success"
@@ -490,6 +490,7 @@ RESULTS: dict[str, tuple[Json, Json]] = {
     ),
     "error": (RESULT | {"is_error": True}, SUNNY | {"isError": True}),
     "no error": (RESULT | {"is_error": False}, SUNNY),
+    "white space at the end": (RESULT | {"content": "no\n"}, SUNNY | {"content": [text("no\n")]}),
     "nulls": (RESULT | {"is_error": None, "new": None}, SUNNY),
     "null in a text": (RESULT | {"content": [text("sunny", citations=None)]}, SUNNY),
     "as long as may be": (
@@ -520,6 +521,9 @@ NOT_HANDED_OVER: dict[str, list[Any]] = {
     "empty text": [RESULT | {"content": [text("")]}],
     "white space among texts": [RESULT | {"content": [text("a"), text(" ")]}],
     "error of several texts": [RESULT | {"is_error": True, "content": [text("a"), text("b")]}],
+    "error with white space at its end": [RESULT | {"is_error": True, "content": "no\n"}],
+    "error with white space at its start": [RESULT | {"is_error": True, "content": "\ufeffno"}],
+    "error that is too long": [RESULT | {"is_error": True, "content": "x" * 10_001}],
     "error that says nothing": [RESULT | {"is_error": True, "content": ""}],
     "new block": [RESULT | {"content": [{"type": "new"}]}],
     "no block": [RESULT | {"content": [5]}],

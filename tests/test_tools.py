@@ -114,13 +114,15 @@ def test_a_result_arrives_as_it_was_sent(
         (..., False),
         ([text("see"), IMAGE], False),
         ([text("one"), text("two")], True),
+        ("no such file\n", True),
+        ("x" * 12_000, True),
     ],
 )
 def test_a_result_that_the_cli_would_change_goes_to_a_fresh_process_and_arrives_as_sent(
     real: Server, since: Callable[[], list[Json]], content: Any, is_error: bool
 ) -> None:
     """In place the CLI says in its own words that a result is empty, scales images, and joins the
-    texts of an error."""
+    texts of an error, trims them and cuts them in the middle."""
     messages, (call,) = start(real)
     sent = {**result(call, content), **({"is_error": True} if is_error else {})}
     sent = {key: value for key, value in sent.items() if value is not ...}
@@ -128,6 +130,16 @@ def test_a_result_that_the_cli_would_change_goes_to_a_fresh_process_and_arrives_
     assert answer.session in ("rebuilt; reason=tool-results", "rebuilt; reason=images")
     (block,) = answered(since())
     assert {key: value for key, value in block.items() if key != "cache_control"} == sent
+
+
+def test_an_error_of_some_length_arrives_in_place(
+    real: Server, since: Callable[[], list[Json]]
+) -> None:
+    messages, (call,) = start(real)
+    sent = result(call, "x" * 10_000, is_error=True)
+    assert real.post([*messages, user(sent)], tools=[TOOL]).session == "hot"
+    (block,) = answered(since())
+    assert (block["content"], block["is_error"]) == ("x" * 10_000, True)
 
 
 @pytest.mark.parametrize("size", [100_000, 390_000, 450_000, 700_000])
@@ -353,7 +365,10 @@ def test_any_name_is_the_clients_alone(
     assert len(NAMES) == 35
     for number, name in enumerate(NAMES):
         answer = real.post(messages, tools=tools)
-        assert answer.session == ("hot" if number else "rebuilt; reason=unknown-history"), name
+        known = ["hot" if number else "rebuilt; reason=unknown-history"]
+        if NAMES[number - 1] == "TaskOutput":  # 2.1.197 changes its input
+            known.append("rebuilt; reason=tool_use")
+        assert answer.session in known, name
         (call,) = calls(answer.message)
         assert (call["name"], call["input"]) == (name, given)
         following = NAMES[(number + 1) % len(NAMES)]
