@@ -1991,7 +1991,7 @@ class Translator:
     def _assistant(self, event: CliEvent) -> None:
         """An `assistant` event repeats content that was streamed, as the process holds it.
         One that does not is a failure: a text that the CLI made up, or an answer that the API
-        refused to stream."""
+        refused to stream.  An event of another shape says nothing."""
         message: Any = event.get("message")
         identity = get_str(message, "id")
         if get_str(message, "model") == "<synthetic>":
@@ -2005,9 +2005,9 @@ class Translator:
         elif self.state in ("waiting", "working") and identity != self._message_id:
             message = "The API refused to stream its answer."
             raise self._refusal or ApiError(502, message, "api_error")
-        else:
-            for call in blocks_of_types([message], {"tool_use"}):
-                self._held_inputs[call["id"]] = call["input"]
+        for block in nested_blocks([message]):
+            if get_str(block, "type") == "tool_use":
+                self._held_inputs[block["id"]] = block["input"]
 
     HANDLERS: ClassVar = {
         "message_start": _message_start,
