@@ -8,7 +8,7 @@ two requests never share one; whatever goes wrong in it retires it alone.
 
     SPARE ──a conversation──> BUSY ──answer complete──> IDLE ──its next message──> BUSY
          (started for a request) ──> BUSY
-                                BUSY ──request withdrawn, nothing written──> as before
+                                BUSY ──request withdrawn, nothing written──> as before; a spare ends
                                 BUSY ──client tools called──> PARKED ──their results──> BUSY
     any of them ──fault, disconnect, TTL, LRU, shutdown──> RETIRED, until its group is reaped
 

@@ -586,8 +586,8 @@ def blocks_of_types(messages: list[Message], kinds: Collection[str]) -> list[Blo
 
 
 def read_fields(data: Json, is_agent: bool, not_sent: list[str]) -> Json:
-    """The fields that go to the API as sent; for an agent, `thinking` alone, and of that its
-    type: fields are in the environment of the CLI, where the commands that an agent runs
+    """The fields that go to the API as sent; for an agent, `thinking` alone, of which only the
+    type counts: fields are in the environment of the CLI, where the commands that an agent runs
     could read them.  What does not go is added to `not_sent`."""
     fields = without(data, OWN_FIELDS)
     if is_agent:
@@ -1142,6 +1142,11 @@ def with_plain_numbers(value: Any) -> Any:
     """A JSON value with 1 for 1.0, as JavaScript clients echo it."""
     text = orjson.dumps(value)
     return json.loads(text, parse_float=plain_number) if b".0" in text else value
+
+
+def as_javascript(value: Any) -> Any:
+    """The canonical form of a block, with numbers as JavaScript has them."""
+    return json.loads(orjson.dumps(canonical(value)), parse_int=float)
 
 
 def plain_number(text: str) -> float:
@@ -1749,8 +1754,9 @@ class Translator:
     # Whether the events that come now are of this turn: from 2.1.330 on they name the
     # user lines that they answer; older versions name none.
     _is_ours: bool = True
-    # A delta of a new type came: the CLI may not know how to add it to its block.
-    _has_new_delta: bool = False
+    # The process may hold another answer than the client: a delta of a new type came, or it
+    # has changed the input of a call.
+    _differs: bool = False
     # The API message that is being received: its id and its usage.
     _message_id: str = ""
     _usage: Json = field(default_factory=dict)
@@ -1781,17 +1787,9 @@ class Translator:
     def process_waits(self) -> bool:
         """Whether the process now waits for tool results or the next user message, and
         holds the same answer as the client."""
-        if self._has_new_delta or not self.message:
+        if self._differs or not self.message:
             return False
-        calls = self.calls
-        held = [
-            call | {"input": self._held_inputs.get(call["id"], call["input"])}
-            for call in calls
-        ]
-        # It changes some inputs of tools that are named like its own.
-        if digest(canonical(held)) != digest(canonical(calls)):
-            return False
-        names = {call["name"] for call in calls}
+        names = {call["name"] for call in self.calls}
         if self.stop_reason == "tool_use":
             return bool(names) and names <= set(self.tool_names)
         return self.stop_reason in WAITING_REASONS and self._has_text and not names
@@ -1942,7 +1940,7 @@ class Translator:
             block["citations"] = [*block.get("citations", ()), delta["citation"]]
         else:  # its keys are those of the block, as in a signature: the last counts (SDK)
             block |= without(delta, {"type"})
-            self._has_new_delta |= kind != "signature_delta"
+            self._differs |= kind != "signature_delta"
         return [event | {"index": len(self.message["content"]) - 1}]
 
     def _block_stop(self, event: Json) -> list[StreamEvent]:
@@ -1960,7 +1958,7 @@ class Translator:
                     self._input_error = cli_error(
                         "the model's tool input is not a JSON object, or is nested too deeply"
                     )
-        self._has_text |= not is_blank(block.get("text", ""))
+        self._has_text |= not is_blank(get_str(block, "text"))
         return [event | {"index": len(self.message["content"]) - 1}]
 
     def _message_delta(self, event: Json) -> list[StreamEvent]:
@@ -1982,6 +1980,7 @@ class Translator:
         self.stop_reason = reason
         self.message |= ends | without(last, {"type", "delta"})
         self.message["usage"] = self._usage | counts
+        self._differs |= not all(map(self._is_held, self.calls))
         if self.process_waits:
             return [last]
         # The CLI would call the API once more: the answer ends here.
@@ -2005,9 +2004,20 @@ class Translator:
         elif self.state in ("waiting", "working") and identity != self._message_id:
             message = "The API refused to stream its answer."
             raise self._refusal or ApiError(502, message, "api_error")
-        for block in nested_blocks([message]):
+        for block in as_list(as_object(message).get("content")):
             if get_str(block, "type") == "tool_use":
-                self._held_inputs[block["id"]] = block["input"]
+                self._held_inputs[get_str(block, "id")] = block.get("input")
+
+    def _is_held(self, call: Block) -> bool:
+        """Whether the process holds the same input of a call as the client.  The CLI changes
+        some, most of them of tools that are named like its own."""
+        given = call.get("input")
+        held = self._held_inputs.get(call["id"], given)
+        if orjson.dumps(held) == orjson.dumps(given):
+            return True
+        return digest(as_javascript(call | {"input": held})) == digest(
+            as_javascript(call)
+        )
 
     HANDLERS: ClassVar = {
         "message_start": _message_start,

@@ -22,6 +22,8 @@ from processes import alive
 from servers import KEEP, Launch, Program, Serve, Server, linux
 from stubs import Stub
 
+import sessions
+
 
 def test_parameters_of_parallel_conversations_never_mix(
     real: Server, since: Callable[[], list[Json]]
@@ -748,8 +750,7 @@ def test_child_gets_no_name_of_the_scrub_list_unless_kept(
     environ = process.environ()
     assert not (set(SCRUBBED) - {"OTEL_EXPORTER_OTLP_ENDPOINT"}) & set(environ)
     assert environ["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://127.0.0.1:9"
-    # The second is for versions that announce nothing.
-    assert process.cwd() == "/" or "claude-cli-bridge-" in process.cwd()
+    assert (process.cwd() == "/") == server.bridge.pool.cli.is_at_least(sessions.ANNOUNCES)
     assert "SAY" not in " ".join(process.cmdline())
 
 

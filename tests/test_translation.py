@@ -448,6 +448,50 @@ def test_every_call_is_the_clients_but_a_process_rests_only_where_it_can_hand_it
         assert played.translator.process_waits == rests
 
 
+# (what the model wrote, what the process holds, whether that is the same)
+HELD: dict[str, tuple[Json, Json, bool]] = {
+    "alike": ({"a": [1, {}]}, {"a": [1, {}]}, True),
+    # JavaScript has no other numbers, so a fresh process would have the same.
+    "long number": ({"a": 1234567890123456789}, {"a": 1234567890123456800}, True),
+    "large number": ({"a": 1e16}, {"a": 10000000000000000}, True),
+    "number for its text": ({"a": "5"}, {"a": 5}, False),
+    "number for a truth": ({"a": True}, {"a": 1}, False),
+    "key that is lost": ({"__proto__": 1}, {}, False),
+}
+
+
+def repeated(*blocks: Any) -> Json:
+    return {"type": "assistant", "message": {"id": "msg_1", "content": list(blocks)}}
+
+
+@pytest.mark.parametrize(("given", "held", "is_same"), HELD.values(), ids=HELD.keys())
+def test_a_process_that_holds_another_input_of_a_call_does_not_rest(
+    given: Json, held: Json, is_same: bool
+) -> None:
+    written = piece(type="input_json_delta", partial_json=json.dumps(given))
+    events = [
+        *stream(start(), opened(**CALL), written, closed()),
+        repeated(CALL | {"input": held}),
+        *stream(finish("tool_use"), STOP),
+    ]
+    played = play(events)
+    assert checked(played)["content"][0]["input"] == given
+    assert played.translator.process_waits == is_same
+
+
+def test_blocks_of_an_unknown_shape_do_not_fail_an_answer() -> None:
+    bare = {"type": "tool_use"}
+    for event in (repeated(5), repeated(bare), repeated({"type": "x", "content": [bare]})):
+        played = play([*stream(*TEXT[:4]), event, *stream(finish("end_turn"), STOP)])
+        assert (played.translator.done, played.translator.process_waits) == (True, True)
+    for odd in ({"type": "new", "text": {"a": 1}}, {"type": "new", "text": [1]}):
+        played = play(stream(*TEXT[:4], opened(1, **odd), closed(1), finish("end_turn"), STOP))
+        assert played.translator.done
+    unsaid = {"type": "tool_use", "id": "toolu_1", "name": "weather"}
+    played = play(stream(start(), opened(**unsaid), closed(), finish("tool_use"), STOP))
+    assert (played.translator.done, played.translator.process_waits) == (True, True)
+
+
 def test_one_call_that_cannot_be_handed_over_is_enough_for_a_process_not_to_rest() -> None:
     other = opened(1, **CALL | {"id": "toolu_2", "name": "Bash"})
     calls = (opened(**CALL), closed(), other, closed(1))
