@@ -1054,8 +1054,8 @@ class Bridge:
             await asyncio.wait(self.connections)
 
     def cancel_answers(self) -> None:
-        """Cut running answers short: each becomes a 503 if it can, at a second call not even
-        that, and is the last of its connection."""
+        """Cut running answers short: each ends as a 503 if that can still be sent, at a second
+        call without it, and is the last of its connection."""
         self.closing = True
         for answer in self.answers:
             answer.cancel()
@@ -1564,7 +1564,7 @@ def bind_unix(path: str) -> socket.socket:
     """A socket at a path that only this user can connect to.  Raises OSError.
 
     Nobody can connect before it listens, so its mode is right by then.  It listens at once:
-    what does not at the path is taken for a socket that a killed bridge left, and is replaced.
+    one that does not listen is taken for what a killed bridge left, and is replaced.
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):

@@ -703,7 +703,7 @@ class Child(asyncio.SubprocessProtocol):
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self.loop.create_future()
-        # It has printed something, if need be since it was given its conversation.
+        # It has printed something; once it has its conversation, something since then.
         self.has_spoken = False
         # Where its lines are traced.
         self.trace = Trace("", "")
@@ -1439,7 +1439,7 @@ class Turn:
 
     async def relay(self) -> AsyncIterator[bytes]:
         """The frames of the answer, joined read by read; b"" if the request does not
-        stream.  What the child prints until the next ones are asked for waits.
+        stream.  What the child prints meanwhile waits until the next ones are asked for.
 
         Raises ApiError when the turn fails; what came before stays a correct beginning.
         """
@@ -2051,7 +2051,7 @@ class Starter:
 
     async def _take(self, kind: Kind) -> Session | None:
         """A spare of this kind that is not set up; it need not be at its gate yet."""
-        # By this one that has spoken unasked is retired.
+        # So that a spare that has printed something unasked is retired before.
         await read_pipes()
         for spare in self.spares:
             if spare.kind == kind and not spare.parts:
@@ -2061,7 +2061,8 @@ class Starter:
 
     @property
     def is_short(self) -> bool:
-        """Whether first spares are still to be started: few requests have asked for any."""
+        """Whether the first spares are still to be started: fewer kinds were noted than there
+        may be spares."""
         return len(self._kinds) < self._pool.config.spares
 
     def refill(self, kind: Kind, like: Request | None = None) -> None:

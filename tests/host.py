@@ -64,7 +64,7 @@ def descendants(pid: int) -> list[psutil.Process]:
     numbers: list[str] = []
     # Not Path.glob: it fails where the process ends meanwhile.
     for file in glob.glob(f"/proc/{pid}/task/*/children"):
-        with contextlib.suppress(OSError):  # the thread has
+        with contextlib.suppress(OSError):  # the thread has ended
             numbers += Path(file).read_text().split()
     found = []
     for child in map(int, numbers):
